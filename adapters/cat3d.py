@@ -1,0 +1,246 @@
+"""Adapter for CAT3D-style models: a `UNet2DConditionModel` whose self-attentions join all views."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from cameo.adapters.released import RELEASED
+from cameo.backbone import Backbone
+from cameo.capture import AttentionSite
+from cameo.errors import DataError, unknown_name
+from cameo.layout import TokenLayout
+
+__all__ = ["BUNDLED", "Cat3D"]
+
+SELF_ATTENTION = re.compile(r"(down_blocks|mid_block|up_blocks)(?:\.(\d+))?\.attentions\.(\d+)\.transformer_blocks\.0\.attn1")
+BUNDLED = "bundled:cat3d-tiny"
+_WEIGHTS = Path(__file__).parent / "weights"
+
+
+class Cat3D(Backbone):
+    """All views denoised together, joined in every self-attention; ray maps and a clean/noised mask as condition.
+
+    Presets: `tiny` (pixel space, 64 px, CPU), `small` (pixel space, 128 px, one GPU). Released weights:
+    Stable Diffusion 2.1, whose first convolution is widened with zeros for the condition channels.
+    """
+
+    name = "cat3d"
+    pipeline_tag = "image-to-3d"
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "tiny": {
+            "image_size": 64,
+            "block_out_channels": (64, 96),
+            "attention_levels": (False, True),
+            "heads": 4,
+            "norm_num_groups": 16,
+        },
+        "small": {
+            "image_size": 128,
+            "block_out_channels": (128, 256, 384),
+            "attention_levels": (False, True, True),
+            "heads": 8,
+            "layers_per_block": 2,
+        },
+    }
+
+    def recognises(self, model: nn.Module) -> bool:
+        """Whether the self-attentions of a U-Net with SD's block names join the views."""
+        return bool(self._self_attentions(model)) and all(
+            getattr(getattr(attention, "processor", None), "join", False)
+            for attention in self._self_attentions(model).values()
+        )
+
+    def explain_mismatch(self, model: nn.Module) -> str:
+        """Name the missing blocks or the missing inflation."""
+        if self._self_attentions(model):
+            return (
+                f"the self-attentions of this {type(model).__name__} see one view at a time. "
+                "Call cameo.adapters.cat3d_pipeline.inflate(unet) first, or build a Cat3DPipeline around it"
+            )
+        return (
+            f"{type(model).__name__} has no modules named like down_blocks.0.attentions.0.transformer_blocks.0.attn1. "
+            "Pass the U-Net itself (pipeline.unet), a UNet2DConditionModel with cross-attention blocks"
+        )
+
+    def sites(self, model: nn.Module) -> list[AttentionSite]:
+        """All self-attentions in execution order: down, mid, up."""
+        layout = TokenLayout("b (v h w)")
+        found = []
+        for index, (path, attention) in enumerate(self._self_attentions(model).items()):
+            latent_stride = getattr(attention.processor, "latent_stride", None)
+            stride = latent_stride * 2 ** self._level(model, path) if latent_stride else None
+            found.append(AttentionSite(index, path, int(attention.heads), layout, stride))  # type: ignore[arg-type]
+        return found
+
+    def default_layer(self, model: nn.Module) -> int:
+        """First attention of the up block one level below full resolution (SD 2.1: 10, the paper's best layer)."""
+        wanted = f"up_blocks.{max(len(model.up_blocks) - 2, 0)}.attentions.0."  # type: ignore[arg-type]
+        sites = self.sites(model)
+        return next((site.index for site in sites if site.path.startswith(wanted)), len(sites) - 1)
+
+    def example_inputs(self, model: nn.Module, *, seed: int = 0) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """One sample of two views with 8x8 latent cells."""
+        generator = torch.Generator().manual_seed(seed)
+        reference = next(model.parameters())
+        config = model.config
+        sample = torch.randn(2, config.in_channels, 8, 8, generator=generator).to(reference)  # type: ignore[union-attr]
+        context = torch.zeros(2, 1, config.cross_attention_dim).to(reference)  # type: ignore[union-attr]
+        timesteps = torch.tensor([500, 500], device=reference.device)
+        return (sample, timesteps, context), {"cross_attention_kwargs": {"num_views": 2}}
+
+    def build(self, preset: str = "tiny", **options: Any) -> Any:
+        """Build a pipeline with fresh weights.
+
+        Args:
+            preset: "tiny" or "small".
+            **options: override a preset's values: `image_size`, `patch_size`, `block_out_channels`, `attention_levels`
+                (per resolution, finest first), `layers_per_block`, `heads`, `norm_num_groups`, `prediction_type`,
+                `zero_terminal_snr`.
+        """
+        from diffusers import UNet2DConditionModel
+
+        from cameo.adapters.cat3d_pipeline import CONDITION_CHANNELS, Cat3DPipeline
+
+        if preset not in self.presets:
+            raise unknown_name("preset of cat3d", preset, self.presets)
+        values: dict[str, Any] = {
+            "patch_size": 4,
+            "layers_per_block": 1,
+            "norm_num_groups": 32,
+            "prediction_type": "v_prediction",
+            "zero_terminal_snr": True,
+            **self.presets[preset],
+        }
+        for name in options:
+            if name not in values:
+                raise unknown_name("option of cat3d", name, values)
+        values.update(options)
+        channels = 3 * values["patch_size"] ** 2
+        widths, attends = tuple(values["block_out_channels"]), tuple(values["attention_levels"])
+        if len(widths) != len(attends):
+            raise ValueError(f"attention_levels: expected one flag per width {widths}, got {attends}")
+        unet = UNet2DConditionModel(
+            sample_size=values["image_size"] // values["patch_size"],
+            in_channels=channels + CONDITION_CHANNELS,
+            out_channels=channels,
+            block_out_channels=widths,
+            layers_per_block=values["layers_per_block"],
+            down_block_types=tuple("CrossAttnDownBlock2D" if on else "DownBlock2D" for on in attends),
+            up_block_types=tuple("CrossAttnUpBlock2D" if on else "UpBlock2D" for on in reversed(attends)),
+            attention_head_dim=values["heads"],  # diffusers' historical name for the number of heads
+            cross_attention_dim=8,
+            norm_num_groups=values["norm_num_groups"],
+            use_linear_projection=True,
+        )
+        scheduler = noise_schedule(values["prediction_type"], zero_terminal_snr=values["zero_terminal_snr"])
+        return Cat3DPipeline(unet, scheduler, patch_size=values["patch_size"])
+
+    def load(self, name_or_path: str, *, revision: str | None = None, **options: Any) -> Any:
+        """Load a saved `Cat3DPipeline`, the bundled base (`bundled:cat3d-tiny`), or start from Stable Diffusion.
+
+        Args:
+            name_or_path: Hub id or folder in diffusers layout, or `bundled:cat3d-tiny`.
+            revision: commit, tag or branch of a Hub id; default the one in `cameo.adapters.released`.
+            **options: passed to `from_pretrained`; for Stable Diffusion also `prediction_type`, `zero_terminal_snr`.
+        """
+        from diffusers import DiffusionPipeline
+
+        from cameo.adapters.cat3d_pipeline import Cat3DPipeline
+
+        if name_or_path.startswith("bundled:"):
+            folder = _WEIGHTS / name_or_path.removeprefix("bundled:")
+            if not folder.is_dir():
+                known = [f"bundled:{path.name}" for path in _WEIGHTS.glob("*") if path.is_dir()]
+                raise unknown_name("bundled weights", name_or_path, known)
+            return Cat3DPipeline.from_pretrained(str(folder), **options)
+        if revision is None and name_or_path in RELEASED:
+            revision = RELEASED[name_or_path].revision
+        kind = DiffusionPipeline.load_config(name_or_path, revision=revision).get("_class_name")
+        if kind == "Cat3DPipeline":
+            return Cat3DPipeline.from_pretrained(name_or_path, revision=revision, **options)
+        if kind == "StableDiffusionPipeline":
+            return from_stable_diffusion(name_or_path, revision=revision, **options)
+        raise DataError(
+            f"{name_or_path}: holds a {kind}; cat3d starts from a Cat3DPipeline or a StableDiffusionPipeline"
+        )
+
+    def licence(self, name_or_path: str | None) -> str | None:
+        """Licence of the bundled base and of the releases listed in `cameo.adapters.released`."""
+        if name_or_path == BUNDLED or (name_or_path or "").startswith("preset:"):
+            return "apache-2.0"
+        return RELEASED[name_or_path].licence if name_or_path in RELEASED else None
+
+    @staticmethod
+    def _self_attentions(model: nn.Module) -> dict[str, nn.Module]:
+        order = {"down_blocks": 0, "mid_block": 1, "up_blocks": 2}
+        found = []
+        for path, module in model.named_modules():
+            if match := SELF_ATTENTION.fullmatch(path):
+                part, block, attention = match.groups()
+                found.append(((order[part], int(block or 0), int(attention)), path, module))
+        return {path: module for _, path, module in sorted(found, key=lambda entry: entry[0])}
+
+    @staticmethod
+    def _level(model: nn.Module, path: str) -> int:
+        levels = len(model.down_blocks)  # type: ignore[arg-type]
+        part, _, rest = path.partition(".")
+        if part == "mid_block":
+            return levels - 1
+        block = int(rest.split(".")[0])
+        return block if part == "down_blocks" else levels - 1 - block
+
+
+def noise_schedule(prediction_type: str = "v_prediction", *, zero_terminal_snr: bool = True) -> Any:
+    """Stable Diffusion's noise schedule as a `DDIMScheduler`, by default with zero terminal SNR (arXiv 2305.08891)."""
+    from diffusers import DDIMScheduler
+
+    return DDIMScheduler(
+        beta_schedule="scaled_linear",
+        beta_start=0.00085,
+        beta_end=0.012,
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        prediction_type=prediction_type,
+        rescale_betas_zero_snr=zero_terminal_snr,
+        timestep_spacing="trailing",
+    )
+
+
+def from_stable_diffusion(
+    name_or_path: str,
+    *,
+    revision: str | None = None,
+    prediction_type: str = "v_prediction",
+    zero_terminal_snr: bool = True,
+    **options: Any,
+) -> Any:
+    """Start a `Cat3DPipeline` from Stable Diffusion's U-Net and VAE.
+
+    The first convolution gets 7 more input channels with zero weights, so at the start the model ignores the cameras
+    and each view is denoised as Stable Diffusion would with an empty cross-attention.
+    """
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+
+    from cameo.adapters.cat3d_pipeline import CONDITION_CHANNELS, Cat3DPipeline
+
+    unet = UNet2DConditionModel.from_pretrained(name_or_path, subfolder="unet", revision=revision, **options)
+    vae = AutoencoderKL.from_pretrained(name_or_path, subfolder="vae", revision=revision, **options)
+    old = unet.conv_in
+    wide = nn.Conv2d(
+        old.in_channels + CONDITION_CHANNELS, old.out_channels, old.kernel_size, old.stride, old.padding
+    ).to(old.weight)
+    with torch.no_grad():
+        wide.weight.zero_()
+        wide.weight[:, : old.in_channels] = old.weight
+        wide.bias.copy_(old.bias)  # type: ignore[union-attr]
+    unet.conv_in = wide
+    unet.register_to_config(in_channels=wide.in_channels)
+    schedule = noise_schedule(prediction_type, zero_terminal_snr=zero_terminal_snr)
+    return Cat3DPipeline(unet, schedule, vae=vae)

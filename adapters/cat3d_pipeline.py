@@ -1,0 +1,330 @@
+"""A CAT3D-style multi-view diffusion model on diffusers' `UNet2DConditionModel`.
+
+All views of a sample are denoised together: self-attention joins their tokens. Each view is conditioned on its ray
+map (Pluecker coordinates in the first view's camera frame) and a mask that tells clean reference views from noised
+target views; reference views come first and enter as clean latents. Source: CAT3D, arXiv 2405.10314, section 3.1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0, XFormersAttnProcessor
+from einops import rearrange, repeat
+from torch import Tensor, nn
+
+from cameo.errors import ShapeError
+from cameo.geometry import check_cameras, plucker_rays, relative_extrinsics
+from cameo.pipeline import TrainingInputs
+
+__all__ = ["CONDITION_CHANNELS", "Cat3DPipeline", "JointViewAttnProcessor", "inflate"]
+
+CONDITION_CHANNELS = 7  # mask, ray direction (3), ray moment (3)
+
+
+class JointViewAttnProcessor:
+    """Attention processor in which the tokens of all views of a sample attend to each other.
+
+    Takes `num_views` through `cross_attention_kwargs`. With `join=False` (text cross-attention) it accepts the
+    argument and attends per view. xformers is used on request and on CUDA only: it has no CPU kernel.
+    """
+
+    def __init__(self, *, join: bool, use_xformers: bool = False, latent_stride: int | None = None) -> None:
+        self.join = join
+        self.latent_stride = latent_stride
+        self.use_xformers = use_xformers
+        self._sdpa = AttnProcessor2_0()
+        self._xformers = XFormersAttnProcessor() if use_xformers else None
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+        num_views: int = 1,
+    ) -> Tensor:
+        kernel = self._xformers if self._xformers is not None and hidden_states.is_cuda else self._sdpa
+        views = num_views if self.join else 1
+        if hidden_states.shape[0] % views:
+            raise ShapeError(
+                "cross_attention_kwargs['num_views']",
+                expected=f"a divisor of the batch {hidden_states.shape[0]} = samples x views",
+                got=str(num_views),
+            )
+        hidden_states = rearrange(hidden_states, "(b v) n c -> b (v n) c", v=views)
+        hidden_states = kernel(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
+        return rearrange(hidden_states, "b (v n) c -> (b v) n c", v=views)
+
+
+def inflate(
+    unet: UNet2DConditionModel, *, use_xformers: bool = False, latent_stride: int | None = None
+) -> UNet2DConditionModel:
+    """Let every self-attention of `unet` attend across views, in place; the weights stay as they are.
+
+    `latent_stride` (image pixels per latent cell side) lets the layers tell their token grid for an image size.
+
+    Example:
+        >>> unet = UNet2DConditionModel(sample_size=8, block_out_channels=(32,), layers_per_block=1, norm_num_groups=8,
+        ...     down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",),
+        ...     cross_attention_dim=8, attention_head_dim=4)
+        >>> context = torch.zeros(6, 1, 8)
+        >>> out = inflate(unet)(torch.zeros(6, 4, 8, 8), 0, context, cross_attention_kwargs={"num_views": 3})
+    """
+    unet.set_attn_processor(
+        {
+            name: JointViewAttnProcessor(
+                join=name.endswith("attn1.processor"), use_xformers=use_xformers, latent_stride=latent_stride
+            )
+            for name in unet.attn_processors
+        }
+    )
+    return unet
+
+
+class Cat3DPipeline(DiffusionPipeline):
+    """Novel views from reference views and cameras.
+
+    Example:
+        >>> from cameo.backbone import get_backbone
+        >>> pipeline = get_backbone("cat3d").build("tiny")
+        >>> batch = {
+        ...     "images": torch.rand(1, 3, 3, 32, 32),
+        ...     "intrinsics": torch.tensor([[32.0, 0, 16], [0, 32, 16], [0, 0, 1]]).expand(1, 3, 3, 3),
+        ...     "extrinsics": torch.eye(4).expand(1, 3, 4, 4),
+        ...     "num_reference_views": 1,
+        ... }
+        >>> pipeline.sample(batch, num_inference_steps=2).shape
+        torch.Size([1, 2, 3, 32, 32])
+
+    Args:
+        unet: takes latent channels + 7 condition channels; its self-attentions are inflated here.
+        scheduler: noise schedule for training and sampling; prediction type "v_prediction" or "epsilon".
+        vae: `AutoencoderKL` or `AutoencoderTiny`; None works on pixels, folded into channels by `patch_size`.
+        patch_size: side of the pixel blocks that become one latent cell, without a VAE.
+    """
+
+    model_cpu_offload_seq = "unet->vae"
+    _optional_components = ("vae",)
+
+    def __init__(
+        self, unet: UNet2DConditionModel, scheduler: DDIMScheduler, vae: nn.Module | None = None, patch_size: int = 4
+    ) -> None:
+        super().__init__()
+        settings = scheduler.config
+        if settings.prediction_type not in ("v_prediction", "epsilon"):
+            raise ValueError(f"scheduler.prediction_type: expected v_prediction or epsilon, got {settings.prediction_type}")
+        if settings.prediction_type == "epsilon" and settings.rescale_betas_zero_snr:
+            raise ValueError(
+                "scheduler: epsilon-prediction is not defined at zero terminal SNR; use prediction_type='v_prediction' "
+                "or rescale_betas_zero_snr=False"
+            )
+        channels = unet.config.in_channels - CONDITION_CHANNELS
+        expected = vae.config.latent_channels if vae is not None else 3 * patch_size**2
+        if channels != expected or unet.config.out_channels != expected:
+            raise ValueError(
+                f"unet: expected {expected + CONDITION_CHANNELS} input and {expected} output channels (latent plus "
+                f"{CONDITION_CHANNELS} condition channels), got {unet.config.in_channels} and {unet.config.out_channels}"
+            )
+        self.register_modules(unet=unet, scheduler=scheduler, vae=vae)
+        self.register_to_config(patch_size=patch_size)
+        inflate(unet, latent_stride=self.latent_stride)
+
+    @property
+    def denoiser(self) -> nn.Module:
+        """The U-Net, the module to wrap and to train."""
+        return self.unet
+
+    @denoiser.setter
+    def denoiser(self, module: nn.Module) -> None:
+        self.unet = module
+
+    @property
+    def num_train_timesteps(self) -> int:
+        """Number of noise levels."""
+        return int(self.scheduler.config.num_train_timesteps)
+
+    @property
+    def latent_stride(self) -> int:
+        """Image pixels per latent cell side."""
+        return self.config.patch_size if self.vae is None else vae_stride(self.vae)
+
+    def latent_shape(self, image_shape: Sequence[int]) -> tuple[int, ...]:
+        """Shape `[B, V, C, h, w]` of the latents of images `[B, V, 3, H, W]`."""
+        batch, views, _, height, width = image_shape
+        stride = self.latent_stride
+        return batch, views, self.unet.config.out_channels, height // stride, width // stride
+
+    def enable_xformers_memory_efficient_attention(self, attention_op: Any = None) -> None:
+        """Use xformers' kernel on CUDA, with the views still joined (diffusers' own switch would separate them)."""
+        inflate(self.unet, use_xformers=True, latent_stride=self.latent_stride)
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Images `[B, V, 3, H, W]` in [0, 1] to latents `[B, V, C, h, w]`; a VAE's distribution gives its mode."""
+        height, width = images.shape[-2:]
+        multiple = self.latent_stride * 2 ** (len(self.unet.config.block_out_channels) - 1)
+        if height % multiple or width % multiple:
+            raise ShapeError("images", expected=f"height and width divisible by {multiple}", got=images.shape)
+        scaled = images * 2 - 1
+        if self.vae is None:
+            patch = self.config.patch_size
+            return rearrange(scaled, "b v c (h p) (w q) -> b v (c p q) h w", p=patch, q=patch)
+        encoded = self.vae.encode(rearrange(scaled, "b v c h w -> (b v) c h w").to(self.vae.dtype))
+        latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
+        latents = latents * getattr(self.vae.config, "scaling_factor", 1.0)
+        return rearrange(latents, "(b v) c h w -> b v c h w", b=images.shape[0]).to(images.dtype)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents `[B, V, C, h, w]` to images `[B, V, 3, H, W]`, clamped to [0, 1]."""
+        if self.vae is None:
+            patch = self.config.patch_size
+            images = rearrange(latents, "b v (c p q) h w -> b v c (h p) (w q)", p=patch, q=patch)
+        else:
+            flat = rearrange(latents, "b v c h w -> (b v) c h w") / getattr(self.vae.config, "scaling_factor", 1.0)
+            images = self.vae.decode(flat.to(self.vae.dtype)).sample.to(latents.dtype)
+            images = rearrange(images, "(b v) c h w -> b v c h w", b=latents.shape[0])
+        return (images / 2 + 0.5).clamp(0, 1)
+
+    def condition(
+        self, intrinsics: Tensor, extrinsics: Tensor, num_reference_views: int, image_size: tuple[int, int]
+    ) -> Tensor:
+        """Build mask and ray maps `[B, V, 7, h, w]`; the world frame is the first reference camera's."""
+        check_cameras(intrinsics, extrinsics)
+        size = (image_size[0] // self.latent_stride, image_size[1] // self.latent_stride)
+        rays = plucker_rays(intrinsics, relative_extrinsics(extrinsics), image_size, size)
+        mask = torch.zeros_like(rays[:, :, :1])
+        mask[:, :num_reference_views] = 1
+        return torch.cat([mask, rays], dim=2)
+
+    def training_inputs(
+        self,
+        batch: Mapping[str, Any],
+        *,
+        generator: torch.Generator | None = None,
+        timesteps: Tensor | None = None,
+        noise: Tensor | None = None,
+        condition_dropout: float = 0.0,
+    ) -> TrainingInputs:
+        """Noise the target views of a batch and build the U-Net's input and target.
+
+        Args:
+            batch: `images, intrinsics, extrinsics, num_reference_views`, see `cameo.data`.
+            generator: source of time steps, noise and dropout; the same seed gives the same inputs.
+            timesteps: integers `[B]`; default uniform over all noise levels.
+            noise: `[B, V, C, h, w]`; default standard normal.
+            condition_dropout: probability of blanking a sample's ray maps, for classifier-free guidance.
+        """
+        images: Tensor = batch["images"]
+        samples, views, references = images.shape[0], images.shape[1], int(batch["num_reference_views"])
+        if not 0 < references < views:
+            raise ValueError(f"num_reference_views: expected 1 to {views - 1} of {views} views, got {references}")
+        with torch.no_grad():
+            clean = self.encode(images)
+            condition = self.condition(batch["intrinsics"], batch["extrinsics"], references, images.shape[-2:])
+        draw: dict[str, Any] = {"generator": generator, "device": generator.device if generator else images.device}
+        if timesteps is None:
+            timesteps = torch.randint(self.num_train_timesteps, (samples,), **draw)
+        if noise is None:
+            noise = torch.randn(clean.shape, **draw)
+        timesteps, noise = timesteps.to(images.device), noise.to(clean)
+        if condition_dropout > 0:
+            kept = torch.rand(samples, **draw).to(images.device) >= condition_dropout
+            condition[:, :, 1:] *= kept[:, None, None, None, None]
+        target_views = torch.arange(views, device=images.device) >= references
+        noisy = torch.where(
+            target_views[:, None, None, None], self.scheduler.add_noise(clean, noise, timesteps), clean
+        )
+        if self.scheduler.config.prediction_type == "epsilon":
+            target = noise
+        else:
+            target = self.scheduler.get_velocity(clean, noise, timesteps)
+        args, kwargs = self._unet_arguments(noisy, condition, timesteps)
+        return TrainingInputs(args, kwargs, noisy, target, target_views, timesteps)
+
+    def denoising_loss(self, output: Any, inputs: TrainingInputs) -> Tensor:
+        """Mean squared error of each sample over its target views, in float32, `[B]`."""
+        prediction = self._prediction(output, inputs.noisy.shape[0]).float()
+        error = (prediction - inputs.target.float()).square()
+        return error[:, inputs.loss_views].mean(dim=(1, 2, 3, 4))
+
+    def predict_clean(self, output: Any, inputs: TrainingInputs) -> Tensor:
+        """Images that the output stands for; reference views come back as they went in."""
+        prediction = self._prediction(output, inputs.noisy.shape[0]).float()
+        alpha = self.scheduler.alphas_cumprod.to(prediction.device)[inputs.timesteps][:, None, None, None, None]
+        noisy = inputs.noisy.float()
+        if self.scheduler.config.prediction_type == "epsilon":
+            clean = (noisy - (1 - alpha).sqrt() * prediction) / alpha.sqrt()
+        else:
+            clean = alpha.sqrt() * noisy - (1 - alpha).sqrt() * prediction
+        return self.decode(torch.where(inputs.loss_views[:, None, None, None], clean, noisy))
+
+    @torch.no_grad()
+    def sample(
+        self,
+        batch: Mapping[str, Any],
+        *,
+        num_inference_steps: int = 50,
+        guidance_scale: float = 1.0,
+        generator: torch.Generator | None = None,
+        progress: bool = False,
+    ) -> Tensor:
+        """Generate the target views by DDIM.
+
+        Args:
+            batch: `intrinsics, extrinsics [B, V, ...]`, `num_reference_views` R, and `images [B, >= R, 3, H, W]`, of
+                which only the first R are looked at.
+            num_inference_steps: number of denoising steps.
+            guidance_scale: classifier-free guidance on the cameras; 1 switches it off.
+            generator: the same seed gives the same views.
+
+        Returns:
+            Images in [0, 1], `[B, V - R, 3, H, W]`.
+        """
+        references = int(batch["num_reference_views"])
+        images: Tensor = batch["images"][:, :references]
+        samples, views = batch["extrinsics"].shape[:2]
+        reference = self.encode(images)
+        condition = self.condition(batch["intrinsics"], batch["extrinsics"], references, images.shape[-2:])
+        blank = torch.cat([condition[:, :, :1], torch.zeros_like(condition[:, :, 1:])], dim=2)
+        device = generator.device if generator else images.device
+        shape = (samples, views - references, *reference.shape[2:])
+        latents = torch.randn(shape, generator=generator, device=device).to(reference)
+        self.scheduler.set_timesteps(num_inference_steps, device=images.device)
+        steps = self.progress_bar(self.scheduler.timesteps) if progress else self.scheduler.timesteps
+        for timestep in steps:
+            noisy = torch.cat([reference, self.scheduler.scale_model_input(latents, timestep)], dim=1)
+            both = [(noisy, condition)] if guidance_scale == 1 else [(noisy, condition), (noisy, blank)]
+            predictions = []
+            for views_in, cameras in both:
+                args, kwargs = self._unet_arguments(views_in, cameras, timestep.expand(samples))
+                predictions.append(self._prediction(self.unet(*args, **kwargs), samples)[:, references:])
+            prediction = predictions[0]
+            if guidance_scale != 1:
+                prediction = predictions[1] + guidance_scale * (predictions[0] - predictions[1])
+            latents = self.scheduler.step(prediction, timestep, latents).prev_sample
+        return self.decode(latents)
+
+    def _unet_arguments(
+        self, noisy: Tensor, condition: Tensor, timesteps: Tensor
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        views = noisy.shape[1]
+        sample = rearrange(torch.cat([noisy, condition.to(noisy)], dim=2), "b v c h w -> (b v) c h w")
+        # The text cross-attention of Stable Diffusion gets one zero token, which leaves of it only a bias.
+        context = sample.new_zeros(sample.shape[0], 1, self.unet.config.cross_attention_dim)
+        return (sample, repeat(timesteps, "b -> (b v)", v=views), context), {
+            "cross_attention_kwargs": {"num_views": views}
+        }
+
+    @staticmethod
+    def _prediction(output: Any, samples: int) -> Tensor:
+        return rearrange(output.sample, "(b v) c h w -> b v c h w", b=samples)
+
+
+def vae_stride(vae: nn.Module) -> int:
+    """Image pixels per latent cell side of a diffusers autoencoder."""
+    channels = getattr(vae.config, "block_out_channels", None) or vae.config.encoder_block_out_channels
+    return int(2 ** (len(channels) - 1))

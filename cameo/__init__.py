@@ -1,0 +1,28 @@
+"""CAMEO: supervise one cross-view attention layer of a multi-view diffusion model with geometric correspondence.
+
+Example:
+    >>> import cameo
+    >>> "cat3d" in cameo.backbones()
+    True
+"""
+
+from cameo.alignment import AlignmentHead, alignment_loss
+from cameo.backbone import backbones, register_backbone
+from cameo.correspondence import Correspondence
+from cameo.hub import from_pretrained  # noqa
+from cameo.layout import TokenLayout
+from cameo.wrap import CameoModel, wrap
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AlignmentHead",
+    "CameoModel",
+    "Correspondence",
+    "TokenLayout",
+    "alignment_loss",
+    "backbones",
+    "from_pretrained",
+    "register_backbone",
+    "wrap",
+]

@@ -1,0 +1,151 @@
+"""What a backbone adapter provides, and the registry that finds adapters by name.
+
+An adapter is one module and one registration: the entry-point group `cameo.backbones` of an installed package, or
+`register_backbone` in a script. The core never imports adapters by itself.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import entry_points
+from typing import Any, ClassVar
+
+from torch import nn
+
+from cameo.capture import AttentionSite
+from cameo.errors import unknown_name
+
+__all__ = ["Backbone", "backbones", "core_module", "get_backbone", "register_backbone"]
+
+ENTRY_POINT_GROUP = "cameo.backbones"
+_registry: dict[str, type[Backbone]] = {}
+
+
+class Backbone:
+    """Base class of the adapters. Two duties, kept apart.
+
+    *Attach*: recognise a model by its structure, list its cross-view attention layers, give their token layout.
+    *Train and sample*: build the backbone's pipeline from a preset or a released checkpoint. An adapter that only
+    attaches leaves the second part out; its methods then raise `NotImplementedError` with the backbone's name.
+    """
+
+    name: ClassVar[str]
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    pipeline_tag: ClassVar[str] = "image-to-3d"
+
+    def recognises(self, model: nn.Module) -> bool:
+        """Tell whether `model` has the structure this adapter knows."""
+        raise NotImplementedError(f"backbone {self.name!r} does not say which models it recognises")
+
+    def explain_mismatch(self, model: nn.Module) -> str:
+        """Say what is missing in a model that is not recognised, and the cure."""
+        return f"{type(model).__name__} does not have the structure of backbone {self.name!r}"
+
+    def sites(self, model: nn.Module) -> list[AttentionSite]:
+        """List the cross-view attention layers of `model` in execution order."""
+        raise NotImplementedError(f"backbone {self.name!r} does not list its layers")
+
+    def default_layer(self, model: nn.Module) -> int:
+        """Return the index of the layer supervised when the caller names none."""
+        raise NotImplementedError(f"backbone {self.name!r} has no default layer; pass layer=")
+
+    def example_inputs(self, model: nn.Module, *, seed: int = 0) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return small random `(args, kwargs)` of one forward of `model`, the same for the same seed."""
+        raise NotImplementedError(f"backbone {self.name!r} has no example inputs")
+
+    def build(self, preset: str, **options: Any) -> Any:
+        """Build the backbone's pipeline with fresh weights from a named preset."""
+        raise NotImplementedError(f"backbone {self.name!r} only attaches; it has no presets to build")
+
+    def load(self, name_or_path: str, *, revision: str | None = None, **options: Any) -> Any:
+        """Load the backbone's pipeline from a Hub id or a local folder."""
+        raise NotImplementedError(f"backbone {self.name!r} only attaches; load the model yourself")
+
+    def licence(self, name_or_path: str | None) -> str | None:
+        """Return the licence identifier of released weights this adapter knows, else None."""
+        return None
+
+
+def register_backbone(name: str) -> Callable[[type[Backbone]], type[Backbone]]:
+    """Class decorator that registers an adapter under `name`, for scripts without an entry point.
+
+    Example:
+        >>> @register_backbone("my_model")
+        ... class MyModel(Backbone):
+        ...     pass
+        >>> "my_model" in backbones()
+        True
+
+    Raises:
+        ValueError: if another class already has the name.
+    """
+
+    def register(adapter: type[Backbone]) -> type[Backbone]:
+        known = _registry.get(name)
+        if known is not None and known.__qualname__ != adapter.__qualname__:
+            raise ValueError(f"backbone {name!r} is already registered by {known.__module__}.{known.__qualname__}")
+        adapter.name = name
+        _registry[name] = adapter
+        return adapter
+
+    return register
+
+
+def backbones() -> list[str]:
+    """List the names of all backbones that are registered or installed.
+
+    Example:
+        >>> "cat3d" in backbones()
+        True
+    """
+    return sorted({*_registry, *(point.name for point in entry_points(group=ENTRY_POINT_GROUP))})
+
+
+def get_backbone(name: str) -> Backbone:
+    """Return the adapter registered under `name`.
+
+    Example:
+        >>> get_backbone("cat3d").name
+        'cat3d'
+
+    Raises:
+        ValueError: for an unknown name; lists the known ones and the nearest.
+    """
+    if name not in _registry:
+        points = entry_points(group=ENTRY_POINT_GROUP, name=name)
+        if not points:
+            raise unknown_name("backbone", name, backbones())
+        if len(points) > 1:
+            warnings.warn(f"several packages provide the backbone {name!r}: {points}; using the first", stacklevel=2)
+        register_backbone(name)(next(iter(points)).load())
+    return _registry[name]()
+
+
+def core_module(model: nn.Module) -> nn.Module:
+    """Return the model inside PEFT's `PeftModel`; any other module is returned as it is."""
+    unwrapped = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return unwrapped if isinstance(unwrapped, nn.Module) else model
+
+
+def find_site(sites: Sequence[AttentionSite], layer: int | str) -> AttentionSite:
+    """Pick the site with an index or a dotted module path.
+
+    Raises:
+        ValueError: if there is none, or the layer cannot be supervised; says why.
+    """
+    by_name: dict[str, AttentionSite] = {site.path: site for site in sites}
+    if isinstance(layer, int) and not isinstance(layer, bool):
+        if not 0 <= layer < len(sites):
+            raise ValueError(
+                f"layer {layer} does not exist: this model has {len(sites)} cross-view attention layers, "
+                f"0 to {len(sites) - 1} in execution order: " + ", ".join(f"{s.index} {s.path}" for s in sites)
+            )
+        site = sites[layer]
+    elif isinstance(layer, str) and layer in by_name:
+        site = by_name[layer]
+    else:
+        raise unknown_name("layer", layer, by_name)
+    if site.unsupported:
+        raise ValueError(f"layer {layer!r} ({site.path}) cannot be supervised: {site.unsupported}")
+    return site

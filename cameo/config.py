@@ -1,0 +1,94 @@
+"""The settings of a wrapped model, as they are written to `cameo_config.json`."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from cameo.errors import DataError, unknown_name
+
+__all__ = ["CONFIG_NAME", "CameoConfig", "write_atomically"]
+
+CONFIG_NAME = "cameo_config.json"
+
+
+@dataclass
+class CameoConfig:
+    """What `cameo.wrap` was told, plus where the base weights came from.
+
+    Attributes:
+        backbone: registered adapter, or None for a model described by `layout`.
+        layers: dotted module paths of the supervised layers.
+        head: keyword arguments of `AlignmentHead` but the number of heads.
+        weight: factor of the alignment loss in the training loss.
+        normalise, reduction, num_reference_views: see `cameo.alignment_loss`.
+        layout: keyword arguments of `TokenLayout`; only without a backbone.
+        heads, stride: attention heads and image pixels per token side; only without a backbone.
+        base_model: Hub id or path of the base weights, `preset:NAME` for a fresh preset, None if unknown.
+        base_revision: revision of the Hub id.
+        training: free-form facts about the training run, shown in the model card.
+    """
+
+    backbone: str | None
+    layers: list[str]
+    head: dict[str, Any] = field(default_factory=lambda: {"kind": "mlp"})
+    weight: float = 0.02
+    normalise: str = "per_view"
+    reduction: str = "mean"
+    num_reference_views: int | None = None
+    layout: dict[str, Any] | None = None
+    heads: int | None = None
+    stride: int | None = None
+    base_model: str | None = None
+    base_revision: str | None = None
+    training: dict[str, Any] = field(default_factory=dict)
+    cameo_version: str = ""
+
+    def save(self, folder: str | Path) -> Path:
+        """Write `cameo_config.json` into `folder` (temporary name, then rename) and return its path."""
+        path = Path(folder) / CONFIG_NAME
+        write_atomically(path, json.dumps(asdict(self), indent=2, sort_keys=True) + "\n")
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> CameoConfig:
+        """Read a `cameo_config.json` or the folder that holds it.
+
+        Raises:
+            DataError: if the file is missing or is not JSON; names the path.
+            ValueError: for an unknown key.
+        """
+        path = Path(path)
+        path = path / CONFIG_NAME if path.is_dir() else path
+        if not path.is_file():
+            raise DataError(f"{path}: no such file; a folder saved by CameoModel.save_pretrained holds {CONFIG_NAME}")
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise DataError(f"{path}: not valid JSON ({error})") from error
+        return cls.from_dict(values)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> CameoConfig:
+        """Build from a mapping; an unknown key is an error that names the nearest."""
+        known = [entry.name for entry in fields(cls)]
+        for name in values:
+            if name not in known:
+                raise unknown_name(f"key in {CONFIG_NAME}", name, known)
+        return cls(**values)
+
+
+def write_atomically(path: str | Path, content: str | bytes) -> None:
+    """Write a whole file under a temporary name in the same folder, then rename it into place."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,200 @@
+"""Ray casting of triangle meshes: exact z-depth at pixel centres, supersampled colour.
+
+Axes: F views, H W pixels, T triangles, M rays or surface points.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+__all__ = ["Surface", "TriangleScene", "cast_views", "dot", "render"]
+
+Array = np.ndarray
+# Rays per call: large enough to hide the call, small enough for the intermediate arrays to stay in cache.
+RAYS_PER_CALL = 32768
+
+
+@dataclass(frozen=True)
+class Surface:
+    """Where rays met the scene, float32: `points [M, 3]` in the world, unit `normals [M, 3]`.
+
+    `triangles [M]` are the triangles met and `barycentric [M, 3]` the weights of their corners.
+    """
+
+    points: Array
+    normals: Array
+    triangles: Array
+    barycentric: Array
+
+
+@dataclass
+class TriangleScene:
+    """Triangles of one scene and how they look.
+
+    - `corners` `[T, 3, 3]`: the three corners of each triangle, world units.
+    - `corner_normals` `[T, 3, 3]`: unit normals at the corners, interpolated over the triangle.
+    - `color`: maps a `Surface` to RGB `[M, 3]` in [0, 1]; it must not depend on the viewing direction, so
+      that all views of a scene show the same colour at the same point.
+
+    Example:
+        >>> corners = np.array([[[-9.0, -9.0, 2.0], [9.0, -9.0, 2.0], [0.0, 9.0, 2.0]]])
+        >>> scene = TriangleScene(corners, np.full((1, 3, 3), [0.0, 0.0, -1.0]), lambda s: s.points * 0)
+        >>> z = scene.depth(np.zeros((1, 3)), np.array([[0.1, 0.0, 1.0]]))
+        >>> float(z[0])
+        2.0
+    """
+
+    corners: Array
+    corner_normals: Array
+    color: Callable[[Surface], Array]
+
+    @cached_property
+    def _embree(self) -> Any:
+        from embreex.mesh_construction import TriangleMesh
+        from embreex.rtcore_scene import EmbreeScene
+
+        scene = EmbreeScene()
+        vertices = np.ascontiguousarray(self.corners.reshape(-1, 3), dtype=np.float32)
+        TriangleMesh(scene, vertices, np.arange(len(vertices), dtype=np.int32).reshape(-1, 3))
+        return scene
+
+    @cached_property
+    def _normals(self) -> Array:
+        return np.ascontiguousarray(self.corner_normals, dtype=np.float32)
+
+    @cached_property
+    def _planes(self) -> tuple[Array, Array]:
+        """Plane normal and its product with a point of the plane, per triangle."""
+        edges = self.corners[:, 1:] - self.corners[:, :1]
+        normal = np.cross(edges[:, 0], edges[:, 1])
+        return normal, (normal * self.corners[:, 0]).sum(-1)
+
+    def depth(self, origins: Array, directions: Array) -> Array:
+        """Return the ray parameter `[M]` of the first surface each ray meets, 0 where it meets none.
+
+        The ray tracer works in float32 and only says which triangle is met; the parameter is the float64
+        intersection with that triangle's plane.
+        """
+        hit = np.asarray(self._embree.run(_single(origins), _single(directions)))
+        normal, product = self._planes
+        plane = normal[hit]
+        along = dot(plane, directions)
+        along[along == 0.0] = 1e-30
+        return np.where(hit >= 0, (product[hit] - dot(plane, origins)) / along, 0.0)
+
+    def surface(self, origins: Array, directions: Array) -> tuple[Array, Surface]:
+        """Return which rays meet a surface, `[M]` bool, and the surface at those rays."""
+        origins, directions = _single(origins), _single(directions)
+        hit = self._embree.run(origins, directions, output=True)
+        met = hit["primID"] >= 0
+        triangles = hit["primID"][met]
+        points = origins[met] + directions[met] * hit["tfar"][met, None]
+        second, third = hit["u"][met], hit["v"][met]
+        barycentric = np.stack([1.0 - second - third, second, third], axis=-1)
+        normals = (barycentric[:, None] @ self._normals[triangles])[:, 0]
+        normals /= np.maximum(np.sqrt(dot(normals, normals)), 1e-12)[:, None]
+        return met, Surface(points, normals, triangles, barycentric)
+
+    def occluded(self, origins: Array, directions: Array) -> Array:
+        """Return `[M]` bool: whether anything stands between each origin and origin + direction."""
+        reach = np.ones(len(origins), dtype=np.float32)
+        hit = self._embree.run(_single(origins), _single(directions), dists=reach, query="OCCLUDED")
+        return np.asarray(hit) >= 0
+
+
+def dot(first: Array, second: Array) -> Array:
+    """Row-wise scalar product of two `[M, 3]` arrays; far faster than a sum over an axis of three."""
+    return first[:, 0] * second[:, 0] + first[:, 1] * second[:, 1] + first[:, 2] * second[:, 2]
+
+
+def _single(rays: Array) -> Array:
+    return np.ascontiguousarray(rays, dtype=np.float32)
+
+
+def _cells(size: tuple[int, int], grid: tuple[int, int]) -> Array:
+    """Positions `[P, 3]` (x, y, 1) of the centres of `grid` cells over an image of `size`, row-major."""
+    y = (np.arange(grid[0]) + 0.5) * (size[0] / grid[0])
+    x = (np.arange(grid[1]) + 0.5) * (size[1] / grid[1])
+    columns, rows = np.meshgrid(x, y)
+    return np.stack([columns, rows, np.ones_like(rows)], axis=-1).reshape(-1, 3)
+
+
+def _rays(pixels: Array, intrinsics: Array, extrinsics: Array) -> tuple[Array, Array]:
+    """Rays of one view through `pixels` `[P, 3]`, scaled so that their parameter is the z-depth."""
+    rotation = extrinsics[:3, :3]
+    directions = pixels @ (np.linalg.inv(intrinsics).T @ rotation)
+    return np.broadcast_to(-extrinsics[:3, 3] @ rotation, directions.shape), directions
+
+
+def cast_views(
+    scene: TriangleScene,
+    intrinsics: Array,
+    extrinsics: Array,
+    size: tuple[int, int],
+    *,
+    grid: tuple[int, int],
+) -> Array:
+    """Return the z-depth at the centres of a `grid` (rows, columns) over views of `size`, 0 = none.
+
+    `intrinsics` `[F, 3, 3]`, `extrinsics` `[F, 4, 4]`; the result is `[F, rows, columns]` float64.
+
+    Example:
+        >>> corners = np.array([[[-9.0, -9.0, 2.0], [9.0, -9.0, 2.0], [0.0, 9.0, 2.0]]])
+        >>> scene = TriangleScene(corners, np.full((1, 3, 3), [0.0, 0.0, -1.0]), lambda s: s.points * 0)
+        >>> cast_views(scene, np.eye(3)[None], np.eye(4)[None], (1, 1), grid=(1, 2))
+        array([[[2., 2.]]])
+    """
+    pixels = _cells(size, grid)
+    rays = [_rays(pixels, k, e) for k, e in zip(intrinsics, extrinsics, strict=True)]
+    depth = scene.depth(np.concatenate([origin for origin, _ in rays]), np.concatenate([d for _, d in rays]))
+    return depth.reshape(len(intrinsics), *grid)
+
+
+def render(
+    scene: TriangleScene,
+    intrinsics: Array,
+    extrinsics: Array,
+    size: tuple[int, int],
+    *,
+    supersampling: int = 2,
+    background: tuple[float, float, float] = (1.0, 1.0, 1.0),
+) -> tuple[Array, Array]:
+    """Render all views of a scene: `(images [F, 3, H, W] uint8, depth [F, 1, H, W] float32)`.
+
+    `intrinsics` `[F, 3, 3]` in pixels of `size` (H, W), `extrinsics` `[F, 4, 4]` world-to-camera. Depth is
+    the z-depth of the ray through the pixel centre, 0 where it meets nothing. Colour is the mean over
+    `supersampling`² rays per pixel; it is antialiased, depth never is.
+
+    Example:
+        >>> corners = np.array([[[-9.0, -9.0, 2.0], [9.0, -9.0, 2.0], [0.0, 9.0, 2.0]]])
+        >>> scene = TriangleScene(corners, np.full((1, 3, 3), [0.0, 0.0, -1.0]), lambda s: s.points * 0)
+        >>> intrinsics = np.array([[[4.0, 0.0, 2.0], [0.0, 4.0, 2.0], [0.0, 0.0, 1.0]]])
+        >>> images, depth = render(scene, intrinsics, np.eye(4)[None], (4, 4))
+        >>> images.shape, bool((depth == 2).all())
+        ((1, 3, 4, 4), True)
+    """
+    height, width = size
+    pixels = _cells(size, (height * supersampling, width * supersampling))
+    rays = [_rays(pixels, k, e) for k, e in zip(intrinsics, extrinsics, strict=True)]
+    origins = np.concatenate([_single(origin) for origin, _ in rays])
+    directions = np.concatenate([_single(direction) for _, direction in rays])
+    colors = np.empty((len(origins), 3), dtype=np.float32)
+    colors[:] = background
+    for start in range(0, len(origins), RAYS_PER_CALL):
+        part = slice(start, start + RAYS_PER_CALL)
+        met, surface = scene.surface(origins[part], directions[part])
+        colors[part][met] = scene.color(surface)
+    samples = colors.reshape(-1, height, supersampling, width, supersampling, 3)
+    steps = range(supersampling)
+    mean = np.sum([samples[:, :, i, :, j] for i in steps for j in steps], axis=0) / supersampling**2
+    images = np.rint(np.clip(mean, 0.0, 1.0) * 255.0).astype(np.uint8).transpose(0, 3, 1, 2)
+    depth = [
+        cast_views(scene, intrinsics[f : f + 1], extrinsics[f : f + 1], size, grid=size)
+        for f in range(len(intrinsics))
+    ]
+    return np.ascontiguousarray(images), np.stack(depth).astype(np.float32)

@@ -1,0 +1,168 @@
+"""Picks views that overlap and hands them out as training samples; a pure function of seed and index."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from cameo.data.overlap import view_overlap
+from cameo.data.views import MultiViewSample, SceneSource, Views, check_sample, images_to_float
+from cameo.errors import DataError
+
+__all__ = ["MultiViewDataset", "choose_views"]
+
+# Scenes whose overlap is remembered; a matrix is 4 F² bytes.
+REMEMBERED_SCENES = 4096
+
+
+def choose_views(
+    overlap: Tensor,
+    rng: np.random.Generator,
+    *,
+    num_views: int,
+    min_overlap: float,
+    max_overlap: float,
+) -> list[int] | None:
+    """Draw a first reference and `num_views - 1` other views that overlap it; None where no set exists.
+
+    A view is admissible if the share of its measured points that the first reference shows,
+    `overlap[view, reference]`, lies in [`min_overlap`, `max_overlap`].
+
+    Example:
+        >>> overlap = torch.tensor([[1.0, 0.5, 0.0], [0.6, 1.0, 0.0], [0.0, 0.0, 1.0]])
+        >>> rng = np.random.default_rng(0)
+        >>> sorted(choose_views(overlap, rng, num_views=2, min_overlap=0.3, max_overlap=0.9))
+        [0, 1]
+    """
+    admissible = (overlap >= min_overlap) & (overlap <= max_overlap)
+    admissible.fill_diagonal_(False)
+    references = (admissible.sum(0) >= num_views - 1).nonzero().flatten().tolist()
+    if not references:
+        return None
+    reference = references[int(rng.integers(len(references)))]
+    others = admissible[:, reference].nonzero().flatten().numpy()
+    chosen = rng.choice(others, size=num_views - 1, replace=False)
+    return [reference, *(int(view) for view in chosen)]
+
+
+class MultiViewDataset(Dataset[MultiViewSample]):
+    """Training samples from a scene source: some reference views and target views that overlap.
+
+    Example:
+        >>> class Wall:
+        ...     def __len__(self):
+        ...         return 1
+        ...     def views(self, scene):
+        ...         extrinsics = torch.eye(4).repeat(3, 1, 1)
+        ...         extrinsics[:, 0, 3] = torch.tensor([0.0, 0.5, 1.0])
+        ...         intrinsics = torch.tensor([[16.0, 0, 8], [0, 16, 8], [0, 0, 1]]).repeat(3, 1, 1)
+        ...         images, depth = torch.rand(3, 3, 16, 16), torch.full((3, 1, 16, 16), 2.0)
+        ...         return Views(images, depth, intrinsics, extrinsics, "wall")
+        >>> sample = MultiViewDataset(Wall(), num_views=2, length=5)[0]
+        >>> sample["images"].shape, sample["num_reference_views"]
+        (torch.Size([2, 3, 16, 16]), 1)
+
+    `dataset[i]` depends on `seed` and `i` only, so a resumed run needs no loader state. Scenes go round in an
+    order drawn anew for each pass.
+
+    - `num_views`: views per sample, references included; `num_reference_views` of them come first.
+    - `min_overlap`, `max_overlap`: bounds of the share of each other view's measured surface points that the
+      first reference shows. Where a scene has no such set, the next scene is taken.
+    - `length`: number of samples; None = scenes times views of the first scene.
+
+    Cameras stay in the world frame of the source. Raises `ValueError` on wrong settings and `DataError` where
+    no scene has an admissible set (with the overlap found), or where a sample is not usable.
+    """
+
+    def __init__(
+        self,
+        source: SceneSource,
+        num_views: int = 4,
+        num_reference_views: int = 1,
+        min_overlap: float = 0.3,
+        max_overlap: float = 0.9,
+        seed: int = 0,
+        length: int | None = None,
+    ) -> None:
+        if num_views < 1:
+            raise ValueError(f"num_views: expected at least 1, got {num_views}")
+        if not 0 <= num_reference_views <= num_views:
+            raise ValueError(
+                f"num_reference_views: expected 0 to num_views={num_views}, got {num_reference_views}"
+            )
+        if not 0.0 <= min_overlap <= max_overlap <= 1.0:
+            raise ValueError(
+                f"min_overlap, max_overlap: expected 0 <= min <= max <= 1, got {min_overlap}, {max_overlap}"
+            )
+        if seed < 0:
+            raise ValueError(f"seed: expected 0 or more, got {seed}")
+        if length is not None and length < 1:
+            raise ValueError(f"length: expected at least 1 or None, got {length}")
+        if len(source) == 0:
+            raise DataError("source: expected at least one scene, got none")
+        self.source, self.seed = source, seed
+        self.num_views, self.num_reference_views = num_views, num_reference_views
+        self.min_overlap, self.max_overlap = min_overlap, max_overlap
+        self.length = length if length is not None else len(source) * len(source.views(0))
+        self._overlaps: OrderedDict[int, Tensor] = OrderedDict()
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> MultiViewSample:
+        """Return sample number `index`; the same for the same seed, in any process and any order."""
+        if not 0 <= index < self.length:
+            raise IndexError(f"index: expected 0 to {self.length - 1}, got {index}")
+        count = len(self.source)
+        order = np.random.default_rng((self.seed, 0, index // count)).permutation(count)
+        for step in range(count):
+            scene = int(order[(index + step) % count])
+            views = self.source.views(scene)
+            chosen = choose_views(
+                self.overlap(scene, views),
+                np.random.default_rng((self.seed, 1, index)),
+                num_views=self.num_views,
+                min_overlap=self.min_overlap,
+                max_overlap=self.max_overlap,
+            )
+            if chosen is not None:
+                return self._sample(views, chosen)
+        raise self._no_admissible_set()
+
+    def overlap(self, scene: int, views: Views | None = None) -> Tensor:
+        """Return the overlap matrix of a scene (see `view_overlap`), measured once and remembered."""
+        if scene not in self._overlaps:
+            self._overlaps[scene] = view_overlap(views if views is not None else self.source.views(scene))
+            if len(self._overlaps) > REMEMBERED_SCENES:
+                self._overlaps.popitem(last=False)
+        return self._overlaps[scene]
+
+    def _sample(self, views: Views, chosen: list[int]) -> MultiViewSample:
+        depth = views.depth[chosen].float()
+        sample = MultiViewSample(
+            images=images_to_float(views.images[chosen]),
+            intrinsics=views.intrinsics[chosen].float(),
+            extrinsics=views.extrinsics[chosen].float(),
+            depth=torch.where(torch.isfinite(depth) & (depth > 0), depth, 0.0),
+            num_reference_views=self.num_reference_views,
+            key=f"{views.key}/{'-'.join(map(str, chosen))}",
+        )
+        check_sample(sample)
+        return sample
+
+    def _no_admissible_set(self) -> DataError:
+        found = []
+        for scene in range(len(self.source)):
+            overlap = self.overlap(scene)
+            found.append(overlap[~torch.eye(len(overlap), dtype=torch.bool)])
+        pairs = torch.cat(found)
+        shown = f"{pairs.min():.2f} to {pairs.max():.2f}" if len(pairs) else "none (one view per scene)"
+        return DataError(
+            f"no scene has {self.num_views} views whose overlap with a reference lies between "
+            f"min_overlap={self.min_overlap} and max_overlap={self.max_overlap}; overlap found: {shown}. "
+            "Widen the bounds, lower num_views, or use more views per scene"
+        )

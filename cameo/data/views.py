@@ -1,0 +1,195 @@
+"""What every data source hands over: the views of one scene, and the sample that training sees.
+
+Axes: F views of a scene, V views of a sample, B samples, H W pixels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NotRequired, Protocol, TypedDict, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from cameo.errors import DataError, ShapeError
+from cameo.geometry import check_cameras
+
+__all__ = ["MultiViewSample", "SceneSource", "Views", "check_sample", "collate", "images_to_float"]
+
+
+@dataclass(frozen=True)
+class Views:
+    """All views of one scene, with cameras and depth.
+
+    - `images` `[F, 3, H, W]`: uint8 in 0..255, or float in [0, 1].
+    - `depth` `[F, 1, H, W]` float32: z-depth in metres; 0, negative or non-finite = no measurement.
+    - `intrinsics` `[F, 3, 3]` float32 in pixels, pixel centres at +0.5.
+    - `extrinsics` `[F, 4, 4]` float32, world-to-camera, OpenCV axes.
+    - `key`: a name for messages.
+
+    Raises `ShapeError` where the fields do not fit each other.
+
+    Example:
+        >>> views = Views(images=torch.zeros(2, 3, 8, 8), depth=torch.ones(2, 1, 8, 8),
+        ...               intrinsics=torch.eye(3).repeat(2, 1, 1), extrinsics=torch.eye(4).repeat(2, 1, 1),
+        ...               key="room")
+        >>> len(views), views.size
+        (2, (8, 8))
+    """
+
+    images: Tensor
+    depth: Tensor
+    intrinsics: Tensor
+    extrinsics: Tensor
+    key: str
+
+    def __post_init__(self) -> None:
+        if self.images.ndim != 4 or self.images.shape[1] != 3:
+            raise ShapeError(f"images of {self.key!r}", expected="[F, 3, H, W]", got=self.images.shape)
+        count, _, height, width = self.images.shape
+        fields = {
+            "depth": (self.depth, (count, 1, height, width)),
+            "intrinsics": (self.intrinsics, (count, 3, 3)),
+            "extrinsics": (self.extrinsics, (count, 4, 4)),
+        }
+        for name, (tensor, expected) in fields.items():
+            if tuple(tensor.shape) != expected:
+                raise ShapeError(f"{name} of {self.key!r}", expected=str(list(expected)), got=tensor.shape)
+
+    def __len__(self) -> int:
+        return self.images.shape[0]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the images in pixels."""
+        return self.images.shape[-2], self.images.shape[-1]
+
+
+@runtime_checkable
+class SceneSource(Protocol):
+    """Anything that has a number of scenes and hands over the views of each.
+
+    A source must be a pure function of the scene index: the same index always gives the same views.
+
+    Example:
+        >>> class OneRoom:
+        ...     def __len__(self) -> int:
+        ...         return 1
+        ...     def views(self, scene: int) -> Views: ...
+        >>> isinstance(OneRoom(), SceneSource)
+        True
+    """
+
+    def __len__(self) -> int:
+        """Return the number of scenes."""
+        ...
+
+    def views(self, scene: int) -> Views:
+        """Return the views of scene number `scene`, 0 <= scene < len(self)."""
+        ...
+
+
+class MultiViewSample(TypedDict):
+    """One training sample; reference (clean, conditioning) views stand first, then target views.
+
+    - `images` `[V, 3, H, W]` float32 in [0, 1]
+    - `intrinsics` `[V, 3, 3]` float32 in pixels, pixel centres at +0.5
+    - `extrinsics` `[V, 4, 4]` float32, world-to-camera, OpenCV axes, in the world frame of the source
+    - `depth` `[V, 1, H, W]` float32 z-depth, 0 = no measurement
+    - `point_map` `[V, 3, H, W]`, optional: world coordinates, non-finite = no measurement
+    - `num_reference_views`: how many views are references
+    - `key`: names the scene and the views, for messages
+
+    `collate` stacks samples: tensors get a leading B, `key` becomes a list.
+    """
+
+    images: Tensor
+    intrinsics: Tensor
+    extrinsics: Tensor
+    depth: Tensor
+    point_map: NotRequired[Tensor]
+    num_reference_views: int
+    key: str
+
+
+def images_to_float(images: Tensor) -> Tensor:
+    """Convert images to float32 in [0, 1]; uint8 is divided by 255, floats keep their values.
+
+    Example:
+        >>> images_to_float(torch.tensor([0, 255], dtype=torch.uint8))
+        tensor([0., 1.])
+    """
+    return images.float() / 255.0 if images.dtype == torch.uint8 else images.float()
+
+
+def check_sample(sample: MultiViewSample) -> None:
+    """Check that the images are finite and in [0, 1] and that the cameras are cameras.
+
+    Raises `DataError` that names the sample's key.
+
+    Example:
+        >>> sample = {"images": torch.full((1, 3, 2, 2), float("nan")), "key": "room/0"}
+        >>> check_sample(sample)
+        Traceback (most recent call last):
+        ...
+        cameo.errors.DataError: sample room/0: images hold NaN or infinite values; check the source's files
+    """
+    images = sample["images"]
+    if not torch.isfinite(images).all():
+        raise DataError(
+            f"sample {sample['key']}: images hold NaN or infinite values; check the source's files"
+        )
+    low, high = images.min().item(), images.max().item()
+    if low < 0.0 or high > 1.0:
+        raise DataError(
+            f"sample {sample['key']}: images expected in [0, 1], got {low:.4g} to {high:.4g}; "
+            "hand over uint8 images or divide by their maximum"
+        )
+    try:
+        check_cameras(sample["intrinsics"][None], sample["extrinsics"][None])
+    except ValueError as error:
+        raise DataError(f"sample {sample['key']}: {error}") from error
+
+
+def collate(samples: list[MultiViewSample]) -> dict[str, object]:
+    """Stack samples into a batch: tensors `[B, ...]`, `key` a list, `num_reference_views` one int.
+
+    Raises `ValueError` on an empty list, on different numbers of reference views, and where one sample has a
+    field that another lacks; `ShapeError` where the shapes differ.
+
+    Example:
+        >>> one = {"images": torch.zeros(2, 3, 4, 4), "num_reference_views": 1, "key": "room/0"}
+        >>> batch = collate([one, one])
+        >>> tuple(batch["images"].shape), batch["num_reference_views"], batch["key"]
+        ((2, 2, 3, 4, 4), 1, ['room/0', 'room/0'])
+    """
+    if not samples:
+        raise ValueError("samples: expected at least one sample, got an empty list")
+    first = samples[0]
+    for sample in samples[1:]:
+        if sample["num_reference_views"] != first["num_reference_views"]:
+            raise ValueError(
+                "num_reference_views must agree within a batch, got "
+                f"{first['num_reference_views']} ({first['key']}) and "
+                f"{sample['num_reference_views']} ({sample['key']}); batch equal samples only"
+            )
+        if sample.keys() != first.keys():
+            different = ", ".join(sorted(sample.keys() ^ first.keys()))
+            raise ValueError(f"fields of {first['key']} and {sample['key']} differ: {different}")
+    batch: dict[str, object] = {}
+    for name, value in first.items():
+        values = [sample[name] for sample in samples]  # type: ignore[literal-required]
+        if isinstance(value, Tensor):
+            for sample, other in zip(samples, values, strict=True):
+                if other.shape != value.shape:
+                    raise ShapeError(
+                        f"{name} of {sample['key']}",
+                        expected=str(list(value.shape)),
+                        got=other.shape,
+                        cure="Samples of one batch need the same number of views and the same image size",
+                    )
+            batch[name] = torch.stack(values)
+        else:
+            batch[name] = values
+    batch["num_reference_views"] = first["num_reference_views"]
+    return batch

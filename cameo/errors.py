@@ -1,0 +1,42 @@
+"""Errors that name the argument, what was expected, what came, and the cure."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+__all__ = ["CaptureError", "DataError", "ShapeError", "unknown_name"]
+
+
+class ShapeError(ValueError):
+    """A tensor has another shape than its axes legend says.
+
+    Example:
+        >>> str(ShapeError("depth", expected="[B, V, 1, H, W]", got=(2, 3, 64, 64)))
+        'depth: expected [B, V, 1, H, W], got [2, 3, 64, 64]'
+    """
+
+    def __init__(self, argument: str, *, expected: str, got: Iterable[int] | str, cure: str = "") -> None:
+        shown = got if isinstance(got, str) else str(list(got))
+        super().__init__(f"{argument}: expected {expected}, got {shown}" + (f". {cure}" if cure else ""))
+
+
+class CaptureError(RuntimeError):
+    """A supervised attention layer did not hand over usable queries and keys."""
+
+
+class DataError(ValueError):
+    """A file or folder of a data set cannot be used as it is; the message names the path."""
+
+
+def unknown_name(kind: str, name: object, known: Iterable[str]) -> ValueError:
+    """Build the error for a name that does not exist: lists what exists and the nearest name.
+
+    Example:
+        >>> str(unknown_name("backbone", "cat3", ["cat3d", "mvdream"]))
+        "unknown backbone 'cat3': did you mean 'cat3d'? Known: cat3d, mvdream"
+    """
+    names = sorted(known)
+    near = difflib.get_close_matches(str(name), names, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return ValueError(f"unknown {kind} {name!r}: {hint}Known: {', '.join(names) or 'none'}")

@@ -1,0 +1,1 @@
+"""One evaluation for all backbones."""

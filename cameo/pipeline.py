@@ -1,0 +1,59 @@
+"""What a backbone's pipeline offers to the shared recipes and to the shared evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+__all__ = ["MultiViewPipeline", "TrainingInputs"]
+
+
+@dataclass
+class TrainingInputs:
+    """One noised multi-view batch, ready for the denoiser: `output = denoiser(*args, **kwargs)`.
+
+    Attributes:
+        args, kwargs: arguments of the denoiser's forward.
+        noisy: what the denoiser sees of each view, `[B, V, C, h, w]`; reference views are clean.
+        target: what it shall predict, `[B, V, C, h, w]`.
+        loss_views: views that carry the denoising loss, bool `[V]`.
+        timesteps: integers `[B]`, shared by the views of a sample.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    noisy: Tensor
+    target: Tensor
+    loss_views: Tensor
+    timesteps: Tensor
+
+
+class MultiViewPipeline(Protocol):
+    """A denoiser with everything around it; batches are the samples of `cameo.data`, stacked."""
+
+    denoiser: nn.Module
+
+    @property
+    def num_train_timesteps(self) -> int:
+        """Number of noise levels `T`; time steps run from 0 (clean) to `T - 1`."""
+
+    def latent_shape(self, image_shape: Sequence[int]) -> tuple[int, ...]:
+        """Shape `[B, V, C, h, w]` of the noise for images `[B, V, 3, H, W]`."""
+
+    def training_inputs(self, batch: Mapping[str, Any], **options: Any) -> TrainingInputs:
+        """Noise a batch and build the denoiser's conditioning and target."""
+
+    def denoising_loss(self, output: Any, inputs: TrainingInputs) -> Tensor:
+        """Mean squared error of each sample over the views that carry a loss, `[B]`."""
+
+    def predict_clean(self, output: Any, inputs: TrainingInputs) -> Tensor:
+        """Images in [0, 1], `[B, V, 3, H, W]`, that the denoiser's output stands for."""
+
+    def sample(self, batch: Mapping[str, Any], **options: Any) -> Tensor:
+        """Generate the target views of a batch from its reference views, `[B, V - R, 3, H, W]` in [0, 1]."""
+
+    def save_pretrained(self, folder: str, **options: Any) -> Any:
+        """Write all components in diffusers' folder layout."""
