@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from cameo.adapters.released import RELEASED
 from torch import nn
 
-from cameo.adapters.released import RELEASED
 from cameo.backbone import Backbone
 from cameo.capture import AttentionSite
 from cameo.errors import DataError, unknown_name
@@ -18,13 +18,16 @@ from cameo.layout import TokenLayout
 
 __all__ = ["BUNDLED", "Cat3D"]
 
-SELF_ATTENTION = re.compile(r"(down_blocks|mid_block|up_blocks)(?:\.(\d+))?\.attentions\.(\d+)\.transformer_blocks\.0\.attn1")
+SELF_ATTENTION = re.compile(
+    r"(down_blocks|mid_block|up_blocks)(?:\.(\d+))?\.attentions\.(\d+)\.transformer_blocks\.0\.attn1"
+)
 BUNDLED = "bundled:cat3d-tiny"
 _WEIGHTS = Path(__file__).parent / "weights"
 
 
 class Cat3D(Backbone):
-    """All views denoised together, joined in every self-attention; ray maps and a clean/noised mask as condition.
+    """All views denoised together, joined in every self-attention; ray maps and a clean/noised mask as
+    condition.
 
     Presets: `tiny` (pixel space, 64 px, CPU), `small` (pixel space, 128 px, one GPU). Released weights:
     Stable Diffusion 2.1, whose first convolution is widened with zeros for the condition channels.
@@ -64,8 +67,9 @@ class Cat3D(Backbone):
                 "Call cameo.adapters.cat3d_pipeline.inflate(unet) first, or build a Cat3DPipeline around it"
             )
         return (
-            f"{type(model).__name__} has no modules named like down_blocks.0.attentions.0.transformer_blocks.0.attn1. "
-            "Pass the U-Net itself (pipeline.unet), a UNet2DConditionModel with cross-attention blocks"
+            f"{type(model).__name__} has no modules named like "
+            "down_blocks.0.attentions.0.transformer_blocks.0.attn1. Pass the U-Net itself (pipeline.unet), "
+            "a UNet2DConditionModel with cross-attention blocks"
         )
 
     def sites(self, model: nn.Module) -> list[AttentionSite]:
@@ -75,11 +79,13 @@ class Cat3D(Backbone):
         for index, (path, attention) in enumerate(self._self_attentions(model).items()):
             latent_stride = getattr(attention.processor, "latent_stride", None)
             stride = latent_stride * 2 ** self._level(model, path) if latent_stride else None
-            found.append(AttentionSite(index, path, int(attention.heads), layout, stride))  # type: ignore[arg-type]
+            found.append(AttentionSite(index, path, int(attention.heads), layout, stride))  # type:
+            ignore[arg - type]
         return found
 
     def default_layer(self, model: nn.Module) -> int:
-        """First attention of the up block one level below full resolution (SD 2.1: 10, the paper's best layer)."""
+        """First attention of the up block one level below full resolution (SD 2.1: 10, the paper's best "
+        "layer)."""
         wanted = f"up_blocks.{max(len(model.up_blocks) - 2, 0)}.attentions.0."  # type: ignore[arg-type]
         sites = self.sites(model)
         return next((site.index for site in sites if site.path.startswith(wanted)), len(sites) - 1)
@@ -99,13 +105,13 @@ class Cat3D(Backbone):
 
         Args:
             preset: "tiny" or "small".
-            **options: override a preset's values: `image_size`, `patch_size`, `block_out_channels`, `attention_levels`
-                (per resolution, finest first), `layers_per_block`, `heads`, `norm_num_groups`, `prediction_type`,
-                `zero_terminal_snr`.
+            **options: override a preset's values: `image_size`, `patch_size`, `block_out_channels`,
+            `attention_levels`
+                (per resolution, finest first), `layers_per_block`, `heads`, `norm_num_groups`,
+                `prediction_type`, `zero_terminal_snr`.
         """
-        from diffusers import UNet2DConditionModel
-
         from cameo.adapters.cat3d_pipeline import CONDITION_CHANNELS, Cat3DPipeline
+        from diffusers import UNet2DConditionModel
 
         if preset not in self.presets:
             raise unknown_name("preset of cat3d", preset, self.presets)
@@ -142,16 +148,17 @@ class Cat3D(Backbone):
         return Cat3DPipeline(unet, scheduler, patch_size=values["patch_size"])
 
     def load(self, name_or_path: str, *, revision: str | None = None, **options: Any) -> Any:
-        """Load a saved `Cat3DPipeline`, the bundled base (`bundled:cat3d-tiny`), or start from Stable Diffusion.
+        """Load a saved `Cat3DPipeline`, the bundled base (`bundled:cat3d-tiny`), or start from Stable
+        Diffusion.
 
         Args:
             name_or_path: Hub id or folder in diffusers layout, or `bundled:cat3d-tiny`.
             revision: commit, tag or branch of a Hub id; default the one in `cameo.adapters.released`.
-            **options: passed to `from_pretrained`; for Stable Diffusion also `prediction_type`, `zero_terminal_snr`.
+            **options: passed to `from_pretrained`; for Stable Diffusion also `prediction_type`,
+            `zero_terminal_snr`.
         """
-        from diffusers import DiffusionPipeline
-
         from cameo.adapters.cat3d_pipeline import Cat3DPipeline
+        from diffusers import DiffusionPipeline
 
         if name_or_path.startswith("bundled:"):
             folder = _WEIGHTS / name_or_path.removeprefix("bundled:")
@@ -197,7 +204,8 @@ class Cat3D(Backbone):
 
 
 def noise_schedule(prediction_type: str = "v_prediction", *, zero_terminal_snr: bool = True) -> Any:
-    """Stable Diffusion's noise schedule as a `DDIMScheduler`, by default with zero terminal SNR (arXiv 2305.08891)."""
+    """Stable Diffusion's noise schedule as a `DDIMScheduler`, by default with zero terminal SNR (arXiv "
+    "2305.08891)."""
     from diffusers import DDIMScheduler
 
     return DDIMScheduler(
@@ -223,12 +231,11 @@ def from_stable_diffusion(
 ) -> Any:
     """Start a `Cat3DPipeline` from Stable Diffusion's U-Net and VAE.
 
-    The first convolution gets 7 more input channels with zero weights, so at the start the model ignores the cameras
-    and each view is denoised as Stable Diffusion would with an empty cross-attention.
+    The first convolution gets 7 more input channels with zero weights, so at the start the model ignores the
+    cameras and each view is denoised as Stable Diffusion would with an empty cross-attention.
     """
-    from diffusers import AutoencoderKL, UNet2DConditionModel
-
     from cameo.adapters.cat3d_pipeline import CONDITION_CHANNELS, Cat3DPipeline
+    from diffusers import AutoencoderKL, UNet2DConditionModel
 
     unet = UNet2DConditionModel.from_pretrained(name_or_path, subfolder="unet", revision=revision, **options)
     vae = AutoencoderKL.from_pretrained(name_or_path, subfolder="vae", revision=revision, **options)

@@ -1,8 +1,10 @@
 """A CAT3D-style multi-view diffusion model on diffusers' `UNet2DConditionModel`.
 
-All views of a sample are denoised together: self-attention joins their tokens. Each view is conditioned on its ray
-map (Pluecker coordinates in the first view's camera frame) and a mask that tells clean reference views from noised
-target views; reference views come first and enter as clean latents. Source: CAT3D, arXiv 2405.10314, section 3.1.
+All views of a sample are denoised together: self-attention joins their tokens. Each view is conditioned on
+    its ray
+map (Pluecker coordinates in the first view's camera frame) and a mask that tells clean reference views from
+noised target views; reference views come first and enter as clean latents. Source: CAT3D, arXiv 2405.10314,
+section 3.1.
 """
 
 from __future__ import annotations
@@ -28,8 +30,8 @@ CONDITION_CHANNELS = 7  # mask, ray direction (3), ray moment (3)
 class JointViewAttnProcessor:
     """Attention processor in which the tokens of all views of a sample attend to each other.
 
-    Takes `num_views` through `cross_attention_kwargs`. With `join=False` (text cross-attention) it accepts the
-    argument and attends per view. xformers is used on request and on CUDA only: it has no CPU kernel.
+    Takes `num_views` through `cross_attention_kwargs`. With `join=False` (text cross-attention) it accepts
+    the argument and attends per view. xformers is used on request and on CUDA only: it has no CPU kernel.
     """
 
     def __init__(self, *, join: bool, use_xformers: bool = False, latent_stride: int | None = None) -> None:
@@ -66,10 +68,12 @@ def inflate(
 ) -> UNet2DConditionModel:
     """Let every self-attention of `unet` attend across views, in place; the weights stay as they are.
 
-    `latent_stride` (image pixels per latent cell side) lets the layers tell their token grid for an image size.
+    `latent_stride` (image pixels per latent cell side) lets the layers tell their token grid for an image
+    size.
 
     Example:
-        >>> unet = UNet2DConditionModel(sample_size=8, block_out_channels=(32,), layers_per_block=1, norm_num_groups=8,
+        >>> unet = UNet2DConditionModel(sample_size=8, block_out_channels=(32,), layers_per_block=1,
+        norm_num_groups=8,
         ...     down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",),
         ...     cross_attention_dim=8, attention_head_dim=4)
         >>> context = torch.zeros(6, 1, 8)
@@ -109,26 +113,33 @@ class Cat3DPipeline(DiffusionPipeline):
     """
 
     model_cpu_offload_seq = "unet->vae"
-    _optional_components = ("vae",)
+    _optional_components = ["vae"]  # noqa: RUF012 - diffusers concatenates lists
 
     def __init__(
-        self, unet: UNet2DConditionModel, scheduler: DDIMScheduler, vae: nn.Module | None = None, patch_size: int = 4
+        self,
+        unet: UNet2DConditionModel,
+        scheduler: DDIMScheduler,
+        vae: nn.Module | None = None,
+        patch_size: int = 4,
     ) -> None:
         super().__init__()
         settings = scheduler.config
         if settings.prediction_type not in ("v_prediction", "epsilon"):
-            raise ValueError(f"scheduler.prediction_type: expected v_prediction or epsilon, got {settings.prediction_type}")
+            raise ValueError(
+                f"scheduler.prediction_type: expected v_prediction or epsilon, got {settings.prediction_type}"
+            )
         if settings.prediction_type == "epsilon" and settings.rescale_betas_zero_snr:
             raise ValueError(
-                "scheduler: epsilon-prediction is not defined at zero terminal SNR; use prediction_type='v_prediction' "
-                "or rescale_betas_zero_snr=False"
+                "scheduler: epsilon-prediction is not defined at zero terminal SNR; use "
+                "prediction_type='v_prediction' or rescale_betas_zero_snr=False"
             )
         channels = unet.config.in_channels - CONDITION_CHANNELS
         expected = vae.config.latent_channels if vae is not None else 3 * patch_size**2
         if channels != expected or unet.config.out_channels != expected:
             raise ValueError(
-                f"unet: expected {expected + CONDITION_CHANNELS} input and {expected} output channels (latent plus "
-                f"{CONDITION_CHANNELS} condition channels), got {unet.config.in_channels} and {unet.config.out_channels}"
+                f"unet: expected {expected + CONDITION_CHANNELS} input and {expected} output channels "
+                f"(latent plus {CONDITION_CHANNELS} condition channels), got {unet.config.in_channels} and "
+                f"{unet.config.out_channels}"
             )
         self.register_modules(unet=unet, scheduler=scheduler, vae=vae)
         self.register_to_config(patch_size=patch_size)
@@ -160,11 +171,13 @@ class Cat3DPipeline(DiffusionPipeline):
         return batch, views, self.unet.config.out_channels, height // stride, width // stride
 
     def enable_xformers_memory_efficient_attention(self, attention_op: Any = None) -> None:
-        """Use xformers' kernel on CUDA, with the views still joined (diffusers' own switch would separate them)."""
+        """Use xformers' kernel on CUDA, with the views still joined (diffusers' own switch would separate "
+        "them)."""
         inflate(self.unet, use_xformers=True, latent_stride=self.latent_stride)
 
     def encode(self, images: Tensor) -> Tensor:
-        """Images `[B, V, 3, H, W]` in [0, 1] to latents `[B, V, C, h, w]`; a VAE's distribution gives its mode."""
+        """Images `[B, V, 3, H, W]` in [0, 1] to latents `[B, V, C, h, w]`; a VAE's distribution gives its "
+        "mode."""
         height, width = images.shape[-2:]
         multiple = self.latent_stride * 2 ** (len(self.unet.config.block_out_channels) - 1)
         if height % multiple or width % multiple:
@@ -184,7 +197,9 @@ class Cat3DPipeline(DiffusionPipeline):
             patch = self.config.patch_size
             images = rearrange(latents, "b v (c p q) h w -> b v c (h p) (w q)", p=patch, q=patch)
         else:
-            flat = rearrange(latents, "b v c h w -> (b v) c h w") / getattr(self.vae.config, "scaling_factor", 1.0)
+            flat = rearrange(latents, "b v c h w -> (b v) c h w") / getattr(
+                self.vae.config, "scaling_factor", 1.0
+            )
             images = self.vae.decode(flat.to(self.vae.dtype)).sample.to(latents.dtype)
             images = rearrange(images, "(b v) c h w -> b v c h w", b=latents.shape[0])
         return (images / 2 + 0.5).clamp(0, 1)
@@ -221,11 +236,18 @@ class Cat3DPipeline(DiffusionPipeline):
         images: Tensor = batch["images"]
         samples, views, references = images.shape[0], images.shape[1], int(batch["num_reference_views"])
         if not 0 < references < views:
-            raise ValueError(f"num_reference_views: expected 1 to {views - 1} of {views} views, got {references}")
+            raise ValueError(
+                f"num_reference_views: expected 1 to {views - 1} of {views} views, got {references}"
+            )
         with torch.no_grad():
             clean = self.encode(images)
-            condition = self.condition(batch["intrinsics"], batch["extrinsics"], references, images.shape[-2:])
-        draw: dict[str, Any] = {"generator": generator, "device": generator.device if generator else images.device}
+            condition = self.condition(
+                batch["intrinsics"], batch["extrinsics"], references, images.shape[-2:]
+            )
+        draw: dict[str, Any] = {
+            "generator": generator,
+            "device": generator.device if generator else images.device,
+        }
         if timesteps is None:
             timesteps = torch.randint(self.num_train_timesteps, (samples,), **draw)
         if noise is None:
@@ -254,7 +276,9 @@ class Cat3DPipeline(DiffusionPipeline):
     def predict_clean(self, output: Any, inputs: TrainingInputs) -> Tensor:
         """Images that the output stands for; reference views come back as they went in."""
         prediction = self._prediction(output, inputs.noisy.shape[0]).float()
-        alpha = self.scheduler.alphas_cumprod.to(prediction.device)[inputs.timesteps][:, None, None, None, None]
+        alpha = self.scheduler.alphas_cumprod.to(prediction.device)[inputs.timesteps][
+            :, None, None, None, None
+        ]
         noisy = inputs.noisy.float()
         if self.scheduler.config.prediction_type == "epsilon":
             clean = (noisy - (1 - alpha).sqrt() * prediction) / alpha.sqrt()
@@ -275,8 +299,8 @@ class Cat3DPipeline(DiffusionPipeline):
         """Generate the target views by DDIM.
 
         Args:
-            batch: `intrinsics, extrinsics [B, V, ...]`, `num_reference_views` R, and `images [B, >= R, 3, H, W]`, of
-                which only the first R are looked at.
+            batch: `intrinsics, extrinsics [B, V, ...]`, `num_reference_views` R, and `images [B, >= R, 3, H,
+                W]`, of which only the first R are looked at.
             num_inference_steps: number of denoising steps.
             guidance_scale: classifier-free guidance on the cameras; 1 switches it off.
             generator: the same seed gives the same views.

@@ -110,7 +110,7 @@ def alignment_loss(
     """Cross-entropy of the attention between views against the true matches; a scalar.
 
     Example:
-        >>> from cameo.correspondence import Correspondence
+        >>> from cameo import Correspondence
         >>> index = torch.full((1, 2, 2, 16), -1)
         >>> index[0, 0, 1], index[0, 1, 0] = torch.arange(16), torch.arange(16)
         >>> match = Correspondence(index=index, sizes=((4, 4), (4, 4)))
@@ -190,7 +190,7 @@ def supervision_weights(
     """Weight [B, V, V, N] of each -log p[match] in the alignment loss, which is their weighted sum.
 
     Example:
-        >>> from cameo.correspondence import Correspondence
+        >>> from cameo import Correspondence
         >>> index = torch.full((1, 2, 2, 4), -1)
         >>> index[0, 0, 1, :2] = 3
         >>> supervision_weights(Correspondence(index=index, sizes=((2, 2), (2, 2))))[0, 0, 1].tolist()

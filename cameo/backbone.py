@@ -1,6 +1,7 @@
 """What a backbone adapter provides, and the registry that finds adapters by name.
 
-An adapter is one module and one registration: the entry-point group `cameo.backbones` of an installed package, or
+An adapter is one module and one registration: the entry-point group `cameo.backbones` of an installed
+    package, or
 `register_backbone` in a script. The core never imports adapters by itself.
 """
 
@@ -23,11 +24,22 @@ _registry: dict[str, type[Backbone]] = {}
 
 
 class Backbone:
-    """Base class of the adapters. Two duties, kept apart.
+    """Base class of the adapters, with two duties that are kept apart.
 
-    *Attach*: recognise a model by its structure, list its cross-view attention layers, give their token layout.
-    *Train and sample*: build the backbone's pipeline from a preset or a released checkpoint. An adapter that only
-    attaches leaves the second part out; its methods then raise `NotImplementedError` with the backbone's name.
+    Example:
+        >>> from cameo import TokenLayout
+        >>> class Joint(Backbone):
+        ...     def recognises(self, model):
+        ...         return hasattr(model, "joint_attention")
+        ...     def sites(self, model):
+        ...         return [AttentionSite(0, "joint_attention", heads=8, layout=TokenLayout("b (v h w)"))]
+        ...     def default_layer(self, model):
+        ...         return 0
+
+    *Attach*: recognise a model by its structure, list its cross-view attention layers, give their token
+    layout. *Train and sample*: build the backbone's pipeline from a preset or a released checkpoint. An
+    adapter that only attaches leaves the second part out; its methods then raise `NotImplementedError` with
+    the backbone's name.
     """
 
     name: ClassVar[str]
@@ -78,13 +90,24 @@ def register_backbone(name: str) -> Callable[[type[Backbone]], type[Backbone]]:
         True
 
     Raises:
-        ValueError: if another class already has the name.
+        ValueError: if another class, or an installed package, already has the name.
+        TypeError: if the class is not a `Backbone`.
     """
 
     def register(adapter: type[Backbone]) -> type[Backbone]:
+        if not (isinstance(adapter, type) and issubclass(adapter, Backbone)):
+            raise TypeError(
+                f"backbone {name!r}: expected a subclass of cameo.backbone.Backbone, got {adapter!r}"
+            )
+        ours = f"{adapter.__module__}:{adapter.__qualname__}"
         known = _registry.get(name)
-        if known is not None and known.__qualname__ != adapter.__qualname__:
-            raise ValueError(f"backbone {name!r} is already registered by {known.__module__}.{known.__qualname__}")
+        others = (
+            [f"{known.__module__}:{known.__qualname__}"]
+            if known is not None
+            else [point.value for point in entry_points(group=ENTRY_POINT_GROUP, name=name)]
+        )
+        if others and ours not in others:  # running the same definition again, as in a notebook, is fine
+            raise ValueError(f"backbone {name!r} is already registered by {others[0]}; choose another name")
         adapter.name = name
         _registry[name] = adapter
         return adapter
@@ -111,20 +134,31 @@ def get_backbone(name: str) -> Backbone:
 
     Raises:
         ValueError: for an unknown name; lists the known ones and the nearest.
+        ImportError: if the package that provides it is broken.
     """
     if name not in _registry:
         points = entry_points(group=ENTRY_POINT_GROUP, name=name)
         if not points:
             raise unknown_name("backbone", name, backbones())
         if len(points) > 1:
-            warnings.warn(f"several packages provide the backbone {name!r}: {points}; using the first", stacklevel=2)
-        register_backbone(name)(next(iter(points)).load())
+            warnings.warn(
+                f"several packages provide the backbone {name!r}: {points}; using the first", stacklevel=2
+            )
+        point = next(iter(points))
+        try:
+            adapter = point.load()
+        except (ImportError, AttributeError) as error:
+            raise ImportError(
+                f"backbone {name!r}: its entry point {point.value!r} cannot be loaded: {error}"
+            ) from error
+        register_backbone(name)(adapter)
     return _registry[name]()
 
 
 def core_module(model: nn.Module) -> nn.Module:
     """Return the model inside PEFT's `PeftModel`; any other module is returned as it is."""
-    unwrapped = model.get_base_model() if hasattr(model, "get_base_model") else model
+    get_base_model = getattr(model, "get_base_model", None)
+    unwrapped = get_base_model() if callable(get_base_model) else model
     return unwrapped if isinstance(unwrapped, nn.Module) else model
 
 
@@ -139,7 +173,8 @@ def find_site(sites: Sequence[AttentionSite], layer: int | str) -> AttentionSite
         if not 0 <= layer < len(sites):
             raise ValueError(
                 f"layer {layer} does not exist: this model has {len(sites)} cross-view attention layers, "
-                f"0 to {len(sites) - 1} in execution order: " + ", ".join(f"{s.index} {s.path}" for s in sites)
+                f"0 to {len(sites) - 1} in execution order: "
+                + ", ".join(f"{s.index} {s.path}" for s in sites)
             )
         site = sites[layer]
     elif isinstance(layer, str) and layer in by_name:

@@ -49,7 +49,7 @@ class CardFacts:
         class_name: class of the base module.
         component: name of the denoiser in its pipeline, the prefix of a LoRA file's keys.
         plain_class: whether diffusers has the class.
-        licence: front-matter entries `license`, and for `other` also `license_name`, `license_link`; may be empty.
+        licence: front-matter entries, see `cameo.licence.find_licence`; may be empty.
         has_head: whether the alignment head is in the folder.
         pipeline_tag: task on the Hub.
         adapter: facts about the adapter's size.
@@ -77,8 +77,8 @@ def model_card(facts: CardFacts) -> str:
 
     Example:
         >>> config = CameoConfig(backbone=None, layers=["mid.attn1"])
-        >>> text = model_card(CardFacts("me/rooms", True, "peft", config, "Net", "unet", False, {"license": "mit"}))
-        >>> text.splitlines()[:2]
+        >>> facts = CardFacts("me/rooms", True, "peft", config, "Net", "unet", False, {"license": "mit"})
+        >>> model_card(facts).splitlines()[:2]
         ['---', 'license: mit']
 
     Source: Hub documentation, "Model cards".
@@ -103,16 +103,15 @@ def _front_matter(facts: CardFacts) -> str:
     from huggingface_hub import ModelCardData
 
     adapter = facts.form in ADAPTER_FORMATS
-    relation: dict[str, str] = {}
+    entries: dict[str, Any] = dict(facts.licence)
     if base := hub_id(facts.config.base_model):
-        relation = {"base_model": base, "base_model_relation": "adapter" if adapter else "finetune"}
+        entries["base_model"] = base
+        entries["base_model_relation"] = "adapter" if adapter else "finetune"
     tags = [*TAGS, *([facts.config.backbone] if facts.config.backbone else [])]
     if facts.adapter.get("type", "").lower() == "lora":
         tags.append("lora")
     library = {"peft": "peft", "module": "pytorch"}.get(facts.form, "diffusers")
-    data = ModelCardData(
-        **facts.licence, library_name=library, pipeline_tag=facts.pipeline_tag, tags=tags, **relation
-    )
+    data = ModelCardData(library_name=library, pipeline_tag=facts.pipeline_tag, tags=tags, **entries)
     return str(data.to_yaml())
 
 
@@ -125,52 +124,55 @@ def _introduction(facts: CardFacts) -> str:
     return (
         f"# {facts.place.rpartition('/')[2]}\n\n"
         f"{KINDS[facts.form]} for {backbone} (`{facts.class_name}`), trained with "
-        f"[CAMEO](https://arxiv.org/abs/{PAPER}): during training the attention between views is supervised with "
-        "geometric correspondence. Inference needs nothing of it: the model runs as the base model does."
+        f"[CAMEO](https://arxiv.org/abs/{PAPER}): during training the attention between views is supervised "
+        "with geometric correspondence. Inference needs nothing of it: the model runs as the base model does."
     )
 
 
 def _usage(facts: CardFacts) -> str:
-    adapter = facts.form in ADAPTER_FORMATS
-    base = facts.config.base_model
-    by_name = base is not None and not base.startswith("preset:") and facts.config.backbone is not None
-    argument, needed = "", ""
-    if (adapter and not by_name) or facts.form == "module":
-        argument = ", base_model=base"
-        needed = f"`base` is the `{facts.class_name}` this was trained on, loaded by your own code.\n\n"
     variable = facts.component if facts.component.isidentifier() else "denoiser"
+    argument, needed = "", ""
+    if _needs_base(facts):
+        argument = ", base_model=base"
+        needed = f"`base` is the `{facts.class_name}` this was trained on, loaded by your own code."
     lines = ["import cameo", "", f'model = cameo.from_pretrained("{facts.place}"{argument})']
     lines.append(f"{variable} = model.unwrap()  # the denoiser itself, in eval mode")
-    parts = ["## Use", "With cameo (`pip install cameo-diffusion`):", needed.strip(), _code(lines)]
+    parts = ["## Use", "With cameo (`pip install cameo-diffusion`):", needed, _code(lines)]
     return "\n\n".join(part for part in [*parts, *_usage_without_cameo(facts, variable)] if part)
+
+
+def _needs_base(facts: CardFacts) -> bool:
+    """Whether `from_pretrained` cannot find the base, or the model's class, by itself."""
+    base, backbone = facts.config.base_model or "", facts.config.backbone
+    by_name = bool(base) and backbone is not None
+    if facts.form in ADAPTER_FORMATS:
+        return not by_name or base.startswith("preset:")
+    if facts.form == "diffusers" and backbone is None:
+        return not facts.plain_class
+    return facts.form != "pipeline" and not by_name
 
 
 def _usage_without_cameo(facts: CardFacts, variable: str) -> list[str]:
     name, place = facts.class_name, facts.place
     if facts.form == "diffusers_lora":
         text = f"Without cameo, on the base model's `{variable}` (a `{name}`), in plain diffusers:"
-        code = [
-            f'{variable}.load_lora_adapter("{place}", prefix="{facts.component}", weight_name="pytorch_lora_weights.safetensors")'
-        ]
+        options = f'prefix="{facts.component}", weight_name="{LORA_FILE}"'
+        code = [f'{variable}.load_lora_adapter("{place}", {options})']
     elif facts.form == "peft":
         text = f"Without cameo, with PEFT; `base` is the `{name}` this was trained on:"
         code = ["from peft import PeftModel", "", f'model = PeftModel.from_pretrained(base, "{place}")']
     elif facts.form == "module":
         text = f"Without cameo; `base` is a `{name}`:"
-        path = f'"{place}/model.safetensors"'
-        code = ["from safetensors.torch import load_model"]
+        path, code = f'"{place}/{MODULE_FILE}"', ["from safetensors.torch import load_model"]
         if facts.on_hub:
-            path = f'hf_hub_download("{place}", "model.safetensors")'
+            path = f'hf_hub_download("{place}", "{MODULE_FILE}")'
             code.insert(0, "from huggingface_hub import hf_hub_download")
         code += ["", f"load_model(base, {path})"]
     elif facts.plain_class:
         text = "Without cameo, in plain diffusers:"
-        subfolder = f', subfolder="{facts.component}"' if facts.form == "pipeline" else ""
-        code = [
-            f"from diffusers import {name}",
-            "",
-            f'{variable} = {name}.from_pretrained("{place}"{subfolder})',
-        ]
+        folder = f', subfolder="{facts.component}"' if facts.form == "pipeline" else ""
+        code = [f"from diffusers import {name}", ""]
+        code.append(f'{variable} = {name}.from_pretrained("{place}"{folder})')
     else:
         return [f"Without cameo the weights load with the class `{name}` of the base model's own code."]
     joined = "How the views meet in the attention is part of the base model's own code, not of these files."
@@ -222,9 +224,8 @@ def _metrics(metrics: Metrics | None) -> str:
 def _pictures(facts: CardFacts) -> str:
     if not facts.pictures:
         return ""
-    return "## Pictures\n\n" + "\n\n".join(
-        f"![{_plain(text)}]({path})\n\n{_plain(text)}" for text, path in facts.pictures.items()
-    )
+    shown = [f"![{_plain(text)}]({path})\n\n{_plain(text)}" for text, path in facts.pictures.items()]
+    return "## Pictures\n\n" + "\n\n".join(shown)
 
 
 def _licence_text(facts: CardFacts) -> str:
@@ -241,9 +242,8 @@ def _code(lines: Sequence[str]) -> str:
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(
-        "| " + " | ".join(_plain(cell).replace("|", "\\|") for cell in line) + " |" for line in lines
-    )
+    cells = [[_plain(cell).replace("|", "\\|") for cell in line] for line in lines]
+    return "\n".join("| " + " | ".join(line) + " |" for line in cells)
 
 
 def _plain(text: str) -> str:
@@ -264,8 +264,8 @@ def copy_pictures(pictures: Pictures | None, folder: Path) -> dict[str, str]:
     """Copy pictures into `folder/pictures` and return caption to relative path.
 
     Args:
-        pictures: caption to picture, or a list of paths (the file's name is the caption). A picture is a path or a
-            `PIL.Image`, which is written as PNG.
+        pictures: caption to picture, or a list of paths (the file's name is the caption). A picture is a
+            path, or a `PIL.Image` that is written as PNG.
         folder: where the card stands.
 
     Raises:

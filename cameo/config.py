@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -59,26 +60,47 @@ class CameoConfig:
         """Read a `cameo_config.json` or the folder that holds it.
 
         Raises:
-            DataError: if the file is missing or is not JSON; names the path.
-            ValueError: for an unknown key.
+            DataError: if the file is missing, is not JSON, or has unknown or missing keys; names the path.
         """
         path = Path(path)
         path = path / CONFIG_NAME if path.is_dir() else path
         if not path.is_file():
-            raise DataError(f"{path}: no such file; a folder saved by CameoModel.save_pretrained holds {CONFIG_NAME}")
+            raise DataError(
+                f"{path}: no such file; a folder saved by CameoModel.save_pretrained holds {CONFIG_NAME}"
+            )
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
+        except ValueError as error:
             raise DataError(f"{path}: not valid JSON ({error})") from error
-        return cls.from_dict(values)
+        if not isinstance(values, dict):
+            raise DataError(f"{path}: expected a JSON object, got {type(values).__name__}")
+        try:
+            return cls.from_dict(values)
+        except ValueError as error:
+            raise DataError(f"{path}: {error}") from error
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> CameoConfig:
-        """Build from a mapping; an unknown key is an error that names the nearest."""
+        """Build from a mapping.
+
+        Example:
+            >>> CameoConfig.from_dict({"backbone": "cat3d", "layers": ["mid_block.attentions.0"]}).weight
+            0.02
+
+        Raises:
+            ValueError: for an unknown key, naming the nearest; for a missing one; for layers that are not a
+                list.
+        """
         known = [entry.name for entry in fields(cls)]
         for name in values:
             if name not in known:
                 raise unknown_name(f"key in {CONFIG_NAME}", name, known)
+        for name in ("backbone", "layers"):
+            if name not in values:
+                raise ValueError(f"key {name!r} is missing")
+        layers = values["layers"]
+        if not isinstance(layers, list) or not all(isinstance(path, str) for path in layers):
+            raise ValueError(f"layers: expected a list of module paths, got {layers!r}")
         return cls(**values)
 
 
@@ -86,7 +108,7 @@ def write_atomically(path: str | Path, content: str | bytes) -> None:
     """Write a whole file under a temporary name in the same folder, then rename it into place."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
     try:
         temporary.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
         temporary.replace(path)

@@ -11,8 +11,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from cameo.cameras import check_depth
 from cameo.errors import ShapeError
-from cameo.geometry import as_grid, check_depth
+from cameo.geometry import as_grid
 from cameo.matching import match_depth, match_point_maps
 
 __all__ = ["Correspondence", "GridSize"]

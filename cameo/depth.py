@@ -87,12 +87,11 @@ def sample_slopes(slopes: Tensor, xy: Tensor) -> Tensor:
     share = position - 0.5 - corner
     share = torch.stack([1 - share, share], dim=-1)  # [B, V, M, xy, low or high]
     weight = rearrange(share[..., 1, :, None] * share[..., 0, None, :], "b v m y x -> b v m (y x)")
-    step = corner.new_tensor([0.0, 1.0])
-    columns = (
-        (corner[..., 0, None] + step).clamp(0, width - 1)[..., None, :].expand(*x.shape, 2, 2).flatten(-2)
-    )
-    rows = (corner[..., 1, None] + step).clamp(0, height - 1)[..., None].expand(*x.shape, 2, 2).flatten(-2)
-    pixel = rearrange((rows * width + columns).long(), "b v m k -> b v 1 (m k)").expand(-1, -1, 3, -1)
+    step = torch.arange(2, device=xy.device)
+    columns = (corner[..., 0, None].long() + step).clamp(0, width - 1)[..., None, :]
+    rows = (corner[..., 1, None].long() + step).clamp(0, height - 1)[..., :, None]
+    columns, rows = (axis.expand(*x.shape, 2, 2).flatten(-2) for axis in (columns, rows))
+    pixel = rearrange(rows * width + columns, "b v m k -> b v 1 (m k)").expand(-1, -1, 3, -1)
     found = torch.gather(slopes.flatten(-2), -1, pixel)
     inverse, slope_x, slope_y = rearrange(found, "b v c (m k) -> c b v m k", k=4)
     weight = weight * (inverse > 0)

@@ -13,6 +13,14 @@ import torch
 from einops import einsum, rearrange
 from torch import Tensor
 
+from cameo.cameras import (
+    at_least_float32,
+    check_cameras,
+    check_depth,
+    check_matrices,
+    full_precision,
+    same_views,
+)
 from cameo.depth import is_measured
 from cameo.errors import ShapeError
 
@@ -26,73 +34,6 @@ __all__ = [
     "resize_intrinsics",
     "unproject",
 ]
-
-# How far R @ R.T may be from the identity: poses stored as text keep three to seven digits.
-ROTATION_TOLERANCE = 1e-3
-# In the order of the checks in check_cameras: argument, fault, cure.
-CAMERA_FAULTS = (
-    ("intrinsics", "non-finite values", "drop the view or repair its file"),
-    ("intrinsics", "a focal length that is not positive", "use OpenCV cameras, with focal lengths in pixels"),
-    ("intrinsics", "a last row other than 0 0 1", "divide the matrix by its last entry"),
-    ("extrinsics", "non-finite values", "drop views without a pose"),
-    ("extrinsics", "a last row other than 0 0 0 1", "pass [R | t] with the translation in the last column"),
-    (
-        "extrinsics",
-        "a rotation that is not orthonormal",
-        "orthonormalise it; a scale belongs into the translation and the depth",
-    ),
-    ("extrinsics", "a rotation with determinant -1", "convert the axes to OpenCV without a mirror"),
-)
-
-
-def check_cameras(intrinsics: Tensor, extrinsics: Tensor, *, batch: int | None = None) -> None:
-    """Raise unless these are usable pinhole cameras.
-
-    Example:
-        >>> intrinsics = torch.tensor([[64.0, 0, 32], [0, 64, 32], [0, 0, 1]]).expand(1, 2, 3, 3)
-        >>> check_cameras(intrinsics, torch.eye(4).expand(1, 2, 4, 4))
-
-    Args:
-        intrinsics: ``[B, V, 3, 3]`` in pixels.
-        extrinsics: ``[B, V, 4, 4]`` world-to-camera.
-        batch: the number of samples they must have, if known.
-
-    Raises:
-        ShapeError: a wrong shape or number of samples or views.
-        ValueError: a missing or non-finite camera, a focal length that is not positive, a last row other
-            than ``0 0 1`` or ``0 0 0 1``, or a rotation that is not orthonormal with determinant +1.
-            The message names the sample and the view.
-    """
-    _check_matrices("intrinsics", intrinsics, 3)
-    _check_matrices("extrinsics", extrinsics, 4)
-    if intrinsics.shape[:2] != extrinsics.shape[:2]:
-        raise ShapeError(
-            "extrinsics",
-            expected=f"[{intrinsics.shape[0]}, {intrinsics.shape[1]}, 4, 4] (B and V of the intrinsics)",
-            got=extrinsics.shape,
-        )
-    if batch is not None and intrinsics.shape[0] != batch:
-        raise ShapeError("intrinsics", expected=f"[{batch}, V, 3, 3]", got=intrinsics.shape)
-    k, e = intrinsics.detach(), extrinsics.detach()
-    tolerance = max(ROTATION_TOLERANCE, 4 * torch.finfo(e.dtype).eps)
-    k, e = k.to(_at_least_float32(k)), e.to(_at_least_float32(e))
-    rotation = e[..., :3, :3]
-    identity = torch.eye(4, dtype=e.dtype, device=e.device)
-    volume = (rotation[..., 0, :] * torch.linalg.cross(rotation[..., 1, :], rotation[..., 2, :])).sum(-1)
-    bad = [
-        ~k.isfinite().all(-1).all(-1),
-        (k[..., 0, 0] <= 0) | (k[..., 1, 1] <= 0),
-        (k[..., 2, :] - identity[3, 1:].to(k)).abs().amax(-1) > tolerance,
-        ~e.isfinite().all(-1).all(-1),
-        (e[..., 3, :] - identity[3]).abs().amax(-1) > tolerance,
-        (rotation @ rotation.mT - identity[:3, :3]).abs().amax(dim=(-2, -1)) > tolerance,
-        volume < 0,
-    ]
-    found = torch.stack(bad).nonzero()  # one look at the values: each one makes a GPU wait
-    if len(found):
-        check, sample, view = found[0].tolist()
-        name, what, cure = CAMERA_FAULTS[check]
-        raise ValueError(f"{name}: sample {sample}, view {view} has {what}. Cure: {cure}")
 
 
 def pixel_grid(height: int, width: int, *, dtype: torch.dtype, device: torch.device | str) -> Tensor:
@@ -124,6 +65,7 @@ def cell_centres(
     return torch.stack([x.expand(h, w), y[:, None].expand(h, w)], dim=-1)
 
 
+@full_precision
 def unproject(depth: Tensor, intrinsics: Tensor, extrinsics: Tensor) -> Tensor:
     """Turn z-depth into world points, NaN where there is no measurement.
 
@@ -145,7 +87,7 @@ def unproject(depth: Tensor, intrinsics: Tensor, extrinsics: Tensor) -> Tensor:
         ShapeError, ValueError: see :func:`check_cameras`.
     """
     check_depth(depth, intrinsics, extrinsics)
-    depth = depth.to(_at_least_float32(depth))
+    depth = depth.to(at_least_float32(depth))
     height, width = depth.shape[-2:]
     measured = is_measured(depth)
     # The safe value keeps NaN out of the backward pass of the measured pixels' cameras.
@@ -159,6 +101,7 @@ def unproject(depth: Tensor, intrinsics: Tensor, extrinsics: Tensor) -> Tensor:
     return torch.where(measured, world, torch.full_like(world, math.nan))
 
 
+@full_precision
 def project(points: Tensor, intrinsics: Tensor, extrinsics: Tensor) -> tuple[Tensor, Tensor]:
     """Project world points into their view.
 
@@ -184,13 +127,14 @@ def project(points: Tensor, intrinsics: Tensor, extrinsics: Tensor) -> tuple[Ten
     if points.ndim != 4 or points.shape[-1] != 3:
         raise ShapeError("points", expected="[B, V, M, 3]", got=points.shape)
     check_cameras(intrinsics, extrinsics)
-    _same_views("points", points, intrinsics)
-    points = points.to(_at_least_float32(points))
+    same_views("points", points, intrinsics)
+    points = points.to(at_least_float32(points))
     extrinsics = extrinsics.to(points)
     in_camera = einsum(extrinsics[..., :3, :3], points, "b v r c, b v m c -> b v m r")
     return to_pixels(in_camera + extrinsics[..., None, :3, 3], intrinsics.to(points))
 
 
+@full_precision
 def plucker_rays(
     intrinsics: Tensor, extrinsics: Tensor, image_size: tuple[int, int], size: tuple[int, int]
 ) -> Tensor:
@@ -217,7 +161,7 @@ def plucker_rays(
     Source: the ray embedding of light field networks (arXiv 2106.02634), with the direction first.
     """
     check_cameras(intrinsics, extrinsics)
-    extrinsics = extrinsics.to(_at_least_float32(extrinsics))
+    extrinsics = extrinsics.to(at_least_float32(extrinsics))
     grid = cell_centres(size, image_size, dtype=extrinsics.dtype, device=extrinsics.device)
     ray = camera_rays(rearrange(grid, "h w c -> (h w) c"), intrinsics.to(extrinsics))
     rotation, centre = _camera_to_world(extrinsics)
@@ -227,6 +171,7 @@ def plucker_rays(
     return rearrange(torch.cat([direction, moment], dim=-1), "b v (h w) c -> b v c h w", h=size[0])
 
 
+@full_precision
 def relative_extrinsics(extrinsics: Tensor, reference: int = 0) -> Tensor:
     """Move the world frame into the camera of view ``reference``: ``E_i @ inv(E_reference)``.
 
@@ -244,7 +189,7 @@ def relative_extrinsics(extrinsics: Tensor, reference: int = 0) -> Tensor:
         ShapeError: a wrong shape.
         ValueError: no such view.
     """
-    _check_matrices("extrinsics", extrinsics, 4)
+    check_matrices("extrinsics", extrinsics, 4)
     views = extrinsics.shape[1]
     if not -views <= reference < views:
         raise ValueError(f"reference: expected a view in 0..{views - 1}, got {reference}")
@@ -300,48 +245,9 @@ def invert_extrinsics(extrinsics: Tensor) -> Tensor:
     return torch.cat([top, extrinsics[..., 3:, :]], dim=-2)
 
 
-def check_depth(depth: Tensor, intrinsics: Tensor, extrinsics: Tensor) -> None:
-    """Raise unless ``depth [B, V, 1, H, W]`` is floating point and belongs to these usable cameras."""
-    if not isinstance(depth, Tensor):
-        raise TypeError(f"depth: expected a tensor [B, V, 1, H, W], got {type(depth).__name__}")
-    if depth.ndim != 5 or depth.shape[2] != 1:
-        raise ShapeError("depth", expected="[B, V, 1, H, W]", got=depth.shape)
-    if not depth.is_floating_point():
-        raise ValueError(f"depth: expected floating point in world units, got {depth.dtype}. Cure: scale it")
-    check_cameras(intrinsics, extrinsics, batch=depth.shape[0])
-    _same_views("depth", depth, intrinsics)
-
-
-def _same_views(name: str, tensor: Tensor, intrinsics: Tensor) -> None:
-    if tensor.shape[:2] != intrinsics.shape[:2]:
-        raise ShapeError(
-            "intrinsics",
-            expected=f"[{tensor.shape[0]}, {tensor.shape[1]}, 3, 3] (B and V of {name})",
-            got=intrinsics.shape,
-        )
-
-
-def _check_matrices(name: str, matrices: Tensor, rank: int) -> None:
-    if not isinstance(matrices, Tensor):
-        raise ValueError(  # noqa: TRY004 - a missing camera is a data problem, not a type problem
-            f"{name}: expected a tensor [B, V, {rank}, {rank}], got {type(matrices).__name__}. "
-            "Cure: pass the cameras of every view"
-        )
-    if matrices.ndim != 4 or matrices.shape[-2:] != (rank, rank):
-        raise ShapeError(name, expected=f"[B, V, {rank}, {rank}]", got=matrices.shape)
-    if not matrices.is_floating_point():
-        raise ValueError(
-            f"{name}: expected floating point, got {matrices.dtype}. Cure: convert with .float()"
-        )
-
-
 def _camera_to_world(extrinsics: Tensor) -> tuple[Tensor, Tensor]:
     inverse = invert_extrinsics(extrinsics)
     return inverse[..., :3, :3], inverse[..., :3, 3]
-
-
-def _at_least_float32(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def as_grid(name: str, size: object) -> tuple[int, int]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from cameo.backbone import core_module, get_backbone
 from cameo.config import CameoConfig
 from cameo.errors import DataError
+from cameo.licence import hub_id
 from cameo.weights import LORA_FILE, MODULE_FILE, PEFT_CONFIG, PEFT_FILE, adapter_layers
 
 __all__ = ["ADAPTER", "BaseNeededError", "load_base", "read_adapter", "read_full", "without_adapter"]
@@ -29,14 +30,25 @@ def load_base(config: CameoConfig) -> nn.Module:
 
     Raises:
         BaseNeededError: if it names none that can be loaded.
+        DataError: if it names a folder that is gone.
         OSError: if the named weights cannot be reached.
     """
     name = config.base_model
     if name is None or name.startswith("preset:"):
-        reason = "does not name its base" if name is None else f"was trained on fresh weights ({name}), not saved here"
+        reason = (
+            "does not name its base"
+            if name is None
+            else f"was trained on fresh weights ({name}), not saved here"
+        )
         raise BaseNeededError(f"this adapter {reason}; pass the base as base_model=")
     if config.backbone is None:
-        raise BaseNeededError(f"no backbone can load the base {name!r}; load it yourself and pass base_model=")
+        raise BaseNeededError(
+            f"no backbone can load the base {name!r}; load it yourself and pass base_model="
+        )
+    if hub_id(name) is None and ":" not in name and not Path(name).exists():
+        raise DataError(
+            f"base {name!r}: no such folder any more; load the base yourself and pass base_model="
+        )
     try:
         denoiser: nn.Module = get_backbone(config.backbone).load(name, revision=config.base_revision).denoiser
     except NotImplementedError as error:
@@ -124,7 +136,9 @@ def _restore(path: Path, loaded: nn.Module, stored: dict[str, Tensor]) -> None:
     wrong = [key for key, value in stored.items() if key not in now or not torch.equal(now[key].cpu(), value)]
     wrong += sorted(now.keys() - stored.keys())
     if wrong:
-        raise ValueError(f"base_model: {path} did not load whole into this {type(loaded).__name__}: {wrong[:3]}")
+        raise ValueError(
+            f"base_model: {path} did not load whole into this {type(loaded).__name__}: {wrong[:3]}"
+        )
 
 
 def without_adapter(model: nn.Module) -> nn.Module:
@@ -138,11 +152,11 @@ def without_adapter(model: nn.Module) -> nn.Module:
             setattr(core.get_submodule(parent), child, module.get_base_layer())
     for name in ("peft_config", "_hf_peft_config_loaded"):
         core.__dict__.pop(name, None)
-    return core  # type: ignore[no-any-return]
+    return core
 
 
 def read_full(folder: Path, form: str, config: CameoConfig, base: nn.Module | None) -> nn.Module:
-    """Load a full model: into `base` in place, or as a new module where the folder and the backbone tell its class.
+    """Load a full model: into `base` in place, or as a new module where files and backbone tell its class.
 
     Raises:
         BaseNeededError: if they do not tell.
@@ -162,11 +176,15 @@ def read_full(folder: Path, form: str, config: CameoConfig, base: nn.Module | No
             return loaded
         # The files do not bring the class, or not the backbone's attention; the base model does.
         if backbone is None:
-            raise BaseNeededError(f"{folder}: {MODULE_FILE} holds weights only; pass the module as base_model=")
+            raise BaseNeededError(
+                f"{folder}: {MODULE_FILE} holds weights only; pass the module as base_model="
+            )
         base = backbone.build(preset).denoiser if preset else load_base(config)
     if base is None:
         return loaded
-    return _copy_into(base, load_file(str(folder / MODULE_FILE)) if form == "module" else loaded.state_dict(), folder)
+    return _copy_into(
+        base, load_file(str(folder / MODULE_FILE)) if form == "module" else loaded.state_dict(), folder
+    )
 
 
 def _read_pipeline(folder: Path, backbone: Any) -> nn.Module:
@@ -174,13 +192,15 @@ def _read_pipeline(folder: Path, backbone: Any) -> nn.Module:
 
     if backbone is not None:
         denoiser: nn.Module = backbone.load(str(folder)).denoiser
-        return denoiser.to(_stored_dtype(folder, denoiser))
+        return _in_stored_precision(folder, denoiser)
     index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     for component in ("unet", "transformer"):
-        library, name = index.get(component) or (None, None)
+        library, name = index.get(component) or (None, "")
         if library == "diffusers":
             return _from_class(getattr(diffusers, name), folder / component)
-    raise BaseNeededError(f"{folder}: model_index.json names no unet or transformer of diffusers; it cannot be loaded")
+    raise BaseNeededError(
+        f"{folder}: model_index.json names no unet or transformer of diffusers; it cannot be loaded"
+    )
 
 
 def _read_diffusers(folder: Path, base: nn.Module | None) -> nn.Module:
@@ -206,11 +226,11 @@ def _from_class(kind: Any, folder: Path) -> nn.Module:
     problems = [*report["missing_keys"], *report["unexpected_keys"], *map(str, report["mismatched_keys"])]
     if problems:
         raise DataError(f"{folder}: the weights do not fit {kind.__name__}: {problems[:3]}")
-    return model.to(_stored_dtype(folder, model))  # type: ignore[no-any-return]
+    return _in_stored_precision(folder, model)
 
 
-def _stored_dtype(folder: Path, model: nn.Module) -> torch.dtype:
-    """Find the one precision of the weights on disk; diffusers loads all of them as float32."""
+def _in_stored_precision(folder: Path, model: nn.Module) -> nn.Module:
+    """Return to the one precision of the weights on disk; diffusers loads all of them as float32."""
     from safetensors import safe_open
 
     names, own = set(model.state_dict()), next(model.parameters()).dtype
@@ -219,8 +239,8 @@ def _stored_dtype(folder: Path, model: nn.Module) -> torch.dtype:
             keys = list(file.keys())
             if names.issuperset(keys):
                 dtypes = {file.get_tensor(key).dtype for key in keys}
-                return dtypes.pop() if len(dtypes) == 1 else own
-    return own
+                return model.to(dtypes.pop()) if len(dtypes) == 1 and own not in dtypes else model
+    return model
 
 
 def _copy_into(base: nn.Module, state: dict[str, Tensor], folder: Path) -> nn.Module:
@@ -235,6 +255,8 @@ def _copy_into(base: nn.Module, state: dict[str, Tensor], folder: Path) -> nn.Mo
     stored = {value.data_ptr() for key, value in own.items() if key in state}
     missing = [key for key in own.keys() - state.keys() if own[key].data_ptr() not in stored]
     if differing := [*missing, *(state.keys() - own.keys())]:
-        raise ValueError(f"base_model: this {kind} and {folder} differ in their weights: {sorted(differing)[:3]}")
+        raise ValueError(
+            f"base_model: this {kind} and {folder} differ in their weights: {sorted(differing)[:3]}"
+        )
     base.load_state_dict(state, strict=False)
     return base

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from einops import einsum, rearrange
 from torch import Tensor
 
+from cameo.cameras import full_precision
 from cameo.depth import inverse_depth_slopes, sample_slopes
 from cameo.geometry import camera_rays, cell_centres, invert_extrinsics, to_pixels
 
@@ -56,6 +57,7 @@ def match_point_maps(
 
 
 @torch.no_grad()
+@full_precision
 def match_depth(
     depth: Tensor, intrinsics: Tensor, extrinsics: Tensor, sizes: Sizes, depth_tolerance: float
 ) -> tuple[Tensor, Tensor]:

@@ -68,8 +68,8 @@ def format_of(model: nn.Module, pipeline: Any = None) -> str:
         return "peft"
     if adapter_layers(core):
         through_diffusers = isinstance(core, ModelMixin) and isinstance(core, PeftAdapterMixin)
-        settings = core.peft_config[adapter_name(core)]  # type: ignore[union-attr, index]
-        return "diffusers_lora" if through_diffusers and settings.peft_type == PeftType.LORA else "peft"
+        is_lora = adapter_settings(core).peft_type == PeftType.LORA
+        return "diffusers_lora" if through_diffusers and is_lora else "peft"
     if pipeline is not None:
         return "pipeline"
     return "diffusers" if isinstance(core, ModelMixin) else "module"
@@ -86,7 +86,9 @@ def format_in(folder: Path) -> str:
         return found[0]
     if found:
         files = ", ".join(FILES[one][0] for one in found)
-        raise DataError(f"{folder}: holds weights of several formats ({files}); save again into an empty folder")
+        raise DataError(
+            f"{folder}: holds weights of several formats ({files}); save again into an empty folder"
+        )
     expected = ", ".join(patterns[0] for patterns in FILES.values())
     raise DataError(f"{folder}: no weights; expected one of {expected}")
 
@@ -101,12 +103,13 @@ def stale_files(existing: Iterable[str], new: Iterable[str], *, place: str) -> l
     """List the files of an earlier save that a new save does not replace and that would mislead a reader.
 
     Example:
-        >>> stale_files(["cameo_config.json", "model.safetensors"], ["adapter_model.safetensors"], place="runs")
+        >>> old = ["cameo_config.json", "model.safetensors", "notes.txt"]
+        >>> stale_files(old, ["adapter_model.safetensors"], place="runs")
         ['model.safetensors']
 
     Raises:
-        ValueError: if `place` holds weights of another format that were not saved by cameo: they are not ours to
-            remove, and a folder with two formats is ambiguous.
+        ValueError: if `place` holds weights of another format that were not saved by cameo: they are not ours
+            to remove, and a folder with two formats is ambiguous.
     """
     existing, new = set(existing), set(new)
     found, written = formats_among(existing), formats_among(new)
@@ -150,9 +153,15 @@ def adapter_name(model: nn.Module) -> str:
     active = sorted({name for layer in layers for name in layer.active_adapters})
     if len(active) != 1:
         raise ValueError(
-            f"one adapter is saved, but {active or 'none'} of {known} are active; activate one with set_adapter(name)"
+            f"one adapter is saved, but {active or 'none'} of {known} are active; call set_adapter(name)"
         )
     return str(active[0])
+
+
+def adapter_settings(model: nn.Module) -> Any:
+    """Return the PEFT configuration of the adapter that is saved."""
+    configs: Any = model.peft_config
+    return configs[adapter_name(model)]
 
 
 def write_weights(model: nn.Module, folder: Path, *, config: CameoConfig, pipeline: Any = None) -> str:
@@ -197,9 +206,10 @@ def _write_diffusers_lora(core: nn.Module, path: Path, prefix: str) -> None:
     from safetensors.torch import save_file
 
     name = adapter_name(core)
-    settings = core.peft_config[name].to_dict()  # type: ignore[union-attr, index]
+    settings = adapter_settings(core).to_dict()
     header = {
-        f"{prefix}.{key}": sorted(value) if isinstance(value, set) else value for key, value in settings.items()
+        f"{prefix}.{key}": sorted(value) if isinstance(value, set) else value
+        for key, value in settings.items()
     }
     state = get_peft_model_state_dict(core, adapter_name=name)
     save_file(
@@ -217,7 +227,7 @@ def _write_peft(model: nn.Module, folder: Path, config: CameoConfig) -> None:
     state = get_peft_model_state_dict(model, adapter_name=name)
     if not hasattr(model, "get_base_model"):  # injected layers: written as if a PeftModel were around them
         state = {f"base_model.model.{key}": value for key, value in state.items()}
-    settings = copy.copy(model.peft_config[name])  # type: ignore[index]
+    settings = copy.copy(adapter_settings(model))
     settings.inference_mode = True
     settings.base_model_name_or_path, settings.revision = config.base_model, config.base_revision
     settings.save_pretrained(str(folder))

@@ -272,6 +272,15 @@ def test_batched_equals_loop(rooms):
         assert torch.equal(together.select(-1).distance, together.distance[1:])
 
 
+def test_autocast_changes_nothing(rooms):
+    rooms = {name: tensor.float() for name, tensor in rooms.items()}  # autocast leaves float64 alone
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = both_ways(rooms, 8)
+    for got, expected in zip(inside, both_ways(rooms, 8), strict=True):
+        assert torch.equal(got.index, expected.index)
+        assert torch.equal(got.distance, expected.distance)
+
+
 def test_views_with_their_own_grids(rooms):
     sizes = [(8, 8), (8, 8), (4, 6), (8, 8)]
     for mixed, even in zip(both_ways(rooms, sizes), both_ways(rooms, 8), strict=True):

@@ -273,3 +273,22 @@ def test_sample_depth_outside_and_missing():
         sample_depth(depth, xy[0])
     with pytest.raises(ShapeError, match="depth: expected"):
         sample_depth(depth[0], xy)
+
+
+def test_autocast_costs_no_precision():
+    intrinsics, extrinsics = (camera.float() for camera in random_cameras())
+    depth = random_depth().float()
+
+    def everything() -> list[Tensor]:
+        points = unproject(depth, intrinsics, extrinsics)
+        return [
+            points,
+            *project(points.flatten(-2).mT, intrinsics=intrinsics, extrinsics=extrinsics),
+            plucker_rays(intrinsics, extrinsics, (6, 8), (3, 4)),
+            relative_extrinsics(extrinsics),
+        ]
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = everything()
+    for got, expected in zip(inside, everything(), strict=True):
+        assert torch.equal(got, expected)

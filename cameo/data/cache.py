@@ -10,7 +10,6 @@ import warnings
 import zlib
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from cameo.data.views import Views
@@ -72,7 +71,8 @@ def read_views(path: Path) -> Views | None:
         return None
     try:
         with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in FIELDS}
+            # Copies: tensors of a mapped file crash the process once somebody truncates it.
+            tensors = {name: file.get_tensor(name).clone() for name in FIELDS}
             metadata = file.metadata()
         if metadata["checksum"] != _checksum(tensors):
             raise ValueError("checksum differs")
@@ -85,5 +85,5 @@ def read_views(path: Path) -> Views | None:
 def _checksum(tensors: dict[str, Tensor]) -> str:
     value = 0
     for name in FIELDS:
-        value = zlib.crc32(tensors[name].contiguous().view(torch.uint8).numpy(), value)
+        value = zlib.crc32(tensors[name].contiguous().numpy().tobytes(), value)
     return f"{value:08x}"

@@ -64,8 +64,10 @@ class TriangleScene:
         return scene
 
     @cached_property
-    def _normals(self) -> Array:
-        return np.ascontiguousarray(self.corner_normals, dtype=np.float32)
+    def _normals(self) -> tuple[Array, Array, Array]:
+        """Normal at the first corner and its change to the second and to the third, `[T, 3]` each."""
+        first, second, third = _single(self.corner_normals.transpose(1, 0, 2))
+        return first, second - first, third - first
 
     @cached_property
     def _planes(self) -> tuple[Array, Array]:
@@ -96,7 +98,8 @@ class TriangleScene:
         points = origins[met] + directions[met] * hit["tfar"][met, None]
         second, third = hit["u"][met], hit["v"][met]
         barycentric = np.stack([1.0 - second - third, second, third], axis=-1)
-        normals = (barycentric[:, None] @ self._normals[triangles])[:, 0]
+        first, edge2, edge3 = self._normals
+        normals = first[triangles] + edge2[triangles] * second[:, None] + edge3[triangles] * third[:, None]
         normals /= np.maximum(np.sqrt(dot(normals, normals)), 1e-12)[:, None]
         return met, Surface(points, normals, triangles, barycentric)
 

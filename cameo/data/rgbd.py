@@ -183,15 +183,16 @@ def _read_color(
     left, top, right, bottom = _crop_box(full, size)
     resized = image.resize((size[1], size[0]), Image.Resampling.BICUBIC, box=(left, top, right, bottom))
     cropped = crop_intrinsics(calibration, top, left)
-    return (np.array(resized), full), resize_intrinsics(cropped, (bottom - top, right - left), size)  # type: ignore[arg-type]
+    return np.array(resized), full, resize_intrinsics(cropped, (bottom - top, right - left), size)
 
 
-def _crop_box(full: tuple[int, int], size: tuple[int, int]) -> tuple[float, float, float, float]:
-    """Return left, top, right, bottom of the largest centred box with the aspect of `size`."""
+def _crop_box(full: tuple[int, int], size: tuple[int, int]) -> tuple[int, int, int, int]:
+    """Return left, top, right, bottom of the largest centred box of whole pixels in the aspect of `size`."""
     height, width = full
     aspect = size[1] / size[0]
-    box_width, box_height = min(width, height * aspect), min(height, width / aspect)
-    left, top = (width - box_width) / 2, (height - box_height) / 2
+    box_width = min(width, max(1, round(height * aspect)))
+    box_height = min(height, max(1, round(width / aspect)))
+    left, top = (width - box_width) // 2, (height - box_height) // 2
     return left, top, left + box_width, top + box_height
 
 

@@ -141,6 +141,7 @@ def _split_meshes(folder: Path, split: str) -> list[Path]:
     if not meshes:
         raise DataError(
             f"{folder}: {len(found)} meshes leave none for split={split!r} (of each ten the 9th is "
-            "validation, the 10th test); put held-out meshes into a folder of their own and read it with split='train'"
+            "validation, the 10th test); put held-out meshes into a folder of their own and read it with "
+            "split='train'"
         )
     return meshes

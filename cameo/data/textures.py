@@ -74,6 +74,13 @@ class Texture:
             local @ (self.directions[index] * np.float32(2 * np.pi * frequency)) + self.phases[index]
         )
 
+    def waves(self, local: Array, *parts: tuple[int, float, float]) -> Array:
+        """Sum of plane waves given as (index, frequency, weight)."""
+        total = np.zeros(len(local), dtype=np.float32)
+        for index, frequency, weight in parts:
+            total += self.wave(local, index, frequency) * np.float32(weight)
+        return total
+
     def gradient(self, value: Array) -> Array:
         """Colour `[M, 3]` at `value` `[M]` in [0, 1] along the palette, linear in between."""
         scaled = np.clip(value, 0.0, 1.0) * np.float32(len(self.palette) - 1)
@@ -89,12 +96,12 @@ class Texture:
 
 def _waves(texture: Texture, local: Array) -> Array:
     warped = local + 0.18 * np.stack([texture.wave(local, k, 0.7) for k in (5, 6, 7)], axis=-1)
-    total = sum(texture.wave(warped, k, f) * w for k, f, w in ((3, 0.45, 1.0), (4, 0.8, 0.7), (8, 1.4, 0.45)))
+    total = texture.waves(warped, (3, 0.45, 1.0), (4, 0.8, 0.7), (8, 1.4, 0.45))
     return texture.gradient(0.5 + 0.3 * total)
 
 
 def _bands(texture: Texture, local: Array) -> Array:
-    height = sum(texture.wave(local, k, f) * w for k, f, w in ((3, 0.3, 1.0), (4, 0.55, 0.7), (5, 0.9, 0.4)))
+    height = texture.waves(local, (3, 0.3, 1.0), (4, 0.55, 0.7), (5, 0.9, 0.4))
     level = np.floor(height * 2.2)
     color = texture.pick(_hash(_column(level), texture.seed))
     return color * np.where(height * 2.2 - level < 0.14, 0.45, 1.0)[:, None]

@@ -14,20 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from peft import set_peft_model_state_dict
-from safetensors.torch import load_file
+from safetensors.torch import load_file, load_model
 
 from cameo.backbone import core_module
 from cameo.errors import DataError
-from cameo.weights import (
-    ADAPTER_FORMATS,
-    HEAD_FILE,
-    LORA_FILE,
-    PEFT_FILE,
-    adapter_name,
-    format_in,
-    lora_prefix,
-    read_full,
-)
+from cameo.weights import ADAPTER_FORMATS, HEAD_FILE, LORA_FILE, MODULE_FILE, PEFT_FILE, adapter_name, format_in
 from cameo.wrap import CameoModel
 
 __all__ = [
@@ -125,13 +116,18 @@ def load_trained(model: CameoModel, folder: str | Path) -> None:
     form = format_in(folder)
     if form in ADAPTER_FORMATS:
         path = folder / (LORA_FILE if form == "diffusers_lora" else PEFT_FILE)
-        prefix = lora_prefix(core_module(base)) if form == "diffusers_lora" else "base_model.model"
-        if hasattr(base, "get_base_model"):
-            prefix = ""  # a PeftModel's own keys carry it
-        state = {key.removeprefix(f"{prefix}."): value for key, value in load_file(str(path)).items()}
+        state = load_file(str(path))
+        if not hasattr(base, "get_base_model"):  # the keys of a PeftModel carry the prefix of the file themselves
+            prefix = next(iter(state), "").split(".")[0] if form == "diffusers_lora" else "base_model.model"
+            state = {key.removeprefix(f"{prefix}."): value for key, value in state.items()}
         result = set_peft_model_state_dict(base, state, adapter_name=adapter_name(base))
         if result.unexpected_keys:
             raise DataError(f"{path}: does not fit the model that trains: {list(result.unexpected_keys)[:3]}")
+    elif form == "module":
+        load_model(core_module(base), str(folder / MODULE_FILE))
     else:
-        read_full(folder, form, backbone=None, base=core_module(base))
+        state = {}
+        for path in sorted(folder.glob("diffusion_pytorch_model*.safetensors")):
+            state |= load_file(str(path))
+        core_module(base).load_state_dict(state)
     model.alignment_heads.load_state_dict(load_file(str(folder / HEAD_FILE)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,30 @@ from cameo.evaluation.pictures import attention_figure, comparison_figure, save_
 from cameo.evaluation.validation import ValidationSettings, validate
 from cameo.pipeline import MultiViewPipeline
 from cameo.training.config import TrainingConfig
+from cameo.training.trainer import Trainer, TrainingResult
 from cameo.wrap import CameoModel
 
-__all__ = ["add_lora", "load_pipeline", "metrics_table", "validation_callback", "wrap_denoiser", "write_pictures"]
+__all__ = [
+    "LoraRun",
+    "add_lora",
+    "load_pipeline",
+    "metrics_table",
+    "train_lora",
+    "validation_callback",
+    "wrap_denoiser",
+    "write_pictures",
+]
+
+
+@dataclass
+class LoraRun:
+    """A finished or interrupted LoRA training: the trained model, its pipeline, validations, and the trainer."""
+
+    model: CameoModel
+    pipeline: MultiViewPipeline
+    validations: list[dict[str, Any]]
+    trainer: Trainer
+    result: TrainingResult
 
 
 def load_pipeline(config: TrainingConfig) -> MultiViewPipeline:
@@ -141,6 +163,19 @@ def write_pictures(
     written = [save_figure(comparison_figure(batch, predictions, samples=len(batch["images"])), folder / "views.png")]
     written.append(save_figure(attention_figure(models, pipeline, batch, inputs), folder / "attention.png"))
     return written
+
+
+def train_lora(config: TrainingConfig, train: MultiViewDataset, held_out: MultiViewDataset) -> LoraRun:
+    """Train one LoRA from the base weights; `validations` starts with the one before the first step."""
+    pipeline = load_pipeline(config)
+    add_lora(pipeline.denoiser, config)
+    model = wrap_denoiser(pipeline, config)
+    validations: list[dict[str, Any]] = []
+    on_validation = validation_callback(pipeline, held_out, config, validations)
+    trainer = Trainer(model, pipeline, train, config, on_validation=on_validation)
+    if trainer.accelerator.is_main_process:
+        on_validation(model, 0)
+    return LoraRun(model, pipeline, validations, trainer, trainer.train())
 
 
 def metrics_table(columns: Mapping[str, Mapping[str, Any]]) -> str:

@@ -1,0 +1,148 @@
+"""What every function on cameras needs: checks of cameras and depth, and enough precision.
+
+Axes: B samples, V views, H W image pixels. Conventions as in :mod:`cameo.geometry`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+from cameo.errors import ShapeError
+
+__all__ = ["check_cameras", "check_depth", "full_precision"]
+
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
+
+# How far R @ R.T may be from the identity: poses stored as text keep three to seven digits.
+ROTATION_TOLERANCE = 1e-3
+# In the order of the checks in check_cameras: argument, fault, cure.
+CAMERA_FAULTS = (
+    ("intrinsics", "non-finite values", "drop the view or repair its file"),
+    ("intrinsics", "a focal length that is not positive", "use OpenCV cameras, with focal lengths in pixels"),
+    ("intrinsics", "a last row other than 0 0 1", "divide the matrix by its last entry"),
+    ("extrinsics", "non-finite values", "drop views without a pose"),
+    ("extrinsics", "a last row other than 0 0 0 1", "pass [R | t] with the translation in the last column"),
+    (
+        "extrinsics",
+        "a rotation that is not orthonormal",
+        "orthonormalise it; a scale belongs into the translation and the depth",
+    ),
+    ("extrinsics", "a rotation with determinant -1", "convert the axes to OpenCV without a mirror"),
+)
+
+
+def full_precision(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+    """Run ``function`` outside autocast.
+
+    Under autocast matrix products are done in half precision, in which a rotation is not orthonormal and a
+    projected point is pixels away from its place.
+    """
+
+    @functools.wraps(function)
+    def run(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
+        tensor = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+        if tensor is None or not torch.amp.is_autocast_available(tensor.device.type):
+            return function(*args, **kwargs)
+        with torch.autocast(tensor.device.type, enabled=False):
+            return function(*args, **kwargs)
+
+    return run
+
+
+@full_precision
+def check_cameras(intrinsics: Tensor, extrinsics: Tensor, *, batch: int | None = None) -> None:
+    """Raise unless these are usable pinhole cameras.
+
+    Example:
+        >>> intrinsics = torch.tensor([[64.0, 0, 32], [0, 64, 32], [0, 0, 1]]).expand(1, 2, 3, 3)
+        >>> check_cameras(intrinsics, torch.eye(4).expand(1, 2, 4, 4))
+
+    Args:
+        intrinsics: ``[B, V, 3, 3]`` in pixels.
+        extrinsics: ``[B, V, 4, 4]`` world-to-camera.
+        batch: the number of samples they must have, if known.
+
+    Raises:
+        ShapeError: a wrong shape or number of samples or views.
+        ValueError: a missing or non-finite camera, a focal length that is not positive, a last row other
+            than ``0 0 1`` or ``0 0 0 1``, or a rotation that is not orthonormal with determinant +1.
+            The message names the sample and the view.
+    """
+    check_matrices("intrinsics", intrinsics, 3)
+    check_matrices("extrinsics", extrinsics, 4)
+    if intrinsics.shape[:2] != extrinsics.shape[:2]:
+        raise ShapeError(
+            "extrinsics",
+            expected=f"[{intrinsics.shape[0]}, {intrinsics.shape[1]}, 4, 4] (B and V of the intrinsics)",
+            got=extrinsics.shape,
+        )
+    if batch is not None and intrinsics.shape[0] != batch:
+        raise ShapeError("intrinsics", expected=f"[{batch}, V, 3, 3]", got=intrinsics.shape)
+    k, e = intrinsics.detach(), extrinsics.detach()
+    tolerance = max(ROTATION_TOLERANCE, 4 * torch.finfo(e.dtype).eps)
+    k, e = k.to(at_least_float32(k)), e.to(at_least_float32(e))
+    rotation = e[..., :3, :3]
+    identity = torch.eye(4, dtype=e.dtype, device=e.device)
+    volume = (rotation[..., 0, :] * torch.linalg.cross(rotation[..., 1, :], rotation[..., 2, :])).sum(-1)
+    bad = [
+        ~k.isfinite().all(-1).all(-1),
+        (k[..., 0, 0] <= 0) | (k[..., 1, 1] <= 0),
+        (k[..., 2, :] - identity[3, 1:].to(k)).abs().amax(-1) > tolerance,
+        ~e.isfinite().all(-1).all(-1),
+        (e[..., 3, :] - identity[3]).abs().amax(-1) > tolerance,
+        (rotation @ rotation.mT - identity[:3, :3]).abs().amax(dim=(-2, -1)) > tolerance,
+        volume < 0,
+    ]
+    found = torch.stack(bad).nonzero()  # one look at the values: each one makes a GPU wait
+    if len(found):
+        check, sample, view = found[0].tolist()
+        name, what, cure = CAMERA_FAULTS[check]
+        raise ValueError(f"{name}: sample {sample}, view {view} has {what}. Cure: {cure}")
+
+
+def check_depth(depth: Tensor, intrinsics: Tensor, extrinsics: Tensor) -> None:
+    """Raise unless ``depth [B, V, 1, H, W]`` is floating point and belongs to these usable cameras."""
+    if not isinstance(depth, Tensor):
+        raise TypeError(f"depth: expected a tensor [B, V, 1, H, W], got {type(depth).__name__}")
+    if depth.ndim != 5 or depth.shape[2] != 1:
+        raise ShapeError("depth", expected="[B, V, 1, H, W]", got=depth.shape)
+    if not depth.is_floating_point():
+        raise ValueError(f"depth: expected floating point in world units, got {depth.dtype}. Cure: scale it")
+    check_cameras(intrinsics, extrinsics, batch=depth.shape[0])
+    same_views("depth", depth, intrinsics)
+
+
+def same_views(name: str, tensor: Tensor, intrinsics: Tensor) -> None:
+    """Raise unless ``tensor [B, V, ...]`` has the samples and views of the intrinsics."""
+    if tensor.shape[:2] != intrinsics.shape[:2]:
+        raise ShapeError(
+            "intrinsics",
+            expected=f"[{tensor.shape[0]}, {tensor.shape[1]}, 3, 3] (B and V of {name})",
+            got=intrinsics.shape,
+        )
+
+
+def check_matrices(name: str, matrices: Tensor, rank: int) -> None:
+    """Raise unless ``matrices`` are floating point ``[B, V, rank, rank]``."""
+    if not isinstance(matrices, Tensor):
+        raise ValueError(  # noqa: TRY004 - a missing camera is a data problem, not a type problem
+            f"{name}: expected a tensor [B, V, {rank}, {rank}], got {type(matrices).__name__}. "
+            "Cure: pass the cameras of every view"
+        )
+    if matrices.ndim != 4 or matrices.shape[-2:] != (rank, rank):
+        raise ShapeError(name, expected=f"[B, V, {rank}, {rank}]", got=matrices.shape)
+    if not matrices.is_floating_point():
+        raise ValueError(
+            f"{name}: expected floating point, got {matrices.dtype}. Cure: convert with .float()"
+        )
+
+
+def at_least_float32(tensor: Tensor) -> torch.dtype:
+    """Return the dtype to compute in: half precision cannot hold a pixel position."""
+    return torch.promote_types(tensor.dtype, torch.float32)

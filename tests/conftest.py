@@ -1,0 +1,58 @@
+"""Fixtures shared by the tests: a tiny backbone, hand-made batches, and folders with real data."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+REPOSITORY = Path(__file__).parent.parent
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # the suite is defined on the CPU; GPU checks are in benchmarks/gpu
+
+
+def _found(folder: Path, name: str) -> Path:
+    path = folder / name
+    if not path.exists():
+        pytest.skip(f"{name} is not at hand; set CAMEO_TEST_DATA to the folder that holds it")
+    return path
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Callable[[str], Path]:
+    """Folder of a real data set, by name; skips where it is absent."""
+    folder = Path(os.environ.get("CAMEO_TEST_DATA", REPOSITORY.parent / "shared" / "data"))
+    return lambda name: _found(folder, name)
+
+
+@pytest.fixture(scope="session")
+def golden() -> Callable[[str], Path]:
+    """File of reference numbers, by name: from the repository, else from beside the real data."""
+    folder = Path(os.environ.get("CAMEO_TEST_DATA", REPOSITORY.parent / "shared" / "data")).parent / "golden"
+    assets = REPOSITORY / "tests" / "assets"
+    return lambda name: assets / name if (assets / name).exists() else _found(folder, name)
+
+
+def make_batch(samples: int = 2, views: int = 3, size: int = 64, seed: int = 0) -> dict[str, Any]:
+    """A wall seen by cameras that stand side by side, with random pictures and exact depth."""
+    generator = torch.Generator().manual_seed(seed)
+    intrinsics = torch.tensor([[float(size), 0, size / 2], [0, float(size), size / 2], [0, 0, 1]])
+    extrinsics = torch.eye(4).repeat(samples, views, 1, 1)
+    extrinsics[:, :, 0, 3] = -0.25 * torch.arange(views)
+    return {
+        "images": torch.rand(samples, views, 3, size, size, generator=generator),
+        "intrinsics": intrinsics.expand(samples, views, 3, 3).clone(),
+        "extrinsics": extrinsics,
+        "depth": torch.full((samples, views, 1, size, size), 2.0),
+        "num_reference_views": 1,
+        "key": [f"wall-{index}" for index in range(samples)],
+    }
+
+
+@pytest.fixture
+def batch() -> dict[str, Any]:
+    """Two samples of three views, 64 px."""
+    return make_batch()
