@@ -19,15 +19,14 @@ from cameo.layout import TokenLayout
 __all__ = ["BUNDLED", "Cat3D"]
 
 SELF_ATTENTION = re.compile(
-    r"(down_blocks|mid_block|up_blocks)(?:\.(\d+))?\.attentions\.(\d+)\.transformer_blocks\.0\.attn1"
+    r"(down_blocks|mid_block|up_blocks)(?:\.(\d+))?\.attentions\.(\d+)\.transformer_blocks\.(\d+)\.attn1"
 )
 BUNDLED = "bundled:cat3d-tiny"
 _WEIGHTS = Path(__file__).parent / "weights"
 
 
 class Cat3D(Backbone):
-    """All views denoised together, joined in every self-attention; ray maps and a clean/noised mask as
-    condition.
+    """All views denoised together, joined in every self-attention, with ray maps and a mask as condition.
 
     Presets: `tiny` (pixel space, 64 px, CPU), `small` (pixel space, 128 px, one GPU). Released weights:
     Stable Diffusion 2.1, whose first convolution is widened with zeros for the condition channels.
@@ -79,8 +78,8 @@ class Cat3D(Backbone):
         for index, (path, attention) in enumerate(self._self_attentions(model).items()):
             latent_stride = getattr(attention.processor, "latent_stride", None)
             stride = latent_stride * 2 ** self._level(model, path) if latent_stride else None
-            found.append(AttentionSite(index, path, int(attention.heads), layout, stride))  # type:
-            ignore[arg - type]
+            heads = int(attention.heads)  # type: ignore[arg-type]
+            found.append(AttentionSite(index, path, heads, layout, stride))
         return found
 
     def default_layer(self, model: nn.Module) -> int:
@@ -93,10 +92,10 @@ class Cat3D(Backbone):
     def example_inputs(self, model: nn.Module, *, seed: int = 0) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """One sample of two views with 8x8 latent cells."""
         generator = torch.Generator().manual_seed(seed)
-        reference = next(model.parameters())
-        config = model.config
-        sample = torch.randn(2, config.in_channels, 8, 8, generator=generator).to(reference)  # type: ignore[union-attr]
-        context = torch.zeros(2, 1, config.cross_attention_dim).to(reference)  # type: ignore[union-attr]
+        reference, config = next(model.parameters()), model.config
+        shape = (2, int(config.in_channels), 8, 8)  # type: ignore[union-attr,arg-type]
+        sample = torch.randn(shape, generator=generator).to(reference)
+        context = torch.zeros(2, 1, int(config.cross_attention_dim)).to(reference)  # type: ignore[union-attr,arg-type]
         timesteps = torch.tensor([500, 500], device=reference.device)
         return (sample, timesteps, context), {"cross_attention_kwargs": {"num_views": 2}}
 
@@ -189,8 +188,8 @@ class Cat3D(Backbone):
         found = []
         for path, module in model.named_modules():
             if match := SELF_ATTENTION.fullmatch(path):
-                part, block, attention = match.groups()
-                found.append(((order[part], int(block or 0), int(attention)), path, module))
+                part, *numbers = match.groups()
+                found.append(((order[part], *(int(number or 0) for number in numbers)), path, module))
         return {path: module for _, path, module in sorted(found, key=lambda entry: entry[0])}
 
     @staticmethod
@@ -213,7 +212,7 @@ def noise_schedule(prediction_type: str = "v_prediction", *, zero_terminal_snr: 
         beta_start=0.00085,
         beta_end=0.012,
         clip_sample=False,
-        set_alpha_to_one=False,
+        set_alpha_to_one=True,  # the last step returns the predicted clean latents, without a rest of noise
         steps_offset=1,
         prediction_type=prediction_type,
         rescale_betas_zero_snr=zero_terminal_snr,

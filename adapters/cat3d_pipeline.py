@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from cameo.adapters.joint_views import JointViewAttnProcessor, check_joined, inflate
 from diffusers import DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
-from diffusers.models.attention_processor import Attention, AttnProcessor2_0, XFormersAttnProcessor
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
@@ -25,69 +25,6 @@ from cameo.pipeline import TrainingInputs
 __all__ = ["CONDITION_CHANNELS", "Cat3DPipeline", "JointViewAttnProcessor", "inflate"]
 
 CONDITION_CHANNELS = 7  # mask, ray direction (3), ray moment (3)
-
-
-class JointViewAttnProcessor:
-    """Attention processor in which the tokens of all views of a sample attend to each other.
-
-    Takes `num_views` through `cross_attention_kwargs`. With `join=False` (text cross-attention) it accepts
-    the argument and attends per view. xformers is used on request and on CUDA only: it has no CPU kernel.
-    """
-
-    def __init__(self, *, join: bool, use_xformers: bool = False, latent_stride: int | None = None) -> None:
-        self.join = join
-        self.latent_stride = latent_stride
-        self.use_xformers = use_xformers
-        self._sdpa = AttnProcessor2_0()
-        self._xformers = XFormersAttnProcessor() if use_xformers else None
-
-    def __call__(
-        self,
-        attn: Attention,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        temb: Tensor | None = None,
-        num_views: int = 1,
-    ) -> Tensor:
-        kernel = self._xformers if self._xformers is not None and hidden_states.is_cuda else self._sdpa
-        views = num_views if self.join else 1
-        if hidden_states.shape[0] % views:
-            raise ShapeError(
-                "cross_attention_kwargs['num_views']",
-                expected=f"a divisor of the batch {hidden_states.shape[0]} = samples x views",
-                got=str(num_views),
-            )
-        hidden_states = rearrange(hidden_states, "(b v) n c -> b (v n) c", v=views)
-        hidden_states = kernel(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
-        return rearrange(hidden_states, "b (v n) c -> (b v) n c", v=views)
-
-
-def inflate(
-    unet: UNet2DConditionModel, *, use_xformers: bool = False, latent_stride: int | None = None
-) -> UNet2DConditionModel:
-    """Let every self-attention of `unet` attend across views, in place; the weights stay as they are.
-
-    `latent_stride` (image pixels per latent cell side) lets the layers tell their token grid for an image
-    size.
-
-    Example:
-        >>> unet = UNet2DConditionModel(sample_size=8, block_out_channels=(32,), layers_per_block=1,
-        norm_num_groups=8,
-        ...     down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",),
-        ...     cross_attention_dim=8, attention_head_dim=4)
-        >>> context = torch.zeros(6, 1, 8)
-        >>> out = inflate(unet)(torch.zeros(6, 4, 8, 8), 0, context, cross_attention_kwargs={"num_views": 3})
-    """
-    unet.set_attn_processor(
-        {
-            name: JointViewAttnProcessor(
-                join=name.endswith("attn1.processor"), use_xformers=use_xformers, latent_stride=latent_stride
-            )
-            for name in unet.attn_processors
-        }
-    )
-    return unet
 
 
 class Cat3DPipeline(DiffusionPipeline):
@@ -171,13 +108,19 @@ class Cat3DPipeline(DiffusionPipeline):
         return batch, views, self.unet.config.out_channels, height // stride, width // stride
 
     def enable_xformers_memory_efficient_attention(self, attention_op: Any = None) -> None:
-        """Use xformers' kernel on CUDA, with the views still joined (diffusers' own switch would separate "
-        "them)."""
+        """Use xformers' kernel on CUDA, with the views still joined, unlike diffusers' own switch."""
         inflate(self.unet, use_xformers=True, latent_stride=self.latent_stride)
 
+    def disable_xformers_memory_efficient_attention(self) -> None:
+        """Go back to PyTorch's kernel, with the views still joined."""
+        inflate(self.unet, latent_stride=self.latent_stride)
+
     def encode(self, images: Tensor) -> Tensor:
-        """Images `[B, V, 3, H, W]` in [0, 1] to latents `[B, V, C, h, w]`; a VAE's distribution gives its "
-        "mode."""
+        """Images `[B, V, 3, H, W]` in [0, 1] to latents `[B, V, C, h, w]`; of a VAE, the mode."""
+        if images.ndim != 5 or images.shape[2] != 3:
+            raise ShapeError("images", expected="[B, V, 3, H, W]", got=images.shape)
+        if not images.is_floating_point():
+            raise ValueError(f"images: expected floats in [0, 1], got {images.dtype}; divide by 255")
         height, width = images.shape[-2:]
         multiple = self.latent_stride * 2 ** (len(self.unet.config.block_out_channels) - 1)
         if height % multiple or width % multiple:
@@ -197,9 +140,7 @@ class Cat3DPipeline(DiffusionPipeline):
             patch = self.config.patch_size
             images = rearrange(latents, "b v (c p q) h w -> b v c (h p) (w q)", p=patch, q=patch)
         else:
-            flat = rearrange(latents, "b v c h w -> (b v) c h w") / getattr(
-                self.vae.config, "scaling_factor", 1.0
-            )
+            flat = rearrange(latents, "b v c h w -> (b v) c h w") / getattr(self.vae.config, "scaling_factor", 1.0)
             images = self.vae.decode(flat.to(self.vae.dtype)).sample.to(latents.dtype)
             images = rearrange(images, "(b v) c h w -> b v c h w", b=latents.shape[0])
         return (images / 2 + 0.5).clamp(0, 1)
@@ -234,16 +175,11 @@ class Cat3DPipeline(DiffusionPipeline):
             condition_dropout: probability of blanking a sample's ray maps, for classifier-free guidance.
         """
         images: Tensor = batch["images"]
-        samples, views, references = images.shape[0], images.shape[1], int(batch["num_reference_views"])
-        if not 0 < references < views:
-            raise ValueError(
-                f"num_reference_views: expected 1 to {views - 1} of {views} views, got {references}"
-            )
+        samples, views = images.shape[:2]
+        references = _reference_views(batch, views)
         with torch.no_grad():
             clean = self.encode(images)
-            condition = self.condition(
-                batch["intrinsics"], batch["extrinsics"], references, images.shape[-2:]
-            )
+            condition = self.condition(batch["intrinsics"], batch["extrinsics"], references, images.shape[-2:])
         draw: dict[str, Any] = {
             "generator": generator,
             "device": generator.device if generator else images.device,
@@ -257,9 +193,7 @@ class Cat3DPipeline(DiffusionPipeline):
             kept = torch.rand(samples, **draw).to(images.device) >= condition_dropout
             condition[:, :, 1:] *= kept[:, None, None, None, None]
         target_views = torch.arange(views, device=images.device) >= references
-        noisy = torch.where(
-            target_views[:, None, None, None], self.scheduler.add_noise(clean, noise, timesteps), clean
-        )
+        noisy = torch.where(target_views[:, None, None, None], self.scheduler.add_noise(clean, noise, timesteps), clean)
         if self.scheduler.config.prediction_type == "epsilon":
             target = noise
         else:
@@ -276,9 +210,7 @@ class Cat3DPipeline(DiffusionPipeline):
     def predict_clean(self, output: Any, inputs: TrainingInputs) -> Tensor:
         """Images that the output stands for; reference views come back as they went in."""
         prediction = self._prediction(output, inputs.noisy.shape[0]).float()
-        alpha = self.scheduler.alphas_cumprod.to(prediction.device)[inputs.timesteps][
-            :, None, None, None, None
-        ]
+        alpha = self.scheduler.alphas_cumprod.to(prediction.device)[inputs.timesteps][:, None, None, None, None]
         noisy = inputs.noisy.float()
         if self.scheduler.config.prediction_type == "epsilon":
             clean = (noisy - (1 - alpha).sqrt() * prediction) / alpha.sqrt()
@@ -308,9 +240,9 @@ class Cat3DPipeline(DiffusionPipeline):
         Returns:
             Images in [0, 1], `[B, V - R, 3, H, W]`.
         """
-        references = int(batch["num_reference_views"])
-        images: Tensor = batch["images"][:, :references]
         samples, views = batch["extrinsics"].shape[:2]
+        references = _reference_views(batch, views)
+        images: Tensor = batch["images"][:, :references]
         reference = self.encode(images)
         condition = self.condition(batch["intrinsics"], batch["extrinsics"], references, images.shape[-2:])
         blank = torch.cat([condition[:, :, :1], torch.zeros_like(condition[:, :, 1:])], dim=2)
@@ -335,6 +267,7 @@ class Cat3DPipeline(DiffusionPipeline):
     def _unet_arguments(
         self, noisy: Tensor, condition: Tensor, timesteps: Tensor
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        check_joined(self.unet)
         views = noisy.shape[1]
         sample = rearrange(torch.cat([noisy, condition.to(noisy)], dim=2), "b v c h w -> (b v) c h w")
         # The text cross-attention of Stable Diffusion gets one zero token, which leaves of it only a bias.
@@ -346,6 +279,13 @@ class Cat3DPipeline(DiffusionPipeline):
     @staticmethod
     def _prediction(output: Any, samples: int) -> Tensor:
         return rearrange(output.sample, "(b v) c h w -> b v c h w", b=samples)
+
+
+def _reference_views(batch: Mapping[str, Any], views: int) -> int:
+    references = int(batch["num_reference_views"])
+    if not 0 < references < views:
+        raise ValueError(f"num_reference_views: expected 1 to {views - 1} of {views} views, got {references}")
+    return references
 
 
 def vae_stride(vae: nn.Module) -> int:

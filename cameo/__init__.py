@@ -9,7 +9,7 @@ Example:
 from cameo.alignment import AlignmentHead, alignment_loss
 from cameo.backbone import backbones, register_backbone
 from cameo.correspondence import Correspondence
-from cameo.hub import from_pretrained  # noqa
+from cameo.hub import from_pretrained
 from cameo.layout import TokenLayout
 from cameo.wrap import CameoModel, wrap
 

@@ -5,13 +5,9 @@ Axes: A rows of the attention batch, K heads, L query tokens, M key tokens, D he
 
 from __future__ import annotations
 
-import functools
 import itertools
-import sys
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -19,6 +15,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from cameo.errors import CaptureError
+from cameo.xformers_tap import xformers_tap
 
 __all__ = ["CallWatcher", "KernelCall", "join_slices"]
 
@@ -77,12 +74,12 @@ class CallWatcher(TorchFunctionMode):
 
     def __enter__(self) -> CallWatcher:
         super().__enter__()
-        _xformers_tap.push(self)
+        xformers_tap.push(self)
         return self
 
     def __exit__(self, *exception: Any) -> None:
         self._product = None
-        _xformers_tap.pop(self)
+        xformers_tap.pop(self)
         super().__exit__(*exception)
 
     def __torch_function__(
@@ -109,9 +106,7 @@ class CallWatcher(TorchFunctionMode):
             self.hidden_kernel = "torch.nn.MultiheadAttention"
         return output
 
-    def xformers_call(
-        self, original: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Tensor:
+    def xformers_call(self, original: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """Run `memory_efficient_attention` and record it; the SDPA it may fall back to is not a second "
         "call."""
         muted, self._muted = self._muted, True
@@ -142,9 +137,7 @@ class CallWatcher(TorchFunctionMode):
         **_: Any,
     ) -> None:
         if attn_mask is not None or is_causal:
-            raise CaptureError(
-                f"layer {self.layer!r} masks its attention; only unmasked layers can be supervised"
-            )
+            raise CaptureError(f"layer {self.layer!r} masks its attention; only unmasked layers can be supervised")
         self._keep(query, key, scale)
 
     def _explicit(self, logits: Tensor, dim: int | None = None, *_: Any, **options: Any) -> None:
@@ -259,62 +252,3 @@ def _einsum_operands(equation: Any, *operands: Any) -> tuple[Tensor, Tensor] | N
     query = operands[0].permute([left.index(axis) for axis in [*batch, tokens[0], summed[0]]])
     key = operands[1].permute([right.index(axis) for axis in [*batch, tokens[1], summed[0]]])
     return query, key
-
-
-class _XformersTap:
-    """Tells the watchers of the calling thread about `xformers.ops.memory_efficient_attention`.
-
-    xformers' operator is a Python function looked up at call time, which a TorchFunctionMode does not see.
-    The tap stands in its place only while some watcher is open in any thread.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._open = 0
-        self._local = threading.local()
-        self._installed: tuple[ModuleType, Callable[..., Tensor], Callable[..., Tensor]] | None = None
-
-    def push(self, watcher: CallWatcher) -> None:
-        self._watchers().append(watcher)
-        with self._lock:
-            self._open += 1
-            ops = sys.modules.get("xformers.ops")
-            if self._installed is None and ops is not None:
-                original = ops.memory_efficient_attention
-                tap = self._make(original)
-                ops.memory_efficient_attention = tap  # type: ignore[attr-defined]
-                self._installed = (ops, tap, original)
-
-    def pop(self, watcher: CallWatcher) -> None:
-        self._watchers().remove(watcher)
-        with self._lock:
-            self._open -= 1
-            if self._open == 0 and self._installed is not None:
-                ops, tap, original = self._installed
-                self._installed = None
-                if ops.memory_efficient_attention is tap:  # else someone else replaced it meanwhile
-                    ops.memory_efficient_attention = original  # type: ignore[attr-defined]
-
-    def _watchers(self) -> list[CallWatcher]:
-        if not hasattr(self._local, "watchers"):
-            self._local.watchers = []
-        return self._local.watchers
-
-    def _make(self, original: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        # The original is bound here, not read at the call: another thread may have fetched the tap just
-        # before the last watcher took it away.
-        @functools.wraps(original)
-        def memory_efficient_attention(*args: Any, **kwargs: Any) -> Tensor:
-            call = original
-            for watcher in self._watchers():
-                call = _told(watcher, call)
-            return call(*args, **kwargs)
-
-        return memory_efficient_attention
-
-
-def _told(watcher: CallWatcher, call: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    return lambda *args, **kwargs: watcher.xformers_call(call, args, kwargs)
-
-
-_xformers_tap = _XformersTap()

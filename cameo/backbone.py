@@ -96,9 +96,7 @@ def register_backbone(name: str) -> Callable[[type[Backbone]], type[Backbone]]:
 
     def register(adapter: type[Backbone]) -> type[Backbone]:
         if not (isinstance(adapter, type) and issubclass(adapter, Backbone)):
-            raise TypeError(
-                f"backbone {name!r}: expected a subclass of cameo.backbone.Backbone, got {adapter!r}"
-            )
+            raise TypeError(f"backbone {name!r}: expected a subclass of cameo.backbone.Backbone, got {adapter!r}")
         ours = f"{adapter.__module__}:{adapter.__qualname__}"
         known = _registry.get(name)
         others = (
@@ -141,9 +139,7 @@ def get_backbone(name: str) -> Backbone:
         if not points:
             raise unknown_name("backbone", name, backbones())
         if len(points) > 1:
-            warnings.warn(
-                f"several packages provide the backbone {name!r}: {points}; using the first", stacklevel=2
-            )
+            warnings.warn(f"several packages provide the backbone {name!r}: {points}; using the first", stacklevel=2)
         point = next(iter(points))
         try:
             adapter = point.load()
@@ -173,8 +169,7 @@ def find_site(sites: Sequence[AttentionSite], layer: int | str) -> AttentionSite
         if not 0 <= layer < len(sites):
             raise ValueError(
                 f"layer {layer} does not exist: this model has {len(sites)} cross-view attention layers, "
-                f"0 to {len(sites) - 1} in execution order: "
-                + ", ".join(f"{s.index} {s.path}" for s in sites)
+                f"0 to {len(sites) - 1} in execution order: " + ", ".join(f"{s.index} {s.path}" for s in sites)
             )
         site = sites[layer]
     elif isinstance(layer, str) and layer in by_name:

@@ -77,8 +77,8 @@ class AttentionCapture:
     keys.
 
     Raises:
-        CaptureError: inside the block, if a layer masks its attention or calls the kernel several times; on
-            leaving it, if a layer did not run or called no kernel that is known here.
+        CaptureError: in the forward, if a layer masks its attention or calls the kernel several times; on reading
+            a layer and on leaving the block, if it did not run or called no kernel that is known here.
     """
 
     def __init__(self, model: nn.Module, sites: Iterable[AttentionSite]) -> None:
@@ -113,13 +113,18 @@ class AttentionCapture:
             self._open.pop()[1].__exit__(None, None, None)
         if kind is not None:
             self._captured.clear()
+            self._ran.clear()
             return
         for site in self._sites:
-            if site.path not in self._captured:
-                self._captured.clear()
-                raise CaptureError(_missing(site, self._ran.get(site.path)))
+            self._require(site.path)
 
     def __getitem__(self, path: str) -> CapturedAttention:
+        return self._require(path)
+
+    def _require(self, path: str) -> CapturedAttention:
+        if path not in self._captured:
+            site = {site.path: site for site in self._sites}[path]
+            raise CaptureError(_missing(site, self._ran.get(path)))
         return self._captured[path]
 
     def _opener(self, site: AttentionSite) -> Callable[[nn.Module, Any], None]:

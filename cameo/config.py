@@ -65,9 +65,7 @@ class CameoConfig:
         path = Path(path)
         path = path / CONFIG_NAME if path.is_dir() else path
         if not path.is_file():
-            raise DataError(
-                f"{path}: no such file; a folder saved by CameoModel.save_pretrained holds {CONFIG_NAME}"
-            )
+            raise DataError(f"{path}: no such file; a folder saved by CameoModel.save_pretrained holds {CONFIG_NAME}")
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:

@@ -1,8 +1,11 @@
 """Train all weights of a multi-view diffusion model, from a preset or from released weights, with or without CAMEO.
 
     python recipes/full_finetune.py                                          # small base model on embedded scenes
-    python recipes/full_finetune.py weight=0.1 train_data_dir=path/to/rgbd   # any setting of TrainingConfig
+    python recipes/full_finetune.py weight=0.1 train_data_dir=path/to/rgbd   # an RGB-D sequence, or a mesh folder
+    python recipes/full_finetune.py resume_from_checkpoint=latest            # go on with an interrupted run
     accelerate launch recipes/full_finetune.py config=my.yaml                # several processes
+
+Every setting of `cameo.training.config.TrainingConfig` can be given as key=value.
 """
 
 from __future__ import annotations
@@ -14,7 +17,14 @@ from pathlib import Path
 from cameo.config import write_atomically
 from cameo.training.config import load_config
 from cameo.training.data import build_dataset
-from cameo.training.setup import load_pipeline, metrics_table, validation_callback, wrap_denoiser, write_pictures
+from cameo.training.setup import (
+    check_push,
+    load_pipeline,
+    metrics_table,
+    validation_callback,
+    wrap_denoiser,
+    write_pictures,
+)
 from cameo.training.trainer import Trainer
 
 DEFAULT = Path(__file__).parent / "configs" / "full_cat3d_tiny.yaml"
@@ -23,38 +33,33 @@ DEFAULT = Path(__file__).parent / "configs" / "full_cat3d_tiny.yaml"
 def main(arguments: list[str]) -> None:
     """Train, validate, write the pipeline in diffusers layout, and push it if asked."""
     config = load_config(DEFAULT, arguments)
+    check_push(config)
     train, held_out = build_dataset(config, "train"), build_dataset(config, "validation")
     pipeline = load_pipeline(config)
     pipeline.denoiser.requires_grad_(True)
     model = wrap_denoiser(pipeline, config)
-    results: list[dict] = []
-    trainer = Trainer(
-        model, pipeline, train, config, on_validation=validation_callback(pipeline, held_out, config, results)
-    )
-    result = trainer.train()
+    trainer = Trainer(model, pipeline, train, config, on_validation=validation_callback(pipeline, held_out, config))
+    result, accelerator = trainer.train(), trainer.accelerator
+    accelerator.end_training()
     if result.stopped_by:
-        print(f"stopped by {result.stopped_by} at step {result.step}; continue with resume_from_checkpoint=latest")
+        accelerator.print(f"stopped by {result.stopped_by} at step {result.step}; ", end="")
+        accelerator.print("continue with resume_from_checkpoint=latest")
         return
-    if not trainer.accelerator.is_main_process:
+    if not accelerator.is_main_process:
         return
     output = Path(config.output_dir)
     name = "with CAMEO" if config.weight else "without CAMEO"
     pictures = write_pictures({name: model}, pipeline, held_out, config, output / "pictures")
-    write_atomically(output / "validation.json", json.dumps(results, indent=2) + "\n")
-    print(metrics_table({f"step {entry['step']}": entry for entry in results[-3:]}))
-    model.save_pretrained(output / "model", pipeline=pipeline, metrics=results[-1], pictures=pictures)
-    print(f"model in {output / 'model'}, pictures in {output / 'pictures'}, curves in {result.metrics}")
+    write_atomically(output / "validation.json", json.dumps({name: result.validations}, indent=2) + "\n")
+    table = metrics_table({f"step {entry['step']}": entry for entry in result.validations[-3:]})
+    print(f"\n{table}\n")
+    write_atomically(output / "table.md", table + "\n")
+    facts = {"pipeline": pipeline, "metrics": result.validations[-1], "pictures": pictures}
+    folder = model.save_pretrained(output / "model", licence=config.hub_licence, **facts)
+    print(f"model in {folder}, pictures in {output / 'pictures'}, losses in {result.metrics}")
     if config.push_to_hub:
-        url = model.push_to_hub(
-            config.hub_model_id,
-            token=config.hub_token,
-            private=config.hub_private,
-            licence=config.hub_licence,
-            pipeline=pipeline,
-            metrics=results[-1],
-            pictures=pictures,
-        )
-        print(f"pushed to {url}")
+        hub = {"token": config.hub_token, "private": config.hub_private, "licence": config.hub_licence}
+        print(f"pushed to {model.push_to_hub(config.hub_model_id, **hub, **facts)}")
 
 
 if __name__ == "__main__":

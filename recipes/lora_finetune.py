@@ -2,6 +2,7 @@
 
     python recipes/lora_finetune.py                                          # bundled base, embedded scenes
     python recipes/lora_finetune.py train_data_dir=path/to/rgbd num_views=4  # an RGB-D sequence, or a mesh folder
+    python recipes/lora_finetune.py resume_from_checkpoint=latest            # go on with an interrupted run
     python recipes/lora_finetune.py push_to_hub=true hub_model_id=you/name   # and publish the adapter
     accelerate launch recipes/lora_finetune.py config=my.yaml                # several processes
 
@@ -12,13 +13,12 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 from cameo.config import write_atomically
 from cameo.training.config import load_config
 from cameo.training.data import build_dataset
-from cameo.training.setup import metrics_table, train_lora, write_pictures
+from cameo.training.setup import arms_of, check_push, metrics_table, train_lora, write_pictures
 
 DEFAULT = Path(__file__).parent / "configs" / "lora_cat3d_tiny.yaml"
 
@@ -26,41 +26,39 @@ DEFAULT = Path(__file__).parent / "configs" / "lora_cat3d_tiny.yaml"
 def main(arguments: list[str]) -> None:
     """Train, print what changed, write pictures and the adapter, and push it if asked."""
     config = load_config(DEFAULT, arguments)
+    check_push(config)
+    arms = arms_of(config)
     train, held_out = build_dataset(config, "train"), build_dataset(config, "validation")
-    output = Path(config.output_dir)
-    arms = {"with CAMEO": config}
-    if config.compare_without_cameo:
-        arms = {"without CAMEO": replace(config, weight=0.0, output_dir=str(output / "without_cameo")), **arms}
     runs = {}
     for name, settings in arms.items():
         run = runs[name] = train_lora(settings, train, held_out)
         if run.result.stopped_by:
-            print(f"stopped by {run.result.stopped_by} at step {run.result.step} of {name!r}; ", end="")
-            print("continue with resume_from_checkpoint=latest")
-            return
-    if not run.trainer.accelerator.is_main_process:
+            break
+    accelerator = run.trainer.accelerator
+    accelerator.end_training()
+    if run.result.stopped_by:
+        accelerator.print(f"stopped by {run.result.stopped_by} at step {run.result.step} of the run {name}; ", end="")
+        accelerator.print("continue with resume_from_checkpoint=latest")
         return
-    models = {name: run.model for name, run in runs.items()}
-    model = models["with CAMEO"]
-    pictures = write_pictures(models, run.pipeline, held_out, config, output / "pictures")
+    if not accelerator.is_main_process:
+        return
+    output = Path(config.output_dir)
+    pictures = write_pictures(
+        {name: run.model for name, run in runs.items()}, run.pipeline, held_out, config, output / "pictures"
+    )
     validations = {name: run.validations for name, run in runs.items()}
     write_atomically(output / "validation.json", json.dumps(validations, indent=2) + "\n")
-    columns = {"before": run.validations[0]} | {name: entries[-1] for name, entries in validations.items()}
+    columns = {f"step {run.validations[0]['step']}": run.validations[0]}
+    columns |= {name: entries[-1] for name, entries in validations.items()}
     table = metrics_table(columns)
     print(f"\n{table}\n")
     write_atomically(output / "table.md", table + "\n")
-    adapter = model.save_pretrained(output / "adapter", metrics=columns["with CAMEO"], pictures=pictures)
-    print(f"adapter in {adapter}, pictures in {output / 'pictures'}, losses in {output / 'metrics.jsonl'}")
+    facts = {"metrics": run.validations[-1], "pictures": pictures}
+    adapter = run.model.save_pretrained(output / "adapter", licence=config.hub_licence, **facts)
+    print(f"adapter in {adapter}, pictures in {output / 'pictures'}, losses in {run.result.metrics}")
     if config.push_to_hub:
-        url = model.push_to_hub(
-            config.hub_model_id,
-            token=config.hub_token,
-            private=config.hub_private,
-            licence=config.hub_licence,
-            metrics=columns["with CAMEO"],
-            pictures=pictures,
-        )
-        print(f"pushed to {url}")
+        hub = {"token": config.hub_token, "private": config.hub_private, "licence": config.hub_licence}
+        print(f"pushed to {run.model.push_to_hub(config.hub_model_id, **hub, **facts)}")
 
 
 if __name__ == "__main__":

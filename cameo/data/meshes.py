@@ -27,9 +27,7 @@ def find_meshes(folder: Path) -> list[Path]:
     Raises `DataError` where the folder is absent or holds none.
     """
     if not folder.is_dir():
-        raise DataError(
-            f"{folder}: expected a folder of meshes, found {'a file' if folder.exists() else 'nothing'}"
-        )
+        raise DataError(f"{folder}: expected a folder of meshes, found {'a file' if folder.exists() else 'nothing'}")
     found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
     if not found:
         raise DataError(f"{folder}: no meshes found; looked for {', '.join(SUFFIXES)}, also in subfolders")
@@ -51,9 +49,7 @@ def load_mesh(path: Path, rng: np.random.Generator) -> TriangleScene:
     faces = np.asarray(getattr(loaded, "faces", np.zeros((0, 3), dtype=np.int64)))
     vertices = np.asarray(loaded.vertices, dtype=float)
     if not len(faces) or not np.isfinite(vertices).all() or np.ptp(vertices, axis=0).max() <= 0:
-        raise DataError(
-            f"{path}: expected a mesh with faces, finite vertices and an extent, got {len(faces)} faces"
-        )
+        raise DataError(f"{path}: expected a mesh with faces, finite vertices and an extent, got {len(faces)} faces")
     normals = np.asarray(loaded.vertex_normals, dtype=float)
     if path.suffix.lower() != ".ply":
         turn = np.array([[1.0, 0.0, 0.0], [0.0, 0.0, 1.0], [0.0, -1.0, 0.0]])
@@ -79,9 +75,7 @@ def random_orbit(rng: np.random.Generator, count: int, size: tuple[int, int]) ->
         (4, 4, 4)
     """
     intrinsics = random_intrinsics(rng, count, size)
-    azimuth = (
-        rng.uniform(0, 2 * np.pi) + 2 * np.pi * (np.arange(count) + rng.uniform(-0.3, 0.3, count)) / count
-    )
+    azimuth = rng.uniform(0, 2 * np.pi) + 2 * np.pi * (np.arange(count) + rng.uniform(-0.3, 0.3, count)) / count
     elevation = np.radians(rng.uniform(-5.0, 45.0, count))
     # The object's bounding sphere (radius 0.87 at most) fits the narrower side of the image.
     half_angle = np.arctan(0.5 * min(size) / intrinsics[0, 0, 0])

@@ -84,10 +84,10 @@ class TriangleScene:
         """
         hit = np.asarray(self._embree.run(_single(origins), _single(directions)))
         normal, product = self._planes
-        plane = normal[hit]
+        plane = normal.take(hit, 0)
         along = dot(plane, directions)
         along[along == 0.0] = 1e-30
-        return np.where(hit >= 0, (product[hit] - dot(plane, origins)) / along, 0.0)
+        return np.where(hit >= 0, (product.take(hit) - dot(plane, origins)) / along, 0.0)
 
     def surface(self, origins: Array, directions: Array) -> tuple[Array, Surface]:
         """Return which rays meet a surface, `[M]` bool, and the surface at those rays."""
@@ -95,11 +95,13 @@ class TriangleScene:
         hit = self._embree.run(origins, directions, output=True)
         met = hit["primID"] >= 0
         triangles = hit["primID"][met]
-        points = origins[met] + directions[met] * hit["tfar"][met, None]
+        points = origins.compress(met, 0) + directions.compress(met, 0) * hit["tfar"][met, None]
         second, third = hit["u"][met], hit["v"][met]
         barycentric = np.stack([1.0 - second - third, second, third], axis=-1)
         first, edge2, edge3 = self._normals
-        normals = first[triangles] + edge2[triangles] * second[:, None] + edge3[triangles] * third[:, None]
+        # take() is several times faster than indexing with an array.
+        normals = edge2.take(triangles, 0) * second[:, None] + edge3.take(triangles, 0) * third[:, None]
+        normals += first.take(triangles, 0)
         normals /= np.maximum(np.sqrt(dot(normals, normals)), 1e-12)[:, None]
         return met, Surface(points, normals, triangles, barycentric)
 
@@ -197,7 +199,6 @@ def render(
     mean = np.sum([samples[:, :, i, :, j] for i in steps for j in steps], axis=0) / supersampling**2
     images = np.rint(np.clip(mean, 0.0, 1.0) * 255.0).astype(np.uint8).transpose(0, 3, 1, 2)
     depth = [
-        cast_views(scene, intrinsics[f : f + 1], extrinsics[f : f + 1], size, grid=size)
-        for f in range(len(intrinsics))
+        cast_views(scene, intrinsics[f : f + 1], extrinsics[f : f + 1], size, grid=size) for f in range(len(intrinsics))
     ]
     return np.ascontiguousarray(images), np.stack(depth).astype(np.float32)

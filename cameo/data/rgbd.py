@@ -118,9 +118,7 @@ class RGBDSequence:
             depth=depth,
             intrinsics=torch.stack(cameras).float(),
             extrinsics=torch.from_numpy(poses).float(),
-            key=self.path.resolve().name
-            if self.split is None
-            else f"{self.path.resolve().name}-{self.split}",
+            key=self.path.resolve().name if self.split is None else f"{self.path.resolve().name}-{self.split}",
         )
 
 
@@ -151,9 +149,7 @@ def _calibration(path: Path, layout: Layout, intrinsics: Tensor | Sequence[Seque
         return matrix
     found = layout.intrinsics(path)
     if found is None:
-        looked = (
-            "camera-intrinsics.txt" if layout.name == "7scenes" else "freiburg1, 2 or 3 in the folder's name"
-        )
+        looked = "camera-intrinsics.txt" if layout.name == "7scenes" else "freiburg1, 2 or 3 in the folder's name"
         raise DataError(
             f"{path}: no camera intrinsics ({looked} not found); pass intrinsics= as a 3x3 matrix in pixels "
             "of the full colour image, for example [[585, 0, 320], [0, 585, 240], [0, 0, 1]] for a 640x480 "
@@ -162,9 +158,7 @@ def _calibration(path: Path, layout: Layout, intrinsics: Tensor | Sequence[Seque
     return torch.from_numpy(found)
 
 
-def _read_color(
-    path: Path, calibration: Tensor, size: tuple[int, int]
-) -> tuple[np.ndarray, tuple[int, int], Tensor]:
+def _read_color(path: Path, calibration: Tensor, size: tuple[int, int]) -> tuple[np.ndarray, tuple[int, int], Tensor]:
     """Return the image `[H, W, 3]` uint8, its full size (H, W) on disk, and its intrinsics at `size`."""
     from PIL import Image
 

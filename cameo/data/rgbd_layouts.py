@@ -66,9 +66,7 @@ def detect_layout(folder: Path, layout: str | None) -> Layout:
     for candidate in LAYOUTS.values():
         if layout in (None, candidate.name) and candidate.matches(folder):
             return candidate
-    wanted = "; or ".join(
-        f"{one.wanted} ({one.name})" for one in LAYOUTS.values() if layout in (None, one.name)
-    )
+    wanted = "; or ".join(f"{one.wanted} ({one.name})" for one in LAYOUTS.values() if layout in (None, one.name))
     raise DataError(f"{folder}: no RGB-D frames found; looked for {wanted}")
 
 
@@ -88,9 +86,7 @@ def _seven_scenes_frames(folder: Path, _: float) -> Listing:
     listing = Listing()
     stems = sorted({path.name.split(".")[0] for path in folder.glob("frame-*.*")})
     for stem in stems:
-        colors = [
-            path for kind in ("png", "jpg", "jpeg") if (path := folder / f"{stem}.color.{kind}").exists()
-        ]
+        colors = [path for kind in ("png", "jpg", "jpeg") if (path := folder / f"{stem}.color.{kind}").exists()]
         depth, pose_path = folder / f"{stem}.depth.png", folder / f"{stem}.pose.txt"
         if not colors or not depth.exists() or not pose_path.exists():
             missing = "color" if not colors else "depth" if not depth.exists() else "pose"
@@ -132,9 +128,7 @@ def _read_table(path: Path, columns: int) -> list[tuple[float, list[str]]]:
                 raise ValueError(f"{len(words)} columns")
             rows.append((float(words[0]), words[1:columns]))
         except ValueError as error:
-            raise DataError(
-                f"{path}, line {number}: expected {columns} columns, time stamp first ({error})"
-            ) from error
+            raise DataError(f"{path}, line {number}: expected {columns} columns, time stamp first ({error})") from error
     return sorted(rows)
 
 
@@ -212,9 +206,7 @@ LAYOUTS = {
         Layout(
             name="tum",
             wanted="rgb.txt, depth.txt and groundtruth.txt",
-            matches=lambda folder: all(
-                (folder / f"{name}.txt").exists() for name in ("rgb", "depth", "groundtruth")
-            ),
+            matches=lambda folder: all((folder / f"{name}.txt").exists() for name in ("rgb", "depth", "groundtruth")),
             frames=_tum_frames,
             intrinsics=_tum_intrinsics,
             depth_scale=5000.0,

@@ -73,18 +73,16 @@ class _Builder:
         return scene
 
 
-def _shade(
-    scene: TriangleScene, surface: Surface, material: Array, textures: list[Texture], light: Array
-) -> Array:
+def _shade(scene: TriangleScene, surface: Surface, material: Array, textures: list[Texture], light: Array) -> Array:
     """Texture times mild Lambert shading by a lamp fixed in the room, with shadows: equal in every view."""
-    owner = material[surface.triangles]
+    owner = material.take(surface.triangles)
     order = np.argsort(owner, kind="stable")
     bounds = np.searchsorted(owner[order], np.arange(len(textures) + 1))
     colors = np.empty((len(owner), 3), dtype=np.float32)
     for index, texture in enumerate(textures):
         rows = order[bounds[index] : bounds[index + 1]]
         if len(rows):
-            colors[rows] = texture(surface.points[rows])
+            colors[rows] = texture(surface.points.take(rows, 0))
     start = surface.points + np.float32(2e-3) * surface.normals
     toward = light.astype(np.float32) - start
     facing = dot(surface.normals, toward) / np.sqrt(dot(toward, toward))
@@ -121,16 +119,12 @@ def _add_shell(build: _Builder, extent: Array) -> None:
     )
     build.add("box", np.array([0, 0, -0.1]), np.array([extent[0] + 0.4, extent[1] + 0.4, 0.2]), texture=floor)
     ceiling = np.array([extent[0] + 0.4, extent[1] + 0.4, 0.2])
-    build.add(
-        "box", np.array([0, 0, extent[2] + 0.1]), ceiling, texture=build.texture(cell=(0.4, 0.9), bleach=0.5)
-    )
+    build.add("box", np.array([0, 0, extent[2] + 0.1]), ceiling, texture=build.texture(cell=(0.4, 0.9), bleach=0.5))
     for axis in (0, 1):
         for side in (-1.0, 1.0):
             center, slab = np.array([0.0, 0.0, extent[2] / 2]), extent + 0.4
             center[axis], slab[axis], slab[2] = side * (extent[axis] / 2 + 0.1), 0.2, extent[2]
-            wall = build.texture(
-                cell=(0.3, 0.8), upright=bool(rng.random() < 0.7), bleach=rng.uniform(0.1, 0.5)
-            )
+            wall = build.texture(cell=(0.3, 0.8), upright=bool(rng.random() < 0.7), bleach=rng.uniform(0.1, 0.5))
             build.add("box", center, slab, texture=wall)
             for _ in range(int(rng.integers(1, 4))):
                 frame = np.array([rng.uniform(0.3, 0.9), rng.uniform(0.3, 0.9), rng.uniform(0.3, 0.8)])
@@ -167,9 +161,7 @@ def _add_furniture(build: _Builder, extent: Array) -> list[Array]:
         for corner in ((-1, -1), (-1, 1), (1, -1), (1, 1)):
             x, y = np.array(corner) * (top[:2] / 2 - 0.06)
             at = spot + np.array([np.cos(turn) * x - np.sin(turn) * y, np.sin(turn) * x + np.cos(turn) * y])
-            build.add(
-                "box", np.array([*at, height / 2]), np.array([0.06, 0.06, height]), turn=turn, texture=legs
-            )
+            build.add("box", np.array([*at, height / 2]), np.array([0.06, 0.06, height]), turn=turn, texture=legs)
         tops.append(np.array([*spot, height + top[2] / 2, top[0], top[1], turn]))
     for _ in range(int(rng.integers(3, 7))):
         tops.append(np.array([*(rng.uniform(-0.38, 0.38, 2) * extent[:2]), 0.0, 0.3, 0.3, 0.0]))
@@ -182,9 +174,7 @@ def _add_things(build: _Builder, tops: list[Array]) -> None:
     for x, y, z, width, depth, turn in tops:
         for _ in range(int(rng.integers(1, 4))):
             u, v = rng.uniform(-0.35, 0.35) * width, rng.uniform(-0.35, 0.35) * depth
-            spot = np.array(
-                [x + np.cos(turn) * u - np.sin(turn) * v, y + np.sin(turn) * u + np.cos(turn) * v]
-            )
+            spot = np.array([x + np.cos(turn) * u - np.sin(turn) * v, y + np.sin(turn) * u + np.cos(turn) * v])
             base = z
             for _ in range(2 if rng.random() < 0.3 else 1):
                 shape = str(rng.choice(["box", *SMOOTH_SHAPES]))
@@ -261,9 +251,7 @@ def _random_arc(rng: np.random.Generator, extent: Array, count: int) -> tuple[Ar
     focus = np.array([*(-rng.uniform(0.0, 0.3) * half * side), rng.uniform(0.5, 1.2)])
     radius = rng.uniform(1.5, 2.6) * (1.0 + rng.normal(0, 0.06, count))
     height = rng.uniform(1.0, 1.9) + rng.normal(0, 0.12, count)
-    centers = np.stack(
-        [focus[0] + radius * np.cos(azimuth), focus[1] + radius * np.sin(azimuth), height], axis=-1
-    )
+    centers = np.stack([focus[0] + radius * np.cos(azimuth), focus[1] + radius * np.sin(azimuth), height], axis=-1)
     centers[:, :2] = np.clip(centers[:, :2], -half, half)
     return centers, focus + rng.normal(0, 0.2, (count, 3))
 

@@ -91,9 +91,7 @@ class MultiViewDataset(Dataset[MultiViewSample]):
         if num_views < 1:
             raise ValueError(f"num_views: expected at least 1, got {num_views}")
         if not 0 <= num_reference_views <= num_views:
-            raise ValueError(
-                f"num_reference_views: expected 0 to num_views={num_views}, got {num_reference_views}"
-            )
+            raise ValueError(f"num_reference_views: expected 0 to num_views={num_views}, got {num_reference_views}")
         if not 0.0 <= min_overlap <= max_overlap <= 1.0:
             raise ValueError(
                 f"min_overlap, max_overlap: expected 0 <= min <= max <= 1, got {min_overlap}, {max_overlap}"

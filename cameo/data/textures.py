@@ -61,18 +61,12 @@ class Texture:
         local = points.astype(np.float32) @ self.frame + self.offset
         color = PATTERNS[self.pattern](self, local)
         # Coarse and fine tone keep equal cells of a pattern apart and give every scale something to match.
-        tone = (
-            1.0
-            + 0.22 * self.wave(local, 0, 0.35) * self.wave(local, 1, 0.5)
-            + 0.07 * self.wave(local, 2, 1.3)
-        )
+        tone = 1.0 + 0.22 * self.wave(local, 0, 0.35) * self.wave(local, 1, 0.5) + 0.07 * self.wave(local, 2, 1.3)
         return np.clip(color * tone[:, None], 0.0, 1.0)
 
     def wave(self, local: Array, index: int, frequency: float) -> Array:
         """Plane wave number `index` in [-1, 1] at `local` `[M, 3]`, about `frequency` periods per unit."""
-        return np.sin(
-            local @ (self.directions[index] * np.float32(2 * np.pi * frequency)) + self.phases[index]
-        )
+        return np.sin(local @ (self.directions[index] * np.float32(2 * np.pi * frequency)) + self.phases[index])
 
     def waves(self, local: Array, *parts: tuple[int, float, float]) -> Array:
         """Sum of plane waves given as (index, frequency, weight)."""
@@ -86,11 +80,11 @@ class Texture:
         scaled = np.clip(value, 0.0, 1.0) * np.float32(len(self.palette) - 1)
         lower = np.minimum(scaled.astype(np.int64), len(self.palette) - 2)
         share = (scaled - lower)[:, None]
-        return self.palette[lower] * (1.0 - share) + self.palette[lower + 1] * share
+        return self.palette.take(lower, 0) * (1.0 - share) + self.palette.take(lower + 1, 0) * share
 
     def pick(self, chance: Array) -> Array:
         """Palette colour `[M, 3]` chosen by `chance` `[M]` in [0, 1), with a shade of its own."""
-        color = self.palette[(chance * len(self.palette)).astype(np.int64)]
+        color = self.palette.take((chance * len(self.palette)).astype(np.int64), 0)
         return color * (0.8 + 0.35 * np.mod(chance * 97.0, 1.0))[:, None]
 
 

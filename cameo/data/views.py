@@ -136,9 +136,7 @@ def check_sample(sample: MultiViewSample) -> None:
     """
     images = sample["images"]
     if not torch.isfinite(images).all():
-        raise DataError(
-            f"sample {sample['key']}: images hold NaN or infinite values; check the source's files"
-        )
+        raise DataError(f"sample {sample['key']}: images hold NaN or infinite values; check the source's files")
     low, high = images.min().item(), images.max().item()
     if low < 0.0 or high > 1.0:
         raise DataError(

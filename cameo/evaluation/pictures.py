@@ -16,8 +16,9 @@ from torch import Tensor
 from cameo.config import write_atomically
 from cameo.correspondence import Correspondence
 from cameo.evaluation.attention import attention_maps
+from cameo.evaluation.mode import evaluation_mode, native_precision
 from cameo.pipeline import MultiViewPipeline, TrainingInputs
-from cameo.training.correspondences import match_batch
+from cameo.training.correspondences import layer_grid, match_batch
 from cameo.wrap import CameoModel
 
 __all__ = ["attention_figure", "comparison_figure", "save_figure"]
@@ -48,43 +49,45 @@ def comparison_figure(batch: Mapping[str, Any], predictions: Mapping[str, Tensor
     return figure
 
 
-@torch.no_grad()
 def attention_figure(
     models: Mapping[str, CameoModel],
     pipeline: MultiViewPipeline,
     batch: Mapping[str, Any],
     inputs: TrainingInputs,
     *,
-    sample: int = 0,
     queries: int = 4,
 ) -> Figure:
     """Draw where a few query tokens of the first target view look in the first reference view.
 
     One row per query: the target view with the query token (square), then per model the reference view under the
     attention of its supervised layer (mean over heads), the true match as a circle and the most-attended token as a
-    cross. The queries are spread evenly over the tokens that have a match.
+    cross. The sample is the one with most matches; the queries are spread evenly over the tokens that have one.
 
     Raises:
-        ValueError: if no token of the target view is visible in the reference view.
+        ValueError: if no token of a target view is visible in the reference view, or the layer does not attend
+            across whole views.
     """
     references = int(batch["num_reference_views"])
-    images: Tensor = batch["images"]
-    size = next(iter(models.values())).token_grid(*images.shape[-2:])
+    size = layer_grid(next(iter(models.values())).supervised_sites[0], batch)
     match = match_batch(batch, size)
-    target = match.index[sample, references, 0]
-    candidates = (target >= 0).nonzero().flatten()
+    visible = match.visible[:, references, 0]
+    sample = int(visible.sum(1).argmax())
+    images, target = batch["images"][sample], match.index[sample, references, 0]
+    candidates = visible[sample].nonzero().flatten()
     if not len(candidates):
-        raise ValueError(f"sample {sample}: no token of its first target view is visible in its first reference view")
+        raise ValueError(
+            f"batch {batch['key']}: no token of a first target view is visible in its first reference view"
+        )
     chosen = candidates[torch.linspace(0, len(candidates) - 1, min(queries, len(candidates))).round().long()]
     figure, axes = _grid(len(chosen), 1 + len(models))
     for column, (name, model) in enumerate(models.items(), start=1):
         heat = _attention_to_reference(model, inputs, match, references)[sample]
         for row, token in enumerate(chosen.tolist()):
-            _show(axes[row, 0], images[sample, references])
+            _show(axes[row, 0], images[references])
             _mark(axes[row, 0], token, size, images.shape[-2:], "s", "white")
-            _show(axes[row, column], images[sample, 0])
+            _show(axes[row, column], images[0])
             axes[row, column].imshow(
-                heat[token].view(size), extent=(0, images.shape[-1], images.shape[-2], 0), cmap="magma", alpha=0.6
+                heat[token].view(size).numpy(), extent=(0, images.shape[-1], images.shape[-2], 0), cmap="magma", alpha=0.6
             )
             _mark(axes[row, column], int(target[token]), size, images.shape[-2:], "o", "lime")
             _mark(axes[row, column], int(heat[token].argmax()), size, images.shape[-2:], "x", "cyan")
@@ -106,13 +109,13 @@ def _attention_to_reference(
 ) -> Tensor:
     """Attention `[B, N, N]` of the first target view's tokens over those of the first reference view."""
     site = model.supervised_sites[0]
-    was_training = model.training
-    model.eval()
-    with model.capture([site]) as captured:
-        model.base_model(*inputs.args, **inputs.kwargs)
-    model.train(was_training)
-    query, key, local = model.split(site, captured[site.path], match)
-    maps = attention_maps(query, key, local, None, captured[site.path].scale)
+    with evaluation_mode(model):
+        with native_precision(model), model.capture([site]) as captured:
+            model.base_model(*inputs.args, **inputs.kwargs)
+        query, key, local = model.split(site, captured[site.path], match)
+        if local.batch_size != match.batch_size:
+            raise ValueError(f"layer {site.path!r} attends to a part of the other view; its attention is not drawn")
+        maps = attention_maps(query, key, local, None, captured[site.path].scale)
     return maps["mean"][:, 0, references, :, 0].cpu()
 
 
@@ -130,9 +133,7 @@ def _show(axis: Axes, image: Tensor) -> None:
     axis.imshow(pixels, extent=(0, width, height, 0), interpolation="nearest")
 
 
-def _mark(
-    axis: Axes, token: int, size: tuple[int, int], image_size: tuple[int, ...], marker: str, colour: str
-) -> None:
+def _mark(axis: Axes, token: int, size: tuple[int, int], image_size: tuple[int, ...], marker: str, colour: str) -> None:
     row, column = divmod(token, size[1])
     x, y = (column + 0.5) * image_size[1] / size[1], (row + 0.5) * image_size[0] / size[0]
     face = colour if marker == "x" else "none"

@@ -17,9 +17,12 @@ from torch.utils.data import Dataset
 
 from cameo.correspondence import Correspondence
 from cameo.data import MultiViewSample, collate
+from cameo.errors import DataError
 from cameo.evaluation.attention import attention_hits, attention_maps
+from cameo.evaluation.mode import evaluation_mode, native_precision
 from cameo.pipeline import MultiViewPipeline
-from cameo.training.correspondences import match_batch
+from cameo.training.correspondences import layer_grid, match_batch
+from cameo.training.data import to_device
 from cameo.wrap import CameoModel
 
 __all__ = ["ValidationSettings", "covisible_pixels", "validate"]
@@ -45,7 +48,13 @@ class ValidationSettings:
 
 
 def covisible_pixels(batch: MultiViewSample | dict[str, Any]) -> Tensor:
-    """Target pixels that some reference view sees, bool `[B, V, 1, H, W]`; False in reference views."""
+    """Target pixels that some reference view sees, bool `[B, V, 1, H, W]`; False in reference views.
+
+    Raises:
+        DataError: if the batch has no depth.
+    """
+    if "depth" not in batch:
+        raise DataError(f"sample {batch.get('key', '?')}: has no depth, and evaluation takes the true matches from it")
     depth: Tensor = batch["depth"]
     height, width = depth.shape[-2:]
     references = int(batch["num_reference_views"])
@@ -55,11 +64,10 @@ def covisible_pixels(batch: MultiViewSample | dict[str, Any]) -> Tensor:
     return seen[:, :, None]
 
 
-@torch.no_grad()
 def validate(
     model: CameoModel, pipeline: MultiViewPipeline, data: Dataset[MultiViewSample], settings: ValidationSettings
 ) -> dict[str, Any]:
-    """Measure a model on fixed samples, noise and noise levels.
+    """Measure a model on fixed samples, noise and noise levels; of several supervised layers, the first.
 
     Returns:
         `loss` (mean over levels) and `loss_by_level`; `psnr_covisible` and `psnr_all` in dB at high noise; and
@@ -68,23 +76,24 @@ def validate(
         alignment head. `settings` and the number of pairs and pixels behind the figures stand beside them.
 
     Raises:
+        DataError: if the samples carry no depth.
         ValueError: if no target pixel is seen by a reference or no pair is visible: nothing could be measured.
     """
     site = model.supervised_sites[0]
-    was_training = model.training
-    model.eval()
     device = next(model.parameters()).device
     losses: dict[float, list[Tensor]] = {level: [] for level in settings.noise_levels}
-    errors, errors_all, hits, pairs, pixels = [], [], {}, 0, 0
-    try:
+    errors: list[float] = []
+    errors_all: list[float] = []
+    hits: dict[str, Tensor] = {}
+    pairs = pixels = 0
+    with evaluation_mode(model):
         for indices in _batches(settings.num_samples, settings.batch_size):
-            batch = collate([data[index] for index in indices])
-            batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+            batch = to_device(collate([data[index] for index in indices]), device)
             seen = covisible_pixels(batch)
-            match = match_batch(batch, model.token_grid(*batch["images"].shape[-2:]))
+            match = match_batch(batch, layer_grid(site, batch))
             for level in settings.noise_levels:
                 inputs = pipeline.training_inputs(batch, **_fixed_noise(pipeline, batch, indices, level, settings.seed))
-                with model.capture([site]) as captured:
+                with native_precision(model), model.capture([site]) as captured:
                     output = model.base_model(*inputs.args, **inputs.kwargs)
                 losses[level].append(pipeline.denoising_loss(output, inputs))
                 query, key, local = model.split(site, captured[site.path], match)
@@ -98,10 +107,11 @@ def validate(
                     errors += _per_sample(squared, seen)
                     errors_all += _per_sample(squared, targets)
                     pixels += int(seen.sum())
-    finally:
-        model.train(was_training)
     if not errors or not pairs:
-        raise ValueError("validation data: no target pixel is seen by a reference view, so nothing can be measured")
+        raise ValueError(
+            "validation data: no target pixel is seen by a reference view at high noise, so nothing can be measured. "
+            "Raise min_overlap, or give noise_levels at and above high_noise"
+        )
     by_level = {str(level): float(torch.cat(values).mean()) for level, values in losses.items()}
     return {
         "loss": sum(by_level.values()) / len(by_level),

@@ -10,11 +10,13 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from peft import set_peft_model_state_dict
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, load_model
+from torch import Tensor, nn
 
 from cameo.backbone import core_module
 from cameo.errors import DataError
@@ -22,12 +24,14 @@ from cameo.weights import ADAPTER_FORMATS, HEAD_FILE, LORA_FILE, MODULE_FILE, PE
 from cameo.wrap import CameoModel
 
 __all__ = [
+    "check_continues",
     "find_checkpoint",
     "list_checkpoints",
     "load_trained",
     "prune_checkpoints",
     "publish_checkpoint",
     "read_state",
+    "refuse_used_folder",
     "staging_folder",
 ]
 
@@ -36,61 +40,77 @@ STATE_NAME = "trainer_state.json"
 
 
 def list_checkpoints(output_dir: str | Path) -> list[Path]:
-    """Complete checkpoints of a run, oldest first."""
-    folder = Path(output_dir)
-    found = [path for path in folder.glob("checkpoint-*") if NAME.fullmatch(path.name) and (path / STATE_NAME).is_file()]
-    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
+    """List the complete checkpoints of a run, oldest first."""
+    found = Path(output_dir).glob("checkpoint-*")
+    complete = [path for path in found if NAME.fullmatch(path.name) and (path / STATE_NAME).is_file()]
+    return sorted(complete, key=_step)
 
 
 def find_checkpoint(output_dir: str | Path, resume_from_checkpoint: str) -> Path:
-    """Return the checkpoint that `latest` or a path names.
+    """Return the checkpoint that `latest`, a path, or a name within `output_dir` means.
 
     Raises:
-        DataError: if there is none; a run that was told to resume never starts anew in silence.
+        DataError: if there is none (a run that was told to resume never starts anew in silence), or `output_dir`
+            holds later ones, which would not belong to the run that goes on.
     """
+    known = list_checkpoints(output_dir)
     if resume_from_checkpoint == "latest":
-        found = list_checkpoints(output_dir)
-        if not found:
+        if not known:
             raise DataError(
                 f"resume_from_checkpoint=latest: {output_dir} holds no complete checkpoint-N; "
                 "leave the setting out to start a new run"
             )
-        return found[-1]
+        return known[-1]
     path = Path(resume_from_checkpoint)
     path = path if path.is_dir() else Path(output_dir) / resume_from_checkpoint
     if not (path / STATE_NAME).is_file():
-        raise DataError(f"resume_from_checkpoint={resume_from_checkpoint}: not a complete checkpoint folder")
+        names = ", ".join(one.name for one in known) or "none"
+        raise DataError(
+            f"resume_from_checkpoint={resume_from_checkpoint}: not a complete checkpoint folder; "
+            f"in {output_dir}: {names}"
+        )
+    step = int(read_state(path)["step"])
+    if later := [one.name for one in known if _step(one) > step]:
+        raise DataError(
+            f"resume_from_checkpoint={resume_from_checkpoint}: {output_dir} holds later checkpoints "
+            f"({', '.join(later)}). Remove them, or choose another output_dir for the branch"
+        )
     return path
 
 
+def refuse_used_folder(output_dir: str | Path) -> None:
+    """Raise `DataError` where a new run would mix with the checkpoints of an earlier one."""
+    if list_checkpoints(output_dir):
+        raise DataError(
+            f"output_dir={output_dir} holds checkpoints of an earlier run. Continue it with "
+            "resume_from_checkpoint=latest, or choose another output_dir"
+        )
+
+
 def staging_folder(output_dir: str | Path, step: int) -> Path:
-    """Where a checkpoint is written before it is published; leftovers of a killed process are removed."""
+    """Return the empty folder in which a checkpoint is written before it is published."""
     folder = Path(output_dir) / f".checkpoint-{step}.partial"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     return folder
 
 
-def publish_checkpoint(staged: Path, step: int, state: dict[str, Any]) -> Path:
+def publish_checkpoint(staged: Path, step: int, state: Mapping[str, Any]) -> Path:
     """Write the trainer's state and rename the staged folder to `checkpoint-N`."""
     (staged / STATE_NAME).write_text(json.dumps({**state, "step": step}, indent=2) + "\n", encoding="utf-8")
     final = staged.parent / f"checkpoint-{step}"
-    replaced = final.with_name(f".{final.name}.removed")
-    shutil.rmtree(replaced, ignore_errors=True)
-    if final.exists():  # resumed from an older one: the new folder replaces that of the abandoned run
-        final.rename(replaced)
     staged.rename(final)
-    shutil.rmtree(replaced, ignore_errors=True)
     return final
 
 
 def prune_checkpoints(output_dir: str | Path, limit: int | None) -> None:
-    """Remove the oldest checkpoints beyond `limit`, and partial ones that a killed process left."""
-    for leftover in Path(output_dir).glob(".checkpoint-*"):
-        shutil.rmtree(leftover, ignore_errors=True)
+    """Remove the oldest checkpoints beyond `limit` >= 1, and partial ones that a killed process left."""
     if limit is not None:
-        for path in list_checkpoints(output_dir)[: -limit or None]:
-            _remove(path)
+        for path in list_checkpoints(output_dir)[:-limit]:
+            # Renamed first: a process killed while deleting leaves nothing that looks like a checkpoint.
+            path.rename(path.with_name(f".{path.name}.removed"))
+    for leftover in Path(output_dir).glob(".*checkpoint-*"):  # also what save_pretrained stages beside it
+        shutil.rmtree(leftover)
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
@@ -98,12 +118,25 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     return json.loads((checkpoint / STATE_NAME).read_text(encoding="utf-8"))
 
 
-def _remove(checkpoint: Path) -> None:
-    # Renamed first: a process killed while deleting leaves no folder that looks like a checkpoint.
-    hidden = checkpoint.with_name(f".{checkpoint.name}.removed")
-    shutil.rmtree(hidden, ignore_errors=True)
-    checkpoint.rename(hidden)
-    shutil.rmtree(hidden)
+def check_continues(checkpoint: Path, settings: Mapping[str, Any], max_train_steps: int) -> int:
+    """Return the step of a checkpoint that was written with `settings`.
+
+    Raises:
+        ValueError: if a setting differs, so that another run would continue, or the checkpoint lies beyond the end.
+    """
+    state = read_state(checkpoint)
+    now = json.loads(json.dumps(dict(settings)))  # tuples come back from JSON as lists
+    then = state["settings"]
+    differing = sorted(name for name in now.keys() | then.keys() if now.get(name) != then.get(name))
+    if differing:
+        shown = ", ".join(f"{name}: {then.get(name)} -> {now.get(name)}" for name in differing)
+        raise ValueError(
+            f"{checkpoint}: the run cannot continue with other settings ({shown}). Restore them, or start a new run "
+            "in another output_dir"
+        )
+    if state["step"] > max_train_steps:
+        raise ValueError(f"max_train_steps={max_train_steps}: {checkpoint} is already at step {state['step']}")
+    return int(state["step"])
 
 
 def load_trained(model: CameoModel, folder: str | Path) -> None:
@@ -112,22 +145,36 @@ def load_trained(model: CameoModel, folder: str | Path) -> None:
     Raises:
         DataError: if the folder does not hold exactly the weights that the model trains.
     """
-    folder, base = Path(folder), model.base_model
-    form = format_in(folder)
-    if form in ADAPTER_FORMATS:
-        path = folder / (LORA_FILE if form == "diffusers_lora" else PEFT_FILE)
-        state = load_file(str(path))
-        if not hasattr(base, "get_base_model"):  # the keys of a PeftModel carry the prefix of the file themselves
-            prefix = next(iter(state), "").split(".")[0] if form == "diffusers_lora" else "base_model.model"
-            state = {key.removeprefix(f"{prefix}."): value for key, value in state.items()}
-        result = set_peft_model_state_dict(base, state, adapter_name=adapter_name(base))
-        if result.unexpected_keys:
-            raise DataError(f"{path}: does not fit the model that trains: {list(result.unexpected_keys)[:3]}")
-    elif form == "module":
-        load_model(core_module(base), str(folder / MODULE_FILE))
-    else:
-        state = {}
-        for path in sorted(folder.glob("diffusion_pytorch_model*.safetensors")):
-            state |= load_file(str(path))
-        core_module(base).load_state_dict(state)
-    model.alignment_heads.load_state_dict(load_file(str(folder / HEAD_FILE)))
+    folder = Path(folder)
+    core, form = core_module(model.base_model), format_in(folder)
+    try:
+        if form in ADAPTER_FORMATS:
+            _load_adapter(model.base_model, folder, form)
+        elif form == "module":
+            load_model(core, str(folder / MODULE_FILE))
+        else:
+            state: dict[str, Tensor] = {}
+            for path in sorted(folder.glob("diffusion_pytorch_model*.safetensors")):
+                state |= load_file(str(path))
+            core.load_state_dict(state)
+        heads = model.alignment_heads.state_dict()
+        model.alignment_heads.load_state_dict(load_file(str(folder / HEAD_FILE)) if heads else {})
+    except RuntimeError as error:
+        first = " ".join(str(error).split("\n\t")[:2])  # torch lists every parameter
+        raise DataError(f"{folder}: does not fit the model that trains: {first}") from error
+
+
+def _load_adapter(base: nn.Module, folder: Path, form: str) -> None:
+    path = folder / (LORA_FILE if form == "diffusers_lora" else PEFT_FILE)
+    state, name = load_file(str(path)), adapter_name(base)
+    if not hasattr(base, "get_base_model"):  # only the keys of a PeftModel carry the prefix of the file themselves
+        prefix = next(iter(state), "").split(".")[0] if form == "diffusers_lora" else "base_model.model"
+        state = {key.removeprefix(f"{prefix}."): value for key, value in state.items()}
+    expected = get_peft_model_state_dict(base, adapter_name=name)
+    if differing := sorted(expected.keys() ^ state.keys()):
+        raise DataError(f"{path}: does not fit the model that trains; in one of them only: {', '.join(differing[:3])}")
+    set_peft_model_state_dict(base, state, adapter_name=name)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("checkpoint-"))

@@ -9,7 +9,48 @@ from typing import Any
 
 from cameo.errors import DataError, unknown_name
 
-__all__ = ["TrainingConfig", "load_config", "save_config"]
+__all__ = ["TrainingConfig", "continued_settings", "load_config", "save_config"]
+
+CHOICES = {
+    "data_format": ("auto", "scenes", "meshes", "rgbd"),
+    "correspondence": ("depth", "point_map"),
+    "timestep_sampling": ("uniform", "high_noise"),
+    "mixed_precision": ("no", "fp16", "bf16"),
+    "lr_scheduler": (
+        "constant",
+        "constant_with_warmup",
+        "cosine",
+        "cosine_with_restarts",
+        "linear",
+        "polynomial",
+    ),
+}
+# Smallest value of each number; None stays allowed where it is the default.
+AT_LEAST = {
+    1: (
+        "resolution num_reference_views num_scenes num_validation_scenes views_per_scene rank lora_alpha "
+        "max_train_steps train_batch_size gradient_accumulation_steps checkpointing_steps checkpoints_total_limit "
+        "validation_steps num_validation_samples num_validation_images num_inference_steps"
+    ),
+    2: "num_views",
+    0: (
+        "seed data_seed dataloader_num_workers weight lr_warmup_steps adam_weight_decay learning_rate adam_epsilon "
+        "guidance_scale"
+    ),
+}
+POSITIVE = "max_grad_norm cycle_threshold"
+SHARES = "condition_dropout lora_dropout adam_beta1 adam_beta2 ema_decay"
+# What a resumed run may change: everything else would make it another run.
+# fmt: off
+CHANGEABLE = frozenset((
+    "train_data_dir", "num_validation_scenes", "dataloader_num_workers", "compare_without_cameo", "max_train_steps",
+    "gradient_checkpointing", "enable_xformers_memory_efficient_attention", "allow_tf32", "output_dir",
+    "logging_dir", "report_to", "tracker_project_name", "checkpointing_steps", "checkpoints_total_limit",
+    "resume_from_checkpoint", "validation_steps", "num_validation_samples", "num_validation_images",
+    "num_inference_steps", "guidance_scale", "push_to_hub", "hub_model_id", "hub_token", "hub_private",
+    "hub_licence",
+))
+# fmt: on
 
 
 @dataclass
@@ -20,7 +61,9 @@ class TrainingConfig:
     `preset_options` overriding it. Data: `train_data_dir` is an RGB-D sequence or a folder of meshes
     (`data_format`: auto, scenes, meshes, rgbd); without it the embedded scenes are used. CAMEO: `weight` 0 trains
     without alignment; `correspondence` is depth or point_map. `timestep_sampling`: uniform, or high_noise
-    (t = 1 - u**2). `mixed_precision`: no, fp16, bf16. `resume_from_checkpoint`: a path or latest.
+    (t = 1 - u**2). `mixed_precision`: no, fp16 (GPU only), bf16. `report_to`: a tracker of accelerate, or none.
+    `resume_from_checkpoint`: a path or latest; with a decaying `lr_scheduler` another `max_train_steps` bends the
+    rest of its curve.
     """
 
     # model
@@ -98,23 +141,30 @@ class TrainingConfig:
     hub_licence: str | None = None
 
     def __post_init__(self) -> None:
-        choices = {
-            "data_format": ("auto", "scenes", "meshes", "rgbd"),
-            "correspondence": ("depth", "point_map"),
-            "timestep_sampling": ("uniform", "high_noise"),
-            "mixed_precision": ("no", "fp16", "bf16"),
-        }
-        for name, known in choices.items():
+        for name, known in CHOICES.items():
             if getattr(self, name) not in known:
                 raise unknown_name(name, getattr(self, name), known)
-        positive = ("resolution", "max_train_steps", "train_batch_size", "gradient_accumulation_steps", "rank")
-        for name in positive:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        if self.weight < 0:
-            raise ValueError(f"weight: expected a factor >= 0, got {self.weight}")
-        if not 0 <= self.condition_dropout < 1:
-            raise ValueError(f"condition_dropout: expected a probability in [0, 1), got {self.condition_dropout}")
+        for low, names in AT_LEAST.items():
+            for name in names.split():
+                if getattr(self, name) is not None and not getattr(self, name) >= low:
+                    raise ValueError(f"{name}: expected at least {low}, got {getattr(self, name)}")
+        for name in POSITIVE.split():
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}: expected a number > 0, got {getattr(self, name)}")
+        for name in SHARES.split():
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected a share in [0, 1), got {getattr(self, name)}")
+        if self.num_reference_views >= self.num_views:
+            raise ValueError(
+                f"num_reference_views={self.num_reference_views}: expected fewer than num_views={self.num_views}, "
+                "so that a target view is left to predict"
+            )
+        if self.lr_warmup_steps and self.lr_scheduler == "constant":
+            raise ValueError(
+                "lr_warmup_steps has no effect with lr_scheduler=constant; use lr_scheduler=constant_with_warmup"
+            )
+        if self.compare_without_cameo and not self.weight:
+            raise ValueError("compare_without_cameo=true needs weight > 0, or both runs would train without CAMEO")
         if self.pretrained_model_name_or_path and self.preset:
             raise ValueError(
                 "pretrained_model_name_or_path and preset: give one, the weights to start from or a preset to build"
@@ -134,11 +184,12 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainingConf
         0.001
 
     Raises:
-        DataError: if the file does not exist.
+        DataError: if the file does not exist or is not YAML.
         ValueError: for an unknown key, a value of the wrong type, or an override without `=`.
     """
-    from omegaconf import OmegaConf
+    from omegaconf import DictConfig, OmegaConf
     from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError  # type: ignore[import-untyped]
 
     pairs = []
     for override in overrides:
@@ -152,8 +203,12 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainingConf
     if not Path(path).is_file():
         raise DataError(f"{path}: no such settings file")
     known = [entry.name for entry in fields(TrainingConfig)]
-    given = OmegaConf.load(path)
-    changed = OmegaConf.from_dotlist(pairs)
+    try:
+        given, changed = OmegaConf.load(path), OmegaConf.from_dotlist(pairs)
+    except YAMLError as error:
+        raise DataError(f"{path} with {' '.join(pairs) or 'no overrides'}: not valid YAML ({error})") from error
+    if not isinstance(given, DictConfig):
+        raise DataError(f"{path}: expected lines of `key: value`, got a list")
     for name in [*given, *changed]:
         if name not in known:
             raise unknown_name("setting", name, known)
@@ -165,6 +220,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainingConf
     return TrainingConfig(**values)
 
 
+def continued_settings(config: TrainingConfig) -> dict[str, Any]:
+    """Return the settings that a resumed run must share with the run it continues."""
+    return {name: value for name, value in vars(config).items() if name not in CHANGEABLE}
+
+
 def save_config(config: TrainingConfig, path: str | Path) -> None:
     """Write the settings of a run beside its results; the Hub token is left out."""
     from omegaconf import OmegaConf
@@ -173,4 +233,3 @@ def save_config(config: TrainingConfig, path: str | Path) -> None:
 
     values = {**vars(config), "hub_token": None}
     write_atomically(path, OmegaConf.to_yaml(OmegaConf.create(values)))
-

@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from cameo.capture import AttentionSite
 from cameo.correspondence import Correspondence
-from cameo.errors import DataError
+from cameo.errors import DataError, unknown_name
 from cameo.geometry import unproject
+from cameo.wrap import CameoModel
 
-__all__ = ["match_batch"]
+__all__ = ["layer_grid", "match_batch", "match_layers"]
+
+KINDS = ("depth", "point_map")
 
 
 def match_batch(
@@ -25,16 +29,39 @@ def match_batch(
         cycle_threshold: in tokens, for "point_map".
 
     Raises:
-        DataError: if the batch carries no geometry.
+        DataError: if the batch carries no geometry for `kind`.
+        ValueError: for an unknown kind.
     """
+    if kind not in KINDS:
+        raise unknown_name("correspondence", kind, KINDS)
     if kind == "depth" and "depth" in batch:
         return Correspondence.from_depth(batch["depth"], batch["intrinsics"], batch["extrinsics"], size=size)
-    if "point_map" in batch:
-        return Correspondence.from_point_maps(batch["point_map"], size=size, cycle_threshold=cycle_threshold)
-    if "depth" in batch:
-        points = unproject(batch["depth"], batch["intrinsics"], batch["extrinsics"])
+    if kind == "point_map" and ("point_map" in batch or "depth" in batch):
+        points = batch.get("point_map")
+        if points is None:
+            points = unproject(batch["depth"], batch["intrinsics"], batch["extrinsics"])
         return Correspondence.from_point_maps(points, size=size, cycle_threshold=cycle_threshold)
+    cure = "correspondence=point_map" if "point_map" in batch else "data with geometry"
     raise DataError(
-        f"sample {batch.get('key', '?')}: has neither depth nor point_map, so there are no correspondences. "
-        "Use data with geometry, or weight=0 to train without CAMEO"
+        f"sample {batch.get('key', '?')}: has no depth{'' if 'point_map' in batch else ' and no point_map'}, so there "
+        f"are no correspondences. Use {cure}, or weight=0 to train without CAMEO"
     )
+
+
+def match_layers(model: CameoModel, batch: Mapping[str, Any], **options: Any) -> list[Correspondence]:
+    """Build the correspondence of each supervised layer; layers with the same token grid share it."""
+    sizes = [layer_grid(site, batch) for site in model.supervised_sites]
+    found = {size: match_batch(batch, size, **options) for size in set(sizes)}
+    return [found[size] for size in sizes]
+
+
+def layer_grid(site: AttentionSite, batch: Mapping[str, Any]) -> tuple[int, int]:
+    """Return the token grid `(h, w)` of a layer for the images of a batch.
+
+    Raises:
+        ValueError: if the image pixels per token are not known.
+    """
+    if site.stride is None:
+        raise ValueError(f"layer {site.path!r}: the image pixels per token are not known; pass stride= to cameo.wrap")
+    height, width = batch["images"].shape[-2:]
+    return -(-height // site.stride), -(-width // site.stride)

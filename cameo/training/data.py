@@ -1,17 +1,24 @@
-"""Data sets of a run, and the order in which processes draw from them."""
+"""Data sets of a run, the order in which processes draw from them, and the noise that is added."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
-from cameo.data import EmbeddedScenes, MultiViewDataset, MultiViewSample, RGBDSequence, SceneSource, collate
+from cameo.data import EmbeddedScenes, MultiViewDataset, RGBDSequence, SceneSource, collate
 from cameo.errors import DataError
+from cameo.pipeline import MultiViewPipeline, TrainingInputs
 from cameo.training.config import TrainingConfig
+from cameo.training.stopping import leave_signals_to_parent
 
-__all__ = ["StepSampler", "build_dataset", "training_loader"]
+__all__ = ["StepSampler", "build_dataset", "noisy_inputs", "to_device", "training_batches"]
 
 MESH_ENDINGS = (".glb", ".obj", ".ply")
 ENDLESS = 2**40
@@ -84,11 +91,43 @@ class StepSampler(Sampler[list[int]]):
             yield list(range(first, first + self.batch_size))
 
 
-def training_loader(
+@contextmanager
+def training_batches(
     dataset: MultiViewDataset, sampler: StepSampler, config: TrainingConfig
-) -> DataLoader[MultiViewSample]:
-    """Load the batches of `sampler` in order."""
-    workers = config.dataloader_num_workers
-    return DataLoader(
-        dataset, batch_sampler=sampler, num_workers=workers, collate_fn=collate, persistent_workers=workers > 0
+) -> Iterator[Iterator[tuple[int, dict[str, Any]]]]:
+    """Load the batches of `sampler` in order, each with the number of its micro step; ends the workers on leaving."""
+    loader = DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        num_workers=config.dataloader_num_workers,
+        collate_fn=collate,
+        worker_init_fn=leave_signals_to_parent,
+        # A loader draws a seed when it starts: from torch's own generator, a resumed run would go on shifted.
+        generator=torch.Generator().manual_seed(config.seed),
+    )
+    batches = iter(loader)
+    try:
+        yield zip(sampler.steps, batches, strict=True)
+    finally:
+        if config.dataloader_num_workers:
+            # Not left to the garbage collector: the traceback of an error keeps the iterator alive.
+            batches._shutdown_workers()  # type: ignore[attr-defined]
+
+
+def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """Move the tensors of a batch."""
+    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+
+
+def noisy_inputs(
+    pipeline: MultiViewPipeline, batch: Mapping[str, Any], config: TrainingConfig, micro_step: int, process: int = 0
+) -> TrainingInputs:
+    """Noise a batch with time steps and noise that are functions of seed, step and process alone."""
+    state = np.random.SeedSequence((config.seed, micro_step, process)).generate_state(1, np.uint64)
+    generator = torch.Generator().manual_seed(int(state[0]) >> 1)
+    uniform = torch.rand(batch["images"].shape[0], generator=generator)
+    level = uniform if config.timestep_sampling == "uniform" else 1 - uniform.square()
+    timesteps = (level * pipeline.num_train_timesteps).long().clamp(max=pipeline.num_train_timesteps - 1)
+    return pipeline.training_inputs(
+        batch, generator=generator, timesteps=timesteps, condition_dropout=config.condition_dropout
     )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +15,22 @@ from torch import nn
 import cameo
 from cameo.backbone import core_module, get_backbone
 from cameo.data import MultiViewDataset, collate
+from cameo.evaluation.mode import evaluation_mode, native_precision
 from cameo.evaluation.pictures import attention_figure, comparison_figure, save_figure
 from cameo.evaluation.validation import ValidationSettings, validate
 from cameo.pipeline import MultiViewPipeline
+from cameo.training.checkpoint import find_checkpoint, list_checkpoints, refuse_used_folder
 from cameo.training.config import TrainingConfig
-from cameo.training.trainer import Trainer, TrainingResult
+from cameo.training.data import to_device
+from cameo.training.records import TrainingResult
+from cameo.training.trainer import Trainer
 from cameo.wrap import CameoModel
 
 __all__ = [
     "LoraRun",
     "add_lora",
+    "arms_of",
+    "check_push",
     "load_pipeline",
     "metrics_table",
     "train_lora",
@@ -34,13 +42,17 @@ __all__ = [
 
 @dataclass
 class LoraRun:
-    """A finished or interrupted LoRA training: the trained model, its pipeline, validations, and the trainer."""
+    """A finished or interrupted LoRA training: the trained model, its pipeline, the trainer, and its result."""
 
     model: CameoModel
     pipeline: MultiViewPipeline
-    validations: list[dict[str, Any]]
     trainer: Trainer
     result: TrainingResult
+
+    @property
+    def validations(self) -> list[dict[str, Any]]:
+        """What was measured, each entry with its `step`; that of step 0 is the base before the training."""
+        return self.result.validations
 
 
 def load_pipeline(config: TrainingConfig) -> MultiViewPipeline:
@@ -54,6 +66,8 @@ def load_pipeline(config: TrainingConfig) -> MultiViewPipeline:
     if config.gradient_checkpointing:
         pipeline.denoiser.enable_gradient_checkpointing()
     if config.enable_xformers_memory_efficient_attention:
+        if torch.cuda.is_available() and find_spec("xformers") is None:
+            raise ImportError("enable_xformers_memory_efficient_attention=true: pip install cameo-diffusion[xformers]")
         pipeline.enable_xformers_memory_efficient_attention()
     return pipeline
 
@@ -111,21 +125,13 @@ def wrap_denoiser(pipeline: MultiViewPipeline, config: TrainingConfig) -> CameoM
 
 
 def validation_callback(
-    pipeline: MultiViewPipeline, dataset: MultiViewDataset, config: TrainingConfig, results: list[dict[str, Any]]
-) -> Callable[[CameoModel, int], Mapping[str, float]]:
-    """Build the trainer's `on_validation`: measures, keeps the result in `results`, returns the scalars to log."""
-
-    def on_validation(model: CameoModel, step: int) -> Mapping[str, float]:
-        settings = ValidationSettings(num_samples=config.num_validation_samples, batch_size=config.train_batch_size)
-        metrics = validate(model, pipeline, dataset, settings)
-        results.append({"step": step, **metrics})
-        scalars = {name: metrics[name] for name in ("loss", "psnr_covisible", "psnr_all")}
-        return scalars | {f"precision_{name}": value for name, value in metrics["precision"].items()}
-
-    return on_validation
+    pipeline: MultiViewPipeline, dataset: MultiViewDataset, config: TrainingConfig
+) -> Callable[[CameoModel, int], Mapping[str, Any]]:
+    """Build the trainer's `on_validation` from the settings."""
+    settings = ValidationSettings(num_samples=config.num_validation_samples, batch_size=config.train_batch_size)
+    return lambda model, step: validate(model, pipeline, dataset, settings)
 
 
-@torch.no_grad()
 def write_pictures(
     models: Mapping[str, CameoModel],
     pipeline: MultiViewPipeline,
@@ -135,60 +141,108 @@ def write_pictures(
 ) -> list[Path]:
     """Draw predictions at pure noise and attention maps of one or several models; returns the files.
 
-    The models take turns in the pipeline: each picture uses the same samples and the same noise.
+    The models take turns in the pipeline: each picture uses the same samples and the same noise. Where no attention
+    can be drawn, a warning says why.
     """
-    batch = collate([dataset[index] for index in range(config.num_validation_images)])
     device = next(next(iter(models.values())).parameters()).device
-    batch = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
-    last = pipeline.num_train_timesteps - 1
-    options = {"generator": torch.Generator().manual_seed(config.data_seed)}
-    inputs = pipeline.training_inputs(batch, timesteps=torch.full((len(batch["images"]),), last), **options)
-    predictions = {}
-    kept = pipeline.denoiser
-    for name, model in models.items():
-        was_training = model.training
-        model.eval()
-        pipeline.denoiser = core_module(model.base_model)
-        sampled = pipeline.sample(
-            batch,
-            num_inference_steps=config.num_inference_steps,
-            guidance_scale=config.guidance_scale,
-            generator=torch.Generator().manual_seed(config.data_seed),
-        )
-        references = batch["images"][:, : config.num_reference_views]
-        predictions[name] = torch.cat([references.to(sampled), sampled], dim=1)
-        model.train(was_training)
-    pipeline.denoiser = kept
+    batch = to_device(collate([dataset[index] for index in range(config.num_validation_images)]), device)
+    predictions = {name: _sampled(model, pipeline, batch, config) for name, model in models.items()}
     folder = Path(folder)
     written = [save_figure(comparison_figure(batch, predictions, samples=len(batch["images"])), folder / "views.png")]
-    written.append(save_figure(attention_figure(models, pipeline, batch, inputs), folder / "attention.png"))
-    return written
+    inputs = pipeline.training_inputs(
+        batch,
+        timesteps=torch.full((len(batch["images"]),), pipeline.num_train_timesteps - 1),
+        generator=torch.Generator().manual_seed(config.data_seed),
+    )
+    try:
+        figure = attention_figure(models, pipeline, batch, inputs)
+    except ValueError as error:
+        warnings.warn(f"attention.png is left out: {error}", stacklevel=2)
+        return written
+    return [*written, save_figure(figure, folder / "attention.png")]
+
+
+def _sampled(
+    model: CameoModel, pipeline: MultiViewPipeline, batch: Mapping[str, Any], config: TrainingConfig
+) -> torch.Tensor:
+    """Images of all views: the references as they are, the targets sampled."""
+    kept = pipeline.denoiser
+    pipeline.denoiser = core_module(model.base_model)
+    try:
+        with evaluation_mode(model), native_precision(model):
+            sampled = pipeline.sample(
+                batch,
+                num_inference_steps=config.num_inference_steps,
+                guidance_scale=config.guidance_scale,
+                generator=torch.Generator().manual_seed(config.data_seed),
+            )
+    finally:
+        pipeline.denoiser = kept
+    return torch.cat([batch["images"][:, : config.num_reference_views].to(sampled), sampled], dim=1)
+
+
+def arms_of(config: TrainingConfig) -> dict[str, TrainingConfig]:
+    """Return the settings of each run of a recipe, by name: one, or two with `compare_without_cameo`.
+
+    The run without CAMEO comes first and lives in `output_dir/without_cameo`. With `resume_from_checkpoint=latest` a
+    run that had not begun is begun.
+
+    Raises:
+        DataError: if there is nothing to resume from, or an output folder holds checkpoints of an earlier comparison.
+        ValueError: if a comparison shall resume from a single checkpoint.
+    """
+    if not config.compare_without_cameo:
+        return {"with CAMEO" if config.weight else "without CAMEO": config}
+    without = replace(config, weight=0.0, compare_without_cameo=False)
+    without.output_dir = str(Path(config.output_dir) / "without_cameo")
+    arms = {"without CAMEO": without, "with CAMEO": config}
+    if config.resume_from_checkpoint is None:
+        for arm in arms.values():  # now, and not when the first run has finished
+            refuse_used_folder(arm.output_dir)
+        return arms
+    if config.resume_from_checkpoint != "latest":
+        raise ValueError("resume_from_checkpoint: with compare_without_cameo=true there are two runs; expected latest")
+    begun = {name: bool(list_checkpoints(arm.output_dir)) for name, arm in arms.items()}
+    if not any(begun.values()):
+        find_checkpoint(config.output_dir, "latest")  # raises
+    return {name: arm if begun[name] else replace(arm, resume_from_checkpoint=None) for name, arm in arms.items()}
+
+
+def check_push(config: TrainingConfig) -> None:
+    """Raise `PermissionError` before the training where a push after it would have no token."""
+    from huggingface_hub import get_token
+
+    if config.push_to_hub and not (config.hub_token or get_token()):
+        raise PermissionError(
+            "push_to_hub=true: no Hugging Face token; set the variable HF_TOKEN or run `hf auth login`. "
+            "Nothing was trained yet"
+        )
 
 
 def train_lora(config: TrainingConfig, train: MultiViewDataset, held_out: MultiViewDataset) -> LoraRun:
-    """Train one LoRA from the base weights; `validations` starts with the one before the first step."""
+    """Train one LoRA from the base weights."""
     pipeline = load_pipeline(config)
     add_lora(pipeline.denoiser, config)
     model = wrap_denoiser(pipeline, config)
-    validations: list[dict[str, Any]] = []
-    on_validation = validation_callback(pipeline, held_out, config, validations)
-    trainer = Trainer(model, pipeline, train, config, on_validation=on_validation)
-    if trainer.accelerator.is_main_process:
-        on_validation(model, 0)
-    return LoraRun(model, pipeline, validations, trainer, trainer.train())
+    trainer = Trainer(model, pipeline, train, config, on_validation=validation_callback(pipeline, held_out, config))
+    return LoraRun(model, pipeline, trainer, trainer.train())
 
 
 def metrics_table(columns: Mapping[str, Mapping[str, Any]]) -> str:
-    """Format validation results side by side as a Markdown table; the better value of the last two is not judged."""
-    rows = [
-        ("denoising loss, fixed noise", lambda m: f"{m['loss']:.4f}"),
-        ("PSNR of predicted clean image at high noise, pixels the reference sees (dB)", lambda m: f"{m['psnr_covisible']:.2f}"),
-        ("the same, all target pixels (dB)", lambda m: f"{m['psnr_all']:.2f}"),
-        ("attention precision, mean of heads, exact token", lambda m: f"{m['precision']['mean@0']:.1%}"),
-        ("attention precision, mean of heads, within 1 token", lambda m: f"{m['precision']['mean@1']:.1%}"),
-        ("attention precision, best head, within 1 token", lambda m: f"{m['precision']['best_head@1']:.1%}"),
-        ("attention precision, through the alignment head, within 1 token", lambda m: f"{m['precision']['through_head@1']:.1%}"),
-    ]
+    """Format validation results side by side as a Markdown table."""
+    covisible = "PSNR of predicted clean image at high noise, pixels the reference sees (dB)"
+    rows: dict[str, Callable[[Mapping[str, Any]], str]] = {
+        "denoising loss, fixed noise": lambda m: f"{m['loss']:.4f}",
+        covisible: lambda m: f"{m['psnr_covisible']:.2f}",
+        "the same, all target pixels (dB)": lambda m: f"{m['psnr_all']:.2f}",
+        "attention precision, mean of heads, exact token": lambda m: f"{m['precision']['mean@0']:.1%}",
+        "attention precision, mean of heads, within 1 token": lambda m: f"{m['precision']['mean@1']:.1%}",
+        "attention precision, best head, within 1 token": lambda m: f"{m['precision']['best_head@1']:.1%}",
+        "attention precision, through the alignment head, within 1 token": (
+            lambda m: f"{m['precision']['through_head@1']:.1%}"
+        ),
+    }
     lines = ["| | " + " | ".join(columns) + " |", "| --- |" + " --- |" * len(columns)]
-    lines += [f"| {title} | " + " | ".join(show(metrics) for metrics in columns.values()) + " |" for title, show in rows]
+    for title, show in rows.items():
+        lines.append(f"| {title} | " + " | ".join(show(metrics) for metrics in columns.values()) + " |")
     return "\n".join(lines)

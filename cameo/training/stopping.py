@@ -2,31 +2,42 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import threading
+import time
 from types import FrameType, TracebackType
 
-__all__ = ["StopSignal"]
+__all__ = ["StopSignal", "leave_signals_to_parent"]
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# A launcher hands Ctrl-C on to processes that the terminal has told already; that is not a second key press.
+ECHO_SECONDS = 0.5
+# A data worker that was told to end does so after this time at the latest.
+WORKER_SECONDS = 60
 
 
 class StopSignal:
-    """While the `with` block runs, the first SIGTERM or SIGINT is noted; a second one interrupts at once.
+    """While the `with` block runs, the first SIGTERM or SIGINT is noted; a later one interrupts at once.
 
     Example:
         >>> with StopSignal() as stop:
         ...     signal.raise_signal(signal.SIGTERM)
         ...     stop.received
         'SIGTERM'
-    """
 
-    SIGNALS = (signal.SIGTERM, signal.SIGINT)
+    Outside the main thread, where Python allows no handlers, signals keep their usual effect.
+    """
 
     def __init__(self) -> None:
         self.received: str | None = None
+        self._time = 0.0
         self._before: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> StopSignal:
-        for number in self.SIGNALS:
-            self._before[number] = signal.signal(number, self._note)
+        if threading.current_thread() is threading.main_thread():
+            for number in SIGNALS:
+                self._before[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: TracebackType | BaseException | None) -> None:
@@ -34,6 +45,20 @@ class StopSignal:
             signal.signal(number, handler)  # type: ignore[arg-type]
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.received is not None:
+        if self.received is not None and time.monotonic() - self._time > ECHO_SECONDS:
             raise KeyboardInterrupt
-        self.received = signal.Signals(number).name
+        if self.received is None:
+            self.received, self._time = signal.Signals(number).name, time.monotonic()
+            # os.write and not print: the handler may have interrupted a print.
+            message = f"\n{self.received}: stopping after this step with a checkpoint; a second signal stops at once\n"
+            os.write(2, message.encode())
+
+
+def leave_signals_to_parent(worker: int) -> None:
+    """Let a data worker outlive the signals of `StopSignal`, which a terminal or scheduler sends to it as well.
+
+    The parent ends its workers when it has written its checkpoint; one that was forgotten ends by itself.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "alarm"):
+        signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(WORKER_SECONDS) and None)

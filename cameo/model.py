@@ -1,0 +1,315 @@
+"""`CameoModel`: the module that carries the alignment loss through training."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cameo.alignment import NORMALISATIONS, REDUCTIONS, AlignmentHead, alignment_loss
+from cameo.backbone import core_module, find_site, get_backbone
+from cameo.capture import AttentionCapture, AttentionSite, CapturedAttention
+from cameo.config import CameoConfig
+from cameo.correspondence import Correspondence
+from cameo.errors import CaptureError, unknown_name
+from cameo.layout import TokenLayout
+
+__all__ = ["CameoModel", "holder", "wrapped_bases"]
+
+# Base modules and the CameoModel that holds each; weak on both sides, so dropping a wrapper without unwrap()
+# frees its base and lets it be wrapped again.
+_held: weakref.WeakKeyDictionary[nn.Module, weakref.ref[CameoModel]] = weakref.WeakKeyDictionary()
+
+
+class CameoModel(nn.Module):
+    """A wrapped model: calls like the model, and computes the alignment loss on the way.
+
+    Example:
+        >>> from cameo import wrap
+        >>> from cameo.backbone import get_backbone
+        >>> adapter = get_backbone("cat3d")
+        >>> model = wrap(adapter.build("tiny").unet, backbone="cat3d")
+        >>> args, kwargs = adapter.example_inputs(model.base_model)
+        >>> height, width = model.token_grid(32, 32)
+        >>> index = torch.full((1, 2, 2, height * width), -1)
+        >>> index[0, 0, 1] = torch.arange(height * width)  # token x of view 0 matches token x of view 1
+        >>> match = Correspondence(index, sizes=((height, width),) * 2)
+        >>> out = model(*args, **kwargs, correspondence=match)
+        >>> (model.weight * model.alignment_loss).backward()
+
+    Attributes:
+        base_model: the module that was wrapped; unknown attributes of `CameoModel` are looked up there.
+        alignment_heads: one `AlignmentHead` per supervised layer; trained with the model, dropped for
+            inference.
+        cameo_config: the settings, as saved to `cameo_config.json`.
+        weight: factor for the caller's loss, `loss + model.weight * model.alignment_loss`.
+
+    A forward with a correspondence runs eagerly even where the model is compiled, one without runs compiled.
+    Under `DistributedDataParallel` keep `find_unused_parameters=False`, and give every step a correspondence
+    (an empty one has loss 0 with a graph), since the heads get their gradient from the alignment loss alone.
+    """
+
+    def __init__(self, base_model: nn.Module, config: CameoConfig) -> None:
+        super().__init__()
+        _check_settings(config)
+        self.base_model = base_model
+        self.cameo_config = config
+        self.weight = config.weight
+        self._supervised = _resolve_sites(core_module(base_model), config)
+        parameter = next(base_model.parameters(), None)
+        device = parameter.device if parameter is not None else None
+        self.alignment_heads = nn.ModuleList(
+            AlignmentHead(site.heads, **config.head).to(device) for site in self._supervised
+        )
+        for site in self._supervised:
+            if reason := site.layout.refusal(config.normalise):
+                raise ValueError(
+                    f"layer {site.path!r} cannot be supervised with normalise={config.normalise!r}: {reason}"
+                )
+        self._alignment_loss: Tensor | None = None
+        self._num_supervised: Tensor | None = None
+        self._attached = True
+        _held[base_model] = weakref.ref(self)
+
+    def forward(
+        self,
+        *args: Any,
+        correspondence: Correspondence | Sequence[Correspondence] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Return exactly what the wrapped model returns; with `correspondence`, set `alignment_loss` too.
+
+        Args:
+            correspondence: matches at the token grid of the supervised layer, see `token_grid`. Several
+                layers with different grids take a list, one per layer.
+
+        Raises:
+            CaptureError: if a supervised layer did not run, or its queries and keys carry no gradient in
+                training.
+            ShapeError: if the correspondence has another token grid, batch size or number of views than the
+                layer.
+        """
+        self._alignment_loss = self._num_supervised = None
+        if correspondence is None:
+            return self.base_model(*args, **kwargs)
+        return self._forward_aligned(correspondence, args, kwargs)
+
+    @torch.compiler.disable
+    def _forward_aligned(
+        self,
+        correspondence: Correspondence | Sequence[Correspondence],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        matches = self._one_per_layer(correspondence)
+        with self.capture() as captured:
+            output = self.base_model(*args, **kwargs)
+        losses, counts = [], []
+        for site, head, match in zip(self._supervised, self.alignment_heads, matches, strict=True):
+            assert isinstance(head, AlignmentHead)
+            seen = captured[site.path]
+            self._check_graph(site, seen)
+            query, key, local = self.split(site, seen, match)
+            losses.append(
+                alignment_loss(
+                    query,
+                    key,
+                    local,
+                    head,
+                    scale=seen.scale,
+                    normalise=self.cameo_config.normalise,
+                    reduction=self.cameo_config.reduction,
+                    num_reference_views=self.cameo_config.num_reference_views,
+                )
+            )
+            counts.append(local.visible.sum())
+        self._alignment_loss = torch.stack(losses).mean()
+        self._num_supervised = torch.stack(counts).sum()
+        return output
+
+    @property
+    def alignment_loss(self) -> Tensor:
+        """The alignment loss of the latest forward with a correspondence, mean over the layers, unweighted.
+
+        Raises:
+            RuntimeError: if the latest forward had none.
+        """
+        if self._alignment_loss is None:
+            raise RuntimeError("no alignment loss: call the model with correspondence= before reading alignment_loss")
+        return self._alignment_loss
+
+    @property
+    def num_supervised(self) -> int:
+        """Number of matches behind `alignment_loss`; with 0 of them the loss is exactly 0."""
+        return 0 if self._num_supervised is None else int(self._num_supervised)
+
+    @property
+    def sites(self) -> list[AttentionSite]:
+        """All cross-view attention layers of the model in execution order."""
+        if self.cameo_config.backbone is None:
+            return list(self._supervised)
+        return get_backbone(self.cameo_config.backbone).sites(core_module(self.base_model))
+
+    @property
+    def supervised_sites(self) -> list[AttentionSite]:
+        """The layers that carry the alignment loss."""
+        return list(self._supervised)
+
+    def token_grid(self, height: int, width: int) -> tuple[int, int]:
+        """Return `(h, w)`, the token grid of the supervised layer for images of `height` x `width` pixels.
+
+        Raises:
+            ValueError: if the stride is not known, or several layers with different grids are supervised
+                (then ask each of `supervised_sites`).
+        """
+        strides = {site.stride for site in self._supervised}
+        if strides == {None}:
+            raise ValueError("token_grid: the image pixels per token are not known; pass stride= to cameo.wrap")
+        if len(strides) > 1:
+            raise ValueError(
+                "token_grid: the supervised layers have different grids, with "
+                + ", ".join(f"{site.path}: {site.stride}" for site in self._supervised)
+                + " pixels per token; build one Correspondence per layer"
+            )
+        stride = strides.pop()
+        assert stride is not None
+        return -(-height // stride), -(-width // stride)
+
+    def capture(self, sites: Sequence[AttentionSite] | None = None) -> AttentionCapture:
+        """Observe queries and keys of `sites` (default: the supervised ones) inside a `with` block."""
+        return AttentionCapture(core_module(self.base_model), self._supervised if sites is None else sites)
+
+    @staticmethod
+    def split(
+        site: AttentionSite, seen: CapturedAttention, match: Correspondence
+    ) -> tuple[Tensor, Tensor, Correspondence]:
+        """Bring a captured call and its matches into the form of the core: `[B, K, V, N, D]`."""
+        match = match.to(seen.query.device)
+        query = site.layout.split_query(seen.query, batch=match.batch_size, sizes=match.sizes)
+        key = site.layout.split_key(seen.key, batch=match.batch_size, sizes=match.sizes)
+        return query, key, site.layout.localise(match)
+
+    def unwrap(self) -> nn.Module:
+        """Give back the very same module, as it was; the alignment heads stay with this object.
+
+        Raises:
+            RuntimeError: if it was unwrapped already.
+        """
+        base = self.base_model
+        if not self._attached:
+            raise RuntimeError("this model was unwrapped already; use the module that unwrap() returned")
+        self._attached = False
+        _held.pop(base, None)
+        self._alignment_loss = self._num_supervised = None
+        return base
+
+    def save_pretrained(self, folder: str | Path, **options: Any) -> Path:
+        """Write weights and `cameo_config.json` to a folder; see `cameo.hub.save_pretrained`."""
+        from cameo.hub import save_pretrained
+
+        return save_pretrained(self, folder, **options)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Check, then upload to the Hugging Face Hub; see `cameo.hub.push_to_hub`."""
+        from cameo.hub import push_to_hub
+
+        return push_to_hub(self, repo_id, **options)
+
+    def _one_per_layer(self, correspondence: Correspondence | Sequence[Correspondence]) -> list[Correspondence]:
+        if isinstance(correspondence, Correspondence):
+            return [correspondence] * len(self._supervised)
+        matches = list(correspondence) if isinstance(correspondence, Sequence) else [correspondence]
+        for match in matches:
+            if not isinstance(match, Correspondence):
+                raise TypeError(
+                    "correspondence: expected a cameo.Correspondence or a list of them, got "
+                    f"{type(match).__name__}; build one with Correspondence.from_depth or from_point_maps"
+                )
+        if len(matches) != len(self._supervised):
+            raise ValueError(
+                f"correspondence: expected one Correspondence or a list of {len(self._supervised)}, one per "
+                f"supervised layer, got a list of {len(matches)}"
+            )
+        return matches
+
+    def _check_graph(self, site: AttentionSite, seen: CapturedAttention) -> None:
+        if not (self.training and torch.is_grad_enabled()):
+            return
+        if seen.query.requires_grad or seen.key.requires_grad:
+            return
+        raise CaptureError(
+            f"queries and keys of layer {site.path!r} carry no gradient, so the alignment loss could train "
+            "nothing but its head. Likely causes: reentrant gradient checkpointing (use "
+            "use_reentrant=False), or every parameter before this layer is frozen (add LoRA or unfreeze "
+            "before the forward). To measure without training call model.eval() or use torch.no_grad()."
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            base = self.__dict__.get("_modules", {}).get("base_model")
+            if base is None or name == "alignment_loss":
+                raise
+            return getattr(base, name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A computed loss is part of a graph and cannot be copied (EMA deep-copies the model during training).
+        return {**self.__dict__, "_alignment_loss": None, "_num_supervised": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self._attached:
+            _held[self.base_model] = weakref.ref(self)
+
+
+def holder(module: nn.Module) -> CameoModel | None:
+    """Return the living `CameoModel` that holds this base module, if there is one."""
+    reference = _held.get(module)
+    return None if reference is None else reference()
+
+
+def wrapped_bases() -> list[nn.Module]:
+    """List the modules that some living `CameoModel` holds."""
+    return [base for base in list(_held) if holder(base) is not None]
+
+
+def _check_settings(config: CameoConfig) -> None:
+    """Refuse settings that the first forward would refuse, or would take in silence."""
+    if not 0 <= config.weight < math.inf:
+        raise ValueError(f"weight: expected a finite factor >= 0, got {config.weight}")
+    for name, value, known in (
+        ("normalise", config.normalise, NORMALISATIONS),
+        ("reduction", config.reduction, REDUCTIONS),
+    ):
+        if value not in known:
+            raise unknown_name(name, value, known)
+    if config.reduction == "released" and config.num_reference_views is None:
+        raise ValueError('num_reference_views: reduction="released" needs the number of clean views, got None')
+    known_options = [name for name in inspect.signature(AlignmentHead).parameters if name != "num_heads"]
+    for name in config.head:
+        if name not in known_options:
+            raise unknown_name("head option", name, known_options)
+
+
+def _resolve_sites(core: nn.Module, config: CameoConfig) -> list[AttentionSite]:
+    if config.backbone is not None:
+        sites = get_backbone(config.backbone).sites(core)
+        return [find_site(sites, path) for path in config.layers]
+    assert config.layout is not None
+    layout = TokenLayout(**config.layout)
+    found = []
+    for index, path in enumerate(config.layers):
+        module = core.get_submodule(path)
+        given = (config.heads, getattr(module, "heads", None), getattr(module, "num_heads", None))
+        heads = next((count for count in given if isinstance(count, int)), None)
+        if heads is None:
+            raise ValueError(f"layer {path!r}: the number of attention heads is not known; pass heads= to cameo.wrap")
+        found.append(AttentionSite(index, path, heads, layout, config.stride))
+    return found

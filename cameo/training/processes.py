@@ -1,0 +1,71 @@
+"""The processes of a run and their trackers, through accelerate."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
+
+from cameo.errors import unknown_name
+from cameo.training.config import TrainingConfig
+
+__all__ = ["make_accelerator", "numbers_in", "start_trackers"]
+
+# The others wait this long for the main process, which validates alone.
+PATIENCE = timedelta(hours=6)
+
+
+def make_accelerator(config: TrainingConfig) -> Accelerator:
+    """Create the accelerator of a run; the trainer accumulates gradients itself.
+
+    Raises:
+        ValueError: for an unknown tracker, or a precision that the device does not have.
+        ImportError: if the tracker's package is not installed.
+    """
+    from accelerate.tracking import get_available_trackers
+    from accelerate.utils import LoggerType
+
+    known = [str(kind) for kind in LoggerType]
+    if config.report_to not in (*known, "none"):
+        raise unknown_name("report_to", config.report_to, [*known, "none"])
+    available = [str(kind) for kind in get_available_trackers()]
+    if config.report_to not in ("none", "all", *available):  # accelerate leaves it out without a word
+        raise ImportError(
+            f"report_to={config.report_to}: not installed; pip install {config.report_to}, or report_to=none"
+        )
+    output = Path(config.output_dir)
+    accelerator = Accelerator(
+        mixed_precision=config.mixed_precision,
+        log_with=None if config.report_to == "none" else config.report_to,
+        project_config=ProjectConfiguration(project_dir=str(output), logging_dir=str(output / config.logging_dir)),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+    )
+    if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":  # accelerate would ignore it
+        raise ValueError("mixed_precision=fp16 needs a GPU; on the CPU use mixed_precision=bf16 or no")
+    return accelerator
+
+
+def start_trackers(accelerator: Accelerator, config: TrainingConfig) -> None:
+    """Open the run in its tracker, with all plain settings but the Hub token."""
+    if config.report_to == "none":
+        return
+    plain = {k: v for k, v in vars(config).items() if isinstance(v, int | float | str) and k != "hub_token"}
+    accelerator.init_trackers(config.tracker_project_name, config=plain)
+
+
+def numbers_in(values: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    """List the floats of a result for a tracker, also those of groups that hold nothing else.
+
+    Example:
+        >>> list(numbers_in({"loss": 0.5, "precision": {"mean@0": 0.25}, "settings": {"seed": 1}}))
+        [('loss', 0.5), ('precision/mean@0', 0.25)]
+    """
+    for name, value in values.items():
+        if isinstance(value, float):
+            yield name, value
+        elif isinstance(value, Mapping) and all(isinstance(one, float) for one in value.values()):
+            yield from ((f"{name}/{key}", one) for key, one in value.items())

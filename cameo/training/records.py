@@ -1,0 +1,69 @@
+"""What a run measured, step by step: files with one JSON object per line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cameo.config import write_atomically
+
+__all__ = ["Records", "TrainingResult"]
+
+
+class Records:
+    """A file of entries in the order of their `step`, which survives being killed at any moment.
+
+    Example:
+        >>> import tempfile
+        >>> records = Records(Path(tempfile.mkdtemp()) / "metrics.jsonl")
+        >>> for step in (1, 2, 3):
+        ...     records.append({"step": step, "loss": 1 / step})
+        >>> records.keep_until(2)
+        >>> [entry["step"] for entry in records.read()]
+        [1, 2]
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    def read(self) -> list[dict[str, Any]]:
+        """Read all entries; a last line that a killed process left unfinished is not one."""
+        if not self.path.is_file():
+            return []
+        complete, _, _ = self.path.read_text(encoding="utf-8").rpartition("\n")
+        return [json.loads(line) for line in complete.splitlines()]
+
+    def append(self, entry: Mapping[str, Any]) -> None:
+        """Add one entry."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+
+    def keep_until(self, step: int) -> None:
+        """Cut back to `step`, where a resumed run goes on; with 0 a new run keeps nothing."""
+        kept = [entry for entry in self.read() if entry["step"] <= step] if step else []
+        write_atomically(self.path, "".join(json.dumps(entry) + "\n" for entry in kept))
+
+
+@dataclass
+class TrainingResult:
+    """What a run leaves behind.
+
+    Attributes:
+        step: optimizer steps done.
+        metrics: path of `metrics.jsonl`: per step `step, loss, alignment_loss, supervised, learning_rate`, means
+            over the processes; `supervised` is the number of matches in all of them.
+        validations: what `on_validation` returned, each with its `step`; on the main process only.
+        stopped_by: name of the signal that ended the run early, or None.
+    """
+
+    step: int
+    metrics: Path
+    validations: list[dict[str, Any]] = field(default_factory=list)
+    stopped_by: str | None = None
+
+    def history(self) -> list[dict[str, float]]:
+        """Read the entries of all steps."""
+        return Records(self.metrics).read()
