@@ -78,8 +78,8 @@ def model_card(facts: CardFacts) -> str:
     Example:
         >>> config = CameoConfig(backbone=None, layers=["mid.attn1"])
         >>> facts = CardFacts("me/rooms", True, "peft", config, "Net", "unet", False, {"license": "mit"})
-        >>> model_card(facts).splitlines()[:2]
-        ['---', 'license: mit']
+        >>> "license: mit" in model_card(facts).splitlines()
+        True
 
     Source: Hub documentation, "Model cards".
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import multiprocessing
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -255,6 +256,7 @@ def test_workers_load_the_same_samples_and_tell_what_is_wrong(tmp_path: Path) ->
     trainer.dataset = Changed(trainer.dataset, broken)
     with pytest.raises(DataError, match=r"frame-000007.color.png: cannot decode"):
         trainer.train()
+    assert multiprocessing.active_children() == []  # though the traceback above still holds the loader
 
 
 def test_several_layers_with_different_grids(tmp_path: Path) -> None:
@@ -307,3 +309,36 @@ def test_high_noise_sampling_follows_its_formula(tmp_path: Path) -> None:
         share = (steps < x * pipeline.num_train_timesteps).double().mean().item()
         assert share == pytest.approx(1 - math.sqrt(1 - x), abs=0.03)
     assert int(steps.max()) < pipeline.num_train_timesteps
+
+
+def test_gradient_scaler_skips_an_overflow_without_ending_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What fp16 does on a GPU, with the scaler that torch has for the CPU."""
+
+    def scaling(config: Any) -> Any:
+        accelerator = make_accelerator(config)
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        return accelerator
+
+    monkeypatch.setattr("cameo.training.trainer.make_accelerator", scaling)
+    trainer = make_trainer(
+        tmp_path, max_train_steps=3, use_ema=True, lr_scheduler="linear", learning_rate=1e-3, checkpointing_steps=3
+    )
+    accelerator = trainer.accelerator
+    accelerator.native_amp, accelerator.state._mixed_precision = True, "fp16"
+    plain, seen = trainer.pipeline.denoising_loss, []
+
+    def loss(output: Any, inputs: Any) -> Tensor:
+        seen.append([value.clone() for value in trained_values(trainer)])
+        value = plain(output, inputs)
+        return value + (0 * output.sample).sum().abs().sqrt() if len(seen) == 2 else value
+
+    trainer.pipeline.denoising_loss = loss
+    history = trainer.train().history()
+    assert [entry["learning_rate"] for entry in history] == pytest.approx([1e-3, 2e-3 / 3, 2e-3 / 3])
+    assert all(torch.equal(before, after) for before, after in zip(seen[1], seen[2], strict=True))
+    assert not all(torch.equal(before, after) for before, after in zip(seen[0], seen[1], strict=True))
+    assert accelerator.scaler.get_scale() == 512.0
+    assert trainer.ema.optimization_step == 2
+    assert (list_checkpoints(tmp_path)[-1] / "scaler.pt").is_file()

@@ -13,7 +13,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from accelerate.state import AcceleratorState, GradientState
 
 from cameo.training.config import TrainingConfig
 from cameo.training.data import build_dataset
+from cameo.training.records import Records
 from cameo.training.setup import add_lora, load_pipeline, wrap_denoiser
 from cameo.training.trainer import Trainer
 
@@ -55,12 +56,18 @@ def scene_cache() -> str:
 
 @contextlib.contextmanager
 def fresh_accelerate() -> Iterator[None]:
-    """Let accelerate forget the settings of this process, of which the precision is one, before and after."""
+    """Let accelerate forget the settings of this process, of which the precision is one, before and after.
+
+    One thread: the models are so small that a second one only costs, and much where others use the cores.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     _forget_accelerate()
     try:
         yield
     finally:
         _forget_accelerate()
+        torch.set_num_threads(threads)
 
 
 def _forget_accelerate() -> None:
@@ -102,15 +109,30 @@ def same_files(first: Path, second: Path) -> bool:
 
 
 class RecipeProcess:
-    """A recipe as a process of its own, forked from a server that has imported everything already."""
+    """A recipe as a process of its own, forked from a server that has imported everything already.
 
-    def __init__(self, recipe: str, output_dir: Path, *, stall: str | None = None, environment=(), **changes: Any):
-        environment = {"CAMEO_CACHE": scene_cache(), **dict(environment)}
+    With `signal_at=(step, number)` the run and its data workers get a signal right after that step was recorded, as
+    from a terminal or scheduler. With `stall` it stops for good in the middle of a file below a folder of that name.
+    """
+
+    def __init__(
+        self,
+        recipe: str,
+        output_dir: Path,
+        *,
+        signal_at: tuple[int, int] | None = None,
+        stall: str | None = None,
+        environment: Mapping[str, str] | None = None,
+        **changes: Any,
+    ) -> None:
+        environment = {"CAMEO_CACHE": scene_cache(), **(environment or {})}
         folder = Path(tempfile.mkdtemp(dir=scene_cache()))
         self.log, self.output_dir = folder / "output.log", output_dir
         arguments = [f"config={write_settings(folder / 'run.yaml', output_dir, **changes)}"]
         script = str(RECIPES / f"{recipe}.py")
-        self.process = _server().Process(target=_run_recipe, args=(script, arguments, str(self.log), environment, stall))
+        self.process = _server().Process(
+            target=_run_recipe, args=(script, arguments, str(self.log), environment, signal_at, stall)
+        )
         self.process.start()
 
     def reach(self, condition: Callable[[], bool], *, timeout: float = 60) -> None:
@@ -120,10 +142,6 @@ class RecipeProcess:
             if self.process.exitcode is not None or time.monotonic() > end:
                 pytest.fail(f"not reached; exit code {self.process.exitcode}; output:\n{self.output}")
             time.sleep(0.01)
-
-    def reach_step(self, step: int, **options: Any) -> None:
-        path = self.output_dir / "metrics.jsonl"
-        self.reach(lambda: any(entry["step"] >= step for entry in read_lines(path)), **options)
 
     def signal(self, number: int) -> None:
         """Send a signal to the run and its data workers, as a terminal or scheduler does."""
@@ -155,7 +173,14 @@ def _server() -> Any:
     return context
 
 
-def _run_recipe(script: str, arguments: list[str], log: str, environment: dict[str, str], stall: str | None) -> None:
+def _run_recipe(
+    script: str,
+    arguments: list[str],
+    log: str,
+    environment: dict[str, str],
+    signal_at: tuple[int, int] | None,
+    stall: str | None,
+) -> None:
     file = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     os.dup2(file, 1)
     os.dup2(file, 2)
@@ -163,10 +188,23 @@ def _run_recipe(script: str, arguments: list[str], log: str, environment: dict[s
     os.environ.update(environment)
     os.setpgid(0, 0)
     multiprocessing.set_start_method("fork", force=True)  # data workers: a server of their own would start cold
+    if signal_at:
+        _signal_at(*signal_at)
     if stall:
         _stall_in(stall)
     sys.argv = [script, *arguments]
     runpy.run_path(script, run_name="__main__")
+
+
+def _signal_at(step: int, number: int) -> None:
+    append = Records.append
+
+    def append_and_signal(records: Records, entry: Mapping[str, Any]) -> None:
+        append(records, entry)
+        if records.path.name == "metrics.jsonl" and entry["step"] == step:
+            os.killpg(os.getpgrp(), number)
+
+    Records.append = append_and_signal  # type: ignore[method-assign]
 
 
 def _stall_in(folder: str) -> None:

@@ -87,7 +87,10 @@ def attention_figure(
             _mark(axes[row, 0], token, size, images.shape[-2:], "s", "white")
             _show(axes[row, column], images[0])
             axes[row, column].imshow(
-                heat[token].view(size).numpy(), extent=(0, images.shape[-1], images.shape[-2], 0), cmap="magma", alpha=0.6
+                heat[token].view(size).numpy(),
+                extent=(0, images.shape[-1], images.shape[-2], 0),
+                cmap="magma",
+                alpha=0.6,
             )
             _mark(axes[row, column], int(target[token]), size, images.shape[-2:], "o", "lime")
             _mark(axes[row, column], int(heat[token].argmax()), size, images.shape[-2:], "x", "cyan")

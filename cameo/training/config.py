@@ -38,7 +38,7 @@ AT_LEAST = {
         "guidance_scale"
     ),
 }
-POSITIVE = "max_grad_norm cycle_threshold"
+POSITIVE = "max_grad_norm cycle_threshold depth_scale"
 SHARES = "condition_dropout lora_dropout adam_beta1 adam_beta2 ema_decay"
 # What a resumed run may change: everything else would make it another run.
 # fmt: off
@@ -58,12 +58,15 @@ class TrainingConfig:
     """All settings of `recipes/lora_finetune.py` and `recipes/full_finetune.py`.
 
     Model: `pretrained_model_name_or_path` (Hub id, folder, `bundled:cat3d-tiny`) or `preset` for fresh weights, with
-    `preset_options` overriding it. Data: `train_data_dir` is an RGB-D sequence or a folder of meshes
-    (`data_format`: auto, scenes, meshes, rgbd); without it the embedded scenes are used. CAMEO: `weight` 0 trains
-    without alignment; `correspondence` is depth or point_map. `timestep_sampling`: uniform, or high_noise
-    (t = 1 - u**2). `mixed_precision`: no, fp16 (GPU only), bf16. `report_to`: a tracker of accelerate, or none.
-    `resume_from_checkpoint`: a path or latest; with a decaying `lr_scheduler` another `max_train_steps` bends the
-    rest of its curve.
+    `preset_options` overriding it.
+    Data: `train_data_dir` is an RGB-D sequence or a folder of meshes (`data_format`: auto, scenes, meshes, rgbd);
+    without it the embedded scenes are used. `intrinsics` (3x3, in pixels of the full colour image) and `depth_scale`
+    (units per metre) are for sequences that do not say.
+    CAMEO: `weight` 0 trains without alignment; `correspondence` is depth or point_map.
+    Optimisation: `timestep_sampling` is uniform, or high_noise (t = 1 - u**2); `mixed_precision` is no, fp16 (GPU
+    only) or bf16.
+    Output: `report_to` is a tracker of accelerate, or none; `resume_from_checkpoint` is a path or latest. With a
+    decaying `lr_scheduler` another `max_train_steps` bends the rest of its curve.
     """
 
     # model
@@ -77,6 +80,8 @@ class TrainingConfig:
     # data
     train_data_dir: str | None = None
     data_format: str = "auto"
+    intrinsics: Any = None
+    depth_scale: float | None = None
     resolution: int = 64
     num_views: int = 3
     num_reference_views: int = 1
@@ -149,7 +154,7 @@ class TrainingConfig:
                 if getattr(self, name) is not None and not getattr(self, name) >= low:
                     raise ValueError(f"{name}: expected at least {low}, got {getattr(self, name)}")
         for name in POSITIVE.split():
-            if not getattr(self, name) > 0:
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ValueError(f"{name}: expected a number > 0, got {getattr(self, name)}")
         for name in SHARES.split():
             if not 0 <= getattr(self, name) < 1:

@@ -46,7 +46,8 @@ def _source(config: TrainingConfig, split: str) -> SceneSource:
     if form == "rgbd":
         if not config.train_data_dir:
             raise DataError("data_format=rgbd needs train_data_dir=, the folder of the sequence")
-        return RGBDSequence(config.train_data_dir, size=size, split=split)
+        calibration = {"intrinsics": config.intrinsics, "depth_scale": config.depth_scale}
+        return RGBDSequence(config.train_data_dir, size=size, split=split, **calibration)
     if form == "meshes" and not config.train_data_dir:
         raise DataError("data_format=meshes needs train_data_dir=, a folder of .glb, .obj or .ply files")
     return EmbeddedScenes(
@@ -62,7 +63,7 @@ def _source(config: TrainingConfig, split: str) -> SceneSource:
 def _detect(folder: Path) -> str:
     if not folder.is_dir():
         raise DataError(f"train_data_dir={folder}: no such folder")
-    if any(path.suffix.lower() in MESH_ENDINGS for path in folder.iterdir()):
+    if any(path.suffix.lower() in MESH_ENDINGS for path in folder.rglob("*")):
         return "meshes"
     return "rgbd"
 

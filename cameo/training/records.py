@@ -53,8 +53,8 @@ class TrainingResult:
 
     Attributes:
         step: optimizer steps done.
-        metrics: path of `metrics.jsonl`: per step `step, loss, alignment_loss, supervised, learning_rate`, means
-            over the processes; `supervised` is the number of matches in all of them.
+        metrics: path of `metrics.jsonl`: per step `step, loss, alignment_loss, learning_rate` (losses are means over
+            micro steps and processes) and `supervised`, the number of matches behind the step.
         validations: what `on_validation` returned, each with its `step`; on the main process only.
         stopped_by: name of the signal that ended the run early, or None.
     """

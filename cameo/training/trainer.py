@@ -133,6 +133,9 @@ class Trainer:
             accelerator.print(f"resumed from {folder} at step {self.step}")
         else:
             checkpoint.refuse_used_folder(self.output_dir)
+        count = sum(parameter.numel() for parameter in self.trained)
+        processes = f"{accelerator.num_processes} process{'es' if accelerator.num_processes > 1 else ''}"
+        accelerator.print(f"training {count:,} parameters on {processes} ({self.device.type})")
         if accelerator.is_main_process:
             self.output_dir.mkdir(parents=True, exist_ok=True)
             checkpoint.prune_checkpoints(self.output_dir, None)
@@ -190,15 +193,15 @@ class Trainer:
             sums += torch.stack([denoising.detach(), alignment.detach(), supervised])
             samples += batch["key"]
         norm = accelerator.clip_grad_norm_(self.trained, config.max_grad_norm)
-        # The one exchange and synchronisation of a step: all processes agree on the figures and on stopping.
-        flags = torch.tensor([float(stop.received is not None), float(norm)], device=self.device)
-        total = accelerator.reduce(torch.cat([sums, flags]), reduction="sum").tolist()
+        # The one exchange of a step, in which all processes agree on the figures and on stopping.
+        stopping = torch.tensor(float(stop.received is not None), device=self.device)
+        total = accelerator.reduce(torch.stack([*sums, stopping, norm.float()]), reduction="sum").tolist()
         processes = accelerator.num_processes
         entry = {
             "step": self.step + 1,
             "loss": total[0] / accumulate / processes,
             "alignment_loss": total[1] / accumulate / processes,
-            "supervised": total[2] / accumulate,
+            "supervised": total[2],
             "learning_rate": float(self.scheduler.get_last_lr()[0]),
         }
         self._check_finite(entry, total[4], samples)
