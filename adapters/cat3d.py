@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from cameo.adapters.released import RELEASED
 from torch import nn
 
+from cameo.adapters.released import RELEASED
 from cameo.backbone import Backbone
 from cameo.capture import AttentionSite
 from cameo.errors import DataError, unknown_name
@@ -109,8 +109,9 @@ class Cat3D(Backbone):
                 (per resolution, finest first), `layers_per_block`, `heads`, `norm_num_groups`,
                 `prediction_type`, `zero_terminal_snr`.
         """
-        from cameo.adapters.cat3d_pipeline import CONDITION_CHANNELS, Cat3DPipeline
         from diffusers import UNet2DConditionModel
+
+        from cameo.adapters.cat3d_pipeline import CONDITION_CHANNELS, Cat3DPipeline
 
         if preset not in self.presets:
             raise unknown_name("preset of cat3d", preset, self.presets)
@@ -156,8 +157,9 @@ class Cat3D(Backbone):
             **options: passed to `from_pretrained`; for Stable Diffusion also `prediction_type`,
             `zero_terminal_snr`.
         """
-        from cameo.adapters.cat3d_pipeline import Cat3DPipeline
         from diffusers import DiffusionPipeline
+
+        from cameo.adapters.cat3d_pipeline import Cat3DPipeline
 
         if name_or_path.startswith("bundled:"):
             folder = _WEIGHTS / name_or_path.removeprefix("bundled:")
@@ -233,8 +235,9 @@ def from_stable_diffusion(
     The first convolution gets 7 more input channels with zero weights, so at the start the model ignores the
     cameras and each view is denoised as Stable Diffusion would with an empty cross-attention.
     """
-    from cameo.adapters.cat3d_pipeline import CONDITION_CHANNELS, Cat3DPipeline
     from diffusers import AutoencoderKL, UNet2DConditionModel
+
+    from cameo.adapters.cat3d_pipeline import CONDITION_CHANNELS, Cat3DPipeline
 
     unet = UNet2DConditionModel.from_pretrained(name_or_path, subfolder="unet", revision=revision, **options)
     vae = AutoencoderKL.from_pretrained(name_or_path, subfolder="vae", revision=revision, **options)

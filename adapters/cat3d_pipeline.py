@@ -13,11 +13,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from cameo.adapters.joint_views import JointViewAttnProcessor, check_joined, inflate
 from diffusers import DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
+from cameo.adapters.joint_views import JointViewAttnProcessor, check_joined, inflate
 from cameo.errors import ShapeError
 from cameo.geometry import check_cameras, plucker_rays, relative_extrinsics
 from cameo.pipeline import TrainingInputs
@@ -56,7 +56,7 @@ class Cat3DPipeline(DiffusionPipeline):
         self,
         unet: UNet2DConditionModel,
         scheduler: DDIMScheduler,
-        vae: nn.Module | None = None,
+        vae: Any = None,
         patch_size: int = 4,
     ) -> None:
         super().__init__()
@@ -88,7 +88,7 @@ class Cat3DPipeline(DiffusionPipeline):
         return self.unet
 
     @denoiser.setter
-    def denoiser(self, module: nn.Module) -> None:
+    def denoiser(self, module: Any) -> None:
         self.unet = module
 
     @property
@@ -176,10 +176,11 @@ class Cat3DPipeline(DiffusionPipeline):
         """
         images: Tensor = batch["images"]
         samples, views = images.shape[:2]
+        height, width = images.shape[-2:]
         references = _reference_views(batch, views)
         with torch.no_grad():
             clean = self.encode(images)
-            condition = self.condition(batch["intrinsics"], batch["extrinsics"], references, images.shape[-2:])
+            condition = self.condition(batch["intrinsics"], batch["extrinsics"], references, (height, width))
         draw: dict[str, Any] = {
             "generator": generator,
             "device": generator.device if generator else images.device,
@@ -244,7 +245,8 @@ class Cat3DPipeline(DiffusionPipeline):
         references = _reference_views(batch, views)
         images: Tensor = batch["images"][:, :references]
         reference = self.encode(images)
-        condition = self.condition(batch["intrinsics"], batch["extrinsics"], references, images.shape[-2:])
+        height, width = images.shape[-2:]
+        condition = self.condition(batch["intrinsics"], batch["extrinsics"], references, (height, width))
         blank = torch.cat([condition[:, :, :1], torch.zeros_like(condition[:, :, 1:])], dim=2)
         device = generator.device if generator else images.device
         shape = (samples, views - references, *reference.shape[2:])
@@ -288,7 +290,7 @@ def _reference_views(batch: Mapping[str, Any], views: int) -> int:
     return references
 
 
-def vae_stride(vae: nn.Module) -> int:
+def vae_stride(vae: Any) -> int:
     """Image pixels per latent cell side of a diffusers autoencoder."""
     channels = getattr(vae.config, "block_out_channels", None) or vae.config.encoder_block_out_channels
     return int(2 ** (len(channels) - 1))

@@ -65,9 +65,7 @@ class Room:
     def trace(self, xy: Tensor, pixels: int) -> tuple[Tensor, Tensor]:
         """Surface points ``[1, V, M, 3]`` and z-depth ``[1, V, M]`` seen at pixel positions ``[M, 2]``."""
         homogeneous = torch.cat([xy, torch.ones_like(xy[:, :1])], dim=-1)
-        in_camera = torch.linalg.solve(
-            self.intrinsics_at(pixels)[:, :, None], homogeneous[None, None, ..., None]
-        )
+        in_camera = torch.linalg.solve(self.intrinsics_at(pixels)[:, :, None], homogeneous[None, None, ..., None])
         rotation = self.extrinsics[..., :3, :3]
         origin = self.origins()[:, :, None]
         direction = (rotation.mT[:, :, None] @ in_camera).squeeze(-1)
@@ -101,15 +99,11 @@ def make_room(seed: int) -> Room:
         radius = uniform(0.3, 0.7, 1)
         # The first one stands near the middle, so that it hides something from every view.
         reach = 0.4 if number == 0 else 1.0
-        spheres.append(
-            torch.cat([uniform(-reach, reach, 1), uniform(-0.5, 0.8, 1), uniform(-reach, reach, 1), radius])
-        )
+        spheres.append(torch.cat([uniform(-reach, reach, 1), uniform(-0.5, 0.8, 1), uniform(-reach, reach, 1), radius]))
     span, start = uniform(60, 90, 1).deg2rad(), uniform(0, 360, 1).deg2rad()
     angle = start + span * torch.linspace(0, 1, NUM_VIEWS, dtype=torch.float64)
     distance = uniform(2.0, 2.8, NUM_VIEWS)
-    origin = torch.stack(
-        [distance * angle.sin(), uniform(-1.1, 0.5, NUM_VIEWS), -distance * angle.cos()], dim=-1
-    )
+    origin = torch.stack([distance * angle.sin(), uniform(-1.1, 0.5, NUM_VIEWS), -distance * angle.cos()], dim=-1)
     target = uniform(-0.3, 0.3, NUM_VIEWS, 3)
     forward = torch.nn.functional.normalize(target - origin, dim=-1)
     down = torch.tensor([0.0, 1, 0], dtype=torch.float64).expand(NUM_VIEWS, 3)
@@ -124,9 +118,7 @@ def make_room(seed: int) -> Room:
 
 def true_match(room: Room, pixels: int, tokens: int) -> Tensor:
     """Exact correspondence ``[1, V, V, N]`` on a grid of ``tokens`` x ``tokens``, -1 where not visible."""
-    centres = cell_centres((tokens, tokens), (pixels, pixels), dtype=torch.float64, device="cpu").flatten(
-        0, 1
-    )
+    centres = cell_centres((tokens, tokens), (pixels, pixels), dtype=torch.float64, device="cpu").flatten(0, 1)
     points = room.trace(centres, pixels)[0]
     index = torch.full((1, NUM_VIEWS, NUM_VIEWS, tokens * tokens), -1)
     for i in range(NUM_VIEWS):
@@ -211,9 +203,7 @@ def by_points(max_distance: float | None = None) -> Matcher:
     return match
 
 
-def measure(
-    matchers: Mapping[str, Matcher], pixels: int, tokens: int, seeds: Iterable[int]
-) -> dict[str, Score]:
+def measure(matchers: Mapping[str, Matcher], pixels: int, tokens: int, seeds: Iterable[int]) -> dict[str, Score]:
     """Score matchers over the same rooms."""
     scores = {name: Score() for name in matchers}
     for seed in seeds:

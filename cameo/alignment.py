@@ -233,9 +233,7 @@ def supervision_weights(
 Group = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-def _groups_per_view(
-    query: Tensor, key: Tensor, correspondence: Correspondence, weights: Tensor
-) -> Iterator[Group]:
+def _groups_per_view(query: Tensor, key: Tensor, correspondence: Correspondence, weights: Tensor) -> Iterator[Group]:
     """Rows that share their keys: all supervised queries of a sample against one key view.
 
     Yields queries [K, R, D], keys [K, M, D], and of each match the target key, the query row and the weight.
@@ -249,9 +247,7 @@ def _groups_per_view(
         yield query[b][:, view, token], keys, target, row, weights[b, view, j, token]
 
 
-def _groups_all_views(
-    query: Tensor, key: Tensor, correspondence: Correspondence, weights: Tensor
-) -> Iterator[Group]:
+def _groups_all_views(query: Tensor, key: Tensor, correspondence: Correspondence, weights: Tensor) -> Iterator[Group]:
     """The same for one softmax over all other views: the supervised queries of one view of a sample."""
     lengths = [height * width for height, width in correspondence.sizes]
     for b, i in torch.nonzero(weights.any(dim=3).any(dim=2)).tolist():

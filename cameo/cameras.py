@@ -138,9 +138,7 @@ def check_matrices(name: str, matrices: Tensor, rank: int) -> None:
     if matrices.ndim != 4 or matrices.shape[-2:] != (rank, rank):
         raise ShapeError(name, expected=f"[B, V, {rank}, {rank}]", got=matrices.shape)
     if not matrices.is_floating_point():
-        raise ValueError(
-            f"{name}: expected floating point, got {matrices.dtype}. Cure: convert with .float()"
-        )
+        raise ValueError(f"{name}: expected floating point, got {matrices.dtype}. Cure: convert with .float()")
 
 
 def at_least_float32(tensor: Tensor) -> torch.dtype:

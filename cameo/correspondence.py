@@ -68,9 +68,7 @@ class Correspondence:
         if len(self.sizes) != views:
             raise ShapeError("sizes", expected=f"one (h, w) per view, {views}", got=f"{len(self.sizes)}")
         if max(h * w for h, w in self.sizes) != tokens:
-            raise ShapeError(
-                "index", expected=f"[B, V, V, N] with N of sizes {self.sizes}", got=self.index.shape
-            )
+            raise ShapeError("index", expected=f"[B, V, V, N] with N of sizes {self.sizes}", got=self.index.shape)
         for name, tensor in (("weight", self.weight), ("distance", self.distance)):
             if tensor is not None and tensor.shape != self.index.shape:
                 raise ShapeError(name, expected=str(list(self.index.shape)), got=tensor.shape)
@@ -150,9 +148,7 @@ class Correspondence:
         def take(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else tensor[:, views][:, :, views, :tokens]
 
-        return Correspondence(
-            self.index[:, views][:, :, views, :tokens], sizes, take(self.weight), take(self.distance)
-        )
+        return Correspondence(self.index[:, views][:, :, views, :tokens], sizes, take(self.weight), take(self.distance))
 
     @classmethod
     def cat(cls, parts: Sequence[Correspondence]) -> Correspondence:
@@ -173,9 +169,7 @@ class Correspondence:
         if any(part.weight is not None for part in parts):
             dtype = next(part.weight.dtype for part in parts if part.weight is not None)
             ones = [torch.ones(p.index.shape, dtype=dtype, device=p.device) for p in parts]
-            weight = torch.cat(
-                [one if p.weight is None else p.weight for p, one in zip(parts, ones, strict=True)]
-            )
+            weight = torch.cat([one if p.weight is None else p.weight for p, one in zip(parts, ones, strict=True)])
         index = torch.cat([part.index for part in parts])
         return cls(index, parts[0].sizes, weight, torch.cat(distances) if distances else None)
 
@@ -273,8 +267,6 @@ class Correspondence:
 def _grid_per_view(size: GridSize, views: int) -> tuple[tuple[int, int], ...]:
     if not isinstance(size, int) and size and all(isinstance(grid, (tuple, list)) for grid in size):
         if len(size) != views:
-            raise ShapeError(
-                "size", expected=f"(h, w), or one (h, w) for each of {views} views", got=str(size)
-            )
+            raise ShapeError("size", expected=f"(h, w), or one (h, w) for each of {views} views", got=str(size))
         return tuple(as_grid("size", grid) for grid in size)
     return (as_grid("size", size),) * views

@@ -135,9 +135,7 @@ def project(points: Tensor, intrinsics: Tensor, extrinsics: Tensor) -> tuple[Ten
 
 
 @full_precision
-def plucker_rays(
-    intrinsics: Tensor, extrinsics: Tensor, image_size: tuple[int, int], size: tuple[int, int]
-) -> Tensor:
+def plucker_rays(intrinsics: Tensor, extrinsics: Tensor, image_size: tuple[int, int], size: tuple[int, int]) -> Tensor:
     """Return the ray through each cell centre as unit direction and moment.
 
     Example:

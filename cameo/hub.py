@@ -145,9 +145,7 @@ def from_pretrained(
         module = read_full(folder, form, config, base_model)
         # What is trained from here on starts from these weights, no longer from the base of that training.
         is_local = Path(name_or_path).is_dir()
-        config = replace(
-            config, base_model=str(name_or_path), base_revision=None if is_local else folder.name
-        )
+        config = replace(config, base_model=str(name_or_path), base_revision=None if is_local else folder.name)
     model = attach(module, config)
     _read_head(model, folder)
     return model.eval()
@@ -203,9 +201,7 @@ def push_to_hub(
 
     config = model.cameo_config
     if not (token or get_token()):
-        raise PermissionError(
-            "no Hugging Face token: pass token=, set the variable HF_TOKEN, or run `hf auth login`"
-        )
+        raise PermissionError("no Hugging Face token: pass token=, set the variable HF_TOKEN, or run `hf auth login`")
     facts = find_licence(config, licence, backbone=_backbone(config), online=True, token=token)
     if not facts:
         raise ValueError(

@@ -61,18 +61,14 @@ class TokenLayout:
         ValueError: a pattern that cannot be read; the message holds the pattern and the reason.
     """
 
-    def __init__(
-        self, query: str, key: str | None = None, *, unsupervised_views: int = 0, **lengths: int
-    ) -> None:
+    def __init__(self, query: str, key: str | None = None, *, unsupervised_views: int = 0, **lengths: int) -> None:
         self.query, self.key = query, query if key is None else key
         self.unsupervised_views, self.lengths = unsupervised_views, lengths
         if not isinstance(unsupervised_views, int) or unsupervised_views < 0:
             raise ValueError(f"unsupervised_views: expected an integer >= 0, got {unsupervised_views!r}")
         for name, length in lengths.items():
             if name in RESERVED:
-                raise ValueError(
-                    f"{name}={length!r}: batch and sizes tell how long axis {name} is; leave it out"
-                )
+                raise ValueError(f"{name}={length!r}: batch and sizes tell how long axis {name} is; leave it out")
             if not isinstance(length, int) or length < 1:
                 raise ValueError(f"{name}: expected a length of at least 1, got {length!r}")
         self._query, self._key = Pattern(self.query, lengths), Pattern(self.key, lengths)

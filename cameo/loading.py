@@ -35,20 +35,12 @@ def load_base(config: CameoConfig) -> nn.Module:
     """
     name = config.base_model
     if name is None or name.startswith("preset:"):
-        reason = (
-            "does not name its base"
-            if name is None
-            else f"was trained on fresh weights ({name}), not saved here"
-        )
+        reason = "does not name its base" if name is None else f"was trained on fresh weights ({name}), not saved here"
         raise BaseNeededError(f"this adapter {reason}; pass the base as base_model=")
     if config.backbone is None:
-        raise BaseNeededError(
-            f"no backbone can load the base {name!r}; load it yourself and pass base_model="
-        )
+        raise BaseNeededError(f"no backbone can load the base {name!r}; load it yourself and pass base_model=")
     if hub_id(name) is None and ":" not in name and not Path(name).exists():
-        raise DataError(
-            f"base {name!r}: no such folder any more; load the base yourself and pass base_model="
-        )
+        raise DataError(f"base {name!r}: no such folder any more; load the base yourself and pass base_model=")
     try:
         denoiser: nn.Module = get_backbone(config.backbone).load(name, revision=config.base_revision).denoiser
     except NotImplementedError as error:
@@ -136,9 +128,7 @@ def _restore(path: Path, loaded: nn.Module, stored: dict[str, Tensor]) -> None:
     wrong = [key for key, value in stored.items() if key not in now or not torch.equal(now[key].cpu(), value)]
     wrong += sorted(now.keys() - stored.keys())
     if wrong:
-        raise ValueError(
-            f"base_model: {path} did not load whole into this {type(loaded).__name__}: {wrong[:3]}"
-        )
+        raise ValueError(f"base_model: {path} did not load whole into this {type(loaded).__name__}: {wrong[:3]}")
 
 
 def without_adapter(model: nn.Module) -> nn.Module:
@@ -176,15 +166,11 @@ def read_full(folder: Path, form: str, config: CameoConfig, base: nn.Module | No
             return loaded
         # The files do not bring the class, or not the backbone's attention; the base model does.
         if backbone is None:
-            raise BaseNeededError(
-                f"{folder}: {MODULE_FILE} holds weights only; pass the module as base_model="
-            )
+            raise BaseNeededError(f"{folder}: {MODULE_FILE} holds weights only; pass the module as base_model=")
         base = backbone.build(preset).denoiser if preset else load_base(config)
     if base is None:
         return loaded
-    return _copy_into(
-        base, load_file(str(folder / MODULE_FILE)) if form == "module" else loaded.state_dict(), folder
-    )
+    return _copy_into(base, load_file(str(folder / MODULE_FILE)) if form == "module" else loaded.state_dict(), folder)
 
 
 def _read_pipeline(folder: Path, backbone: Any) -> nn.Module:
@@ -198,9 +184,7 @@ def _read_pipeline(folder: Path, backbone: Any) -> nn.Module:
         library, name = index.get(component) or (None, "")
         if library == "diffusers":
             return _from_class(getattr(diffusers, name), folder / component)
-    raise BaseNeededError(
-        f"{folder}: model_index.json names no unet or transformer of diffusers; it cannot be loaded"
-    )
+    raise BaseNeededError(f"{folder}: model_index.json names no unet or transformer of diffusers; it cannot be loaded")
 
 
 def _read_diffusers(folder: Path, base: nn.Module | None) -> nn.Module:
@@ -255,8 +239,6 @@ def _copy_into(base: nn.Module, state: dict[str, Tensor], folder: Path) -> nn.Mo
     stored = {value.data_ptr() for key, value in own.items() if key in state}
     missing = [key for key in own.keys() - state.keys() if own[key].data_ptr() not in stored]
     if differing := [*missing, *(state.keys() - own.keys())]:
-        raise ValueError(
-            f"base_model: this {kind} and {folder} differ in their weights: {sorted(differing)[:3]}"
-        )
+        raise ValueError(f"base_model: this {kind} and {folder} differ in their weights: {sorted(differing)[:3]}")
     base.load_state_dict(state, strict=False)
     return base

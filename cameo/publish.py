@@ -20,9 +20,7 @@ from cameo.weights import ADAPTER_FORMATS, adapter_layers, adapter_name, format_
 __all__ = ["explained_errors", "file_names", "upload", "verify"]
 
 
-def verify(
-    base: nn.Module, config: CameoConfig, stage: Path, load: Callable[[nn.Module | None], nn.Module]
-) -> None:
+def verify(base: nn.Module, config: CameoConfig, stage: Path, load: Callable[[nn.Module | None], nn.Module]) -> None:
     """Load staged files into a fresh base and compare with the trained model bit for bit.
 
     The outputs on the backbone's example inputs are compared; without a backbone, the weights.
@@ -59,10 +57,7 @@ def _equal(base: nn.Module, again: nn.Module, config: CameoConfig) -> bool:
             inputs = get_backbone(config.backbone).example_inputs(core_module(base))
     if inputs is None:
         theirs = core_module(again).state_dict()
-        pairs = [
-            (value, theirs.get(_loaded_name(key, base)))
-            for key, value in core_module(base).state_dict().items()
-        ]
+        pairs = [(value, theirs.get(_loaded_name(key, base))) for key, value in core_module(base).state_dict().items()]
         return all(other is not None and torch.equal(value, other) for value, other in pairs)
     with _same_processors(core_module(base), core_module(again)), torch.no_grad():
         first, second = (_tensors(_evaluate(model, *inputs)) for model in (base, again))
@@ -121,11 +116,7 @@ def _tensors(output: Any) -> list[Tensor]:
     if isinstance(output, Tensor):
         return [output]
     parts: Any = output.values() if isinstance(output, Mapping) else output
-    return (
-        [tensor for part in parts for tensor in _tensors(part)]
-        if isinstance(output, Mapping | list | tuple)
-        else []
-    )
+    return [tensor for part in parts for tensor in _tensors(part)] if isinstance(output, Mapping | list | tuple) else []
 
 
 def file_names(folder: Path) -> list[str]:

@@ -86,9 +86,7 @@ def format_in(folder: Path) -> str:
         return found[0]
     if found:
         files = ", ".join(FILES[one][0] for one in found)
-        raise DataError(
-            f"{folder}: holds weights of several formats ({files}); save again into an empty folder"
-        )
+        raise DataError(f"{folder}: holds weights of several formats ({files}); save again into an empty folder")
     expected = ", ".join(patterns[0] for patterns in FILES.values())
     raise DataError(f"{folder}: no weights; expected one of {expected}")
 
@@ -152,9 +150,7 @@ def adapter_name(model: nn.Module) -> str:
         return str(known[0])
     active = sorted({name for layer in layers for name in layer.active_adapters})
     if len(active) != 1:
-        raise ValueError(
-            f"one adapter is saved, but {active or 'none'} of {known} are active; call set_adapter(name)"
-        )
+        raise ValueError(f"one adapter is saved, but {active or 'none'} of {known} are active; call set_adapter(name)")
     return str(active[0])
 
 
@@ -207,10 +203,7 @@ def _write_diffusers_lora(core: nn.Module, path: Path, prefix: str) -> None:
 
     name = adapter_name(core)
     settings = adapter_settings(core).to_dict()
-    header = {
-        f"{prefix}.{key}": sorted(value) if isinstance(value, set) else value
-        for key, value in settings.items()
-    }
+    header = {f"{prefix}.{key}": sorted(value) if isinstance(value, set) else value for key, value in settings.items()}
     state = get_peft_model_state_dict(core, adapter_name=name)
     save_file(
         {f"{prefix}.{key}": value.contiguous() for key, value in state.items()},

@@ -59,7 +59,7 @@ def main(arguments: list[str]) -> None:
     print(f"model in {folder}, pictures in {output / 'pictures'}, losses in {result.metrics}")
     if config.push_to_hub:
         hub = {"token": config.hub_token, "private": config.hub_private, "licence": config.hub_licence}
-        print(f"pushed to {model.push_to_hub(config.hub_model_id, **hub, **facts)}")
+        print(f"pushed to {model.push_to_hub(str(config.hub_model_id), **hub, **facts)}")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,11 @@ import pytest
 import torch
 
 REPOSITORY = Path(__file__).parent.parent
-os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # the suite is defined on the CPU; GPU checks are in benchmarks/gpu
+# The suite is defined on the CPU; GPU checks are in benchmarks/gpu.
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+# One thread each: the models are tiny, and two test processes with two threads each would wait for one another.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(1)
 
 
 def _found(folder: Path, name: str) -> Path:

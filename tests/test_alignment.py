@@ -90,9 +90,7 @@ def dense_loss(
         log_p = logits.masked_fill(~real[:, None], -torch.inf).log_softmax(-1)
     else:
         keys = other[:, None, :, None] & real[0]
-        log_p = (
-            logits.masked_fill(~keys, -torch.inf).flatten(-2).log_softmax(-1).unflatten(-1, (views, tokens))
-        )
+        log_p = logits.masked_fill(~keys, -torch.inf).flatten(-2).log_softmax(-1).unflatten(-1, (views, tokens))
     wanted = match.visible if pairs is None else match.visible & pairs[None, :, :, None]
     target = F.one_hot(match.index.clamp(min=0), tokens) * wanted[..., None]
     weight = torch.ones(match.index.shape) if match.weight is None else match.weight
@@ -173,9 +171,7 @@ PADDED = ((2, 3), (2, 3), (3, 4), (1, 2))
 
 @pytest.mark.parametrize("normalise", ["per_view", "all_views"])
 @pytest.mark.parametrize("sizes", [((2, 3),) * 3, PADDED], ids=["one grid", "four grids"])
-@pytest.mark.parametrize(
-    "settings", [{}, {"depth": 0}, {"depth": 2}, {"kind": "mean"}, {"kind": "none"}], ids=str
-)
+@pytest.mark.parametrize("settings", [{}, {"depth": 0}, {"depth": 2}, {"kind": "mean"}, {"kind": "none"}], ids=str)
 @pytest.mark.parametrize("weighted", [False, True])
 def test_equals_the_dense_version(
     normalise: str, sizes: tuple[tuple[int, int], ...], settings: dict[str, Any], weighted: bool
@@ -185,9 +181,7 @@ def test_equals_the_dense_version(
     got = alignment_loss(query, key, match, head, scale=0.3, normalise=normalise)
     expected = dense_loss(query, key, match, head, 0.3, normalise)
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=0)
-    for one, other in zip(
-        gradients(got, query, key, head), gradients(expected, query, key, head), strict=True
-    ):
+    for one, other in zip(gradients(got, query, key, head), gradients(expected, query, key, head), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-13)
 
 
@@ -196,9 +190,7 @@ def test_pairs_select_query_view_and_key_view(normalise: str) -> None:
     query, key, match = make_inputs()
     head, pairs = make_head(), torch.tensor([[0, 1, 0], [0, 0, 0], [1, 1, 0]]).bool()
     got = alignment_loss(query, key, match, head, scale=0.3, pairs=pairs, normalise=normalise)
-    torch.testing.assert_close(
-        got, dense_loss(query, key, match, head, 0.3, normalise, pairs), rtol=1e-12, atol=0
-    )
+    torch.testing.assert_close(got, dense_loss(query, key, match, head, 0.3, normalise, pairs), rtol=1e-12, atol=0)
 
 
 def test_released_equals_the_loops() -> None:
@@ -221,9 +213,7 @@ def test_released_equals_the_loops() -> None:
                         denominator += float(weight)
                         if j == nearest:
                             logits = torch.stack([0.5 * key[b, k, j] @ query[b, k, i, x] for k in range(3)])
-                            numerator = (
-                                numerator - weight * explicit_head(head, logits)[0].log_softmax(0)[target]
-                            )
+                            numerator = numerator - weight * explicit_head(head, logits)[0].log_softmax(0)[target]
         total = total + numerator / denominator
     got = alignment_loss(query, key, match, head, reduction="released", num_reference_views=references)
     torch.testing.assert_close(got, total, rtol=1e-12, atol=0)
@@ -232,9 +222,7 @@ def test_released_equals_the_loops() -> None:
 @pytest.mark.parametrize("references", [0, 3])
 def test_released_counts_an_empty_half_as_zero(references: int) -> None:
     query, key, match = make_inputs()
-    loss = alignment_loss(
-        query, key, match, make_head(), reduction="released", num_reference_views=references
-    )
+    loss = alignment_loss(query, key, match, make_head(), reduction="released", num_reference_views=references)
     nearest = supervision_weights(match, reduction="released", num_reference_views=references) > 0
     only_nearest = Correspondence(torch.where(nearest, match.index, -1), match.sizes)
     summed = alignment_loss(query, key, only_nearest, make_head(), reduction="sum")
@@ -285,9 +273,7 @@ def test_default_scale_and_sum() -> None:
     query, key, match = make_inputs()
     head = make_head()
     mean = alignment_loss(query, key, match, head)
-    torch.testing.assert_close(
-        mean, alignment_loss(query, key, match, head, scale=4**-0.5), rtol=1e-14, atol=0
-    )
+    torch.testing.assert_close(mean, alignment_loss(query, key, match, head, scale=4**-0.5), rtol=1e-14, atol=0)
     summed = alignment_loss(query, key, match, head, reduction="sum")
     torch.testing.assert_close(summed, mean * match.visible.sum(), rtol=1e-12, atol=0)
 

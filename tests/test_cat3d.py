@@ -9,8 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from cameo.adapters.cat3d import noise_schedule
-from cameo.adapters.cat3d_pipeline import CONDITION_CHANNELS, Cat3DPipeline, inflate, vae_stride
 from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor2_0
 from einops import rearrange
@@ -18,6 +16,8 @@ from torch import Tensor, nn
 
 import cameo
 from cameo import Correspondence
+from cameo.adapters.cat3d import noise_schedule
+from cameo.adapters.cat3d_pipeline import CONDITION_CHANNELS, Cat3DPipeline, inflate, vae_stride
 from cameo.backbone import get_backbone
 from cameo.errors import DataError, ShapeError
 

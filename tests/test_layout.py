@@ -253,9 +253,7 @@ def test_the_first_of_identical_copies_is_used(name: str) -> None:
         for copy_index in case.copies[1:]:
             for row in range(case.copy_stride):
                 key[(b * 6 + copy_index) * case.copy_stride + row] = torch.nan
-    torch.testing.assert_close(
-        case.layout.split_key(key, batch=B, sizes=case.sizes), expected, rtol=0, atol=0
-    )
+    torch.testing.assert_close(case.layout.split_key(key, batch=B, sizes=case.sizes), expected, rtol=0, atol=0)
 
 
 def test_joint_layout_copies_no_memory() -> None:

@@ -81,9 +81,7 @@ def tum(tmp_path: Path) -> Path:
 
 
 def world_points(views: Views) -> torch.Tensor:
-    return unproject(
-        views.depth[None].double(), views.intrinsics[None].double(), views.extrinsics[None].double()
-    )[0]
+    return unproject(views.depth[None].double(), views.intrinsics[None].double(), views.extrinsics[None].double())[0]
 
 
 @pytest.mark.parametrize("size", [(48, 64), (24, 32), (16, 16), (12, 30), (40, 16), (60, 80)])
@@ -104,9 +102,7 @@ def test_colour_and_geometry_stay_aligned(seven_scenes: Path) -> None:
     """The colour painted at a world point is found at that point's projection."""
     views = RGBDSequence(seven_scenes, size=(24, 24)).views()
     points = world_points(views)[:, :, 8:]
-    expected = torch.stack(
-        [(points[:, 0] * 5).sin(), (points[:, 1] * 5).cos(), (points.sum(1) * 2).sin()], dim=1
-    )
+    expected = torch.stack([(points[:, 0] * 5).sin(), (points[:, 1] * 5).cos(), (points.sum(1) * 2).sin()], dim=1)
     error = (views.images[:, :, 8:] - (127.5 + 120 * expected)).abs() / 255
     assert error.mean() < 0.03
 
@@ -203,9 +199,7 @@ def test_truncated_image_is_named(seven_scenes: Path, kind: str) -> None:
 
 def test_depth_that_is_not_16_bit(seven_scenes: Path) -> None:
     Image.new("L", (WIDTH, HEIGHT), 7).save(seven_scenes / "frame-000000.depth.png")
-    with pytest.raises(
-        DataError, match=r"frame-000000.depth.png: expected a 16-bit grey depth image, got uint8"
-    ):
+    with pytest.raises(DataError, match=r"frame-000000.depth.png: expected a 16-bit grey depth image, got uint8"):
         RGBDSequence(seven_scenes)
 
 
@@ -277,9 +271,7 @@ def test_real_sequence_agrees_with_its_poses(real_data: Callable[[str], Path]) -
 def neighbour_error(views: Views, extrinsics: torch.Tensor) -> float:
     """Mean absolute colour difference when view i is looked up at the points of view i + 1."""
     images, (height, width) = views.images.float() / 255, views.size
-    points = (
-        unproject(views.depth[None, 1:], views.intrinsics[None, 1:], extrinsics[None, 1:])[0].flatten(2).mT
-    )
+    points = unproject(views.depth[None, 1:], views.intrinsics[None, 1:], extrinsics[None, 1:])[0].flatten(2).mT
     xy, z = project(points.nan_to_num()[None], views.intrinsics[None, :-1], extrinsics[None, :-1])
     grid = 2 * xy[0] / torch.tensor([width, height]) - 1
     color = F.grid_sample(images[:-1], grid[:, None].nan_to_num(5.0), align_corners=False)[:, :, 0]

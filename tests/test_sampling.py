@@ -88,9 +88,7 @@ def test_overlap_counts_measured_points_only_and_sees_occlusion() -> None:
 
 def test_overlap_agrees_with_correspondence(rooms: EmbeddedScenes) -> None:
     views = rooms.views(0)
-    match = Correspondence.from_depth(
-        views.depth[None], views.intrinsics[None], views.extrinsics[None], size=16
-    )
+    match = Correspondence.from_depth(views.depth[None], views.intrinsics[None], views.extrinsics[None], size=16)
     difference = view_overlap(views) - match.visible[0].float().mean(-1).fill_diagonal_(1.0)
     # Measured against ray casts: the overlap is 0.03 high on average (3x3 depth range), the match 0.02 low.
     assert difference.mean().abs() < 0.1
@@ -109,9 +107,7 @@ def test_fifty_samples_are_within_bounds_and_well_formed(rooms: EmbeddedScenes) 
         assert sample["images"].shape == (3, 3, 64, 64)
         assert sample["images"].dtype == torch.float32
         assert 0.0 <= sample["images"].min() <= sample["images"].max() <= 1.0
-        views = Views(
-            *(sample[name] for name in ("images", "depth", "intrinsics", "extrinsics")), sample["key"]
-        )
+        views = Views(*(sample[name] for name in ("images", "depth", "intrinsics", "extrinsics")), sample["key"])
         overlap = view_overlap(views)[1:, 0]
         assert ((overlap >= 0.4) & (overlap <= 0.8)).all()
         chosen = sample["key"].split("/")[1].split("-")
@@ -155,9 +151,7 @@ def test_scene_without_admissible_set_is_skipped() -> None:
 
 def test_no_admissible_set_names_the_bounds_and_what_there_is() -> None:
     dataset = MultiViewDataset(Wall([0.0, 0.1, 1.9]), num_views=2)
-    with pytest.raises(
-        DataError, match=r"min_overlap=0.3 and max_overlap=0.9; overlap found: 0.0\d to 0.9\d"
-    ):
+    with pytest.raises(DataError, match=r"min_overlap=0.3 and max_overlap=0.9; overlap found: 0.0\d to 0.9\d"):
         dataset[0]
     with pytest.raises(DataError, match=r"none \(one view per scene\)"):
         MultiViewDataset(Wall([0.0]), num_views=2)[0]

@@ -43,9 +43,7 @@ def pixel_rays(extrinsics: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.fixture(scope="module")
 def rooms(tmp_path_factory: pytest.TempPathFactory) -> EmbeddedScenes:
-    return EmbeddedScenes(
-        num_scenes=3, views_per_scene=6, cache_dir=tmp_path_factory.mktemp("cache"), progress=False
-    )
+    return EmbeddedScenes(num_scenes=3, views_per_scene=6, cache_dir=tmp_path_factory.mktemp("cache"), progress=False)
 
 
 def small(folder: Path, **options: object) -> EmbeddedScenes:
@@ -201,9 +199,7 @@ def test_failed_write_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert list((tmp_path / "target").iterdir()) == []
 
 
-def test_default_cache_folder_follows_the_environment(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_default_cache_folder_follows_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CAMEO_CACHE", str(tmp_path / "here"))
     assert small(None).folder.is_relative_to(tmp_path / "here")  # type: ignore[arg-type]
 
@@ -268,9 +264,7 @@ def test_meshes_stand_upright_with_their_texture(tmp_path: Path) -> None:
 
     from cameo.data.meshes import load_mesh
 
-    board = trimesh.Trimesh(
-        [[0, 0, 0], [1, 0, 0], [1, 4, 0], [0, 4, 0]], [[0, 1, 2], [0, 2, 3]], process=False
-    )
+    board = trimesh.Trimesh([[0, 0, 0], [1, 0, 0], [1, 4, 0], [0, 4, 0]], [[0, 1, 2], [0, 2, 3]], process=False)
     image = Image.new("RGB", (8, 8), (255, 0, 0))
     image.paste((0, 0, 255), (0, 4, 8, 8))  # lower half blue
     uv = np.array([[0.01, 0.01], [0.99, 0.01], [0.99, 0.99], [0.01, 0.99]])

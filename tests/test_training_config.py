@@ -66,7 +66,7 @@ def test_config_override_replaces_the_file(file: Path, tmp_path: Path) -> None:
         ("checkpointing_steps=0", r"checkpointing_steps: expected at least 1, got 0"),
         ("checkpoints_total_limit=0", r"checkpoints_total_limit: expected at least 1, got 0"),
         ("validation_steps=0", r"validation_steps: expected at least 1"),
-        ("num_validation_images=0", r"num_validation_images: expected at least 1"),
+        ("num_validation_images=-1", r"num_validation_images: expected at least 0"),
         ("num_views=1", r"num_views: expected at least 2, got 1"),
         ("num_reference_views=3", r"num_reference_views=3: expected fewer than num_views=3"),
         ("seed=-1", r"seed: expected at least 0, got -1"),

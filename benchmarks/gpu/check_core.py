@@ -83,7 +83,9 @@ def main(arguments: list[str]) -> int:
         compare(str(dtype), lambda dtype=dtype: loss_and_gradient(device, dtype), tolerance)
     if importlib.util.find_spec("xformers") and torch.device(device).type == "cuda":
         compare("xformers, float16", lambda: loss_and_gradient(device, torch.float16, True), TOLERANCE[torch.float16])
-    rows.append(("correspondence, share of other matches", float((matches(device) != matches("cpu")).double().mean()), 0.0))
+    rows.append(
+        ("correspondence, share of other matches", float((matches(device) != matches("cpu")).double().mean()), 0.0)
+    )
     first, second = (loss_and_gradient(device, torch.float32)[0] for _ in range(2))
     rows.append(("difference of the loss between two runs", float((first - second).abs()), 0.0))
     name = torch.cuda.get_device_name() if torch.device(device).type == "cuda" else device

@@ -30,12 +30,12 @@ AT_LEAST = {
     1: (
         "resolution num_reference_views num_scenes num_validation_scenes views_per_scene rank lora_alpha "
         "max_train_steps train_batch_size gradient_accumulation_steps checkpointing_steps checkpoints_total_limit "
-        "validation_steps num_validation_samples num_validation_images num_inference_steps"
+        "validation_steps num_validation_samples num_inference_steps"
     ),
     2: "num_views",
     0: (
         "seed data_seed dataloader_num_workers weight lr_warmup_steps adam_weight_decay learning_rate adam_epsilon "
-        "guidance_scale"
+        "guidance_scale num_validation_images"
     ),
 }
 POSITIVE = "max_grad_norm cycle_threshold depth_scale"

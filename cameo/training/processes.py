@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
+from PIL import Image
 
 from cameo.errors import unknown_name
 from cameo.training.config import TrainingConfig
 
-__all__ = ["make_accelerator", "numbers_in", "start_trackers"]
+__all__ = ["log_pictures", "make_accelerator", "numbers_in", "start_trackers"]
 
 # The others wait this long for the main process, which validates alone.
 PATIENCE = timedelta(hours=6)
@@ -55,6 +57,18 @@ def start_trackers(accelerator: Accelerator, config: TrainingConfig) -> None:
         return
     plain = {k: v for k, v in vars(config).items() if isinstance(v, int | float | str) and k != "hub_token"}
     accelerator.init_trackers(config.tracker_project_name, config=plain)
+
+
+def log_pictures(accelerator: Accelerator, paths: Sequence[str | Path], *, step: int) -> None:
+    """Show picture files in TensorBoard and Weights & Biases; other trackers have the files alone."""
+    for tracker in accelerator.trackers:
+        for path in map(Path, paths):
+            picture = Image.open(path).convert("RGB")
+            if tracker.name == "tensorboard":
+                images = np.asarray(picture)[None]
+                tracker.log_images({f"validation/{path.stem}": images}, step=step, dataformats="NHWC")
+            elif tracker.name == "wandb":
+                tracker.log_images({f"validation/{path.stem}": [picture]}, step=step)
 
 
 def numbers_in(values: Mapping[str, Any]) -> Iterator[tuple[str, float]]:

@@ -18,7 +18,7 @@ from cameo.data import MultiViewDataset, collate
 from cameo.evaluation.mode import evaluation_mode, native_precision
 from cameo.evaluation.pictures import attention_figure, comparison_figure, save_figure
 from cameo.evaluation.validation import ValidationSettings, validate
-from cameo.pipeline import MultiViewPipeline
+from cameo.pipeline import MultiViewPipeline, TrainingInputs
 from cameo.training.checkpoint import find_checkpoint, list_checkpoints, refuse_used_folder
 from cameo.training.config import TrainingConfig
 from cameo.training.data import to_device
@@ -127,9 +127,16 @@ def wrap_denoiser(pipeline: MultiViewPipeline, config: TrainingConfig) -> CameoM
 def validation_callback(
     pipeline: MultiViewPipeline, dataset: MultiViewDataset, config: TrainingConfig
 ) -> Callable[[CameoModel, int], Mapping[str, Any]]:
-    """Build the trainer's `on_validation` from the settings."""
+    """Build the trainer's `on_validation`: measures, and draws pictures into `output_dir/pictures/step-N`."""
     settings = ValidationSettings(num_samples=config.num_validation_samples, batch_size=config.train_batch_size)
-    return lambda model, step: validate(model, pipeline, dataset, settings)
+
+    def on_validation(model: CameoModel, step: int) -> Mapping[str, Any]:
+        found = validate(model, pipeline, dataset, settings)
+        output = Path(config.output_dir)
+        pictures = write_pictures({"": model}, pipeline, dataset, config, output / "pictures" / f"step-{step}")
+        return {**found, "pictures": [str(path.relative_to(output)) for path in pictures]}
+
+    return on_validation
 
 
 def write_pictures(
@@ -139,27 +146,39 @@ def write_pictures(
     config: TrainingConfig,
     folder: str | Path,
 ) -> list[Path]:
-    """Draw predictions at pure noise and attention maps of one or several models; returns the files.
+    """Draw predictions and attention maps of one or several models, by name; returns the files.
 
-    The models take turns in the pipeline: each picture uses the same samples and the same noise. Where no attention
-    can be drawn, a warning says why.
+    Each model is shown twice: the clean image it predicts from pure noise in one step, which the validation measures,
+    and sampled in `num_inference_steps`. All models get the same samples and the same noise. Where no attention can be
+    drawn, a warning says why; `num_validation_images=0` draws nothing.
     """
+    if not config.num_validation_images:
+        return []
     device = next(next(iter(models.values())).parameters()).device
     batch = to_device(collate([dataset[index] for index in range(config.num_validation_images)]), device)
-    predictions = {name: _sampled(model, pipeline, batch, config) for name, model in models.items()}
-    folder = Path(folder)
-    written = [save_figure(comparison_figure(batch, predictions, samples=len(batch["images"])), folder / "views.png")]
     inputs = pipeline.training_inputs(
         batch,
         timesteps=torch.full((len(batch["images"]),), pipeline.num_train_timesteps - 1),
         generator=torch.Generator().manual_seed(config.data_seed),
     )
+    predictions = {f"{name} one step".strip(): _in_one_step(model, pipeline, inputs) for name, model in models.items()}
+    predictions |= {
+        f"{name} sampled".strip(): _sampled(model, pipeline, batch, config) for name, model in models.items()
+    }
+    folder = Path(folder)
+    written = [save_figure(comparison_figure(batch, predictions, samples=len(batch["images"])), folder / "views.png")]
     try:
         figure = attention_figure(models, pipeline, batch, inputs)
     except ValueError as error:
         warnings.warn(f"attention.png is left out: {error}", stacklevel=2)
         return written
     return [*written, save_figure(figure, folder / "attention.png")]
+
+
+def _in_one_step(model: CameoModel, pipeline: MultiViewPipeline, inputs: TrainingInputs) -> torch.Tensor:
+    """Images of all views: the references as they are, the targets as predicted from the noisy input."""
+    with evaluation_mode(model), native_precision(model):
+        return pipeline.predict_clean(model.base_model(*inputs.args, **inputs.kwargs), inputs)
 
 
 def _sampled(

@@ -22,7 +22,7 @@ from cameo.training import checkpoint
 from cameo.training.config import TrainingConfig, continued_settings, save_config
 from cameo.training.correspondences import match_layers
 from cameo.training.data import StepSampler, noisy_inputs, to_device, training_batches
-from cameo.training.processes import make_accelerator, numbers_in, start_trackers
+from cameo.training.processes import log_pictures, make_accelerator, numbers_in, start_trackers
 from cameo.training.records import Records, TrainingResult
 from cameo.training.stopping import StopSignal
 from cameo.wrap import CameoModel
@@ -261,6 +261,7 @@ class Trainer:
             self.prepared.train()
             self.validations.append({"step": self.step, **found})
             accelerator.log({f"validation/{name}": value for name, value in numbers_in(found)}, step=self.step)
+            log_pictures(accelerator, [self.output_dir / path for path in found.get("pictures", [])], step=self.step)
         accelerator.wait_for_everyone()
 
     def _is_validated(self) -> bool:
