@@ -18,6 +18,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
 
 
+def _data_folder() -> Path:
+    return Path(os.environ.get("CAMEO_TEST_DATA", REPOSITORY / "data"))
+
+
 def _found(folder: Path, name: str) -> Path:
     path = folder / name
     if not path.exists():
@@ -28,16 +32,14 @@ def _found(folder: Path, name: str) -> Path:
 @pytest.fixture(scope="session")
 def real_data() -> Callable[[str], Path]:
     """Folder of a real data set, by name; skips where it is absent."""
-    folder = Path(os.environ.get("CAMEO_TEST_DATA", REPOSITORY.parent / "shared" / "data"))
-    return lambda name: _found(folder, name)
+    return lambda name: _found(_data_folder(), name)
 
 
 @pytest.fixture(scope="session")
 def golden() -> Callable[[str], Path]:
     """File of reference numbers, by name: from the repository, else from beside the real data."""
-    folder = Path(os.environ.get("CAMEO_TEST_DATA", REPOSITORY.parent / "shared" / "data")).parent / "golden"
     assets = REPOSITORY / "tests" / "assets"
-    return lambda name: assets / name if (assets / name).exists() else _found(folder, name)
+    return lambda name: assets / name if (assets / name).exists() else _found(_data_folder().parent / "golden", name)
 
 
 def make_batch(samples: int = 2, views: int = 3, size: int = 64, seed: int = 0) -> dict[str, Any]:
