@@ -18,7 +18,7 @@ from cameo.backbone import core_module, get_backbone
 from cameo.card import CardFacts, Metrics, Pictures, copy_pictures, model_card
 from cameo.config import CONFIG_NAME, CameoConfig, write_atomically
 from cameo.errors import DataError
-from cameo.licence import find_licence, hub_id
+from cameo.licence import find_licence, hub_id, require_licence
 from cameo.loading import load_base, read_adapter, read_full
 from cameo.publish import explained_errors, file_names, upload, verify
 from cameo.weights import (
@@ -202,12 +202,7 @@ def push_to_hub(
     config = model.cameo_config
     if not (token or get_token()):
         raise PermissionError("no Hugging Face token: pass token=, set the variable HF_TOKEN, or run `hf auth login`")
-    facts = find_licence(config, licence, backbone=_backbone(config), online=True, token=token)
-    if not facts:
-        raise ValueError(
-            f"no licence is known for the base weights ({config.base_model or 'not recorded'}), and a model "
-            "follows the licence of its base; pass licence= (for example licence='openrail')"
-        )
+    facts = require_licence(config, licence, backbone=_backbone(config), token=token)
     api = HfApi(token=token, library_name="cameo")
     if "/" not in repo_id:
         with explained_errors(repo_id):

@@ -10,7 +10,7 @@ from typing import Any
 
 from cameo.config import CameoConfig
 
-__all__ = ["find_licence", "hub_id"]
+__all__ = ["find_licence", "hub_id", "require_licence"]
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +69,34 @@ def find_licence(
             "'license_link': ...}"
         )
     return entries
+
+
+def require_licence(
+    config: CameoConfig,
+    licence: str | Mapping[str, str] | None,
+    *,
+    backbone: Any = None,
+    token: str | None = None,
+) -> dict[str, str]:
+    """Find the licence under which a model can be pushed, asking the Hub too.
+
+    Example:
+        >>> require_licence(CameoConfig(None, []), None)
+        Traceback (most recent call last):
+            ...
+        ValueError: no licence is known for the base weights (not recorded), and a model follows the licence of its \
+base; pass licence= (for example licence='openrail')
+
+    Raises:
+        ValueError: if none is known; there is no default.
+    """
+    found = find_licence(config, licence, backbone=backbone, online=True, token=token)
+    if not found:
+        raise ValueError(
+            f"no licence is known for the base weights ({config.base_model or 'not recorded'}), and a model "
+            "follows the licence of its base; pass licence= (for example licence='openrail')"
+        )
+    return found
 
 
 def _licence_of_base(config: CameoConfig, *, online: bool, token: str | None) -> Mapping[str, Any]:

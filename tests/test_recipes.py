@@ -195,6 +195,15 @@ def test_push_without_token_is_refused_before_the_training(tmp_path: Path, monke
     check_push(config)
 
 
+def test_push_without_licence_is_refused_before_the_training(tmp_path: Path) -> None:
+    settings = {"push_to_hub": True, "hub_model_id": "me/rooms", "hub_token": "hf_secret", "preset": None}
+    config = make_config(tmp_path, pretrained_model_name_or_path=str(tmp_path), **settings)
+    with pytest.raises(ValueError, match=r"no licence is known.*hub_licence=. Nothing was trained yet"):
+        check_push(config)
+    config.hub_licence = "openrail"
+    check_push(config)
+
+
 def test_data_folders_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CAMEO_CACHE", str(tmp_path / "cache"))
     sequence = write_sequence(tmp_path / "office")

@@ -39,6 +39,7 @@ class RGBDSequence:
     - "tum": `rgb.txt`, `depth.txt`, `groundtruth.txt` (`timestamp tx ty tz qx qy qz qw`, camera-to-world),
       depth in 1/5000 m; images and poses are joined by the nearest time stamp within `time_tolerance`
       seconds. Intrinsics: the argument, or the published ones if the path holds freiburg1, 2 or 3.
+      Their lens distortion is not undone.
 
     Frames are cropped at the centre to the aspect of `size` (H, W) and resized: colour antialiased, depth by
     the pixel that lies under each new pixel's centre, so that missing depth stays missing and two surfaces

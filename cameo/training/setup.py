@@ -14,10 +14,12 @@ from torch import nn
 
 import cameo
 from cameo.backbone import core_module, get_backbone
+from cameo.config import CameoConfig
 from cameo.data import MultiViewDataset, collate
 from cameo.evaluation.mode import evaluation_mode, native_precision
 from cameo.evaluation.pictures import attention_figure, comparison_figure, save_figure
 from cameo.evaluation.validation import ValidationSettings, validate
+from cameo.licence import require_licence
 from cameo.pipeline import MultiViewPipeline, TrainingInputs
 from cameo.training.checkpoint import find_checkpoint, list_checkpoints, refuse_used_folder
 from cameo.training.config import TrainingConfig
@@ -110,7 +112,7 @@ def wrap_denoiser(pipeline: MultiViewPipeline, config: TrainingConfig) -> CameoM
         reduction=config.reduction,
         num_reference_views=config.num_reference_views,
     )
-    model.cameo_config.base_model = config.pretrained_model_name_or_path or f"preset:{config.preset or 'tiny'}"
+    model.cameo_config.base_model = _base_name(config)
     model.cameo_config.base_revision = config.revision
     model.cameo_config.training = {
         "steps": config.max_train_steps,
@@ -228,14 +230,30 @@ def arms_of(config: TrainingConfig) -> dict[str, TrainingConfig]:
 
 
 def check_push(config: TrainingConfig) -> None:
-    """Raise `PermissionError` before the training where a push after it would have no token."""
+    """Find out before the training whether a push after it would be refused.
+
+    Raises:
+        PermissionError: if there is no token.
+        ValueError: if no licence is known for the base weights.
+    """
     from huggingface_hub import get_token
 
-    if config.push_to_hub and not (config.hub_token or get_token()):
+    if not config.push_to_hub:
+        return
+    if not (config.hub_token or get_token()):
         raise PermissionError(
             "push_to_hub=true: no Hugging Face token; set the variable HF_TOKEN or run `hf auth login`. "
             "Nothing was trained yet"
         )
+    base = CameoConfig(config.backbone, [], base_model=_base_name(config), base_revision=config.revision)
+    try:
+        require_licence(base, config.hub_licence, backbone=get_backbone(config.backbone), token=config.hub_token)
+    except ValueError as error:
+        raise ValueError(f"push_to_hub=true: {error}; here as hub_licence=. Nothing was trained yet") from error
+
+
+def _base_name(config: TrainingConfig) -> str:
+    return config.pretrained_model_name_or_path or f"preset:{config.preset or 'tiny'}"
 
 
 def train_lora(config: TrainingConfig, train: MultiViewDataset, held_out: MultiViewDataset) -> LoraRun:
