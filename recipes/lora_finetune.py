@@ -26,6 +26,8 @@ DEFAULT = Path(__file__).parent / "configs" / "lora_cat3d_tiny.yaml"
 def main(arguments: list[str]) -> None:
     """Train, print what changed, write pictures and the adapter, and push it if asked."""
     config = load_config(DEFAULT, arguments)
+    if not arguments:  # the demonstration, which can be repeated; runs with settings of their own are never replaced
+        config.overwrite_output_dir = True
     check_push(config)
     arms = arms_of(config)
     train, held_out = build_dataset(config, "train"), build_dataset(config, "validation")

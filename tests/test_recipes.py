@@ -182,6 +182,7 @@ def test_arms_of_a_comparison(tmp_path: Path) -> None:
     assert [arm.resume_from_checkpoint for arm in again.values()] == ["latest", None]
     with pytest.raises(DataError, match=r"without_cameo holds checkpoints of an earlier run"):
         arms_of(make_config(tmp_path, compare_without_cameo=True))
+    assert len(arms_of(make_config(tmp_path, compare_without_cameo=True, overwrite_output_dir=True))) == 2
     with pytest.raises(ValueError, match="there are two runs; expected latest"):
         arms_of(make_config(tmp_path, compare_without_cameo=True, resume_from_checkpoint="checkpoint-6"))
 

@@ -147,6 +147,16 @@ def test_bf16_trains_validates_and_keeps_lora_in_float32(tmp_path: Path) -> None
     assert [path.name for path in files] == ["views.png", "attention.png"]
 
 
+def test_an_earlier_run_is_replaced_only_when_told(tmp_path: Path) -> None:
+    make_trainer(tmp_path, max_train_steps=2).train()
+    with pytest.raises(DataError, match="or replace it with overwrite_output_dir=true"):
+        make_trainer(tmp_path, max_train_steps=1).train()
+    trainer = make_trainer(tmp_path, max_train_steps=1, overwrite_output_dir=True)
+    history = trainer.train().history()
+    assert [path.name for path in list_checkpoints(trainer.output_dir)] == ["checkpoint-1"]
+    assert [entry["step"] for entry in history] == [1]
+
+
 def test_gradient_checkpointing_gives_the_same_losses(tmp_path: Path) -> None:
     plain = losses(make_trainer(tmp_path / "plain", max_train_steps=3))
     recomputed = make_trainer(tmp_path / "recomputed", max_train_steps=3, gradient_checkpointing=True)

@@ -83,7 +83,7 @@ def refuse_used_folder(output_dir: str | Path) -> None:
     if list_checkpoints(output_dir):
         raise DataError(
             f"output_dir={output_dir} holds checkpoints of an earlier run. Continue it with "
-            "resume_from_checkpoint=latest, or choose another output_dir"
+            "resume_from_checkpoint=latest, choose another output_dir, or replace it with overwrite_output_dir=true"
         )
 
 
@@ -104,9 +104,10 @@ def publish_checkpoint(staged: Path, step: int, state: Mapping[str, Any]) -> Pat
 
 
 def prune_checkpoints(output_dir: str | Path, limit: int | None) -> None:
-    """Remove the oldest checkpoints beyond `limit` >= 1, and partial ones that a killed process left."""
+    """Remove the oldest checkpoints beyond `limit`, and partial ones that a killed process left."""
     if limit is not None:
-        for path in list_checkpoints(output_dir)[:-limit]:
+        found = list_checkpoints(output_dir)
+        for path in found[: max(len(found) - limit, 0)]:
             # Renamed first: a process killed while deleting leaves nothing that looks like a checkpoint.
             path.rename(path.with_name(f".{path.name}.removed"))
     for leftover in Path(output_dir).glob(".*checkpoint-*"):  # also what save_pretrained stages beside it

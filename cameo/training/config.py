@@ -46,9 +46,9 @@ CHANGEABLE = frozenset((
     "train_data_dir", "num_validation_scenes", "dataloader_num_workers", "compare_without_cameo", "max_train_steps",
     "gradient_checkpointing", "enable_xformers_memory_efficient_attention", "allow_tf32", "output_dir",
     "logging_dir", "report_to", "tracker_project_name", "checkpointing_steps", "checkpoints_total_limit",
-    "resume_from_checkpoint", "validation_steps", "num_validation_samples", "num_validation_images",
-    "num_inference_steps", "guidance_scale", "push_to_hub", "hub_model_id", "hub_token", "hub_private",
-    "hub_licence",
+    "resume_from_checkpoint", "overwrite_output_dir", "validation_steps", "num_validation_samples",
+    "num_validation_images", "num_inference_steps", "guidance_scale", "push_to_hub", "hub_model_id", "hub_token",
+    "hub_private", "hub_licence",
 ))
 # fmt: on
 
@@ -65,8 +65,9 @@ class TrainingConfig:
     CAMEO: `weight` 0 trains without alignment; `correspondence` is depth or point_map.
     Optimisation: `timestep_sampling` is uniform, or high_noise (t = 1 - u**2); `mixed_precision` is no, fp16 (GPU
     only) or bf16.
-    Output: `report_to` is a tracker of accelerate, or none; `resume_from_checkpoint` is a path or latest. With a
-    decaying `lr_scheduler` another `max_train_steps` bends the rest of its curve.
+    Output: `report_to` is a tracker of accelerate, or none; `resume_from_checkpoint` is a path or latest;
+    `overwrite_output_dir` lets a new run remove the checkpoints of an earlier one. With a decaying `lr_scheduler`
+    another `max_train_steps` bends the rest of its curve.
     """
 
     # model
@@ -133,6 +134,7 @@ class TrainingConfig:
     checkpointing_steps: int = 500
     checkpoints_total_limit: int | None = None
     resume_from_checkpoint: str | None = None
+    overwrite_output_dir: bool = False
     validation_steps: int = 500
     num_validation_samples: int = 32
     num_validation_images: int = 3

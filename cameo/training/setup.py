@@ -218,8 +218,9 @@ def arms_of(config: TrainingConfig) -> dict[str, TrainingConfig]:
     without.output_dir = str(Path(config.output_dir) / "without_cameo")
     arms = {"without CAMEO": without, "with CAMEO": config}
     if config.resume_from_checkpoint is None:
-        for arm in arms.values():  # now, and not when the first run has finished
-            refuse_used_folder(arm.output_dir)
+        if not config.overwrite_output_dir:
+            for arm in arms.values():  # now, and not when the first run has finished
+                refuse_used_folder(arm.output_dir)
         return arms
     if config.resume_from_checkpoint != "latest":
         raise ValueError("resume_from_checkpoint: with compare_without_cameo=true there are two runs; expected latest")

@@ -131,14 +131,15 @@ class Trainer:
             if self.ema is not None:
                 self.ema.to(self.device)
             accelerator.print(f"resumed from {folder} at step {self.step}")
-        else:
+        elif not config.overwrite_output_dir:
             checkpoint.refuse_used_folder(self.output_dir)
         count = sum(parameter.numel() for parameter in self.trained)
         processes = f"{accelerator.num_processes} process{'es' if accelerator.num_processes > 1 else ''}"
         accelerator.print(f"training {count:,} parameters on {processes} ({self.device.type})")
         if accelerator.is_main_process:
             self.output_dir.mkdir(parents=True, exist_ok=True)
-            checkpoint.prune_checkpoints(self.output_dir, None)
+            # A new run finds checkpoints here only where it was told to overwrite them.
+            checkpoint.prune_checkpoints(self.output_dir, None if config.resume_from_checkpoint else 0)
             save_config(config, self.output_dir / "config.yaml")
             self.metrics.keep_until(self.step)
             self.validations.keep_until(self.step)
