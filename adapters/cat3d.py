@@ -83,8 +83,7 @@ class Cat3D(Backbone):
         return found
 
     def default_layer(self, model: nn.Module) -> int:
-        """First attention of the up block one level below full resolution (SD 2.1: 10, the paper's best "
-        "layer)."""
+        """First attention of the up block one level below full resolution (SD 2.1: 10, the paper's best layer)."""
         wanted = f"up_blocks.{max(len(model.up_blocks) - 2, 0)}.attentions.0."  # type: ignore[arg-type]
         sites = self.sites(model)
         return next((site.index for site in sites if site.path.startswith(wanted)), len(sites) - 1)
@@ -104,10 +103,9 @@ class Cat3D(Backbone):
 
         Args:
             preset: "tiny" or "small".
-            **options: override a preset's values: `image_size`, `patch_size`, `block_out_channels`,
-            `attention_levels`
-                (per resolution, finest first), `layers_per_block`, `heads`, `norm_num_groups`,
-                `prediction_type`, `zero_terminal_snr`.
+            **options: override a preset's values: `image_size`, `patch_size`, `block_out_channels`, `attention_levels`
+                (per resolution, finest first), `layers_per_block`, `heads`, `norm_num_groups`, `prediction_type`,
+                `zero_terminal_snr`.
         """
         from diffusers import UNet2DConditionModel
 
@@ -148,14 +146,13 @@ class Cat3D(Backbone):
         return Cat3DPipeline(unet, scheduler, patch_size=values["patch_size"])
 
     def load(self, name_or_path: str, *, revision: str | None = None, **options: Any) -> Any:
-        """Load a saved `Cat3DPipeline`, the bundled base (`bundled:cat3d-tiny`), or start from Stable
-        Diffusion.
+        """Load a saved `Cat3DPipeline`, the bundled base (`bundled:cat3d-tiny`), or start from Stable Diffusion.
 
         Args:
             name_or_path: Hub id or folder in diffusers layout, or `bundled:cat3d-tiny`.
             revision: commit, tag or branch of a Hub id; default the one in `cameo.adapters.released`.
             **options: passed to `from_pretrained`; for Stable Diffusion also `prediction_type`,
-            `zero_terminal_snr`.
+                `zero_terminal_snr`.
         """
         from diffusers import DiffusionPipeline
 
@@ -205,8 +202,7 @@ class Cat3D(Backbone):
 
 
 def noise_schedule(prediction_type: str = "v_prediction", *, zero_terminal_snr: bool = True) -> Any:
-    """Stable Diffusion's noise schedule as a `DDIMScheduler`, by default with zero terminal SNR (arXiv "
-    "2305.08891)."""
+    """Stable Diffusion's noise schedule as a `DDIMScheduler`, by default with zero terminal SNR (arXiv 2305.08891)."""
     from diffusers import DDIMScheduler
 
     return DDIMScheduler(

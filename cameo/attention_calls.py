@@ -107,8 +107,7 @@ class CallWatcher(TorchFunctionMode):
         return output
 
     def xformers_call(self, original: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        """Run `memory_efficient_attention` and record it; the SDPA it may fall back to is not a second "
-        "call."""
+        """Run `memory_efficient_attention` and record it; the SDPA it may fall back to is not a second call."""
         muted, self._muted = self._muted, True
         try:
             output = original(*args, **kwargs)
