@@ -1,24 +1,23 @@
 """A CAT3D-style multi-view diffusion model on diffusers' `UNet2DConditionModel`.
 
-All views of a sample are denoised together: self-attention joins their tokens. Each view is conditioned on
-    its ray
-map (Pluecker coordinates in the first view's camera frame) and a mask that tells clean reference views from
+All views of a sample are denoised together: self-attention joins their tokens. Each view is conditioned on its ray map
+(Pluecker coordinates in the first view's camera frame) and a mask that tells clean reference views from
 noised target views; reference views come first and enter as clean latents. Source: CAT3D, arXiv 2405.10314,
 section 3.1.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
+from diffusers import DDIMScheduler, UNet2DConditionModel
 from einops import rearrange, repeat
-from torch import Tensor, nn
+from torch import Tensor
 
 from cameo.adapters.joint_views import JointViewAttnProcessor, check_joined, inflate
-from cameo.errors import ShapeError
+from cameo.adapters.latent_pipeline import LatentPipeline, reference_views
 from cameo.geometry import check_cameras, plucker_rays, relative_extrinsics
 from cameo.pipeline import TrainingInputs
 
@@ -27,7 +26,7 @@ __all__ = ["CONDITION_CHANNELS", "Cat3DPipeline", "JointViewAttnProcessor", "inf
 CONDITION_CHANNELS = 7  # mask, ray direction (3), ray moment (3)
 
 
-class Cat3DPipeline(DiffusionPipeline):
+class Cat3DPipeline(LatentPipeline):
     """Novel views from reference views and cameras.
 
     Example:
@@ -50,7 +49,6 @@ class Cat3DPipeline(DiffusionPipeline):
     """
 
     model_cpu_offload_seq = "unet->vae"
-    _optional_components = ["vae"]  # noqa: RUF012 - diffusers concatenates lists
 
     def __init__(
         self,
@@ -82,31 +80,6 @@ class Cat3DPipeline(DiffusionPipeline):
         self.register_to_config(patch_size=patch_size)
         inflate(unet, latent_stride=self.latent_stride)
 
-    @property
-    def denoiser(self) -> nn.Module:
-        """The U-Net, the module to wrap and to train."""
-        return self.unet
-
-    @denoiser.setter
-    def denoiser(self, module: Any) -> None:
-        self.unet = module
-
-    @property
-    def num_train_timesteps(self) -> int:
-        """Number of noise levels."""
-        return int(self.scheduler.config.num_train_timesteps)
-
-    @property
-    def latent_stride(self) -> int:
-        """Image pixels per latent cell side."""
-        return self.config.patch_size if self.vae is None else vae_stride(self.vae)
-
-    def latent_shape(self, image_shape: Sequence[int]) -> tuple[int, ...]:
-        """Shape `[B, V, C, h, w]` of the latents of images `[B, V, 3, H, W]`."""
-        batch, views, _, height, width = image_shape
-        stride = self.latent_stride
-        return batch, views, self.unet.config.out_channels, height // stride, width // stride
-
     def enable_xformers_memory_efficient_attention(self, attention_op: Any = None) -> None:
         """Use xformers' kernel on CUDA, with the views still joined, unlike diffusers' own switch."""
         inflate(self.unet, use_xformers=True, latent_stride=self.latent_stride)
@@ -114,36 +87,6 @@ class Cat3DPipeline(DiffusionPipeline):
     def disable_xformers_memory_efficient_attention(self) -> None:
         """Go back to PyTorch's kernel, with the views still joined."""
         inflate(self.unet, latent_stride=self.latent_stride)
-
-    def encode(self, images: Tensor) -> Tensor:
-        """Images `[B, V, 3, H, W]` in [0, 1] to latents `[B, V, C, h, w]`; of a VAE, the mode."""
-        if images.ndim != 5 or images.shape[2] != 3:
-            raise ShapeError("images", expected="[B, V, 3, H, W]", got=images.shape)
-        if not images.is_floating_point():
-            raise ValueError(f"images: expected floats in [0, 1], got {images.dtype}; divide by 255")
-        height, width = images.shape[-2:]
-        multiple = self.latent_stride * 2 ** (len(self.unet.config.block_out_channels) - 1)
-        if height % multiple or width % multiple:
-            raise ShapeError("images", expected=f"height and width divisible by {multiple}", got=images.shape)
-        scaled = images * 2 - 1
-        if self.vae is None:
-            patch = self.config.patch_size
-            return rearrange(scaled, "b v c (h p) (w q) -> b v (c p q) h w", p=patch, q=patch)
-        encoded = self.vae.encode(rearrange(scaled, "b v c h w -> (b v) c h w").to(self.vae.dtype))
-        latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
-        latents = latents * getattr(self.vae.config, "scaling_factor", 1.0)
-        return rearrange(latents, "(b v) c h w -> b v c h w", b=images.shape[0]).to(images.dtype)
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """Latents `[B, V, C, h, w]` to images `[B, V, 3, H, W]`, clamped to [0, 1]."""
-        if self.vae is None:
-            patch = self.config.patch_size
-            images = rearrange(latents, "b v (c p q) h w -> b v c (h p) (w q)", p=patch, q=patch)
-        else:
-            flat = rearrange(latents, "b v c h w -> (b v) c h w") / getattr(self.vae.config, "scaling_factor", 1.0)
-            images = self.vae.decode(flat.to(self.vae.dtype)).sample.to(latents.dtype)
-            images = rearrange(images, "(b v) c h w -> b v c h w", b=latents.shape[0])
-        return (images / 2 + 0.5).clamp(0, 1)
 
     def condition(
         self, intrinsics: Tensor, extrinsics: Tensor, num_reference_views: int, image_size: tuple[int, int]
@@ -177,47 +120,17 @@ class Cat3DPipeline(DiffusionPipeline):
         images: Tensor = batch["images"]
         samples, views = images.shape[:2]
         height, width = images.shape[-2:]
-        references = _reference_views(batch, views)
+        references = reference_views(batch, views)
         with torch.no_grad():
             clean = self.encode(images)
             condition = self.condition(batch["intrinsics"], batch["extrinsics"], references, (height, width))
-        draw: dict[str, Any] = {
-            "generator": generator,
-            "device": generator.device if generator else images.device,
-        }
-        if timesteps is None:
-            timesteps = torch.randint(self.num_train_timesteps, (samples,), **draw)
-        if noise is None:
-            noise = torch.randn(clean.shape, **draw)
-        timesteps, noise = timesteps.to(images.device), noise.to(clean)
-        if condition_dropout > 0:
-            kept = torch.rand(samples, **draw).to(images.device) >= condition_dropout
-            condition[:, :, 1:] *= kept[:, None, None, None, None]
+        timesteps, noise = self.draw(clean, generator, timesteps, noise)
+        condition[self.blank(samples, condition_dropout, generator, images.device), :, 1:] = 0
         target_views = torch.arange(views, device=images.device) >= references
         noisy = torch.where(target_views[:, None, None, None], self.scheduler.add_noise(clean, noise, timesteps), clean)
-        if self.scheduler.config.prediction_type == "epsilon":
-            target = noise
-        else:
-            target = self.scheduler.get_velocity(clean, noise, timesteps)
+        target = self.denoising_target(clean, noise, timesteps)
         args, kwargs = self._unet_arguments(noisy, condition, timesteps)
         return TrainingInputs(args, kwargs, noisy, target, target_views, timesteps)
-
-    def denoising_loss(self, output: Any, inputs: TrainingInputs) -> Tensor:
-        """Mean squared error of each sample over its target views, in float32, `[B]`."""
-        prediction = self._prediction(output, inputs.noisy.shape[0]).float()
-        error = (prediction - inputs.target.float()).square()
-        return error[:, inputs.loss_views].mean(dim=(1, 2, 3, 4))
-
-    def predict_clean(self, output: Any, inputs: TrainingInputs) -> Tensor:
-        """Images that the output stands for; reference views come back as they went in."""
-        prediction = self._prediction(output, inputs.noisy.shape[0]).float()
-        alpha = self.scheduler.alphas_cumprod.to(prediction.device)[inputs.timesteps][:, None, None, None, None]
-        noisy = inputs.noisy.float()
-        if self.scheduler.config.prediction_type == "epsilon":
-            clean = (noisy - (1 - alpha).sqrt() * prediction) / alpha.sqrt()
-        else:
-            clean = alpha.sqrt() * noisy - (1 - alpha).sqrt() * prediction
-        return self.decode(torch.where(inputs.loss_views[:, None, None, None], clean, noisy))
 
     @torch.no_grad()
     def sample(
@@ -242,7 +155,7 @@ class Cat3DPipeline(DiffusionPipeline):
             Images in [0, 1], `[B, V - R, 3, H, W]`.
         """
         samples, views = batch["extrinsics"].shape[:2]
-        references = _reference_views(batch, views)
+        references = reference_views(batch, views)
         images: Tensor = batch["images"][:, :references]
         reference = self.encode(images)
         height, width = images.shape[-2:]
@@ -259,7 +172,7 @@ class Cat3DPipeline(DiffusionPipeline):
             predictions = []
             for views_in, cameras in both:
                 args, kwargs = self._unet_arguments(views_in, cameras, timestep.expand(samples))
-                predictions.append(self._prediction(self.unet(*args, **kwargs), samples)[:, references:])
+                predictions.append(self._views(self.unet(*args, **kwargs), samples)[:, references:])
             prediction = predictions[0]
             if guidance_scale != 1:
                 prediction = predictions[1] + guidance_scale * (predictions[0] - predictions[1])
@@ -278,19 +191,10 @@ class Cat3DPipeline(DiffusionPipeline):
             "cross_attention_kwargs": {"num_views": views}
         }
 
+    def prediction(self, output: Any, inputs: TrainingInputs) -> Tensor:
+        """Views of the U-Net's output, `[B, V, C, h, w]`."""
+        return self._views(output, inputs.noisy.shape[0])
+
     @staticmethod
-    def _prediction(output: Any, samples: int) -> Tensor:
+    def _views(output: Any, samples: int) -> Tensor:
         return rearrange(output.sample, "(b v) c h w -> b v c h w", b=samples)
-
-
-def _reference_views(batch: Mapping[str, Any], views: int) -> int:
-    references = int(batch["num_reference_views"])
-    if not 0 < references < views:
-        raise ValueError(f"num_reference_views: expected 1 to {views - 1} of {views} views, got {references}")
-    return references
-
-
-def vae_stride(vae: Any) -> int:
-    """Image pixels per latent cell side of a diffusers autoencoder."""
-    channels = getattr(vae.config, "block_out_channels", None) or vae.config.encoder_block_out_channels
-    return int(2 ** (len(channels) - 1))

@@ -1,7 +1,6 @@
 """What a backbone adapter provides, and the registry that finds adapters by name.
 
-An adapter is one module and one registration: the entry-point group `cameo.backbones` of an installed
-    package, or
+An adapter is one module and one registration: the entry-point group `cameo.backbones` of an installed package, or
 `register_backbone` in a script. The core never imports adapters by itself.
 """
 
@@ -61,6 +60,27 @@ class Backbone:
     def default_layer(self, model: nn.Module) -> int:
         """Return the index of the layer supervised when the caller names none."""
         raise NotImplementedError(f"backbone {self.name!r} has no default layer; pass layer=")
+
+    def inflatable(self, model: nn.Module) -> list[AttentionSite]:
+        """List self-attention layers that see one view each and that `inflate` can join, in execution order.
+
+        Their layouts are those of the joined layers.
+        """
+        return []
+
+    def inflate(self, model: nn.Module, path: str) -> None:
+        """Let the layer at `path`, one of `inflatable`, attend across views, in place; its weights stay as they are.
+
+        Doing it twice is doing it once.
+        """
+        raise NotImplementedError(f"backbone {self.name!r} has no layers to inflate")
+
+    def hazard(self, model: nn.Module) -> str | None:
+        """Say why training `model` with an alignment loss would fail or train nothing as it is now, and the cure.
+
+        Asked before every training forward with a correspondence; None if nothing is wrong.
+        """
+        return None
 
     def example_inputs(self, model: nn.Module, *, seed: int = 0) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return small random `(args, kwargs)` of one forward of `model`, the same for the same seed."""

@@ -38,6 +38,9 @@ class AttentionSite:
         layout: what the layer's batch and token axes are made of.
         stride: image pixels per token side, where it is known.
         unsupported: why the layer cannot be supervised, or None.
+        reference_size: height and width in pixels at which a view with a token grid of its own is encoded.
+        kernel_call: which of the attention kernel calls of the module mixes the views, counted from 0; None
+            where there is one.
     """
 
     index: int
@@ -46,6 +49,30 @@ class AttentionSite:
     layout: TokenLayout
     stride: int | None = None
     unsupported: str | None = None
+    reference_size: tuple[int, int] | None = None
+    kernel_call: int | None = None
+
+    def sizes(self, height: int, width: int, num_views: int) -> tuple[tuple[int, int], ...]:
+        """Token grid `(h, w)` of each view for images of `height` x `width` pixels, in correspondence order.
+
+        Example:
+            >>> layout = TokenLayout("b (r h c w)", key="b (r h c w + h' w')", references_last=1, r=3, c=2)
+            >>> AttentionSite(0, "attn", 8, layout, stride=16, reference_size=(512, 512)).sizes(320, 320, 7)[:2]
+            ((32, 32), (20, 20))
+
+        Raises:
+            ValueError: if the image pixels per token are not known.
+        """
+        if self.stride is None:
+            raise ValueError(
+                f"layer {self.path!r}: the image pixels per token are not known; pass stride= to cameo.wrap"
+            )
+        sizes = [(-(-height // self.stride), -(-width // self.stride))] * num_views
+        if self.reference_size is not None:
+            height, width = self.reference_size
+            for view in self.layout.views_with_own_grid(num_views):
+                sizes[view] = (-(-height // self.stride), -(-width // self.stride))
+        return tuple(sizes)
 
 
 @dataclass(frozen=True)
@@ -147,16 +174,28 @@ class AttentionCapture:
                 return  # the module raised: its own error is the one to show
             calls = join_slices(watcher.calls)
             self._ran[site.path] = watcher.hidden_kernel
-            if len(calls) > 1:
-                raise CaptureError(
-                    f"layer {site.path!r} called the attention kernel {len(calls)} times in one forward of "
-                    "the module, so which queries and keys to supervise is not defined. Point layer= at the "
-                    "submodule that makes the cross-view call."
-                )
             if calls:
-                self._captured[site.path] = _per_head(site, calls[0])
+                self._captured[site.path] = _per_head(site, _choose(site, calls))
 
         return close_watcher
+
+
+def _choose(site: AttentionSite, calls: list[KernelCall]) -> KernelCall:
+    if site.kernel_call is not None:
+        if site.kernel_call >= len(calls):
+            raise CaptureError(
+                f"layer {site.path!r} called the attention kernel {len(calls)} times in one forward of the module, "
+                f"so there is no kernel_call={site.kernel_call}; it counts from 0"
+            )
+        return calls[site.kernel_call]
+    if len(calls) > 1:
+        shapes = ", ".join(f"{list(call.query.shape)} x {list(call.key.shape)}" for call in calls)
+        raise CaptureError(
+            f"layer {site.path!r} called the attention kernel {len(calls)} times in one forward of the module, with "
+            f"queries x keys {shapes}; which to supervise is not defined. Pass kernel_call= to cameo.wrap, counted "
+            "from 0, or point layer= at the submodule that makes the cross-view call."
+        )
+    return calls[0]
 
 
 def _per_head(site: AttentionSite, call: KernelCall) -> CapturedAttention:

@@ -28,7 +28,9 @@ class CameoConfig:
         weight: factor of the alignment loss in the training loss.
         normalise, reduction, num_reference_views: see `cameo.alignment_loss`.
         layout: keyword arguments of `TokenLayout`; only without a backbone.
-        heads, stride: attention heads and image pixels per token side; only without a backbone.
+        heads, stride, kernel_call: see `cameo.wrap`; only without a backbone.
+        inflate: whether the supervised layers saw one view each before CAMEO joined the views in them; loading
+            joins them again.
         base_model: Hub id or path of the base weights, `preset:NAME` for a fresh preset, None if unknown.
         base_revision: revision of the Hub id.
         training: free-form facts about the training run, shown in the model card.
@@ -44,6 +46,8 @@ class CameoConfig:
     layout: dict[str, Any] | None = None
     heads: int | None = None
     stride: int | None = None
+    kernel_call: int | None = None
+    inflate: bool = False
     base_model: str | None = None
     base_revision: str | None = None
     training: dict[str, Any] = field(default_factory=dict)

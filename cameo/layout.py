@@ -55,17 +55,28 @@ class TokenLayout:
         query: pattern of the queries.
         key: pattern of the keys; None is the query's.
         unsupervised_views: the last n views of the attention, which no correspondence has; they are cut away.
+        references_last: the last n views of the attention are the first n of the correspondence, where reference
+            views stand first. With as many `unsupervised_views`, their matches are dropped and they are cut away.
         **lengths: lengths of tile axes and numbers of tokens without a view.
 
     Raises:
         ValueError: a pattern that cannot be read; the message holds the pattern and the reason.
     """
 
-    def __init__(self, query: str, key: str | None = None, *, unsupervised_views: int = 0, **lengths: int) -> None:
+    def __init__(
+        self,
+        query: str,
+        key: str | None = None,
+        *,
+        unsupervised_views: int = 0,
+        references_last: int = 0,
+        **lengths: int,
+    ) -> None:
         self.query, self.key = query, query if key is None else key
-        self.unsupervised_views, self.lengths = unsupervised_views, lengths
-        if not isinstance(unsupervised_views, int) or unsupervised_views < 0:
-            raise ValueError(f"unsupervised_views: expected an integer >= 0, got {unsupervised_views!r}")
+        self.unsupervised_views, self.references_last, self.lengths = unsupervised_views, references_last, lengths
+        for name, count in (("unsupervised_views", unsupervised_views), ("references_last", references_last)):
+            if not isinstance(count, int) or count < 0:
+                raise ValueError(f"{name}: expected an integer >= 0, got {count!r}")
         for name, length in lengths.items():
             if name in RESERVED:
                 raise ValueError(f"{name}={length!r}: batch and sizes tell how long axis {name} is; leave it out")
@@ -75,6 +86,14 @@ class TokenLayout:
         check_pair(self._query, self._key)
         if self._key.extra and unsupervised_views:
             raise self._key.error("unsupervised_views cannot go with views that have their own grid")
+        if self._key.extra and references_last not in (0, len(self._key.extra)):
+            raise self._key.error(
+                f"references_last: expected 0 or the {len(self._key.extra)} views that have their own grid"
+            )
+        if references_last and unsupervised_views not in (0, references_last):
+            raise ValueError(
+                f"unsupervised_views: expected 0 or references_last={references_last}, got {unsupervised_views}"
+            )
         if unused := set(lengths) - self._query.names - self._key.names:
             raise ValueError(f"{self!r}: no axis is called {', '.join(sorted(unused))}")
 
@@ -82,7 +101,8 @@ class TokenLayout:
         """Show the call that builds this layout."""
         settings = [f'"{self.query}"']
         settings += [f'key="{self.key}"'] if self.key != self.query else []
-        settings += [f"unsupervised_views={self.unsupervised_views}"] if self.unsupervised_views else []
+        for name in ("unsupervised_views", "references_last"):
+            settings += [f"{name}={getattr(self, name)}"] if getattr(self, name) else []
         settings += [f"{name}={length}" for name, length in self.lengths.items()]
         return f"TokenLayout({', '.join(settings)})"
 
@@ -91,17 +111,18 @@ class TokenLayout:
         return isinstance(other, TokenLayout) and self.to_dict() == other.to_dict()
 
     def __hash__(self) -> int:
-        return hash((self.query, self.key, self.unsupervised_views, frozenset(self.lengths.items())))
+        return hash(tuple(self.to_dict().items()))
 
     def to_dict(self) -> dict[str, str | int]:
         """Settings as plain values: `TokenLayout(**layout.to_dict()) == layout`.
 
         Example:
             >>> TokenLayout("b (t + v h w)", t=77).to_dict()
-            {'query': 'b (t + v h w)', 'key': 'b (t + v h w)', 'unsupervised_views': 0, 't': 77}
+            {'query': 'b (t + v h w)', 'key': 'b (t + v h w)', 'unsupervised_views': 0, 'references_last': 0, 't': 77}
         """
         patterns: dict[str, str | int] = {"query": self.query, "key": self.key}
-        return patterns | {"unsupervised_views": self.unsupervised_views} | self.lengths
+        counts = {"unsupervised_views": self.unsupervised_views, "references_last": self.references_last}
+        return patterns | counts | dict(sorted(self.lengths.items()))
 
     @property
     def reach(self) -> str:
@@ -136,6 +157,16 @@ class TokenLayout:
         pattern, lengths = self._pattern(of), self._lengths(batch, sizes)
         tokens = sum(_size(segment, lengths) for segment in pattern.segments)
         return _size(pattern.batch, lengths), tokens
+
+    def views_with_own_grid(self, num_views: int) -> list[int]:
+        """List the views, in correspondence order, whose tokens are a segment of their own.
+
+        Example:
+            >>> TokenLayout("b (v h w + h' w')").views_with_own_grid(5)
+            [4]
+        """
+        first = num_views - len(self._key.extra) + self.references_last
+        return sorted(view % num_views for view in range(first, first + len(self._key.extra)))
 
     def split_query(self, tensor: Tensor, *, batch: int, sizes: Sizes) -> Tensor:
         """Bring queries [AB, K, L, D] to [B', K, V, N', D]; views without queries are zeros.
@@ -180,7 +211,10 @@ class TokenLayout:
         """
         sizes = correspondence.sizes
         self._lengths(correspondence.batch_size, sizes)
-        if without_queries := self._views_without_queries(len(sizes)):
+        if self.references_last and self.unsupervised_views:
+            correspondence = correspondence.take_views(range(self.references_last, len(sizes)))
+            sizes = correspondence.sizes
+        elif without_queries := self._views_without_queries(len(sizes)):
             index = correspondence.index.clone()
             index[:, without_queries] = -1
             return dataclasses.replace(correspondence, index=index)
@@ -229,6 +263,7 @@ class TokenLayout:
             raise ValueError(f'view: view {view} has no queries in "{self.query}"')
         place = {"b": batch_index, "u": 0}
         main_views = len(sizes) - len(self._key.extra)
+        view = (view - self.references_last) % len(sizes)  # from here on in the order of the attention
         if view < main_views:
             segment = pattern.main
             place |= {"h": row, "w": col}
@@ -246,17 +281,20 @@ class TokenLayout:
         return self._query if of == "query" else self._key
 
     def _views_without_queries(self, num_views: int) -> list[int]:
-        extra = enumerate(self._key.extra, start=num_views - len(self._key.extra))
-        return [view for view, segment in extra if segment not in self._query.segments]
+        extra = enumerate(self._key.extra, start=num_views - len(self._key.extra) + self.references_last)
+        return [view % num_views for view, segment in extra if segment not in self._query.segments]
 
     def _lengths(self, batch: int, sizes: Sizes) -> dict[str, int]:
         """Length of every axis for this batch and these grids."""
         extra, views = self._key.extra, self._query.views
-        main = tuple(sizes[: max(0, len(sizes) - len(extra))])
+        ordered = (*sizes[self.references_last :], *sizes[: self.references_last])
+        main = ordered[: max(0, len(sizes) - len(extra))]
+        unknown = 0 if self.references_last else self.unsupervised_views  # views that no correspondence has
         tiles = None if views == ("v",) else _size(views, self.lengths)
-        expected = None if tiles is None else tiles - self.unsupervised_views + len(extra)
-        if not main or expected not in (None, len(sizes)):
-            needs = f"more than {len(extra)}" if expected is None else expected
+        expected = None if tiles is None else tiles - unknown + len(extra)
+        least = max(len(extra), self.references_last)
+        if len(sizes) <= least or expected not in (None, len(sizes)):
+            needs = f"more than {least}" if expected is None else expected
             raise ValueError(f"sizes: {self!r} needs {needs} views, got {len(sizes)}: {tuple(sizes)}")
         if len(set(main)) > 1:
             raise ValueError(
@@ -265,9 +303,9 @@ class TokenLayout:
             )
         lengths = {**self.lengths, "b": batch, "h": main[0][0], "w": main[0][1]}
         if tiles is None:
-            lengths["v"] = len(main) + self.unsupervised_views
+            lengths["v"] = len(main) + unknown
         lengths["u"] = _size(views, lengths)
-        for segment, (height, width) in zip(extra, sizes[len(main) :], strict=True):
+        for segment, (height, width) in zip(extra, ordered[len(main) :], strict=True):
             lengths |= {name: height if name.startswith("h") else width for name in segment}
         return lengths
 
@@ -278,7 +316,7 @@ class TokenLayout:
         main = _take(tensor, pattern, pattern.main, lengths, views=self._query.views, grid=rest)
         main = main[:, :, : main.shape[2] - self.unsupervised_views]
         if not self._key.extra:
-            return main
+            return main if self.unsupervised_views else self._references_first(main)
         empty = main.new_zeros(main.shape[0], main.shape[1], 1, 0, main.shape[4])
         parts = [main]
         for segment in self._key.extra:
@@ -286,7 +324,13 @@ class TokenLayout:
             grid = tuple(sorted(segment))
             parts.append(_take(tensor, pattern, segment, lengths, views=(), grid=grid) if present else empty)
         longest = max(height * width for height, width in sizes)
-        return torch.cat([F.pad(part, (0, 0, 0, longest - part.shape[3])) for part in parts], dim=2)
+        return self._references_first(
+            torch.cat([F.pad(part, (0, 0, 0, longest - part.shape[3])) for part in parts], dim=2)
+        )
+
+    def _references_first(self, views: Tensor) -> Tensor:
+        """From the order of the attention to that of the correspondence, on the view axis of [B', K, V, N', D]."""
+        return views.roll(self.references_last, dims=2) if self.references_last else views
 
     def _check_shape(self, of: str, tensor: Tensor, batch: int, sizes: Sizes) -> None:
         text = self._pattern(of).text

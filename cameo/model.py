@@ -108,6 +108,7 @@ class CameoModel(nn.Module):
         kwargs: dict[str, Any],
     ) -> Any:
         matches = self._one_per_layer(correspondence)
+        self._check_hazard()
         with self.capture() as captured:
             output = self.base_model(*args, **kwargs)
         losses, counts = [], []
@@ -154,7 +155,8 @@ class CameoModel(nn.Module):
         """All cross-view attention layers of the model in execution order."""
         if self.cameo_config.backbone is None:
             return list(self._supervised)
-        return get_backbone(self.cameo_config.backbone).sites(core_module(self.base_model))
+        adapter, core = get_backbone(self.cameo_config.backbone), core_module(self.base_model)
+        return adapter.inflatable(core) if self.cameo_config.inflate else adapter.sites(core)
 
     @property
     def supervised_sites(self) -> list[AttentionSite]:
@@ -165,21 +167,34 @@ class CameoModel(nn.Module):
         """Return `(h, w)`, the token grid of the supervised layer for images of `height` x `width` pixels.
 
         Raises:
-            ValueError: if the stride is not known, or several layers with different grids are supervised
-                (then ask each of `supervised_sites`).
+            ValueError: if the stride is not known, several layers with different grids are supervised (then ask
+                each of `supervised_sites`), or the views of a layer have different grids (then see `token_grids`).
         """
-        strides = {site.stride for site in self._supervised}
-        if strides == {None}:
-            raise ValueError("token_grid: the image pixels per token are not known; pass stride= to cameo.wrap")
-        if len(strides) > 1:
+        if any(site.reference_size is not None for site in self._supervised):
+            raise ValueError(
+                "token_grid: the reference view has a token grid of its own; use "
+                "size=model.token_grids(height, width, num_views)"
+            )
+        return self.token_grids(height, width, 1)[0]
+
+    def token_grids(self, height: int, width: int, num_views: int) -> tuple[tuple[int, int], ...]:
+        """Return the token grid `(h, w)` of each view in the supervised layer, in correspondence order.
+
+        Where the reference view is encoded at a size of its own (Zero123++: 512 px), so is its grid; `height` and
+        `width` are the pixels of the other views.
+
+        Raises:
+            ValueError: if the stride is not known, or several layers with different grids are supervised (then ask
+                each of `supervised_sites`).
+        """
+        grids = {site.sizes(height, width, num_views) for site in self._supervised}
+        if len(grids) > 1:
             raise ValueError(
                 "token_grid: the supervised layers have different grids, with "
                 + ", ".join(f"{site.path}: {site.stride}" for site in self._supervised)
                 + " pixels per token; build one Correspondence per layer"
             )
-        stride = strides.pop()
-        assert stride is not None
-        return -(-height // stride), -(-width // stride)
+        return grids.pop()
 
     def capture(self, sites: Sequence[AttentionSite] | None = None) -> AttentionCapture:
         """Observe queries and keys of `sites` (default: the supervised ones) inside a `with` block."""
@@ -197,6 +212,8 @@ class CameoModel(nn.Module):
 
     def unwrap(self) -> nn.Module:
         """Give back the very same module, as it was; the alignment heads stay with this object.
+
+        A layer that `inflate=True` joined stays joined, since the trained weights need it.
 
         Raises:
             RuntimeError: if it was unwrapped already.
@@ -237,6 +254,12 @@ class CameoModel(nn.Module):
                 f"supervised layer, got a list of {len(matches)}"
             )
         return matches
+
+    def _check_hazard(self) -> None:
+        if self.cameo_config.backbone is None or not (self.training and torch.is_grad_enabled()):
+            return
+        if hazard := get_backbone(self.cameo_config.backbone).hazard(core_module(self.base_model)):
+            raise CaptureError(hazard)
 
     def _check_graph(self, site: AttentionSite, seen: CapturedAttention) -> None:
         if not (self.training and torch.is_grad_enabled()):
@@ -300,8 +323,12 @@ def _check_settings(config: CameoConfig) -> None:
 
 def _resolve_sites(core: nn.Module, config: CameoConfig) -> list[AttentionSite]:
     if config.backbone is not None:
-        sites = get_backbone(config.backbone).sites(core)
-        return [find_site(sites, path) for path in config.layers]
+        adapter = get_backbone(config.backbone)
+        if not config.inflate:
+            return [find_site(adapter.sites(core), path) for path in config.layers]
+        for path in config.layers:
+            adapter.inflate(core, find_site(adapter.inflatable(core), path).path)
+        return [find_site(adapter.inflatable(core), path) for path in config.layers]
     assert config.layout is not None
     layout = TokenLayout(**config.layout)
     found = []
@@ -311,5 +338,7 @@ def _resolve_sites(core: nn.Module, config: CameoConfig) -> list[AttentionSite]:
         heads = next((count for count in given if isinstance(count, int)), None)
         if heads is None:
             raise ValueError(f"layer {path!r}: the number of attention heads is not known; pass heads= to cameo.wrap")
-        found.append(AttentionSite(index, path, heads, layout, config.stride))
+        found.append(
+            AttentionSite(index, path, heads, layout, stride=config.stride, kernel_call=config.kernel_call)
+        )
     return found

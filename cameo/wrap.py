@@ -24,11 +24,13 @@ def wrap(
     head: str | Mapping[str, Any] = "mlp",
     weight: float = 0.02,
     layout: TokenLayout | str | None = None,
-    normalise: str = "per_view",
+    normalise: str | None = None,
     reduction: str = "mean",
     num_reference_views: int | None = None,
     heads: int | None = None,
     stride: int | None = None,
+    kernel_call: int | None = None,
+    inflate: bool = False,
 ) -> CameoModel:
     """Attach CAMEO to `model` in place: the returned module holds `model` itself, not a copy.
 
@@ -48,10 +50,16 @@ def wrap(
             `{"kind": "mlp", "depth": 2}`.
         weight: factor of the alignment loss; kept as `model.weight` for the caller's training loop.
         layout: token layout of the layers, for a model without an adapter.
-        normalise, reduction, num_reference_views: see `cameo.alignment_loss`.
+        normalise: see `cameo.alignment_loss`; None is "per_view", or "all_views" if the layers let a query see
+            one token per view.
+        reduction, num_reference_views: see `cameo.alignment_loss`.
         heads: attention heads, for a model without an adapter whose attention module has no
             `heads`/`num_heads`.
         stride: image pixels per token side, for a model without an adapter; only `token_grid` needs it.
+        kernel_call: which call of the attention kernel mixes the views, counted from 0, for a model without an
+            adapter whose attention module calls it several times.
+        inflate: let layers that see one view each attend across views, and supervise those. The weights stay,
+            but inference changes, also after `unwrap()`: `layer` then counts the layers that can be inflated.
 
     Raises:
         ValueError: for an unknown backbone, layer or option, a model the adapter does not recognise, or a
@@ -69,9 +77,10 @@ def wrap(
         layers=[],
         head=options,
         weight=float(weight),
-        normalise=normalise,
+        normalise=normalise or "per_view",
         reduction=reduction,
         num_reference_views=num_reference_views,
+        inflate=inflate,
     )
     wanted = [] if layer is None else [layer] if isinstance(layer, int | str) else list(layer)
     if layer is not None and not wanted:
@@ -83,19 +92,29 @@ def wrap(
                 "backbone=None needs layer= (a module path) and layout= (for example 'b (v h w)'); "
                 "or name a backbone: " + ", ".join(backbones())
             )
-        config.layout = (TokenLayout(layout) if isinstance(layout, str) else layout).to_dict()
-        config.heads, config.stride = heads, stride
+        if inflate:
+            raise ValueError("inflate=True needs an adapter that knows how to; join the views in your model yourself")
+        layout = TokenLayout(layout) if isinstance(layout, str) else layout
+        config.layout, config.heads = layout.to_dict(), heads
+        config.stride, config.kernel_call = stride, kernel_call
         config.layers = [_module_path(core, path) for path in wanted]
+        layouts = [layout]
     else:
-        if layout is not None or heads is not None or stride is not None:
+        if not layout is heads is stride is kernel_call is None:
             raise ValueError(
-                f"layout=, heads= and stride= describe a model without an adapter; {backbone!r} knows them"
+                "layout=, heads=, stride= and kernel_call= describe a model without an adapter; "
+                f"{backbone!r} knows them"
             )
         adapter = get_backbone(backbone)
         if not adapter.recognises(core):
             raise ValueError(f"backbone {backbone!r} does not fit: {adapter.explain_mismatch(core)}")
-        sites = adapter.sites(core)
-        config.layers = [find_site(sites, one).path for one in wanted or [adapter.default_layer(core)]]
+        sites = adapter.inflatable(core) if inflate else adapter.sites(core)
+        if inflate and not sites:
+            raise ValueError(f"inflate=True: {backbone!r} has no layer that sees one view each and could be inflated")
+        chosen = [find_site(sites, one) for one in wanted or [adapter.default_layer(core)]]
+        config.layers, layouts = [site.path for site in chosen], [site.layout for site in chosen]
+    if normalise is None and all(one.reach == "cell" for one in layouts):
+        config.normalise = "all_views"
     if len(set(config.layers)) != len(config.layers):
         raise ValueError(f"layer: the same layer is named twice in {wanted}")
     return attach(model, config)

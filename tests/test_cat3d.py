@@ -17,7 +17,8 @@ from torch import Tensor, nn
 import cameo
 from cameo import Correspondence
 from cameo.adapters.cat3d import noise_schedule
-from cameo.adapters.cat3d_pipeline import CONDITION_CHANNELS, Cat3DPipeline, inflate, vae_stride
+from cameo.adapters.cat3d_pipeline import CONDITION_CHANNELS, Cat3DPipeline, inflate
+from cameo.adapters.latent_pipeline import vae_stride
 from cameo.backbone import get_backbone
 from cameo.errors import DataError, ShapeError
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -133,6 +134,34 @@ CASES = [
         copy_stride=1,
     ),
     Case(
+        "zero123plus, reference first",
+        TokenLayout("b (r h c w)", key="b (r h c w + h' w')", r=3, c=2, references_last=1),
+        ((4, 6),) + ((H, W),) * 6,
+        (B, 6 * H * W),
+        (B, 6 * H * W + 24),
+        lambda b, v, y, x: zero123_query(b, (v - 1) % 7, y, x),
+        lambda b, v, y, x: zero123_key(b, (v - 1) % 7, y, x),
+    ),
+    Case(
+        "sv3d temporal, conditioning frame last",
+        TokenLayout("(b h w) v", references_last=1),
+        ((H, W),) * 7,
+        (B * H * W, 7),
+        (B * H * W, 7),
+        lambda b, v, y, x: (b * H * W + y * W + x, [6, 0, 1, 2, 3, 4, 5][v]),
+        lambda b, v, y, x: (b * H * W + y * W + x, [6, 0, 1, 2, 3, 4, 5][v]),
+        reach="cell",
+    ),
+    Case(
+        "joint, two references last",
+        TokenLayout("b (v h w)", references_last=2),
+        ((H, W),) * 4,
+        (B, 4 * H * W),
+        (B, 4 * H * W),
+        lambda b, v, y, x: joint(b, [2, 3, 0, 1][v], y, x),
+        lambda b, v, y, x: joint(b, [2, 3, 0, 1][v], y, x),
+    ),
+    Case(
         "text last, view slowest in the batch",
         TokenLayout("b (h v w + t + h' w' + h'' w'')", t=2),
         ((H, W), (H, W), (1, 2), (2, 2)),
@@ -229,6 +258,41 @@ def test_localise_equals_the_loops(case: Case) -> None:
     key = case.layout.split_key(random_call(case)[1], batch=B, sizes=case.sizes)
     assert (key.shape[0], *key.shape[2:4]) == (local.batch_size, local.num_views, local.index.shape[3])
     assert key.shape[3] == max(h * w for h, w in local.sizes)
+
+
+def test_a_reference_without_loss_stands_first_in_the_correspondence_and_is_cut_away() -> None:
+    """ImageDream: four generated views, then the image prompt."""
+    layout = TokenLayout("b (v h w)", unsupervised_views=1, references_last=1)
+    sizes = ((H, W),) * 5
+    query = torch.randn(B, K, 5 * H * W, D)
+    got = layout.split_query(query, batch=B, sizes=sizes)
+    torch.testing.assert_close(got, query[:, :, : 4 * H * W].unflatten(2, (4, H * W)), rtol=0, atol=0)
+    index = torch.full((B, 5, 5, H * W), -1)
+    index[:, 0, 1], index[:, 2, 0], index[:, 1, 4] = 1, 2, 3
+    local = layout.localise(Correspondence(index, sizes))
+    assert local.index.shape == (B, 4, 4, H * W)
+    assert int(local.visible.sum()) == B * H * W
+    assert (local.index[:, 0, 3] == 3).all()
+    assert layout.locate(0, 1, 2, batch_index=1, batch=B, sizes=sizes) == (1, 4 * H * W + W + 2)
+    assert layout.locate(1, 0, 0, batch_index=1, batch=B, sizes=sizes) == (1, 0)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "settings", "message"),
+    [
+        ("b (v h w)", {"references_last": -1}, "references_last: expected an integer >= 0, got -1"),
+        ("b (v h w)", {"references_last": 2, "unsupervised_views": 1}, "expected 0 or references_last=2, got 1"),
+        ("b (v h w + h' w')", {"references_last": 2}, "expected 0 or the 1 views that have their own grid"),
+    ],
+)
+def test_wrong_numbers_of_references(pattern: str, settings: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        TokenLayout(pattern, **settings)
+
+
+def test_references_last_needs_another_view() -> None:
+    with pytest.raises(ValueError, match="needs more than 1 views, got 1"):
+        TokenLayout("b (v h w)", references_last=1).shape("query", batch=1, sizes=((H, W),))
 
 
 @every_case

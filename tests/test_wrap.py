@@ -687,8 +687,9 @@ def test_a_model_of_another_kind_is_refused() -> None:
 
 def test_a_layer_that_no_match_can_reach_is_refused() -> None:
     with pytest.raises(ValueError, match=r"cannot be supervised with normalise='per_view'.*all_views"):
-        cameo.wrap(Toy(), layer=LAYER, layout="(b h w) v")
-    cameo.wrap(Toy(), layer=LAYER, layout="(b h w) v", normalise="all_views")
+        cameo.wrap(Toy(), layer=LAYER, layout="(b h w) v", normalise="per_view")
+    assert cameo.wrap(Toy(), layer=LAYER, layout="(b h w) v").cameo_config.normalise == "all_views"
+    assert cameo.wrap(Toy(), layer=LAYER, layout="(b h) (v w)").cameo_config.normalise == "per_view"
 
 
 @pytest.mark.parametrize("head", ["mlp", "mean", "none", {"kind": "mlp", "depth": 2, "expansion": 2}])

@@ -18,7 +18,7 @@ from cameo.correspondence import Correspondence
 from cameo.evaluation.attention import attention_maps
 from cameo.evaluation.mode import evaluation_mode, native_precision
 from cameo.pipeline import MultiViewPipeline, TrainingInputs
-from cameo.training.correspondences import layer_grid, match_batch
+from cameo.training.correspondences import layer_grids, match_batch
 from cameo.wrap import CameoModel
 
 __all__ = ["attention_figure", "comparison_figure", "save_figure"]
@@ -68,7 +68,7 @@ def attention_figure(
             across whole views.
     """
     references = int(batch["num_reference_views"])
-    size = layer_grid(next(iter(models.values())).supervised_sites[0], batch)
+    size = layer_grids(next(iter(models.values())).supervised_sites[0], batch)[0]
     match = match_batch(batch, size)
     visible = match.visible[:, references, 0]
     sample = int(visible.sum(1).argmax())

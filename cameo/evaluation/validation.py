@@ -21,7 +21,7 @@ from cameo.errors import DataError
 from cameo.evaluation.attention import attention_hits, attention_maps
 from cameo.evaluation.mode import evaluation_mode, native_precision
 from cameo.pipeline import MultiViewPipeline
-from cameo.training.correspondences import layer_grid, match_batch
+from cameo.training.correspondences import layer_grids, match_batch
 from cameo.training.data import to_device
 from cameo.wrap import CameoModel
 
@@ -90,7 +90,7 @@ def validate(
         for indices in _batches(settings.num_samples, settings.batch_size):
             batch = to_device(collate([data[index] for index in indices]), device)
             seen = covisible_pixels(batch)
-            match = match_batch(batch, layer_grid(site, batch))
+            match = match_batch(batch, layer_grids(site, batch))
             for level in settings.noise_levels:
                 inputs = pipeline.training_inputs(batch, **_fixed_noise(pipeline, batch, indices, level, settings.seed))
                 with native_precision(model), model.capture([site]) as captured:

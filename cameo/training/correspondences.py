@@ -6,24 +6,24 @@ from collections.abc import Mapping
 from typing import Any
 
 from cameo.capture import AttentionSite
-from cameo.correspondence import Correspondence
+from cameo.correspondence import Correspondence, GridSize
 from cameo.errors import DataError, unknown_name
 from cameo.geometry import unproject
 from cameo.wrap import CameoModel
 
-__all__ = ["layer_grid", "match_batch", "match_layers"]
+__all__ = ["layer_grids", "match_batch", "match_layers"]
 
 KINDS = ("depth", "point_map")
 
 
 def match_batch(
-    batch: Mapping[str, Any], size: tuple[int, int], *, kind: str = "depth", cycle_threshold: float = 1.5
+    batch: Mapping[str, Any], size: GridSize, *, kind: str = "depth", cycle_threshold: float = 1.5
 ) -> Correspondence:
     """Build the correspondence of a collated batch at a token grid.
 
     Args:
         batch: with `depth` and cameras, or `point_map` `[B, V, 3, H, W]`.
-        size: token grid `(h, w)` of the supervised layer.
+        size: token grid of the supervised layer, `(h, w)` or one per view.
         kind: "depth" projects each token's surface point into the other views; "point_map" takes nearest neighbours
             in 3D with the cycle check of the paper.
         cycle_threshold: in tokens, for "point_map".
@@ -50,18 +50,16 @@ def match_batch(
 
 def match_layers(model: CameoModel, batch: Mapping[str, Any], **options: Any) -> list[Correspondence]:
     """Build the correspondence of each supervised layer; layers with the same token grid share it."""
-    sizes = [layer_grid(site, batch) for site in model.supervised_sites]
+    sizes = [layer_grids(site, batch) for site in model.supervised_sites]
     found = {size: match_batch(batch, size, **options) for size in set(sizes)}
     return [found[size] for size in sizes]
 
 
-def layer_grid(site: AttentionSite, batch: Mapping[str, Any]) -> tuple[int, int]:
-    """Return the token grid `(h, w)` of a layer for the images of a batch.
+def layer_grids(site: AttentionSite, batch: Mapping[str, Any]) -> tuple[tuple[int, int], ...]:
+    """Return the token grid `(h, w)` of each view of a batch in a layer.
 
     Raises:
         ValueError: if the image pixels per token are not known.
     """
-    if site.stride is None:
-        raise ValueError(f"layer {site.path!r}: the image pixels per token are not known; pass stride= to cameo.wrap")
-    height, width = batch["images"].shape[-2:]
-    return -(-height // site.stride), -(-width // site.stride)
+    views, _, height, width = batch["images"].shape[1:]
+    return site.sizes(height, width, views)

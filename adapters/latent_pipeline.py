@@ -1,0 +1,182 @@
+"""What the pipelines of all backbones share: images and latents, noise, loss and the predicted clean image.
+
+Axes: B samples, V views (reference views first), C channels, H W image pixels, h w latent cells.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from einops import rearrange
+from torch import Tensor, nn
+
+from cameo.errors import ShapeError
+from cameo.pipeline import TrainingInputs
+
+__all__ = ["LatentPipeline", "reference_views", "vae_stride"]
+
+
+class LatentPipeline(DiffusionPipeline):
+    """Base class of the pipelines: a U-Net `unet`, a `scheduler`, and a `vae` or folded pixels.
+
+    A subclass registers these components, and the config value `patch_size` for `vae=None`: side of the pixel
+    blocks that become one latent cell. It brings `training_inputs`, `prediction` and `sample`; a release with its
+    own ranges overrides the four scaling methods.
+    """
+
+    _optional_components = ["vae"]  # noqa: RUF012 - diffusers concatenates lists
+
+    @property
+    def denoiser(self) -> nn.Module:
+        """The U-Net, the module to wrap and to train."""
+        return self.unet
+
+    @denoiser.setter
+    def denoiser(self, module: Any) -> None:
+        self.unet = module
+
+    @property
+    def num_train_timesteps(self) -> int:
+        """Number of noise levels."""
+        return int(self.scheduler.config.num_train_timesteps)
+
+    @property
+    def latent_stride(self) -> int:
+        """Image pixels per latent cell side."""
+        return self.config.patch_size if self.vae is None else vae_stride(self.vae)
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of a latent cell."""
+        return 3 * self.config.patch_size**2 if self.vae is None else int(self.vae.config.latent_channels)
+
+    def latent_shape(self, image_shape: Sequence[int]) -> tuple[int, ...]:
+        """Shape `[B, V, C, h, w]` of the latents of images `[B, V, 3, H, W]`."""
+        batch, views, _, height, width = image_shape
+        return batch, views, self.latent_channels, height // self.latent_stride, width // self.latent_stride
+
+    def scale_image(self, images: Tensor) -> Tensor:
+        """From images in [-1, 1] to the range that the encoder was trained on."""
+        return images
+
+    def unscale_image(self, images: Tensor) -> Tensor:
+        """Undo `scale_image`."""
+        return images
+
+    def scale_latents(self, latents: Tensor) -> Tensor:
+        """From what the encoder returns to the range that the denoiser was trained on."""
+        return latents if self.vae is None else latents * getattr(self.vae.config, "scaling_factor", 1.0)
+
+    def unscale_latents(self, latents: Tensor) -> Tensor:
+        """Undo `scale_latents`."""
+        return latents if self.vae is None else latents / getattr(self.vae.config, "scaling_factor", 1.0)
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Images `[B, V, 3, H, W]` in [0, 1] to latents `[B, V, C, h, w]`; of a VAE, the mode.
+
+        Raises:
+            ShapeError: for another shape, or sides that the U-Net cannot halve as often as it has to.
+            ValueError: for integers.
+        """
+        if images.ndim != 5 or images.shape[2] != 3:
+            raise ShapeError("images", expected="[B, V, 3, H, W]", got=images.shape)
+        if not images.is_floating_point():
+            raise ValueError(f"images: expected floats in [0, 1], got {images.dtype}; divide by 255")
+        height, width = images.shape[-2:]
+        multiple = self.latent_stride * 2 ** (len(self.unet.config.block_out_channels) - 1)
+        if height % multiple or width % multiple:
+            raise ShapeError("images", expected=f"height and width divisible by {multiple}", got=images.shape)
+        return self.scale_latents(self.encode_unscaled(self.scale_image(images * 2 - 1)))
+
+    def encode_unscaled(self, images: Tensor) -> Tensor:
+        """Images `[B, V, 3, H, W]` in the encoder's range to what it returns, `[B, V, C, h, w]`."""
+        if self.vae is None:
+            patch = self.config.patch_size
+            return rearrange(images, "b v c (h p) (w q) -> b v (c p q) h w", p=patch, q=patch)
+        encoded = self.vae.encode(rearrange(images, "b v c h w -> (b v) c h w").to(self.vae.dtype))
+        latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
+        return rearrange(latents, "(b v) c h w -> b v c h w", b=images.shape[0]).to(images.dtype)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents `[B, V, C, h, w]` to images `[B, V, 3, H, W]`, clamped to [0, 1]."""
+        latents = self.unscale_latents(latents)
+        if self.vae is None:
+            patch = self.config.patch_size
+            images = rearrange(latents, "b v (c p q) h w -> b v c (h p) (w q)", p=patch, q=patch)
+        else:
+            flat = rearrange(latents, "b v c h w -> (b v) c h w")
+            images = self.vae.decode(flat.to(self.vae.dtype)).sample.to(latents.dtype)
+            images = rearrange(images, "(b v) c h w -> b v c h w", b=latents.shape[0])
+        return (self.unscale_image(images) / 2 + 0.5).clamp(0, 1)
+
+    def draw(
+        self, clean: Tensor, generator: torch.Generator | None, timesteps: Tensor | None, noise: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Time steps `[B]` and noise like `clean`; what is not given is drawn, uniform and standard normal."""
+        draw: dict[str, Any] = {"generator": generator, "device": generator.device if generator else clean.device}
+        if timesteps is None:
+            timesteps = torch.randint(self.num_train_timesteps, (clean.shape[0],), **draw)
+        if noise is None:
+            noise = torch.randn(clean.shape, **draw)
+        return timesteps.to(clean.device), noise.to(clean)
+
+    @staticmethod
+    def blank(samples: int, probability: float, generator: torch.Generator | None, device: torch.device) -> Tensor:
+        """Samples whose condition is dropped, bool `[B]`, for classifier-free guidance; draws nothing at 0."""
+        if not probability > 0:
+            return torch.zeros(samples, dtype=torch.bool, device=device)
+        drawn = torch.rand(samples, generator=generator, device=generator.device if generator else device)
+        return (drawn < probability).to(device)
+
+    def denoising_target(self, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """What the denoiser shall predict: the noise, or the velocity."""
+        if self.scheduler.config.prediction_type == "epsilon":
+            return noise
+        return self.scheduler.get_velocity(clean, noise, timesteps)
+
+    def prediction(self, output: Any, inputs: TrainingInputs) -> Tensor:
+        """Bring the denoiser's output to `[B, V, C, h, w]` in the view order of the batch."""
+        raise NotImplementedError
+
+    def clean_latents(self, prediction: Tensor, inputs: TrainingInputs) -> Tensor:
+        """Clean latents `[B, V, C, h, w]` that a prediction stands for."""
+        alpha = self.scheduler.alphas_cumprod.to(prediction.device)[inputs.timesteps][:, None, None, None, None]
+        noisy = inputs.noisy.float()
+        if self.scheduler.config.prediction_type == "epsilon":
+            return (noisy - (1 - alpha).sqrt() * prediction) / alpha.sqrt()
+        return alpha.sqrt() * noisy - (1 - alpha).sqrt() * prediction
+
+    def denoising_loss(self, output: Any, inputs: TrainingInputs) -> Tensor:
+        """Mean squared error of each sample over the views that carry a loss, in float32, `[B]`."""
+        error = (self.prediction(output, inputs).float() - inputs.target.float()).square()
+        return error[:, inputs.loss_views].mean(dim=(1, 2, 3, 4))
+
+    def predict_clean(self, output: Any, inputs: TrainingInputs) -> Tensor:
+        """Images that the output stands for; views without a loss come back as they went in."""
+        clean = self.clean_latents(self.prediction(output, inputs).float(), inputs)
+        return self.decode(torch.where(inputs.loss_views[:, None, None, None], clean, inputs.noisy.float()))
+
+
+def reference_views(batch: Mapping[str, Any], views: int) -> int:
+    """Return the number of reference views of a batch.
+
+    Example:
+        >>> reference_views({"num_reference_views": 1}, views=3)
+        1
+
+    Raises:
+        ValueError: unless there is at least one reference and one target view.
+    """
+    references = int(batch["num_reference_views"])
+    if not 0 < references < views:
+        raise ValueError(f"num_reference_views: expected 1 to {views - 1} of {views} views, got {references}")
+    return references
+
+
+def vae_stride(vae: Any) -> int:
+    """Image pixels per latent cell side of a diffusers autoencoder."""
+    channels = getattr(vae.config, "block_out_channels", None) or vae.config.encoder_block_out_channels
+    return int(2 ** (len(channels) - 1))
