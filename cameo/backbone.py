@@ -94,8 +94,15 @@ class Backbone:
         """Load the backbone's pipeline from a Hub id or a local folder."""
         raise NotImplementedError(f"backbone {self.name!r} only attaches; load the model yourself")
 
-    def licence(self, name_or_path: str | None) -> str | None:
-        """Return the licence identifier of released weights this adapter knows, else None."""
+    def licence(self, name_or_path: str | None) -> str | Mapping[str, str] | None:
+        """Return the licence of released weights this adapter knows, else None.
+
+        An identifier of the Hub, or front-matter entries `license`, `license_name`, `license_link`.
+        """
+        return None
+
+    def revision(self, name_or_path: str | None) -> str | None:
+        """Return the revision at which `load` reads released weights when the caller names none."""
         return None
 
 

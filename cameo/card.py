@@ -125,7 +125,18 @@ def _introduction(facts: CardFacts) -> str:
         f"# {facts.place.rpartition('/')[2]}\n\n"
         f"{KINDS[facts.form]} for {backbone} (`{facts.class_name}`), trained with "
         f"[CAMEO](https://arxiv.org/abs/{PAPER}): during training the attention between views is supervised "
-        "with geometric correspondence. Inference needs nothing of it: the model runs as the base model does."
+        "with geometric correspondence. "
+    ) + _inference_text(facts.config)
+
+
+def _inference_text(config: CameoConfig) -> str:
+    if not config.inflate:
+        return "Inference needs nothing of it: the model runs as the base model does."
+    layers = ", ".join(f"`{path}`" for path in config.layers)
+    return (
+        f"**Inference differs from the base model:** {layers} saw one view at a time and now attends across all views "
+        "of a sample, with the weights it had. `cameo.from_pretrained` sets this up; in your own code call "
+        f'`cameo.backbone.get_backbone("{config.backbone}").inflate(denoiser, path)` before loading the weights.'
     )
 
 
@@ -190,6 +201,8 @@ def _details(facts: CardFacts) -> str:
         "Alignment weight": config.weight,
         "Loss": f"normalise {config.normalise}, reduction {config.reduction}",
     }
+    if config.inflate:
+        rows["Inflated"] = "the supervised layer attends across all views, in training and at inference"
     if facts.adapter:
         rows["Adapter"] = _compact(facts.adapter)
     rows.update(config.training)

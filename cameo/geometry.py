@@ -23,15 +23,19 @@ from cameo.cameras import (
 )
 from cameo.depth import is_measured
 from cameo.errors import ShapeError
+from cameo.orbits import estimate_up, orbit_centre, spherical_angles
 
 __all__ = [
     "check_cameras",
     "crop_intrinsics",
+    "estimate_up",
+    "orbit_centre",
     "pixel_grid",
     "plucker_rays",
     "project",
     "relative_extrinsics",
     "resize_intrinsics",
+    "spherical_angles",
     "unproject",
 ]
 

@@ -17,7 +17,7 @@ from cameo.backbone import core_module, find_site, get_backbone
 from cameo.capture import AttentionCapture, AttentionSite, CapturedAttention
 from cameo.config import CameoConfig
 from cameo.correspondence import Correspondence
-from cameo.errors import CaptureError, unknown_name
+from cameo.errors import CaptureError, ShapeError, unknown_name
 from cameo.layout import TokenLayout
 
 __all__ = ["CameoModel", "holder", "wrapped_bases"]
@@ -206,8 +206,12 @@ class CameoModel(nn.Module):
     ) -> tuple[Tensor, Tensor, Correspondence]:
         """Bring a captured call and its matches into the form of the core: `[B, K, V, N, D]`."""
         match = match.to(seen.query.device)
-        query = site.layout.split_query(seen.query, batch=match.batch_size, sizes=match.sizes)
-        key = site.layout.split_key(seen.key, batch=match.batch_size, sizes=match.sizes)
+        try:
+            query = site.layout.split_query(seen.query, batch=match.batch_size, sizes=match.sizes)
+            key = site.layout.split_key(seen.key, batch=match.batch_size, sizes=match.sizes)
+        except ShapeError as error:
+            error.args = (f"layer {site.path!r} with {site.layout!r}: {error}",)
+            raise
         return query, key, site.layout.localise(match)
 
     def unwrap(self) -> nn.Module:
@@ -338,7 +342,5 @@ def _resolve_sites(core: nn.Module, config: CameoConfig) -> list[AttentionSite]:
         heads = next((count for count in given if isinstance(count, int)), None)
         if heads is None:
             raise ValueError(f"layer {path!r}: the number of attention heads is not known; pass heads= to cameo.wrap")
-        found.append(
-            AttentionSite(index, path, heads, layout, stride=config.stride, kernel_call=config.kernel_call)
-        )
+        found.append(AttentionSite(index, path, heads, layout, stride=config.stride, kernel_call=config.kernel_call))
     return found

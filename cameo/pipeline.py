@@ -21,6 +21,8 @@ class TrainingInputs:
         target: what it shall predict, `[B, V, C, h, w]`.
         loss_views: views that carry the denoising loss, bool `[V]`.
         timesteps: integers `[B]`, shared by the views of a sample.
+        aligned: whether the views attend to each other in this forward; without it there is nothing to align, as in
+            the single-image batches that MVDream mixes in.
     """
 
     args: tuple[Any, ...]
@@ -29,6 +31,7 @@ class TrainingInputs:
     target: Tensor
     loss_views: Tensor
     timesteps: Tensor
+    aligned: bool = True
 
 
 class MultiViewPipeline(Protocol):

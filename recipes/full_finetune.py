@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 from cameo.config import write_atomically
-from cameo.training.config import load_config
+from cameo.training.config import load_config, settings_file
 from cameo.training.data import build_dataset
 from cameo.training.setup import (
     check_push,
@@ -27,12 +27,12 @@ from cameo.training.setup import (
 )
 from cameo.training.trainer import Trainer
 
-DEFAULT = Path(__file__).parent / "configs" / "full_cat3d_tiny.yaml"
+CONFIGS = Path(__file__).parent / "configs"
 
 
 def main(arguments: list[str]) -> None:
     """Train, validate, write the pipeline in diffusers layout, and push it if asked."""
-    config = load_config(DEFAULT, arguments)
+    config = load_config(settings_file("full", CONFIGS, arguments), arguments)
     check_push(config)
     train, held_out = build_dataset(config, "train"), build_dataset(config, "validation")
     pipeline = load_pipeline(config)

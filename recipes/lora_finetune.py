@@ -16,16 +16,16 @@ import sys
 from pathlib import Path
 
 from cameo.config import write_atomically
-from cameo.training.config import load_config
+from cameo.training.config import load_config, settings_file
 from cameo.training.data import build_dataset
 from cameo.training.setup import arms_of, check_push, metrics_table, train_lora, write_pictures
 
-DEFAULT = Path(__file__).parent / "configs" / "lora_cat3d_tiny.yaml"
+CONFIGS = Path(__file__).parent / "configs"
 
 
 def main(arguments: list[str]) -> None:
     """Train, print what changed, write pictures and the adapter, and push it if asked."""
-    config = load_config(DEFAULT, arguments)
+    config = load_config(settings_file("lora", CONFIGS, arguments), arguments)
     if not arguments:  # the demonstration, which can be repeated; runs with settings of their own are never replaced
         config.overwrite_output_dir = True
     check_push(config)

@@ -157,6 +157,52 @@ def test_no_admissible_set_names_the_bounds_and_what_there_is() -> None:
         MultiViewDataset(Wall([0.0]), num_views=2)[0]
 
 
+def test_in_order_takes_all_views_as_they_come() -> None:
+    wall = Wall([0.0, 0.5, 9.0], scenes=4)  # the last one overlaps nothing
+    dataset = MultiViewDataset(wall, num_views=3, num_reference_views=2, selection="in_order")
+    assert len(dataset) == 4
+    samples = [dataset[index] for index in range(4)]
+    assert sorted(sample["key"] for sample in samples) == [f"wall{scene}/0-1-2" for scene in range(4)]
+    for sample in samples:
+        assert torch.equal(sample["extrinsics"], wall.views(0).extrinsics)
+        assert sample["num_reference_views"] == 2
+    endless = [MultiViewDataset(wall, num_views=3, selection="in_order", length=50, seed=seed) for seed in (0, 0, 1)]
+    keys = [[dataset[index]["key"] for index in range(12)] for dataset in endless]
+    assert keys[0] == keys[1] != keys[2]
+    assert len(set(keys[0][4:8])) == 4
+    with pytest.raises(IndexError, match="expected 0 to 3, got 4"):
+        dataset[4]
+
+
+def test_in_order_needs_the_scenes_number_of_views() -> None:
+    message = r"scene wall0: has 3 views, .*got num_views=2; use num_views=3, or selection='overlap'"
+    with pytest.raises(DataError, match=message):
+        MultiViewDataset(Wall([0.0, 0.5, 1.0]), num_views=2, selection="in_order")
+
+    class Mixed(Wall):
+        def views(self, scene: int) -> Views:
+            return Wall([0.0, 0.5] if scene == 0 else [0.0, 0.5, 1.0]).views(scene)
+
+    dataset = MultiViewDataset(Mixed([0.0], scenes=2), num_views=2, selection="in_order")
+    with pytest.raises(DataError, match="scene wall1: has 3 views"):
+        [dataset[index] for index in range(2)]
+    with pytest.raises(ValueError, match="unknown selection 'order': did you mean 'in_order'"):
+        MultiViewDataset(Wall([0.0]), num_views=1, selection="order")
+
+
+def test_up_goes_with_the_sample_where_the_source_knows_it(rooms: EmbeddedScenes) -> None:
+    plain = MultiViewDataset(Wall([0.0, 0.5]), num_views=2)[0]
+    assert "up" not in plain
+    assert "up" not in collate([plain, plain])
+    up = torch.tensor([0.0, 0.6, 0.8])
+    known = MultiViewDataset(Altered(Wall([0.0, 0.5]), lambda views: replace(views, up=up)), num_views=2)[0]
+    batch = collate([known, known])
+    assert torch.equal(batch["up"], up.expand(2, 3))  # type: ignore[arg-type]
+    assert MultiViewDataset(rooms, num_views=2)[0]["up"].tolist() == [0, 0, 1]
+    with pytest.raises(ValueError, match=r"fields of wall0/.* differ: up; batch samples of sources"):
+        collate([known, plain])
+
+
 def test_missing_depth_becomes_zero() -> None:
     def damage(views: Views) -> Views:
         views.depth[:, :, 0], views.depth[:, :, 1] = float("nan"), -1.0

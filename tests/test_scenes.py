@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,12 +10,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 import trimesh
+from safetensors import safe_open
 
 from cameo.data import EmbeddedScenes, Views
-from cameo.data.cache import read_views, write_views
+from cameo.data.cache import fingerprint, read_views, write_views
 from cameo.data.rendering import TriangleScene, render
 from cameo.data.rooms import look_at
-from cameo.errors import DataError
+from cameo.errors import DataError, ShapeError
 from cameo.geometry import project, unproject
 
 INTRINSICS = np.array([[[40.0, 0.0, 20.3], [0.0, 42.0, 15.6], [0.0, 0.0, 1.0]]])
@@ -151,6 +153,27 @@ def test_same_seed_is_bit_identical_and_others_differ(tmp_path: Path) -> None:
     for other in [source.views(0) for source in others] + [small(tmp_path, num_scenes=2).views(1)]:
         assert not torch.equal(other.extrinsics, first.extrinsics)
         assert not torch.equal(other.images, first.images)
+
+
+def test_scenes_rendered_by_earlier_versions_are_found(tmp_path: Path) -> None:
+    """The name of the cache folder of rooms, and what its files hold, are as before objects and rigs came."""
+    source = small(tmp_path)
+    assert source.folder.name == fingerprint({"format": 1, "split": "train", "views": 2, "size": (16, 16), "seed": 0})
+    (path,) = source.folder.iterdir()
+    with safe_open(path, framework="pt") as file:
+        assert sorted(file.keys()) == ["depth", "extrinsics", "images", "intrinsics"]
+    # Without a number of views there are eight, as before.
+    options: dict[str, object] = {"num_scenes": 1, "size": (8, 8), "progress": False, "cache_dir": tmp_path}
+    assert EmbeddedScenes(**options).folder == EmbeddedScenes(views_per_scene=8, **options).folder  # type: ignore[arg-type]
+
+
+def test_world_up_is_the_z_axis_fresh_and_cached(tmp_path: Path) -> None:
+    for source in (small(tmp_path), small(tmp_path)):
+        up = source.views(0).up
+        assert up is not None
+        assert up.tolist() == [0, 0, 1]
+    with pytest.raises(ShapeError, match=r"up of 'train-00000': expected \[3\], got \[1, 3\]"):
+        replace(source.views(0), up=torch.zeros(1, 3))
 
 
 def test_scene_does_not_depend_on_the_number_of_scenes(tmp_path: Path) -> None:

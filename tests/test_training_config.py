@@ -8,8 +8,16 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
+import cameo
 from cameo.errors import DataError
-from cameo.training.config import CHANGEABLE, TrainingConfig, continued_settings, load_config, save_config
+from cameo.training.config import (
+    CHANGEABLE,
+    TrainingConfig,
+    continued_settings,
+    load_config,
+    save_config,
+    settings_file,
+)
 from cameo.training.processes import start_trackers
 
 CONFIGS = Path(__file__).parent.parent / "recipes" / "configs"
@@ -29,6 +37,21 @@ def test_shipped_settings_load(path: Path) -> None:
     assert given
     for name, value in given.items():
         assert getattr(config, str(name)) == value
+
+
+@pytest.mark.parametrize("recipe", ["lora", "full"])
+def test_each_backbone_has_settings_of_its_own(recipe: str) -> None:
+    for backbone in cameo.backbones():
+        path = settings_file(recipe, CONFIGS, ["seed=1", f"--backbone={backbone}"])
+        assert load_config(path).backbone == backbone
+    assert settings_file(recipe, CONFIGS, []).name == f"{recipe}_cat3d_tiny.yaml"
+
+
+def test_a_backbone_without_settings() -> None:
+    message = r"unknown backbone with settings of its own 'mvdreem': did you mean 'mvdream'\?.*config=your.yaml"
+    with pytest.raises(ValueError, match=message):
+        settings_file("lora", CONFIGS, ["backbone=mvdreem"])
+    settings_file("lora", CONFIGS, ["backbone=mine", "config=mine.yaml"])  # need not exist: config= replaces it
 
 
 def test_overrides_win_and_keep_their_types(file: Path) -> None:

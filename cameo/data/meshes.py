@@ -66,8 +66,10 @@ def load_mesh(path: Path, rng: np.random.Generator) -> TriangleScene:
     return TriangleScene(vertices[faces], normals[faces], color)
 
 
-def random_orbit(rng: np.random.Generator, count: int, size: tuple[int, int]) -> tuple[Array, Array]:
-    """Draw cameras on a jittered orbit of a unit box: `(intrinsics [F, 3, 3], extrinsics [F, 4, 4])`.
+def random_orbit(
+    rng: np.random.Generator, count: int, size: tuple[int, int], *, scale: float = 1.0
+) -> tuple[Array, Array]:
+    """Draw cameras on a jittered orbit of a box of side `scale`: `(intrinsics [F, 3, 3], extrinsics [F, 4, 4])`.
 
     Example:
         >>> intrinsics, extrinsics = random_orbit(np.random.default_rng(0), 4, (64, 64))
@@ -79,10 +81,10 @@ def random_orbit(rng: np.random.Generator, count: int, size: tuple[int, int]) ->
     elevation = np.radians(rng.uniform(-5.0, 45.0, count))
     # The object's bounding sphere (radius 0.87 at most) fits the narrower side of the image.
     half_angle = np.arctan(0.5 * min(size) / intrinsics[0, 0, 0])
-    radius = rng.uniform(0.75, 0.95) / np.sin(half_angle) * rng.uniform(0.95, 1.05, count)
+    radius = scale * rng.uniform(0.75, 0.95) / np.sin(half_angle) * rng.uniform(0.95, 1.05, count)
     flat = radius * np.cos(elevation)
     centers = np.stack([flat * np.cos(azimuth), flat * np.sin(azimuth), radius * np.sin(elevation)], axis=-1)
-    return intrinsics, look_at(centers, rng.normal(0, 0.03, (count, 3)))
+    return intrinsics, look_at(centers, scale * rng.normal(0, 0.03, (count, 3)))
 
 
 def _painter(mesh: Any, faces: Array, rng: np.random.Generator) -> Callable[[Surface], Array]:

@@ -2,93 +2,15 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import numpy as np
 
-from cameo.data.rendering import Surface, TriangleScene, cast_views, dot
-from cameo.data.textures import Texture, random_palette, random_texture
+from cameo.data.rendering import TriangleScene, cast_views
+from cameo.data.shapes import SceneBuilder
 
 __all__ = ["look_at", "random_cameras", "random_room"]
 
 Array = np.ndarray
 SMOOTH_SHAPES = ("sphere", "cylinder", "capsule", "torus", "cone")
-
-
-@lru_cache(maxsize=16)
-def _unit_shape(name: str) -> tuple[Array, Array]:
-    """Corners and corner normals `[T, 3, 3]` of a shape that fills the box [-0.5, 0.5]^3 as far as it can."""
-    import trimesh.creation as creation
-
-    mesh = {
-        "box": lambda: creation.box((1, 1, 1)),
-        "sphere": lambda: creation.icosphere(subdivisions=2, radius=0.5),
-        "cylinder": lambda: creation.cylinder(radius=0.5, height=1.0, sections=28),
-        "capsule": lambda: creation.capsule(height=0.5, radius=0.25, count=(12, 16)),
-        "torus": lambda: creation.torus(0.35, 0.15, major_sections=24, minor_sections=10),
-        "cone": lambda: creation.cone(radius=0.5, height=1.0, sections=28),
-    }[name]()
-    low, high = mesh.bounds
-    corners = ((np.asarray(mesh.vertices) - (low + high) / 2) / (high - low))[np.asarray(mesh.faces)]
-    flat = np.repeat(np.asarray(mesh.face_normals)[:, None], 3, axis=1)
-    smooth = np.asarray(mesh.vertex_normals)[np.asarray(mesh.faces)]
-    # Caps of cylinders keep their edge: corner normals far from the face's are replaced by the face's.
-    keep = (smooth * flat).sum(-1, keepdims=True) > 0.8
-    return corners, np.where(keep, smooth, flat)
-
-
-class _Builder:
-    """Collects placed shapes, each with its own texture."""
-
-    def __init__(self, rng: np.random.Generator) -> None:
-        self.rng = rng
-        self.palette = random_palette(rng)
-        self.corners: list[Array] = []
-        self.normals: list[Array] = []
-        self.textures: list[Texture] = []
-
-    def add(
-        self, shape: str, center: Array, extent: Array, *, turn: float = 0.0, texture: Texture | None = None
-    ) -> None:
-        """Place a unit shape scaled to `extent` at `center`, turned about the vertical by `turn` radians."""
-        corners, normals = _unit_shape(shape)
-        cos, sin = np.cos(turn), np.sin(turn)
-        rotation = np.array([[cos, -sin, 0.0], [sin, cos, 0.0], [0.0, 0.0, 1.0]])
-        self.corners.append((corners * extent) @ rotation.T + center)
-        bent = normals / extent
-        bent /= np.linalg.norm(bent, axis=-1, keepdims=True)
-        self.normals.append(bent @ rotation.T)
-        self.textures.append(texture or self.texture())
-
-    def texture(self, **options: object) -> Texture:
-        return random_texture(self.rng, self.palette, **options)  # type: ignore[arg-type]
-
-    def scene(self, light: Array) -> TriangleScene:
-        counts = [len(corners) for corners in self.corners]
-        material = np.repeat(np.arange(len(counts)), counts)
-        scene = TriangleScene(
-            np.concatenate(self.corners), np.concatenate(self.normals), lambda surface: surface.points
-        )
-        scene.color = lambda surface: _shade(scene, surface, material, self.textures, light)
-        return scene
-
-
-def _shade(scene: TriangleScene, surface: Surface, material: Array, textures: list[Texture], light: Array) -> Array:
-    """Texture times mild Lambert shading by a lamp fixed in the room, with shadows: equal in every view."""
-    owner = material.take(surface.triangles)
-    order = np.argsort(owner, kind="stable")
-    bounds = np.searchsorted(owner[order], np.arange(len(textures) + 1))
-    colors = np.empty((len(owner), 3), dtype=np.float32)
-    for index, texture in enumerate(textures):
-        rows = order[bounds[index] : bounds[index + 1]]
-        if len(rows):
-            colors[rows] = texture(surface.points.take(rows, 0))
-    start = surface.points + np.float32(2e-3) * surface.normals
-    toward = light.astype(np.float32) - start
-    facing = dot(surface.normals, toward) / np.sqrt(dot(toward, toward))
-    lit = facing > 0.0
-    lit[lit] = ~scene.occluded(start[lit], toward[lit])
-    return colors * (0.58 + 0.5 * facing * lit)[:, None].astype(np.float32)
 
 
 def random_room(rng: np.random.Generator) -> tuple[TriangleScene, Array]:
@@ -102,7 +24,7 @@ def random_room(rng: np.random.Generator) -> tuple[TriangleScene, Array]:
         >>> bool((extent[:2] >= 3).all() and (extent[:2] <= 5).all())
         True
     """
-    build = _Builder(rng)
+    build = SceneBuilder(rng)
     extent = np.array([rng.uniform(3.0, 5.0), rng.uniform(3.0, 5.0), rng.uniform(2.4, 3.0)])
     _add_shell(build, extent)
     tops = _add_furniture(build, extent)
@@ -111,7 +33,7 @@ def random_room(rng: np.random.Generator) -> tuple[TriangleScene, Array]:
     return build.scene(light), extent
 
 
-def _add_shell(build: _Builder, extent: Array) -> None:
+def _add_shell(build: SceneBuilder, extent: Array) -> None:
     """Floor, ceiling and walls as thick slabs outside the room, then pictures and a rug."""
     rng = build.rng
     floor = build.texture(
@@ -138,7 +60,7 @@ def _add_shell(build: _Builder, extent: Array) -> None:
     build.add("box", spot, rug, turn=rng.uniform(0, np.pi), texture=build.texture(cell=(0.15, 0.35)))
 
 
-def _add_furniture(build: _Builder, extent: Array) -> list[Array]:
+def _add_furniture(build: SceneBuilder, extent: Array) -> list[Array]:
     """Cupboards along the walls and tables in the room; returns their tops (x, y, z, width, depth, turn)."""
     rng = build.rng
     tops = []
@@ -168,7 +90,7 @@ def _add_furniture(build: _Builder, extent: Array) -> list[Array]:
     return tops
 
 
-def _add_things(build: _Builder, tops: list[Array]) -> None:
+def _add_things(build: SceneBuilder, tops: list[Array]) -> None:
     """Stand one to three things on every top, sometimes one on the other."""
     rng = build.rng
     for x, y, z, width, depth, turn in tops:

@@ -11,10 +11,11 @@ from torch.utils.data import Dataset
 
 from cameo.data.overlap import view_overlap
 from cameo.data.views import MultiViewSample, SceneSource, Views, check_sample, images_to_float
-from cameo.errors import DataError
+from cameo.errors import DataError, unknown_name
 
 __all__ = ["MultiViewDataset", "choose_views"]
 
+SELECTIONS = ("overlap", "in_order")
 # Scenes whose overlap is remembered; a matrix is 4 F² bytes.
 REMEMBERED_SCENES = 4096
 
@@ -50,7 +51,7 @@ def choose_views(
 
 
 class MultiViewDataset(Dataset[MultiViewSample]):
-    """Training samples from a scene source: some reference views and target views that overlap.
+    """Training samples from a scene source: some reference views and target views.
 
     Example:
         >>> class Wall:
@@ -72,10 +73,13 @@ class MultiViewDataset(Dataset[MultiViewSample]):
     - `num_views`: views per sample, references included; `num_reference_views` of them come first.
     - `min_overlap`, `max_overlap`: bounds of the share of each other view's measured surface points that the
       first reference shows. Where a scene has no such set, the next scene is taken.
-    - `length`: number of samples; None = scenes times views of the first scene.
+    - `length`: number of samples; None = scenes times views of the first scene, scenes alone for "in_order".
+    - `selection`: "overlap" draws views as above. "in_order" takes all views of a scene as they come, for a source
+      whose views are a model's rig (`EmbeddedScenes(rig=...)`); the overlap plays no part.
 
     Cameras stay in the world frame of the source. Raises `ValueError` on wrong settings and `DataError` where
-    no scene has an admissible set (with the overlap found), or where a sample is not usable.
+    no scene has an admissible set (with the overlap found), where a scene has another number of views than
+    "in_order" needs, or where a sample is not usable.
     """
 
     def __init__(
@@ -87,7 +91,10 @@ class MultiViewDataset(Dataset[MultiViewSample]):
         max_overlap: float = 0.9,
         seed: int = 0,
         length: int | None = None,
+        selection: str = "overlap",
     ) -> None:
+        if selection not in SELECTIONS:
+            raise unknown_name("selection", selection, SELECTIONS)
         if num_views < 1:
             raise ValueError(f"num_views: expected at least 1, got {num_views}")
         if not 0 <= num_reference_views <= num_views:
@@ -105,7 +112,12 @@ class MultiViewDataset(Dataset[MultiViewSample]):
         self.source, self.seed = source, seed
         self.num_views, self.num_reference_views = num_views, num_reference_views
         self.min_overlap, self.max_overlap = min_overlap, max_overlap
-        self.length = length if length is not None else len(source) * len(source.views(0))
+        self.selection = selection
+        if selection == "in_order":
+            self._check_number(source.views(0))
+        if length is None:
+            length = len(source) * (1 if selection == "in_order" else len(source.views(0)))
+        self.length = length
         self._overlaps: OrderedDict[int, Tensor] = OrderedDict()
 
     def __len__(self) -> int:
@@ -117,6 +129,10 @@ class MultiViewDataset(Dataset[MultiViewSample]):
             raise IndexError(f"index: expected 0 to {self.length - 1}, got {index}")
         count = len(self.source)
         order = np.random.default_rng((self.seed, 0, index // count)).permutation(count)
+        if self.selection == "in_order":
+            views = self.source.views(int(order[index % count]))
+            self._check_number(views)
+            return self._sample(views, list(range(self.num_views)))
         for step in range(count):
             scene = int(order[(index + step) % count])
             views = self.source.views(scene)
@@ -149,8 +165,17 @@ class MultiViewDataset(Dataset[MultiViewSample]):
             num_reference_views=self.num_reference_views,
             key=f"{views.key}/{'-'.join(map(str, chosen))}",
         )
+        if views.up is not None:
+            sample["up"] = views.up.float()
         check_sample(sample)
         return sample
+
+    def _check_number(self, views: Views) -> None:
+        if len(views) != self.num_views:
+            raise DataError(
+                f'scene {views.key}: has {len(views)} views, and selection="in_order" takes all of them, got '
+                f"num_views={self.num_views}; use num_views={len(views)}, or selection='overlap' for a choice of views"
+            )
 
     def _no_admissible_set(self) -> DataError:
         found = []

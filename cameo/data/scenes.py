@@ -1,26 +1,33 @@
-"""Embedded scenes: furnished rooms or the user's meshes, ray-cast with exact depth, cached on disk."""
+"""Embedded scenes: furnished rooms, objects or the user's meshes, ray-cast with exact depth, cached on disk."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from cameo.data.cache import default_cache_dir, fingerprint, read_views, write_views
-from cameo.data.rendering import render
+from cameo.data.rendering import TriangleScene, render
+from cameo.data.rigs import rig_cameras, rig_views
 from cameo.data.views import Views
 from cameo.errors import DataError, unknown_name
 
 __all__ = ["EmbeddedScenes"]
 
+CONTENTS = ("rooms", "objects")
+# Without a rig, and with one that takes any number, unless it has a number of its own.
+DEFAULT_VIEWS = 8
+# An object of radius 1 beside a mesh in a unit box, for whose corners the orbit leaves less room than it may need.
+OBJECT_SCALE = 1.4
 SPLITS = {"train": 0, "validation": 1, "test": 2}
 # Part of every cache key: raise it whenever the same settings give other pixels.
 FORMAT_VERSION = 1
 
 
 class EmbeddedScenes:
-    """Scenes that need no download: textured rooms seen by a hand-held camera, or a folder of meshes.
+    """Scenes that need no download: textured rooms seen by a hand-held camera, objects, or a folder of meshes.
 
     Example:
         >>> import tempfile
@@ -30,10 +37,12 @@ class EmbeddedScenes:
         >>> views.images.shape, views.images.dtype, views.key
         (torch.Size([2, 3, 8, 8]), torch.uint8, 'train-00000')
 
-    Rooms are boxes of 3 to 5 m with furniture and things on it; world z points up, the unit is the metre.
-    Scene number i of a split is the same whatever `num_scenes` is; splits never share a scene.
+    Rooms are boxes of 3 to 5 m with furniture and things on it; the unit is the metre. Objects are textured solids
+    grown together inside the unit sphere, seen from an orbit on a white background without depth. World z points up,
+    and `Views.up` says so. Scene number i of a split is the same whatever `num_scenes` is; splits never share a scene.
 
     - `split`: "train", "validation" or "test".
+    - `views_per_scene`: None = the views of the rig, 8 without one.
     - `size`: height and width in pixels.
     - `cache_dir`: where rendered scenes are kept; None = `$CAMEO_CACHE` or `~/.cache/cameo`. Missing scenes
       are rendered now, with a progress bar unless `progress=False`; a damaged file is rendered again with a
@@ -41,6 +50,9 @@ class EmbeddedScenes:
     - `mesh_dir`: a folder with .glb, .obj or .ply files (searched recursively) to show instead of rooms, each
       scaled to a unit box and seen from an orbit on a white background without depth. Eight of ten meshes
       are train, one validation, one test; scenes go round the meshes with new cameras each time.
+    - `content`: "rooms" or "objects"; without `mesh_dir`.
+    - `rig`: cameras in the poses that a model generates, by a name of `cameo.data.RIGS`, for objects and meshes; the
+      views of a scene are those of the rig, in its order, from where the object just fits into the image.
 
     Raises `ValueError` on a wrong setting, `DataError` on an unusable mesh folder, mesh file or cache folder.
     """
@@ -49,15 +61,19 @@ class EmbeddedScenes:
         self,
         split: str = "train",
         num_scenes: int = 512,
-        views_per_scene: int = 8,
+        views_per_scene: int | None = None,
         size: tuple[int, int] = (64, 64),
         seed: int = 0,
         cache_dir: str | Path | None = None,
         mesh_dir: str | Path | None = None,
         progress: bool = True,
+        content: str = "rooms",
+        rig: str | None = None,
     ) -> None:
         if split not in SPLITS:
             raise unknown_name("split", split, SPLITS)
+        _check_content(content, rig, mesh_dir)
+        views_per_scene = _number_of_views(rig, views_per_scene)
         counts = {"num_scenes": num_scenes, "views_per_scene": views_per_scene}
         counts |= {"size[0]": size[0], "size[1]": size[1]}
         for name, value in counts.items():
@@ -67,6 +83,7 @@ class EmbeddedScenes:
             raise ValueError(f"seed: expected 0 or more, got {seed}")
         self.split, self.num_scenes, self.views_per_scene = split, num_scenes, views_per_scene
         self.size, self.seed = (int(size[0]), int(size[1])), seed
+        self.content, self.rig = content, rig
         self.meshes = _split_meshes(Path(mesh_dir), split) if mesh_dir is not None else None
         settings: dict[str, object] = {
             "format": FORMAT_VERSION,
@@ -77,6 +94,11 @@ class EmbeddedScenes:
         }
         if self.meshes is not None:
             settings["meshes"] = [(str(path.resolve()), path.stat().st_mtime_ns) for path in self.meshes]
+        # Only where they differ from the default: scenes that were rendered before these settings came stay valid.
+        if content != "rooms":
+            settings["content"] = content
+        if rig is not None:
+            settings["rig"] = rig
         root = Path(cache_dir).expanduser() if cache_dir is not None else default_cache_dir()
         self.folder = root / "scenes" / fingerprint(settings)
         self._render_missing(progress)
@@ -89,7 +111,8 @@ class EmbeddedScenes:
         if not 0 <= scene < self.num_scenes:
             raise IndexError(f"scene: expected 0 to {self.num_scenes - 1}, got {scene}")
         cached = read_views(self._path(scene))
-        return cached if cached is not None else self._render(scene)
+        # The cache has no field for it, since it is the same everywhere.
+        return replace(cached if cached is not None else self._render(scene), up=torch.tensor([0.0, 0.0, 1.0]))
 
     def _path(self, scene: int) -> Path:
         return self.folder / f"{scene:05d}.safetensors"
@@ -103,20 +126,10 @@ class EmbeddedScenes:
 
     def _render(self, scene: int) -> Views:
         rng = np.random.default_rng((self.seed, SPLITS[self.split], scene))
-        count = self.views_per_scene
         key = f"{self.split}-{scene:05d}"
-        if self.meshes is None:
-            from cameo.data.rooms import random_cameras, random_room
-
-            geometry, extent = random_room(rng)
-            intrinsics, extrinsics = random_cameras(rng, geometry, extent, count, self.size)
-        else:
-            from cameo.data.meshes import load_mesh, random_orbit
-
-            path = self.meshes[scene % len(self.meshes)]
-            geometry = load_mesh(path, rng)
-            intrinsics, extrinsics = random_orbit(rng, count, self.size)
-            key = f"{key}-{path.stem}"
+        if self.meshes is not None:
+            key = f"{key}-{self.meshes[scene % len(self.meshes)].stem}"
+        geometry, intrinsics, extrinsics = self._build(scene, rng)
         # Cameras are rounded before rendering, so that depth is exact for the cameras handed over.
         intrinsics, extrinsics = intrinsics.astype(np.float32), extrinsics.astype(np.float32)
         images, depth = render(geometry, intrinsics.astype(float), extrinsics.astype(float), self.size)
@@ -129,6 +142,41 @@ class EmbeddedScenes:
         )
         write_views(self._path(scene), views)
         return views
+
+    def _build(self, scene: int, rng: np.random.Generator) -> tuple[TriangleScene, np.ndarray, np.ndarray]:
+        """Geometry, then cameras: `(scene, intrinsics [F, 3, 3], extrinsics [F, 4, 4])`."""
+        from cameo.data.meshes import load_mesh, random_orbit
+        from cameo.data.objects import random_object
+        from cameo.data.rooms import random_cameras, random_room
+
+        count = self.views_per_scene
+        if self.meshes is None and self.content == "rooms":
+            geometry, extent = random_room(rng)
+            return geometry, *random_cameras(rng, geometry, extent, count, self.size)
+        geometry = load_mesh(self.meshes[scene % len(self.meshes)], rng) if self.meshes else random_object(rng)
+        if self.rig is not None:
+            # The sphere about the origin that holds it: 1 for an object, 0.5 to 0.87 for a mesh in its unit box.
+            radius = float(np.linalg.norm(geometry.corners, axis=-1).max())
+            return geometry, *rig_cameras(self.rig, rng, self.size, count, radius=radius)
+        return geometry, *random_orbit(rng, count, self.size, scale=1.0 if self.meshes else OBJECT_SCALE)
+
+
+def _check_content(content: str, rig: str | None, mesh_dir: str | Path | None) -> None:
+    if content not in CONTENTS:
+        raise unknown_name("content", content, CONTENTS)
+    if content == "objects" and mesh_dir is not None:
+        raise ValueError(f"content='objects' and mesh_dir={str(mesh_dir)!r}: expected one of them; leave one out")
+    if rig is not None and content == "rooms" and mesh_dir is None:
+        raise ValueError(
+            f"rig={rig!r}: expected an object in the middle, got content='rooms'; "
+            "pass content='objects' or mesh_dir=, or leave rig out"
+        )
+
+
+def _number_of_views(rig: str | None, views_per_scene: int | None) -> int:
+    if rig is not None:
+        return rig_views(rig, views_per_scene)
+    return DEFAULT_VIEWS if views_per_scene is None else views_per_scene
 
 
 def _split_meshes(folder: Path, split: str) -> list[Path]:

@@ -188,7 +188,8 @@ def random_palette(rng: np.random.Generator, count: int = 7) -> Array:
     return np.array(colors, dtype=np.float32)
 
 
-def _random_rotation(rng: np.random.Generator) -> Array:
+def random_rotation(rng: np.random.Generator) -> Array:
+    """Draw an orthogonal matrix `[3, 3]`; half of them mirror."""
     matrix, triangle = np.linalg.qr(rng.normal(size=(3, 3)))
     return matrix * np.sign(np.diag(triangle))
 
@@ -208,7 +209,7 @@ def random_texture(
     `bleach` mixes the colours with a pale wall colour by that share.
     """
     turned = rng.random() < 0.4 if upright is None else not upright
-    rotation = _random_rotation(rng) if turned else np.eye(3)
+    rotation = random_rotation(rng) if turned else np.eye(3)
     directions = rng.normal(size=(9, 3))
     directions /= np.linalg.norm(directions, axis=-1, keepdims=True)
     chosen = rng.permutation(len(palette))[: int(rng.integers(3, 6))]

@@ -26,6 +26,7 @@ class Views:
     - `intrinsics` `[F, 3, 3]` float32 in pixels, pixel centres at +0.5.
     - `extrinsics` `[F, 4, 4]` float32, world-to-camera, OpenCV axes.
     - `key`: a name for messages.
+    - `up` `[3]` float32: unit vector that points up in the world; None where the source does not know it.
 
     Raises `ShapeError` where the fields do not fit each other.
 
@@ -42,6 +43,7 @@ class Views:
     intrinsics: Tensor
     extrinsics: Tensor
     key: str
+    up: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.images.ndim != 4 or self.images.shape[1] != 3:
@@ -55,6 +57,8 @@ class Views:
         for name, (tensor, expected) in fields.items():
             if tuple(tensor.shape) != expected:
                 raise ShapeError(f"{name} of {self.key!r}", expected=str(list(expected)), got=tensor.shape)
+        if self.up is not None and tuple(self.up.shape) != (3,):
+            raise ShapeError(f"up of {self.key!r}", expected="[3]", got=self.up.shape)
 
     def __len__(self) -> int:
         return self.images.shape[0]
@@ -97,6 +101,7 @@ class MultiViewSample(TypedDict):
     - `extrinsics` `[V, 4, 4]` float32, world-to-camera, OpenCV axes, in the world frame of the source
     - `depth` `[V, 1, H, W]` float32 z-depth, 0 = no measurement
     - `point_map` `[V, 3, H, W]`, optional: world coordinates, non-finite = no measurement
+    - `up` `[3]` float32, optional: unit vector that points up in the world
     - `num_reference_views`: how many views are references
     - `key`: names the scene and the views, for messages
 
@@ -108,6 +113,7 @@ class MultiViewSample(TypedDict):
     extrinsics: Tensor
     depth: Tensor
     point_map: NotRequired[Tensor]
+    up: NotRequired[Tensor]
     num_reference_views: int
     key: str
 
@@ -173,7 +179,10 @@ def collate(samples: list[MultiViewSample]) -> dict[str, object]:
             )
         if sample.keys() != first.keys():
             different = ", ".join(sorted(sample.keys() ^ first.keys()))
-            raise ValueError(f"fields of {first['key']} and {sample['key']} differ: {different}")
+            raise ValueError(
+                f"fields of {first['key']} and {sample['key']} differ: {different}; "
+                "batch samples of sources that give the same fields"
+            )
     batch: dict[str, object] = {}
     for name, value in first.items():
         values = [sample[name] for sample in samples]  # type: ignore[literal-required]

@@ -29,6 +29,8 @@ PANEL = 1.6  # inches
 def comparison_figure(batch: Mapping[str, Any], predictions: Mapping[str, Tensor], *, samples: int = 3) -> Figure:
     """Draw one row per sample: its references, then the first target view as it is and as each model predicts it.
 
+    Without references the first two views are drawn, which a model must make fit each other.
+
     Args:
         batch: collated samples.
         predictions: name of a model to its images of all views, `[B, V, 3, H, W]`.
@@ -37,13 +39,17 @@ def comparison_figure(batch: Mapping[str, Any], predictions: Mapping[str, Tensor
     references = int(batch["num_reference_views"])
     images: Tensor = batch["images"]
     samples = min(samples, images.shape[0])
-    titles = [f"reference {view}" for view in range(references)] + ["truth", *predictions]
+    titles = [f"reference {view}" for view in range(references)]
+    shown = [(images, view) for view in range(references)]
+    targets = [references] if references else list(range(min(2, images.shape[1])))
+    for view in targets:
+        suffix = "" if references else f", view {view}"
+        titles += [f"{name}{suffix}" for name in ("truth", *predictions)]
+        shown += [(pictures, view) for pictures in (images, *predictions.values())]
     figure, axes = _grid(samples, len(titles))
     for row in range(samples):
-        panels = [images[row, view] for view in range(references)] + [images[row, references]]
-        panels += [prediction[row, references] for prediction in predictions.values()]
-        for axis, panel, title in zip(axes[row], panels, titles, strict=True):
-            _show(axis, panel)
+        for axis, (pictures, view), title in zip(axes[row], shown, titles, strict=True):
+            _show(axis, pictures[row, view])
             if row == 0:
                 axis.set_title(title, fontsize=8)
     return figure
@@ -57,45 +63,48 @@ def attention_figure(
     *,
     queries: int = 4,
 ) -> Figure:
-    """Draw where a few query tokens of the first target view look in the first reference view.
+    """Draw where a few query tokens of a target view look in another view.
 
-    One row per query: the target view with the query token (square), then per model the reference view under the
+    One row per query: the first view with the query token (square), then per model the other view under the
     attention of its supervised layer (mean over heads), the true match as a circle and the most-attended token as a
-    cross. The sample is the one with most matches; the queries are spread evenly over the tokens that have one.
+    cross. Drawn is the first target view looking at the first reference; where the layer has no match for these two,
+    the next two views that have one, and where the layer knows no reference view, two target views. The sample is the
+    one with most matches; the queries are spread evenly over the tokens that have one.
 
     Raises:
-        ValueError: if no token of a target view is visible in the reference view, or the layer does not attend
-            across whole views.
+        ValueError: if no token is visible in another view, or the layer does not attend across whole views.
     """
-    references = int(batch["num_reference_views"])
-    size = layer_grids(next(iter(models.values())).supervised_sites[0], batch)[0]
-    match = match_batch(batch, size)
-    visible = match.visible[:, references, 0]
+    first = next(iter(models.values()))
+    site = first.supervised_sites[0]
+    match = match_batch(batch, layer_grids(site, batch))
+    local = site.layout.localise(match)
+    if local.batch_size != match.batch_size:
+        raise ValueError(f"layer {site.path!r} attends to a part of the other view; its attention is not drawn")
+    references, dropped = int(batch["num_reference_views"]), match.num_views - local.num_views
+    query_view, key_view = _views_to_draw(local, max(0, references - dropped), batch)
+    visible = local.visible[:, query_view, key_view]
     sample = int(visible.sum(1).argmax())
-    images, target = batch["images"][sample], match.index[sample, references, 0]
-    candidates = visible[sample].nonzero().flatten()
-    if not len(candidates):
-        raise ValueError(
-            f"batch {batch['key']}: no token of a first target view is visible in its first reference view"
-        )
+    target, candidates = local.index[sample, query_view, key_view], visible[sample].nonzero().flatten()
     chosen = candidates[torch.linspace(0, len(candidates) - 1, min(queries, len(candidates))).round().long()]
+    shown, looked_at = (batch["images"][sample, dropped + view] for view in (query_view, key_view))
+    query_size, key_size = local.sizes[query_view], local.sizes[key_view]
     figure, axes = _grid(len(chosen), 1 + len(models))
     for column, (name, model) in enumerate(models.items(), start=1):
-        heat = _attention_to_reference(model, inputs, match, references)[sample]
+        heat = _attention_between(model, inputs, match, sample, query_view, key_view)
         for row, token in enumerate(chosen.tolist()):
-            _show(axes[row, 0], images[references])
-            _mark(axes[row, 0], token, size, images.shape[-2:], "s", "white")
-            _show(axes[row, column], images[0])
+            _show(axes[row, 0], shown)
+            _mark(axes[row, 0], token, query_size, shown.shape[-2:], "s", "white")
+            _show(axes[row, column], looked_at)
             axes[row, column].imshow(
-                heat[token].view(size).numpy(),
-                extent=(0, images.shape[-1], images.shape[-2], 0),
+                heat[token].view(key_size).numpy(),
+                extent=(0, looked_at.shape[-1], looked_at.shape[-2], 0),
                 cmap="magma",
                 alpha=0.6,
             )
-            _mark(axes[row, column], int(target[token]), size, images.shape[-2:], "o", "lime")
-            _mark(axes[row, column], int(heat[token].argmax()), size, images.shape[-2:], "x", "cyan")
-        axes[0, column].set_title(name, fontsize=8)
-    axes[0, 0].set_title("query in target", fontsize=8)
+            _mark(axes[row, column], int(target[token]), key_size, looked_at.shape[-2:], "o", "lime")
+            _mark(axes[row, column], int(heat[token].argmax()), key_size, looked_at.shape[-2:], "x", "cyan")
+        axes[0, column].set_title(f"{name}\nin view {dropped + key_view}".strip(), fontsize=8)
+    axes[0, 0].set_title(f"query in view {dropped + query_view}", fontsize=8)
     return figure
 
 
@@ -107,19 +116,33 @@ def save_figure(figure: Figure, path: str | Path) -> Path:
     return Path(path)
 
 
-def _attention_to_reference(
-    model: CameoModel, inputs: TrainingInputs, match: Correspondence, references: int
+def _views_to_draw(local: Correspondence, references: int, batch: Mapping[str, Any]) -> tuple[int, int]:
+    """Choose the query view and the key view, counted as in the layer's own correspondence."""
+    visible = local.visible.any(-1).any(0)
+    for query_view in range(references, local.num_views):
+        for key_view in range(references or local.num_views):
+            if visible[query_view, key_view]:
+                return query_view, key_view
+    raise ValueError(
+        f"batch {batch['key']}: no token of a target view is visible in "
+        f"{'a reference' if references else 'another target'} view"
+    )
+
+
+def _attention_between(
+    model: CameoModel, inputs: TrainingInputs, match: Correspondence, sample: int, query_view: int, key_view: int
 ) -> Tensor:
-    """Attention `[B, N, N]` of the first target view's tokens over those of the first reference view."""
+    """Attention `[N, N']` of one view's tokens over those of another, mean over heads; N' as the key view's grid."""
     site = model.supervised_sites[0]
     with evaluation_mode(model):
         with native_precision(model), model.capture([site]) as captured:
             model.base_model(*inputs.args, **inputs.kwargs)
         query, key, local = model.split(site, captured[site.path], match)
-        if local.batch_size != match.batch_size:
-            raise ValueError(f"layer {site.path!r} attends to a part of the other view; its attention is not drawn")
-        maps = attention_maps(query, key, local, None, captured[site.path].scale)
-    return maps["mean"][:, 0, references, :, 0].cpu()
+        queries = query[sample : sample + 1, :, query_view : query_view + 1]
+        height, width = size = local.sizes[key_view]
+        keys = key[sample : sample + 1, :, key_view : key_view + 1, : height * width]
+        maps = attention_maps(queries, keys, (size,), None, captured[site.path].scale)
+    return maps["mean"][0, 0, 0, :, 0].cpu()
 
 
 def _grid(rows: int, columns: int) -> tuple[Figure, np.ndarray]:

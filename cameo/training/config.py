@@ -9,10 +9,10 @@ from typing import Any
 
 from cameo.errors import DataError, unknown_name
 
-__all__ = ["TrainingConfig", "continued_settings", "load_config", "save_config"]
+__all__ = ["TrainingConfig", "continued_settings", "load_config", "save_config", "settings_file"]
 
 CHOICES = {
-    "data_format": ("auto", "scenes", "meshes", "rgbd"),
+    "data_format": ("auto", "scenes", "objects", "meshes", "rgbd"),
     "correspondence": ("depth", "point_map"),
     "timestep_sampling": ("uniform", "high_noise"),
     "mixed_precision": ("no", "fp16", "bf16"),
@@ -28,14 +28,14 @@ CHOICES = {
 # Smallest value of each number; None stays allowed where it is the default.
 AT_LEAST = {
     1: (
-        "resolution num_reference_views num_scenes num_validation_scenes views_per_scene rank lora_alpha "
+        "resolution num_scenes num_validation_scenes views_per_scene rank lora_alpha "
         "max_train_steps train_batch_size gradient_accumulation_steps checkpointing_steps checkpoints_total_limit "
         "validation_steps num_validation_samples num_inference_steps"
     ),
     2: "num_views",
     0: (
         "seed data_seed dataloader_num_workers weight lr_warmup_steps adam_weight_decay learning_rate adam_epsilon "
-        "guidance_scale num_validation_images"
+        "guidance_scale num_validation_images num_reference_views"
     ),
 }
 POSITIVE = "max_grad_norm cycle_threshold depth_scale"
@@ -59,10 +59,13 @@ class TrainingConfig:
 
     Model: `pretrained_model_name_or_path` (Hub id, folder, `bundled:cat3d-tiny`) or `preset` for fresh weights, with
     `preset_options` overriding it.
-    Data: `train_data_dir` is an RGB-D sequence or a folder of meshes (`data_format`: auto, scenes, meshes, rgbd);
-    without it the embedded scenes are used. `intrinsics` (3x3, in pixels of the full colour image) and `depth_scale`
-    (units per metre) are for sequences that do not say.
-    CAMEO: `weight` 0 trains without alignment; `correspondence` is depth or point_map.
+    Data: `train_data_dir` is an RGB-D sequence or a folder of meshes (`data_format`: auto, scenes, objects, meshes,
+    rgbd); without it the embedded scenes are used: rooms, or single objects with `data_format=objects` or `camera_rig`.
+    The rig (`cameo.data.RIGS`) places the cameras around objects and meshes as a backbone expects them, and a sample is
+    then all its views; an RGB-D sequence has cameras of its own. `intrinsics` (3x3, in pixels of the full colour image)
+    and `depth_scale` (units per metre) are for sequences that do not say.
+    CAMEO: `weight` 0 trains without alignment; `correspondence` is depth or point_map; `layer`, `head`, `normalise`,
+    `reduction` and `inflate` are those of `cameo.wrap`.
     Optimisation: `timestep_sampling` is uniform, or high_noise (t = 1 - u**2); `mixed_precision` is no, fp16 (GPU
     only) or bf16.
     Output: `report_to` is a tracker of accelerate, or none; `resume_from_checkpoint` is a path or latest;
@@ -83,6 +86,7 @@ class TrainingConfig:
     data_format: str = "auto"
     intrinsics: Any = None
     depth_scale: float | None = None
+    camera_rig: str | None = None
     resolution: int = 64
     num_views: int = 3
     num_reference_views: int = 1
@@ -97,7 +101,8 @@ class TrainingConfig:
     layer: Any = None
     head: Any = "mlp"
     weight: float = 0.1
-    normalise: str = "per_view"
+    normalise: str | None = None
+    inflate: bool = False
     reduction: str = "mean"
     correspondence: str = "depth"
     cycle_threshold: float = 1.5
@@ -170,6 +175,11 @@ class TrainingConfig:
             raise ValueError(
                 "lr_warmup_steps has no effect with lr_scheduler=constant; use lr_scheduler=constant_with_warmup"
             )
+        if self.camera_rig is not None and self.data_format in ("scenes", "rgbd"):
+            raise ValueError(
+                f"camera_rig={self.camera_rig}: stands around an object, so it needs data_format=objects, meshes or "
+                f"auto, got {self.data_format}; give camera_rig=null"
+            )
         if self.compare_without_cameo and not self.weight:
             raise ValueError("compare_without_cameo=true needs weight > 0, or both runs would train without CAMEO")
         if self.pretrained_model_name_or_path and self.preset:
@@ -178,6 +188,32 @@ class TrainingConfig:
             )
         if self.push_to_hub and not self.hub_model_id:
             raise ValueError("push_to_hub=true needs hub_model_id=your-name/your-model")
+
+
+def settings_file(recipe: str, folder: str | Path, overrides: Sequence[str]) -> Path:
+    """Choose the settings file of a recipe for the `backbone=` among the overrides: `<recipe>_<backbone>_tiny.yaml`.
+
+    Example:
+        >>> settings_file("lora", "recipes/configs", ["backbone=cat3d"]).name
+        'lora_cat3d_tiny.yaml'
+
+    Raises:
+        ValueError: if there is no such file and no `config=` among the overrides.
+    """
+    given = dict(override.lstrip("-").partition("=")[::2] for override in overrides)
+    backbone = given.get("backbone", TrainingConfig.backbone)
+    path = Path(folder) / f"{recipe}_{backbone}_tiny.yaml"
+    if "config" not in given and not path.is_file():
+        known = [file.name.removeprefix(f"{recipe}_").removesuffix("_tiny.yaml") for file in _settings(recipe, folder)]
+        raise ValueError(
+            f"{unknown_name('backbone with settings of its own', backbone, known)}. For another backbone write "
+            "config=your.yaml"
+        )
+    return path
+
+
+def _settings(recipe: str, folder: str | Path) -> list[Path]:
+    return sorted(Path(folder).glob(f"{recipe}_*_tiny.yaml"))
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainingConfig:

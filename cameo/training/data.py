@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,10 +27,19 @@ ENDLESS = 2**40
 
 def build_dataset(config: TrainingConfig, split: str) -> MultiViewDataset:
     """Build the training or validation set of a run; both are pure functions of their seed and an index."""
+    form = _data_format(config)
+    rig = config.camera_rig if form in ("objects", "meshes") else None
+    if config.camera_rig and not rig:
+        warnings.warn(
+            f"camera_rig={config.camera_rig} does not apply to {config.train_data_dir}: the cameras are those of the "
+            "sequence. A backbone whose poses are fixed learns them as they come",
+            stacklevel=2,
+        )
     return MultiViewDataset(
-        _source(config, split),
+        _source(config, split, form, rig),
         num_views=config.num_views,
         num_reference_views=config.num_reference_views,
+        selection="in_order" if rig else "overlap",
         min_overlap=config.min_overlap,
         max_overlap=config.max_overlap,
         # Validation samples must not depend on the seed of the run, or runs could not be compared.
@@ -38,11 +48,16 @@ def build_dataset(config: TrainingConfig, split: str) -> MultiViewDataset:
     )
 
 
-def _source(config: TrainingConfig, split: str) -> SceneSource:
+def _data_format(config: TrainingConfig) -> str:
+    if config.data_format != "auto":
+        return config.data_format
+    if config.train_data_dir:
+        return _detect(Path(config.train_data_dir))
+    return "objects" if config.camera_rig else "scenes"
+
+
+def _source(config: TrainingConfig, split: str, form: str, rig: str | None) -> SceneSource:
     size = (config.resolution, config.resolution)
-    form = config.data_format
-    if form == "auto":
-        form = _detect(Path(config.train_data_dir)) if config.train_data_dir else "scenes"
     if form == "rgbd":
         if not config.train_data_dir:
             raise DataError("data_format=rgbd needs train_data_dir=, the folder of the sequence")
@@ -51,9 +66,11 @@ def _source(config: TrainingConfig, split: str) -> SceneSource:
     if form == "meshes" and not config.train_data_dir:
         raise DataError("data_format=meshes needs train_data_dir=, a folder of .glb, .obj or .ply files")
     return EmbeddedScenes(
+        content="objects" if form == "objects" else "rooms",
+        rig=rig,
         split=split,
         num_scenes=config.num_scenes if split == "train" else config.num_validation_scenes,
-        views_per_scene=config.views_per_scene,
+        views_per_scene=config.num_views if rig else config.views_per_scene,
         size=size,
         seed=config.data_seed,
         mesh_dir=config.train_data_dir if form == "meshes" else None,

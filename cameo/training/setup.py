@@ -41,6 +41,8 @@ __all__ = [
     "write_pictures",
 ]
 
+NOT_MEASURED = "-"
+
 
 @dataclass
 class LoraRun:
@@ -111,16 +113,17 @@ def wrap_denoiser(pipeline: MultiViewPipeline, config: TrainingConfig) -> CameoM
         normalise=config.normalise,
         reduction=config.reduction,
         num_reference_views=config.num_reference_views,
+        inflate=config.inflate,
     )
     model.cameo_config.base_model = _base_name(config)
-    model.cameo_config.base_revision = config.revision
+    model.cameo_config.base_revision = config.revision or get_backbone(config.backbone).revision(_base_name(config))
     model.cameo_config.training = {
         "steps": config.max_train_steps,
         "batch size": config.train_batch_size * config.gradient_accumulation_steps,
         "views": config.num_views,
         "resolution": config.resolution,
         "learning rate": config.learning_rate,
-        "data": Path(config.train_data_dir).name if config.train_data_dir else "embedded scenes",
+        "data": Path(config.train_data_dir).name if config.train_data_dir else f"embedded {_content(config)}",
         "seed": config.seed,
     }
     return model
@@ -158,11 +161,12 @@ def write_pictures(
         return []
     device = next(next(iter(models.values())).parameters()).device
     batch = to_device(collate([dataset[index] for index in range(config.num_validation_images)]), device)
-    inputs = pipeline.training_inputs(
-        batch,
-        timesteps=torch.full((len(batch["images"]),), pipeline.num_train_timesteps - 1),
-        generator=torch.Generator().manual_seed(config.data_seed),
-    )
+    with evaluation_mode(next(iter(models.values()))):  # without what a pipeline does in training only
+        inputs = pipeline.training_inputs(
+            batch,
+            timesteps=torch.full((len(batch["images"]),), pipeline.num_train_timesteps - 1),
+            generator=torch.Generator().manual_seed(config.data_seed),
+        )
     predictions = {f"{name} one step".strip(): _in_one_step(model, pipeline, inputs) for name, model in models.items()}
     predictions |= {
         f"{name} sampled".strip(): _sampled(model, pipeline, batch, config) for name, model in models.items()
@@ -246,11 +250,16 @@ def check_push(config: TrainingConfig) -> None:
             "push_to_hub=true: no Hugging Face token; set the variable HF_TOKEN or run `hf auth login`. "
             "Nothing was trained yet"
         )
-    base = CameoConfig(config.backbone, [], base_model=_base_name(config), base_revision=config.revision)
+    adapter, name = get_backbone(config.backbone), _base_name(config)
+    base = CameoConfig(config.backbone, [], base_model=name, base_revision=config.revision or adapter.revision(name))
     try:
-        require_licence(base, config.hub_licence, backbone=get_backbone(config.backbone), token=config.hub_token)
+        require_licence(base, config.hub_licence, backbone=adapter, token=config.hub_token)
     except ValueError as error:
         raise ValueError(f"push_to_hub=true: {error}; here as hub_licence=. Nothing was trained yet") from error
+
+
+def _content(config: TrainingConfig) -> str:
+    return "objects" if config.data_format == "objects" or config.camera_rig else "scenes"
 
 
 def _base_name(config: TrainingConfig) -> str:
@@ -271,16 +280,30 @@ def metrics_table(columns: Mapping[str, Mapping[str, Any]]) -> str:
     covisible = "PSNR of predicted clean image at high noise, pixels the reference sees (dB)"
     rows: dict[str, Callable[[Mapping[str, Any]], str]] = {
         "denoising loss, fixed noise": lambda m: f"{m['loss']:.4f}",
-        covisible: lambda m: f"{m['psnr_covisible']:.2f}",
+        covisible: lambda m: _figure(m["psnr_covisible"], ".2f"),
         "the same, all target pixels (dB)": lambda m: f"{m['psnr_all']:.2f}",
-        "attention precision, mean of heads, exact token": lambda m: f"{m['precision']['mean@0']:.1%}",
-        "attention precision, mean of heads, within 1 token": lambda m: f"{m['precision']['mean@1']:.1%}",
-        "attention precision, best head, within 1 token": lambda m: f"{m['precision']['best_head@1']:.1%}",
-        "attention precision, through the alignment head, within 1 token": (
-            lambda m: f"{m['precision']['through_head@1']:.1%}"
-        ),
+        "attention precision, mean of heads, exact token": lambda m: _share(m, "mean@0"),
+        "attention precision, mean of heads, within 1 token": lambda m: _share(m, "mean@1"),
+        "attention precision, best head, within 1 token": lambda m: _share(m, "best_head@1"),
+        "attention precision, through the alignment head, within 1 token": lambda m: _share(m, "through_head@1"),
+        "share of queries whose most-attended view shows the same point": lambda m: _view_share(m, "mean"),
+        "the same by chance": lambda m: _view_share(m, "chance"),
     }
     lines = ["| | " + " | ".join(columns) + " |", "| --- |" + " --- |" * len(columns)]
     for title, show in rows.items():
-        lines.append(f"| {title} | " + " | ".join(show(metrics) for metrics in columns.values()) + " |")
+        cells = [show(metrics) for metrics in columns.values()]
+        if any(cell != NOT_MEASURED for cell in cells):
+            lines.append(f"| {title} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _share(metrics: Mapping[str, Any], name: str) -> str:
+    return _figure((metrics["precision"] or {}).get(name), ".1%")
+
+
+def _view_share(metrics: Mapping[str, Any], name: str) -> str:
+    return _figure((metrics.get("precision_view") or {}).get(name), ".1%")
+
+
+def _figure(value: float | None, form: str) -> str:
+    return NOT_MEASURED if value is None else format(value, form)

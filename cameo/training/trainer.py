@@ -221,15 +221,18 @@ class Trainer:
     def _losses(self, batch: dict[str, Any], micro_step: int) -> tuple[Tensor, Tensor, Tensor]:
         """Return the training loss of a micro batch, its denoising part and its alignment part."""
         config = self.config
+        inputs = noisy_inputs(self.pipeline, batch, config, micro_step, self.accelerator.process_index)
         matches = None
-        if config.weight:
+        if config.weight and inputs.aligned:
             options = {"kind": config.correspondence, "cycle_threshold": config.cycle_threshold}
             matches = match_layers(self.model, batch, **options)
-        inputs = noisy_inputs(self.pipeline, batch, config, micro_step, self.accelerator.process_index)
         output = self.prepared(*inputs.args, correspondence=matches, **inputs.kwargs)
         denoising = self.pipeline.denoising_loss(output, inputs).mean()
         if matches is None:
-            return denoising, denoising, torch.zeros_like(denoising)
+            nothing = torch.zeros_like(denoising)
+            if config.weight:  # DistributedDataParallel waits for a gradient of every parameter
+                nothing = nothing + sum(parameter.sum() * 0 for parameter in self.model.alignment_heads.parameters())
+            return denoising + nothing, denoising, nothing
         alignment = self.model.alignment_loss
         return denoising + config.weight * alignment, denoising, alignment
 
