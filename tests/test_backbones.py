@@ -1,0 +1,259 @@
+"""One table of all registered backbones and presets, and the checks that each of them has to pass."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import cameo
+from cameo.backbone import get_backbone
+from cameo.pipeline import MultiViewPipeline, TrainingInputs
+from cameo.training.correspondences import match_layers
+
+from . import backbone_checks as checks
+from .conftest import make_batch
+
+
+@dataclass(frozen=True)
+class Row:
+    """One preset, with the batch that its backbone takes.
+
+    `grids` are the token grids of the supervised layer, written out by hand; `learning_rate` is that of the batch that
+    is repeated.
+    """
+
+    backbone: str
+    preset: str
+    views: int
+    references: int
+    size: int
+    grids: checks.Grids
+    wrap: dict[str, Any] = field(default_factory=dict, hash=False)
+    options: dict[str, Any] = field(default_factory=dict, hash=False)
+
+    def __str__(self) -> str:
+        way = "-inflated" if self.wrap.get("inflate") else ""
+        return f"{self.backbone}-{self.preset}{way}"
+
+    def batch(self, samples: int = 1) -> dict[str, Any]:
+        found = make_batch(samples=samples, views=self.views, size=self.size)
+        return {**found, "num_reference_views": self.references}
+
+    def pipeline(self) -> Any:
+        return copy.deepcopy(_built(self))
+
+    def inputs(self, denoiser: nn.Module) -> TrainingInputs:
+        pipeline = _built(self)
+        return pipeline.training_inputs(
+            self.batch(),
+            generator=torch.Generator().manual_seed(5),
+            timesteps=torch.tensor([pipeline.num_train_timesteps // 2]),
+        )
+
+    def subject(self) -> checks.Subject:
+        return checks.Subject(
+            self.backbone,
+            build=lambda: self.pipeline().denoiser,
+            inputs=lambda denoiser: ((found := self.inputs(denoiser)).args, found.kwargs),
+            grids=self.grids,
+            wrap=self.wrap,
+        )
+
+
+@functools.cache
+def _built(row: Row) -> Any:
+    torch.manual_seed(0)
+    return get_backbone(row.backbone).build(row.preset, **row.options)
+
+
+TINY = [
+    Row("cat3d", "tiny", views=3, references=1, size=64, grids=((8, 8),) * 3),
+    Row("zero123plus", "tiny", views=7, references=1, size=32, grids=((8, 8),) * 7),
+    Row("mvdream", "tiny", views=4, references=0, size=32, grids=((4, 4),) * 4),
+    Row("mvdream", "imagedream-tiny", views=5, references=1, size=32, grids=((4, 4),) * 5),
+    Row("sv3d", "tiny", views=5, references=1, size=32, grids=((4, 4),) * 5),
+    Row("sv3d", "tiny", views=5, references=1, size=32, grids=((4, 4),) * 5, wrap={"inflate": True}),
+]
+SMALL = [
+    Row("cat3d", "small", views=2, references=1, size=32, grids=((4, 4),) * 2),
+]
+ROWS = [*TINY, *SMALL]
+every_row = pytest.mark.parametrize("row", ROWS, ids=str)
+every_tiny = pytest.mark.parametrize("row", TINY, ids=str)
+
+
+def test_every_backbone_and_preset_has_a_row() -> None:
+    registered = {(name, preset) for name in cameo.backbones() for preset in get_backbone(name).presets}
+    assert registered == {(row.backbone, row.preset) for row in ROWS}
+
+
+@every_row
+def test_recognises_its_own_and_refuses_others(row: Row) -> None:
+    adapter, denoiser = get_backbone(row.backbone), _built(row).denoiser
+    assert adapter.recognises(denoiser)
+    assert not adapter.recognises(nn.Linear(2, 2))
+    assert "Linear" in adapter.explain_mismatch(nn.Linear(2, 2))
+    sites = adapter.sites(denoiser)
+    assert [site.index for site in sites] == list(range(len(sites)))
+    assert 0 <= adapter.default_layer(denoiser) < len(sites)
+    assert all(isinstance(denoiser.get_submodule(site.path), nn.Module) for site in sites)
+
+
+@every_row
+def test_layers_are_listed_in_the_order_in_which_they_run(row: Row) -> None:
+    model = row.subject().wrapped()
+    order: list[str] = []
+    names = {site.path: model.base_model.get_submodule(site.path) for site in model.sites}
+    for path, module in names.items():
+        module.register_forward_pre_hook(lambda *_, path=path: order.append(path))
+    inputs = row.inputs(model.base_model)
+    model(*inputs.args, **inputs.kwargs)
+    passes = len(order) // len(names)  # Zero123++ runs each layer twice
+    assert order == list(names) * passes
+
+
+@every_row
+def test_grids_are_those_of_the_model(row: Row) -> None:
+    model = row.subject().wrapped()
+    assert model.token_grids(row.size, row.size, row.views) == row.grids
+
+
+@every_row
+def test_example_inputs_are_repeatable_and_run(row: Row) -> None:
+    adapter, denoiser = get_backbone(row.backbone), row.pipeline().denoiser
+    (args, kwargs), (again, _) = adapter.example_inputs(denoiser, seed=3), adapter.example_inputs(denoiser, seed=3)
+    assert checks.same([args[0]], [again[0]])
+    assert not checks.same([args[0]], [adapter.example_inputs(denoiser, seed=4)[0][0]])
+    with torch.no_grad():
+        assert checks.same(checks.run(denoiser, (args, kwargs)), checks.run(denoiser, (args, kwargs)))
+
+
+@every_row
+def test_the_output_is_untouched(row: Row) -> None:
+    checks.check_output_is_untouched(row.subject())
+
+
+@every_row
+def test_the_gradient_reaches_what_it_should(row: Row) -> None:
+    checks.check_gradient(row.subject())
+
+
+@every_tiny
+def test_a_deepcopy_stands_on_its_own(row: Row) -> None:
+    checks.check_copies(row.subject())
+
+
+@every_tiny
+def test_one_batch_is_overfitted_with_lora_alone(row: Row) -> None:
+    checks.check_lora_overfits(row.subject())
+
+
+@every_tiny
+def test_lora_is_saved_and_loaded_bit_for_bit(row: Row, tmp_path: Path) -> None:
+    checks.check_lora_round_trip(row.subject(), tmp_path / "lora")
+
+
+@every_tiny
+def test_gradient_checkpointing_changes_nothing(row: Row) -> None:
+    gradients = []
+    for checkpointing in (False, True):
+        model = row.subject().wrapped(head="mean").train()
+        if checkpointing:
+            model.base_model.enable_gradient_checkpointing()
+        inputs = (found := row.inputs(model.base_model)).args, found.kwargs
+        checks.run(model, inputs, correspondence=checks.matches_for(model, row.grids))
+        model.alignment_loss.backward()
+        gradients.append({n: p.grad for n, p in model.base_model.named_parameters() if p.grad is not None})
+    plain, recomputed = gradients
+    assert plain.keys() == recomputed.keys()
+    for name, gradient in plain.items():
+        torch.testing.assert_close(recomputed[name], gradient, rtol=1e-5, atol=1e-7, msg=name)
+
+
+def losses(row: Row, pipeline: MultiViewPipeline, **options: Any) -> tuple[Tensor, Any]:
+    model = cameo.wrap(pipeline.denoiser, row.backbone, **row.wrap)
+    batch = row.batch(samples=2)
+    inputs = pipeline.training_inputs(batch, generator=torch.Generator().manual_seed(1), **options)
+    output = model(*inputs.args, **inputs.kwargs, correspondence=match_layers(model, batch))
+    return pipeline.denoising_loss(output, inputs) + model.weight * model.alignment_loss, (inputs, output)
+
+
+@every_row
+def test_a_training_step_of_all_weights(row: Row) -> None:
+    pipeline = row.pipeline()
+    loss, _ = losses(row, pipeline)
+    assert loss.shape == (2,)
+    loss.mean().backward()
+    for name, parameter in pipeline.denoiser.named_parameters():
+        assert parameter.grad is not None, name
+        assert torch.isfinite(parameter.grad).all(), name
+
+
+@every_tiny
+def test_training_inputs_follow_the_protocol(row: Row) -> None:
+    pipeline, batch = row.pipeline(), row.batch(samples=2)
+    shape = pipeline.latent_shape(batch["images"].shape)
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(2))
+    last = pipeline.num_train_timesteps - 1
+    inputs = pipeline.training_inputs(batch, noise=noise, timesteps=torch.tensor([3, last]))
+    assert inputs.noisy.shape == inputs.target.shape == shape
+    assert inputs.timesteps.tolist() == [3, last]
+    assert inputs.loss_views.shape == (row.views,)
+    assert inputs.loss_views[row.references :].all()
+    assert inputs.aligned
+    with torch.no_grad():
+        output = pipeline.denoiser(*inputs.args, **inputs.kwargs)
+    images = pipeline.predict_clean(output, inputs)
+    assert images.shape == batch["images"].shape
+    assert 0 <= images.min() <= images.max() <= 1
+    seeded = [pipeline.training_inputs(batch, generator=torch.Generator().manual_seed(4)) for _ in range(2)]
+    assert torch.equal(seeded[0].noisy, seeded[1].noisy)
+    assert torch.equal(seeded[0].timesteps, seeded[1].timesteps)
+
+
+@every_tiny
+def test_a_perfect_prediction_has_no_loss_and_gives_the_images_back(row: Row) -> None:
+    pipeline, batch = row.pipeline(), row.batch()
+    inputs = pipeline.training_inputs(batch, timesteps=torch.tensor([pipeline.num_train_timesteps // 3]))
+    pipeline.prediction = lambda output, inputs: inputs.target
+    assert float(pipeline.denoising_loss(None, inputs)) == 0
+    images = pipeline.predict_clean(None, inputs)
+    targets = images[:, row.references :], batch["images"][:, row.references :]
+    torch.testing.assert_close(*targets, rtol=0, atol=2e-5)  # float32 through noising and back
+
+
+@every_tiny
+def test_two_samples_from_one_seed_are_identical(row: Row) -> None:
+    pipeline, batch = row.pipeline(), row.batch()
+    draw = [
+        pipeline.sample(batch, num_inference_steps=2, generator=torch.Generator().manual_seed(seed))
+        for seed in (1, 1, 2)
+    ]
+    assert draw[0].shape == (1, row.views - row.references, 3, row.size, row.size)
+    assert torch.isfinite(draw[0]).all()
+    assert torch.equal(draw[0], draw[1])
+    assert not torch.equal(draw[0], draw[2])
+
+
+@every_tiny
+def test_a_saved_pipeline_loads_again(row: Row, tmp_path: Path) -> None:
+    pipeline, adapter = row.pipeline(), get_backbone(row.backbone)
+    pipeline.save_pretrained(str(tmp_path))
+    again = adapter.load(str(tmp_path))
+    assert adapter.recognises(again.denoiser)
+    with torch.no_grad():
+        inputs = (found := row.inputs(pipeline.denoiser)).args, found.kwargs
+        assert checks.same(checks.run(again.denoiser, inputs), checks.run(pipeline.denoiser, inputs))
+    batch = row.batch()
+    drawn = [
+        one.sample(batch, num_inference_steps=2, generator=torch.Generator().manual_seed(1))
+        for one in (pipeline, again)
+    ]
+    assert torch.equal(*drawn)
