@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -10,7 +9,8 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from cameo.adapters.released import RELEASED
+from cameo.adapters.released import licence_of, revision_of
+from cameo.adapters.unet_layers import default_layer_index, level_of, self_attentions
 from cameo.backbone import Backbone
 from cameo.capture import AttentionSite
 from cameo.errors import DataError, unknown_name
@@ -18,9 +18,6 @@ from cameo.layout import TokenLayout
 
 __all__ = ["BUNDLED", "Cat3D"]
 
-SELF_ATTENTION = re.compile(
-    r"(down_blocks|mid_block|up_blocks)(?:\.(\d+))?\.attentions\.(\d+)\.transformer_blocks\.(\d+)\.attn1"
-)
 BUNDLED = "bundled:cat3d-tiny"
 _WEIGHTS = Path(__file__).parent / "weights"
 
@@ -53,14 +50,14 @@ class Cat3D(Backbone):
 
     def recognises(self, model: nn.Module) -> bool:
         """Whether the self-attentions of a U-Net with SD's block names join the views."""
-        return bool(self._self_attentions(model)) and all(
+        return bool(self_attentions(model)) and all(
             getattr(getattr(attention, "processor", None), "join", False)
-            for attention in self._self_attentions(model).values()
+            for attention in self_attentions(model).values()
         )
 
     def explain_mismatch(self, model: nn.Module) -> str:
         """Name the missing blocks or the missing inflation."""
-        if self._self_attentions(model):
+        if self_attentions(model):
             return (
                 f"the self-attentions of this {type(model).__name__} see one view at a time. "
                 "Call cameo.adapters.cat3d_pipeline.inflate(unet) first, or build a Cat3DPipeline around it"
@@ -75,18 +72,16 @@ class Cat3D(Backbone):
         """All self-attentions in execution order: down, mid, up."""
         layout = TokenLayout("b (v h w)")
         found = []
-        for index, (path, attention) in enumerate(self._self_attentions(model).items()):
+        for index, (path, attention) in enumerate(self_attentions(model).items()):
             latent_stride = getattr(attention.processor, "latent_stride", None)
-            stride = latent_stride * 2 ** self._level(model, path) if latent_stride else None
-            heads = int(attention.heads)  # type: ignore[arg-type]
+            stride = latent_stride * 2 ** level_of(model, path) if latent_stride else None
+            heads = int(attention.heads)
             found.append(AttentionSite(index, path, heads, layout, stride))
         return found
 
     def default_layer(self, model: nn.Module) -> int:
         """First attention of the up block one level below full resolution (SD 2.1: 10, the paper's best layer)."""
-        wanted = f"up_blocks.{max(len(model.up_blocks) - 2, 0)}.attentions.0."  # type: ignore[arg-type]
-        sites = self.sites(model)
-        return next((site.index for site in sites if site.path.startswith(wanted)), len(sites) - 1)
+        return default_layer_index(model, self_attentions(model))
 
     def example_inputs(self, model: nn.Module, *, seed: int = 0) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """One sample of two views with 8x8 latent cells."""
@@ -164,8 +159,7 @@ class Cat3D(Backbone):
                 known = [f"bundled:{path.name}" for path in _WEIGHTS.glob("*") if path.is_dir()]
                 raise unknown_name("bundled weights", name_or_path, known)
             return Cat3DPipeline.from_pretrained(str(folder), **options)
-        if revision is None and name_or_path in RELEASED:
-            revision = RELEASED[name_or_path].revision
+        revision = revision or revision_of(name_or_path)
         kind = DiffusionPipeline.load_config(name_or_path, revision=revision).get("_class_name")
         if kind == "Cat3DPipeline":
             return Cat3DPipeline.from_pretrained(name_or_path, revision=revision, **options)
@@ -175,30 +169,13 @@ class Cat3D(Backbone):
             f"{name_or_path}: holds a {kind}; cat3d starts from a Cat3DPipeline or a StableDiffusionPipeline"
         )
 
-    def licence(self, name_or_path: str | None) -> str | None:
+    def licence(self, name_or_path: str | None) -> str | Mapping[str, str] | None:
         """Licence of the bundled base and of the releases listed in `cameo.adapters.released`."""
-        if name_or_path == BUNDLED or (name_or_path or "").startswith("preset:"):
-            return "apache-2.0"
-        return RELEASED[name_or_path].licence if name_or_path in RELEASED else None
+        return "apache-2.0" if name_or_path == BUNDLED else licence_of(name_or_path)
 
-    @staticmethod
-    def _self_attentions(model: nn.Module) -> dict[str, nn.Module]:
-        order = {"down_blocks": 0, "mid_block": 1, "up_blocks": 2}
-        found = []
-        for path, module in model.named_modules():
-            if match := SELF_ATTENTION.fullmatch(path):
-                part, *numbers = match.groups()
-                found.append(((order[part], *(int(number or 0) for number in numbers)), path, module))
-        return {path: module for _, path, module in sorted(found, key=lambda entry: entry[0])}
-
-    @staticmethod
-    def _level(model: nn.Module, path: str) -> int:
-        levels = len(model.down_blocks)  # type: ignore[arg-type]
-        part, _, rest = path.partition(".")
-        if part == "mid_block":
-            return levels - 1
-        block = int(rest.split(".")[0])
-        return block if part == "down_blocks" else levels - 1 - block
+    def revision(self, name_or_path: str | None) -> str | None:
+        """Revision of the releases listed in `cameo.adapters.released`."""
+        return revision_of(name_or_path)
 
 
 def noise_schedule(prediction_type: str = "v_prediction", *, zero_terminal_snr: bool = True) -> Any:

@@ -75,7 +75,7 @@ def _built(row: Row) -> Any:
 
 TINY = [
     Row("cat3d", "tiny", views=3, references=1, size=64, grids=((8, 8),) * 3),
-    Row("zero123plus", "tiny", views=7, references=1, size=32, grids=((8, 8),) * 7),
+    Row("zero123plus", "tiny", views=7, references=1, size=32, grids=((6, 6), *((4, 4),) * 6)),
     Row("mvdream", "tiny", views=4, references=0, size=32, grids=((4, 4),) * 4),
     Row("mvdream", "imagedream-tiny", views=5, references=1, size=32, grids=((4, 4),) * 5),
     Row("sv3d", "tiny", views=5, references=1, size=32, grids=((4, 4),) * 5),
@@ -83,6 +83,15 @@ TINY = [
 ]
 SMALL = [
     Row("cat3d", "small", views=2, references=1, size=32, grids=((4, 4),) * 2),
+    Row(
+        "zero123plus",
+        "small",
+        views=7,
+        references=1,
+        size=32,
+        grids=((6, 6), *((4, 4),) * 6),
+        options={"reference_size": 48},
+    ),
 ]
 ROWS = [*TINY, *SMALL]
 every_row = pytest.mark.parametrize("row", ROWS, ids=str)

@@ -1,0 +1,239 @@
+"""Adapter for Zero123++: six tiled views whose self-attentions also read a reference image."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from cameo.adapters.released import licence_of, revision_of
+from cameo.adapters.unet_layers import checkpoints_reentrantly, default_layer_index, level_of, self_attentions
+from cameo.backbone import Backbone
+from cameo.capture import AttentionSite
+from cameo.errors import DataError, unknown_name
+from cameo.layout import TokenLayout
+
+__all__ = ["Zero123Plus"]
+
+LATENT_STRIDE = 8  # of Stable Diffusion's VAE, on which the releases are built
+
+
+class Zero123Plus(Backbone):
+    """One canvas of three rows and two columns of views; the reference view's tokens are keys only.
+
+    In correspondences and batches the reference is view 0 and the views of the canvas are 1 to 6, row by row. Matches
+    from these six, also to the reference, are supervised; the reference asks for none. Each layer runs twice in a
+    forward, over the reference and over the canvas; the second run counts.
+
+    Recognised are `ReferenceUNet`, the published `RefOnlyNoisedUNet`, and a U-Net with the processors of
+    `set_reference_processors`. Presets: `tiny` (pixel space, 32 px views, CPU), `small` (pixel space, 128 px views,
+    one GPU).
+    """
+
+    name = "zero123plus"
+    pipeline_tag = "image-to-3d"
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "tiny": {
+            "image_size": 32,
+            "reference_size": 48,
+            "block_out_channels": (32, 64),
+            "attention_levels": (False, True),
+            "heads": 4,
+            "norm_num_groups": 16,
+        },
+        "small": {
+            "image_size": 128,
+            "reference_size": 192,
+            "block_out_channels": (128, 256, 384),
+            "attention_levels": (False, True, True),
+            "heads": 8,
+            "layers_per_block": 2,
+        },
+    }
+
+    def recognises(self, model: nn.Module) -> bool:
+        """Whether all self-attentions of a U-Net with SD's block names read references."""
+        from cameo.adapters.zero123plus_unet import reads_references
+
+        found = self._attentions(model).values()
+        return bool(found) and all(reads_references(getattr(attention, "processor", None)) for attention in found)
+
+    def explain_mismatch(self, model: nn.Module) -> str:
+        """Name the missing blocks or the missing processors."""
+        if self._attentions(model):
+            return (
+                f"the self-attentions of this {type(model).__name__} read no reference image. Build a "
+                "Zero123PlusPipeline around the U-Net, call pipeline.prepare() on the published pipeline, or "
+                "cameo.adapters.zero123plus_unet.set_reference_processors(unet)"
+            )
+        return (
+            f"{type(model).__name__} has no modules named like "
+            "down_blocks.0.attentions.0.transformer_blocks.0.attn1. Pass the U-Net (pipeline.unet), or the published "
+            "RefOnlyNoisedUNet around it"
+        )
+
+    def sites(self, model: nn.Module) -> list[AttentionSite]:
+        """All self-attentions in execution order: down, mid, up; 16 in the releases."""
+        layout = TokenLayout("b (r h c w)", key="b (r h c w + h' w')", references_last=1, r=3, c=2)
+        found = []
+        for index, (path, attention) in enumerate(self._attentions(model).items()):
+            processor = attention.processor
+            stride = getattr(processor, "latent_stride", LATENT_STRIDE) * 2 ** level_of(model, path)
+            heads = int(attention.heads)  # type: ignore[arg-type]
+            size = _reference_size(processor)
+            found.append(AttentionSite(index, path, heads, layout, stride, reference_size=size))
+        return found
+
+    def default_layer(self, model: nn.Module) -> int:
+        """First attention of the up block one level below full resolution: 10 of 16 in the releases."""
+        return default_layer_index(model, self._attentions(model))
+
+    def hazard(self, model: nn.Module) -> str | None:
+        """Gradient checkpointing with the published processors, or with a reentrant function."""
+        from cameo.adapters.zero123plus_unet import is_published
+
+        if not any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+            return None
+        if any(is_published(getattr(attention, "processor", None)) for attention in self._attentions(model).values()):
+            return (
+                "gradient checkpointing: the published attention processors remove a reference when they read it, so "
+                "the recomputation in the backward would end in a KeyError. Call "
+                "cameo.adapters.zero123plus_unet.keep_references(model), or disable gradient checkpointing"
+            )
+        if checkpoints_reentrantly(model):
+            return (
+                "gradient checkpointing: its function is reentrant, which runs both passes without a graph, so the "
+                "alignment loss and the pass over the reference would train nothing. Call "
+                "unet.enable_gradient_checkpointing() without a function, or give one with use_reentrant=False"
+            )
+        return None
+
+    def example_inputs(self, model: nn.Module, *, seed: int = 0) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """One sample of 8x8 latent cells per view, with its reference at the size that the layers expect."""
+        from cameo.adapters.zero123plus_unet import ReferenceUNet
+
+        unet = model.get_submodule(self._prefix(model))
+        config, parameter = unet.config, next(unet.parameters())
+        generator = torch.Generator().manual_seed(seed)
+        processor = next(iter(self._attentions(model).values())).processor
+        stride = getattr(processor, "latent_stride", LATENT_STRIDE)
+        height, width = (side // stride for side in _reference_size(processor))
+        channels = int(config.in_channels)  # type: ignore[union-attr,arg-type]
+
+        def draw(*shape: int) -> torch.Tensor:
+            return torch.randn(shape, generator=generator).to(parameter)
+
+        canvas, reference = draw(1, channels, 24, 16), draw(1, channels, height, width)
+        noise = draw(*reference.shape)
+        context = draw(1, 1, int(config.cross_attention_dim))  # type: ignore[union-attr,arg-type]
+        args = (canvas, torch.tensor([500], device=parameter.device), context)
+        if unet is not model or isinstance(model, ReferenceUNet):
+            return args, {"cross_attention_kwargs": {"cond_lat": reference, "cond_noise": noise}}
+        stored: dict[str, torch.Tensor] = {}
+        with torch.no_grad():
+            model(reference, *args[1:], cross_attention_kwargs={"mode": "w", "ref_dict": stored})
+        return args, {"cross_attention_kwargs": {"mode": "r", "ref_dict": stored}}
+
+    def build(self, preset: str = "tiny", **options: Any) -> Any:
+        """Build a pipeline with fresh weights, in pixel space and without encoders.
+
+        Args:
+            preset: "tiny" or "small".
+            **options: override a preset's values: `image_size` and `reference_size` (pixels), `patch_size`,
+                `block_out_channels`, `attention_levels` (per resolution, finest first), `layers_per_block`, `heads`,
+                `norm_num_groups`.
+        """
+        from diffusers import UNet2DConditionModel
+
+        from cameo.adapters.zero123plus_pipeline import Zero123PlusPipeline
+
+        if preset not in self.presets:
+            raise unknown_name("preset of zero123plus", preset, self.presets)
+        values: dict[str, Any] = {
+            "patch_size": 4,
+            "layers_per_block": 1,
+            "norm_num_groups": 32,
+            **self.presets[preset],
+        }
+        for name in options:
+            if name not in values:
+                raise unknown_name("option of zero123plus", name, values)
+        values.update(options)
+        widths, attends = tuple(values["block_out_channels"]), tuple(values["attention_levels"])
+        if len(widths) != len(attends):
+            raise ValueError(f"attention_levels: expected one flag per width {widths}, got {attends}")
+        cell, channels = values["image_size"] // values["patch_size"], 3 * values["patch_size"] ** 2
+        unet = UNet2DConditionModel(
+            sample_size=(3 * cell, 2 * cell),
+            in_channels=channels,
+            out_channels=channels,
+            block_out_channels=widths,
+            layers_per_block=values["layers_per_block"],
+            down_block_types=tuple("CrossAttnDownBlock2D" if on else "DownBlock2D" for on in attends),
+            up_block_types=tuple("CrossAttnUpBlock2D" if on else "UpBlock2D" for on in reversed(attends)),
+            attention_head_dim=values["heads"],  # diffusers' historical name for the number of heads
+            cross_attention_dim=8,
+            norm_num_groups=values["norm_num_groups"],
+            use_linear_projection=True,
+        )
+        return Zero123PlusPipeline(
+            unet, euler_ancestral(), reference_size=values["reference_size"], patch_size=values["patch_size"]
+        )
+
+    def load(self, name_or_path: str, *, revision: str | None = None, **options: Any) -> Any:
+        """Load a saved `Zero123PlusPipeline` or a release; code in the repository is not run.
+
+        Args:
+            name_or_path: Hub id or folder in diffusers layout.
+            revision: commit, tag or branch of a Hub id; default the one in `cameo.adapters.released`.
+            **options: passed to `from_pretrained`, such as `torch_dtype` or another `unet`.
+        """
+        from diffusers import DiffusionPipeline
+
+        from cameo.adapters.zero123plus_pipeline import Zero123PlusPipeline
+
+        revision = revision or revision_of(name_or_path)
+        settings = DiffusionPipeline.load_config(name_or_path, revision=revision)
+        kind = settings.get("_class_name")
+        if kind != "Zero123PlusPipeline":
+            raise DataError(f"{name_or_path}: holds a {kind}; zero123plus starts from a Zero123PlusPipeline")
+        pipeline = Zero123PlusPipeline.from_pretrained(name_or_path, revision=revision, **options)
+        if "reference_size" not in settings:  # a release: its instructions set this spacing after loading
+            pipeline.scheduler = type(pipeline.scheduler).from_config(
+                pipeline.scheduler.config, timestep_spacing="trailing"
+            )
+        return pipeline
+
+    def licence(self, name_or_path: str | None) -> str | Mapping[str, str] | None:
+        """Licence of the releases listed in `cameo.adapters.released`."""
+        return licence_of(name_or_path)
+
+    def revision(self, name_or_path: str | None) -> str | None:
+        """Revision of the releases listed in `cameo.adapters.released`."""
+        return revision_of(name_or_path)
+
+    @staticmethod
+    def _prefix(model: nn.Module) -> str:
+        """Name of the U-Net in the published wrapper, or nothing for a U-Net."""
+        return "" if self_attentions(model) else "unet"
+
+    def _attentions(self, model: nn.Module) -> dict[str, nn.Module]:
+        return self_attentions(model, prefix=self._prefix(model))
+
+
+def euler_ancestral() -> Any:
+    """Sampler of the releases, with the spacing of time steps that their instructions set."""
+    from diffusers import EulerAncestralDiscreteScheduler
+
+    from cameo.adapters.zero123plus_unet import noise_schedule
+
+    settings = noise_schedule().config
+    return EulerAncestralDiscreteScheduler.from_config(settings, timestep_spacing="trailing")
+
+
+def _reference_size(processor: Any) -> tuple[int, int]:
+    from cameo.adapters.zero123plus_unet import RELEASED_REFERENCE_SIZE
+
+    return getattr(processor, "reference_size", RELEASED_REFERENCE_SIZE)

@@ -1,0 +1,59 @@
+"""Whether the cameras of a batch are the fixed poses that a Zero123++ release generates.
+
+The network is told no cameras: where its six views are, it has learnt. The poses themselves are in `cameo.data.rigs`.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from cameo.errors import ShapeError, unknown_name
+from cameo.geometry import spherical_angles
+
+__all__ = ["RIG_NAMES", "pose_error", "same_poses"]
+
+RIG_NAMES = ("zero123plus-v1.1", "zero123plus-v1.2")
+
+
+def pose_error(extrinsics: Tensor, rig: str, *, up: Tensor | None = None) -> float:
+    """Return the largest deviation in degrees of azimuth or elevation from a rig, over all samples and views.
+
+    Example:
+        >>> import numpy as np, torch
+        >>> from cameo.data.rigs import rig_cameras
+        >>> _, extrinsics = rig_cameras("zero123plus-v1.2", np.random.default_rng(0), (64, 64))
+        >>> extrinsics = torch.as_tensor(extrinsics)[None]
+        >>> pose_error(extrinsics, "zero123plus-v1.2") < 0.01, round(pose_error(extrinsics, "zero123plus-v1.1"), 2)
+        (True, 10.0)
+
+    Args:
+        extrinsics: world to camera, `[B, 7, 4, 4]`, with the object at the origin; view 0 is the input.
+        rig: one of `RIG_NAMES`.
+        up: up direction of the world, `[3]` or `[B, 3]`; default z.
+
+    Raises:
+        ShapeError: for another number of views.
+        ValueError: for an unknown rig.
+    """
+    from cameo.data.rigs import RIGS
+
+    if rig not in RIG_NAMES:
+        raise unknown_name("rig of zero123plus", rig, RIG_NAMES)
+    known = RIGS[rig]
+    assert known.azimuths is not None
+    assert known.elevations is not None
+    if extrinsics.ndim != 4 or extrinsics.shape[1] != known.num_views:
+        raise ShapeError("extrinsics", expected=f"[B, {known.num_views}, 4, 4]", got=extrinsics.shape)
+    samples = extrinsics.shape[0]
+    up = extrinsics.new_tensor([0.0, 0.0, 1.0]) if up is None else up
+    centre = extrinsics.new_zeros(samples, 3)
+    azimuth, elevation, _ = spherical_angles(extrinsics.double(), centre, up.to(extrinsics).expand(samples, 3))
+    turn = (azimuth - azimuth[:, :1] - azimuth.new_tensor(known.azimuths) + 180) % 360 - 180
+    fixed = [view for view, value in enumerate(known.elevations) if value is not None]
+    lift = elevation[:, fixed] - elevation.new_tensor([value for value in known.elevations if value is not None])
+    return max(float(turn.abs().max()), float(lift.abs().max()))
+
+
+def same_poses(extrinsics: Tensor, *, up: Tensor | None = None, tolerance: float = 2.0) -> str | None:
+    """Name of the release whose poses these cameras have within `tolerance` degrees, or None."""
+    return next((rig for rig in RIG_NAMES if pose_error(extrinsics, rig, up=up) <= tolerance), None)
