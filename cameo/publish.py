@@ -105,8 +105,13 @@ def _same_processors(base: Any, again: Any) -> Iterator[None]:
 
 def _evaluate(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     modes = {one: one.training for one in module.modules()}
+    given = next(module.parameters()).device
     try:
-        return module.eval()(*args, **kwargs)
+        with torch.random.fork_rng(devices=[given] if given.type == "cuda" else []):
+            torch.manual_seed(0)  # some models draw noise in their forward (Zero123++, on its reference)
+            return module.eval()(
+                *copy.deepcopy(args), **copy.deepcopy(kwargs)
+            )  # or write into their input (ImageDream)
     finally:
         for one, mode in modes.items():
             one.training = mode

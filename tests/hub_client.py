@@ -5,6 +5,7 @@ Run as `python -m tests.hub_client FOLDER`; writes what happened in each step to
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import sys
@@ -21,6 +22,15 @@ import cameo
 from cameo.backbone import get_backbone
 from tests.hub_server import READ_TOKEN, WRONG_TOKEN
 
+# A LoRA of each is pushed: its backbone, its preset and the options of `cameo.wrap`.
+PRESETS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "cat3d": ("cat3d", "tiny", {}),
+    "mvdream": ("mvdream", "tiny", {}),
+    "imagedream": ("mvdream", "imagedream-tiny", {}),
+    "sv3d": ("sv3d", "tiny", {}),
+    "sv3d-inflated": ("sv3d", "tiny", {"inflate": True}),
+    "zero123plus": ("zero123plus", "tiny", {}),
+}
 steps: dict[str, Any] = {}
 
 
@@ -35,8 +45,8 @@ def step(name: str, action: Callable[[], Any]) -> Any:
     return result
 
 
-def output(model: torch.nn.Module) -> torch.Tensor:
-    args, kwargs = get_backbone("cat3d").example_inputs(model)
+def output(model: torch.nn.Module, backbone: str = "cat3d") -> torch.Tensor:
+    args, kwargs = get_backbone(backbone).example_inputs(model)
     with torch.no_grad():
         return model.eval()(*args, **kwargs).sample
 
@@ -79,6 +89,21 @@ def main(folder: Path) -> None:
     step("load unknown branch", lambda: cameo.from_pretrained("painter/rooms", revision="v3"))
     step("load unknown", lambda: cameo.from_pretrained("painter/nowhere"))
     step("other format", lambda: full.push_to_hub("painter/rooms", pipeline=pipeline, licence="openrail"))
+
+    for name, (backbone, preset, options) in PRESETS.items():
+        torch.manual_seed(0)
+        unet = get_backbone(backbone).build(preset).denoiser
+        fresh = copy.deepcopy(unet)
+        unet.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_k"], init_lora_weights=False))
+        model = cameo.wrap(unet, backbone=backbone, **options)
+        model.cameo_config.base_model = f"preset:{preset}"
+        step(f"push {name}", lambda model=model, name=name: model.push_to_hub(f"painter/preset-{name}"))
+        back = step(
+            f"load {name}",
+            lambda fresh=fresh, name=name: cameo.from_pretrained(f"painter/preset-{name}", base_model=fresh),
+        )
+        outputs = [output(one.unwrap(), backbone) for one in (back, model)]
+        step(f"{name} comes back", lambda outputs=outputs: torch.equal(*outputs))
 
     step("commit fails", lambda: lora.push_to_hub("painter/rooms-broken"))
     step("invalid licence", lambda: lora.push_to_hub("painter/other", licence="other"))

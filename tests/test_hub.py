@@ -29,6 +29,7 @@ from cameo.config import CONFIG_NAME, CameoConfig
 from cameo.errors import DataError
 from cameo.licence import find_licence, hub_id
 from cameo.publish import verify
+from tests import hub_client
 from tests.hub_server import OWNER, WRITE_TOKEN, WRONG_TOKEN, LoopbackHub
 
 ADAPTER = get_backbone("cat3d")
@@ -656,6 +657,14 @@ class TestPush:
     def test_round_trip(self, hub, name):
         assert hub.steps[name] == {"value": True}
 
+    @pytest.mark.parametrize("name", hub_client.PRESETS)
+    def test_a_lora_of_every_backbone(self, hub, name):
+        assert hub.steps[f"push {name}"]["value"] == f"{hub.endpoint}/{OWNER}/preset-{name}", hub.steps[f"push {name}"]
+        assert hub.steps[f"{name} comes back"] == {"value": True}
+        card = hub.files(f"{OWNER}/preset-{name}")["README.md"].decode()
+        assert "license: apache-2.0" in card
+        assert ("Inference differs from the base model" in card) == (name == "sv3d-inflated")
+
     def test_urls(self, hub):
         urls = [hub.steps[name]["value"] for name in ("full", "lora", "branch", "pull request")]
         repositories = ["base", "rooms", "rooms", "rooms/discussions/1"]
@@ -713,7 +722,8 @@ class TestPush:
         assert text in hub.steps[name]["text"]
 
     def test_nothing_is_created_by_a_refused_push(self, hub):
-        assert set(hub.repositories) == {"painter/base", "painter/rooms", "painter/rooms-broken"}
+        painted = {name for name in hub.repositories if "/preset-" not in name}
+        assert painted == {"painter/base", "painter/rooms", "painter/rooms-broken"}
 
     def test_tokens_are_never_shown(self, hub):
         assert WRITE_TOKEN not in hub.output

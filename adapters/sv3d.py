@@ -1,0 +1,270 @@
+"""Adapter for SV3D: video U-Nets in which a query of the temporal attention sees its own cell in every frame."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from cameo.adapters import joined_frames
+from cameo.adapters.released import RELEASED
+from cameo.adapters.sgm_video_unet import (
+    checkpoint_hazard,
+    resolution_levels,
+    use_non_reentrant_checkpointing,
+    video_attentions,
+)
+from cameo.adapters.unet_layers import level_of, self_attentions
+from cameo.backbone import Backbone
+from cameo.capture import AttentionSite
+from cameo.errors import DataError, unknown_name
+from cameo.layout import TokenLayout
+
+__all__ = ["SV3D", "use_non_reentrant_checkpointing"]
+
+TEMPORAL, JOINED = "(b h w) v", "b (v h w)"
+SVD_NUMBERS = 3  # frame rate, motion bucket, noise on the condition image: 256 features each
+RELEASED_STRIDE = 8  # of Stable Diffusion's VAE, the one that all released weights were trained with
+
+
+@dataclass(frozen=True)
+class _Layers:
+    """Attentions of one kind in execution order, and how often the latents were halved there."""
+
+    modules: dict[str, nn.Module]
+    levels: list[int]
+
+
+class SV3D(Backbone):
+    """An orbit around an object, from one image: all frames denoised together, the conditioning frame last.
+
+    Recognises diffusers' `UNetSpatioTemporalConditionModel`, `SV3DUNet` and SGM's `VideoUNet`. The layers are the
+    temporal attentions, which see one token of each frame; `inflate=True` offers the spatial ones instead and joins
+    the frames in them.
+
+    Stable Video Diffusion has the same classes, but its conditioning frame is the first. A model is taken for Stable
+    Video Diffusion if its added embedding takes three numbers (768 features), for SV3D otherwise (256 or 1280).
+
+    Presets, in pixel space: `tiny` (32 px, CPU), `small` (64 px, one GPU).
+    """
+
+    name = "sv3d"
+    pipeline_tag = "image-to-3d"
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "tiny": {
+            "image_size": 32,
+            "block_out_channels": (32, 64),
+            "attention_levels": (False, True),
+            "heads": 4,
+            "layers_per_block": 1,
+            "embed_dim": 32,
+        },
+        "small": {
+            "image_size": 64,
+            "block_out_channels": (128, 256, 384),
+            "attention_levels": (False, True, True),
+            "heads": 8,
+            "layers_per_block": 2,
+            "embed_dim": 128,
+        },
+    }
+
+    def recognises(self, model: nn.Module) -> bool:
+        """Whether the model has temporal attentions beside its spatial ones, under the names of diffusers or SGM."""
+        return bool(self._layers(model, temporal=True).modules)
+
+    def explain_mismatch(self, model: nn.Module) -> str:
+        """Name the modules that are missing."""
+        return (
+            f"{type(model).__name__} has no modules named like "
+            "down_blocks.0.attentions.0.temporal_transformer_blocks.0.attn1 (diffusers) or "
+            "input_blocks.1.1.time_stack.0.attn1 (SGM). Pass the U-Net itself (pipeline.unet), a "
+            "UNetSpatioTemporalConditionModel or a VideoUNet"
+        )
+
+    def sites(self, model: nn.Module) -> list[AttentionSite]:
+        """List the temporal attentions in execution order; a query sees its own cell in every frame."""
+        return self._sites(model, temporal=True)
+
+    def inflatable(self, model: nn.Module) -> list[AttentionSite]:
+        """List the spatial self-attentions in execution order, with their layout once the frames are joined."""
+        return self._sites(model, temporal=False)
+
+    def inflate(self, model: nn.Module, path: str) -> None:
+        """Join the frames in a spatial self-attention; an `SV3DUNet` keeps that in its config."""
+        joined_frames.inflate(model, path)
+        config = getattr(model, "config", None)
+        if config is not None and "joined_layers" in config and path not in config["joined_layers"]:
+            model.register_to_config(joined_layers=[*config["joined_layers"], path])  # type: ignore[operator]
+
+    def deflate(self, model: nn.Module, path: str) -> None:
+        """Undo `inflate`."""
+        joined_frames.deflate(model, path)
+        config = getattr(model, "config", None)
+        if config is not None and path in config.get("joined_layers", ()):
+            left = [other for other in config["joined_layers"] if other != path]
+            model.register_to_config(joined_layers=left)  # type: ignore[operator]
+
+    def hazard(self, model: nn.Module) -> str | None:
+        """SGM's reentrant gradient checkpointing, which hides the attention's queries from the loss."""
+        return checkpoint_hazard(model)
+
+    def default_layer(self, model: nn.Module) -> int:
+        """First attention of the up block one level below full resolution (10 in the released size)."""
+        layers = self._layers(model, temporal=True)
+        for index, (path, level) in enumerate(zip(layers.modules, layers.levels, strict=True)):
+            if level == 1 and re.search(r"\b(up_blocks|output_blocks)\b", path):
+                return index
+        return len(layers.levels) - 1
+
+    def example_inputs(self, model: nn.Module, *, seed: int = 0) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """One sample of three frames with 8x8 latent cells.
+
+        Raises:
+            ValueError: for a module around SGM's U-Net, whose arguments are not known.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        parameter = next(model.parameters())
+        if hasattr(model, "input_blocks"):
+            features = _embedding_width(model)
+            context = next(m for n, m in model.named_modules() if n.endswith(".attn2.to_k")).in_features
+            shapes: tuple[tuple[int, ...], ...] = ((3, int(model.in_channels), 8, 8), (3, 1, context), (3, features))  # type: ignore[arg-type]
+            sample, context, numbers = (torch.randn(shape, generator=generator).to(parameter) for shape in shapes)
+            level = torch.full((3,), 0.5).to(parameter)
+            frames = {"num_video_frames": 3, "image_only_indicator": torch.zeros(1, 3).to(parameter)}
+            return (sample, level, context, numbers), frames
+        config: Any = getattr(model, "config", None)
+        if not hasattr(model, "down_blocks") or config is None:
+            raise ValueError(f"model: expected the U-Net itself, got {type(model).__name__} around it")
+        counted = len(model.frame_features) if hasattr(model, "frame_features") else None  # type: ignore[arg-type]
+        ids = (1, 3, counted) if counted else (1, _embedding_width(model) // config.addition_time_embed_dim)
+        shapes = ((1, 3, config.in_channels, 8, 8), (1, 1, config.cross_attention_dim), ids)
+        sample, context, numbers = (torch.randn(shape, generator=generator).to(parameter) for shape in shapes)
+        return (sample, torch.tensor([0.5]).to(parameter), context, numbers), {}
+
+    def build(self, preset: str = "tiny", **options: Any) -> Any:
+        """Build a pipeline with fresh weights.
+
+        Args:
+            preset: "tiny" or "small".
+            **options: override a preset's values: `image_size`, `patch_size`, `block_out_channels` (multiples of 32),
+                `attention_levels` (per resolution, finest first), `layers_per_block`, `heads`, `embed_dim` (Fourier
+                features of one number), `camera` (False: without angles, as SV3D_u), `noise_mean`, `noise_deviation`.
+        """
+        from cameo.adapters.sv3d_pipeline import SV3DPipeline, edm_scheduler
+        from cameo.adapters.sv3d_unet import SV3DUNet
+
+        if preset not in self.presets:
+            raise unknown_name("preset of sv3d", preset, self.presets)
+        values: dict[str, Any] = {"patch_size": 4, "camera": True, "noise_mean": 0.7, "noise_deviation": 1.6}
+        values |= self.presets[preset]
+        for name in options:
+            if name not in values:
+                raise unknown_name("option of sv3d", name, values)
+        values |= options
+        widths, attends = tuple(values["block_out_channels"]), tuple(values["attention_levels"])
+        if len(widths) != len(attends):
+            raise ValueError(f"attention_levels: expected one flag per width {widths}, got {attends}")
+        if any(width % 32 for width in widths):
+            raise ValueError(f"block_out_channels: expected multiples of 32, the groups of its norms, got {widths}")
+        channels = 3 * values["patch_size"] ** 2
+        unet = SV3DUNet(
+            sample_size=values["image_size"] // values["patch_size"],
+            in_channels=2 * channels,
+            out_channels=channels,
+            block_out_channels=widths,
+            down_block_types=tuple(f"{'CrossAttn' if on else ''}DownBlockSpatioTemporal" for on in attends),
+            up_block_types=tuple(f"{'CrossAttn' if on else ''}UpBlockSpatioTemporal" for on in reversed(attends)),
+            layers_per_block=values["layers_per_block"],
+            num_attention_heads=values["heads"],
+            cross_attention_dim=32,
+            addition_time_embed_dim=values["embed_dim"],
+            projection_class_embeddings_input_dim=values["embed_dim"] * (5 if values["camera"] else 1),
+        )
+        return SV3DPipeline(
+            unet,
+            edm_scheduler(),
+            patch_size=values["patch_size"],
+            noise_mean=values["noise_mean"],
+            noise_deviation=values["noise_deviation"],
+        )
+
+    def load(self, name_or_path: str, *, revision: str | None = None, **options: Any) -> Any:
+        """Load a saved `SV3DPipeline`, weights in diffusers' layout, or a checkpoint file of SGM.
+
+        Args:
+            name_or_path: Hub id or folder of an `SV3DPipeline` or of a conversion of SV3D to diffusers
+                (chenguolin/sv3d-diffusers); or a local `.safetensors` file (stabilityai/sv3d).
+            revision: commit, tag or branch of a Hub id; default the one in `cameo.adapters.released`.
+            **options: passed to `from_pretrained`; for a checkpoint file the components `vae` and `image_encoder`.
+
+        Raises:
+            DataError: for a folder that holds something else.
+        """
+        from diffusers import DiffusionPipeline
+
+        from cameo.adapters.sv3d_pipeline import SV3DPipeline
+        from cameo.adapters.sv3d_release import from_checkpoint, from_diffusers
+
+        if Path(name_or_path).suffix == ".safetensors":
+            return from_checkpoint(name_or_path, **options)
+        if revision is None and name_or_path in RELEASED:
+            revision = RELEASED[name_or_path].revision
+        index = DiffusionPipeline.load_config(name_or_path, revision=revision)
+        if index.get("_class_name") == "SV3DPipeline":
+            return SV3DPipeline.from_pretrained(name_or_path, revision=revision, **options)
+        if "SpatioTemporal" in json.dumps(index.get("unet")):
+            return from_diffusers(name_or_path, index, revision=revision, **options)
+        raise DataError(
+            f"{name_or_path}: holds a {index.get('_class_name')} with the U-Net {index.get('unet')}; sv3d starts from "
+            "an SV3DPipeline, or a pipeline with an SV3DUNetSpatioTemporalConditionModel"
+        )
+
+    def licence(self, name_or_path: str | None) -> str | None:
+        """Licence of the releases listed in `cameo.adapters.released`, and of presets."""
+        if (name_or_path or "").startswith("preset:"):
+            return "apache-2.0"
+        return RELEASED[name_or_path].licence if name_or_path in RELEASED else None
+
+    def _sites(self, model: nn.Module, *, temporal: bool) -> list[AttentionSite]:
+        layers = self._layers(model, temporal=temporal)
+        if not layers.modules:
+            return []
+        layout = TokenLayout(TEMPORAL if temporal else JOINED, references_last=int(not _is_svd(model)))
+        config = getattr(model, "config", None)
+        latent_stride = (config or {}).get("latent_stride", RELEASED_STRIDE)
+        return [
+            AttentionSite(index, path, int(module.heads), layout, latent_stride and latent_stride * 2**level)  # type: ignore[arg-type]
+            for index, ((path, module), level) in enumerate(zip(layers.modules.items(), layers.levels, strict=True))
+        ]
+
+    @staticmethod
+    def _layers(model: nn.Module, *, temporal: bool) -> _Layers:
+        modules = self_attentions(model, blocks="temporal_transformer_blocks")
+        if modules:
+            modules = modules if temporal else self_attentions(model)
+            return _Layers(modules, [level_of(model, path) for path in modules])
+        modules = video_attentions(model, "time_stack" if temporal else "transformer_blocks")
+        return _Layers(modules, resolution_levels(model, list(modules)))
+
+
+def _embedding_width(model: nn.Module) -> int:
+    """Number of features that enter the added embedding."""
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Linear) and re.search(
+            r"(^|\.)(label_emb\.0\.0|add_embedding\.linear_1)(\.base_layer)?$", path
+        ):
+            return module.in_features
+    return 0
+
+
+def _is_svd(model: nn.Module) -> bool:
+    """Whether the added embedding takes the three numbers of Stable Video Diffusion, the conditioning frame first."""
+    each = (getattr(model, "config", None) or {}).get("addition_time_embed_dim", 256)
+    return _embedding_width(model) == SVD_NUMBERS * each

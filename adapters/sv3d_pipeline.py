@@ -1,0 +1,325 @@
+"""SV3D as a pipeline: an orbit of views from one image, on `SV3DUNet` with the noise levels of EDM.
+
+Axes: B samples, V views in the order of the batch (reference first), T = V frames in the order of the U-Net
+(reference last), C channels, h w latent cells, D channels of the image embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKLTemporalDecoder, EulerDiscreteScheduler, UNetSpatioTemporalConditionModel
+from einops import rearrange, repeat
+from torch import Tensor
+
+from cameo.adapters.latent_pipeline import LatentPipeline, reference_views
+from cameo.adapters.sv3d_unet import SV3DUNet
+from cameo.geometry import estimate_up, orbit_centre, spherical_angles
+from cameo.pipeline import TrainingInputs
+
+__all__ = ["SV3DPipeline", "edm_scheduler", "triangle_scale"]
+
+CONDITION_NOISE = 1e-5  # as published: next to nothing, but the U-Net was trained to be told
+CLIP_MEAN, CLIP_DEVIATION = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+
+class SV3DPipeline(LatentPipeline):
+    """Novel views on an orbit, from one reference view and cameras.
+
+    Example:
+        >>> from cameo.backbone import get_backbone
+        >>> pipeline = get_backbone("sv3d").build("tiny")
+        >>> batch = {
+        ...     "images": torch.rand(1, 3, 3, 32, 32),
+        ...     "extrinsics": torch.eye(4).expand(1, 3, 4, 4),
+        ...     "num_reference_views": 1,
+        ... }
+        >>> pipeline.sample(batch, num_inference_steps=2).shape
+        torch.Size([1, 2, 3, 32, 32])
+
+    Noise levels are those of EDM (arXiv 2206.00364): frames are `x = x0 + s n`, the U-Net F sees `c_in x` and
+    `c_noise = ln(s) / 4`, and the clean frames are `D = c_skip x + c_out F` with `c_skip = 1 / (s^2 + 1)`,
+    `c_out = -s / sqrt(s^2 + 1)`, `c_in = 1 / sqrt(s^2 + 1)`. The published weight of the squared error of D is
+    `(s^2 + 1) / s^2 = 1 / c_out^2`, so it is the plain squared error of F with the target
+    `(x0 - c_skip x) / c_out = (n - s x0) / sqrt(s^2 + 1)`, a velocity.
+
+    Time step t of T stands for the quantile `(t + 1/2) / T` of the log-normal distribution that noise levels are
+    drawn from, so uniform time steps give that distribution. Its parameters for SV3D are not published; the defaults
+    are those that public fine-tuning codes of Stable Video Diffusion take from its paper.
+
+    Camera angles are measured about the point that the cameras look at, and the `up` of the batch (estimated where it
+    has none): polar angle `90 - elevation`, azimuth relative to the reference view. That the azimuth grows
+    counter-clockwise seen from above is this library's convention and was not compared with the released weights.
+
+    Args:
+        unet: `SV3DUNet`; a `UNetSpatioTemporalConditionModel` with SV3D's embedding becomes one and shares its weights.
+        scheduler: for sampling, see `edm_scheduler`.
+        vae: `AutoencoderKL` or `AutoencoderKLTemporalDecoder`; None works on pixels, folded into channels.
+        image_encoder: `CLIPVisionModelWithProjection`; None gives the cross-attention zeros.
+        patch_size: side of the pixel blocks that become one latent cell, without a VAE.
+        noise_mean, noise_deviation: of the logarithm of the noise level in training.
+    """
+
+    model_cpu_offload_seq = "image_encoder->unet->vae"
+    _optional_components = ["vae", "image_encoder"]  # noqa: RUF012 - diffusers concatenates lists
+
+    def __init__(
+        self,
+        unet: UNetSpatioTemporalConditionModel,
+        scheduler: EulerDiscreteScheduler,
+        vae: Any = None,
+        image_encoder: Any = None,
+        patch_size: int = 4,
+        noise_mean: float = 0.7,
+        noise_deviation: float = 1.6,
+    ) -> None:
+        super().__init__()
+        settings = scheduler.config
+        if (settings.prediction_type, settings.get("timestep_type")) != ("v_prediction", "continuous"):
+            raise ValueError(
+                "scheduler: expected an EulerDiscreteScheduler with prediction_type='v_prediction' and "
+                f"timestep_type='continuous', got {settings.prediction_type!r} and {settings.get('timestep_type')!r}; "
+                "use cameo.adapters.sv3d_pipeline.edm_scheduler()"
+            )
+        if type(unet) is UNetSpatioTemporalConditionModel:
+            unet = SV3DUNet.from_plain(unet)
+        channels = vae.config.latent_channels if vae is not None else 3 * patch_size**2
+        if (unet.config.in_channels, unet.config.out_channels) != (2 * channels, channels):
+            raise ValueError(
+                f"unet: expected {2 * channels} input and {channels} output channels (noisy and condition latents), "
+                f"got {unet.config.in_channels} and {unet.config.out_channels}"
+            )
+        if image_encoder is not None and image_encoder.config.projection_dim != unet.config.cross_attention_dim:
+            raise ValueError(
+                f"image_encoder: expected embeddings of {unet.config.cross_attention_dim} channels, as the U-Net's "
+                f"cross-attention takes, got {image_encoder.config.projection_dim}"
+            )
+        self.register_modules(unet=unet, scheduler=scheduler, vae=vae, image_encoder=image_encoder)
+        self.register_to_config(patch_size=patch_size, noise_mean=noise_mean, noise_deviation=noise_deviation)
+        if unet.config.get("latent_stride") != self.latent_stride:
+            unet.register_to_config(latent_stride=self.latent_stride)
+
+    def noise_levels(self, timesteps: Tensor) -> Tensor:
+        """Noise level s of integer time steps, in float32.
+
+        Example:
+            >>> from cameo.backbone import get_backbone
+            >>> pipeline = get_backbone("sv3d").build("tiny", noise_mean=0.0, noise_deviation=1.0)
+            >>> [round(level, 2) for level in pipeline.noise_levels(torch.tensor([0, 158, 499, 999])).tolist()]
+            [0.04, 0.37, 1.0, 26.86]
+        """
+        quantile = (timesteps.double().cpu() + 0.5) / self.num_train_timesteps
+        normal = torch.special.ndtri(quantile)
+        return (self.config.noise_mean + self.config.noise_deviation * normal).exp().float().to(timesteps.device)
+
+    def camera_numbers(self, batch: Mapping[str, Any]) -> Tensor:
+        """What the U-Net is told of each frame: `[B, T, 3]`, for SV3D_u `[B, T, 1]` without the angles.
+
+        The noise on the condition image, the polar angle and the azimuth relative to the reference view, in radians.
+        """
+        extrinsics: Tensor = batch["extrinsics"]
+        noise = torch.full_like(extrinsics[..., 0, 0], CONDITION_NOISE)
+        if len(self.unet.frame_features) == 1:
+            return noise[..., None]
+        up = batch["up"] if batch.get("up") is not None else estimate_up(extrinsics)
+        azimuth, elevation, _ = spherical_angles(extrinsics, orbit_centre(extrinsics), up.to(extrinsics))
+        azimuth = (azimuth - azimuth[:, :1]) % 360
+        azimuth = torch.where(azimuth > 360 - 1e-3, 0, azimuth)  # no full turn by rounding
+        return _frames(torch.stack([noise, torch.deg2rad(90 - elevation), torch.deg2rad(azimuth)], dim=-1))
+
+    def image_embedding(self, images: Tensor) -> Tensor:
+        """Embed images `[B, 3, H, W]` in [0, 1] for the cross-attention, `[B, 1, D]`."""
+        if self.image_encoder is None:
+            return images.new_zeros(images.shape[0], 1, self.unet.config.cross_attention_dim)
+        side = self.image_encoder.config.image_size
+        small = F.interpolate(images, (side, side), mode="bicubic", antialias=True, align_corners=False)
+        mean, deviation = (images.new_tensor(values)[:, None, None] for values in (CLIP_MEAN, CLIP_DEVIATION))
+        pixels = (small - mean) / deviation
+        embedding = self.image_encoder(pixels.to(self.image_encoder.dtype)).image_embeds
+        return embedding[:, None].to(images)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents `[B, V, C, h, w]` to images `[B, V, 3, H, W]`, clamped to [0, 1]."""
+        if not isinstance(self.vae, AutoencoderKLTemporalDecoder):
+            return super().decode(latents)
+        flat = rearrange(self.unscale_latents(latents), "b v c h w -> (b v) c h w")
+        images = self.vae.decode(flat.to(self.vae.dtype), num_frames=latents.shape[1]).sample.to(latents.dtype)
+        images = rearrange(images, "(b v) c h w -> b v c h w", b=latents.shape[0])
+        return (self.unscale_image(images) / 2 + 0.5).clamp(0, 1)
+
+    def training_inputs(
+        self,
+        batch: Mapping[str, Any],
+        *,
+        generator: torch.Generator | None = None,
+        timesteps: Tensor | None = None,
+        noise: Tensor | None = None,
+        condition_dropout: float = 0.0,
+    ) -> TrainingInputs:
+        """Noise all views of a batch and build the U-Net's input and target.
+
+        The reference view is noised too, as every frame, and carries the loss; it is shown clean beside the frames.
+
+        Args:
+            batch: `images, extrinsics, num_reference_views` (1), optional `up`; see `cameo.data`.
+            generator: source of time steps, noise and dropout; the same seed gives the same inputs.
+            timesteps: integers `[B]`; default uniform, see `noise_levels`.
+            noise: `[B, V, C, h, w]`; default standard normal.
+            condition_dropout: probability of blanking a sample's condition latents and image embedding, for
+                classifier-free guidance.
+
+        Raises:
+            ValueError: for more than one reference view.
+        """
+        images: Tensor = batch["images"]
+        samples = images.shape[0]
+        _one_reference(batch, images.shape[1])
+        with torch.no_grad():
+            clean = self.encode(images)
+        timesteps, noise = self.draw(clean, generator, timesteps, noise)
+        blank = self.blank(samples, condition_dropout, generator, images.device)
+        with torch.no_grad():
+            shown, context = self._condition(images[:, 0], generator)
+        shown[blank], context[blank] = 0, 0
+        level = self.noise_levels(timesteps).to(clean)
+        wide = level[:, None, None, None, None]
+        noisy = clean + wide * noise
+        target = (noise - wide * clean) / (wide.square() + 1).sqrt()
+        frames = _frames(noisy / (wide.square() + 1).sqrt())
+        args = self._unet_arguments(frames, level.log() / 4, shown, context, self.camera_numbers(batch))
+        noisy[:, 0] = clean[:, 0]
+        every = torch.ones(images.shape[1], dtype=torch.bool, device=images.device)
+        return TrainingInputs(args, {}, noisy, target, every, timesteps)
+
+    def prediction(self, output: Any, inputs: TrainingInputs) -> Tensor:
+        """Views of the U-Net's output, `[B, V, C, h, w]`."""
+        return _views(output.sample)
+
+    def clean_latents(self, prediction: Tensor, inputs: TrainingInputs) -> Tensor:
+        """Clean latents `[B, V, C, h, w]` that a prediction stands for; the reference view's as they came in."""
+        level = self.noise_levels(inputs.timesteps).to(prediction)[:, None, None, None, None]
+        noisy = inputs.noisy.to(prediction)
+        clean = noisy / (level.square() + 1) - level / (level.square() + 1).sqrt() * prediction
+        return torch.cat([noisy[:, :1], clean[:, 1:]], dim=1)
+
+    @torch.no_grad()
+    def sample(
+        self,
+        batch: Mapping[str, Any],
+        *,
+        num_inference_steps: int = 50,
+        guidance_scale: float = 1.0,
+        generator: torch.Generator | None = None,
+        progress: bool = False,
+    ) -> Tensor:
+        """Generate the target views by Euler steps.
+
+        Args:
+            batch: `extrinsics [B, V, 4, 4]`, `num_reference_views` (1), optional `up`, and `images [B, >= 1, 3, H, W]`,
+                of which only the first is looked at.
+            num_inference_steps: number of denoising steps.
+            guidance_scale: classifier-free guidance on the image, largest in the middle of the sequence (see
+                `triangle_scale`); the release uses 2.5, 1 switches it off.
+            generator: the same seed gives the same views.
+            progress: whether to show a progress bar.
+
+        Returns:
+            Images in [0, 1], `[B, V - 1, 3, H, W]`.
+        """
+        samples, views = batch["extrinsics"].shape[:2]
+        _one_reference(batch, views)
+        images: Tensor = batch["images"][:, :1]
+        shape = (samples, views, *self.encode(images).shape[2:])
+        device = generator.device if generator else images.device
+        latents = torch.randn(shape, generator=generator, device=device).to(images)
+        shown, context = self._condition(images[:, 0], generator)
+        conditions = [(shown, context)]
+        if guidance_scale != 1:
+            conditions.append((torch.zeros_like(shown), torch.zeros_like(context)))
+        numbers = self.camera_numbers(batch)
+        scale = triangle_scale(views, guidance_scale).to(latents)[:, None, None, None]
+        self.scheduler.set_timesteps(num_inference_steps, device=images.device)
+        latents = latents * self.scheduler.init_noise_sigma
+        steps = self.progress_bar(self.scheduler.timesteps) if progress else self.scheduler.timesteps
+        for timestep in steps:
+            frames = self.scheduler.scale_model_input(latents, timestep)
+            predictions = [
+                self.unet(*self._unet_arguments(frames, timestep.expand(samples), *condition, numbers)).sample
+                for condition in conditions
+            ]
+            prediction = predictions[0]
+            if guidance_scale != 1:
+                prediction = predictions[1] + scale * (predictions[0] - predictions[1])
+            latents = self.scheduler.step(prediction, timestep, latents).prev_sample
+        return self.decode(latents[:, :-1])
+
+    def _condition(self, reference: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+        """Latents `[B, C, h, w]`, not scaled, and embedding `[B, 1, D]` of the reference images `[B, 3, H, W]`."""
+        device = generator.device if generator else reference.device
+        noise = torch.randn(reference.shape, generator=generator, device=device).to(reference)
+        image = self.scale_image(reference * 2 - 1) + CONDITION_NOISE * noise
+        return self.encode_unscaled(image[:, None])[:, 0].clone(), self.image_embedding(reference).clone()
+
+    @staticmethod
+    def _unet_arguments(
+        frames: Tensor, level: Tensor, shown: Tensor, context: Tensor, numbers: Tensor
+    ) -> tuple[Tensor, ...]:
+        """Arguments of the U-Net for frames `[B, T, C, h, w]` that are scaled to its input."""
+        sample = torch.cat([frames, repeat(shown, "b c h w -> b t c h w", t=frames.shape[1])], dim=2)
+        return sample, level.to(frames), context.to(frames), numbers
+
+
+def edm_scheduler(*, sigma_min: float = 0.002, sigma_max: float = 700.0) -> EulerDiscreteScheduler:
+    """Return Euler steps through EDM's noise levels (rho 7), with the range of the release.
+
+    Example:
+        >>> scheduler = edm_scheduler()
+        >>> scheduler.set_timesteps(3)
+        >>> [round(level, 3) for level in scheduler.sigmas.tolist()]
+        [700.0, 15.59, 0.002, 0.0]
+    """
+    return EulerDiscreteScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type="v_prediction",
+        timestep_type="continuous",
+        timestep_spacing="leading",  # with it the first noise is scaled by sqrt(sigma_max^2 + 1), as published
+        steps_offset=1,
+        use_karras_sigmas=True,
+        sigma_min=sigma_min,
+        sigma_max=sigma_max,
+    )
+
+
+def triangle_scale(frames: int, largest: float) -> Tensor:
+    """Return the guidance scale of each frame: 1 at both ends, `largest` in the middle, linear in between, `[T]`.
+
+    Example:
+        >>> triangle_scale(5, 3.0).tolist()
+        [1.0, 2.0, 3.0, 2.0, 1.0]
+
+    Source: TrianglePredictionGuider in Stability-AI/generative-models.
+    """
+    place = torch.linspace(-1, 1, frames)
+    return 1 + (largest - 1) * (1 - place.abs())
+
+
+def _frames(views: Tensor) -> Tensor:
+    """From the view order of the batch to the frames of the U-Net: the reference goes last."""
+    return views.roll(-1, dims=1)
+
+
+def _views(frames: Tensor) -> Tensor:
+    """Undo `_frames`."""
+    return frames.roll(1, dims=1)
+
+
+def _one_reference(batch: Mapping[str, Any], views: int) -> None:
+    if (references := reference_views(batch, views)) != 1:
+        raise ValueError(
+            f"num_reference_views: SV3D is conditioned on one image, got {references}; set num_reference_views=1"
+        )

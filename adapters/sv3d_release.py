@@ -1,0 +1,77 @@
+"""Released weights of SV3D: conversions to diffusers' folder layout, and SGM's checkpoint files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import diffusers
+import torch
+
+from cameo.adapters.sv3d_convert import from_sgm, read_sgm_checkpoint, settings_from_sgm
+from cameo.adapters.sv3d_pipeline import SV3DPipeline, edm_scheduler
+from cameo.adapters.sv3d_unet import SV3DUNet
+from cameo.errors import DataError
+
+__all__ = ["from_checkpoint", "from_diffusers"]
+
+
+def from_diffusers(
+    name_or_path: str, index: Mapping[str, Any], *, revision: str | None = None, **options: Any
+) -> SV3DPipeline:
+    """Load U-Net, VAE and image encoder of a conversion to diffusers, without its code; the scheduler is our own.
+
+    Args:
+        name_or_path: Hub id or folder.
+        index: contents of its `model_index.json`.
+        revision: of a Hub id.
+        **options: passed to every `from_pretrained`, such as `torch_dtype`.
+    """
+    from transformers import CLIPVisionModelWithProjection
+
+    place = {"revision": revision, **options}
+    kind = (index.get("vae") or (None, ""))[1]
+    if kind not in ("AutoencoderKL", "AutoencoderKLTemporalDecoder"):
+        raise DataError(f"{name_or_path}: its vae is a {kind}; expected AutoencoderKL or AutoencoderKLTemporalDecoder")
+    encoder = None
+    if (index.get("image_encoder") or (None, None))[1]:
+        encoder = CLIPVisionModelWithProjection.from_pretrained(name_or_path, subfolder="image_encoder", **place)
+    return SV3DPipeline(
+        SV3DUNet.from_pretrained(name_or_path, subfolder="unet", **place),
+        edm_scheduler(),
+        vae=getattr(diffusers, kind).from_pretrained(name_or_path, subfolder="vae", **place),
+        image_encoder=encoder,
+    )
+
+
+def from_checkpoint(
+    path: str,
+    *,
+    vae: Any = None,
+    image_encoder: Any = None,
+    head_channels: int = 64,
+    addition_time_embed_dim: int = 256,
+    torch_dtype: torch.dtype | None = None,
+) -> SV3DPipeline:
+    """Load the U-Net of a checkpoint file of SGM's engine; `vae` and `image_encoder` are passed in diffusers' form.
+
+    Args:
+        path: `.safetensors` file.
+        vae: `AutoencoderKL` or `AutoencoderKLTemporalDecoder`, such as that of Stable Video Diffusion.
+        image_encoder: `CLIPVisionModelWithProjection`; None leaves the image embedding out.
+        head_channels, addition_time_embed_dim: see `settings_from_sgm`.
+        torch_dtype: of the U-Net; default as stored.
+    """
+    if vae is None:
+        raise ValueError(
+            f"vae: {path} is read for its U-Net only; pass the VAE, for example AutoencoderKLTemporalDecoder."
+            "from_pretrained('stabilityai/stable-video-diffusion-img2vid', subfolder='vae')"
+        )
+    weights = read_sgm_checkpoint(path)
+    settings = settings_from_sgm(weights, head_channels=head_channels, addition_time_embed_dim=addition_time_embed_dim)
+    with torch.device("meta"):
+        unet = SV3DUNet(**settings)
+    unet.load_state_dict(from_sgm(weights, settings), assign=True)
+    if torch_dtype is not None:
+        unet.to(torch_dtype)
+    return SV3DPipeline(unet.eval(), edm_scheduler(), vae=vae, image_encoder=image_encoder)

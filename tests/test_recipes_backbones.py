@@ -1,0 +1,111 @@
+"""The shared recipes on every backbone, with the settings that ship with it, shortened."""
+
+from __future__ import annotations
+
+import json
+import math
+import runpy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import cameo
+from cameo.backbone import get_backbone
+from cameo.config import CameoConfig
+from cameo.training.config import load_config, settings_file
+from cameo.training.setup import load_pipeline
+
+from .test_recipes import write_sequence
+from .training_runs import RECIPES, fresh_accelerate, read_lines, scene_cache
+
+SHORT = {
+    "max_train_steps": 2,
+    "num_scenes": 3,
+    "num_validation_scenes": 2,
+    "train_batch_size": 1,
+    "num_validation_samples": 1,
+    "num_validation_images": 0,
+    "num_inference_steps": 2,
+    "resolution": 32,
+    "report_to": "none",
+    "checkpointing_steps": 1000,
+}
+IMAGEDREAM = {
+    "preset": "imagedream-tiny",
+    "camera_rig": "imagedream",
+    "num_views": 5,
+    "num_reference_views": 1,
+}
+# A backbone, and what is changed of its shipped settings.
+RUNS: dict[str, tuple[str, dict[str, Any]]] = {
+    "zero123plus": ("zero123plus", {}),
+    "mvdream": ("mvdream", {}),
+    "imagedream": ("mvdream", IMAGEDREAM),
+    "sv3d": ("sv3d", {}),
+    "sv3d-temporal": ("sv3d", {"inflate": "false"}),
+}
+every_run = pytest.mark.parametrize("name", RUNS)
+
+
+def run(recipe: str, backbone: str, output: Path, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> list[str]:
+    monkeypatch.setenv("CAMEO_CACHE", scene_cache())
+    settings = {**SHORT, **changes, "output_dir": output}
+    arguments = [f"backbone={backbone}", *(f"{name}={value}" for name, value in settings.items())]
+    with fresh_accelerate():
+        runpy.run_path(str(RECIPES / f"{recipe}_finetune.py"))["main"](arguments)
+    return arguments
+
+
+def check_finite(output: Path) -> None:
+    steps = read_lines(output / "metrics.jsonl")
+    assert len(steps) == SHORT["max_train_steps"]
+    assert all(math.isfinite(entry["loss"]) and math.isfinite(entry["alignment_loss"]) for entry in steps)
+    assert all(entry["supervised"] > 0 for entry in steps)
+
+
+@every_run
+def test_lora_on_embedded_objects(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone, changes = RUNS[name]
+    arguments = run("lora", backbone, tmp_path, monkeypatch, **changes, num_validation_images=1)
+    check_finite(tmp_path)
+    assert (tmp_path / "pictures" / "views.png").is_file()
+    found = json.loads((tmp_path / "validation.json").read_text())["with CAMEO"][-1]
+    assert (found["psnr_covisible"] is None) == (name == "mvdream")  # it has no reference view
+    assert (found["precision"] is None) == (name == "sv3d-temporal")  # one token per view
+
+    # The adapter loads into a fresh base of the same seed and changes its output.
+    config = load_config(settings_file("lora", RECIPES / "configs", arguments), arguments)
+    saved = CameoConfig.load(tmp_path / "adapter")
+    assert saved.inflate == config.inflate
+    assert saved.normalise == ("all_views" if name == "sv3d-temporal" else "per_view")
+    model = cameo.from_pretrained(tmp_path / "adapter", base_model=load_pipeline(config).denoiser)
+    inputs = get_backbone(backbone).example_inputs(model.base_model)
+    plain = load_pipeline(config).denoiser.eval()
+    with torch.no_grad():
+        outputs = [one(*inputs[0], **inputs[1]).sample for one in (model, plain)]
+    assert not torch.equal(*outputs)
+    tensors = load_file(tmp_path / "adapter" / "pytorch_lora_weights.safetensors")
+    assert all(key.startswith("unet.") for key in tensors)
+
+
+@every_run
+def test_lora_on_an_rgbd_sequence(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone, changes = RUNS[name]
+    sequence = write_sequence(tmp_path / "office", frames=50)
+    data = {"train_data_dir": sequence, "max_overlap": 0.99, "min_overlap": 0.1}
+    with pytest.warns(UserWarning, match=r"camera_rig=.* does not apply to .*office"):
+        run("lora", backbone, tmp_path / "out", monkeypatch, **changes, **data)
+    check_finite(tmp_path / "out")
+
+
+@every_run
+def test_all_weights_from_scratch_with_cameo(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone, changes = RUNS[name]
+    inflate = {"inflate": "true"} if name == "sv3d" else {}
+    run("full", backbone, tmp_path, monkeypatch, **{"weight": 0.1, "lr_warmup_steps": 1, **changes, **inflate})
+    check_finite(tmp_path)
+    pipeline = get_backbone(backbone).load(str(tmp_path / "model"))
+    assert get_backbone(backbone).recognises(pipeline.denoiser)

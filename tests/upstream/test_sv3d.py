@@ -1,0 +1,462 @@
+"""SGM's `VideoUNet` as it is: attached, inflated, checkpointed, and equal to `SV3DUNet` with its weights.
+
+Axes: B samples, V views, T frames, h w token grid, C channels, K heads.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import importlib
+import math
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from types import FunctionType, ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.utils.checkpoint
+from einops import rearrange
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import cameo
+from cameo import Correspondence
+from cameo.adapters.joined_frames import deflate, is_inflated
+from cameo.adapters.sv3d import use_non_reentrant_checkpointing
+from cameo.adapters.sv3d_convert import from_sgm, settings_from_sgm, to_sgm
+from cameo.adapters.sv3d_unet import SV3DUNet
+from cameo.backbone import get_backbone
+from cameo.errors import CaptureError, DataError
+
+from ..models import add_lora, check_layout
+from .conftest import imports_from, xformers_by_sdpa
+
+SAMPLES, FRAMES, GRID = 2, 3, (3, 4)  # the token grid of the supervised layer
+CHANNELS, HEADS, CONTEXT, FEATURES = 32, 2, 8, 1280
+
+
+@pytest.fixture(scope="module")
+def sgm(upstream: Callable[[str], Path]) -> Iterator[SimpleNamespace]:
+    """The Python modules around `VideoUNet`; its packages' own imports need Lightning and more, so they stay away."""
+    folder = upstream("generative-models")
+    with ExitStack() as stack:
+        stack.enter_context(imports_from(folder))
+        stack.enter_context(xformers_by_sdpa())
+        patch = stack.enter_context(pytest.MonkeyPatch.context())
+        for name in ("sgm", "sgm.modules", "sgm.modules.diffusionmodules"):
+            package = ModuleType(name)
+            package.__path__ = [str(folder / name.replace(".", "/"))]
+            patch.setitem(sys.modules, name, package)
+        names = (
+            "attention",
+            "video_attention",
+            *(f"diffusionmodules.{name}" for name in ("openaimodel", "util", "video_model")),
+        )
+        modules = [importlib.import_module(f"sgm.modules.{name}") for name in names]
+        yield SimpleNamespace(**{module.__name__.rpartition(".")[2]: module for module in modules})
+
+
+def build(sgm: SimpleNamespace, **options: Any) -> nn.Module:
+    """The release's settings, but two levels and narrow; no weight is zero."""
+    torch.manual_seed(0)
+    settings: dict[str, Any] = {
+        "in_channels": 8,
+        "model_channels": CHANNELS,
+        "out_channels": 4,
+        "num_res_blocks": 1,
+        "attention_resolutions": [1, 2],
+        "channel_mult": [1, 2],
+        "num_head_channels": CHANNELS // HEADS,
+        "num_classes": "sequential",
+        "adm_in_channels": FEATURES,
+        "context_dim": CONTEXT,
+        "use_linear_in_transformer": True,
+        "extra_ff_mix_layer": True,
+        "use_spatial_context": True,
+        "merge_strategy": "learned_with_images",
+        "video_kernel_size": [3, 1, 1],
+        "spatial_transformer_attn_type": "softmax-xformers",
+    }
+    model = sgm.video_model.VideoUNet(**(settings | options))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if not parameter.is_meta and not parameter.any():
+                parameter.normal_(std=0.05)
+    return model
+
+
+def arguments(samples: int = SAMPLES, frames: int = FRAMES, grid: tuple[int, int] = GRID, **to: Any) -> dict[str, Any]:
+    """Inputs whose supervised layer, one level down, has this token grid."""
+    generator = torch.Generator().manual_seed(1)
+    rows = samples * frames
+    shapes = {
+        "x": (rows, 8, 2 * grid[0], 2 * grid[1]),
+        "timesteps": (rows,),
+        "context": (rows, 1, CONTEXT),
+        "y": (rows, FEATURES),
+    }
+    given = {name: torch.randn(shape, generator=generator).to(**to) for name, shape in shapes.items()}
+    indicator = torch.zeros(samples, frames).to(**to)
+    return {**given, "num_video_frames": frames, "image_only_indicator": indicator}
+
+
+def matches(grid: tuple[int, int] = GRID, samples: int = SAMPLES, frames: int = FRAMES) -> Correspondence:
+    """Every token matches the same cell of the next view."""
+    tokens = grid[0] * grid[1]
+    index = torch.full((samples, frames, frames, tokens), -1)
+    for view in range(frames):
+        index[:, view, (view + 1) % frames] = torch.arange(tokens)
+    return Correspondence(index, (grid,) * frames)
+
+
+def executed(model: nn.Module, kind: str) -> list[str]:
+    order: list[str] = []
+    for name, module in model.named_modules():
+        if name.endswith(".attn1") and kind in name:
+            module.register_forward_pre_hook(lambda *_, name=name: order.append(name))
+    with torch.no_grad():
+        model(**arguments())
+    return order
+
+
+# The layers
+
+
+def test_layers_in_the_order_they_run(sgm: SimpleNamespace) -> None:
+    adapter, model = get_backbone("sv3d"), build(sgm, num_res_blocks=2)
+    assert adapter.recognises(model)
+    sites, spatial = adapter.sites(model), adapter.inflatable(model)
+    assert [site.path for site in spatial] == executed(model, "transformer_blocks")
+    assert [site.path for site in sites] == executed(model, "time_stack")
+    assert len(sites) == 2 * 2 + 1 + 2 * 3
+    assert [site.stride for site in sites] == [8, 8, 16, 16, 16, 16, 16, 16, 8, 8, 8]
+    assert sites[adapter.default_layer(model)].path == "output_blocks.0.1.time_stack.0.attn1"
+    assert {site.heads for site in sites} == {HEADS, 2 * HEADS}
+
+
+def test_layer_10_of_the_released_size(sgm: SimpleNamespace) -> None:
+    with torch.device("meta"):
+        model = build(
+            sgm,
+            model_channels=320,
+            num_res_blocks=2,
+            attention_resolutions=[4, 2, 1],
+            channel_mult=[1, 2, 4, 4],
+            num_head_channels=64,
+            context_dim=1024,
+        )
+    adapter = get_backbone("sv3d")
+    sites = adapter.sites(model)
+    assert len(sites) == len(adapter.inflatable(model)) == 16
+    assert adapter.default_layer(model) == 10
+    assert sites[10].path == "output_blocks.6.1.time_stack.0.attn1"
+    assert (sites[10].heads, sites[10].stride, sites[6].stride) == (10, 16, 64)
+    assert sum(parameter.numel() for parameter in model.parameters()) == 1_525_278_442  # SV3D_p
+
+
+def test_found_inside_the_engine(sgm: SimpleNamespace) -> None:
+    engine = nn.ModuleDict({"model": nn.ModuleDict({"diffusion_model": build(sgm)})})
+    adapter = get_backbone("sv3d")
+    inside = [site.path.removeprefix("model.diffusion_model.") for site in adapter.sites(engine)]
+    assert inside == [site.path for site in adapter.sites(build(sgm))]
+    assert [site.stride for site in adapter.sites(engine)] == [site.stride for site in adapter.sites(build(sgm))]
+    model = cameo.wrap(engine, "sv3d")
+    assert model.token_grid(96, 128) == (6, 8)
+
+
+def test_stable_video_diffusion_has_its_conditioning_frame_first(sgm: SimpleNamespace) -> None:
+    adapter = get_backbone("sv3d")
+    for features, last in ((256, 1), (768, 0), (1280, 1)):
+        assert {site.layout.references_last for site in adapter.sites(build(sgm, adm_in_channels=features))} == {last}
+
+
+def test_example_inputs(sgm: SimpleNamespace) -> None:
+    adapter, model = get_backbone("sv3d"), build(sgm)
+    args, kwargs = adapter.example_inputs(model)
+    with torch.no_grad():
+        assert model(*args, **kwargs).shape == (3, 4, 8, 8)
+    with pytest.raises(ValueError, match="expected the U-Net itself, got ModuleDict around it"):
+        adapter.example_inputs(nn.ModuleDict({"diffusion_model": model}))
+
+
+@pytest.mark.parametrize("kind", ["softmax", "softmax-xformers"])
+@pytest.mark.parametrize("inflate", [False, True])
+def test_output_is_bit_identical(sgm: SimpleNamespace, kind: str, inflate: bool) -> None:
+    model, given = build(sgm, spatial_transformer_attn_type=kind), arguments()
+    plain = model(**given)
+    wrapped = cameo.wrap(model, "sv3d", inflate=inflate)
+    before = model(**given)  # the layers are joined from here on
+    assert torch.equal(before, plain) is not inflate
+    assert torch.equal(wrapped(**given), before)
+    assert torch.equal(wrapped(**given, correspondence=matches()), before)
+    assert wrapped.num_supervised == SAMPLES * FRAMES * GRID[0] * GRID[1]
+    assert wrapped.unwrap() is model
+    assert torch.equal(model(**given), before)
+    if inflate:
+        path = wrapped.supervised_sites[0].path
+        assert is_inflated(model, path)
+        deflate(model, path)
+        assert torch.equal(model(**given), plain)
+
+
+# What the tokens mean
+
+
+def project(attention: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+    query, key = (
+        rearrange(linear(images), "b v h w (k d) -> b v h w k d", k=attention.heads)
+        for linear in (attention.to_q, attention.to_k)
+    )
+    return query, key
+
+
+def test_a_temporal_query_sees_its_own_cell_of_the_other_frames(sgm: SimpleNamespace) -> None:
+    model = cameo.wrap(build(sgm), "sv3d", head="mean")
+    attention = model.get_submodule(model.supervised_sites[0].path)
+
+    def to_images(tokens: Tensor) -> Tensor:  # frames to views: the conditioning frame is the last
+        images = rearrange(tokens, "(b h w) t c -> b t h w c", h=GRID[0], w=GRID[1])
+        return torch.stack([images[:, 2], images[:, 0], images[:, 1]], dim=1)
+
+    check_layout(
+        model,
+        lambda model, **options: model(**arguments(), **options),
+        to_images,
+        query=(1, 1, 3),
+        key=(0, 1, 3),
+        reached=[(0, 1, 3), (2, 1, 3)],
+        project=functools.partial(project, attention),
+    )
+
+
+def test_an_inflated_query_sees_all_tokens_of_the_view_looked_at(sgm: SimpleNamespace) -> None:
+    model = cameo.wrap(build(sgm), "sv3d", head="mean", inflate=True)
+    attention = model.get_submodule(model.supervised_sites[0].path)
+
+    def to_images(tokens: Tensor) -> Tensor:
+        if tokens.shape[0] == SAMPLES:  # joined by now
+            tokens = rearrange(tokens, "b (t s) c -> (b t) s c", t=FRAMES)
+        images = rearrange(tokens, "(b t) (h w) c -> b t h w c", t=FRAMES, h=GRID[0])
+        return torch.stack([images[:, 2], images[:, 0], images[:, 1]], dim=1)
+
+    check_layout(
+        model,
+        lambda model, **options: model(**arguments(), **options),
+        to_images,
+        query=(1, 1, 3),
+        key=(0, 2, 1),
+        reached=[(0, row, column) for row in range(GRID[0]) for column in range(GRID[1])],
+        project=functools.partial(project, attention),
+    )
+
+
+def test_inflation_is_attention_over_all_frames(sgm: SimpleNamespace) -> None:
+    model = build(sgm)
+    path = get_backbone("sv3d").inflatable(model)[0].path
+    cameo.wrap(model, "sv3d", layer=0, inflate=True).unwrap()
+    attention, seen = model.get_submodule(path), []
+    attention.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    attention.register_forward_hook(lambda *call: seen.append(call[-1]))
+    with torch.no_grad():
+        model(**arguments())
+        tokens = seen[0].flatten(0, 1) if seen[0].ndim == 4 else seen[0]
+        assert tokens.shape[:2] == (SAMPLES, FRAMES * 4 * GRID[0] * GRID[1])
+        query, key, value = (
+            rearrange(linear(tokens), "b l (k d) -> b k l d", k=HEADS)
+            for linear in (attention.to_q, attention.to_k, attention.to_v)
+        )
+        weights = (query @ key.mT / math.sqrt(query.shape[-1])).softmax(-1)
+        expected = attention.to_out(rearrange(weights @ value, "b k l d -> b l (k d)"))
+    torch.testing.assert_close(rearrange(seen[1], "(b t) s c -> b (t s) c", t=FRAMES), expected)
+
+
+@pytest.mark.parametrize("inflate", [False, True])
+def test_slices_of_the_kernel_are_joined(sgm: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, inflate: bool) -> None:
+    """SGM feeds xformers 32768 rows a call, which two samples of the released size exceed; here it is 7 rows."""
+    kind, kernel = sgm.attention.MemoryEfficientCrossAttention, sgm.attention.xformers.ops.memory_efficient_attention
+    code = kind.forward.__code__
+    assert code.co_consts.count(32768) == 1
+    small = code.replace(co_consts=tuple(7 if value == 32768 else value for value in code.co_consts))
+    whole, calls = cameo.wrap(build(sgm), "sv3d", head="mean", inflate=inflate), []
+    output = whole(**arguments(), correspondence=matches())
+
+    def counting(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        calls.append(query.shape[0])
+        return kernel(query, *args, **kwargs)
+
+    monkeypatch.setattr(kind, "forward", FunctionType(small, kind.forward.__globals__, None, kind.forward.__defaults__))
+    monkeypatch.setattr(sgm.attention.xformers.ops, "memory_efficient_attention", counting)
+    sliced = cameo.wrap(build(sgm), "sv3d", head="mean", inflate=inflate)
+    torch.testing.assert_close(sliced(**arguments(), correspondence=matches()), output)
+    assert max(calls) == 7
+    for model in (sliced, whole):
+        model.alignment_loss.backward()
+    torch.testing.assert_close(sliced.alignment_loss, whole.alignment_loss)
+    (site,) = sliced.supervised_sites
+    found, expected = (model.base_model.get_submodule(site.path).to_k.weight.grad for model in (sliced, whole))
+    torch.testing.assert_close(found, expected)
+    with sliced.capture() as captured:
+        sliced(**arguments())
+    rows, tokens = (SAMPLES, FRAMES * GRID[0] * GRID[1]) if inflate else (SAMPLES * GRID[0] * GRID[1], FRAMES)
+    assert captured[site.path].query.shape[:3] == captured[site.path].key.shape[:3] == (rows, 2 * HEADS, tokens)
+
+
+# Gradient checkpointing
+
+
+def gradients(model: nn.Module, wrapped: Any) -> dict[str, Tensor]:
+    model.zero_grad()
+    output = wrapped(**arguments(), correspondence=matches())
+    (output.square().mean() + wrapped.alignment_loss).backward()
+    return {name: value.grad.clone() for name, value in model.named_parameters() if value.grad is not None}
+
+
+@pytest.fixture
+def own_names(sgm: SimpleNamespace) -> Iterator[None]:
+    """Give the Python modules their function `checkpoint` back."""
+    modules = vars(sgm).values()
+    before = [(module, module.checkpoint) for module in modules if hasattr(module, "checkpoint")]
+    yield
+    for module, function in before:
+        module.checkpoint = function
+
+
+@pytest.mark.filterwarnings("ignore:.*use_reentrant:UserWarning", "ignore:None of the inputs:UserWarning")
+@pytest.mark.parametrize("inflate", [False, True])
+@pytest.mark.usefixtures("own_names")
+def test_reentrant_checkpointing_is_refused_and_the_cure_works(sgm: SimpleNamespace, inflate: bool) -> None:
+    plain, model = build(sgm), build(sgm, use_checkpoint=True)
+    model.load_state_dict(plain.state_dict())
+    adapter = get_backbone("sv3d")
+    assert adapter.hazard(plain) is None
+    torch.manual_seed(5)
+    expected = gradients(plain, cameo.wrap(plain, "sv3d", inflate=inflate).train())
+    torch.manual_seed(5)  # the same alignment head
+    wrapped = cameo.wrap(model, "sv3d", inflate=inflate).train()
+    with pytest.raises(CaptureError, match=r"Block runs under reentrant .*use_non_reentrant_checkpointing\(model\)"):
+        wrapped(**arguments(), correspondence=matches())
+    wrapped.eval()(**arguments(), correspondence=matches())  # to measure is fine
+    wrapped.train()
+    changed = use_non_reentrant_checkpointing(model)
+    assert {"sgm.modules.attention", "sgm.modules.video_attention"} < set(changed)
+    assert use_non_reentrant_checkpointing(model) == []
+    assert adapter.hazard(model) is None
+    found = gradients(model, wrapped)
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert torch.equal(found[name], gradient), name
+
+
+@pytest.mark.usefixtures("own_names")
+def test_a_function_of_others_is_not_judged(sgm: SimpleNamespace) -> None:
+    model = build(sgm, use_checkpoint=True)
+    for module in (sgm.attention, sgm.video_attention):
+        module.checkpoint = functools.partial(torch.utils.checkpoint.checkpoint, use_reentrant=True)
+    assert get_backbone("sv3d").hazard(model) is not None
+    for module in (sgm.attention, sgm.video_attention):
+        module.checkpoint = lambda function, *args: function(*args)
+    assert get_backbone("sv3d").hazard(model) is None
+
+
+# LoRA and copies
+
+
+def test_lora_trains_through_both_kinds_of_layer(sgm: SimpleNamespace) -> None:
+    for inflate in (False, True):
+        model = add_lora(build(sgm), "to_q", "to_k")
+        wrapped = cameo.wrap(model, "sv3d", inflate=inflate).train()
+        wrapped(**arguments(), correspondence=matches())
+        wrapped.alignment_loss.backward()
+        path = wrapped.supervised_sites[0].path
+        assert model.get_submodule(path).to_q.lora_B["default"].weight.grad.any()
+
+
+def test_a_deepcopy_has_hooks_of_its_own(sgm: SimpleNamespace) -> None:
+    model = build(sgm)
+    path = cameo.wrap(model, "sv3d", inflate=True).supervised_sites[0].path
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        assert torch.equal(twin(**arguments()), model(**arguments()))
+        other = arguments(samples=3, frames=2)
+        twin(**other)
+        assert (twin.get_submodule(path).joined_frames, model.get_submodule(path).joined_frames) == (2, FRAMES)
+        deflate(twin, path)
+        assert torch.equal(model(**arguments()), model(**arguments()))
+    assert is_inflated(model, path)
+
+
+# The same weights in diffusers
+
+
+@pytest.fixture
+def double(sgm: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let SGM's norms and embeddings, which are fixed to float32, go on in float64."""
+    monkeypatch.setattr(sgm.util.GroupNorm32, "forward", nn.GroupNorm.forward)
+    for module in (sgm.video_model, sgm.video_attention):
+        original = module.timestep_embedding
+        monkeypatch.setattr(
+            module,
+            "timestep_embedding",
+            lambda *args, _original=original, **kwargs: _original(*args, **kwargs).double(),
+        )
+
+
+@pytest.mark.parametrize("numbers", [1, 3])
+@pytest.mark.parametrize(
+    "layout", [{}, {"attention_resolutions": [2, 4], "channel_mult": [1, 2, 2], "num_res_blocks": 2}]
+)
+@pytest.mark.usefixtures("double")
+def test_own_unet_computes_the_same(sgm: SimpleNamespace, numbers: int, layout: dict[str, Any]) -> None:
+    features = {1: 256, 3: 1280}[numbers]
+    theirs = build(sgm, adm_in_channels=features, **layout).double()
+    settings = settings_from_sgm(theirs.state_dict(), head_channels=CHANNELS // HEADS)
+    ours = SV3DUNet(**settings).double()
+    weights = from_sgm(theirs.state_dict(), ours.config)
+    ours.load_state_dict(weights)  # all there, nothing else
+    back = to_sgm(ours.state_dict(), ours.config)
+    assert back.keys() == theirs.state_dict().keys()
+    assert all(torch.equal(value, back[name]) for name, value in theirs.state_dict().items())
+
+    given = arguments(grid=(4, 6), dtype=torch.float64)
+    generator = torch.Generator().manual_seed(2)
+    level = torch.randn(SAMPLES, generator=generator, dtype=torch.float64)
+    angles = 6 * torch.rand(SAMPLES, FRAMES, numbers, generator=generator, dtype=torch.float64)
+    embed = sgm.util.timestep_embedding
+    widths = (256, 512, 512)[:numbers]
+    parts = [embed(angles[..., column].flatten(), width) for column, width in enumerate(widths)]
+    context = given["context"].view(SAMPLES, FRAMES, 1, CONTEXT)[:, :1].expand(-1, FRAMES, -1, -1)
+    given |= {
+        "timesteps": level.repeat_interleave(FRAMES),
+        "y": torch.cat(parts, dim=-1).double(),
+        "context": context.flatten(0, 1),
+    }
+    with torch.no_grad():
+        expected = theirs(**given)
+        sample = rearrange(given["x"], "(b t) c h w -> b t c h w", t=FRAMES)
+        output = ours(sample, level, context[:, 0], angles).sample
+        swapped = ours(sample, level, context[:, 0], angles.flip(1)).sample
+    torch.testing.assert_close(output.flatten(0, 1), expected, rtol=1e-9, atol=1e-9)
+    assert (swapped - output).abs().max() > 1e-4  # the angles are looked at, frame by frame
+
+
+def test_a_checkpoint_file_becomes_a_pipeline(sgm: SimpleNamespace, tmp_path: Path) -> None:
+    from ..test_sv3d import tiny_vae
+
+    model, adapter = build(sgm), get_backbone("sv3d")
+    state = {f"model.diffusion_model.{name}": value for name, value in model.state_dict().items()}
+    state["first_stage_model.decoder.conv_in.weight"] = torch.zeros(1)
+    file = tmp_path / "sv3d_p.safetensors"
+    save_file(state, file)
+    built = adapter.load(str(file), vae=tiny_vae(), head_channels=CHANNELS // HEADS)
+    assert torch.equal(built.unet.conv_in.weight, model.input_blocks[0][0].weight)
+    assert built.unet.config.num_attention_heads == (HEADS, 2 * HEADS)
+    assert built.unet.config.projection_class_embeddings_input_dim == FEATURES
+    with pytest.raises(ValueError, match=r"vae: .* is read for its U-Net only; pass the VAE"):
+        adapter.load(str(file))
+    save_file({"time_embed.0.weight": torch.zeros(2)}, file)
+    with pytest.raises(DataError, match=r"expected those of SGM's VideoUNet, got none called 'input_blocks.1.0"):
+        adapter.load(str(file), vae=tiny_vae())
