@@ -170,6 +170,9 @@ def alignment_loss(
     groups = _groups_per_view if normalise == "per_view" else _groups_all_views
     loss = None
     with torch.autocast(device_type=query.device.type, enabled=False):
+        if normalise == "all_views" and set(correspondence.sizes) == {(1, 1)}:
+            loss = _one_token_per_view(query.to(dtype) * scale, key.to(dtype), weights, head)
+            return _zero_with_graph(query, key, head, dtype) if loss is None else loss
         for queries, keys, target, row, weight in groups(query, key, correspondence, weights):
             logits = head((queries.to(dtype) * scale) @ keys.to(dtype).transpose(-1, -2))
             log_sum = logits.logsumexp(dim=-1)[:, row]
@@ -259,6 +262,23 @@ def _groups_all_views(query: Tensor, key: Tensor, correspondence: Correspondence
         tokens, row = torch.unique(token, return_inverse=True)
         target = correspondence.index[b, i, view, token] + start.to(query.device)[view]
         yield query[b][:, i, tokens], keys, target, row, weights[b, i, view, token]
+
+
+def _one_token_per_view(query: Tensor, key: Tensor, weights: Tensor, head: AlignmentHead) -> Tensor | None:
+    """The loss over all views where each has one token, as in temporal attention; None without a match.
+
+    There is one small softmax per cell of the token grid, so all cells with a match are computed in one batch.
+    """
+    cells = weights.flatten(1).any(dim=1).nonzero().flatten()
+    if not len(cells):
+        return None
+    queries, keys = (tensor[cells, :, :, 0].transpose(0, 1) for tensor in (query, key))  # [K, cells, V, D]
+    logits = head(queries @ keys.transpose(-1, -2))
+    own = torch.eye(logits.shape[-1], dtype=torch.bool, device=logits.device)
+    log_sum = logits.masked_fill(own, -torch.inf).logsumexp(dim=-1, keepdim=True)
+    weight = weights[cells, ..., 0]
+    nll = (log_sum - logits).mean(dim=0).masked_fill(weight == 0, 0)
+    return (weight * nll).sum()
 
 
 def _zero_with_graph(query: Tensor, key: Tensor, head: AlignmentHead, dtype: torch.dtype) -> Tensor:

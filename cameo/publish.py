@@ -81,12 +81,14 @@ def _loaded_name(name: str, base: nn.Module) -> str:
 
 
 def _align_precision(again: nn.Module, base: nn.Module) -> None:
-    """Give the loaded model the devices and precisions of the trained one, as its user would."""
+    """Give the loaded model the devices, precisions and trainable parameters of the trained one."""
     trained, loaded = core_module(base), core_module(again)
     twins = {**dict(loaded.named_parameters()), **dict(loaded.named_buffers())}
     for name, tensor in [*trained.named_parameters(), *trained.named_buffers()]:
         if (twin := twins.get(_loaded_name(name, base))) is not None:
             twin.data = twin.data.to(tensor)
+            # PyTorch chooses the matrix product of some layouts by whether the weight takes a gradient.
+            twin.requires_grad_(tensor.requires_grad)
 
 
 @contextlib.contextmanager

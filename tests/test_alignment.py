@@ -518,3 +518,31 @@ def test_one_reachable_token_per_view_is_refused() -> None:
     with pytest.raises(ValueError, match=r'a softmax per view is constant .* use normalise="all_views"'):
         alignment_loss(query, key, match, make_head())
     assert alignment_loss(query, key, match, make_head(), normalise="all_views") > 0
+
+
+def test_one_token_per_view_equals_a_loop() -> None:
+    """Temporal attention: one small softmax over the other views per cell and query view."""
+    torch.manual_seed(0)
+    cells, heads, views = 5, 3, 4
+    query, key = (torch.randn(cells, heads, views, 1, 6, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    index = torch.where(torch.rand(cells, views, views, 1) < 0.4, 0, -1)
+    index[:, range(views), range(views)] = -1
+    index[2] = -1  # a cell without a match
+    weight = torch.rand(index.shape, dtype=torch.float64)
+    head = AlignmentHead(heads).double()
+    match = Correspondence(index, ((1, 1),) * views, weight=weight)
+    loss = alignment_loss(query, key, match, head, scale=0.3, normalise="all_views")
+    total, expected = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    for cell in range(cells):
+        for i in range(views):
+            others = [j for j in range(views) if j != i]
+            logits = torch.stack([head(0.3 * (query[cell, :, i, 0] * key[cell, :, j, 0]).sum(-1))[0] for j in others])
+            for place, j in enumerate(others):
+                if index[cell, i, j, 0] == 0:
+                    expected = expected - weight[cell, i, j, 0] * logits.log_softmax(0)[place]
+                    total = total + weight[cell, i, j, 0]
+    torch.testing.assert_close(loss, expected / total, rtol=1e-12, atol=0)
+    gradients = [torch.autograd.grad(value, [query, key]) for value in (loss, expected / total)]
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-15)
+    assert not gradients[0][0][2].any()

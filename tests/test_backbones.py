@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from dataclasses import dataclass, field
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,9 @@ SMALL = [
         grids=((6, 6), *((4, 4),) * 6),
         options={"reference_size": 48},
     ),
+    Row("mvdream", "small", views=2, references=0, size=32, grids=((4, 4),) * 2),
+    Row("mvdream", "imagedream-small", views=3, references=1, size=32, grids=((4, 4),) * 3),
+    Row("sv3d", "small", views=3, references=1, size=32, grids=((4, 4),) * 3),
 ]
 ROWS = [*TINY, *SMALL]
 every_row = pytest.mark.parametrize("row", ROWS, ids=str)
@@ -99,7 +103,8 @@ every_tiny = pytest.mark.parametrize("row", TINY, ids=str)
 
 
 def test_every_backbone_and_preset_has_a_row() -> None:
-    registered = {(name, preset) for name in cameo.backbones() for preset in get_backbone(name).presets}
+    names = {point.name for point in entry_points(group="cameo.backbones") if point.module.startswith("cameo.")}
+    registered = {(name, preset) for name in names for preset in get_backbone(name).presets}
     assert registered == {(row.backbone, row.preset) for row in ROWS}
 
 
