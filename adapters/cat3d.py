@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from cameo.adapters.presets import preset_values, unet_2d
 from cameo.adapters.released import licence_of, revision_of
 from cameo.adapters.unet_layers import default_layer_index, level_of, self_attentions
 from cameo.backbone import Backbone
@@ -102,41 +103,12 @@ class Cat3D(Backbone):
                 (per resolution, finest first), `layers_per_block`, `heads`, `norm_num_groups`, `prediction_type`,
                 `zero_terminal_snr`.
         """
-        from diffusers import UNet2DConditionModel
-
         from cameo.adapters.cat3d_pipeline import CONDITION_CHANNELS, Cat3DPipeline
 
-        if preset not in self.presets:
-            raise unknown_name("preset of cat3d", preset, self.presets)
-        values: dict[str, Any] = {
-            "patch_size": 4,
-            "layers_per_block": 1,
-            "norm_num_groups": 32,
-            "prediction_type": "v_prediction",
-            "zero_terminal_snr": True,
-            **self.presets[preset],
-        }
-        for name in options:
-            if name not in values:
-                raise unknown_name("option of cat3d", name, values)
-        values.update(options)
-        channels = 3 * values["patch_size"] ** 2
-        widths, attends = tuple(values["block_out_channels"]), tuple(values["attention_levels"])
-        if len(widths) != len(attends):
-            raise ValueError(f"attention_levels: expected one flag per width {widths}, got {attends}")
-        unet = UNet2DConditionModel(
-            sample_size=values["image_size"] // values["patch_size"],
-            in_channels=channels + CONDITION_CHANNELS,
-            out_channels=channels,
-            block_out_channels=widths,
-            layers_per_block=values["layers_per_block"],
-            down_block_types=tuple("CrossAttnDownBlock2D" if on else "DownBlock2D" for on in attends),
-            up_block_types=tuple("CrossAttnUpBlock2D" if on else "UpBlock2D" for on in reversed(attends)),
-            attention_head_dim=values["heads"],  # diffusers' historical name for the number of heads
-            cross_attention_dim=8,
-            norm_num_groups=values["norm_num_groups"],
-            use_linear_projection=True,
-        )
+        defaults = {"patch_size": 4, "layers_per_block": 1, "norm_num_groups": 32}
+        schedule = {"prediction_type": "v_prediction", "zero_terminal_snr": True}
+        values = preset_values(self, preset, options, **defaults, **schedule)
+        unet = unet_2d(values, in_channels=3 * values["patch_size"] ** 2 + CONDITION_CHANNELS)
         scheduler = noise_schedule(values["prediction_type"], zero_terminal_snr=values["zero_terminal_snr"])
         return Cat3DPipeline(unet, scheduler, patch_size=values["patch_size"])
 

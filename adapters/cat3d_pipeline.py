@@ -171,8 +171,9 @@ class Cat3DPipeline(LatentPipeline):
             both = [(noisy, condition)] if guidance_scale == 1 else [(noisy, condition), (noisy, blank)]
             predictions = []
             for views_in, cameras in both:
-                args, kwargs = self._unet_arguments(views_in, cameras, timestep.expand(samples))
-                predictions.append(self._views(self.unet(*args, **kwargs), samples)[:, references:])
+                args, kwargs = self._unet_arguments(views_in.to(self.unet_dtype), cameras, timestep.expand(samples))
+                views_out = self._views(self.unet(*args, **kwargs), samples)
+                predictions.append(views_out[:, references:].to(latents))
             prediction = predictions[0]
             if guidance_scale != 1:
                 prediction = predictions[1] + guidance_scale * (predictions[0] - predictions[1])

@@ -99,5 +99,5 @@ def check_joined(unet: nn.Module) -> None:
             raise RuntimeError(
                 f"the self-attention {name} sees one view at a time: its processor is "
                 f"{type(getattr(module, 'processor', None)).__name__}, set after the pipeline was built. Call "
-                "cameo.adapters.cat3d_pipeline.inflate(pipeline.unet) to join the views again"
+                "pipeline.disable_xformers_memory_efficient_attention() to join the views again"
             )

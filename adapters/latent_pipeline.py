@@ -53,6 +53,15 @@ class LatentPipeline(DiffusionPipeline):
         """Channels of a latent cell."""
         return 3 * self.config.patch_size**2 if self.vae is None else int(self.vae.config.latent_channels)
 
+    @property
+    def unet_dtype(self) -> torch.dtype:
+        """Precision of the U-Net's weights, beside which LoRA may be in float32.
+
+        Samplers hand the U-Net its input in it, so that weights loaded in half precision need no autocast; the latents
+        between the steps keep the precision of the images.
+        """
+        return next((parameter.dtype for parameter in self.unet.parameters()), torch.float32)
+
     def latent_shape(self, image_shape: Sequence[int]) -> tuple[int, ...]:
         """Shape `[B, V, C, h, w]` of the latents of images `[B, V, 3, H, W]`."""
         batch, views, _, height, width = image_shape

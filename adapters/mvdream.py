@@ -10,11 +10,11 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from cameo.adapters.released import RELEASED
+from cameo.adapters.presets import preset_values, unet_2d
+from cameo.adapters.released import licence_of, revision_of
 from cameo.adapters.unet_layers import default_layer_index, level_of, self_attentions
 from cameo.backbone import Backbone
 from cameo.capture import AttentionSite
-from cameo.errors import unknown_name
 from cameo.layout import TokenLayout
 
 __all__ = ["MVDream", "disable_checkpointing", "set_image_view"]
@@ -183,46 +183,27 @@ class MVDream(Backbone):
                 (per resolution, finest first), `layers_per_block`, `heads`, `norm_num_groups`, `cross_attention_dim`,
                 `prediction_type`, `prompt`, `single_image_share`, `condition`.
         """
-        from diffusers import UNet2DConditionModel
-
         from cameo.adapters.mvdream_cameras import CAMERA_CHANNELS
         from cameo.adapters.mvdream_loading import noise_schedule
         from cameo.adapters.mvdream_pipeline import MVDreamPipeline
 
-        if preset not in self.presets:
-            raise unknown_name("preset of mvdream", preset, self.presets)
-        values: dict[str, Any] = {
-            "image_size": 64,
-            "patch_size": 4,
-            "layers_per_block": 1,
-            "heads": 4,
-            "norm_num_groups": 16,
-            "cross_attention_dim": 8,
-            "prediction_type": "epsilon",
-            "prompt": "",
-            "single_image_share": 0.0,
-            **self.presets[preset],
-        }
-        for name in options:
-            if name not in values:
-                raise unknown_name("option of mvdream", name, values)
-        values.update(options)
-        channels = 3 * values["patch_size"] ** 2
-        widths, attends = tuple(values["block_out_channels"]), tuple(values["attention_levels"])
-        if len(widths) != len(attends):
-            raise ValueError(f"attention_levels: expected one flag per width {widths}, got {attends}")
-        unet = UNet2DConditionModel(
-            sample_size=values["image_size"] // values["patch_size"],
-            in_channels=channels,
-            out_channels=channels,
-            block_out_channels=widths,
-            layers_per_block=values["layers_per_block"],
-            down_block_types=tuple("CrossAttnDownBlock2D" if on else "DownBlock2D" for on in attends),
-            up_block_types=tuple("CrossAttnUpBlock2D" if on else "UpBlock2D" for on in reversed(attends)),
-            attention_head_dim=values["heads"],  # diffusers' historical name for the number of heads
+        values = preset_values(
+            self,
+            preset,
+            options,
+            image_size=64,
+            patch_size=4,
+            layers_per_block=1,
+            heads=4,
+            norm_num_groups=16,
+            cross_attention_dim=8,
+            prediction_type="epsilon",
+            prompt="",
+            single_image_share=0.0,
+        )
+        unet = unet_2d(
+            values,
             cross_attention_dim=values["cross_attention_dim"],
-            norm_num_groups=values["norm_num_groups"],
-            use_linear_projection=True,
             class_embed_type="projection",
             projection_class_embeddings_input_dim=CAMERA_CHANNELS,
         )
@@ -248,15 +229,15 @@ class MVDream(Backbone):
         """
         from cameo.adapters.mvdream_loading import load_pipeline
 
-        if revision is None and name_or_path in RELEASED:
-            revision = RELEASED[name_or_path].revision
-        return load_pipeline(name_or_path, revision=revision, **options)
+        return load_pipeline(name_or_path, revision=revision or revision_of(name_or_path), **options)
 
-    def licence(self, name_or_path: str | None) -> str | None:
+    def licence(self, name_or_path: str | None) -> str | Mapping[str, str] | None:
         """Licence of presets and of the releases listed in `cameo.adapters.released`."""
-        if (name_or_path or "").startswith("preset:"):
-            return "apache-2.0"
-        return RELEASED[name_or_path].licence if name_or_path in RELEASED else None
+        return licence_of(name_or_path)
+
+    def revision(self, name_or_path: str | None) -> str | None:
+        """Revision of the releases listed in `cameo.adapters.released`."""
+        return revision_of(name_or_path)
 
 
 def set_image_view(unet: nn.Module, present: bool) -> nn.Module:

@@ -102,7 +102,13 @@ def load_pipeline(
     ):
         if value is not None:
             raise ValueError(f"{name}: is for an original checkpoint (.pt); {name_or_path} brings its own")
-    index = DiffusionPipeline.load_config(name_or_path, revision=revision)
+    try:
+        index = DiffusionPipeline.load_config(name_or_path, revision=revision)
+    except OSError as error:
+        raise DataError(
+            f"{name_or_path}: {error} If it holds original checkpoints, name one of them and where the other "
+            "components come from: weights='sd-v2.1-base-4view.pt', stable_diffusion=..."
+        ) from error
     kind, unet = index.get("_class_name"), index.get("unet") or (None, None)
     if kind == "MVDreamPipeline" and unet[1] in ("UNet2DConditionModel", "ImageDreamUNet"):
         return MVDreamPipeline.from_pretrained(name_or_path, revision=revision, **options)

@@ -160,8 +160,8 @@ class MVDreamPipeline(LatentPipeline):
             generator: source of time steps, noise and dropout; the same seed gives the same inputs.
             timesteps: integers `[B]`; default uniform over all noise levels.
             noise: `[B, V, C, h, w]`; default standard normal.
-            condition_dropout: probability of emptying a sample's text and blackening its image, for
-                classifier-free guidance; the cameras stay.
+            condition_dropout: probability of emptying a sample's text and putting zeros for its image's latents and
+                tokens, for classifier-free guidance; the cameras stay.
             joint: whether the views see each other. Default: drawn by `single_image_share` while the U-Net is in
                 training mode and no `noise` is given, else True.
         """
@@ -202,8 +202,8 @@ class MVDreamPipeline(LatentPipeline):
             batch: `intrinsics, extrinsics [B, V, ...]`, `num_reference_views` R, optionally `caption` and `up`, and
                 `images [B, >= max(R, 1), 3, H, W]`, of which only the first R are looked at, besides their size.
             num_inference_steps: number of denoising steps.
-            guidance_scale: classifier-free guidance, away from an empty text and a black image; 1 switches it off. The
-                release uses 7.5 with a text and 5 with an image.
+            guidance_scale: classifier-free guidance, away from an empty text and an image of zero latents and tokens;
+                1 switches it off. The release uses 7.5 with a text and 5 with an image.
             generator: the same seed gives the same views.
 
         Returns:
@@ -229,9 +229,9 @@ class MVDreamPipeline(LatentPipeline):
             targets = self.scheduler.scale_model_input(latents, timestep)
             predictions = []
             for given, context, tokens in branches:
-                noisy = torch.cat([given, targets], dim=1)
+                noisy = torch.cat([given, targets], dim=1).to(self.unet_dtype)
                 args, kwargs = self._unet_arguments(noisy, cameras, timestep.expand(samples), context, tokens)
-                predictions.append(self._views(self.unet(*args, **kwargs), samples)[:, references:])
+                predictions.append(self._views(self.unet(*args, **kwargs), samples)[:, references:].to(latents))
             prediction = predictions[0]
             if guidance_scale != 1:
                 prediction = predictions[1] + guidance_scale * (predictions[0] - predictions[1])

@@ -127,7 +127,7 @@ def prepare(
         use_xformers, latent_stride: see `cameo.adapters.joint_views.inflate`.
 
     Raises:
-        ValueError: if the U-Net has no camera embedding.
+        ValueError: if the U-Net has no camera embedding, or an `ImageDreamUNet` lost its image tokens' processors.
     """
     if not embeds_cameras(unet):
         raise ValueError(
@@ -139,6 +139,11 @@ def prepare(
     processors = unet.attn_processors
     for name, processor in processors.items():
         joins = name.endswith("attn1.processor")
+        if isinstance(unet, ImageDreamUNet) and not joins and not isinstance(processor, ImageTokenAttnProcessor):
+            raise ValueError(
+                f"unet: {name} is a {type(processor).__name__}; the image tokens' keys and values were in the processor "
+                "that it replaced. Load the U-Net again, without a switch of diffusers that sets attention processors"
+            )
         if joins or not isinstance(processor, ImageTokenAttnProcessor):
             processors[name] = JointViewAttnProcessor(
                 join=joins, use_xformers=use_xformers, latent_stride=latent_stride

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from cameo.adapters import joined_frames
-from cameo.adapters.released import RELEASED
+from cameo.adapters.presets import block_settings, preset_values
+from cameo.adapters.released import licence_of, revision_of
 from cameo.adapters.sgm_video_unet import (
     checkpoint_hazard,
     resolution_levels,
@@ -23,7 +24,7 @@ from cameo.adapters.sgm_video_unet import (
 from cameo.adapters.unet_layers import level_of, self_attentions
 from cameo.backbone import Backbone
 from cameo.capture import AttentionSite
-from cameo.errors import DataError, unknown_name
+from cameo.errors import DataError
 from cameo.layout import TokenLayout
 
 __all__ = ["SV3D", "use_non_reentrant_checkpointing"]
@@ -160,28 +161,19 @@ class SV3D(Backbone):
         from cameo.adapters.sv3d_pipeline import SV3DPipeline, edm_scheduler
         from cameo.adapters.sv3d_unet import SV3DUNet
 
-        if preset not in self.presets:
-            raise unknown_name("preset of sv3d", preset, self.presets)
-        values: dict[str, Any] = {"patch_size": 4, "camera": True, "noise_mean": 0.7, "noise_deviation": 1.6}
-        values |= self.presets[preset]
-        for name in options:
-            if name not in values:
-                raise unknown_name("option of sv3d", name, values)
-        values |= options
-        widths, attends = tuple(values["block_out_channels"]), tuple(values["attention_levels"])
-        if len(widths) != len(attends):
-            raise ValueError(f"attention_levels: expected one flag per width {widths}, got {attends}")
-        if any(width % 32 for width in widths):
-            raise ValueError(f"block_out_channels: expected multiples of 32, the groups of its norms, got {widths}")
+        values = preset_values(self, preset, options, patch_size=4, camera=True, noise_mean=0.7, noise_deviation=1.6)
+        blocks = block_settings(values, "SpatioTemporal")
+        if any(width % 32 for width in blocks["block_out_channels"]):
+            raise ValueError(
+                "block_out_channels: expected multiples of 32, the groups of its norms, got "
+                f"{blocks['block_out_channels']}"
+            )
         channels = 3 * values["patch_size"] ** 2
         unet = SV3DUNet(
             sample_size=values["image_size"] // values["patch_size"],
             in_channels=2 * channels,
             out_channels=channels,
-            block_out_channels=widths,
-            down_block_types=tuple(f"{'CrossAttn' if on else ''}DownBlockSpatioTemporal" for on in attends),
-            up_block_types=tuple(f"{'CrossAttn' if on else ''}UpBlockSpatioTemporal" for on in reversed(attends)),
-            layers_per_block=values["layers_per_block"],
+            **blocks,
             num_attention_heads=values["heads"],
             cross_attention_dim=32,
             addition_time_embed_dim=values["embed_dim"],
@@ -205,7 +197,7 @@ class SV3D(Backbone):
             **options: passed to `from_pretrained`; for a checkpoint file the components `vae` and `image_encoder`.
 
         Raises:
-            DataError: for a folder that holds something else.
+            DataError: for a folder that holds something else, or nothing that can be read.
         """
         from diffusers import DiffusionPipeline
 
@@ -214,9 +206,14 @@ class SV3D(Backbone):
 
         if Path(name_or_path).suffix == ".safetensors":
             return from_checkpoint(name_or_path, **options)
-        if revision is None and name_or_path in RELEASED:
-            revision = RELEASED[name_or_path].revision
-        index = DiffusionPipeline.load_config(name_or_path, revision=revision)
+        revision = revision or revision_of(name_or_path)
+        try:
+            index = DiffusionPipeline.load_config(name_or_path, revision=revision)
+        except OSError as error:
+            raise DataError(
+                f"{name_or_path}: {error} A checkpoint of SGM is passed as a local file (sv3d_p.safetensors, "
+                "downloaded from stabilityai/sv3d), with vae="
+            ) from error
         if index.get("_class_name") == "SV3DPipeline":
             return SV3DPipeline.from_pretrained(name_or_path, revision=revision, **options)
         if "SpatioTemporal" in json.dumps(index.get("unet")):
@@ -226,11 +223,13 @@ class SV3D(Backbone):
             "an SV3DPipeline, or a pipeline with an SV3DUNetSpatioTemporalConditionModel"
         )
 
-    def licence(self, name_or_path: str | None) -> str | None:
+    def licence(self, name_or_path: str | None) -> str | Mapping[str, str] | None:
         """Licence of the releases listed in `cameo.adapters.released`, and of presets."""
-        if (name_or_path or "").startswith("preset:"):
-            return "apache-2.0"
-        return RELEASED[name_or_path].licence if name_or_path in RELEASED else None
+        return licence_of(name_or_path)
+
+    def revision(self, name_or_path: str | None) -> str | None:
+        """Revision of the releases listed in `cameo.adapters.released`."""
+        return revision_of(name_or_path)
 
     def _sites(self, model: nn.Module, *, temporal: bool) -> list[AttentionSite]:
         layers = self._layers(model, temporal=temporal)

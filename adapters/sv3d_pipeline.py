@@ -15,6 +15,7 @@ from diffusers import AutoencoderKLTemporalDecoder, EulerDiscreteScheduler, UNet
 from einops import rearrange, repeat
 from torch import Tensor
 
+from cameo.adapters.joint_views import JointViewAttnProcessor
 from cameo.adapters.latent_pipeline import LatentPipeline, reference_views
 from cameo.adapters.sv3d_unet import SV3DUNet
 from cameo.geometry import estimate_up, orbit_centre, spherical_angles
@@ -102,6 +103,25 @@ class SV3DPipeline(LatentPipeline):
         if unet.config.get("latent_stride") != self.latent_stride:
             unet.register_to_config(latent_stride=self.latent_stride)
 
+    def enable_xformers_memory_efficient_attention(self, attention_op: Any = None) -> None:
+        """Use xformers' kernel on CUDA in the spatial attentions, unlike diffusers' switch, which includes the VAE.
+
+        The temporal attentions keep PyTorch's: their sequences are as short as the number of frames, and their batch,
+        one entry per sample, cell and head, is soon larger than the 65535 that xformers' kernels take.
+        """
+        self._attend(use_xformers=True)
+
+    def disable_xformers_memory_efficient_attention(self) -> None:
+        """Go back to PyTorch's kernel."""
+        self._attend(use_xformers=False)
+
+    def _attend(self, *, use_xformers: bool) -> None:
+        processors = self.unet.attn_processors
+        for name in processors:
+            if ".transformer_blocks." in name:
+                processors[name] = JointViewAttnProcessor(join=False, use_xformers=use_xformers)
+        self.unet.set_attn_processor(processors)
+
     def noise_levels(self, timesteps: Tensor) -> Tensor:
         """Noise level s of integer time steps, in float32.
 
@@ -111,7 +131,7 @@ class SV3DPipeline(LatentPipeline):
             >>> [round(level, 2) for level in pipeline.noise_levels(torch.tensor([0, 158, 499, 999])).tolist()]
             [0.04, 0.37, 1.0, 26.86]
         """
-        quantile = (timesteps.double().cpu() + 0.5) / self.num_train_timesteps
+        quantile = (timesteps.cpu().double() + 0.5) / self.num_train_timesteps
         normal = torch.special.ndtri(quantile)
         return (self.config.noise_mean + self.config.noise_deviation * normal).exp().float().to(timesteps.device)
 
@@ -245,11 +265,9 @@ class SV3DPipeline(LatentPipeline):
         latents = latents * self.scheduler.init_noise_sigma
         steps = self.progress_bar(self.scheduler.timesteps) if progress else self.scheduler.timesteps
         for timestep in steps:
-            frames = self.scheduler.scale_model_input(latents, timestep)
-            predictions = [
-                self.unet(*self._unet_arguments(frames, timestep.expand(samples), *condition, numbers)).sample
-                for condition in conditions
-            ]
+            frames = self.scheduler.scale_model_input(latents, timestep).to(self.unet_dtype)
+            arguments = [self._unet_arguments(frames, timestep.expand(samples), *one, numbers) for one in conditions]
+            predictions = [self.unet(*args).sample.to(latents) for args in arguments]
             prediction = predictions[0]
             if guidance_scale != 1:
                 prediction = predictions[1] + scale * (predictions[0] - predictions[1])
@@ -268,8 +286,8 @@ class SV3DPipeline(LatentPipeline):
         frames: Tensor, level: Tensor, shown: Tensor, context: Tensor, numbers: Tensor
     ) -> tuple[Tensor, ...]:
         """Arguments of the U-Net for frames `[B, T, C, h, w]` that are scaled to its input."""
-        sample = torch.cat([frames, repeat(shown, "b c h w -> b t c h w", t=frames.shape[1])], dim=2)
-        return sample, level.to(frames), context.to(frames), numbers
+        shown = repeat(shown, "b c h w -> b t c h w", t=frames.shape[1]).to(frames)
+        return torch.cat([frames, shown], dim=2), level, context.to(frames), numbers  # numbers embedded in float32
 
 
 def edm_scheduler(*, sigma_min: float = 0.002, sigma_max: float = 700.0) -> EulerDiscreteScheduler:

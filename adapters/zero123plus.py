@@ -8,11 +8,12 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from cameo.adapters.presets import preset_values, unet_2d
 from cameo.adapters.released import licence_of, revision_of
 from cameo.adapters.unet_layers import checkpoints_reentrantly, default_layer_index, level_of, self_attentions
 from cameo.backbone import Backbone
 from cameo.capture import AttentionSite
-from cameo.errors import DataError, unknown_name
+from cameo.errors import DataError
 from cameo.layout import TokenLayout
 
 __all__ = ["Zero123Plus"]
@@ -145,39 +146,11 @@ class Zero123Plus(Backbone):
                 `block_out_channels`, `attention_levels` (per resolution, finest first), `layers_per_block`, `heads`,
                 `norm_num_groups`.
         """
-        from diffusers import UNet2DConditionModel
-
         from cameo.adapters.zero123plus_pipeline import Zero123PlusPipeline
 
-        if preset not in self.presets:
-            raise unknown_name("preset of zero123plus", preset, self.presets)
-        values: dict[str, Any] = {
-            "patch_size": 4,
-            "layers_per_block": 1,
-            "norm_num_groups": 32,
-            **self.presets[preset],
-        }
-        for name in options:
-            if name not in values:
-                raise unknown_name("option of zero123plus", name, values)
-        values.update(options)
-        widths, attends = tuple(values["block_out_channels"]), tuple(values["attention_levels"])
-        if len(widths) != len(attends):
-            raise ValueError(f"attention_levels: expected one flag per width {widths}, got {attends}")
-        cell, channels = values["image_size"] // values["patch_size"], 3 * values["patch_size"] ** 2
-        unet = UNet2DConditionModel(
-            sample_size=(3 * cell, 2 * cell),
-            in_channels=channels,
-            out_channels=channels,
-            block_out_channels=widths,
-            layers_per_block=values["layers_per_block"],
-            down_block_types=tuple("CrossAttnDownBlock2D" if on else "DownBlock2D" for on in attends),
-            up_block_types=tuple("CrossAttnUpBlock2D" if on else "UpBlock2D" for on in reversed(attends)),
-            attention_head_dim=values["heads"],  # diffusers' historical name for the number of heads
-            cross_attention_dim=8,
-            norm_num_groups=values["norm_num_groups"],
-            use_linear_projection=True,
-        )
+        values = preset_values(self, preset, options, patch_size=4, layers_per_block=1, norm_num_groups=32)
+        cell = values["image_size"] // values["patch_size"]
+        unet = unet_2d(values, sample_size=(3 * cell, 2 * cell))
         return Zero123PlusPipeline(
             unet, euler_ancestral(), reference_size=values["reference_size"], patch_size=values["patch_size"]
         )
@@ -200,7 +173,8 @@ class Zero123Plus(Backbone):
         if kind != "Zero123PlusPipeline":
             raise DataError(f"{name_or_path}: holds a {kind}; zero123plus starts from a Zero123PlusPipeline")
         pipeline = Zero123PlusPipeline.from_pretrained(name_or_path, revision=revision, **options)
-        if "reference_size" not in settings:  # a release: its instructions set this spacing after loading
+        # A release: its instructions set this spacing after loading.
+        if "reference_size" not in settings and "scheduler" not in options:
             pipeline.scheduler = type(pipeline.scheduler).from_config(
                 pipeline.scheduler.config, timestep_spacing="trailing"
             )

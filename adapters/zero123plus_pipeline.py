@@ -312,7 +312,7 @@ class Zero123PlusPipeline(LatentPipeline):
         dropped = (torch.arange(len(image), device=image.device) < samples) if guided else None
         reference, context = self.reference_latents(image, dropped), self.context(image, dropped)
         height, width = (side // self.latent_stride for side in image.shape[-2:])
-        dtype = getattr(self.unet, "dtype", image.dtype)
+        dtype = self.unet_dtype
 
         def draw(*shape: int) -> Tensor:
             device = generator.device if generator else image.device

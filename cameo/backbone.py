@@ -64,7 +64,7 @@ class Backbone:
     def inflatable(self, model: nn.Module) -> list[AttentionSite]:
         """List self-attention layers that see one view each and that `inflate` can join, in execution order.
 
-        Their layouts are those of the joined layers.
+        Their layouts are those of the joined layers. `default_layer` counts in this list as well.
         """
         return []
 

@@ -182,7 +182,7 @@ class AttentionCapture:
 
 def _choose(site: AttentionSite, calls: list[KernelCall]) -> KernelCall:
     if site.kernel_call is not None:
-        if site.kernel_call >= len(calls):
+        if not 0 <= site.kernel_call < len(calls):
             raise CaptureError(
                 f"layer {site.path!r} called the attention kernel {len(calls)} times in one forward of the module, "
                 f"so there is no kernel_call={site.kernel_call}; it counts from 0"

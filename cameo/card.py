@@ -222,6 +222,7 @@ def _base_text(config: CameoConfig) -> str:
 def _metrics(metrics: Metrics | None) -> str:
     if not metrics:
         return ""
+    metrics = {name: value for name, value in metrics.items() if value is not None and value != {}}  # not measured
     groups = {name: value for name, value in metrics.items() if isinstance(value, Mapping)}
     single = {name: value for name, value in metrics.items() if name not in groups}
     tables = []

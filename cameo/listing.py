@@ -30,7 +30,10 @@ def layer_table(adapter: Backbone, model: nn.Module, *, height: int, width: int,
         num_views: views of a sample, references included.
     """
     core = core_module(model)
-    default = adapter.default_layer(core)
+    try:
+        default: int | None = adapter.default_layer(core)
+    except NotImplementedError:
+        default = None
     size = (height, width, num_views)
     parts = [_table([_row(site, size, site.index == default, "") for site in adapter.sites(core)])]
     if inflatable := adapter.inflatable(core):

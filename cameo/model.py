@@ -72,6 +72,9 @@ class CameoModel(nn.Module):
                 raise ValueError(
                     f"layer {site.path!r} cannot be supervised with normalise={config.normalise!r}: {reason}"
                 )
+        if config.backbone is not None and config.inflate:  # last, so that a refused model stays as it was
+            for site in self._supervised:
+                get_backbone(config.backbone).inflate(core_module(base_model), site.path)
         self._alignment_loss: Tensor | None = None
         self._num_supervised: Tensor | None = None
         self._attached = True
@@ -117,6 +120,9 @@ class CameoModel(nn.Module):
             seen = captured[site.path]
             self._check_graph(site, seen)
             query, key, local = self.split(site, seen, match)
+            references = self.cameo_config.num_reference_views
+            if references is not None:  # the layout cut reference views without supervision away
+                references = max(0, references - (match.num_views - local.num_views))
             losses.append(
                 alignment_loss(
                     query,
@@ -126,7 +132,7 @@ class CameoModel(nn.Module):
                     scale=seen.scale,
                     normalise=self.cameo_config.normalise,
                     reduction=self.cameo_config.reduction,
-                    num_reference_views=self.cameo_config.num_reference_views,
+                    num_reference_views=references,
                 )
             )
             counts.append(local.visible.sum())
@@ -311,6 +317,9 @@ def _check_settings(config: CameoConfig) -> None:
     """Refuse settings that the first forward would refuse, or would take in silence."""
     if not 0 <= config.weight < math.inf:
         raise ValueError(f"weight: expected a finite factor >= 0, got {config.weight}")
+    for name, count, least in (("stride", config.stride, 1), ("kernel_call", config.kernel_call, 0)):
+        if count is not None and (type(count) is not int or count < least):
+            raise ValueError(f"{name}: expected an integer >= {least}, got {count!r}")
     for name, value, known in (
         ("normalise", config.normalise, NORMALISATIONS),
         ("reduction", config.reduction, REDUCTIONS),
@@ -328,11 +337,8 @@ def _check_settings(config: CameoConfig) -> None:
 def _resolve_sites(core: nn.Module, config: CameoConfig) -> list[AttentionSite]:
     if config.backbone is not None:
         adapter = get_backbone(config.backbone)
-        if not config.inflate:
-            return [find_site(adapter.sites(core), path) for path in config.layers]
-        for path in config.layers:
-            adapter.inflate(core, find_site(adapter.inflatable(core), path).path)
-        return [find_site(adapter.inflatable(core), path) for path in config.layers]
+        sites = adapter.inflatable(core) if config.inflate else adapter.sites(core)
+        return [find_site(sites, path) for path in config.layers]
     assert config.layout is not None
     layout = TokenLayout(**config.layout)
     found = []

@@ -56,8 +56,8 @@ def _equal(base: nn.Module, again: nn.Module, config: CameoConfig) -> bool:
         with contextlib.suppress(NotImplementedError):
             inputs = get_backbone(config.backbone).example_inputs(core_module(base))
     if inputs is None:
-        theirs = core_module(again).state_dict()
-        pairs = [(value, theirs.get(_loaded_name(key, base))) for key, value in core_module(base).state_dict().items()]
+        theirs, loaded_name = core_module(again).state_dict(), _loaded_names(base)
+        pairs = [(value, theirs.get(loaded_name(key))) for key, value in core_module(base).state_dict().items()]
         return all(other is not None and torch.equal(value, other) for value, other in pairs)
     with _same_processors(core_module(base), core_module(again)), torch.no_grad():
         first, second = (_tensors(_evaluate(model, *inputs)) for model in (base, again))
@@ -73,19 +73,20 @@ def _emptied(core: nn.Module) -> nn.Module:
     return blank
 
 
-def _loaded_name(name: str, base: nn.Module) -> str:
-    """Translate a parameter name of the trained model to the freshly loaded one."""
+def _loaded_names(base: nn.Module) -> Callable[[str], str]:
+    """Return what translates a parameter name of the trained model to that of the freshly loaded one."""
     if not adapter_layers(base):
-        return name
-    return name.replace(f".{adapter_name(base)}.", f".{ADAPTER}.")
+        return str
+    own = f".{adapter_name(base)}."  # asked once: it looks at every module
+    return lambda name: name.replace(own, f".{ADAPTER}.")
 
 
 def _align_precision(again: nn.Module, base: nn.Module) -> None:
     """Give the loaded model the devices, precisions and trainable parameters of the trained one."""
     trained, loaded = core_module(base), core_module(again)
-    twins = {**dict(loaded.named_parameters()), **dict(loaded.named_buffers())}
+    twins, loaded_name = {**dict(loaded.named_parameters()), **dict(loaded.named_buffers())}, _loaded_names(base)
     for name, tensor in [*trained.named_parameters(), *trained.named_buffers()]:
-        if (twin := twins.get(_loaded_name(name, base))) is not None:
+        if (twin := twins.get(loaded_name(name))) is not None:
             twin.data = twin.data.to(tensor)
             # PyTorch chooses the matrix product of some layouts by whether the weight takes a gradient.
             twin.requires_grad_(tensor.requires_grad)
@@ -111,9 +112,8 @@ def _evaluate(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     try:
         with torch.random.fork_rng(devices=[given] if given.type == "cuda" else []):
             torch.manual_seed(0)  # some models draw noise in their forward (Zero123++, on its reference)
-            return module.eval()(
-                *copy.deepcopy(args), **copy.deepcopy(kwargs)
-            )  # or write into their input (ImageDream)
+            args, kwargs = copy.deepcopy((args, kwargs))  # and some write into their input (ImageDream)
+            return module.eval()(*args, **kwargs)
     finally:
         for one, mode in modes.items():
             one.training = mode

@@ -25,6 +25,8 @@ def main(arguments: list[str]) -> None:
     if "--list" not in arguments:
         raise SystemExit(f"{__doc__}\nExpected --list, got: {' '.join(arguments) or 'nothing'}")
     settings = [argument for argument in arguments if argument != "--list"]
+    if any(setting.lstrip("-").startswith("pretrained_model_name_or_path=") for setting in settings):
+        settings.insert(0, "preset=null")  # that of the settings file
     config = load_config(settings_file("lora", CONFIGS, settings), settings)
     denoiser = load_pipeline(config).denoiser
     size = {"height": config.resolution, "width": config.resolution, "num_views": config.num_views}

@@ -14,7 +14,10 @@ import torch
 from torch import Tensor, nn
 
 import cameo
+from cameo.adapters.released import RELEASED
 from cameo.backbone import get_backbone
+from cameo.config import CameoConfig
+from cameo.licence import find_licence
 from cameo.pipeline import MultiViewPipeline, TrainingInputs
 from cameo.training.correspondences import match_layers
 
@@ -271,3 +274,25 @@ def test_a_saved_pipeline_loads_again(row: Row, tmp_path: Path) -> None:
         for one in (pipeline, again)
     ]
     assert torch.equal(*drawn)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "licences"),
+    [
+        ("cat3d", {"openrail++"}),
+        ("zero123plus", {"openrail", "cc-by-nc-4.0"}),
+        ("mvdream", {"openrail"}),
+        ("sv3d", {"other"}),
+    ],
+    ids=["cat3d", "zero123plus", "mvdream", "sv3d"],
+)
+def test_licences_of_the_releases(backbone: str, licences: set[str]) -> None:
+    adapter = get_backbone(backbone)
+    names = [name for name, release in RELEASED.items() if release.backbone == backbone]
+    found = [find_licence(CameoConfig(backbone, [], base_model=name), None, backbone=adapter) for name in names]
+    assert {one["license"] for one in found} == licences
+    assert all(one.get("license_name") for one in found if one["license"] == "other")
+    assert [adapter.revision(name) for name in names] == [RELEASED[name].revision for name in names]
+    assert adapter.licence("preset:tiny") == "apache-2.0"
+    assert adapter.licence("somebody/else") is None
+    assert adapter.revision("somebody/else") is None

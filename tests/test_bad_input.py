@@ -248,6 +248,11 @@ CASES: dict[str, tuple[Callable[[Bench], Any], type[Exception], str]] = {
         ValueError,
         r"unknown layer .*did you mean 'mid_block.attentions.0.transformer_blocks.0.attn1'",
     ),
+    "nothing to inflate": (
+        lambda b: b.wrapped(inflate=True),
+        ValueError,
+        r"inflate=True: 'cat3d' has no layer that sees one view each",
+    ),
     "unknown layer number": (
         lambda b: cameo.wrap(unet(), backbone="cat3d", layer=99),
         ValueError,
@@ -343,6 +348,11 @@ CASES: dict[str, tuple[Callable[[Bench], Any], type[Exception], str]] = {
         lambda b: build_dataset(make_config(b.folder, data_format="rgbd"), "train"),
         ValueError,
         r"data_format=rgbd needs train_data_dir=",
+    ),
+    "rig of another number of views": (
+        lambda b: build_dataset(make_config(b.folder, camera_rig="mvdream", num_views=3), "train"),
+        ValueError,
+        r"camera_rig=mvdream with num_views=3: .*has 4 views",
     ),
     "mesh without faces": (mesh_without_faces, ValueError, r"chair-0.obj: .*faces"),
     # settings

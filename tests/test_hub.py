@@ -547,8 +547,11 @@ class TestCard:
         model = wrapped_net(Net())
         model.cameo_config.training = {"data": "rooms | halls", "steps": 400}
         metrics = {"psnr": 21.123456, "val": {"psnr": 20.0, "lpips (vgg)": 0.25}, "test": {"psnr": 19.5}}
+        metrics |= {"precision_view": None, "notes": {}}  # not measured
         pictures = {"Left: input": tmp_path / "a view.PNG", "memory": Image.new("RGB", (2, 2))}
         folder = model.save_pretrained(tmp_path / "rooms", metrics=metrics, pictures=pictures, licence="mit")
+        assert "precision_view" not in (folder / "README.md").read_text()
+        assert "| notes" not in (folder / "README.md").read_text()
         text = (folder / "README.md").read_text()
         for line in [
             "| psnr | 21.12 |",

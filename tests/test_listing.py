@@ -52,6 +52,15 @@ def test_every_kind_of_layer() -> None:
     assert found["spatial"][5] == "yes, inflate=True"
 
 
+def test_a_backbone_without_a_default_layer() -> None:
+    class NoDefault(Mixed):
+        default_layer = Backbone.default_layer
+
+    table = layer_table(NoDefault(), nn.Linear(1, 1), height=320, width=256, num_views=7)
+    assert list(rows(table)) == ["tiles", "rows", "cells", "masked", "spatial"]
+    assert "(default)" not in table
+
+
 def test_two_views_leave_a_temporal_layer_nothing_to_learn() -> None:
     found = rows(layer_table(Mixed(), nn.Linear(1, 1), height=64, width=64, num_views=2))
     assert found["cells"][5] == "no: with 2 views a query reaches one token of other views, so the softmax is constant"
@@ -68,6 +77,14 @@ def test_the_command_lists_the_layers_of_each_backbone(backbone: str, capsys: py
     assert printed.startswith(f"{backbone}: {type(denoiser).__name__}, ")
     assert found[adapter.sites(denoiser)[adapter.default_layer(denoiser)].path][0].endswith("(default)")
     assert not any("not known" in cell for line in found.values() for cell in line)
+
+
+def test_the_command_lists_the_layers_of_a_model_in_a_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    get_backbone("mvdream").build("tiny").save_pretrained(tmp_path)
+    runpy.run_path(str(RECIPE))["main"](["--list", "backbone=mvdream", f"pretrained_model_name_or_path={tmp_path}"])
+    assert "(default)" in capsys.readouterr().out
 
 
 def test_the_command_says_what_it_expects() -> None:

@@ -739,6 +739,31 @@ def test_components_that_do_not_go_together() -> None:
         image_dream_unet(encoder_hid_dim_type=None)
 
 
+@pytest.mark.parametrize("preset", PRESETS)
+def test_half_precision_samples_without_autocast(preset: str) -> None:
+    built = pipeline(preset)
+    given = batch(built)
+
+    def sample() -> Tensor:
+        generator = torch.Generator().manual_seed(0)
+        return built.sample(given, num_inference_steps=2, guidance_scale=2.0, generator=generator)
+
+    exact = sample()
+    built.to(torch.bfloat16)
+    half = sample()
+    assert half.dtype == torch.float32
+    assert not torch.equal(half, exact)
+    # bfloat16 has 8 bits, 2 ** -8 of each of the layers' outputs; images in [0, 1]
+    torch.testing.assert_close(half, exact, atol=0.1, rtol=0)
+
+
+def test_image_tokens_that_were_lost_are_noticed() -> None:
+    unet = prepare(image_dream_unet(), image_view=True)
+    unet.set_attn_processor(AttnProcessor2_0())
+    with pytest.raises(ValueError, match=r"attn2.processor is a AttnProcessor2_0.*Load the U-Net again"):
+        prepare(unet, image_view=True)
+
+
 def test_views_that_were_separated_are_noticed() -> None:
     built = pipeline()
     given = batch(built)

@@ -14,6 +14,7 @@ import cameo
 from cameo.adapters.mvdream_convert import from_ldm, to_ldm, unet_config
 from cameo.adapters.mvdream_loading import convert_unet, noise_schedule
 from cameo.adapters.mvdream_unet import ImageDreamUNet, prepare
+from cameo.adapters.released import RELEASED
 from cameo.backbone import get_backbone
 from cameo.errors import DataError
 
@@ -233,8 +234,15 @@ def test_what_load_refuses(tmp_path: Path) -> None:
         adapter.load(str(tmp_path))
 
 
-def test_licences() -> None:
+def test_a_folder_of_checkpoints_asks_for_the_file(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"model_index.json.*name one of them.*weights='sd-v2.1-base-4view.pt'"):
+        get_backbone("mvdream").load(str(tmp_path))
+
+
+def test_licences_and_revisions() -> None:
     adapter = get_backbone("mvdream")
+    assert adapter.revision("MVDream/MVDream") == RELEASED["MVDream/MVDream"].revision
+    assert adapter.revision("someone/else") is None
     assert adapter.licence("preset:tiny") == "apache-2.0"
     assert adapter.licence("someone/else") is None
     assert adapter.licence(None) is None

@@ -51,3 +51,11 @@ def test_links_lead_somewhere() -> None:
     ]:
         for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_every_test_that_the_readme_names_exists() -> None:
+    code = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
+    named = re.findall(r"`(test_\w+)[\[`]", README)
+    assert len(named) > 20
+    for name in named:
+        assert re.search(rf"def {name}\(", code), name

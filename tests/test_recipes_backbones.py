@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import runpy
@@ -15,6 +16,8 @@ from safetensors.torch import load_file
 import cameo
 from cameo.backbone import get_backbone
 from cameo.config import CameoConfig
+from cameo.evaluation.validation import ValidationSettings
+from cameo.training import setup
 from cameo.training.config import load_config, settings_file
 from cameo.training.setup import load_pipeline
 
@@ -52,6 +55,8 @@ every_run = pytest.mark.parametrize("name", RUNS)
 
 def run(recipe: str, backbone: str, output: Path, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> list[str]:
     monkeypatch.setenv("CAMEO_CACHE", scene_cache())
+    # One noise level of seven: the levels differ in nothing but the noise, and tests/test_evaluation.py has them all.
+    monkeypatch.setattr(setup, "ValidationSettings", functools.partial(ValidationSettings, noise_levels=(1.0,)))
     settings = {**SHORT, **changes, "output_dir": output}
     arguments = [f"backbone={backbone}", *(f"{name}={value}" for name, value in settings.items())]
     with fresh_accelerate():

@@ -34,6 +34,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 import cameo
 from cameo import Correspondence
 from cameo.adapters import joined_frames
+from cameo.adapters.released import RELEASED
 from cameo.adapters.sv3d_convert import from_sgm, to_sgm
 from cameo.adapters.sv3d_pipeline import SV3DPipeline, edm_scheduler, triangle_scale
 from cameo.adapters.sv3d_unet import SV3DUNet
@@ -676,6 +677,51 @@ def test_sampling_repeats_and_looks_at_the_reference_only() -> None:
     assert not torch.equal(sample({**given, "images": other}), first)
     assert torch.equal(sample(given, guidance_scale=1.0), first)
     assert not torch.equal(sample(given, guidance_scale=2.5), first)
+
+
+def test_half_precision_samples_without_autocast() -> None:
+    built = pipeline()
+    given = batch()
+
+    def sample() -> Tensor:
+        generator = torch.Generator().manual_seed(0)
+        return built.sample(given, num_inference_steps=2, guidance_scale=2.0, generator=generator)
+
+    exact = sample()
+    built.to(torch.bfloat16)
+    half = sample()
+    assert half.dtype == torch.float32
+    assert not torch.equal(half, exact)
+    # bfloat16 has 8 bits, 2 ** -8 of each of the layers' outputs; images in [0, 1]
+    torch.testing.assert_close(half, exact, atol=0.1, rtol=0)
+
+
+def test_xformers_is_for_the_spatial_attentions() -> None:
+    built = pipeline()
+    inputs = built.training_inputs(batch(), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        before = built.unet(*inputs.args).sample
+    built.enable_xformers_memory_efficient_attention()
+    asked = {name: getattr(one, "use_xformers", False) for name, one in built.unet.attn_processors.items()}
+    assert set(asked.values()) == {True, False}
+    assert all(used == ("temporal_transformer_blocks" not in name) for name, used in asked.items())
+    with torch.no_grad():
+        assert torch.equal(built.unet(*inputs.args).sample, before)  # PyTorch's kernel, since this is no GPU
+    built.disable_xformers_memory_efficient_attention()
+    assert not any(getattr(one, "use_xformers", False) for one in built.unet.attn_processors.values())
+
+
+def test_a_folder_of_checkpoints_asks_for_the_file(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"model_index.json.*as a local file \(sv3d_p.safetensors"):
+        get_backbone("sv3d").load(str(tmp_path))
+
+
+def test_licences_and_revisions_are_those_of_the_table() -> None:
+    adapter = get_backbone("sv3d")
+    assert adapter.licence("preset:tiny") == "apache-2.0"
+    assert adapter.licence("chenguolin/sv3d-diffusers")["license_name"] == "sv3d-nc-community"
+    assert adapter.revision("chenguolin/sv3d-diffusers") == RELEASED["chenguolin/sv3d-diffusers"].revision
+    assert (adapter.licence("someone/else"), adapter.revision("someone/else")) == (None, None)
 
 
 def test_guidance_is_largest_in_the_middle() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import fields
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from cameo.errors import DataError
+from cameo.training.checkpoint import check_continues
 from cameo.training.config import (
     CHANGEABLE,
     TrainingConfig,
@@ -101,11 +103,45 @@ def test_config_override_replaces_the_file(file: Path, tmp_path: Path) -> None:
         ("pretrained_model_name_or_path=x", r"pretrained_model_name_or_path and preset: give one"),
         ("push_to_hub=true", r"push_to_hub=true needs hub_model_id=your-name/your-model"),
         ("rank=[", r"not valid YAML"),
+        ("camera_rig=zero123", r"unknown camera_rig 'zero123': did you mean 'zero123plus-v1.2'"),
+        ("num_reference_views=-1", r"num_reference_views: expected at least 0, got -1"),
     ],
 )
 def test_wrong_settings_are_refused(file: Path, override: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load_config(file, [override])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["camera_rig=mvdream", "data_format=scenes"], r"camera_rig=mvdream: .*needs data_format=.*got scenes"),
+        (["camera_rig=mvdream", "data_format=rgbd"], r"camera_rig=mvdream: .*needs data_format=.*got rgbd"),
+        (
+            ["data_format=objects", "train_data_dir=office"],
+            r"data_format=objects .*train_data_dir=office .*not be read",
+        ),
+        (["data_format=scenes", "train_data_dir=office"], r"data_format=scenes .*train_data_dir=office .*not be read"),
+    ],
+)
+def test_data_settings_that_contradict_each_other(file: Path, overrides: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_config(file, overrides)
+
+
+def test_a_settings_file_of_another_backbone_gives_way_to_the_override() -> None:
+    given = [f"config={CONFIGS / 'lora_sv3d_tiny.yaml'}", "backbone=mvdream"]
+    config = load_config(settings_file("lora", CONFIGS, given), given)
+    assert (config.backbone, config.camera_rig) == ("mvdream", "sv3d-orbit")  # only what is named is replaced
+
+
+def test_a_checkpoint_of_before_a_setting_existed_continues_with_its_default(tmp_path: Path) -> None:
+    settings = continued_settings(TrainingConfig())
+    older = {name: value for name, value in settings.items() if name not in ("inflate", "camera_rig")}
+    (tmp_path / "trainer_state.json").write_text(json.dumps({"step": 3, "settings": older}))
+    assert check_continues(tmp_path, settings, 10) == 3
+    with pytest.raises(ValueError, match=r"other settings \(inflate: False -> True\)"):
+        check_continues(tmp_path, {**settings, "inflate": True}, 10)
 
 
 def test_comparison_without_weight_is_refused(file: Path) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import datetime
 import functools
 import gc
@@ -29,6 +30,7 @@ from cameo.wrap import attach
 GRID = (2, 3)
 WIDTH = 8
 LAYER = "blocks.1.attention"
+DESCRIBED = {"layer": "mid_block.attentions.0", "layout": "b (v h w)", "heads": 2}  # of the U-Net
 
 
 class Attention(nn.Module):
@@ -525,6 +527,24 @@ def test_layers_with_different_grids_take_one_correspondence_each() -> None:
 # 6. Nothing to supervise
 
 
+def test_released_reduction_counts_only_the_references_that_are_supervised() -> None:
+    layout = TokenLayout("b (v h w)", references_last=1, unsupervised_views=1)
+    options = {"layer": LAYER, "layout": layout, "head": "mean", "reduction": "released", "num_reference_views": 1}
+    torch.manual_seed(0)
+    model = cameo.wrap(Toy(), **options)
+    match = matches(views=3)
+    distance = torch.rand(match.index.shape, generator=torch.Generator().manual_seed(1))
+    match = dataclasses.replace(match, distance=distance)
+    with model.capture() as captured:
+        model(tokens(views=3), correspondence=match)
+        seen = captured[LAYER]
+    query, key, local = model.split(model.supervised_sites[0], seen, match)
+    expected = cameo.alignment_loss(
+        query, key, local, model.alignment_heads[0], scale=seen.scale, reduction="released", num_reference_views=0
+    )
+    torch.testing.assert_close(model.alignment_loss, expected, rtol=0, atol=0)
+
+
 def test_nothing_visible_is_zero_with_a_graph() -> None:
     model = toy()
     model(tokens(), correspondence=nothing_visible())
@@ -668,6 +688,14 @@ def test_a_copy_of_an_unwrapped_model_can_be_wrapped() -> None:
         ({"layer": "mid_block.attn1", "layout": "b (v h w)"}, ValueError, "unknown layer 'mid_block.attn1': did you"),
         ({"layer": "mid_block.attentions.0", "layout": "b (v h w)"}, ValueError, "pass heads= to cameo.wrap"),
         ({"layer": "mid_block.attentions.0", "layout": "b (v h"}, ValueError, r"b \(v h"),
+        ({"backbone": "cat3d", "inflate": True}, ValueError, "inflate=True: 'cat3d' has no layer that sees one view"),
+        ({**DESCRIBED, "inflate": True}, ValueError, "inflate=True needs an adapter"),
+        ({"backbone": "cat3d", "kernel_call": 0}, ValueError, r"kernel_call= describe a model .*'cat3d' knows them"),
+        ({**DESCRIBED, "kernel_call": -1}, ValueError, "kernel_call: expected an integer >= 0, got -1"),
+        ({**DESCRIBED, "kernel_call": "1"}, ValueError, "kernel_call: expected an integer >= 0, got '1'"),
+        ({**DESCRIBED, "kernel_call": True}, ValueError, "kernel_call: expected an integer >= 0, got True"),
+        ({**DESCRIBED, "stride": 0}, ValueError, "stride: expected an integer >= 1, got 0"),
+        ({**DESCRIBED, "stride": -8}, ValueError, "stride: expected an integer >= 1, got -8"),
     ],
 )
 def test_what_wrap_refuses(options: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -712,6 +740,14 @@ def test_token_grid() -> None:
 
 # 8. Configuration file
 
+# As written before there were `inflate`, `kernel_call` and layouts with `references_last`.
+FIRST_VERSION = """{
+  "backbone": null, "base_model": null, "base_revision": null, "cameo_version": "0.1.0", "head": {"kind": "mlp"},
+  "heads": null, "layers": ["blocks.1.attention"],
+  "layout": {"key": "b (v h w)", "query": "b (v h w)", "unsupervised_views": 0},
+  "normalise": "per_view", "num_reference_views": null, "reduction": "mean", "stride": 8, "training": {}, "weight": 0.02
+}"""
+
 
 def test_settings_survive_the_file(tmp_path: Path) -> None:
     config = toy(head={"kind": "mlp", "depth": 2}, stride=8, weight=0.5).cameo_config
@@ -720,6 +756,15 @@ def test_settings_survive_the_file(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["cameo_config.json"]
     again = attach(Toy(), CameoConfig.load(tmp_path))
     assert again.supervised_sites == toy(stride=8).supervised_sites
+
+
+def test_settings_of_the_first_version_load(tmp_path: Path) -> None:
+    (tmp_path / "cameo_config.json").write_text(FIRST_VERSION)
+    model = attach(Toy(), CameoConfig.load(tmp_path))
+    assert model.supervised_sites == toy(stride=8).supervised_sites
+    assert (model.cameo_config.inflate, model.cameo_config.kernel_call) == (False, None)
+    stored = {"query": "b (t + v h w)", "key": "b (t + v h w)", "unsupervised_views": 0, "t": 77}
+    assert TokenLayout(**stored) == TokenLayout("b (t + v h w)", t=77)
 
 
 @pytest.mark.parametrize(
@@ -782,6 +827,49 @@ def test_a_backbone_of_a_third_party(registry: dict[str, Any]) -> None:
         cameo.wrap(nn.Linear(2, 2), "toy")
     with pytest.raises(NotImplementedError, match="backbone 'toy' only attaches; it has no presets"):
         get_backbone("toy").build("tiny")
+
+
+class MixedBackbone(ToyBackbone):
+    """Its first layer is temporal; `inflate` leaves a note on the model."""
+
+    def sites(self, model: nn.Module) -> list[AttentionSite]:
+        return [AttentionSite(0, "blocks.0.attention", 2, TokenLayout("(b h w) v")), super().sites(model)[1]]
+
+    def inflatable(self, model: nn.Module) -> list[AttentionSite]:
+        return ToyBackbone.sites(self, model)
+
+    def inflate(self, model: nn.Module, path: str) -> None:
+        model.joined = {*getattr(model, "joined", ()), path}
+
+
+def test_inflate_joins_the_chosen_layers_only(registry: dict[str, Any]) -> None:
+    cameo.register_backbone("mixed")(MixedBackbone)
+    model = cameo.wrap(Toy(), "mixed", [0, 1], inflate=True)
+    assert model.joined == {"blocks.0.attention", LAYER}
+    assert len(model.sites) == 3
+    assert model.unwrap().joined == {"blocks.0.attention", LAYER}
+    assert not hasattr(cameo.wrap(Toy(), "mixed"), "joined")
+    assert ToyBackbone().inflatable(Toy()) == []
+    with pytest.raises(NotImplementedError, match="has no layers to inflate"):
+        ToyBackbone().inflate(Toy(), LAYER)
+
+
+@pytest.mark.parametrize("options", [{"head": "mpl"}, {"layer": 2}, {"normalise": "each"}, {"layer": [1, 1]}], ids=str)
+def test_a_refused_wrap_inflates_nothing(options: dict[str, Any], registry: dict[str, Any]) -> None:
+    cameo.register_backbone("mixed")(MixedBackbone)
+    base = Toy()
+    with pytest.raises(ValueError, match=r"unknown|cannot be supervised|named twice"):
+        cameo.wrap(base, "mixed", inflate=True, **options)
+    assert not hasattr(base, "joined")
+
+
+def test_normalise_follows_from_all_chosen_layers(registry: dict[str, Any]) -> None:
+    cameo.register_backbone("mixed")(MixedBackbone)
+    assert cameo.wrap(Toy(), "mixed", 0).cameo_config.normalise == "all_views"
+    assert cameo.wrap(Toy(), "mixed", 1).cameo_config.normalise == "per_view"
+    with pytest.raises(ValueError, match=r"blocks\.0\.attention' cannot be supervised with normalise='per_view'"):
+        cameo.wrap(Toy(), "mixed", [0, 1])
+    assert cameo.wrap(Toy(), "mixed", [0, 1], normalise="all_views").cameo_config.normalise == "all_views"
 
 
 def test_names_are_not_taken_twice(registry: dict[str, Any]) -> None:

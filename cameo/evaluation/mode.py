@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import nn
 
 from cameo.wrap import CameoModel
 
@@ -13,7 +14,7 @@ __all__ = ["evaluation_mode", "native_precision"]
 
 
 @contextmanager
-def evaluation_mode(model: CameoModel) -> Iterator[None]:
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Switch dropout and gradients off; every submodule gets its own mode back."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()

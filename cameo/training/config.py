@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from cameo.data.rigs import RIGS
 from cameo.errors import DataError, unknown_name
 
 __all__ = ["TrainingConfig", "continued_settings", "load_config", "save_config", "settings_file"]
@@ -175,16 +176,24 @@ class TrainingConfig:
             raise ValueError(
                 "lr_warmup_steps has no effect with lr_scheduler=constant; use lr_scheduler=constant_with_warmup"
             )
+        if self.camera_rig is not None and self.camera_rig not in RIGS:
+            raise unknown_name("camera_rig", self.camera_rig, RIGS)
         if self.camera_rig is not None and self.data_format in ("scenes", "rgbd"):
             raise ValueError(
                 f"camera_rig={self.camera_rig}: stands around an object, so it needs data_format=objects, meshes or "
                 f"auto, got {self.data_format}; give camera_rig=null"
             )
+        if self.train_data_dir and self.data_format in ("scenes", "objects"):
+            raise ValueError(
+                f"data_format={self.data_format} is embedded, so train_data_dir={self.train_data_dir} would not be "
+                "read; give data_format=auto, or train_data_dir=null"
+            )
         if self.compare_without_cameo and not self.weight:
             raise ValueError("compare_without_cameo=true needs weight > 0, or both runs would train without CAMEO")
         if self.pretrained_model_name_or_path and self.preset:
             raise ValueError(
-                "pretrained_model_name_or_path and preset: give one, the weights to start from or a preset to build"
+                "pretrained_model_name_or_path and preset: give one, the weights to start from or a preset to build; "
+                "preset=null drops that of a settings file"
             )
         if self.push_to_hub and not self.hub_model_id:
             raise ValueError("push_to_hub=true needs hub_model_id=your-name/your-model")
@@ -204,16 +213,13 @@ def settings_file(recipe: str, folder: str | Path, overrides: Sequence[str]) -> 
     backbone = given.get("backbone", TrainingConfig.backbone)
     path = Path(folder) / f"{recipe}_{backbone}_tiny.yaml"
     if "config" not in given and not path.is_file():
-        known = [file.name.removeprefix(f"{recipe}_").removesuffix("_tiny.yaml") for file in _settings(recipe, folder)]
+        files = sorted(Path(folder).glob(f"{recipe}_*_tiny.yaml"))
+        known = [file.name.removeprefix(f"{recipe}_").removesuffix("_tiny.yaml") for file in files]
         raise ValueError(
             f"{unknown_name('backbone with settings of its own', backbone, known)}. For another backbone write "
             "config=your.yaml"
         )
     return path
-
-
-def _settings(recipe: str, folder: str | Path) -> list[Path]:
-    return sorted(Path(folder).glob(f"{recipe}_*_tiny.yaml"))
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainingConfig:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
-from cameo.data import EmbeddedScenes, MultiViewDataset, RGBDSequence, SceneSource, collate
+from cameo.data import EmbeddedScenes, MultiViewDataset, RGBDSequence, SceneSource, collate, rig_views
 from cameo.errors import DataError
 from cameo.pipeline import MultiViewPipeline, TrainingInputs
 from cameo.training.config import TrainingConfig
@@ -29,7 +29,12 @@ def build_dataset(config: TrainingConfig, split: str) -> MultiViewDataset:
     """Build the training or validation set of a run; both are pure functions of their seed and an index."""
     form = _data_format(config)
     rig = config.camera_rig if form in ("objects", "meshes") else None
-    if config.camera_rig and not rig:
+    if rig:
+        try:
+            rig_views(rig, config.num_views)
+        except ValueError as error:
+            raise ValueError(f"camera_rig={rig} with num_views={config.num_views}: {error}") from error
+    elif config.camera_rig:
         warnings.warn(
             f"camera_rig={config.camera_rig} does not apply to {config.train_data_dir}: the cameras are those of the "
             "sequence. A backbone whose poses are fixed learns them as they come",

@@ -161,7 +161,7 @@ def write_pictures(
         return []
     device = next(next(iter(models.values())).parameters()).device
     batch = to_device(collate([dataset[index] for index in range(config.num_validation_images)]), device)
-    with evaluation_mode(next(iter(models.values()))):  # without what a pipeline does in training only
+    with evaluation_mode(pipeline.denoiser):  # without what a pipeline does in training only
         inputs = pipeline.training_inputs(
             batch,
             timesteps=torch.full((len(batch["images"]),), pipeline.num_train_timesteps - 1),
