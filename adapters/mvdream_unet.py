@@ -139,9 +139,10 @@ def prepare(
     processors = unet.attn_processors
     for name, processor in processors.items():
         joins = name.endswith("attn1.processor")
-        if isinstance(unet, ImageDreamUNet) and not joins and not isinstance(processor, ImageTokenAttnProcessor):
+        reads_tokens = isinstance(unet, ImageDreamUNet) and name.endswith("attn2.processor")
+        if reads_tokens and not isinstance(processor, ImageTokenAttnProcessor):
             raise ValueError(
-                f"unet: {name} is a {type(processor).__name__}; the image tokens' keys and values were in the processor "
+                f"unet: {name} is {type(processor).__name__}; the image tokens' keys and values were in the processor "
                 "that it replaced. Load the U-Net again, without a switch of diffusers that sets attention processors"
             )
         if joins or not isinstance(processor, ImageTokenAttnProcessor):

@@ -18,6 +18,7 @@ from cameo.config import write_atomically
 from cameo.training.config import load_config, settings_file
 from cameo.training.data import build_dataset
 from cameo.training.setup import (
+    card_metrics,
     check_push,
     load_pipeline,
     metrics_table,
@@ -54,7 +55,7 @@ def main(arguments: list[str]) -> None:
     table = metrics_table({f"step {entry['step']}": entry for entry in result.validations[-3:]})
     print(f"\n{table}\n")
     write_atomically(output / "table.md", table + "\n")
-    facts = {"pipeline": pipeline, "metrics": result.validations[-1], "pictures": pictures}
+    facts = {"pipeline": pipeline, "metrics": card_metrics(result.validations[-1]), "pictures": pictures}
     folder = model.save_pretrained(output / "model", licence=config.hub_licence, **facts)
     print(f"model in {folder}, pictures in {output / 'pictures'}, losses in {result.metrics}")
     if config.push_to_hub:

@@ -18,7 +18,7 @@ from pathlib import Path
 from cameo.config import write_atomically
 from cameo.training.config import load_config, settings_file
 from cameo.training.data import build_dataset
-from cameo.training.setup import arms_of, check_push, metrics_table, train_lora, write_pictures
+from cameo.training.setup import arms_of, card_metrics, check_push, metrics_table, train_lora, write_pictures
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -55,7 +55,7 @@ def main(arguments: list[str]) -> None:
     table = metrics_table(columns)
     print(f"\n{table}\n")
     write_atomically(output / "table.md", table + "\n")
-    facts = {"metrics": run.validations[-1], "pictures": pictures}
+    facts = {"metrics": card_metrics(run.validations[-1]), "pictures": pictures}
     adapter = run.model.save_pretrained(output / "adapter", licence=config.hub_licence, **facts)
     print(f"adapter in {adapter}, pictures in {output / 'pictures'}, losses in {run.result.metrics}")
     if config.push_to_hub:

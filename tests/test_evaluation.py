@@ -267,7 +267,7 @@ def test_attention_picture_of_views_that_share_nothing(trained: tuple[CameoModel
     with pytest.raises(
         ValueError, match=r"batch \['wall-0'\]: no token of a target view is visible in a reference view"
     ):
-        attention_figure({"one": model}, pipeline, batch, inputs)
+        attention_figure({"one": model}, batch, inputs)
 
     class Blind:
         def __getitem__(self, index: int) -> dict[str, Any]:
@@ -413,7 +413,7 @@ def pictures_of(pipeline: Planted, data: Any) -> list[Any]:
     batch = collate([data[0], data[1]])
     inputs = pipeline.training_inputs(batch, timesteps=torch.tensor([999, 999]))
     model = holder(pipeline) or pipeline.wrapped()
-    attention = attention_figure({"one": model}, pipeline, batch, inputs)
+    attention = attention_figure({"one": model}, batch, inputs)
     for axis in attention.axes[:2]:  # what is drawn is the view that the title names
         drawn = torch.from_numpy(axis.images[0].get_array()).movedim(-1, 0)
         view = int(axis.get_title().split()[-1])
@@ -492,7 +492,7 @@ def test_validation_of_a_layer_that_sees_one_token_per_view(sign: float, expecte
     batch = collate([Pairs()[0]])
     inputs = pipeline.training_inputs(batch, timesteps=torch.tensor([999]))
     with pytest.raises(ValueError, match="layer 'attn' attends to a part of the other view"):
-        attention_figure({"one": model}, pipeline, batch, inputs)
+        attention_figure({"one": model}, batch, inputs)
 
 
 def test_hits_do_not_depend_on_the_block(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -760,7 +760,7 @@ def test_half_precision_samples_without_autocast(preset: str) -> None:
 def test_image_tokens_that_were_lost_are_noticed() -> None:
     unet = prepare(image_dream_unet(), image_view=True)
     unet.set_attn_processor(AttnProcessor2_0())
-    with pytest.raises(ValueError, match=r"attn2.processor is a AttnProcessor2_0.*Load the U-Net again"):
+    with pytest.raises(ValueError, match=r"attn2.processor is AttnProcessor2_0.*Load the U-Net again"):
         prepare(unet, image_view=True)
 
 

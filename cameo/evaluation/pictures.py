@@ -17,7 +17,7 @@ from cameo.config import write_atomically
 from cameo.correspondence import Correspondence
 from cameo.evaluation.attention import attention_maps
 from cameo.evaluation.mode import evaluation_mode, native_precision
-from cameo.pipeline import MultiViewPipeline, TrainingInputs
+from cameo.pipeline import TrainingInputs
 from cameo.training.correspondences import layer_grids, match_batch
 from cameo.wrap import CameoModel
 
@@ -57,7 +57,6 @@ def comparison_figure(batch: Mapping[str, Any], predictions: Mapping[str, Tensor
 
 def attention_figure(
     models: Mapping[str, CameoModel],
-    pipeline: MultiViewPipeline,
     batch: Mapping[str, Any],
     inputs: TrainingInputs,
     *,

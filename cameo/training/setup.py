@@ -32,6 +32,7 @@ __all__ = [
     "LoraRun",
     "add_lora",
     "arms_of",
+    "card_metrics",
     "check_push",
     "load_pipeline",
     "metrics_table",
@@ -174,7 +175,7 @@ def write_pictures(
     folder = Path(folder)
     written = [save_figure(comparison_figure(batch, predictions, samples=len(batch["images"])), folder / "views.png")]
     try:
-        figure = attention_figure(models, pipeline, batch, inputs)
+        figure = attention_figure(models, batch, inputs)
     except ValueError as error:
         warnings.warn(f"attention.png is left out: {error}", stacklevel=2)
         return written
@@ -273,6 +274,11 @@ def train_lora(config: TrainingConfig, train: MultiViewDataset, held_out: MultiV
     model = wrap_denoiser(pipeline, config)
     trainer = Trainer(model, pipeline, train, config, on_validation=validation_callback(pipeline, held_out, config))
     return LoraRun(model, pipeline, trainer, trainer.train())
+
+
+def card_metrics(validation: Mapping[str, Any]) -> dict[str, Any]:
+    """Pick what a model card shows of a validation result: its figures and settings, without notes and pictures."""
+    return {name: value for name, value in validation.items() if name not in ("notes", "pictures", "step")}
 
 
 def metrics_table(columns: Mapping[str, Mapping[str, Any]]) -> str:
