@@ -56,6 +56,6 @@ def test_links_lead_somewhere() -> None:
 def test_every_test_that_the_readme_names_exists() -> None:
     code = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
     named = re.findall(r"`(test_\w+)[\[`]", README)
-    assert len(named) > 20
+    assert len(set(named)) > 10
     for name in named:
         assert re.search(rf"def {name}\(", code), name
