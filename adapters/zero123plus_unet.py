@@ -322,7 +322,9 @@ class ReferenceUNet(UNet2DConditionModel):
             self.noise_scheduler = noise_schedule()
         scheduler = self.noise_scheduler
         if not timesteps.is_floating_point():
-            return scheduler.add_noise(latents, noise, timesteps)
+            # Half precision would round the small noise of the first levels away.
+            exact = torch.promote_types(latents.dtype, torch.float32)
+            return scheduler.add_noise(latents.to(exact), noise.to(exact), timesteps).to(latents.dtype)
         alphas = scheduler.alphas_cumprod.to(timesteps.device)
         sigmas = ((1 - alphas) / alphas).sqrt()
         below = timesteps.floor().long().clamp(0, len(sigmas) - 2)

@@ -201,6 +201,15 @@ def test_between_the_levels_the_noise_is_the_samplers(spacing: str) -> None:
     assert spacing != "linspace" or any(timestep % 1 for timestep in sampler.timesteps)
 
 
+def test_half_precision_latents_get_the_noise_of_the_first_levels() -> None:
+    unet = ReferenceUNet.from_unet(parts.stable_diffusion_unet())
+    latents, noise = torch.zeros(1, 4, 8, 8), torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    exact = unet.noised(latents, noise, torch.tensor([0]))
+    half = unet.noised(latents.bfloat16(), noise.bfloat16(), torch.tensor([0]))
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(half.float(), exact, rtol=2**-6, atol=0)  # two roundings of bfloat16
+
+
 def test_running_both_passes_by_hand_is_the_same() -> None:
     unet = pipeline().unet
     plain = set_reference_processors(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from cameo.wrap import CameoModel
 __all__ = ["attention_figure", "comparison_figure", "save_figure"]
 
 PANEL = 1.6  # inches
+TITLE_WIDTH = 20  # characters above a panel
 
 
 def comparison_figure(batch: Mapping[str, Any], predictions: Mapping[str, Tensor], *, samples: int = 3) -> Figure:
@@ -51,7 +53,7 @@ def comparison_figure(batch: Mapping[str, Any], predictions: Mapping[str, Tensor
         for axis, (pictures, view), title in zip(axes[row], shown, titles, strict=True):
             _show(axis, pictures[row, view])
             if row == 0:
-                axis.set_title(title, fontsize=8)
+                axis.set_title(textwrap.fill(title, TITLE_WIDTH), fontsize=8)
     return figure
 
 
@@ -102,7 +104,8 @@ def attention_figure(
             )
             _mark(axes[row, column], int(target[token]), key_size, looked_at.shape[-2:], "o", "lime")
             _mark(axes[row, column], int(heat[token].argmax()), key_size, looked_at.shape[-2:], "x", "cyan")
-        axes[0, column].set_title(f"{name}\nin view {dropped + key_view}".strip(), fontsize=8)
+        title = f"{textwrap.fill(name, TITLE_WIDTH)}\nin view {dropped + key_view}".strip()
+        axes[0, column].set_title(title, fontsize=8)
     axes[0, 0].set_title(f"query in view {dropped + query_view}", fontsize=8)
     return figure
 
@@ -145,7 +148,7 @@ def _attention_between(
 
 
 def _grid(rows: int, columns: int) -> tuple[Figure, np.ndarray]:
-    figure = Figure(figsize=(PANEL * columns, PANEL * rows + 0.25), layout="constrained")
+    figure = Figure(figsize=(PANEL * columns, PANEL * rows + 0.45), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False)
     for axis in axes.flat:
         axis.set_axis_off()
