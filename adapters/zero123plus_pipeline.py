@@ -10,23 +10,30 @@ Axes: B samples, V = 7 views, C channels, H W image pixels, h w latent cells of 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler, UNet2DConditionModel
-from einops import rearrange
 from torch import Tensor
 
 from cameo.adapters.latent_pipeline import LatentPipeline, reference_views
 from cameo.adapters.unet_layers import self_attentions
+from cameo.adapters.zero123plus_images import (
+    by_canvas,
+    from_canvas,
+    image_processor,
+    process,
+    processor_side,
+    to_canvas,
+)
 from cameo.adapters.zero123plus_poses import same_poses
 from cameo.adapters.zero123plus_unet import ReferenceUNet, check_references, set_reference_processors
 from cameo.errors import ShapeError
 from cameo.pipeline import TrainingInputs
 
-__all__ = ["Zero123PlusPipeline", "from_canvas", "to_canvas"]
+__all__ = ["Zero123PlusPipeline"]
 
 NUM_VIEWS = 7
 IMAGE_MEAN, IMAGE_STD = 0.5, 0.8  # of the releases, against the usual 0.5 and 0.5 of [-1, 1]
@@ -34,26 +41,6 @@ LATENT_SHIFT, LATENT_SCALE = 0.22, 0.75
 # The releases do not multiply the reference's latents by 0.18215, so it outweighs the noise for longer: 5 times in the
 # paper, 5.49 times in the published pipeline.
 REFERENCE_SCALE = 5.0
-
-
-def to_canvas(views: Tensor) -> Tensor:
-    """Lay six views `[B, 6, C, h, w]` out in three rows of two, `[B, C, 3h, 2w]`.
-
-    Example:
-        >>> to_canvas(torch.arange(6).reshape(1, 6, 1, 1, 1))[0, 0].tolist()
-        [[0, 1], [2, 3], [4, 5]]
-    """
-    return rearrange(views, "b (r c) k h w -> b k (r h) (c w)", r=3, c=2)
-
-
-def from_canvas(canvas: Tensor) -> Tensor:
-    """Cut a canvas `[B, C, 3h, 2w]` into its six views `[B, 6, C, h, w]`.
-
-    Example:
-        >>> from_canvas(torch.arange(6).reshape(1, 1, 3, 2)).flatten().tolist()
-        [0, 1, 2, 3, 4, 5]
-    """
-    return rearrange(canvas, "b k (r h) (c w) -> b (r c) k h w", r=3, c=2)
 
 
 class Zero123PlusPipeline(LatentPipeline):
@@ -114,11 +101,11 @@ class Zero123PlusPipeline(LatentPipeline):
         if (text_encoder is None) != (tokenizer is None):
             raise ValueError("text_encoder and tokenizer: expected both or none of them")
         if vae is not None and feature_extractor_vae is None:
-            feature_extractor_vae = _image_processor(reference_size, mean=IMAGE_MEAN, std=IMAGE_STD)
+            feature_extractor_vae = image_processor(reference_size, mean=IMAGE_MEAN, std=IMAGE_STD)
         if vision_encoder is not None and feature_extractor_clip is None:
-            feature_extractor_clip = _image_processor(vision_encoder.config.image_size)
+            feature_extractor_clip = image_processor(vision_encoder.config.image_size)
         if feature_extractor_vae is not None:
-            reference_size = _side(feature_extractor_vae)
+            reference_size = processor_side(feature_extractor_vae)
         self.register_modules(
             unet=unet,
             scheduler=scheduler,
@@ -180,11 +167,11 @@ class Zero123PlusPipeline(LatentPipeline):
 
     def encode_unscaled(self, images: Tensor) -> Tensor:
         """As the base class; of seven views the last six, and six views, are encoded as one canvas."""
-        return _by_canvas(super().encode_unscaled, images)
+        return by_canvas(super().encode_unscaled, images)
 
     def decode(self, latents: Tensor) -> Tensor:
         """As the base class; of seven views the last six, and six views, are decoded as one canvas."""
-        return _by_canvas(super().decode, latents)
+        return by_canvas(super().decode, latents)
 
     def reference_latents(self, images: Tensor, dropped: Tensor | None = None) -> Tensor:
         """Encode images `[B, 3, H, W]` in [0, 1] at `reference_size`, `[B, C, h', w']`, unscaled as in the releases.
@@ -193,7 +180,7 @@ class Zero123PlusPipeline(LatentPipeline):
         """
         size = self.config.reference_size
         if self.feature_extractor_vae is not None:
-            pixels = _process(self.feature_extractor_vae, images)
+            pixels = process(self.feature_extractor_vae, images)
         else:
             pixels = images * 2 - 1
             if pixels.shape[-2:] != (size, size):
@@ -215,7 +202,7 @@ class Zero123PlusPipeline(LatentPipeline):
         text = text.expand(samples, -1, -1)
         if self.vision_encoder is None:
             return text
-        pixels = _process(self.feature_extractor_clip, images).to(next(self.vision_encoder.parameters()).dtype)
+        pixels = process(self.feature_extractor_clip, images).to(next(self.vision_encoder.parameters()).dtype)
         embedding = self.vision_encoder(pixels).image_embeds.to(images)
         factors = torch.linspace(0, 1, text.shape[1]).to(images) if ramp is None else images.new_tensor(ramp)
         if len(factors) != text.shape[1]:
@@ -373,37 +360,11 @@ class Zero123PlusPipeline(LatentPipeline):
             )
 
 
-def _by_canvas(function: Callable[[Tensor], Tensor], views: Tensor) -> Tensor:
-    """Apply `function` to `[B, V, ...]`, where the last six of six or seven views are one image."""
-    if views.shape[1] not in (NUM_VIEWS - 1, NUM_VIEWS):
-        return function(views)
-    targets = from_canvas(function(to_canvas(views[:, -6:])[:, None])[:, 0])
-    return targets if views.shape[1] == 6 else torch.cat([function(views[:, :1]), targets], dim=1)
-
-
 def _noise_from(entries: Tensor, like: Tensor) -> Tensor:
     """Standard normal noise like `like` `[B, ...]`, a function of the first two numbers of `entries` `[B, ...]`."""
     seeds = entries.flatten(1)[:, :2].float().cpu().contiguous().view(torch.int64)[:, 0].tolist()
     drawn = [torch.randn(like.shape[1:], generator=torch.Generator().manual_seed(seed)) for seed in seeds]
     return torch.stack(drawn).to(like)
-
-
-def _image_processor(side: int, **values: float) -> Any:
-    from transformers import CLIPImageProcessor
-
-    normal = {f"image_{name}": value for name, value in values.items()}
-    return CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side}, **normal)
-
-
-def _side(processor: Any) -> int:
-    size = processor.crop_size
-    return int(size if isinstance(size, int) else size["height"])
-
-
-def _process(processor: Any, images: Tensor) -> Tensor:
-    """Images `[B, 3, H, W]` in [0, 1] as the processor hands them on, in 8 bits like the image files it is made for."""
-    eight_bits = (images * 255).round().clamp(0, 255).to(torch.uint8)
-    return processor(images=list(eight_bits), return_tensors="pt").pixel_values.to(images)
 
 
 def _check_channels(pipeline: Zero123PlusPipeline) -> None:
