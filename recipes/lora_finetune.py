@@ -2,6 +2,7 @@
 
     python recipes/lora_finetune.py                                          # bundled base, embedded scenes
     python recipes/lora_finetune.py train_data_dir=path/to/rgbd num_views=4  # an RGB-D sequence, or a mesh folder
+    python recipes/lora_finetune.py backbone=zero123plus                     # or mvdream, sv3d: settings in configs/
     python recipes/lora_finetune.py resume_from_checkpoint=latest            # go on with an interrupted run
     python recipes/lora_finetune.py push_to_hub=true hub_model_id=you/name   # and publish the adapter
     accelerate launch recipes/lora_finetune.py config=my.yaml                # several processes
