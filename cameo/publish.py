@@ -108,9 +108,8 @@ def _same_processors(base: Any, again: Any) -> Iterator[None]:
 
 def _evaluate(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     modes = {one: one.training for one in module.modules()}
-    given = next(module.parameters()).device
     try:
-        with torch.random.fork_rng(devices=[given] if given.type == "cuda" else []):
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             torch.manual_seed(0)  # some models draw noise in their forward (Zero123++, on its reference)
             args, kwargs = copy.deepcopy((args, kwargs))  # and some write into their input (ImageDream)
             return module.eval()(*args, **kwargs)
