@@ -161,9 +161,7 @@ class Cat3DPipeline(LatentPipeline):
         height, width = images.shape[-2:]
         condition = self.condition(batch["intrinsics"], batch["extrinsics"], references, (height, width))
         blank = torch.cat([condition[:, :, :1], torch.zeros_like(condition[:, :, 1:])], dim=2)
-        device = generator.device if generator else images.device
-        shape = (samples, views - references, *reference.shape[2:])
-        latents = torch.randn(shape, generator=generator, device=device).to(reference)
+        latents = self.normal((samples, views - references, *reference.shape[2:]), generator, reference)
         self.scheduler.set_timesteps(num_inference_steps, device=images.device)
         steps = self.progress_bar(self.scheduler.timesteps) if progress else self.scheduler.timesteps
         for timestep in steps:

@@ -87,6 +87,15 @@ class LatentPipeline(DiffusionPipeline):
         """Images `[B, V, 3, H, W]` in [0, 1] to latents `[B, V, C, h, w]`; of a VAE, the mode.
 
         Raises:
+            ShapeError, ValueError: see `check_images`.
+        """
+        self.check_images(images)
+        return self.scale_latents(self.encode_unscaled(self.scale_image(images * 2 - 1)))
+
+    def check_images(self, images: Tensor) -> None:
+        """Refuse what cannot be encoded.
+
+        Raises:
             ShapeError: for another shape, or sides that the U-Net cannot halve as often as it has to.
             ValueError: for integers.
         """
@@ -98,7 +107,6 @@ class LatentPipeline(DiffusionPipeline):
         multiple = self.latent_stride * 2 ** (len(self.unet.config.block_out_channels) - 1)
         if height % multiple or width % multiple:
             raise ShapeError("images", expected=f"height and width divisible by {multiple}", got=images.shape)
-        return self.scale_latents(self.encode_unscaled(self.scale_image(images * 2 - 1)))
 
     def encode_unscaled(self, images: Tensor) -> Tensor:
         """Images `[B, V, 3, H, W]` in the encoder's range to what it returns, `[B, V, C, h, w]`."""
@@ -125,12 +133,18 @@ class LatentPipeline(DiffusionPipeline):
         self, clean: Tensor, generator: torch.Generator | None, timesteps: Tensor | None, noise: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Time steps `[B]` and noise like `clean`; what is not given is drawn, uniform and standard normal."""
-        draw: dict[str, Any] = {"generator": generator, "device": generator.device if generator else clean.device}
         if timesteps is None:
-            timesteps = torch.randint(self.num_train_timesteps, (clean.shape[0],), **draw)
+            device = generator.device if generator else clean.device
+            timesteps = torch.randint(self.num_train_timesteps, (clean.shape[0],), generator=generator, device=device)
         if noise is None:
-            noise = torch.randn(clean.shape, **draw)
+            noise = self.normal(clean.shape, generator, clean)
         return timesteps.to(clean.device), noise.to(clean)
+
+    @staticmethod
+    def normal(shape: Sequence[int], generator: torch.Generator | None, like: Tensor) -> Tensor:
+        """Draw standard normal numbers in float32 where the generator is, with the device and precision of `like`."""
+        device = generator.device if generator else like.device
+        return torch.randn(shape, generator=generator, device=device).to(like)
 
     @staticmethod
     def blank(samples: int, probability: float, generator: torch.Generator | None, device: torch.device) -> Tensor:

@@ -212,7 +212,9 @@ class MVDreamPipeline(LatentPipeline):
         images: Tensor = batch["images"]
         samples, views = batch["extrinsics"].shape[:2]
         references = self._check_references(batch, views)
-        reference = self.encode(images[:, : max(references, 1)])[:, :references]
+        self.check_images(images[:, : max(references, 1)])
+        shape = self.latent_shape(images.shape)[2:]
+        reference = self.encode(images[:, :references]) if references else images.new_zeros(samples, 0, *shape)
         cameras = self._cameras(batch, references)
         nothing, everything = (torch.full((samples,), drop, device=images.device) for drop in (True, False))
         context = self._context(self._texts(batch, samples), images.device)
@@ -220,9 +222,7 @@ class MVDreamPipeline(LatentPipeline):
         if guidance_scale != 1:
             empty = self._context([""] * samples, images.device)
             branches.append((torch.zeros_like(reference), empty, self._image_tokens(images[:, :references], nothing)))
-        device = generator.device if generator else images.device
-        shape = (samples, views - references, *self.latent_shape(images.shape)[2:])
-        latents = torch.randn(shape, generator=generator, device=device).to(images)
+        latents = self.normal((samples, views - references, *shape), generator, images)
         self.scheduler.set_timesteps(num_inference_steps, device=images.device)
         steps = self.progress_bar(self.scheduler.timesteps) if progress else self.scheduler.timesteps
         for timestep in steps:

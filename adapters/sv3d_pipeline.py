@@ -252,9 +252,8 @@ class SV3DPipeline(LatentPipeline):
         samples, views = batch["extrinsics"].shape[:2]
         _one_reference(batch, views)
         images: Tensor = batch["images"][:, :1]
-        shape = (samples, views, *self.encode(images).shape[2:])
-        device = generator.device if generator else images.device
-        latents = torch.randn(shape, generator=generator, device=device).to(images)
+        self.check_images(images)
+        latents = self.normal((samples, views, *self.latent_shape(images.shape)[2:]), generator, images)
         shown, context = self._condition(images[:, 0], generator)
         conditions = [(shown, context)]
         if guidance_scale != 1:
@@ -276,8 +275,7 @@ class SV3DPipeline(LatentPipeline):
 
     def _condition(self, reference: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
         """Latents `[B, C, h, w]`, not scaled, and embedding `[B, 1, D]` of the reference images `[B, 3, H, W]`."""
-        device = generator.device if generator else reference.device
-        noise = torch.randn(reference.shape, generator=generator, device=device).to(reference)
+        noise = self.normal(reference.shape, generator, reference)
         image = self.scale_image(reference * 2 - 1) + CONDITION_NOISE * noise
         return self.encode_unscaled(image[:, None])[:, 0].clone(), self.image_embedding(reference).clone()
 

@@ -300,18 +300,15 @@ class Zero123PlusPipeline(LatentPipeline):
         reference, context = self.reference_latents(image, dropped), self.context(image, dropped)
         height, width = (side // self.latent_stride for side in image.shape[-2:])
         dtype = self.unet_dtype
-
-        def draw(*shape: int) -> Tensor:
-            device = generator.device if generator else image.device
-            return torch.randn(shape, generator=generator, device=device).to(image)
-
+        reference, context = reference.to(dtype), context.to(dtype)
         self.scheduler.set_timesteps(num_inference_steps, device=image.device)
-        latents = draw(samples, self.latent_channels, 3 * height, 2 * width) * self.scheduler.init_noise_sigma
+        shape = (samples, self.latent_channels, 3 * height, 2 * width)
+        latents = self.normal(shape, generator, image) * self.scheduler.init_noise_sigma
         for timestep in self.progress_bar(self.scheduler.timesteps) if progress else self.scheduler.timesteps:
             noisy = self.scheduler.scale_model_input(latents, timestep)
             noisy = torch.cat([noisy, noisy]) if guided else noisy
-            given = {"cond_lat": reference.to(dtype), "cond_noise": draw(*reference.shape).to(dtype)}
-            args = noisy.to(dtype), timestep.expand(len(noisy)), context.to(dtype)
+            given = {"cond_lat": reference, "cond_noise": self.normal(reference.shape, generator, reference)}
+            args = noisy.to(dtype), timestep.expand(len(noisy)), context
             predicted = self.unet(*args, cross_attention_kwargs=given, return_dict=False)[0].to(latents)
             if guided:
                 unconditional, conditional = predicted.chunk(2)

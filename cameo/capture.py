@@ -67,12 +67,11 @@ class AttentionSite:
             raise ValueError(
                 f"layer {self.path!r}: the image pixels per token are not known; pass stride= to cameo.wrap"
             )
-        sizes = [(-(-height // self.stride), -(-width // self.stride))] * num_views
+        images = [(height, width)] * num_views
         if self.reference_size is not None:
-            height, width = self.reference_size
             for view in self.layout.views_with_own_grid(num_views):
-                sizes[view] = (-(-height // self.stride), -(-width // self.stride))
-        return tuple(sizes)
+                images[view] = self.reference_size
+        return tuple((-(-rows // self.stride), -(-columns // self.stride)) for rows, columns in images)
 
 
 @dataclass(frozen=True)
