@@ -7,6 +7,7 @@ dimension, i query view, j key view, x query token. This is the readable referen
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,9 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from cameo.errors import ShapeError, unknown_name
+from cameo.kernels.operator import fused_alignment_loss
+from cameo.kernels.rows import Window, check_matches
+from cameo.kernels.sweep import triton_refusal
 
 if TYPE_CHECKING:
     from cameo.correspondence import Correspondence
@@ -25,6 +29,8 @@ __all__ = ["AlignmentHead", "alignment_loss", "supervision_weights"]
 HEAD_KINDS = ("mlp", "mean", "none")
 NORMALISATIONS = ("per_view", "all_views")
 REDUCTIONS = ("mean", "sum", "released")
+IMPLEMENTATIONS = ("auto", "reference", "chunked", "triton")
+GELUS = ("exact", "fast")
 
 
 class AlignmentHead(nn.Module):
@@ -89,6 +95,13 @@ class AlignmentHead(nn.Module):
             features = F.gelu(torch.addmm(bias[:, None], weight, features))
         return (self.output.weight.to(logits.dtype) @ features).reshape(1, *logits.shape[1:])
 
+    def weights(self) -> list[Tensor]:
+        """Its parameters in order: weight and bias of each hidden layer, then the last weight; none without an MLP."""
+        layers = [] if self.output is None else [*self.hidden, self.output]
+        found = [parameter for layer in layers for parameter in (layer.weight, layer.bias) if parameter is not None]
+        # Sharded parameters (FSDP) are gathered by the module that holds them or, if that did not run, here.
+        return [weight.full_tensor() if hasattr(weight, "full_tensor") else weight for weight in found]
+
     def extra_repr(self) -> str:
         """Show the settings in `print(model)`."""
         names = ("num_heads", "kind", "depth", "expansion")
@@ -106,6 +119,9 @@ def alignment_loss(
     normalise: str = "per_view",
     reduction: str = "mean",
     num_reference_views: int | None = None,
+    softness: float = 0.0,
+    implementation: str = "auto",
+    gelu: str = "exact",
 ) -> Tensor:
     """Cross-entropy of the attention between views against the true matches; a scalar.
 
@@ -139,24 +155,38 @@ def alignment_loss(
         reduction: "mean": sum(w * loss) / sum(w), with w = 1 unless the correspondence has a weight.
             "sum": sum(w * loss). "released": as the authors' released code, see `supervision_weights`.
         num_reference_views: needed by, and read only for, "released".
+        softness: standard deviation, in tokens, of the Gaussian that spreads each match over the tokens around
+            it; 0 is one token. See `cameo.kernels.rows.Window`.
+        implementation: "reference": readable, holds all logits, can be differentiated twice. "chunked": loss and
+            gradient in one sweep over the supervised queries, on any device, in a workspace of bounded size.
+            "triton": the same with kernels for CUDA. "auto": "triton" where it can, else "chunked".
+        gelu: "exact", or "fast": a sigmoid of a polynomial in the kernels of "triton", at most 2e-6 off; the
+            others have the exact one only.
 
     Raises:
         ShapeError: shapes that do not fit each other, the head or the correspondence.
-        ValueError: unknown option, match out of range, negative weight.
+        ValueError: unknown option, match out of range, negative weight, or an implementation that cannot serve.
 
     Source: arXiv 2512.03045.
     """
-    if normalise not in NORMALISATIONS:
-        raise unknown_name("normalise", normalise, NORMALISATIONS)
+    for name, value, known in (
+        ("normalise", normalise, NORMALISATIONS),
+        ("implementation", implementation, IMPLEMENTATIONS),
+        ("gelu", gelu, GELUS),
+    ):
+        if value not in known:
+            raise unknown_name(name, value, known)
     if reduction == "released" and normalise != "per_view":
         raise ValueError('reduction="released" is defined for normalise="per_view" only')
+    if not 0 <= softness < math.inf:
+        raise ValueError(f"softness: expected a finite number of tokens >= 0, got {softness}")
     _check_tensors(query, key, correspondence, head)
-    _check_matches(correspondence)
     if normalise == "per_view" and max(height * width for height, width in correspondence.sizes) == 1:
         raise ValueError(
             "a query reaches one token per view, so a softmax per view is constant and trains nothing; "
             'use normalise="all_views"'
         )
+    chosen = _choose(implementation, query, head)
     # One rounding of the inputs is all that half precision costs: everything below is float32 or float64.
     dtype = torch.promote_types(query.dtype, torch.float32)
     weights = supervision_weights(
@@ -167,19 +197,22 @@ def alignment_loss(
         dtype=dtype,
     )
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    groups = _groups_per_view if normalise == "per_view" else _groups_all_views
-    loss = None
-    with torch.autocast(device_type=query.device.type, enabled=False):
-        if normalise == "all_views" and set(correspondence.sizes) == {(1, 1)}:
-            loss = _one_token_per_view(query.to(dtype) * scale, key.to(dtype), weights, head)
-            return _zero_with_graph(query, key, head, dtype) if loss is None else loss
-        for queries, keys, target, row, weight in groups(query, key, correspondence, weights):
-            logits = head((queries.to(dtype) * scale) @ keys.to(dtype).transpose(-1, -2))
-            log_sum = logits.logsumexp(dim=-1)[:, row]
-            nll = (log_sum - logits[:, row, target]).mean(dim=0)
-            part = (weight * nll).sum()
-            loss = part if loss is None else loss + part
-    return _zero_with_graph(query, key, head, dtype) if loss is None else loss
+    if chosen == "reference":
+        return _reference(query, key, correspondence, weights, head, scale, normalise, softness)
+    return fused_alignment_loss(
+        query,
+        key,
+        correspondence.index,
+        weights,
+        [weight.to(dtype) for weight in head.weights()],
+        kind=head.kind,
+        sizes=correspondence.sizes,
+        normalise=normalise,
+        softness=float(softness),
+        scale=float(scale),
+        implementation=chosen,
+        gelu=gelu,
+    )
 
 
 def supervision_weights(
@@ -233,21 +266,73 @@ def supervision_weights(
     return torch.cat(halves, dim=1) * nearest
 
 
-Group = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+def _choose(implementation: str, query: Tensor, head: AlignmentHead) -> str:
+    """Resolve "auto", and refuse what cannot serve."""
+    if implementation == "reference":
+        return implementation
+    reason: str | None = None
+    if type(head) is not AlignmentHead:
+        if implementation == "auto":
+            return "reference"
+        reason = f"it computes an AlignmentHead, and {type(head).__name__} may have a forward of its own"
+    elif implementation != "chunked":
+        reason = triton_refusal(query.device, query.dtype, head.num_heads, len(head.hidden))
+        if implementation == "auto":
+            return "triton" if reason is None else "chunked"
+    if reason is None:
+        return implementation
+    raise ValueError(f'implementation={implementation!r} cannot serve: {reason}. Use implementation="auto"')
+
+
+def _reference(
+    query: Tensor,
+    key: Tensor,
+    correspondence: Correspondence,
+    weights: Tensor,
+    head: AlignmentHead,
+    scale: float,
+    normalise: str,
+    softness: float,
+) -> Tensor:
+    """The loss as one reads it, group by group; what the other implementations are compared with."""
+    check_matches(correspondence.index, correspondence.sizes)
+    dtype = weights.dtype
+    groups = _groups_per_view if normalise == "per_view" else _groups_all_views
+    window = Window(correspondence.sizes, softness, query.device)
+    loss = None
+    with torch.autocast(device_type=query.device.type, enabled=False):
+        if normalise == "all_views" and set(correspondence.sizes) == {(1, 1)}:
+            loss = _one_token_per_view(query.to(dtype) * scale, key.to(dtype), weights, head)
+            return _zero_with_graph(query, key, head, dtype) if loss is None else loss
+        for queries, keys, start, match, row in groups(query, key, correspondence, weights):
+            view, token, weight = window.spread(*(column[:, None] for column in match))
+            logits = head((queries.to(dtype) * scale) @ keys.to(dtype).transpose(-1, -2))
+            log_sum = logits.logsumexp(dim=-1)[:, row, None]
+            nll = (log_sum - logits[:, row[:, None], start[view] + token]).mean(dim=0)
+            part = (weight * nll).sum()
+            loss = part if loss is None else loss + part
+    return _zero_with_graph(query, key, head, dtype) if loss is None else loss
+
+
+Match = tuple[Tensor, Tensor, Tensor]
+Group = tuple[Tensor, Tensor, Tensor, Match, Tensor]
 
 
 def _groups_per_view(query: Tensor, key: Tensor, correspondence: Correspondence, weights: Tensor) -> Iterator[Group]:
     """Rows that share their keys: all supervised queries of a sample against one key view.
 
-    Yields queries [K, R, D], keys [K, M, D], and of each match the target key, the query row and the weight.
+    Yields queries [K, R, D], keys [K, M, D], the first key of each view, and of each match its view, its token and
+    its weight, and its query's row.
     """
+    start = torch.zeros(len(correspondence.sizes), dtype=torch.int64, device=query.device)
     for b, j in torch.nonzero(weights.any(dim=3).any(dim=1)).tolist():
         height, width = correspondence.sizes[j]
         view, token = torch.nonzero(weights[b, :, j], as_tuple=True)
         row = torch.arange(len(view), device=query.device)
         target = correspondence.index[b, view, j, token]
         keys = key[b, :, j, : height * width]
-        yield query[b][:, view, token], keys, target, row, weights[b, view, j, token]
+        match = torch.full_like(view, j), target, weights[b, view, j, token]
+        yield query[b][:, view, token], keys, start, match, row
 
 
 def _groups_all_views(query: Tensor, key: Tensor, correspondence: Correspondence, weights: Tensor) -> Iterator[Group]:
@@ -260,8 +345,8 @@ def _groups_all_views(query: Tensor, key: Tensor, correspondence: Correspondence
         start[others] = torch.tensor([0] + [lengths[j] for j in others[:-1]]).cumsum(0)
         view, token = torch.nonzero(weights[b, i], as_tuple=True)
         tokens, row = torch.unique(token, return_inverse=True)
-        target = correspondence.index[b, i, view, token] + start.to(query.device)[view]
-        yield query[b][:, i, tokens], keys, target, row, weights[b, i, view, token]
+        match = view, correspondence.index[b, i, view, token], weights[b, i, view, token]
+        yield query[b][:, i, tokens], keys, start.to(query.device), match, row
 
 
 def _one_token_per_view(query: Tensor, key: Tensor, weights: Tensor, head: AlignmentHead) -> Tensor | None:
@@ -371,22 +456,3 @@ def _check_tensors(query: Tensor, key: Tensor, correspondence: Correspondence, h
         if got[axis] != length:
             text = f"{axis} = {length} as the correspondence has, in [B, K, V, N, D]"
             raise ShapeError("query", expected=text, got=query.shape, cure=cure)
-
-
-def _check_matches(correspondence: Correspondence) -> None:
-    """Refuse a match that is no token of its view; `Correspondence` itself reads values on the CPU only."""
-    index, sizes = correspondence.index, correspondence.sizes
-    lengths = torch.tensor([height * width for height, width in sizes], device=index.device)
-    own = torch.eye(len(sizes), dtype=torch.bool, device=index.device)
-    token = torch.arange(index.shape[3], device=index.device)
-    no_pair = rearrange(own, "i j -> 1 i j 1") | (token >= rearrange(lengths, "i -> 1 i 1 1"))
-    limit = rearrange(lengths, "j -> 1 1 j 1").masked_fill(no_pair, 0)
-    wrong = (index >= limit) & correspondence.visible | (index < -1)
-    if bool(wrong.any()):
-        b, i, j, x = torch.nonzero(wrong)[0].tolist()
-        raise ValueError(
-            f"correspondence.index[{b}, {i}, {j}, {x}]: expected -1, or a token of view {j} with grid "
-            f"{sizes[j]} for a token of another view {i} with grid {sizes[i]}, got "
-            f"{index[b, i, j, x].item()}. "
-            "Build the correspondence with size=model.token_grid(height, width)"
-        )

@@ -1,0 +1,153 @@
+"""From the products of some rows with their keys to their loss, and back to the gradient of the products.
+
+Plain torch on any device. Axes: K heads, C = K or 1 channels, R rows, M keys, P = R * M pairs, T targets of a row.
+The functions overwrite their input with its gradient, so that nothing of the size of the products is made anew.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["MlpHead", "softmax_rows"]
+
+_gelu = torch.ops.aten.gelu
+_gelu_backward = torch.ops.aten.gelu_backward
+
+
+def softmax_rows(
+    logits: Tensor, scale: float, targets: Tensor, weights: Tensor, own: Tensor | None, gradients: bool
+) -> Tensor:
+    """Cross-entropy of each row against its targets, `[R]`, averaged over the channels.
+
+    Args:
+        logits: `[C, R, M]`; overwritten, with the gradient of the sum of the losses if that is asked for.
+        scale: the softmax is that of `scale * logits`.
+        targets: int64 `[R, T]`, columns.
+        weights: `[R, T]`, what each target counts; 0 = no target.
+        own: int64 `[R, 2]`, a range of columns that the row does not see, or None.
+        gradients: whether to write the gradient.
+    """
+    if scale != 1:
+        logits.mul_(scale)
+    if own is not None:
+        logits.masked_fill_(_hidden(own, logits.shape[-1]), -math.inf)
+    log_sum = logits.logsumexp(dim=-1, keepdim=True)
+    targets, weights = targets.expand(len(logits), -1, -1), weights.to(logits.dtype)
+    distance = torch.where(weights != 0, log_sum - logits.gather(-1, targets), 0)
+    losses = (weights * distance).sum(dim=-1).mean(dim=0)
+    if gradients:
+        weights = weights * (scale / len(logits))
+        logits.sub_(log_sum).exp_().mul_(weights.sum(dim=-1)[:, None])
+        logits.scatter_add_(-1, targets, -weights.expand(targets.shape))
+    return losses
+
+
+class MlpHead:
+    """The multi-layer head over the K heads, for portions of at most a given number of pairs at a time.
+
+    Args:
+        layers: weight `[m, K or m']` and bias `[m]` of each hidden layer.
+        output: weight `[m]` of the last layer.
+        scale: what the layer multiplies q.k by.
+        pairs: how many pairs to hold the hidden units of at once (at least one row is held).
+        gradients: whether to compute gradients.
+    """
+
+    def __init__(
+        self, layers: Sequence[tuple[Tensor, Tensor]], output: Tensor, *, scale: float, pairs: int, gradients: bool
+    ) -> None:
+        (weight, bias), *self._deeper = layers
+        self._output, self._scale, self._pairs, self._gradients = output, scale, pairs, gradients
+        self.heads = weight.shape[1]
+        # The bias is one more input, which is 1: no pass over the hidden units for it, nor for its gradient.
+        self._first = torch.cat([weight * scale, bias[:, None]], dim=1)
+        self._widths = [len(weight) for weight, _ in layers]
+        self._buffers: dict[str, Tensor] = {}
+        if gradients:
+            through = [self._first[:, :-1], *(weight for weight, _ in self._deeper)]
+            # The last layer's factor of each hidden unit is left out of the sweep and multiplied in at the end.
+            through[-1] = through[-1] * output[:, None]
+            self._back = [weight.t().contiguous() for weight in through]
+            self._d_first = torch.zeros_like(self._first.t())
+            self._d_deeper = [(torch.zeros_like(weight), torch.zeros_like(bias)) for weight, bias in self._deeper]
+            self._d_output = torch.zeros_like(output)
+
+    def __call__(self, products: Tensor, targets: Tensor, weights: Tensor, own: Tensor | None) -> Tensor:
+        """Loss of each row, `[R]`; arguments as in `softmax_rows` but for the first.
+
+        Args:
+            products: `[K + 1, R, M]`: the products q.k, and a last channel for the head's own use. The products are
+                overwritten with their gradient if gradients are computed.
+            targets, weights, own: as in `softmax_rows`.
+        """
+        rows, keys = products.shape[1:]
+        products[-1] = 1
+        if own is not None:
+            products[:-1].masked_fill_(_hidden(own, keys), 0)
+        flat = products.flatten(1)
+        step = max(1, self._pairs // keys)
+        losses = []
+        for start in range(0, rows, step):
+            part = slice(start, start + step)
+            portion = flat[:, start * keys : (start + step) * keys]
+            hidden = self._forward(portion)
+            scores = torch.mv(hidden[-1][1].t(), self._output, out=self._buffer("scores", portion.shape[1]))
+            spread = scores.view(1, -1, keys)
+            own_part = None if own is None else own[part]
+            losses.append(softmax_rows(spread, 1, targets[part], weights[part], own_part, self._gradients))
+            if self._gradients:
+                self._backward(portion, hidden, scores)
+        return torch.cat(losses)
+
+    def _forward(self, inputs: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Hidden units before and after their GELU, per layer."""
+        count = inputs.shape[1]
+        hidden: list[tuple[Tensor, Tensor]] = []
+        for layer, width in enumerate(self._widths):
+            before = self._buffer(f"before {layer}", width, count)
+            if layer == 0:
+                torch.mm(self._first, inputs, out=before)
+            else:
+                weight, bias = self._deeper[layer - 1]
+                torch.addmm(bias[:, None], weight, hidden[-1][1], out=before)
+            hidden.append((before, _gelu.out(before, out=self._buffer(f"after {layer}", width, count))))
+        return hidden
+
+    def _backward(self, inputs: Tensor, hidden: list[tuple[Tensor, Tensor]], d_scores: Tensor) -> None:
+        """Add to the gradients of the parameters and overwrite `inputs` but for its last row with its gradient."""
+        before, after = hidden[-1]
+        self._d_output += torch.mv(after, d_scores)
+        delta = _gelu_backward.grad_input(d_scores.expand_as(before), before, grad_input=after)
+        for layer in range(len(self._deeper), 0, -1):
+            before, after = hidden[layer - 1]
+            d_weight, d_bias = self._d_deeper[layer - 1]
+            d_weight.addmm_(delta, after.t())
+            d_bias += delta.sum(dim=1)
+            torch.mm(self._back[layer], delta, out=after)
+            delta = _gelu_backward.grad_input(after, before, grad_input=after)
+        self._d_first.addmm_(inputs, delta.t())
+        torch.mm(self._back[0], delta, out=inputs[:-1])
+
+    def parameter_gradients(self) -> list[Tensor]:
+        """Gradients in the order weight and bias of each hidden layer, then the last layer."""
+        found = [(self._d_first[:-1].t() * self._scale, self._d_first[-1]), *self._d_deeper]
+        weight, bias = found[-1]
+        found[-1] = (weight * self._output[:, None], bias * self._output)
+        return [*(tensor for layer in found for tensor in layer), self._d_output]
+
+    def _buffer(self, name: str, *shape: int) -> Tensor:
+        count = math.prod(shape)
+        held = self._buffers.get(name)
+        if held is None or held.numel() < count:
+            held = self._buffers[name] = self._first.new_empty(count)
+        return held[:count].view(shape)
+
+
+def _hidden(own: Tensor, keys: int) -> Tensor:
+    """Bool `[R, M]`: the columns that a row does not see."""
+    column = torch.arange(keys, device=own.device)
+    return (column >= own[:, :1]) & (column < own[:, 1:])

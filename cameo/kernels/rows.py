@@ -1,0 +1,275 @@
+"""Which queries the alignment loss looks at, and in which portions.
+
+A row is one softmax: a query token and the keys that it is compared with. Rows with the same keys form a group;
+a `Rows` is what is computed at once: some rows of one large group, or several small groups side by side.
+
+Axes: B samples, V views, N tokens per view, L = V * N tokens of a sample, G groups, R rows of a group, M keys of a
+group, T targets of a row.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from einops import rearrange
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+__all__ = ["Rows", "Window", "check_matches", "plan_rows"]
+
+Sizes = Sequence[tuple[int, int]]
+Ranges = tuple[tuple[int, int], ...]
+
+# The Gaussian of soft targets is cut off at this many standard deviations.
+CUT = 3
+# Groups that fill less than this share of a portion are computed side by side.
+SMALL = 0.25
+# Rows of a large group that are worth the way of its keys through the caches.
+LEAST_ROWS = 32
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of G groups, and the keys of each group.
+
+    - `samples`: the sample of each group.
+    - `ranges`: for each group the ranges `(start, stop)` of its keys among the L tokens of the sample; the columns
+      `0..M-1` are these ranges in order. All groups have the same M, and if G > 1, all rows of their groups.
+    - `queries`: `[G, R]`, token of the sample; where `targets` of different lengths stand side by side, rows without
+      weight fill up.
+    - `targets`, `weights`: `[G, R, T]`, columns and what each counts; 0 = no target.
+    - `own`: `[G, R, 2]`, a range of columns that the row does not see; None where all see all.
+    """
+
+    samples: tuple[int, ...]
+    ranges: tuple[Ranges, ...]
+    queries: Tensor
+    targets: Tensor
+    weights: Tensor
+    own: Tensor | None = None
+
+    @property
+    def keys(self) -> int:
+        """M."""
+        return sum(stop - start for start, stop in self.ranges[0])
+
+
+def check_matches(index: Tensor, sizes: Sizes) -> None:
+    """Refuse a match that is no token of its view; `Correspondence` itself reads values on the CPU only.
+
+    Args:
+        index: int64 `[B, V, V, N]`, as in `cameo.Correspondence`.
+        sizes: token grid `(h, w)` of each view.
+
+    Raises:
+        ValueError: naming the match.
+    """
+    lengths = torch.tensor([height * width for height, width in sizes], device=index.device)
+    own = torch.eye(len(sizes), dtype=torch.bool, device=index.device)
+    token = torch.arange(index.shape[3], device=index.device)
+    no_pair = rearrange(own, "i j -> 1 i j 1") | (token >= rearrange(lengths, "i -> 1 i 1 1"))
+    limit = rearrange(lengths, "j -> 1 1 j 1").masked_fill(no_pair, 0)
+    wrong = (index >= limit) & (index >= 0) | (index < -1)
+    if bool(wrong.any()):
+        b, i, j, x = torch.nonzero(wrong)[0].tolist()
+        raise ValueError(
+            f"correspondence.index[{b}, {i}, {j}, {x}]: expected -1, or a token of view {j} with grid "
+            f"{sizes[j]} for a token of another view {i} with grid {sizes[i]}, got "
+            f"{index[b, i, j, x].item()}. "
+            "Build the correspondence with size=model.token_grid(height, width)"
+        )
+
+
+def plan_rows(
+    index: Tensor, weights: Tensor, sizes: Sizes, *, normalise: str, softness: float, pairs: int, most_pairs: int
+) -> Iterator[Rows]:
+    """Cut the supervised queries into portions of about `pairs` query-key pairs.
+
+    A portion of a large group has at least 32 rows, as far as these stay below `most_pairs`, and never less than one.
+
+    Args:
+        index: int64 `[B, V, V, N]`, as in `cameo.Correspondence`.
+        weights: `[B, V, V, N]` of the same matches; 0 = not supervised.
+        sizes: token grid `(h, w)` of each view.
+        normalise: "per_view": the keys of a row are those of one other view. "all_views": of all others.
+        softness: standard deviation in tokens of the Gaussian around each match, see `soft_targets`.
+        pairs, most_pairs: how many query-key pairs to compute at once.
+    """
+    window = Window(sizes, softness, index.device)
+    groups = _groups_per_view if normalise == "per_view" else _groups_all_views
+    waiting: list[_Group] = []
+    for group in groups(index, weights, sizes, pairs):
+        small = len(group.queries) * group.keys <= SMALL * pairs
+        if waiting:
+            longest = max(len(other.queries) for other in [*waiting, group])
+            full = (len(waiting) + 1) * longest * group.keys > pairs
+            if not small or full or group.keys != waiting[0].keys:
+                yield _side_by_side(waiting, window)
+                waiting = []
+        if small:
+            waiting.append(group)
+            continue
+        count = max(1, pairs // group.keys, min(LEAST_ROWS, most_pairs // group.keys))
+        for start in range(0, len(group.queries), count):
+            yield _side_by_side([group.cut(start, start + count)], window)
+    if waiting:
+        yield _side_by_side(waiting, window)
+
+
+class Window:
+    """Spreads each match over the tokens around it, by a Gaussian on the token grid.
+
+    The weight of a match is shared out among the tokens within 3 standard deviations that exist, so its sum stays
+    what it was. With `softness=0` a match stays as it is.
+
+    Example:
+        >>> one = torch.zeros(1, 1, dtype=torch.int64)
+        >>> views, tokens, weights = Window([(2, 2)], 0.5).spread(one, one, torch.ones(1, 1))
+        >>> sorted(round(weight, 3) for weight in weights[weights > 0].tolist())
+        [0.014, 0.107, 0.107, 0.772]
+
+    Args:
+        sizes: token grid `(h, w)` of each view.
+        softness: standard deviation in tokens, at least 0.
+        device: of the matches.
+    """
+
+    def __init__(self, sizes: Sizes, softness: float, device: torch.device | str = "cpu") -> None:
+        self.softness = softness
+        self.grids = torch.tensor(sizes, device=device)
+        reach = min(math.floor(CUT * softness), max(itertools.chain(*sizes)) - 1)
+        steps = [
+            (down, right)
+            for down, right in itertools.product(range(-reach, reach + 1), repeat=2)
+            if down**2 + right**2 <= (CUT * softness) ** 2
+        ]
+        self.steps = torch.tensor(steps, device=device)
+
+    def spread(self, views: Tensor, tokens: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Turn view, token and weight `[..., T]` of matches into those of soft targets `[..., T * S]`."""
+        if len(self.steps) == 1:
+            return views, tokens, weights
+        down, right = self.steps.unbind(-1)
+        height, width = self.grids[views].unsqueeze(-2).unbind(-1)
+        row, column = tokens[..., None] // width + down, tokens[..., None] % width + right
+        inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
+        share = torch.exp((down.square() + right.square()).to(weights.dtype) / (-2 * self.softness**2))
+        share = torch.where(inside, share, 0)
+        share = share / share.sum(dim=-1, keepdim=True)
+        token = torch.where(inside, row * width + column, tokens[..., None])
+        return (
+            views[..., None].expand_as(token).flatten(-2),
+            token.flatten(-2),
+            (weights[..., None] * share).flatten(-2),
+        )
+
+
+@dataclass(frozen=True)
+class _Group:
+    """All rows with the same keys: queries `[R]`, matches `[R, T]` as view, token and weight, own columns `[R, 2]`."""
+
+    sample: int
+    ranges: Ranges
+    first_column: Tensor  # [V]
+    queries: Tensor
+    views: Tensor
+    tokens: Tensor
+    weights: Tensor
+    own: Tensor | None = None
+
+    @property
+    def keys(self) -> int:
+        return sum(stop - start for start, stop in self.ranges)
+
+    def cut(self, start: int, stop: int) -> _Group:
+        rows = {name: getattr(self, name)[start:stop] for name in ("queries", "views", "tokens", "weights")}
+        return replace(self, **rows, own=None if self.own is None else self.own[start:stop])
+
+
+def _groups_per_view(index: Tensor, weights: Tensor, sizes: Sizes, pairs: int) -> Iterator[_Group]:
+    """All supervised queries of a sample against one key view."""
+    _, views, _, tokens = index.shape
+    by_key_view = weights.transpose(1, 2)
+    b, j, i, x = by_key_view.nonzero(as_tuple=True)
+    counts = torch.bincount(b * views + j, minlength=index.shape[0] * views).tolist()
+    first_column = torch.zeros(views, dtype=torch.int64, device=index.device)
+    query, token, weight = i * tokens + x, index[b, i, j, x], weights[b, i, j, x]
+    stop = 0
+    for group, count in enumerate(counts):
+        if not count:
+            continue
+        start, stop = stop, stop + count
+        sample, view = divmod(group, views)
+        keys = (view * tokens, view * tokens + sizes[view][0] * sizes[view][1])
+        matches = (column[start:stop, None] for column in (j, token, weight))
+        yield _Group(sample, (keys,), first_column, query[start:stop], *matches)
+
+
+def _groups_all_views(index: Tensor, weights: Tensor, sizes: Sizes, pairs: int) -> Iterator[_Group]:
+    """All supervised queries of a view against the keys of all others.
+
+    Of a small sample all supervised queries against all keys, each row without the columns of its own view.
+    """
+    batch, views, _, tokens = index.shape
+    lengths = [height * width for height, width in sizes]
+    b, i, x = weights.any(dim=2).nonzero(as_tuple=True)
+    counts = torch.bincount(b * views + i, minlength=batch * views).view(batch, views).tolist()
+    query, token, weight = i * tokens + x, index[b, i, :, x].clamp(min=0), weights[b, i, :, x]
+    view = torch.arange(views, device=index.device).expand_as(token)
+    everywhere = torch.tensor(list(itertools.accumulate(lengths, initial=0)), device=index.device)
+    elsewhere = everywhere[:-1] - torch.tensor(lengths, device=index.device)[:, None] * torch.ones(
+        views, views, dtype=torch.int64, device=index.device
+    ).triu(1)
+    own = everywhere[i[:, None] + torch.arange(2, device=index.device)]
+    stop = 0
+    for sample, of_views in enumerate(counts):
+        if 0 < sum(of_views) * sum(lengths) <= SMALL * pairs:
+            start, stop = stop, stop + sum(of_views)
+            rows = slice(start, stop)
+            ranges = _joined(lengths, tokens, without=None)
+            yield _Group(sample, ranges, everywhere[:-1], query[rows], view[rows], token[rows], weight[rows], own[rows])
+            continue
+        for of_view, count in enumerate(of_views):
+            if not count:
+                continue
+            start, stop = stop, stop + count
+            rows = slice(start, stop)
+            ranges = _joined(lengths, tokens, without=of_view)
+            yield _Group(sample, ranges, elsewhere[of_view], query[rows], view[rows], token[rows], weight[rows])
+
+
+def _joined(lengths: list[int], tokens: int, without: int | None) -> Ranges:
+    """Ranges of the tokens of all views but one; neighbours without padding between them are joined."""
+    ranges: list[tuple[int, int]] = []
+    for view, length in enumerate(lengths):
+        if view == without:
+            continue
+        start = view * tokens
+        if ranges and ranges[-1][1] == start:
+            start = ranges.pop()[0]
+        ranges.append((start, view * tokens + length))
+    return tuple(ranges)
+
+
+def _side_by_side(groups: list[_Group], window: Window) -> Rows:
+    def stack(parts: list[Tensor]) -> Tensor:
+        return parts[0][None] if len(parts) == 1 else pad_sequence(parts, batch_first=True)
+
+    targets, weights = [], []
+    for group in groups:
+        views, tokens, weight = window.spread(group.views, group.tokens, group.weights)
+        # Where there is no weight, any column will do.
+        targets.append(torch.where(weight > 0, group.first_column[views] + tokens, 0))
+        weights.append(weight)
+    return Rows(
+        tuple(group.sample for group in groups),
+        tuple(group.ranges for group in groups),
+        stack([group.queries for group in groups]),
+        stack(targets),
+        stack(weights),
+        None if groups[0].own is None else stack([group.own for group in groups if group.own is not None]),
+    )
