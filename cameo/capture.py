@@ -147,6 +147,11 @@ class AttentionCapture:
     def __getitem__(self, path: str) -> CapturedAttention:
         return self._require(path)
 
+    def take(self, path: str) -> CapturedAttention:
+        """Hand a layer's call over and keep no hold of it, so that its memory is free once the caller is done."""
+        self._require(path)
+        return self._captured.pop(path)
+
     def _require(self, path: str) -> CapturedAttention:
         if path not in self._captured:
             site = {site.path: site for site in self._sites}[path]

@@ -26,7 +26,7 @@ class CameoConfig:
         layers: dotted module paths of the supervised layers.
         head: keyword arguments of `AlignmentHead` but the number of heads.
         weight: factor of the alignment loss in the training loss.
-        normalise, reduction, num_reference_views: see `cameo.alignment_loss`.
+        normalise, reduction, num_reference_views, softness: see `cameo.alignment_loss`.
         layout: keyword arguments of `TokenLayout`; only without a backbone.
         heads, stride, kernel_call: see `cameo.wrap`; only without a backbone.
         inflate: whether the supervised layers saw one view each before CAMEO joined the views in them; loading
@@ -43,6 +43,7 @@ class CameoConfig:
     normalise: str = "per_view"
     reduction: str = "mean"
     num_reference_views: int | None = None
+    softness: float = 0.0
     layout: dict[str, Any] | None = None
     heads: int | None = None
     stride: int | None = None

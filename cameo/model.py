@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cameo.alignment import NORMALISATIONS, REDUCTIONS, AlignmentHead, alignment_loss
+from cameo.alignment import GELUS, IMPLEMENTATIONS, NORMALISATIONS, REDUCTIONS, AlignmentHead, alignment_loss
 from cameo.backbone import core_module, find_site, get_backbone
 from cameo.capture import AttentionCapture, AttentionSite, CapturedAttention
 from cameo.config import CameoConfig
@@ -49,15 +49,22 @@ class CameoModel(nn.Module):
             inference.
         cameo_config: the settings, as saved to `cameo_config.json`.
         weight: factor for the caller's loss, `loss + model.weight * model.alignment_loss`.
+        implementation, gelu: how the loss is computed, see `cameo.alignment_loss`.
 
     A forward with a correspondence runs eagerly even where the model is compiled, one without runs compiled.
     Under `DistributedDataParallel` keep `find_unused_parameters=False`, and give every step a correspondence
     (an empty one has loss 0 with a graph), since the heads get their gradient from the alignment loss alone.
     """
 
-    def __init__(self, base_model: nn.Module, config: CameoConfig) -> None:
+    def __init__(
+        self, base_model: nn.Module, config: CameoConfig, *, implementation: str = "auto", gelu: str = "exact"
+    ) -> None:
         super().__init__()
         _check_settings(config)
+        for name, value, known in (("implementation", implementation, IMPLEMENTATIONS), ("gelu", gelu, GELUS)):
+            if value not in known:
+                raise unknown_name(name, value, known)
+        self.implementation, self.gelu = implementation, gelu
         self.base_model = base_model
         self.cameo_config = config
         self.weight = config.weight
@@ -117,28 +124,36 @@ class CameoModel(nn.Module):
         losses, counts = [], []
         for site, head, match in zip(self._supervised, self.alignment_heads, matches, strict=True):
             assert isinstance(head, AlignmentHead)
-            seen = captured[site.path]
-            self._check_graph(site, seen)
-            query, key, local = self.split(site, seen, match)
-            references = self.cameo_config.num_reference_views
-            if references is not None:  # the layout cut reference views without supervision away
-                references = max(0, references - (match.num_views - local.num_views))
-            losses.append(
-                alignment_loss(
-                    query,
-                    key,
-                    local,
-                    head,
-                    scale=seen.scale,
-                    normalise=self.cameo_config.normalise,
-                    reduction=self.cameo_config.reduction,
-                    num_reference_views=references,
-                )
-            )
-            counts.append(local.visible.sum())
+            loss, count = self._layer_loss(site, captured.take(site.path), match, head)
+            losses.append(loss)
+            counts.append(count)
         self._alignment_loss = torch.stack(losses).mean()
         self._num_supervised = torch.stack(counts).sum()
         return output
+
+    def _layer_loss(
+        self, site: AttentionSite, seen: CapturedAttention, match: Correspondence, head: AlignmentHead
+    ) -> tuple[Tensor, Tensor]:
+        """Alignment loss of one layer, and the number of its matches."""
+        self._check_graph(site, seen)
+        query, key, local = self.split(site, seen, match)
+        references = self.cameo_config.num_reference_views
+        if references is not None:  # the layout cut reference views without supervision away
+            references = max(0, references - (match.num_views - local.num_views))
+        loss = alignment_loss(
+            query,
+            key,
+            local,
+            head,
+            scale=seen.scale,
+            normalise=self.cameo_config.normalise,
+            reduction=self.cameo_config.reduction,
+            num_reference_views=references,
+            softness=self.cameo_config.softness,
+            implementation=self.implementation,
+            gelu=self.gelu,
+        )
+        return loss, local.visible.sum()
 
     @property
     def alignment_loss(self) -> Tensor:
@@ -317,6 +332,8 @@ def _check_settings(config: CameoConfig) -> None:
     """Refuse settings that the first forward would refuse, or would take in silence."""
     if not 0 <= config.weight < math.inf:
         raise ValueError(f"weight: expected a finite factor >= 0, got {config.weight}")
+    if not 0 <= config.softness < math.inf:
+        raise ValueError(f"softness: expected a finite number of tokens >= 0, got {config.softness}")
     for name, count, least in (("stride", config.stride, 1), ("kernel_call", config.kernel_call, 0)):
         if count is not None and (type(count) is not int or count < least):
             raise ValueError(f"{name}: expected an integer >= {least}, got {count!r}")

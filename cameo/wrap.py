@@ -31,6 +31,9 @@ def wrap(
     stride: int | None = None,
     kernel_call: int | None = None,
     inflate: bool = False,
+    softness: float = 0.0,
+    implementation: str = "auto",
+    gelu: str = "exact",
 ) -> CameoModel:
     """Attach CAMEO to `model` in place: the returned module holds `model` itself, not a copy.
 
@@ -58,6 +61,8 @@ def wrap(
         stride: image pixels per token side, for a model without an adapter; only `token_grid` needs it.
         kernel_call: which call of the attention kernel mixes the views, counted from 0, for a model without an
             adapter whose attention module calls it several times.
+        softness: see `cameo.alignment_loss`.
+        implementation, gelu: see `cameo.alignment_loss`; kept as `model.implementation` and `model.gelu`, not saved.
         inflate: let layers that see one view each attend across views, and supervise those. The weights stay,
             but inference changes, also after `unwrap()`: `layer` then counts the layers that can be inflated.
 
@@ -81,6 +86,7 @@ def wrap(
         reduction=reduction,
         num_reference_views=num_reference_views,
         inflate=inflate,
+        softness=float(softness),
     )
     wanted = [] if layer is None else [layer] if isinstance(layer, int | str) else list(layer)
     if layer is not None and not wanted:
@@ -117,13 +123,13 @@ def wrap(
         config.normalise = "all_views"
     if len(set(config.layers)) != len(config.layers):
         raise ValueError(f"layer: the same layer is named twice in {wanted}")
-    return attach(model, config)
+    return attach(model, config, implementation=implementation, gelu=gelu)
 
 
-def attach(model: nn.Module, config: CameoConfig) -> CameoModel:
+def attach(model: nn.Module, config: CameoConfig, **options: str) -> CameoModel:
     """Wrap `model` with the settings of a saved `CameoConfig`; `wrap` and `from_pretrained` both end here."""
     _check_plain(model)
-    return CameoModel(model, config)
+    return CameoModel(model, config, **options)
 
 
 def _check_plain(model: nn.Module) -> None:

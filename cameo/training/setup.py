@@ -112,6 +112,8 @@ def wrap_denoiser(pipeline: MultiViewPipeline, config: TrainingConfig) -> CameoM
         head=config.head,
         weight=config.weight,
         normalise=config.normalise,
+        softness=config.softness,
+        implementation=config.alignment_implementation,
         reduction=config.reduction,
         num_reference_views=config.num_reference_views,
         inflate=config.inflate,
