@@ -103,7 +103,7 @@ def plan_rows(
     groups = _groups_per_view if normalise == "per_view" else _groups_all_views
     waiting: list[_Group] = []
     for group in groups(index, weights, sizes, pairs):
-        small = len(group.queries) * group.keys <= SMALL * pairs
+        small = not group.shares_keys and len(group.queries) * group.keys <= SMALL * pairs
         if waiting:
             longest = max(len(other.queries) for other in [*waiting, group])
             full = (len(waiting) + 1) * longest * group.keys > pairs
@@ -180,6 +180,7 @@ class _Group:
     tokens: Tensor
     weights: Tensor
     own: Tensor | None = None
+    shares_keys: bool = False  # with another group of the same sample
 
     @property
     def keys(self) -> int:
@@ -239,7 +240,8 @@ def _groups_all_views(index: Tensor, weights: Tensor, sizes: Sizes, pairs: int) 
             start, stop = stop, stop + count
             rows = slice(start, stop)
             ranges = _joined(lengths, tokens, without=of_view)
-            yield _Group(sample, ranges, elsewhere[of_view], query[rows], view[rows], token[rows], weight[rows])
+            matches = (column[rows] for column in (view, token, weight))
+            yield _Group(sample, ranges, elsewhere[of_view], query[rows], *matches, shares_keys=True)
 
 
 def _joined(lengths: list[int], tokens: int, without: int | None) -> Ranges:

@@ -165,7 +165,7 @@ class _Mlp(MlpHead):
         assert head.output is not None
         layers = list(zip(head.hidden[::2], head.hidden[1::2], strict=True))
         hidden_bytes = 2 * sum(len(bias) for _, bias in layers) * dtype.itemsize
-        hidden = WORKSPACE_BYTES // 2 // hidden_bytes
+        hidden = WORKSPACE_BYTES // 3 // hidden_bytes
         if head.output.device.type == "cpu":
             hidden = min(hidden, CPU_HIDDEN)
         super().__init__(layers, head.output, scale=scale, pairs=hidden, gradients=gradients)
