@@ -87,6 +87,7 @@ def test_config_override_replaces_the_file(file: Path, tmp_path: Path) -> None:
         ("lr_scheduler=cosin", r"unknown lr_scheduler 'cosin': did you mean 'cosine'"),
         ("data_format=tum", r"unknown data_format 'tum': .*rgbd"),
         ("correspondence=dept", r"unknown correspondence 'dept': did you mean 'depth'"),
+        ("correspondence_in=loader", r"unknown correspondence_in 'loader': .*Known: step, worker"),
         ("checkpointing_steps=0", r"checkpointing_steps: expected at least 1, got 0"),
         ("checkpoints_total_limit=0", r"checkpoints_total_limit: expected at least 1, got 0"),
         ("validation_steps=0", r"validation_steps: expected at least 1"),

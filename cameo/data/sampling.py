@@ -125,26 +125,42 @@ class MultiViewDataset(Dataset[MultiViewSample]):
 
     def __getitem__(self, index: int) -> MultiViewSample:
         """Return sample number `index`; the same for the same seed, in any process and any order."""
+        scene, chosen, views = self._draw(index)
+        return self._sample(scene, self.source.views(scene) if views is None else views, chosen)
+
+    def choose(self, index: int) -> tuple[int, list[int]]:
+        """Return the scene of sample number `index`, and its views in the order of the sample."""
+        return self._draw(index)[:2]
+
+    def scene_order(self, epoch: int) -> np.ndarray:
+        """Return the scenes in the order in which pass number `epoch` takes them, one a sample."""
+        return np.random.default_rng((self.seed, 0, epoch)).permutation(len(self.source))
+
+    def views_of(self, index: int, scene: int, views: Views | None = None) -> list[int] | None:
+        """Return the views that sample number `index` takes of a scene; None where the scene has no admissible set."""
+        if self.selection == "in_order":
+            return list(range(self.num_views))
+        return choose_views(
+            self.overlap(scene, views),
+            np.random.default_rng((self.seed, 1, index)),
+            num_views=self.num_views,
+            min_overlap=self.min_overlap,
+            max_overlap=self.max_overlap,
+        )
+
+    def _draw(self, index: int) -> tuple[int, list[int], Views | None]:
+        """Scene and views of a sample, and the scene's views if they had to be loaded to choose among them."""
         if not 0 <= index < self.length:
             raise IndexError(f"index: expected 0 to {self.length - 1}, got {index}")
-        count = len(self.source)
-        order = np.random.default_rng((self.seed, 0, index // count)).permutation(count)
-        if self.selection == "in_order":
-            views = self.source.views(int(order[index % count]))
-            self._check_number(views)
-            return self._sample(views, list(range(self.num_views)))
-        for step in range(count):
-            scene = int(order[(index + step) % count])
-            views = self.source.views(scene)
-            chosen = choose_views(
-                self.overlap(scene, views),
-                np.random.default_rng((self.seed, 1, index)),
-                num_views=self.num_views,
-                min_overlap=self.min_overlap,
-                max_overlap=self.max_overlap,
-            )
+        epoch, place = divmod(index, len(self.source))
+        order = self.scene_order(epoch)
+        for scene in map(int, np.roll(order, -place)):
+            views = None
+            if self.selection == "overlap" and scene not in self._overlaps:
+                views = self.source.views(scene)
+            chosen = self.views_of(index, scene, views)
             if chosen is not None:
-                return self._sample(views, chosen)
+                return scene, chosen, views
         raise self._no_admissible_set()
 
     def overlap(self, scene: int, views: Views | None = None) -> Tensor:
@@ -155,15 +171,28 @@ class MultiViewDataset(Dataset[MultiViewSample]):
                 self._overlaps.popitem(last=False)
         return self._overlaps[scene]
 
-    def _sample(self, views: Views, chosen: list[int]) -> MultiViewSample:
+    def geometry(self, views: Views, chosen: list[int]) -> dict[str, Tensor]:
+        """Return `depth` (0 where there is no measurement), `intrinsics` and `extrinsics` of some views of a scene."""
         depth = views.depth[chosen].float()
+        return {
+            "intrinsics": views.intrinsics[chosen].float(),
+            "extrinsics": views.extrinsics[chosen].float(),
+            "depth": torch.where(torch.isfinite(depth) & (depth > 0), depth, 0.0),
+        }
+
+    def _sample(self, scene: int, views: Views, chosen: list[int]) -> MultiViewSample:
+        if self.selection == "in_order":
+            self._check_number(views)
+        geometry = self.geometry(views, chosen)
         sample = MultiViewSample(
             images=images_to_float(views.images[chosen]),
-            intrinsics=views.intrinsics[chosen].float(),
-            extrinsics=views.extrinsics[chosen].float(),
-            depth=torch.where(torch.isfinite(depth) & (depth > 0), depth, 0.0),
+            intrinsics=geometry["intrinsics"],
+            extrinsics=geometry["extrinsics"],
+            depth=geometry["depth"],
             num_reference_views=self.num_reference_views,
             key=f"{views.key}/{'-'.join(map(str, chosen))}",
+            scene=scene,
+            scene_views=chosen,
         )
         if views.up is not None:
             sample["up"] = views.up.float()

@@ -11,6 +11,7 @@ from typing import NotRequired, Protocol, TypedDict, runtime_checkable
 import torch
 from torch import Tensor
 
+from cameo.correspondence import Correspondence
 from cameo.errors import DataError, ShapeError
 from cameo.geometry import check_cameras
 
@@ -104,8 +105,11 @@ class MultiViewSample(TypedDict):
     - `up` `[3]` float32, optional: unit vector that points up in the world
     - `num_reference_views`: how many views are references
     - `key`: names the scene and the views, for messages
+    - `scene`, `scene_views`, optional: number of the scene in its source, and of the views in the scene
+    - `correspondences`, optional: matches of the sample, a batch of one for each token grid that is supervised
+    - `not_precomputed`, optional: whether they had to be computed although a folder of matches was given
 
-    `collate` stacks samples: tensors get a leading B, `key` becomes a list.
+    `collate` stacks samples: tensors get a leading B, correspondences are joined, everything else becomes a list.
     """
 
     images: Tensor
@@ -116,6 +120,10 @@ class MultiViewSample(TypedDict):
     up: NotRequired[Tensor]
     num_reference_views: int
     key: str
+    scene: NotRequired[int]
+    scene_views: NotRequired[list[int]]
+    correspondences: NotRequired[list[Correspondence]]
+    not_precomputed: NotRequired[bool]
 
 
 def images_to_float(images: Tensor) -> Tensor:
@@ -156,7 +164,9 @@ def check_sample(sample: MultiViewSample) -> None:
 
 
 def collate(samples: list[MultiViewSample]) -> dict[str, object]:
-    """Stack samples into a batch: tensors `[B, ...]`, `key` a list, `num_reference_views` one int.
+    """Stack samples into a batch: tensors `[B, ...]`, correspondences of all samples, `num_reference_views` one int.
+
+    Everything else becomes a list, such as `key`.
 
     Raises `ValueError` on an empty list, on different numbers of reference views, and where one sample has a
     field that another lacks; `ShapeError` where the shapes differ.
@@ -196,6 +206,8 @@ def collate(samples: list[MultiViewSample]) -> dict[str, object]:
                         cure="Samples of one batch need the same number of views and the same image size",
                     )
             batch[name] = torch.stack(values)
+        elif name == "correspondences":
+            batch[name] = [Correspondence.cat(parts) for parts in zip(*values, strict=True)]
         else:
             batch[name] = values
     batch["num_reference_views"] = first["num_reference_views"]

@@ -7,14 +7,17 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from cameo.alignment import IMPLEMENTATIONS
 from cameo.data.rigs import RIGS
 from cameo.errors import DataError, unknown_name
 
 __all__ = ["TrainingConfig", "continued_settings", "load_config", "save_config", "settings_file"]
 
 CHOICES = {
+    "alignment_implementation": IMPLEMENTATIONS,
     "data_format": ("auto", "scenes", "objects", "meshes", "rgbd"),
     "correspondence": ("depth", "point_map"),
+    "correspondence_in": ("step", "worker"),
     "timestep_sampling": ("uniform", "high_noise"),
     "mixed_precision": ("no", "fp16", "bf16"),
     "lr_scheduler": (
@@ -35,8 +38,8 @@ AT_LEAST = {
     ),
     2: "num_views",
     0: (
-        "seed data_seed dataloader_num_workers weight lr_warmup_steps adam_weight_decay learning_rate adam_epsilon "
-        "guidance_scale num_validation_images num_reference_views"
+        "seed data_seed dataloader_num_workers weight softness lr_warmup_steps adam_weight_decay learning_rate "
+        "adam_epsilon guidance_scale num_validation_images num_reference_views"
     ),
 }
 POSITIVE = "max_grad_norm cycle_threshold depth_scale"
@@ -49,7 +52,8 @@ CHANGEABLE = frozenset((
     "logging_dir", "report_to", "tracker_project_name", "checkpointing_steps", "checkpoints_total_limit",
     "resume_from_checkpoint", "overwrite_output_dir", "validation_steps", "num_validation_samples",
     "num_validation_images", "num_inference_steps", "guidance_scale", "push_to_hub", "hub_model_id", "hub_token",
-    "hub_private", "hub_licence",
+    "hub_private", "hub_licence", "correspondence_in", "precomputed_correspondence",
+    "alignment_implementation",
 ))
 # fmt: on
 
@@ -66,7 +70,10 @@ class TrainingConfig:
     then all its views; an RGB-D sequence has cameras of its own. `intrinsics` (3x3, in pixels of the full colour image)
     and `depth_scale` (units per metre) are for sequences that do not say.
     CAMEO: `weight` 0 trains without alignment; `correspondence` is depth or point_map; `layer`, `head`, `normalise`,
-    `reduction` and `inflate` are those of `cameo.wrap`.
+    `reduction`, `softness` and `inflate` are those of `cameo.wrap`, `alignment_implementation` its `implementation`.
+    Matches are computed in the training step, on its device, or
+    with `correspondence_in=worker` by the data workers beside it; `precomputed_correspondence` is a folder that
+    `recipes/precompute_correspondence.py` has filled, from which the data workers read them.
     Optimisation: `timestep_sampling` is uniform, or high_noise (t = 1 - u**2); `mixed_precision` is no, fp16 (GPU
     only) or bf16.
     Output: `report_to` is a tracker of accelerate, or none; `resume_from_checkpoint` is a path or latest;
@@ -105,8 +112,12 @@ class TrainingConfig:
     normalise: str | None = None
     inflate: bool = False
     reduction: str = "mean"
+    softness: float = 0.0
+    alignment_implementation: str = "auto"
     correspondence: str = "depth"
     cycle_threshold: float = 1.5
+    correspondence_in: str = "step"
+    precomputed_correspondence: str | None = None
     # LoRA
     rank: int = 4
     lora_alpha: int | None = None

@@ -1,17 +1,22 @@
-"""Matches for a training batch, from whatever geometry its samples carry."""
+"""Matches for training: from the geometry of a batch, or handed over by the loader with its samples."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
+
+from torch.utils.data import Dataset
 
 from cameo.capture import AttentionSite
 from cameo.correspondence import Correspondence, GridSize
+from cameo.data.matches import MatchReader, Sizes
+from cameo.data.views import MultiViewSample, collate
 from cameo.errors import DataError, unknown_name
 from cameo.geometry import unproject
 from cameo.wrap import CameoModel
 
-__all__ = ["layer_grids", "match_batch", "match_layers"]
+__all__ = ["MatchedDataset", "layer_grids", "match_batch", "match_layers"]
 
 KINDS = ("depth", "point_map")
 
@@ -49,9 +54,14 @@ def match_batch(
 
 
 def match_layers(model: CameoModel, batch: Mapping[str, Any], **options: Any) -> list[Correspondence]:
-    """Build the correspondence of each supervised layer; layers with the same token grid share it."""
+    """Return the correspondence of each supervised layer; layers with the same token grid share it.
+
+    What the loader has handed over as `correspondences` is used; grids that are not among them are matched here, with
+    the options of `match_batch`.
+    """
     sizes = [layer_grids(site, batch) for site in model.supervised_sites]
-    found = {size: match_batch(batch, size, **options) for size in set(sizes)}
+    found = {match.sizes: match for match in batch.get("correspondences", ())}
+    found |= {size: match_batch(batch, size, **options) for size in set(sizes) - found.keys()}
     return [found[size] for size in sizes]
 
 
@@ -63,3 +73,56 @@ def layer_grids(site: AttentionSite, batch: Mapping[str, Any]) -> tuple[tuple[in
     """
     views, _, height, width = batch["images"].shape[1:]
     return site.sizes(height, width, views)
+
+
+class MatchedDataset(Dataset[MultiViewSample]):
+    """The samples of a data set with their `correspondences`, read from a folder or computed in the data worker.
+
+    Args:
+        dataset: samples with geometry, and with `scene` and `scene_views` where they are to be looked up.
+        sizes: token grids of the views, as a supervised layer has them; one entry for each layer that has others.
+        kind, cycle_threshold: as `match_batch` takes them, for what is computed.
+        distances: whether the loss needs the 3D distances.
+        precomputed: where the matches are; None computes all of them. A sample of which the folder lacks a pair is
+            computed, and says so in `not_precomputed`.
+
+    Raises:
+        DataError: from a sample whose depth or cameras are not those that its matches were computed from.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset[MultiViewSample],
+        sizes: Sequence[Sizes],
+        *,
+        kind: str = "depth",
+        cycle_threshold: float = 1.5,
+        distances: bool = False,
+        precomputed: MatchReader | None = None,
+    ) -> None:
+        self.dataset, self.sizes, self.precomputed = dataset, list(sizes), precomputed
+        self.kind, self.cycle_threshold, self.distances = kind, cycle_threshold, distances
+
+    def __getitem__(self, index: int) -> MultiViewSample:
+        """Return a sample of the data set with its matches."""
+        sample = self.dataset[index]
+        found = [self._read(sample, sizes) for sizes in self.sizes]
+        matches = [match or self._compute(sample, sizes) for match, sizes in zip(found, self.sizes, strict=True)]
+        extra = {} if self.precomputed is None else {"not_precomputed": any(match is None for match in found)}
+        return MultiViewSample(**sample, correspondences=matches, **extra)  # type: ignore[typeddict-item]
+
+    def _read(self, sample: MultiViewSample, sizes: Sizes) -> Correspondence | None:
+        if self.precomputed is None:
+            return None
+        if "scene" not in sample or "scene_views" not in sample:
+            raise DataError(
+                f"sample {sample['key']}: names no scene and scene_views, so its matches cannot be looked up. Use the "
+                "samples of MultiViewDataset, or leave precomputed_correspondence out"
+            )
+        scene, views = sample["scene"], sample["scene_views"]
+        self.precomputed.check_views(scene, views, sample, sample=sample["key"])
+        return self.precomputed.read(scene, views, sizes, distances=self.distances)
+
+    def _compute(self, sample: MultiViewSample, sizes: Sizes) -> Correspondence:
+        match = match_batch(collate([sample]), sizes, kind=self.kind, cycle_threshold=self.cycle_threshold)
+        return match if self.distances else replace(match, distance=None)

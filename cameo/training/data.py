@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,27 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
+from cameo.correspondence import DEPTH_TOLERANCE, Correspondence
 from cameo.data import EmbeddedScenes, MultiViewDataset, RGBDSequence, SceneSource, collate, rig_views
+from cameo.data.matches import MatchReader, Sizes
+from cameo.data.shards import RECIPE, check_settings
 from cameo.errors import DataError
 from cameo.pipeline import MultiViewPipeline, TrainingInputs
 from cameo.training.config import TrainingConfig
+from cameo.training.correspondences import MatchedDataset
 from cameo.training.stopping import leave_signals_to_parent
+from cameo.wrap import CameoModel
 
-__all__ = ["StepSampler", "build_dataset", "noisy_inputs", "to_device", "training_batches"]
+__all__ = [
+    "StepSampler",
+    "build_dataset",
+    "match_settings",
+    "noisy_inputs",
+    "supervised_grids",
+    "to_device",
+    "training_batches",
+    "with_matches",
+]
 
 MESH_ENDINGS = (".glb", ".obj", ".ply")
 ENDLESS = 2**40
@@ -90,6 +104,75 @@ def _detect(folder: Path) -> str:
     return "rgbd"
 
 
+def match_settings(config: TrainingConfig) -> dict[str, Any]:
+    """Return the settings that decide the matches of a run's training views, as a folder of them notes them.
+
+    The token grids are no part of it: a folder may hold several. Nor are the files, which may have moved: depth and
+    cameras are compared view by view when the matches are read.
+    """
+    form = _data_format(config)
+    embedded, rigged = form != "rgbd", form in ("objects", "meshes") and config.camera_rig is not None
+    from_depth = config.correspondence == "depth"
+    return {
+        "correspondence": config.correspondence,
+        "cycle_threshold": None if from_depth else config.cycle_threshold,
+        "depth_tolerance": DEPTH_TOLERANCE if from_depth else None,
+        "distances": config.reduction == "released",
+        "resolution": config.resolution,
+        "data_format": form,
+        "data_seed": config.data_seed if embedded else None,
+        "camera_rig": config.camera_rig if rigged else None,
+        "views_per_scene": (config.num_views if rigged else config.views_per_scene) if embedded else None,
+        "intrinsics": None if embedded else config.intrinsics,
+        "depth_scale": None if embedded else config.depth_scale,
+    }
+
+
+def supervised_grids(model: CameoModel, config: TrainingConfig) -> list[Sizes]:
+    """Return the token grids of a run's views in its supervised layers, one entry for layers with the same ones."""
+    grids = [site.sizes(config.resolution, config.resolution, config.num_views) for site in model.supervised_sites]
+    return list(dict.fromkeys(grids))
+
+
+def with_matches(
+    dataset: MultiViewDataset, model: CameoModel, config: TrainingConfig
+) -> MultiViewDataset | MatchedDataset:
+    """Let the loader hand over the matches, where the settings of the run say so.
+
+    Raises:
+        DataError: if `precomputed_correspondence` is no folder of matches, or was made with other settings.
+    """
+    if not config.weight or (config.correspondence_in == "step" and config.precomputed_correspondence is None):
+        return dataset
+    sizes, reader = supervised_grids(model, config), None
+    if config.precomputed_correspondence is not None:
+        reader = _open_matches(config, sizes)
+    return MatchedDataset(
+        dataset,
+        sizes,
+        kind=config.correspondence,
+        cycle_threshold=config.cycle_threshold,
+        distances=config.reduction == "released",
+        precomputed=reader,
+    )
+
+
+def _open_matches(config: TrainingConfig, sizes: list[Sizes]) -> MatchReader:
+    folder = str(config.precomputed_correspondence)
+    reader, expected = MatchReader(folder), match_settings(config)
+    if not expected["distances"]:  # they need not be read
+        expected["distances"] = reader.settings.get("distances")
+    check_settings(folder, reader.settings, expected)
+    needed = {(grids[i], grids[j]) for grids in sizes for i in range(len(grids)) for j in range(len(grids)) if i != j}
+    if missing := sorted(needed - set(reader.grids)):
+        raise DataError(
+            f"precomputed_correspondence={folder}: expected matches between the token grids of the supervised layers, "
+            f"{missing}, got {reader.grids}. Restore layer= (and num_views=), or run {RECIPE} with the new one; the "
+            "folder may stay the same"
+        )
+    return reader
+
+
 class StepSampler(Sampler[list[int]]):
     """Batches of sample numbers for one process, from any step on.
 
@@ -116,9 +199,12 @@ class StepSampler(Sampler[list[int]]):
 
 @contextmanager
 def training_batches(
-    dataset: MultiViewDataset, sampler: StepSampler, config: TrainingConfig
+    dataset: MultiViewDataset | MatchedDataset, sampler: StepSampler, config: TrainingConfig
 ) -> Iterator[Iterator[tuple[int, dict[str, Any]]]]:
-    """Load the batches of `sampler` in order, each with the number of its micro step; ends the workers on leaving."""
+    """Load the batches of `sampler` in order, each with the number of its micro step; ends the workers on leaving.
+
+    Warns if matches that should have been in a folder had to be computed: once when it happens, and on leaving.
+    """
     loader = DataLoader(
         dataset,
         batch_sampler=sampler,
@@ -128,18 +214,50 @@ def training_batches(
         # A loader draws a seed when it starts: from torch's own generator, a resumed run would go on shifted.
         generator=torch.Generator().manual_seed(config.seed),
     )
-    batches = iter(loader)
+    batches, missing = iter(loader), _MissingMatches(config)
     try:
-        yield zip(sampler.steps, batches, strict=True)
+        yield zip(sampler.steps, missing.watch(batches), strict=True)
     finally:
+        missing.report()
         if config.dataloader_num_workers:
             # Not left to the garbage collector: the traceback of an error keeps the iterator alive.
             batches._shutdown_workers()  # type: ignore[attr-defined]
 
 
+class _MissingMatches:
+    """Counts the samples whose matches were not in the folder."""
+
+    def __init__(self, config: TrainingConfig) -> None:
+        self.folder, self.samples, self.missing, self.told = config.precomputed_correspondence, 0, 0, 0
+
+    def watch(self, batches: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        for batch in batches:
+            flags = batch.pop("not_precomputed", [])
+            self.samples, self.missing = self.samples + len(flags), self.missing + sum(flags)
+            if self.missing and not self.told:
+                self.report()
+            yield batch
+
+    def report(self) -> None:
+        if self.missing > self.told:
+            self.told = self.missing
+            warnings.warn(
+                f"precomputed_correspondence={self.folder}: {self.missing} of {self.samples} samples have pairs of "
+                f"views that are not in the folder; their matches are computed while loading. {RECIPE} with the "
+                "settings of this run adds them",
+                stacklevel=3,
+            )
+
+
 def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """Move the tensors of a batch."""
-    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+    """Move the tensors of a batch, and its correspondences."""
+    return {name: _moved(value, device) for name, value in batch.items()}
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor | Correspondence):
+        return value.to(device)
+    return [_moved(one, device) for one in value] if isinstance(value, list) else value
 
 
 def noisy_inputs(

@@ -20,8 +20,8 @@ from cameo.data import MultiViewDataset
 from cameo.pipeline import MultiViewPipeline
 from cameo.training import checkpoint
 from cameo.training.config import TrainingConfig, continued_settings, save_config
-from cameo.training.correspondences import match_layers
-from cameo.training.data import StepSampler, noisy_inputs, to_device, training_batches
+from cameo.training.correspondences import MatchedDataset, match_layers
+from cameo.training.data import StepSampler, noisy_inputs, to_device, training_batches, with_matches
 from cameo.training.processes import log_pictures, make_accelerator, numbers_in, start_trackers
 from cameo.training.records import Records, TrainingResult
 from cameo.training.stopping import StopSignal
@@ -104,14 +104,15 @@ class Trainer:
         """Run to `max_train_steps`, or to a SIGTERM or SIGINT, and return the loss history.
 
         Raises:
-            DataError: if told to resume and there is nothing to resume from, or the output folder holds the
-                checkpoints of an earlier run.
+            DataError: if told to resume and there is nothing to resume from, the output folder holds the
+                checkpoints of an earlier run, or the folder of precomputed matches is not one of this run.
             ValueError: if told to resume with other settings than the run had.
             FloatingPointError: if a loss or a gradient is not finite; nothing is saved from that step on.
         """
+        dataset = with_matches(self.dataset, self.model, self.config)
         self._start()
         try:
-            stopped_by = self._run()
+            stopped_by = self._run(dataset)
             if stopped_by is None:
                 if self.ema is not None:
                     self.ema.copy_to(self.trained)
@@ -145,7 +146,7 @@ class Trainer:
             self.validations.keep_until(self.step)
         start_trackers(accelerator, config)
 
-    def _run(self) -> str | None:
+    def _run(self, dataset: MultiViewDataset | MatchedDataset) -> str | None:
         """Train to the end, or to a signal, whose name is returned."""
         config, accelerator = self.config, self.accelerator
         accumulate = config.gradient_accumulation_steps
@@ -164,7 +165,7 @@ class Trainer:
             disable=not accelerator.is_main_process,
         )
         self.prepared.train()
-        with StopSignal() as stop, training_batches(self.dataset, sampler, config) as batches, bar:
+        with StopSignal() as stop, training_batches(dataset, sampler, config) as batches, bar:
             if self.step % config.validation_steps == 0 and self.step < config.max_train_steps:
                 self._validate()
             while self.step < config.max_train_steps:

@@ -1,0 +1,329 @@
+"""Matches on disk: written pair by pair into shards of bounded size, read sample by sample.
+
+Axes: V views of a sample, N tokens of a view (row-major). A record is an ordered pair of views of a scene at their
+token grids: for each token of the first view the token of the second that shows the same surface point, or -1. A
+shard holds, for each pair of grids such as `32x32-20x20`,
+
+- `pairs/32x32-20x20`: int32 `[P, 3]`, the scene and the two views;
+- `index/32x32-20x20`: `[P, N]` in the smallest signed integer type that holds the second grid;
+- `distance/32x32-20x20`: float32 `[P, N]`, only where it is asked for. Half precision would not do: the distances
+  decide which view is nearest, and rounded ones tie;
+
+and `views`: int64 `[Q, 3]`, scene, view and the checksum of its depth and cameras.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby, permutations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from cameo.correspondence import Correspondence
+from cameo.data.shards import RECIPE, Shard, check_settings, damaged, missing_shards, shard_files
+from cameo.errors import DataError
+
+__all__ = ["GridPair", "MatchReader", "MatchWriter", "Sizes", "view_checksum"]
+
+# Bits of a key that hold a view; the scene has what is left of 63.
+VIEW_BITS = 20
+SCENE_BITS = 63 - 2 * VIEW_BITS
+
+Sizes = tuple[tuple[int, int], ...]
+GridPair = tuple[tuple[int, int], tuple[int, int]]
+
+
+def view_checksum(geometry: Mapping[str, Any], view: int) -> int:
+    """Return a checksum of what decides a view's matches: its depth and cameras, and a point map where there is one.
+
+    Example:
+        >>> geometry = {"depth": torch.ones(2, 1, 4, 4), "intrinsics": torch.eye(3).repeat(2, 1, 1),
+        ...             "extrinsics": torch.eye(4).repeat(2, 1, 1)}
+        >>> view_checksum(geometry, 0) == view_checksum(geometry, 1)
+        True
+    """
+    value = 0
+    for name in ("depth", "point_map", "intrinsics", "extrinsics"):
+        if name in geometry:
+            value = zlib.crc32(geometry[name][view].float().contiguous().numpy(), value)
+    return value
+
+
+class MatchWriter:
+    """Collects records and writes a shard whenever enough of them have come.
+
+    Example:
+        >>> import tempfile
+        >>> folder, grids = tempfile.mkdtemp(), ((1, 2), (1, 2))
+        >>> with MatchWriter(folder, {"correspondence": "depth"}) as writer:
+        ...     writer.add(0, 3, 5, grids, np.array([-1, 0]))
+        ...     writer.add(0, 5, 3, grids, np.array([1, -1]))
+        >>> MatchReader(folder).read(0, [3, 5], grids).index[0, 0, 1]
+        tensor([-1,  0])
+
+    Shards that are there stay. Several processes may write into one folder, each with a `process` of its own.
+    `shard_bytes` bounds the size of a shard, and with it the memory.
+    """
+
+    def __init__(
+        self, folder: str | Path, settings: Mapping[str, Any], *, process: int = 0, shard_bytes: int = 128 << 20
+    ) -> None:
+        if shard_bytes < 1:
+            raise ValueError(f"shard_bytes: expected at least 1, got {shard_bytes}")
+        self.folder, self.settings = Path(folder), dict(settings)
+        self.prefix, self.shard_bytes = f"matches-{process:03d}", shard_bytes
+        for leftover in self.folder.glob(f".{self.prefix}-*.tmp"):  # of a process that was killed
+            leftover.unlink(missing_ok=True)
+        numbers = [int(path.stem.rpartition("-")[2]) for path in self.folder.glob(f"{self.prefix}-*.safetensors")]
+        self._number = max(numbers, default=-1) + 1
+        self.num_pairs = self.num_bytes = 0
+        self._views: dict[tuple[int, int], int] = {}
+        self._clear()
+
+    def _clear(self) -> None:
+        self._pairs: dict[GridPair, list[tuple[int, int, int]]] = defaultdict(list)
+        self._index: dict[GridPair, list[np.ndarray]] = defaultdict(list)
+        self._distance: dict[GridPair, list[np.ndarray]] = defaultdict(list)
+        self._bytes = 0
+
+    def __enter__(self) -> MatchWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.flush()
+
+    def add_view(self, scene: int, view: int, checksum: int) -> None:
+        """Note the checksum of a view, before the first of its pairs."""
+        self._views[scene, view] = checksum
+
+    def add(
+        self,
+        scene: int,
+        first: int,
+        second: int,
+        grids: GridPair,
+        index: np.ndarray,
+        distance: np.ndarray | None = None,
+    ) -> None:
+        """Add the matches `[N]` of an ordered pair of views, and their distances where they are kept.
+
+        Raises:
+            DataError: if the shard that is full cannot be written.
+            ValueError: if there are more scenes, or views of a scene, than the format holds.
+        """
+        for name, value, bits in (("scene", scene, SCENE_BITS), ("view", max(first, second), VIEW_BITS)):
+            if value >> bits:
+                raise ValueError(f"{name}: expected less than {1 << bits:,}, got {value:,}")
+        integers = index.astype(_integer_type(grids[1]))
+        size = 12 + integers.nbytes + (0 if distance is None else 4 * distance.size)
+        if self._bytes and self._bytes + size > self.shard_bytes:
+            self._write()
+        self._pairs[grids].append((scene, first, second))
+        self._index[grids].append(integers)
+        if distance is not None:
+            self._distance[grids].append(distance.astype(np.float32))
+        self._bytes += size
+        self.num_pairs += 1
+
+    def flush(self) -> None:
+        """Write what has come since the last shard."""
+        if self._bytes:
+            self._write()
+
+    def _write(self) -> None:
+        views = [(scene, view, checksum) for (scene, view), checksum in self._views.items()]
+        tensors = {"views": np.array(views, dtype=np.int64).reshape(-1, 3)}
+        for grids, pairs in self._pairs.items():
+            name = _table_name(grids)
+            tensors[f"pairs/{name}"] = np.array(pairs, dtype=np.int32)
+            tensors[f"index/{name}"] = np.stack(self._index[grids])
+            if self._distance[grids]:
+                tensors[f"distance/{name}"] = np.stack(self._distance[grids])
+        path = self.folder / f"{self.prefix}-{self._number:05d}.safetensors"
+        Shard.write(path, tensors, self.settings)
+        self._number += 1
+        self.num_bytes += path.stat().st_size
+        # The pairs of the latest scene go on in the next shard.
+        latest = views[-1][0] if views else None
+        self._views = {view: checksum for view, checksum in self._views.items() if view[0] == latest}
+        self._clear()
+
+
+@dataclass(frozen=True)
+class _Table:
+    """All records of a pair of grids: sorted keys, and shard and row of each."""
+
+    keys: np.ndarray
+    shard: np.ndarray
+    row: np.ndarray
+
+    @classmethod
+    def of(cls, parts: Sequence[tuple[int, np.ndarray]]) -> _Table:
+        """Join the keys of several shards, each with the number of its shard."""
+        keys = np.concatenate([keys for _, keys in parts])
+        shard = np.concatenate([np.full(len(keys), number, dtype=np.int32) for number, keys in parts])
+        row = np.concatenate([np.arange(len(keys), dtype=np.int32) for _, keys in parts])
+        order = np.argsort(keys, kind="stable")
+        return cls(keys[order], shard[order], row[order])
+
+    def find(self, keys: np.ndarray) -> np.ndarray:
+        """Return the position of each key, -1 where there is none."""
+        at = np.searchsorted(self.keys, keys)
+        return np.where(self.keys[np.minimum(at, len(self.keys) - 1)] == keys, at, -1)
+
+
+class MatchReader:
+    """Reads the matches of samples from a folder of shards.
+
+    What stays in memory is the list of pairs, 16 bytes each; the matches are read when they are asked for. Nothing
+    stays open, so data workers may be forked or spawned.
+
+    Raises:
+        DataError: if the folder holds no shards, lacks one that its index names, or a shard is damaged or was written
+            with other settings than the first.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        paths = shard_files(folder)
+        if not paths:
+            raise DataError(f"precomputed_correspondence={folder}: holds no matches; write them with {RECIPE}")
+        if missing := missing_shards(folder):
+            raise DataError(
+                f"precomputed_correspondence={folder}: {missing[0]} is gone or has another size than its index says "
+                f"({len(missing)} such files). Remove what is left of them and run {RECIPE} again, which computes what "
+                "is missing"
+            )
+        self.shards = [Shard.open(path) for path in paths]
+        self.settings = self.shards[0].settings
+        for shard in self.shards:
+            check_settings(shard.path, shard.settings, self.settings)
+        parts: dict[GridPair, list[tuple[int, np.ndarray]]] = defaultdict(list)
+        for number, shard in enumerate(self.shards):
+            for name in shard.tensors:
+                if name.startswith("pairs/"):
+                    scene, first, second = shard.whole(name).astype(np.int64).T
+                    parts[_grids_of(name)].append((number, _pair_keys(scene, first, second)))
+        self._tables = {grids: _Table.of(table) for grids, table in parts.items()}
+        scene, view, checksum = np.concatenate([shard.whole("views") for shard in self.shards]).T
+        self._view_keys, places = np.unique(_view_keys(scene, view), return_index=True)
+        self._checksums = checksum[places]
+        self._checked: set[int] = set()
+
+    def __len__(self) -> int:
+        return sum(len(table.keys) for table in self._tables.values())
+
+    @property
+    def grids(self) -> list[GridPair]:
+        """Pairs of token grids of which there are matches."""
+        return sorted(self._tables)
+
+    def contains(self, scene: int, first: int, second: int, grids: GridPair) -> bool:
+        """Tell whether there are matches of an ordered pair of views of a scene."""
+        keys = np.array([_pair_keys(scene, first, second)], dtype=np.int64)
+        return grids in self._tables and bool(self._tables[grids].find(keys) >= 0)
+
+    def check_views(self, scene: int, views: Sequence[int], geometry: Mapping[str, Any], *, sample: object) -> None:
+        """Compare the depth and cameras of views with those their matches were computed from; each view once.
+
+        Args:
+            scene: its number in the source.
+            views: their numbers in the scene; such that are not in the folder are passed over.
+            geometry: `depth`, `intrinsics` and `extrinsics` of these views, which lead the axes.
+            sample: what the message calls them.
+
+        Raises:
+            DataError: if they differ.
+        """
+        for position, view in enumerate(views):
+            key = int(_view_keys(scene, view))
+            at = int(np.searchsorted(self._view_keys, key))
+            if key in self._checked or at == len(self._view_keys) or self._view_keys[at] != key:
+                continue
+            found = view_checksum(geometry, position)
+            if self._checksums[at] != found:
+                raise DataError(
+                    f"precomputed_correspondence={self.folder}: view {view} of scene {scene} (sample {sample}) has "
+                    f"other depth or cameras than its matches were computed from: expected checksum "
+                    f"{self._checksums[at]:08x}, got {found:08x}. Restore the data, or run {RECIPE} into another folder"
+                )
+            self._checked.add(key)
+
+    def read(self, scene: int, views: Sequence[int], sizes: Sizes, *, distances: bool = False) -> Correspondence | None:
+        """Return the matches among views of a scene as a batch of one; None if the folder lacks one of the pairs.
+
+        Args:
+            scene: its number in the source.
+            views: their numbers in the scene, V of them.
+            sizes: token grid `(h, w)` of each view.
+            distances: whether to read the distances too.
+
+        Raises:
+            DataError: if a shard is damaged.
+        """
+        places = self._places(scene, views, sizes)
+        if places is None:
+            return None
+        shape = (1, len(views), len(views), max(height * width for height, width in sizes))
+        index = torch.full(shape, -1, dtype=torch.int64)
+        distance = torch.full(shape, torch.inf) if distances else None
+        for number, group in groupby(places, key=lambda place: place[0]):
+            shard, pairs = self.shards[number], list(group)
+            for kind, whole in (("index", index), ("distance", distance)):
+                if whole is None:
+                    continue
+                names = [f"{kind}/{_table_name((sizes[i], sizes[j]))}" for _, _, i, j in pairs]
+                rows = shard.rows([(name, row) for name, (_, row, _, _) in zip(names, pairs, strict=True)])
+                for (_, _, i, j), row in zip(pairs, rows, strict=True):
+                    whole.numpy()[0, i, j, : len(row)] = row
+        try:
+            return Correspondence(index, sizes, distance=distance)
+        except ValueError as error:
+            raise damaged(self.shards[places[0][0]].path, error) from error
+
+    def _places(self, scene: int, views: Sequence[int], sizes: Sizes) -> list[tuple[int, int, int, int]] | None:
+        """Shard, row and the two positions in the sample of each pair, by shard; None if a pair is missing."""
+        by_grids: dict[GridPair, list[tuple[int, int]]] = defaultdict(list)
+        for i, j in permutations(range(len(views)), 2):
+            by_grids[sizes[i], sizes[j]].append((i, j))
+        numbers = np.array(views, dtype=np.int64)
+        places = []
+        for grids, pairs in by_grids.items():
+            if grids not in self._tables:
+                return None
+            table, (first, second) = self._tables[grids], np.array(pairs).T
+            found = table.find(_pair_keys(scene, numbers[first], numbers[second]))
+            if (found < 0).any():
+                return None
+            at = zip(table.shard[found].tolist(), table.row[found].tolist(), pairs, strict=True)
+            places += [(shard, row, i, j) for shard, row, (i, j) in at]
+        return sorted(places)
+
+
+def _pair_keys(scene: Any, first: Any, second: Any) -> Any:
+    return (_view_keys(scene, first) << VIEW_BITS) | second
+
+
+def _view_keys(scene: Any, view: Any) -> Any:
+    return (scene << VIEW_BITS) | view
+
+
+def _integer_type(grid: tuple[int, int]) -> type[np.signedinteger[Any]]:
+    last = grid[0] * grid[1] - 1
+    return next(kind for kind in (np.int8, np.int16, np.int32) if last <= np.iinfo(kind).max)
+
+
+def _table_name(grids: GridPair) -> str:
+    return "-".join(f"{height}x{width}" for height, width in grids)
+
+
+def _grids_of(name: str) -> GridPair:
+    first, second = (tuple(map(int, grid.split("x"))) for grid in name.partition("/")[2].split("-"))
+    return (first[0], first[1]), (second[0], second[1])

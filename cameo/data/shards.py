@@ -1,0 +1,229 @@
+"""Folders of safetensors shards that several processes fill: one file each, their index, and who has finished."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cameo.config import write_atomically
+from cameo.errors import DataError
+
+__all__ = ["INDEX_NAME", "Shard", "check_settings", "finish_share", "is_finished", "missing_shards", "shard_files"]
+
+# Raised whenever the same settings give other matches or other files.
+FORMAT_VERSION = 1
+INDEX_NAME = "matches.json"
+RECIPE = "recipes/precompute_correspondence.py"
+TYPES = {"I8": np.int8, "I16": np.int16, "I32": np.int32, "I64": np.int64, "F32": np.float32}
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Where the rows of a tensor lie in its file."""
+
+    offset: int
+    shape: tuple[int, ...]
+    kind: np.dtype
+
+    @property
+    def row_bytes(self) -> int:
+        return int(np.prod(self.shape[1:])) * self.kind.itemsize
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A safetensors file whose rows are read when they are asked for.
+
+    By plain reads: a mapped file would crash the process when somebody truncates it, and nothing stays open that a
+    data worker could share with its parent.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "matches-000-00000.safetensors"
+        >>> Shard.write(path, {"index": np.arange(6).reshape(3, 2)}, {"resolution": 64})
+        >>> shard = Shard.open(path)
+        >>> shard.settings, list(shard.rows([("index", 2), ("index", 0)]))
+        ({'resolution': 64}, [array([4, 5]), array([0, 1])])
+    """
+
+    path: Path
+    settings: dict[str, Any]
+    tensors: dict[str, _Rows]
+
+    @staticmethod
+    def write(path: Path, tensors: Mapping[str, np.ndarray], settings: Mapping[str, Any]) -> None:
+        """Write a shard; a reader never sees a part of it.
+
+        Raises:
+            DataError: if it cannot be written.
+        """
+        from safetensors.numpy import save
+
+        metadata = {"version": str(FORMAT_VERSION), "settings": json.dumps(dict(settings), sort_keys=True)}
+        try:
+            write_atomically(path, save(dict(tensors), metadata=metadata))
+        except OSError as error:
+            raise DataError(
+                f"{path}: cannot write the matches ({error}); choose a folder with room and write access. Finished "
+                "shards are kept, and a second run goes on from them"
+            ) from error
+
+    @classmethod
+    def open(cls, path: Path) -> Shard:
+        """Read the header of a shard.
+
+        Raises:
+            DataError: if the file is damaged or of another version.
+        """
+        try:
+            with path.open("rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                size = path.stat().st_size
+                if not 0 < length <= size - 8:
+                    raise ValueError(f"a header of {length} bytes in a file of {size}")
+                header = json.loads(file.read(length))
+            metadata = header.pop("__metadata__")
+            tensors, end = {}, 0
+            for name, entry in header.items():
+                start, stop = entry["data_offsets"]
+                tensors[name] = _Rows(8 + length + start, tuple(entry["shape"]), np.dtype(TYPES[entry["dtype"]]))
+                end = max(end, stop)
+            if 8 + length + end != size:
+                raise ValueError(f"expected {8 + length + end} bytes, got {size}")
+            version, settings = metadata["version"], json.loads(metadata["settings"])
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise damaged(path, error) from error
+        _check_version(path, version)
+        return cls(path, settings, tensors)
+
+    def rows(self, wanted: Iterable[tuple[str, int]]) -> list[np.ndarray]:
+        """Read rows, each given by the name of its tensor and its number.
+
+        Raises:
+            DataError: if the file is gone, or ends before one of them.
+        """
+        try:
+            with self.path.open("rb", buffering=0) as file:
+                found = []
+                for name, row in wanted:
+                    place = self.tensors[name]
+                    file.seek(place.offset + row * place.row_bytes)
+                    content = file.read(place.row_bytes)
+                    if len(content) != place.row_bytes:
+                        raise ValueError(f"ends within row {row} of {name}")
+                    found.append(np.frombuffer(content, place.kind).reshape(place.shape[1:]))
+                return found
+        except (OSError, ValueError) as error:
+            raise damaged(self.path, error) from error
+
+    def whole(self, name: str) -> np.ndarray:
+        """Read all rows of a tensor."""
+        place = self.tensors[name]
+        try:
+            return np.fromfile(self.path, place.kind, int(np.prod(place.shape)), offset=place.offset).reshape(
+                place.shape
+            )
+        except (OSError, ValueError) as error:
+            raise damaged(self.path, error) from error
+
+
+def damaged(path: Path, reason: Exception) -> DataError:
+    """Build the error for a shard that cannot be used."""
+    return DataError(
+        f"{path}: damaged ({reason}); remove the file and run {RECIPE} again, which computes what is missing"
+    )
+
+
+def shard_files(folder: str | Path) -> list[Path]:
+    """Return the shards of a folder, none where there is no such folder."""
+    return sorted(Path(folder).glob("matches-*.safetensors"))
+
+
+def check_settings(folder: str | Path, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    """Compare the settings of a folder with those of a run.
+
+    Raises:
+        DataError: that names the first setting that differs, its values and the cure.
+    """
+    wanted = json.loads(json.dumps(dict(expected)))  # as they come back from a file: without tuples
+    for name in sorted(found.keys() | wanted.keys()):
+        if found.get(name) != wanted.get(name):
+            raise DataError(
+                f"precomputed_correspondence={folder}: was made with other settings: expected {name}="
+                f"{wanted.get(name)}, got {name}={found.get(name)}. Restore the setting, or run {RECIPE} with the new "
+                "one into another folder"
+            )
+
+
+def missing_shards(folder: str | Path) -> list[str]:
+    """Return the shards that the index of a folder names, and that are gone or have another size."""
+    path = Path(folder) / INDEX_NAME
+    if not path.is_file():
+        return []
+    sizes = {path.name: path.stat().st_size for path in shard_files(folder)}
+    return [name for name, size in _read_index(path)["shards"].items() if sizes.get(name) != size]
+
+
+def is_finished(folder: str | Path, plan: str) -> bool:
+    """Tell whether all processes have written everything of a plan, and all of it is still there."""
+    path = Path(folder) / INDEX_NAME
+    return path.is_file() and plan in _read_index(path)["finished"] and not missing_shards(folder)
+
+
+def finish_share(
+    folder: str | Path, settings: Mapping[str, Any], plan: str, *, process: int = 0, num_processes: int = 1
+) -> list[int]:
+    """Note that a process has written its share of a plan; the last one writes the index.
+
+    Example:
+        >>> import tempfile
+        >>> folder = tempfile.mkdtemp()
+        >>> finish_share(folder, {}, "plan", process=1, num_processes=2), is_finished(folder, "plan")
+        ([0], False)
+        >>> finish_share(folder, {}, "plan", process=0, num_processes=2), is_finished(folder, "plan")
+        ([], True)
+
+    Returns:
+        Numbers of the processes that have not finished yet.
+    """
+    folder = Path(folder)
+    path = folder / INDEX_NAME
+    markers = [folder / f".finished-{plan}-{number:03d}-of-{num_processes:03d}" for number in range(num_processes)]
+    write_atomically(markers[process], "")
+    waiting = [number for number, marker in enumerate(markers) if not marker.exists()]
+    if waiting and not is_finished(folder, plan):  # finished: another process has just removed the markers
+        return waiting
+    if not waiting:
+        finished = _read_index(path)["finished"] if path.is_file() else []
+        index = {
+            "version": FORMAT_VERSION,
+            "settings": dict(settings),
+            "finished": sorted({*finished, plan}),
+            "shards": {shard.name: shard.stat().st_size for shard in shard_files(folder)},
+        }
+        write_atomically(path, json.dumps(index, indent=1) + "\n")
+    for marker in markers:
+        marker.unlink(missing_ok=True)
+    return []
+
+
+def _read_index(path: Path) -> dict[str, Any]:
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+        version, index = index["version"], {name: index[name] for name in ("settings", "finished", "shards")}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path}: damaged ({error}); remove the file and run {RECIPE} again") from error
+    _check_version(path, version)
+    return index
+
+
+def _check_version(path: Path, version: object) -> None:
+    if str(version) != str(FORMAT_VERSION):
+        raise DataError(
+            f"{path}: expected version {FORMAT_VERSION} of the format, got {version}; run {RECIPE} into another folder"
+        )

@@ -1,0 +1,303 @@
+"""Matches of a run's training set, computed before the training and written to a folder.
+
+The work is cut into units: a few views of a scene that are matched together. Which units there are and which process
+does which follows from the settings, so processes need not talk to each other; what the folder has already is left
+out when a unit is done.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import combinations, permutations
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from cameo.data import MultiViewDataset, SceneSource, Views
+from cameo.data.matches import GridPair, MatchReader, MatchWriter, Sizes, view_checksum
+from cameo.data.shards import FORMAT_VERSION, check_settings, finish_share, is_finished, shard_files
+from cameo.errors import unknown_name
+from cameo.training.config import TrainingConfig, continued_settings
+from cameo.training.correspondences import match_batch
+from cameo.training.data import build_dataset, match_settings, supervised_grids, to_device
+
+__all__ = ["PAIRS", "Share", "Summary", "precompute"]
+
+PAIRS = ("auto", "drawn", "all")
+# Up to so many views in the first scene, "auto" takes all pairs.
+FEW_VIEWS = 16
+# Views of a long scene are matched in blocks of so many, two blocks with each other at a time.
+BLOCK = 8
+# Variables in which launchers say which process of how many this is: torchrun and accelerate, then those of MPI.
+RANKS = (
+    ("RANK", "WORLD_SIZE"),
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
+    ("PMI_RANK", "PMI_SIZE"),
+    ("MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE"),
+)
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which part of the work a process does; processes may run at the same time, on several machines, or in turn.
+
+    Example:
+        >>> [Share(process, 2).owns(number) for process in (0, 1) for number in (4, 5)]
+        [True, False, False, True]
+    """
+
+    process: int = 0
+    num_processes: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.process < self.num_processes:
+            raise ValueError(f"process: expected 0 to {self.num_processes - 1}, got {self.process}")
+
+    @classmethod
+    def from_environment(cls) -> Share:
+        """Read what `accelerate launch`, `torchrun` or MPI have set; without any of them there is one process."""
+        for process, count in RANKS:
+            if process in os.environ and count in os.environ:
+                return cls(int(os.environ[process]), int(os.environ[count]))
+        return cls()
+
+    def owns(self, number: int) -> bool:
+        """Tell whether a scene or unit is this process's."""
+        return number % self.num_processes == self.process
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a process has done.
+
+    Attributes:
+        num_pairs, num_bytes: how much it wrote.
+        num_kept: pairs of its share that were in the folder; None where all was finished and nothing was looked up.
+        seconds: how long that took.
+        waiting: processes that have not finished yet; with none of them the folder is complete.
+    """
+
+    num_pairs: int = 0
+    num_bytes: int = 0
+    num_kept: int | None = None
+    seconds: float = 0.0
+    waiting: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Unit:
+    """Views of a scene with their token grids, and the ordered pairs of them that are wanted, by position.
+
+    `part` is what it contributes to the progress; one with no pairs contributes nothing else.
+    """
+
+    scene: int
+    views: list[tuple[int, tuple[int, int]]]
+    pairs: list[tuple[int, int]]
+    part: float
+
+    def keys(self, pair: tuple[int, int]) -> tuple[int, int, GridPair]:
+        """Return the numbers of the two views and their grids."""
+        (first, first_grid), (second, second_grid) = self.views[pair[0]], self.views[pair[1]]
+        return first, second, (first_grid, second_grid)
+
+
+def precompute(
+    config: TrainingConfig,
+    *,
+    pairs: str = "auto",
+    training_processes: int = 1,
+    shard_bytes: int = 128 << 20,
+    share: Share | None = None,
+    progress: bool = True,
+) -> Summary:
+    """Write the matches that a training with these settings reads into `config.precomputed_correspondence`.
+
+    Args:
+        config: settings of the training.
+        pairs: "drawn": the pairs of views that the samples of the run have; "all": all pairs of every scene, which
+            serve runs of any length and seed; "auto": all if the first scene has at most 16 views, else drawn.
+        training_processes: how many processes will train; which samples a run draws depends on it.
+        shard_bytes: size that a shard does not exceed.
+        share: part of this process; None takes it from the environment.
+        progress: whether the first process shows a bar.
+
+    Raises:
+        DataError: if the folder was made with other settings or from other data, is damaged or cannot be written.
+        ValueError: for settings under which training reads no matches, or options out of range.
+    """
+    start, share = time.monotonic(), share or Share.from_environment()
+    folder = config.precomputed_correspondence
+    if folder is None:
+        raise ValueError("precomputed_correspondence: expected the folder to write to, got none")
+    if not config.weight:
+        raise ValueError("weight=0 trains without CAMEO, which reads no matches; give the weight of the training")
+    if pairs not in PAIRS:
+        raise unknown_name("pairs", pairs, PAIRS)
+    if training_processes < 1:
+        raise ValueError(f"training_processes: expected at least 1, got {training_processes}")
+    plan = _fingerprint(config, pairs, training_processes)
+    if is_finished(folder, plan):
+        return Summary(seconds=time.monotonic() - start)
+    from cameo.training.setup import load_pipeline, wrap_denoiser  # slow to import
+
+    settings, written = match_settings(config), None
+    if shard_files(folder):
+        written = MatchReader(folder)
+        check_settings(folder, written.settings, settings)
+    dataset = build_dataset(config, "train")
+    dataset.source = _LatestScene(dataset.source)
+    sizes = supervised_grids(wrap_denoiser(load_pipeline(config), config), config)
+    samples = config.max_train_steps * config.gradient_accumulation_steps * config.train_batch_size
+    planner = _Planner(dataset, sizes, share, pairs, samples * training_processes)
+    bar = tqdm(
+        total=len(planner.scenes),
+        desc="matches",
+        bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}",
+        disable=not progress or share.process > 0,
+    )
+    kept = 0
+    with bar, MatchWriter(folder, settings, process=share.process, shard_bytes=shard_bytes) as writer:
+        for unit in planner.units():
+            kept += _write(unit, dataset, config, written, writer)
+            bar.update(unit.part)
+            bar.set_postfix_str(f"{writer.num_pairs:,} pairs", refresh=False)
+    waiting = finish_share(folder, settings, plan, process=share.process, num_processes=share.num_processes)
+    return Summary(writer.num_pairs, writer.num_bytes, kept, time.monotonic() - start, waiting)
+
+
+def _fingerprint(config: TrainingConfig, pairs: str, training_processes: int) -> str:
+    """Digits of all that must be the same for a finished folder to be left alone without a look at the data."""
+    data = config.train_data_dir and str(Path(config.train_data_dir).resolve())
+    facts = continued_settings(config) | {"train_data_dir": data, "max_train_steps": config.max_train_steps}
+    facts |= {"version": FORMAT_VERSION, "pairs": pairs, "training_processes": training_processes}
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+class _LatestScene:
+    """A source that keeps the scene it handed over last: its views are chosen first, and then matched."""
+
+    def __init__(self, source: SceneSource) -> None:
+        self.source = source
+        self._latest: tuple[int, Views] | None = None
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def views(self, scene: int) -> Views:
+        if self._latest is None or self._latest[0] != scene:
+            self._latest = (scene, self.source.views(scene))
+        return self._latest[1]
+
+
+class _Planner:
+    """Lists the units of a process scene by scene, so that the views of a scene are loaded once.
+
+    With fewer scenes than processes, as for one long sequence, each process walks all units and keeps every n-th.
+    """
+
+    def __init__(
+        self, dataset: MultiViewDataset, sizes: list[Sizes], share: Share, pairs: str, num_samples: int
+    ) -> None:
+        self.dataset, self.sizes, self.share = dataset, sizes, share
+        count = len(dataset.source)
+        take_all = pairs == "all" or (pairs == "auto" and len(dataset.source.views(0)) <= FEW_VIEWS)
+        self.by_scene = count >= share.num_processes
+        self.scenes = [scene for scene in range(count) if not self.by_scene or share.owns(scene)]
+        self.all_pairs = take_all and dataset.selection == "overlap"
+        # In order, a sample is a whole scene, so one pass draws all there is.
+        self.num_samples = count if take_all else num_samples
+        epochs = range(0 if self.all_pairs else -(-self.num_samples // count))
+        # In which place each pass takes each scene.
+        self.places = [np.argsort(dataset.scene_order(epoch)).astype(np.int32) for epoch in epochs]
+
+    def units(self) -> Iterator[_Unit]:
+        """Yield the units of this process, each pair of views of a scene once."""
+        number = 0
+        for scene in self.scenes:
+            planned: set[tuple[int, tuple[int, int, GridPair]]] = set()
+            for unit in self._all_views(scene) if self.all_pairs else self._drawn_views(scene):
+                keys = {pair: (unit.scene, unit.keys(pair)) for pair in unit.pairs}
+                fresh = [pair for pair in unit.pairs if keys[pair] not in planned]
+                planned.update(keys.values())
+                mine = self.by_scene or self.share.owns(number)
+                number += bool(fresh)
+                yield _Unit(unit.scene, unit.views, fresh if mine else [], unit.part)
+
+    def _all_views(self, scene: int) -> Iterator[_Unit]:
+        """All views of a scene, at each of the grids that a view may have in a sample."""
+        views = list(range(len(self.dataset.source.views(scene))))
+        blocks = [views[start : start + BLOCK] for start in range(0, len(views), BLOCK)]
+        groups = [first + second for first, second in combinations(blocks, 2)] or blocks
+        for sizes in self.sizes:
+            wanted = {(sizes[i], sizes[j]) for i, j in permutations(range(len(sizes)), 2)}
+            for group in groups:
+                placed = [(view, size) for view in group for size in dict.fromkeys(sizes)]
+                pairs = [
+                    (i, j)
+                    for i, j in permutations(range(len(placed)), 2)
+                    if placed[i][0] != placed[j][0] and (placed[i][1], placed[j][1]) in wanted
+                ]
+                yield _Unit(scene, placed, pairs, 1 / len(groups) / len(self.sizes))
+
+    def _drawn_views(self, scene: int) -> Iterator[_Unit]:
+        """The views of each sample that takes its turn with a scene, which may have to pass it on to the next."""
+        count = len(self.dataset.source)
+        numbers = [epoch * count + int(places[scene]) for epoch, places in enumerate(self.places)]
+        numbers = [index for index in numbers if index < self.num_samples]
+        for index in numbers:
+            found, chosen = scene, self.dataset.views_of(index, scene)
+            if chosen is None:
+                found, chosen = self.dataset.choose(index)
+            for sizes in self.sizes:
+                placed = list(zip(chosen, sizes, strict=True))
+                pairs = list(permutations(range(len(placed)), 2))
+                yield _Unit(found, placed, pairs, 1 / len(numbers) / len(self.sizes))
+
+
+def _write(
+    unit: _Unit, dataset: MultiViewDataset, config: TrainingConfig, written: MatchReader | None, writer: MatchWriter
+) -> int:
+    """Match the views of a unit and write the pairs that are wanted and not yet in the folder; counts the others."""
+    pairs = unit.pairs
+    if written is not None:
+        pairs = [pair for pair in pairs if not written.contains(unit.scene, *unit.keys(pair))]
+    if not pairs:
+        return len(unit.pairs)
+    scene, numbers = dataset.source.views(unit.scene), [view for view, _ in unit.views]
+    geometry = dataset.geometry(scene, numbers)
+    if written is not None:
+        written.check_views(unit.scene, numbers, geometry, sample=scene.key)
+    for position, view in enumerate(numbers):
+        writer.add_view(unit.scene, view, view_checksum(geometry, position))
+    match = match_batch(
+        {"key": [scene.key], **to_device({name: value[None] for name, value in geometry.items()}, _device())},
+        [size for _, size in unit.views],
+        kind=config.correspondence,
+        cycle_threshold=config.cycle_threshold,
+    )
+    index = match.index[0].cpu().numpy()
+    distance = None
+    if config.reduction == "released":
+        assert match.distance is not None
+        distance = match.distance[0].cpu().numpy()
+    for i, j in pairs:
+        first, second, grids = unit.keys((i, j))
+        tokens = grids[0][0] * grids[0][1]
+        apart = None if distance is None else distance[i, j, :tokens]
+        writer.add(unit.scene, first, second, grids, index[i, j, :tokens], apart)
+    return len(unit.pairs) - len(pairs)
+
+
+def _device() -> torch.device:
+    """The GPU of this process where there is one: what training computes on it is then the same."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
