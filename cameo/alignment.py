@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from cameo.errors import ShapeError, unknown_name
 from cameo.kernels.operator import fused_alignment_loss
 from cameo.kernels.rows import Window, check_matches
-from cameo.kernels.sweep import triton_refusal
+from cameo.kernels.triton_support import refusal as triton_refusal
 
 if TYPE_CHECKING:
     from cameo.correspondence import Correspondence
@@ -278,7 +278,7 @@ def _choose(implementation: str, query: Tensor, head: AlignmentHead) -> str:
     elif implementation != "chunked":
         reason = triton_refusal(query.device, query.dtype, head.num_heads, len(head.hidden))
         if implementation == "auto":
-            return "triton" if reason is None else "chunked"
+            return "triton" if reason is None and query.is_cuda else "chunked"
     if reason is None:
         return implementation
     raise ValueError(f'implementation={implementation!r} cannot serve: {reason}. Use implementation="auto"')

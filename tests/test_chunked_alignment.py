@@ -153,7 +153,7 @@ def test_half_precision_is_no_worse_than_a_dense_path_in_half_precision() -> Non
     product = torch.einsum(
         "bkixd,bkjyd->kbixjy", query, key
     )  # rounded to bfloat16, as a kernel without a fused softmax
-    dense = _dense_from_logits(product.float() * 40**-0.5, match, head)
+    dense = dense_from_logits(product.float() * 40**-0.5, match, head)
     theirs = gradients(dense, query, key, head)
     for name, mine, other in zip(("query", "key", "w1", "b1", "w2"), errors(ours), errors(theirs), strict=True):
         assert mine <= other * 1.02, name
@@ -164,10 +164,10 @@ def test_half_precision_is_no_worse_than_a_dense_path_in_half_precision() -> Non
         assert abs((mine @ flat) / (flat @ flat) - 1) < 1e-3
 
 
-def _dense_from_logits(logits: Tensor, match: Correspondence, head: AlignmentHead) -> Tensor:
-    log_p = head(logits)[0].log_softmax(-1)  # [B, i, x, j, y]
-    target = match.index.clamp(min=0).permute(0, 1, 3, 2)[..., None]
-    nll = -log_p.gather(-1, target)[..., 0].permute(0, 1, 3, 2)
+def dense_from_logits(logits: Tensor, match: Correspondence, head: AlignmentHead) -> Tensor:
+    log_p = head(logits).log_softmax(-1)  # [1 or K, B, i, x, j, y]
+    target = match.index.clamp(min=0).permute(0, 1, 3, 2)[None, ..., None].expand(len(log_p), -1, -1, -1, -1, -1)
+    nll = -log_p.gather(-1, target)[..., 0].mean(0).permute(0, 1, 3, 2)
     return nll[match.visible].mean()
 
 
@@ -230,11 +230,9 @@ def test_a_head_of_another_class_takes_the_reference() -> None:
 
 
 def test_triton_without_a_gpu_is_refused_with_the_reason() -> None:
-    query, key, match = make_inputs()
-    if torch.cuda.is_available():
-        query, key, match = query.cpu(), key.cpu(), match.to("cpu")
-    with pytest.raises(ValueError, match=r"implementation='triton' cannot serve: .*(CUDA|cpu)"):
-        alignment_loss(query, key, match, make_head(), implementation="triton")
+    query, key, match = make_inputs(dtype=torch.float32)
+    with pytest.raises(ValueError, match=r"implementation='triton' cannot serve: .*CUDA device.*auto"):
+        alignment_loss(query, key, match, make_head().float(), implementation="triton")
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,10 @@ def _alignment_loss(
         )
     if swept.query is None or swept.key is None:
         return swept.loss, query.new_empty(0), query.new_empty(0), [weight.new_empty(0) for weight in head]
-    found = [gradient.view(weight.shape) for gradient, weight in zip(swept.weights, head, strict=True)]
+    # Laid out as the fake kernel below says, whatever they are views of: compiled code relies on it.
+    found = [torch.empty_like(weight, memory_format=torch.contiguous_format) for weight in head]
+    for place, gradient in zip(found, swept.weights, strict=True):
+        place.copy_(gradient.view(place.shape))
     return swept.loss, swept.query, swept.key, found
 
 

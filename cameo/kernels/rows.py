@@ -96,7 +96,7 @@ def plan_rows(
         weights: `[B, V, V, N]` of the same matches; 0 = not supervised.
         sizes: token grid `(h, w)` of each view.
         normalise: "per_view": the keys of a row are those of one other view. "all_views": of all others.
-        softness: standard deviation in tokens of the Gaussian around each match, see `soft_targets`.
+        softness: standard deviation in tokens of the Gaussian around each match, see `Window`.
         pairs, most_pairs: how many query-key pairs to compute at once.
     """
     window = Window(sizes, softness, index.device)
@@ -130,7 +130,7 @@ class Window:
         >>> one = torch.zeros(1, 1, dtype=torch.int64)
         >>> views, tokens, weights = Window([(2, 2)], 0.5).spread(one, one, torch.ones(1, 1))
         >>> sorted(round(weight, 3) for weight in weights[weights > 0].tolist())
-        [0.014, 0.107, 0.107, 0.772]
+        [0.014, 0.105, 0.105, 0.776]
 
     Args:
         sizes: token grid `(h, w)` of each view.
@@ -206,8 +206,8 @@ def _groups_per_view(index: Tensor, weights: Tensor, sizes: Sizes, pairs: int) -
         start, stop = stop, stop + count
         sample, view = divmod(group, views)
         keys = (view * tokens, view * tokens + sizes[view][0] * sizes[view][1])
-        matches = (column[start:stop, None] for column in (j, token, weight))
-        yield _Group(sample, (keys,), first_column, query[start:stop], *matches)
+        found, tokens_found, weights_found = (column[start:stop, None] for column in (j, token, weight))
+        yield _Group(sample, (keys,), first_column, query[start:stop], found, tokens_found, weights_found)
 
 
 def _groups_all_views(index: Tensor, weights: Tensor, sizes: Sizes, pairs: int) -> Iterator[_Group]:
@@ -240,8 +240,10 @@ def _groups_all_views(index: Tensor, weights: Tensor, sizes: Sizes, pairs: int) 
             start, stop = stop, stop + count
             rows = slice(start, stop)
             ranges = _joined(lengths, tokens, without=of_view)
-            matches = (column[rows] for column in (view, token, weight))
-            yield _Group(sample, ranges, elsewhere[of_view], query[rows], *matches, shares_keys=True)
+            first_column = elsewhere[of_view]
+            yield _Group(
+                sample, ranges, first_column, query[rows], view[rows], token[rows], weight[rows], shares_keys=True
+            )
 
 
 def _joined(lengths: list[int], tokens: int, without: int | None) -> Ranges:

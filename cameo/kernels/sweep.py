@@ -11,7 +11,7 @@ linearly (then the head dimensions of all heads are one long one).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -26,6 +26,8 @@ __all__ = ["HeadWeights", "Swept", "gradient_dtype", "sweep"]
 
 # Bytes of what is held beside inputs and gradients, where one row does not need more.
 WORKSPACE_BYTES = 64 << 20
+# Whether torch can multiply half precision on CUDA and give the result in float32.
+WIDE_PRODUCTS = any("out_dtype" in str(schema) for schema in torch._C._jit_get_schemas_for_operator("aten::bmm"))
 # Tokens whose keys are brought to the dtype and shape of the products at once.
 PIECE = 2048
 # On a CPU: pairs whose products are held at once, and those of them whose hidden units are, to stay in its caches.
@@ -114,30 +116,55 @@ def sweep(
         gradients: whether to compute the gradient.
     """
     dtype = torch.promote_types(query.dtype, torch.float32)
-    heads = query.shape[1]
-    rows_head: RowsHead
-    if head.linear or head.kind == "none":
-        channels = 1 if head.linear else heads
-        rows_head = _Softmax(channels, scale / heads if head.kind == "mean" else scale, gradients, dtype)
-    else:
-        rows_head = _Mlp(head, scale, gradients, dtype)
-    products = _Products(query, key, head, rows_head, dtype, gradients)
-    loss = torch.zeros((), dtype=dtype, device=query.device)
-    pairs = min(rows_head.most_pairs, CPU_PRODUCTS) if query.device.type == "cpu" else rows_head.most_pairs
+    learned = head.linear and head.output is not None
+    # The factors of a linear head that is learned would be rounded to half precision with the queries.
+    narrow = implementation == "triton" and dtype != query.dtype and not learned
+    operands = query.dtype if narrow else dtype
+    # The head with hidden layers takes logits as exact as its inputs; sums of all heads deserve more.
+    products_dtype = operands if head.hidden else dtype
+    # A power of two, so that the products stay in the range of float16 and nothing is rounded.
+    step = 2.0 ** math.floor(math.log2(abs(scale))) if narrow and scale else 1.0
+    # The largest weight is 1 on the way, or gradients of many rows would fall below the range of float16.
+    unit = torch.where(weights.amax() > 0, weights.amax(), 1) if narrow and weights.numel() else None
+    rows_head = _rows_head(head, query.shape[1], scale / step, products_dtype, implementation, gelu, gradients)
+    products = _Products(query, key, head, rows_head, operands, products_dtype, step, gradients)
+    loss = torch.zeros((), dtype=weights.dtype, device=query.device)
     plan = plan_rows(
         index,
-        weights,
+        weights if unit is None else weights / unit,
         sizes,
         normalise=normalise,
         softness=softness,
-        pairs=pairs,
+        pairs=min(rows_head.most_pairs, CPU_PRODUCTS) if query.device.type == "cpu" else rows_head.most_pairs,
         most_pairs=rows_head.most_pairs,
     )
     for rows in plan:
         loss += products.losses(rows).sum()
+    if unit is not None:
+        loss *= unit
     if not gradients:
         return Swept(loss)
-    return Swept(loss, *products.gradients(), products.weight_gradients())
+    return Swept(loss, *products.gradients(unit))
+
+
+def _rows_head(
+    head: HeadWeights,
+    heads: int,
+    scale: float,
+    dtype: torch.dtype,
+    implementation: str,
+    gelu: str,
+    gradients: bool,
+) -> RowsHead:
+    if head.linear or head.kind == "none":
+        function = softmax_rows
+        if implementation == "triton":
+            from cameo.kernels.triton_heads import softmax_rows as function
+        channels = 1 if head.linear else heads
+        return _Softmax(function, channels, scale / heads if head.kind == "mean" else scale, gradients, dtype)
+    if implementation == "triton":
+        return _TritonMlp(head, scale, gelu, gradients, dtype)
+    return _Mlp(head, scale, gradients, dtype)
 
 
 class _Softmax:
@@ -145,12 +172,14 @@ class _Softmax:
 
     spare = 0
 
-    def __init__(self, channels: int, scale: float, gradients: bool, dtype: torch.dtype) -> None:
-        self.channels, self.scale, self.written = channels, scale, gradients
+    def __init__(
+        self, function: Callable[..., Tensor], channels: int, scale: float, gradients: bool, dtype: torch.dtype
+    ) -> None:
+        self.function, self.channels, self.scale, self.written = function, channels, scale, gradients
         self.most_pairs = WORKSPACE_BYTES // (4 * channels * dtype.itemsize)
 
     def __call__(self, products: Tensor, targets: Tensor, weights: Tensor, own: Tensor | None) -> Tensor:
-        return softmax_rows(products, self.scale, targets, weights, own, self.written)
+        return self.function(products, self.scale, targets, weights, own, self.written)
 
     def parameter_gradients(self) -> list[Tensor]:
         return []
@@ -173,58 +202,100 @@ class _Mlp(MlpHead):
         self.most_pairs = WORKSPACE_BYTES // 3 // ((self.channels + self.spare) * dtype.itemsize)
 
 
+class _TritonMlp:
+    """The head with one hidden layer in kernels for CUDA."""
+
+    spare = 0
+
+    def __init__(self, head: HeadWeights, scale: float, gelu: str, gradients: bool, dtype: torch.dtype) -> None:
+        from cameo.kernels.triton_heads import mlp_rows
+
+        assert head.output is not None
+        self.function, self.scale, self.gelu = mlp_rows, scale, gelu
+        self.weight_in, self.bias, self.weight_out = (weight.contiguous() for weight in (*head.hidden, head.output))
+        self.sums: tuple[Tensor, Tensor, Tensor] | None = None
+        if gradients:
+            zeros = torch.zeros_like
+            self.sums = zeros(self.weight_in), zeros(self.bias), zeros(self.weight_out)
+        self.channels = head.hidden[0].shape[1]
+        # Beside its products each pair has a score in float32; a quarter is left for sums and the keys.
+        self.most_pairs = WORKSPACE_BYTES // 4 * 3 // (self.channels * dtype.itemsize + 4)
+
+    def __call__(self, products: Tensor, targets: Tensor, weights: Tensor, own: Tensor | None) -> Tensor:
+        head = self.weight_in, self.bias, self.weight_out, self.scale
+        return self.function(products, *head, targets, weights, own, self.sums, self.gelu)
+
+    def parameter_gradients(self) -> list[Tensor]:
+        return list(self.sums or ())
+
+
 class _Products:
     """Multiplies queries with keys portion by portion, lets the head at them, and gathers the gradients."""
 
     def __init__(
-        self, query: Tensor, key: Tensor, head: HeadWeights, rows_head: RowsHead, dtype: torch.dtype, gradients: bool
+        self,
+        query: Tensor,
+        key: Tensor,
+        head: HeadWeights,
+        rows_head: RowsHead,
+        dtype: torch.dtype,
+        products_dtype: torch.dtype,
+        step: float,
+        gradients: bool,
     ) -> None:
-        self.shape, self.dtype = query.shape, dtype
+        self.shape, self.dtype, self.sum_dtype = query.shape, dtype, torch.promote_types(dtype, torch.float32)
         self.query, self.key = query.flatten(2, 3), key.flatten(2, 3)
         self.linear, self.head = head.linear, rows_head
-        self.factor = None
-        if head.linear and head.output is not None:
-            self.factor = head.output.repeat_interleave(query.shape[-1])
-            self.d_factor = torch.zeros_like(self.factor)
+        # What the queries are multiplied by.
+        self.step, self.factor = step, torch.full((), step, dtype=dtype, device=query.device)
+        self.learned = head.linear and head.output is not None
+        if self.learned:
+            assert head.output is not None
+            self.factor = (head.output * step).repeat_interleave(query.shape[-1]).to(dtype)
+            self.d_factor = torch.zeros(self.factor.shape, dtype=self.sum_dtype, device=query.device)
         self.written = gradients
         if gradients:
-            self.d_query = torch.zeros(self.query.shape, dtype=dtype, device=query.device)
+            self.d_query = torch.zeros(self.query.shape, dtype=self.sum_dtype, device=query.device)
             self.d_key = torch.zeros_like(self.d_query)
-        self._workspace = torch.empty(0, dtype=dtype, device=query.device)
+        self._workspace = torch.empty(0, dtype=products_dtype, device=query.device)
         self._held: tuple[object, Tensor | None] = (None, None)
 
     def losses(self, rows: Rows) -> Tensor:
         """Loss of each row; where it was asked for, their gradient is added to that so far."""
         groups, count = rows.queries.shape
         plain = self._queries(rows)
-        queries = plain if self.factor is None else plain * self.factor
+        queries = plain if self.step == 1 and not self.learned else plain * self.factor
         products = self._buffer(self.head.channels + self.head.spare, groups * count, rows.keys)
         batched = products[: self.head.channels].view(-1, count, rows.keys)
         for columns, tokens in _pieces(rows):
             keys = self._keys(rows, tokens)
-            if keys.shape[1] == rows.keys:
+            if keys.shape[1] == rows.keys and batched.dtype == self.dtype:
                 torch.bmm(queries, keys.transpose(1, 2), out=batched)
             else:
-                batched[:, :, columns] = queries @ keys.transpose(1, 2)
+                batched[:, :, columns] = self._product(queries, keys.transpose(1, 2))
         own = None if rows.own is None else rows.own.flatten(0, 1)
         losses = self.head(products, rows.targets.flatten(0, 1), rows.weights.flatten(0, 1), own)
         if self.written:
             self._add_gradients(rows, plain, queries, batched)
         return losses
 
-    def gradients(self) -> tuple[Tensor, Tensor]:
-        """Gradients of query and key `[B, K, V, N, D]`, see `gradient_dtype`; ends the sweep."""
+    def gradients(self, unit: Tensor | None) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Gradients of query and key `[B, K, V, N, D]`, see `gradient_dtype`, and of the head; ends the sweep.
+
+        Args:
+            unit: what they are multiplied by.
+        """
         self._held, self._workspace = (None, None), self._workspace.new_empty(0)
+        weights = (
+            [self.d_factor.view(self.shape[1], -1).sum(dim=1)] if self.learned else self.head.parameter_gradients()
+        )
+        if unit is not None:
+            for tensor in (self.d_query, self.d_key, *weights):
+                tensor.mul_(unit)
         dtype = gradient_dtype(self.query.dtype)
         d_query = self.d_query.view(self.shape).to(dtype)
         del self.d_query
-        return d_query, self.d_key.view(self.shape).to(dtype)
-
-    def weight_gradients(self) -> list[Tensor]:
-        """Gradients of the head's weights."""
-        if self.factor is None:
-            return self.head.parameter_gradients()
-        return [self.d_factor.view(self.shape[1], -1).sum(dim=1)]
+        return d_query, self.d_key.view(self.shape).to(dtype), weights
 
     def _queries(self, rows: Rows) -> Tensor:
         """The rows' queries, `[C * G, R, D]`."""
@@ -248,13 +319,17 @@ class _Products:
         return self._held[1]
 
     def _add_gradients(self, rows: Rows, plain: Tensor, queries: Tensor, d_products: Tensor) -> None:
-        d_queries = torch.zeros_like(queries)
+        d_queries = torch.zeros(queries.shape, dtype=self.sum_dtype, device=queries.device)
         for columns, tokens in _pieces(rows):
-            d_part = d_products[:, :, columns]
-            d_queries.baddbmm_(d_part, self._keys(rows, tokens))
+            d_part = d_products[:, :, columns].to(self.dtype)
+            if self.dtype == self.sum_dtype:
+                d_queries.baddbmm_(d_part, self._keys(rows, tokens))
+            else:
+                d_queries += self._product(d_part, self._keys(rows, tokens))
             self._add_to_keys(rows, tokens, d_part.transpose(1, 2), queries)
-        if self.factor is not None:
-            self.d_factor += (d_queries * plain).sum(dim=(0, 1))
+        if self.learned:
+            self.d_factor += (d_queries * plain).sum(dim=(0, 1)) * self.step
+        if queries is not plain:
             d_queries.mul_(self.factor)
         d_query = self._as_heads(d_queries, len(rows.samples))
         if len(rows.samples) == 1:
@@ -267,13 +342,19 @@ class _Products:
 
     def _add_to_keys(self, rows: Rows, tokens: slice | None, d_products: Tensor, queries: Tensor) -> None:
         if tokens is None:  # each of these keys belongs to one group, and is met once
-            d_key = self._as_heads(d_products @ queries, len(rows.samples))
+            d_key = self._as_heads(self._product(d_products, queries), len(rows.samples))
             place = (_column(rows.samples, d_key), _side_by_side(rows, d_key))
             self.d_key.transpose(0, 1)[:, *place] = d_key
-        elif self.linear:
-            self.d_key[rows.samples[0]][:, tokens] += self._as_heads(d_products @ queries, 1)[:, 0]
+        elif self.linear or self.dtype != self.sum_dtype:
+            self.d_key[rows.samples[0]][:, tokens] += self._as_heads(self._product(d_products, queries), 1)[:, 0]
         else:
             self.d_key[rows.samples[0]][:, tokens].baddbmm_(d_products, queries)
+
+    def _product(self, left: Tensor, right: Tensor) -> Tensor:
+        """Batched product, summed and given in `sum_dtype`."""
+        if left.is_cuda and self.dtype != self.sum_dtype and WIDE_PRODUCTS:
+            return torch.bmm(left, right, out_dtype=self.sum_dtype)
+        return torch.bmm(left.to(self.sum_dtype), right.to(self.sum_dtype))
 
     def _as_channels(self, taken: Tensor) -> Tensor:
         """`[K, G, n, D]` as `[C * G, n, D]` in the dtype of the products."""
@@ -316,10 +397,3 @@ def _side_by_side(rows: Rows, like: Tensor) -> Tensor:
 
 def _column(samples: Sequence[int], like: Tensor) -> Tensor:
     return torch.tensor(samples, device=like.device)[:, None]
-
-
-def triton_refusal(device: torch.device, dtype: torch.dtype, heads: int, hidden_layers: int) -> str | None:
-    """Say why the Triton kernels cannot serve, or None."""
-    if device.type != "cuda":
-        return f"its kernels run on CUDA devices, and the queries are on {device}"
-    return "none here"
