@@ -1,0 +1,62 @@
+"""Whether the Triton kernels can serve a call; importable where Triton is not installed."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+
+import torch
+
+__all__ = ["DTYPES", "INSTALL_TRITON", "MAX_HEADS", "interpreted", "refusal"]
+
+INSTALL_TRITON = "pip install triton (the CUDA builds of torch for Linux bring it along)"
+MAX_HEADS = 32
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_LEAST_CAPABILITY = (8, 0)
+
+
+def refusal(device: torch.device, dtype: torch.dtype, num_heads: int, depth: int) -> str | None:
+    """Why the Triton kernels cannot serve such a call, or None if they can.
+
+    Example:
+        >>> refusal(torch.device("meta"), torch.float32, num_heads=8, depth=1)
+        'the tensors are on meta; the Triton kernels need a CUDA device'
+
+    Args:
+        device: of query and key.
+        dtype: of the logits: float32, bfloat16 or float16.
+        num_heads: K, heads that the alignment head joins, 1 to 32.
+        depth: hidden layers of the alignment head, 0 or 1.
+    """
+    if importlib.util.find_spec("triton") is None:
+        return f"Triton is not installed: {INSTALL_TRITON}"
+    if dtype not in DTYPES:
+        return f"the logits are {dtype}; the Triton kernels accumulate in float32 and take float32, bfloat16 or float16"
+    if num_heads > MAX_HEADS:
+        return f"{num_heads} heads; the Triton kernels take at most {MAX_HEADS}"
+    if depth > 1:
+        return f"the alignment head has depth={depth}; the Triton kernels take one hidden layer at most"
+    if device.type == "cpu" and interpreted():
+        return None
+    if device.type != "cuda":
+        return f"the tensors are on {device.type}; the Triton kernels need a CUDA device"
+    if torch.version.hip is not None:
+        return "this torch is built for ROCm; the Triton kernels are written for NVIDIA GPUs"
+    capability = _capability(device)
+    if capability < _LEAST_CAPABILITY:
+        return (
+            f"{device} has compute capability {capability[0]}.{capability[1]}; the Triton kernels multiply in TF32 "
+            "and need 8.0 (A100, RTX 30) or later"
+        )
+    return None
+
+
+def interpreted() -> bool:
+    """Whether Triton runs its kernels in its interpreter, on the CPU: TRITON_INTERPRET=1 in the environment."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
