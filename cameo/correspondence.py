@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from cameo.cameras import check_depth
+from cameo.cameras import check_depth, check_matrices, same_views
 from cameo.errors import ShapeError
 from cameo.geometry import as_grid
 from cameo.matching import match_depth, match_point_maps
@@ -76,15 +76,22 @@ class Correspondence:
             self._check_values()
 
     def _check_values(self) -> None:
-        counts = torch.tensor([h * w for h, w in self.sizes])
-        padding = torch.arange(self.index.shape[-1]) >= counts[:, None]
-        if (self.index < -1).any() or (self.index >= counts[:, None]).any():
+        index = self.index
+        counts = [h * w for h, w in self.sizes]
+        if not index.numel():
+            return
+        # One pass over all values; grids of their own add one per view.
+        low, high = (value.item() for value in index.aminmax())
+        if min(counts) < max(counts):
+            high = max(int(index[:, :, j].max()) - count for j, count in enumerate(counts)) + max(counts)
+        if low < -1 or high >= max(counts):
             raise ValueError("index: holds tokens outside the target view's grid. Cure: use -1 for no match")
-        if (self.index.masked_select(padding[:, None]) >= 0).any():
-            raise ValueError("index: matches tokens that are padding. Cure: set them to -1")
-        if (torch.diagonal(self.index, dim1=1, dim2=2) >= 0).any():
+        for i, count in enumerate(counts):
+            if count < index.shape[-1] and int(index[:, i, :, count:].max()) >= 0:
+                raise ValueError("index: matches tokens that are padding. Cure: set them to -1")
+        if int(torch.diagonal(index, dim1=1, dim2=2).max()) >= 0:
             raise ValueError("index: matches a view with itself. Cure: set index[:, i, i] to -1")
-        if self.weight is not None and not (self.weight >= 0).all():
+        if self.weight is not None and not bool(self.weight.min() >= 0):
             raise ValueError("weight: holds negative or NaN values. Cure: use 0 to leave a match out")
 
     @property
@@ -226,6 +233,7 @@ class Correspondence:
         *,
         size: GridSize,
         depth_tolerance: float = DEPTH_TOLERANCE,
+        check_values: bool = True,
     ) -> Correspondence:
         """Match tokens by projecting their surface points and comparing depth.
 
@@ -246,6 +254,8 @@ class Correspondence:
             extrinsics: ``[B, V, 4, 4]`` world-to-camera.
             size: token grid: ``(h, w)`` or an int for all views, or one ``(h, w)`` per view.
             depth_tolerance: how far the point's depth may be from the depth seen there, as a share of it.
+            check_values: whether to look for unusable cameras. On a GPU the host waits for that look; leave it out
+                where the cameras were checked before, as by a loader. Shapes are checked in any case.
 
         Returns:
             A correspondence whose ``distance`` is between the token's point and the surface point seen where
@@ -256,7 +266,10 @@ class Correspondence:
             ValueError: missing or unusable cameras (see :func:`cameo.geometry.check_cameras`), a wrong size
                 or tolerance.
         """
-        check_depth(depth, intrinsics, extrinsics)
+        if check_values:
+            check_depth(depth, intrinsics, extrinsics)
+        else:
+            _check_shapes(depth, intrinsics, extrinsics)
         if not 0 < depth_tolerance < 1:
             raise ValueError(f"depth_tolerance: expected a share between 0 and 1, got {depth_tolerance}")
         sizes = _grid_per_view(size, depth.shape[1])
@@ -270,3 +283,15 @@ def _grid_per_view(size: GridSize, views: int) -> tuple[tuple[int, int], ...]:
             raise ShapeError("size", expected=f"(h, w), or one (h, w) for each of {views} views", got=str(size))
         return tuple(as_grid("size", grid) for grid in size)
     return (as_grid("size", size),) * views
+
+
+def _check_shapes(depth: Tensor, intrinsics: Tensor, extrinsics: Tensor) -> None:
+    if not isinstance(depth, Tensor) or depth.ndim != 5 or depth.shape[2] != 1:
+        got = depth.shape if isinstance(depth, Tensor) else type(depth).__name__
+        raise ShapeError("depth", expected="[B, V, 1, H, W]", got=got)
+    check_matrices("intrinsics", intrinsics, 3)
+    check_matrices("extrinsics", extrinsics, 4)
+    same_views("depth", depth, intrinsics)
+    if extrinsics.shape[:2] != intrinsics.shape[:2]:
+        batch, views = intrinsics.shape[:2]
+        raise ShapeError("extrinsics", expected=f"[{batch}, {views}, 4, 4] as the intrinsics", got=extrinsics.shape)

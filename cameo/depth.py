@@ -1,6 +1,6 @@
 """Reading depth images between pixels, without mixing two surfaces.
 
-Axes: B samples, V views, H W image pixels, M positions.
+Axes: B samples, V views, H W image pixels, M positions, K = 4 pixels around each.
 z-depth in world units; 0, a negative or a non-finite value means "no measurement". Inverse depth is used
 inside, because that of a plane is linear in the image.
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cameo.errors import ShapeError
 
-__all__ = ["inverse_depth_slopes", "is_measured", "sample_depth", "sample_slopes"]
+__all__ = ["is_measured", "read_depth", "sample_depth"]
 
 # Two depth values around one position belong to the same surface if they differ by less than this share.
 SAME_SURFACE = 0.01
@@ -25,7 +25,7 @@ STEEPEST_SLOPE = 0.1
 
 def is_measured(depth: Tensor) -> Tensor:
     """Tell which depth values are measurements: finite and positive."""
-    return depth.isfinite() & (depth > 0)
+    return (depth > 0) & (depth < math.inf)
 
 
 def sample_depth(depth: Tensor, xy: Tensor) -> Tensor:
@@ -54,53 +54,68 @@ def sample_depth(depth: Tensor, xy: Tensor) -> Tensor:
         raise ShapeError("depth", expected="[B, V, 1, H, W]", got=depth.shape)
     if xy.ndim != 4 or xy.shape[-1] != 2 or xy.shape[:2] != depth.shape[:2]:
         raise ShapeError("xy", expected=f"[{depth.shape[0]}, {depth.shape[1]}, M, 2]", got=xy.shape)
-    return sample_slopes(inverse_depth_slopes(depth), xy)
+    return read_depth(depth, xy)
 
 
-def inverse_depth_slopes(depth: Tensor) -> Tensor:
-    """Return inverse depth (0 = no measurement) and its x and y slope per pixel, ``[B, V, 3, H, W]``.
+def read_depth(depth: Tensor, xy: Tensor) -> Tensor:
+    """Do the work of :func:`sample_depth` on arguments that are known to fit.
+
+    Only the pixels around the positions are read, so the image's size does not matter.
+    """
+    height, width = depth.shape[-2:]
+    x, y = xy.unbind(-1)
+    inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
+    x, y = torch.where(inside, x, 0.5), torch.where(inside, y, 0.5)
+    columns, weight_x, offset_x = _neighbours(x, width)  # [2, B, V, M]
+    rows, weight_y, offset_y = _neighbours(y, height)
+    # Axis K = (row, column) leads: all that follows is done on long vectors.
+    inverse, slope_x, slope_y = _inverse_depth_slopes(depth, rows, columns)
+    weight = (weight_y[:, None] * weight_x[None]).flatten(0, 1) * (inverse > 0)
+    offset_x, offset_y = offset_x.repeat(2, 1, 1, 1), offset_y.repeat_interleave(2, dim=0)
+    here = slope_x.mul_(offset_x).add_(inverse).add_(slope_y.mul_(offset_y))
+    margin = SAME_SURFACE * here.abs()
+    nothing = weight.new_zeros(())
+    most, group = torch.full_like(weight[0], -1), torch.zeros_like(weight)
+    for k in range(4):
+        kept = torch.where((here[k] - here).abs_() <= margin[k], weight, nothing)
+        support = torch.where(weight[k] > 0, kept.sum(0), -1)
+        group = torch.where(support > most, kept, group)
+        most = torch.maximum(most, support)
+    total, value = group.sum(0), (group * here).sum(0)
+    return torch.where(inside & (total > 0), total / torch.where(value > 0, value, 1), math.nan)
+
+
+def _neighbours(position: Tensor, length: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Along one axis the two pixels around each position, their weights and how far it is from their centres."""
+    corner = (position - 0.5).floor()
+    share = position - 0.5 - corner
+    corner = corner.long()
+    pixel = torch.stack([corner, corner + 1]).clamp_(0, length - 1)
+    return pixel, torch.stack([1 - share, share]), position - pixel - 0.5
+
+
+def _inverse_depth_slopes(depth: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Inverse depth (0 = no measurement) and its x and y slope at the pixels in two rows and two columns, ``[K, ...]``.
 
     Of the differences to the left and the right neighbour the smaller one is the slope: at a depth edge the
     other one leads to another surface.
     """
-    measured = is_measured(depth)
-    inverse = torch.where(measured, 1 / torch.where(measured, depth, 1), 0)[:, :, 0]
-    slopes = [inverse]
-    for axis in (-1, -2):
-        length = inverse.shape[axis]
-        first, second = inverse.narrow(axis, 0, length - 1), inverse.narrow(axis, 1, length - 1)
-        step = torch.where((first > 0) & (second > 0), second - first, math.inf)
-        edge = torch.full_like(inverse.narrow(axis, 0, 1), math.inf)
-        before, after = torch.cat([edge, step], axis), torch.cat([step, edge], axis)
-        slope = torch.where(before.abs() <= after.abs(), before, after)
-        slopes.append(torch.where(slope.abs() <= STEEPEST_SLOPE * inverse, slope, 0))
-    return torch.stack(slopes, dim=2)
-
-
-def sample_slopes(slopes: Tensor, xy: Tensor) -> Tensor:
-    """Do the work of :func:`sample_depth` on the output of :func:`inverse_depth_slopes`."""
-    height, width = slopes.shape[-2:]
-    x, y = xy.unbind(-1)
-    inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
-    position = torch.where(inside[..., None], xy, 0.5)
-    corner = (position - 0.5).floor()
-    share = position - 0.5 - corner
-    share = torch.stack([1 - share, share], dim=-1)  # [B, V, M, xy, low or high]
-    weight = rearrange(share[..., 1, :, None] * share[..., 0, None, :], "b v m y x -> b v m (y x)")
-    step = torch.arange(2, device=xy.device)
-    columns = (corner[..., 0, None].long() + step).clamp(0, width - 1)[..., None, :]
-    rows = (corner[..., 1, None].long() + step).clamp(0, height - 1)[..., :, None]
-    columns, rows = (axis.expand(*x.shape, 2, 2).flatten(-2) for axis in (columns, rows))
-    pixel = rearrange(rows * width + columns, "b v m k -> b v 1 (m k)").expand(-1, -1, 3, -1)
-    found = torch.gather(slopes.flatten(-2), -1, pixel)
-    inverse, slope_x, slope_y = rearrange(found, "b v c (m k) -> c b v m k", k=4)
-    weight = weight * (inverse > 0)
-    offset_x, offset_y = position[..., 0, None] - columns - 0.5, position[..., 1, None] - rows - 0.5
-    here = inverse + slope_x * offset_x + slope_y * offset_y
-    same = (here[..., :, None] - here[..., None, :]).abs() <= SAME_SURFACE * here[..., :, None].abs()
-    support = (same * weight[..., None, :]).sum(-1)
-    winner = torch.where(weight > 0, support, -1).argmax(-1, keepdim=True)
-    group = weight * torch.gather(same, -2, winner[..., None].expand(*winner.shape, 4)).squeeze(-2)
-    total = group.sum(-1)
-    value = (group * here).sum(-1)
-    return torch.where(inside & (total > 0), total / torch.where(value > 0, value, 1), math.nan)
+    height, width = depth.shape[-2:]
+    pixel = (rows[:, None] * width + columns[None]).flatten(0, 1)
+    around = torch.stack([pixel, pixel - 1, pixel + 1, pixel - width, pixel + width]).clamp_(0, height * width - 1)
+    found = torch.gather(depth.flatten(2), -1, rearrange(around, "s k b v m -> b v (s k m)"))
+    found = rearrange(found, "b v (s k m) -> s k b v m", s=5, k=4)
+    measured = is_measured(found)
+    for step, exists in enumerate((columns > 0, columns < width - 1), start=1):
+        measured[step].unflatten(0, (2, 2)).logical_and_(exists[None])
+    for step, exists in enumerate((rows > 0, rows < height - 1), start=3):
+        measured[step].unflatten(0, (2, 2)).logical_and_(exists[:, None])
+    inverse = torch.where(measured, found.reciprocal(), 0)
+    here = inverse[0]
+    slopes = []
+    for before, after in (inverse[1:3], inverse[3:5]):
+        behind = torch.where((before > 0) & (here > 0), here - before, math.inf)
+        ahead = torch.where((here > 0) & (after > 0), after - here, math.inf)
+        smaller = torch.where(behind.abs() <= ahead.abs(), behind, ahead)
+        slopes.append(torch.where(smaller.abs() <= STEEPEST_SLOPE * here, smaller, 0))
+    return here, slopes[0], slopes[1]

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import pickle
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,11 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+import cameo.geometry
+import cameo.kernels.nearest
 import cameo.matching
 from cameo.correspondence import Correspondence
 from cameo.errors import ShapeError
@@ -48,7 +53,7 @@ def test_golden_three_views():
 
 
 def test_golden_four_views(golden):
-    check_golden(golden("room_4views"))
+    check_golden(golden("room_4views.npz"))
 
 
 def loop_match(tokens: Tensor, width: int, threshold: float) -> tuple[Tensor, Tensor]:
@@ -79,9 +84,9 @@ def loop_match(tokens: Tensor, width: int, threshold: float) -> tuple[Tensor, Te
 
 
 @pytest.mark.parametrize("threshold", [0.5, 1.0, 1.5])
-@pytest.mark.parametrize("block", [1, 24, 1 << 22])
+@pytest.mark.parametrize("block", [1, 24 * 8, 1 << 21])
 def test_point_maps_equal_plain_loops(monkeypatch, threshold, block):
-    monkeypatch.setattr(cameo.matching, "BLOCK_ENTRIES", block)
+    monkeypatch.setattr(cameo.kernels.nearest, "TILE_BYTES", block)
     generator = torch.Generator().manual_seed(3)
     # Whole numbers, so that ties are frequent; image size = grid size, so that nothing is resampled.
     points = torch.randint(0, 3, (2, 3, 3, 3, 4), generator=generator).double()
@@ -372,3 +377,97 @@ def test_wrong_arguments_are_named():
         Correspondence.from_point_maps(points, size=4, cycle_threshold=0)
     with pytest.raises(ValueError, match="max_distance: expected more than 0"):
         Correspondence.from_point_maps(points, size=4, max_distance=-1.0)
+
+
+@pytest.mark.parametrize(
+    ("image", "size"), [((64, 64), (32, 32)), ((37, 53), (8, 9)), ((3, 5), (4, 7)), ((9, 9), (3, 3)), ((6, 6), (6, 6))]
+)
+def test_points_are_resampled_as_interpolate_does(image, size):
+    points = torch.randn(2, 2, 3, *image, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    got = cameo.matching._token_points(points, (size, size))
+    whole = torch.nn.functional.interpolate(points.flatten(0, 1), size=size, mode="bilinear", align_corners=False)
+    torch.testing.assert_close(got.flatten(0, 1), whole.flatten(2).mT, rtol=0, atol=1e-14)
+
+
+class NoWaiting(TorchDispatchMode):
+    """Fails where the host would wait for a GPU: values read, shapes that depend on them, copies from the host."""
+
+    waiting = (
+        "_local_scalar_dense",
+        "nonzero",
+        "is_nonzero",
+        "_linalg_check_errors",
+        "equal",
+        "masked_select",
+        "unique",
+    )
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        assert name not in self.waiting, f"{name} makes the host wait"
+        tensors = [arg for arg in tree_leaves((args, kwargs)) if isinstance(arg, Tensor)]
+        assert all(tensor.device.type == "meta" for tensor in tensors), f"{name} reads a tensor of the host"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("sizes", [4, [(4, 4), (2, 3)]])
+def test_off_the_cpu_the_host_does_not_wait(sizes):
+    points = torch.empty(2, 2, 3, 16, 16, device="meta")
+    depth = torch.empty(2, 2, 1, 16, 16, device="meta")
+    intrinsics, extrinsics = (torch.empty(2, 2, n, n, device="meta") for n in (3, 4))
+    with NoWaiting():
+        nearest = Correspondence.from_point_maps(points, size=sizes, max_distance=1.0)
+        projected = Correspondence.from_depth(depth, intrinsics, extrinsics, size=sizes, check_values=False)
+    assert nearest.index.shape == projected.index.shape == (2, 2, 2, 16)
+    with NoWaiting(), pytest.raises(AssertionError, match="nonzero makes the host wait"):
+        Correspondence.from_depth(depth, intrinsics, extrinsics, size=sizes)
+
+
+def test_unchecked_values_still_have_checked_shapes(rooms):
+    got = Correspondence.from_depth(**rooms, size=8, check_values=False)
+    assert torch.equal(got.index, Correspondence.from_depth(**rooms, size=8).index)
+    with pytest.raises(ShapeError, match=r"depth: expected \[B, V, 1, H, W\]"):
+        Correspondence.from_depth(**{**rooms, "depth": rooms["depth"][0]}, size=8, check_values=False)
+    with pytest.raises(ShapeError, match=r"extrinsics: expected \[2, 4, 4, 4\]"):
+        Correspondence.from_depth(**{**rooms, "extrinsics": rooms["extrinsics"][:, :2]}, size=8, check_values=False)
+    with pytest.raises(ShapeError, match=r"intrinsics: .*B and V of depth"):
+        Correspondence.from_depth(**{**rooms, "depth": rooms["depth"][:1]}, size=8, check_values=False)
+
+
+class Matched(torch.utils.data.Dataset):
+    """Correspondences made where a sample is loaded."""
+
+    def __init__(self, rooms: dict[str, Tensor]) -> None:
+        self.rooms = rooms
+
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, sample: int) -> tuple[Correspondence, ...]:
+        return tuple(both_ways({name: tensor[sample, None] for name, tensor in self.rooms.items()}, 16))
+
+
+def test_in_the_workers_of_a_loader(rooms):
+    expected = both_ways(rooms, 16)  # in this process too, before it forks
+    loader = torch.utils.data.DataLoader(Matched(rooms), batch_size=2, num_workers=1, collate_fn=collate)
+    for got, whole in zip(next(iter(loader)), expected, strict=True):
+        assert torch.equal(got.index, whole.index)
+        torch.testing.assert_close(got.distance, whole.distance)
+
+
+def collate(samples: list[tuple[Correspondence, ...]]) -> list[Correspondence]:
+    return [Correspondence.cat(parts) for parts in zip(*samples, strict=True)]
+
+
+def test_a_correspondence_survives_pickling(rooms):
+    whole = both_ways(rooms, [(8, 8), (4, 6), (8, 8), (8, 8)])[0]
+    again = pickle.loads(pickle.dumps(whole))
+    assert (again.sizes, again.weight) == (whole.sizes, None)
+    assert torch.equal(again.index, whole.index)
+    assert torch.equal(again.distance, whole.distance)
+
+
+def test_a_correspondence_can_be_empty():
+    none = Correspondence(torch.empty(0, 2, 2, 4, dtype=torch.int64), ((2, 2), (2, 2)))
+    assert none.batch_size == 0
+    assert Correspondence.from_point_maps(torch.empty(0, 2, 3, 8, 8), size=2).batch_size == 0
