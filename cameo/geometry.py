@@ -226,9 +226,12 @@ def crop_intrinsics(intrinsics: Tensor, top: float, left: float) -> Tensor:
 
 
 def camera_rays(xy: Tensor, intrinsics: Tensor) -> Tensor:
-    """Return camera-frame rays of z = 1 through pixels ``[M, 2]`` or ``[V, M, 2]``, ``[B, V, M, 3]``."""
+    """Return camera-frame rays of z = 1 through pixels ``[M, 2]`` or ``[V, M, 2]``, ``[B, V, M, 3]``.
+
+    The cameras are known to be usable: `torch.linalg.inv` would look, and the host would wait for a GPU.
+    """
     homogeneous = torch.cat([xy, torch.ones_like(xy[..., :1])], dim=-1)
-    return homogeneous @ torch.linalg.inv(intrinsics).mT
+    return homogeneous @ torch.linalg.inv_ex(intrinsics).inverse.mT
 
 
 def to_pixels(in_camera: Tensor, intrinsics: Tensor) -> tuple[Tensor, Tensor]:

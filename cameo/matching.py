@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cameo.cameras import full_precision
 from cameo.depth import read_depth
-from cameo.geometry import cell_centres, invert_extrinsics, to_pixels
+from cameo.geometry import camera_rays, cell_centres, invert_extrinsics, to_pixels
 from cameo.kernels.nearest import match_tokens
 
 __all__ = ["match_depth", "match_point_maps"]
@@ -55,7 +55,7 @@ def match_depth(
     centres = _padded_centres(sizes, depth)
     # [B, V, N] depth at the token centres, NaN for padding and missing depth
     centre_depth = read_depth(depth, centres.expand(depth.shape[0], -1, -1, -1))
-    surface = _camera_rays(centres, intrinsics) * centre_depth[..., None]
+    surface = camera_rays(centres, intrinsics) * centre_depth[..., None]
     pose = _relative_poses(extrinsics).to(depth)
     # Axis j leads: the points of all views are looked up in view j together.
     point = einsum(pose[..., :3, :3], surface, "b j i r c, b i n c -> b j i n r") + pose[..., None, :3, 3]
@@ -109,15 +109,6 @@ def _interpolated_axis(length: int, cells: int, like: Tensor) -> tuple[Tensor, T
     centre = centre.clamp(min=0)
     low = centre.long().clamp(max=length - 1)
     return low, (low + 1).clamp(max=length - 1), centre - low
-
-
-def _camera_rays(xy: Tensor, intrinsics: Tensor) -> Tensor:
-    """Rays of z = 1 as :func:`cameo.geometry.camera_rays`, for cameras that are known to be usable.
-
-    `torch.linalg.inv` looks whether the inverse exists, for which the host would wait for a GPU.
-    """
-    homogeneous = torch.cat([xy, torch.ones_like(xy[..., :1])], dim=-1)
-    return homogeneous @ torch.linalg.inv_ex(intrinsics).inverse.mT
 
 
 def _padded_centres(sizes: Sizes, depth: Tensor) -> Tensor:

@@ -40,7 +40,14 @@ def match_batch(
     if kind not in KINDS:
         raise unknown_name("correspondence", kind, KINDS)
     if kind == "depth" and "depth" in batch:
-        return Correspondence.from_depth(batch["depth"], batch["intrinsics"], batch["extrinsics"], size=size)
+        # A data set checks its cameras; on a GPU the host would wait for another look.
+        return Correspondence.from_depth(
+            batch["depth"],
+            batch["intrinsics"],
+            batch["extrinsics"],
+            size=size,
+            check_values=not batch["depth"].is_cuda,
+        )
     if kind == "point_map" and ("point_map" in batch or "depth" in batch):
         points = batch.get("point_map")
         if points is None:
