@@ -6,8 +6,8 @@ Everything of one size is measured in turn in one process, on points that are al
 nearest neighbours with their cycle check, its readable form, the dense form of the released path (all tokens against
 all, then a reverse map), `torch.cdist`, and on a CPU scipy's k-d tree with 2 workers, faiss and KeOps where they are
 installed; the peers find the neighbours both ways between all views, without the cycle check. Beside them the other
-definition, projection of depth, from images of 256 px. What is in `benchmarks/results/correspondence.json` (on CUDA
-`correspondence_cuda.json`) is not measured again.
+definition, projection of depth, from images of 256 px. What is in `benchmarks/results/correspondence_cpu.json`
+(on CUDA `correspondence_cuda.json`) is not measured again.
 """
 
 from __future__ import annotations
@@ -275,8 +275,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, help="results file")
     options = parser.parse_args(arguments)
     device = torch.device(options.device)
-    file = "correspondence.json" if device.type == "cpu" else f"correspondence_{device.type}.json"
-    results = Results(options.output or RESULTS / file, device, again=options.again)
+    file = RESULTS / f"correspondence_{device.type}.json"
+    results = Results(options.output or file, device, again=options.again)
     results.environment.update(versions())
     for setting in (Setting(4, views=3),) if options.smallest else SETTINGS:
         print(f"{setting.name}: {'in the results file' if results.has(setting.name) else 'measuring'}", flush=True)

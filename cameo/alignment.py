@@ -100,7 +100,7 @@ class AlignmentHead(nn.Module):
         layers = [] if self.output is None else [*self.hidden, self.output]
         found = [parameter for layer in layers for parameter in (layer.weight, layer.bias) if parameter is not None]
         # Sharded parameters (FSDP) are gathered by the module that holds them or, if that did not run, here.
-        return [weight.full_tensor() if hasattr(weight, "full_tensor") else weight for weight in found]
+        return [_gather(weight) if _is_sharded(weight) else weight for weight in found]
 
     def extra_repr(self) -> str:
         """Show the settings in `print(model)`."""
@@ -268,12 +268,17 @@ def supervision_weights(
 
 def _choose(implementation: str, query: Tensor, head: AlignmentHead) -> str:
     """Resolve "auto", and refuse what cannot serve."""
-    if implementation == "reference":
-        return implementation
     reason: str | None = None
-    if type(head) is not AlignmentHead:
-        if implementation == "auto":
-            return "reference"
+    own_forward = type(head).forward is not AlignmentHead.forward  # FSDP makes a class of its own with the same forward
+    if implementation == "reference" or (implementation == "auto" and own_forward):
+        if any(map(_is_sharded, head.parameters())):
+            raise ValueError(
+                "head: is sharded on its own, and the reference calls it as often as there are groups of queries with "
+                "a match, so processes with different matches would wait for each other; leave it to the "
+                'fully_shard() of the whole model, or use implementation="auto" with an AlignmentHead'
+            )
+        return "reference"
+    if own_forward:
         reason = f"it computes an AlignmentHead, and {type(head).__name__} may have a forward of its own"
     elif implementation != "chunked":
         reason = triton_refusal(query.device, query.dtype, head.num_heads, len(head.hidden))
@@ -312,6 +317,22 @@ def _reference(
             part = (weight * nll).sum()
             loss = part if loss is None else loss + part
     return _zero_with_graph(query, key, head, dtype) if loss is None else loss
+
+
+def _is_sharded(weight: Tensor) -> bool:
+    return hasattr(weight, "full_tensor")
+
+
+def _gather(weight: Tensor) -> Tensor:
+    """Whole tensor of a sharded parameter; its gradient becomes the mean over the processes, as FSDP's own."""
+    from torch.distributed.tensor import DTensor, Partial
+
+    assert isinstance(weight, DTensor)
+    processes = weight.device_mesh.size()
+    whole: Tensor = weight.full_tensor(grad_placements=[Partial()] * weight.device_mesh.ndim)
+    if whole.requires_grad:
+        whole.register_hook(lambda gradient: gradient / processes)
+    return whole
 
 
 Match = tuple[Tensor, Tensor, Tensor]

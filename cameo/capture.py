@@ -115,11 +115,13 @@ class AttentionCapture:
         self._open: list[tuple[str, CallWatcher]] = []
         self._ran: dict[str, str] = {}  # to the function that hid the kernel, or nothing
         self._captured: dict[str, CapturedAttention] = {}
+        self._taken: set[str] = set()
 
     def __enter__(self) -> AttentionCapture:
         self._thread = threading.get_ident()
         self._captured.clear()
         self._ran.clear()
+        self._taken.clear()
         with ExitStack() as stack:
             for site in self._sites:
                 module = self._model.get_submodule(site.path)
@@ -142,18 +144,23 @@ class AttentionCapture:
             self._ran.clear()
             return
         for site in self._sites:
-            self._require(site.path)
+            if site.path not in self._taken:
+                self._require(site.path)
 
     def __getitem__(self, path: str) -> CapturedAttention:
         return self._require(path)
 
     def take(self, path: str) -> CapturedAttention:
         """Hand a layer's call over and keep no hold of it, so that its memory is free once the caller is done."""
-        self._require(path)
-        return self._captured.pop(path)
+        call = self._require(path)
+        del self._captured[path]
+        self._taken.add(path)
+        return call
 
     def _require(self, path: str) -> CapturedAttention:
         if path not in self._captured:
+            if path in self._taken:
+                raise CaptureError(f"layer {path!r}: take() handed its call over already; keep what it returned")
             site = {site.path: site for site in self._sites}[path]
             raise CaptureError(_missing(site, self._ran.get(path)))
         return self._captured[path]

@@ -54,6 +54,8 @@ class CameoModel(nn.Module):
     A forward with a correspondence runs eagerly even where the model is compiled, one without runs compiled.
     Under `DistributedDataParallel` keep `find_unused_parameters=False`, and give every step a correspondence
     (an empty one has loss 0 with a graph), since the heads get their gradient from the alignment loss alone.
+    Under FSDP2 (`fully_shard`) call backward on the sum with the model's own loss: parameters are gathered, and
+    gradients averaged, when a gradient enters at the model's output, and that of the alignment loss alone does not.
     """
 
     def __init__(

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import datetime
 import functools
 import gc
 import pickle
@@ -310,50 +309,6 @@ def run_loss(model: cameo.CameoModel) -> Tensor:
 
 
 # 4. In the company of others
-
-
-def _train_in_process(rank: int, folder: str) -> None:
-    store = f"file://{folder}/store"
-    torch.distributed.init_process_group(
-        "gloo", init_method=store, rank=rank, world_size=2, timeout=datetime.timedelta(seconds=100)
-    )
-    try:
-        model = toy()
-        parallel = nn.parallel.DistributedDataParallel(model)
-        found = []
-        # In the second step nothing is visible for the second process, and nobody may hang.
-        for match in (matches(seed=rank), nothing_visible() if rank else matches(seed=5)):
-            parallel.zero_grad()
-            out = parallel(tokens(seed=rank), correspondence=match)
-            (out.square().mean() + model.alignment_loss).backward()
-            found.append(gradients(model))
-        torch.save(found, f"{folder}/{rank}.pt")
-    finally:
-        torch.distributed.destroy_process_group()
-
-
-def test_two_processes_train_on_the_mean_gradient(tmp_path: Path) -> None:
-    other = torch.multiprocessing.get_context("spawn").Process(target=_train_in_process, args=(1, str(tmp_path)))
-    other.start()
-    try:
-        _train_in_process(0, str(tmp_path))
-        other.join(timeout=100)
-        assert other.exitcode == 0
-    finally:
-        other.kill()
-    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
-    halves = []
-    for rank in range(2):
-        model = toy()
-        out = model(tokens(seed=rank), correspondence=matches(seed=rank))
-        (out.square().mean() + model.alignment_loss).backward()
-        halves.append(gradients(model))
-    assert ranks[0][0].keys() == halves[0].keys() == dict(model.named_parameters()).keys()
-    for name in halves[0]:
-        mean = (halves[0][name] + halves[1][name]) / 2
-        torch.testing.assert_close(ranks[0][0][name], mean, rtol=1e-5, atol=1e-7)
-        assert torch.equal(ranks[0][0][name], ranks[1][0][name])
-        assert torch.equal(ranks[0][1][name], ranks[1][1][name])
 
 
 def test_autocast() -> None:

@@ -1,4 +1,4 @@
-"""Compare the core on a GPU with the CPU in float64: correspondence, alignment loss, capture, xformers.
+"""Compare the core on a GPU with the CPU in float64: correspondence, kernels of the loss, capture, xformers.
 
     python benchmarks/gpu/check_core.py [--device cuda]
 
@@ -11,13 +11,17 @@ import argparse
 import importlib.util
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
 import cameo
 from cameo.backbone import get_backbone
+from cameo.geometry import unproject
 
-# Relative error allowed against float64 on the CPU. Half precision runs the whole network under autocast without
+# Relative error allowed against float64 on the CPU, of the loss alone from the same rounded queries and keys ...
+FUSED_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+# ... and of a network. Half precision runs the whole network under autocast without
 # loss scaling; on a CPU its gradients were off by 2.2 % (bfloat16) and 2.1 % (float16).
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 5e-2}
 
@@ -59,11 +63,45 @@ def loss_and_gradient(device: str, dtype: torch.dtype, use_xformers: bool = Fals
     return model.alignment_loss.detach().double().cpu(), model.base_model.conv_in.weight.grad.double().cpu()
 
 
+def fused_loss(device: str, dtype: torch.dtype, implementation: str, **head: Any) -> list[torch.Tensor]:
+    """Alignment loss of random queries and keys, and its gradients, for one kind of head; rows of 12 x 20 tokens."""
+    generator = torch.Generator().manual_seed(0)
+    query, key = (torch.randn(2, 10, 3, 240, 64, generator=generator).to(dtype) for _ in range(2))
+    index = torch.randint(0, 240, (2, 3, 3, 240), generator=generator)
+    index[torch.rand(index.shape, generator=generator) > 0.6] = -1
+    index[:, range(3), range(3)] = -1
+    torch.manual_seed(0)
+    joined = cameo.AlignmentHead(10, **head)
+    if implementation == "reference":
+        query, key, joined = query.double(), key.double(), joined.double()
+    query, key, joined = query.to(device).requires_grad_(), key.to(device).requires_grad_(), joined.to(device)
+    match = cameo.Correspondence(index.to(device), ((12, 20),) * 3)
+    loss = cameo.alignment_loss(query, key, match, joined, implementation=implementation)
+    found = [loss, *torch.autograd.grad(loss, [query, key, *joined.parameters()])]
+    return [tensor.detach().double().cpu() for tensor in found]
+
+
+def fused_rows(device: str) -> list[tuple[str, float, float]]:
+    """Largest error of the fused loss and its gradients, and whether two runs give the same bits."""
+    rows = []
+    for head in ({"depth": 1}, {"depth": 0}, {"kind": "mean"}, {"kind": "none"}):
+        for dtype, tolerance in FUSED_TOLERANCE.items():
+            expected = fused_loss("cpu", dtype, "reference", **head)
+            first, second = (fused_loss(device, dtype, "auto", **head) for _ in range(2))
+            error = max(float((a - b).norm() / b.norm()) for a, b in zip(first, expected, strict=True))
+            rows.append((f"fused loss and gradients, {head}, {dtype}", error, tolerance))
+            moved = max(float((a - b).abs().max()) for a, b in zip(first, second, strict=True))
+            rows.append((f"the same, difference between two runs, {head}, {dtype}", moved, 0.0))
+    return rows
+
+
 def matches(device: str) -> torch.Tensor:
-    """Index of the correspondence of the wall."""
+    """Index of the correspondence of the wall, from its depth and from its points."""
     data = {k: v.to(device) for k, v in batch().items() if isinstance(v, torch.Tensor)}
-    size = (32, 32)
-    return cameo.Correspondence.from_depth(data["depth"], data["intrinsics"], data["extrinsics"], size=size).index.cpu()
+    cameras = data["depth"], data["intrinsics"], data["extrinsics"]
+    points = unproject(*cameras) + 1e-3 * data["images"]  # no two points alike
+    found = cameo.Correspondence.from_depth(*cameras, size=32), cameo.Correspondence.from_point_maps(points, size=32)
+    return torch.stack([one.index.cpu() for one in found])
 
 
 def main(arguments: list[str]) -> int:
@@ -86,6 +124,7 @@ def main(arguments: list[str]) -> int:
     rows.append(
         ("correspondence, share of other matches", float((matches(device) != matches("cpu")).double().mean()), 0.0)
     )
+    rows += fused_rows(device)
     first, second = (loss_and_gradient(device, torch.float32)[0] for _ in range(2))
     rows.append(("difference of the loss between two runs", float((first - second).abs()), 0.0))
     name = torch.cuda.get_device_name() if torch.device(device).type == "cuda" else device

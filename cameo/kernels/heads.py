@@ -14,6 +14,9 @@ from torch import Tensor
 
 __all__ = ["MlpHead", "softmax_rows"]
 
+# Columns of one of the products that are added up.
+BLOCK = 2048
+
 _gelu = torch.ops.aten.gelu
 _gelu_backward = torch.ops.aten.gelu_backward
 
@@ -35,13 +38,16 @@ def softmax_rows(
         logits.mul_(scale)
     if own is not None:
         logits.masked_fill_(_hidden(own, logits.shape[-1]), -math.inf)
-    log_sum = logits.logsumexp(dim=-1, keepdim=True)
+    log_p = logits.log_softmax(dim=-1)
     targets, weights = targets.expand(len(logits), -1, -1), weights.to(logits.dtype)
-    distance = torch.where(weights != 0, log_sum - logits.gather(-1, targets), 0)
-    losses = (weights * distance).sum(dim=-1).mean(dim=0)
+    terms = weights * log_p.gather(-1, targets)
+    if own is not None:  # a place without a target may point to a column that is not seen
+        terms.masked_fill_(weights == 0, 0)
+    losses = terms.sum(dim=(0, -1)) * (-1 / len(logits))
     if gradients:
         weights = weights * (scale / len(logits))
-        logits.sub_(log_sum).exp_().mul_(weights.sum(dim=-1)[:, None])
+        torch.exp(log_p, out=logits)
+        logits.mul_(weights.sum(dim=-1, keepdim=True))
         logits.scatter_add_(-1, targets, -weights.expand(targets.shape))
     return losses
 
@@ -125,11 +131,11 @@ class MlpHead:
         for layer in range(len(self._deeper), 0, -1):
             before, after = hidden[layer - 1]
             d_weight, d_bias = self._d_deeper[layer - 1]
-            d_weight.addmm_(delta, after.t())
+            _add_product(d_weight, delta, after)
             d_bias += delta.sum(dim=1)
             torch.mm(self._back[layer], delta, out=after)
             delta = _gelu_backward.grad_input(after, before, grad_input=after)
-        self._d_first.addmm_(inputs, delta.t())
+        _add_product(self._d_first, inputs, delta)
         torch.mm(self._back[0], delta, out=inputs[:-1])
 
     def parameter_gradients(self) -> list[Tensor]:
@@ -145,6 +151,16 @@ class MlpHead:
         if held is None or held.numel() < count:
             held = self._buffers[name] = self._first.new_empty(count)
         return held[:count].view(shape)
+
+
+def _add_product(sums: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add `left @ right.T` of two tensors with few rows and many columns, block by block: as one product it is slow."""
+    blocks = left.shape[1] // BLOCK
+    if blocks > 1:
+        first, second = (tensor[:, : blocks * BLOCK].unflatten(1, (blocks, BLOCK)) for tensor in (left, right))
+        sums += torch.bmm(first.transpose(0, 1), second.permute(1, 2, 0)).sum(dim=0)
+        left, right = left[:, blocks * BLOCK :], right[:, blocks * BLOCK :]
+    sums.addmm_(left, right.t())
 
 
 def _hidden(own: Tensor, keys: int) -> Tensor:

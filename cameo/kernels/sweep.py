@@ -31,7 +31,7 @@ WIDE_PRODUCTS = any("out_dtype" in str(schema) for schema in torch._C._jit_get_s
 # Tokens whose keys are brought to the dtype and shape of the products at once.
 PIECE = 2048
 # On a CPU: pairs whose products are held at once, and those of them whose hidden units are, to stay in its caches.
-CPU_PRODUCTS, CPU_HIDDEN = 65536, 16384
+CPU_PRODUCTS, CPU_HIDDEN = 131072, 16384
 
 
 @dataclass(frozen=True)
