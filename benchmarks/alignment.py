@@ -248,9 +248,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--gates", action="store_true", help="compare with what is demanded; measures only for that")
     parser.add_argument("--again", action="store_true", help="measure also what is in the results file")
-    parser.add_argument("--smallest", action="store_true", help="one tiny size, to try the script")
+    parser.add_argument("--smallest", action="store_true", help="one tiny size, to try the script; needs --output")
     parser.add_argument("--output", type=Path, help="results file")
     options = parser.parse_args(arguments)
+    if options.smallest and options.output is None:
+        parser.error("--smallest tries the script: it needs an --output beside the results")
     device = torch.device(options.device)
     results = Results(options.output or RESULTS / f"alignment_{device.type}.json", options.device, again=options.again)
     gated, grown = gate_settings(device.type), growth_settings(device.type)

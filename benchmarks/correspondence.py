@@ -232,7 +232,7 @@ def _share(equal: Tensor, other: Tensor) -> float:
 
 
 def table(found: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """One row per size and form; `ours is faster` by is the ratio of the best times."""
+    """One row per size and form, with its best and its median time over ours."""
     rows = []
     for size, measured in found.items():
         ours = measured[OURS]["best"]
@@ -271,9 +271,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--again", action="store_true", help="measure also what is in the results file")
-    parser.add_argument("--smallest", action="store_true", help="one tiny size, to try the script")
+    parser.add_argument("--smallest", action="store_true", help="one tiny size, to try the script; needs --output")
     parser.add_argument("--output", type=Path, help="results file")
     options = parser.parse_args(arguments)
+    if options.smallest and options.output is None:
+        parser.error("--smallest tries the script: it needs an --output beside the results")
     device = torch.device(options.device)
     file = RESULTS / f"correspondence_{device.type}.json"
     results = Results(options.output or file, device, again=options.again)

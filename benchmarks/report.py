@@ -166,7 +166,7 @@ def _correspondence_gates(found: Mapping[str, Any], device: str) -> list[dict[st
     size = "32x32 tokens, 4 views, batch {}, {}".format
     ours = correspondence.OURS
     equal = figure(size(1, "float64"), ours, "equal_index_and_mask")
-    rows = [alignment_gates.row("share of equal index and mask in float64", ">= 1", equal)]
+    rows = [alignment_gates.row("share of equal index and mask in float64, 32x32", ">= 1", equal)]
     if device == "cuda":
         best = figure(size(3, "float32"), ours)
         milliseconds = best * 1e3 if best is not None else None
@@ -175,10 +175,12 @@ def _correspondence_gates(found: Mapping[str, Any], device: str) -> list[dict[st
     dense = ratio(figure(name, correspondence.DENSE), figure(name, ours))
     tree = ratio(figure(name, ours), figure(name, "scipy cKDTree, 2 workers"))
     return [
-        alignment_gates.row("time of the broadcast form / correspondence", ">= 20", dense),
-        alignment_gates.row("time of correspondence / scipy cKDTree", "<= 1.25", tree),
+        alignment_gates.row("time of the broadcast form / correspondence, 32x32", ">= 20", dense),
+        alignment_gates.row("time of correspondence / scipy cKDTree, 32x32", "<= 1.25", tree),
         *rows,
-        alignment_gates.row("workspace of correspondence, MB", "<= 8", figure(name, ours, "workspace_megabytes")),
+        alignment_gates.row(
+            "workspace of correspondence, 32x32, MB", "<= 8", figure(name, ours, "workspace_megabytes")
+        ),
     ]
 
 

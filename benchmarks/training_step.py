@@ -7,7 +7,7 @@ and on latents of the released grid (8 x 8 pixels folded into channels), so noth
 encoders are not counted, which makes the alignment's share look larger than it is. Each step draws the noise, runs
 forward and backward under autocast and takes an AdamW step; with alignment it also finds the correspondence. One model
 takes all kinds of step in turn. What is in `benchmarks/results/training_step_DEVICE.json` is not measured again.
-`--width 0.05 --resolution 64` tries the script without a GPU.
+`--device cpu --width 0.05 --resolution 64 --output tried.json` tries the script without a GPU.
 """
 
 from __future__ import annotations
@@ -296,6 +296,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--batch", type=int)
     parser.add_argument("--output", type=Path, help="results file")
     options = parser.parse_args(arguments)
+    if options.output is None and (options.width, options.resolution, options.batch) != (1.0, None, None):
+        parser.error("--width, --resolution and --batch try other sizes: they need an --output beside the results")
     device = torch.device(options.device)
     path = options.output or ROOT / "benchmarks" / "results" / f"training_step_{device.type}.json"
     results = Results(path, device, again=options.again)

@@ -159,7 +159,8 @@ def alignment_loss(
             it; 0 is one token. See `cameo.kernels.rows.Window`.
         implementation: "reference": readable, holds all logits, can be differentiated twice. "chunked": loss and
             gradient in one sweep over the supervised queries, on any device, in a workspace of bounded size.
-            "triton": the same with kernels for CUDA. "auto": "triton" where it can, else "chunked".
+            "triton": the same with kernels for CUDA. "auto": "triton" where it can, else "chunked"; "reference" for
+            a head with a forward of its own, a weight that requires a gradient, and inside of torch.func.
         gelu: "exact": to the rounding of the precision, in the kernels of "triton" within 6e-7. "fast": there within
             1.2e-6 by a shorter polynomial; the other implementations have the exact one only.
 
@@ -186,7 +187,7 @@ def alignment_loss(
             "a query reaches one token per view, so a softmax per view is constant and trains nothing; "
             'use normalise="all_views"'
         )
-    chosen = _choose(implementation, query, head)
+    chosen = _choose(implementation, query, head, correspondence)
     # One rounding of the inputs is all that half precision costs: everything below is float32 or float64.
     dtype = torch.promote_types(query.dtype, torch.float32)
     weights = supervision_weights(
@@ -266,11 +267,17 @@ def supervision_weights(
     return torch.cat(halves, dim=1) * nearest
 
 
-def _choose(implementation: str, query: Tensor, head: AlignmentHead) -> str:
+def _choose(implementation: str, query: Tensor, head: AlignmentHead, correspondence: Correspondence) -> str:
     """Resolve "auto", and refuse what cannot serve."""
     reason: str | None = None
-    own_forward = type(head).forward is not AlignmentHead.forward  # FSDP makes a class of its own with the same forward
-    if implementation == "reference" or (implementation == "auto" and own_forward):
+    weight = correspondence.weight
+    if type(head).forward is not AlignmentHead.forward:  # FSDP makes a class of its own with the same forward
+        reason = f"it computes an AlignmentHead, and {type(head).__name__} may have a forward of its own"
+    elif weight is not None and weight.requires_grad and torch.is_grad_enabled():
+        reason = "it has no gradient for correspondence.weight, which requires one"
+    elif torch._C._are_functorch_transforms_active():
+        reason = "transforms of torch.func do not pass through it"
+    if implementation == "reference" or (implementation == "auto" and reason is not None):
         if any(map(_is_sharded, head.parameters())):
             raise ValueError(
                 "head: is sharded on its own, and the reference calls it as often as there are groups of queries with "
@@ -278,9 +285,7 @@ def _choose(implementation: str, query: Tensor, head: AlignmentHead) -> str:
                 'fully_shard() of the whole model, or use implementation="auto" with an AlignmentHead'
             )
         return "reference"
-    if own_forward:
-        reason = f"it computes an AlignmentHead, and {type(head).__name__} may have a forward of its own"
-    elif implementation != "chunked":
+    if reason is None and implementation != "chunked":
         reason = triton_refusal(query.device, query.dtype, head.num_heads, len(head.hidden))
         if implementation == "auto":
             return "triton" if reason is None and query.is_cuda else "chunked"

@@ -12,8 +12,9 @@ Settings are those of the training, so its settings file serves both. Besides th
     training_processes=8      how many processes will train; without it as many as compute the matches
     shard_megabytes=128       size that no file exceeds
 
-What is finished stays: a run that was interrupted goes on, a longer training adds to the folder, and where all is
-there nothing is done. Processes share the scenes by their number in the environment and need not run at the same time.
+What is written stays: a run that was interrupted goes on and has lost ten minutes at most, a longer training adds to
+the folder, and where all is there nothing is done. Processes share the scenes by their number in the environment and
+need not run at the same time.
 """
 
 from __future__ import annotations

@@ -197,6 +197,25 @@ def test_training_step_runs_at_its_smallest_size_and_continues(
     assert path.read_text() == first
 
 
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("alignment", ["--smallest"]),
+        ("correspondence", ["--smallest"]),
+        ("training_step", ["--width", "0.05"]),
+        ("training_step", ["--resolution", "64"]),
+    ],
+)
+def test_a_trial_is_not_written_among_the_results(
+    scripts: Scripts, name: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    script = getattr(scripts, name)
+    monkeypatch.setattr(script, "Results", lambda *_, **__: pytest.fail("the results file is opened"))
+    with pytest.raises(SystemExit):
+        script.main([*arguments, "--device", "cpu"])
+    assert "--output" in capsys.readouterr().err
+
+
 def test_training_step_has_the_released_size(scripts: Scripts) -> None:
     config = scripts.training_step.settings(scripts.training_step.Kind("cat3d"), 1.0, None, None)
     assert (config.resolution, config.num_views, config.train_batch_size) == (512, 4, 3)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import cProfile
 import itertools
+import pstats
 from typing import Any
 
 import pytest
@@ -77,7 +79,16 @@ def test_the_cuts_do_what_they_say(cut: str) -> None:
     weights = supervision_weights(match)
     pairs = sweep.CPU_PRODUCTS
     plan = list(
-        plan_rows(match.index, weights, PADDED, normalise="per_view", softness=0, pairs=pairs, most_pairs=pairs)
+        plan_rows(
+            match.index,
+            weights,
+            PADDED,
+            normalise="per_view",
+            softness=0,
+            pairs=pairs,
+            most_pairs=pairs,
+            most_tokens=pairs,
+        )
     )
     assert sum(int((part.weights > 0).sum()) for part in plan) == int(match.visible.sum())
     shapes = [part.queries.shape for part in plan]
@@ -182,6 +193,32 @@ def test_the_workspace_is_bounded_and_the_gradient_is_not_copied(monkeypatch: py
         assert peak <= 1.25 * kept + (8 << 20)
 
 
+@pytest.mark.parametrize("normalise", ["per_view", "all_views"])
+def test_one_match_per_view_does_not_bring_all_keys_together(monkeypatch: pytest.MonkeyPatch, normalise: str) -> None:
+    """Many groups of one row each have few pairs and many keys."""
+    monkeypatch.setattr(sweep, "WORKSPACE_BYTES", 1 << 20)
+    query, key, match = make_inputs(batch=16, heads=5, sizes=((8, 8),) * 4, dim=32, dtype=torch.float32)
+    match.index[..., 1:] = -1
+    head = make_head(heads=5).float()
+
+    def run() -> None:
+        gradients(alignment_loss(query, key, match, head, normalise=normalise), query, key, head)
+
+    assert _peak(run) <= 1.25 * (query.nbytes + key.nbytes) + (1 << 20)
+
+
+def test_planning_many_small_groups_takes_time_in_proportion() -> None:
+    def calls(samples: int) -> int:
+        _, _, match = make_inputs(batch=samples, sizes=((1, 1),) * 3, visible=1.0)
+        options = {"normalise": "all_views", "softness": 0, "pairs": 1 << 30, "most_pairs": 1 << 30}
+        with cProfile.Profile() as profile:
+            (rows,) = plan_rows(match.index, supervision_weights(match), match.sizes, most_tokens=1 << 30, **options)
+        assert len(rows.samples) == samples
+        return pstats.Stats(profile).total_calls
+
+    assert calls(400) < 6 * calls(100)
+
+
 def _peak(run: Any) -> int:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         run()
@@ -227,6 +264,40 @@ def test_a_head_of_another_class_takes_the_reference() -> None:
     assert alignment_loss(query, key, match, head, scale=0.5).item() == pytest.approx(plain.item())
     with pytest.raises(ValueError, match=r"chunked.*_Louder.*auto"):
         alignment_loss(query, key, match, head, implementation="chunked")
+
+
+def test_a_weight_that_learns_takes_the_reference() -> None:
+    query, key, match = make_inputs(weighted=True)
+    assert match.weight is not None
+    match.weight.requires_grad_()
+    (gradient,) = torch.autograd.grad(alignment_loss(query, key, match, make_head()), match.weight)
+    assert gradient.any()
+    with pytest.raises(ValueError, match=r"chunked.*correspondence\.weight.*auto"):
+        alignment_loss(query, key, match, make_head(), implementation="chunked")
+    with torch.no_grad():
+        alignment_loss(query, key, match, make_head(), implementation="chunked")
+
+
+def test_transforms_of_torch_take_the_reference() -> None:
+    query, key, match = make_inputs()
+    head, source = make_head(), query.detach()
+
+    def loss(query: Tensor, implementation: str = "auto") -> Tensor:
+        return alignment_loss(query, key.detach(), match, head, implementation=implementation)
+
+    (expected,) = torch.autograd.grad(loss(query), query)
+    torch.testing.assert_close(torch.func.grad(loss)(source), expected, rtol=1e-10, atol=1e-14)
+    _, slope = torch.func.jvp(loss, (source,), (source,))
+    torch.testing.assert_close(slope, (expected * source).sum(), rtol=1e-10, atol=1e-14)
+    with pytest.raises(ValueError, match=r"chunked.*torch\.func.*auto"):
+        torch.func.grad(loss)(source, "chunked")
+
+
+@pytest.mark.parametrize("settings", HEADS, ids=str)
+def test_a_batch_without_samples_has_a_gradient(settings: dict[str, Any]) -> None:
+    query, key, match = make_inputs(batch=0)
+    for got, expected in both(query, key, match, make_head(**settings)):
+        assert torch.equal(got, expected)
 
 
 def test_triton_without_a_gpu_is_refused_with_the_reason() -> None:

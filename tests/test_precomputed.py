@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 
+import cameo.data.matches
 import cameo.data.shards
 import cameo.training.precompute
 from cameo.correspondence import Correspondence
@@ -67,8 +68,12 @@ def model_for(config: TrainingConfig) -> CameoModel:
 
 
 def contents(folder: str | Path | None) -> dict[Any, list[int]]:
-    """All records of a folder, whichever shard they are in."""
-    reader, found = MatchReader(str(folder)), {}
+    """All records of a folder that lacks no shard, whichever shard they are in."""
+    return records(folder, complete=True)
+
+
+def records(folder: str | Path | None, *, complete: bool = False) -> dict[Any, list[int]]:
+    reader, found = MatchReader(str(folder), complete=complete), {}
     for shard in reader.shards:
         for name in shard.tensors:
             if name.startswith("pairs/"):
@@ -490,6 +495,30 @@ def test_the_recipe_does_not_mix_data(tmp_path: Path) -> None:
         fill(config, pairs="all")
 
 
+def test_shards_that_are_gone_are_computed_again(tmp_path: Path) -> None:
+    config = config_for(tmp_path)
+    longer = replace(config, max_train_steps=config.max_train_steps + 1)
+    fill(config, shard_bytes=700)
+    folder, (_, second, *_) = tmp_path / "matches", shard_files(tmp_path / "matches")
+    before = contents(folder)
+    os.truncate(second, second.stat().st_size - 40)
+    with pytest.raises(DataError, match=rf"{second.name}: damaged .*; remove the file and run .* again"):
+        fill(config)
+    lost = len(before)
+    second.unlink()
+    lost -= len(records(folder))
+    assert lost > 0
+    assert fill(longer).num_pairs == lost
+    assert contents(folder) == before
+    # The plan that was finished before the loss is looked at again.
+    second = shard_files(folder)[1]
+    second.unlink()
+    done = fill(longer)
+    assert done.num_pairs > 0
+    assert fill(config).num_kept == len(before)
+    assert contents(folder) == before
+
+
 def test_damage_is_named(tmp_path: Path) -> None:
     config = config_for(tmp_path)
     fill(config, shard_bytes=700)
@@ -557,6 +586,23 @@ def test_pairs_that_are_missing_are_computed_and_counted(tmp_path: Path, workers
             assert len(list(batches)) == 2
 
 
+def test_what_waits_for_long_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with MatchWriter(tmp_path, {}) as writer:
+        writer.add(0, 0, 1, ((1, 2), (1, 2)), np.array([0, -1]))
+        writer.add(0, 1, 0, ((1, 2), (1, 2)), np.array([0, -1]))
+        assert not shard_files(tmp_path)
+        monkeypatch.setattr(cameo.data.matches, "SHARD_SECONDS", -1)
+        writer.add(0, 0, 2, ((1, 2), (1, 2)), np.array([0, -1]))
+        assert len(MatchReader(tmp_path)) == 2
+
+
+def test_a_folder_that_takes_no_file_is_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "matches").touch()
+    monkeypatch.setattr(cameo.training.precompute, "match_batch", no_matching)
+    with pytest.raises(DataError, match=r"matches: cannot write the matches .*choose a folder"):
+        fill(config_for(tmp_path))
+
+
 def test_writer_refuses_what_it_cannot_hold(tmp_path: Path) -> None:
     grids, row = ((1, 2), (1, 2)), np.array([0, -1])
     with MatchWriter(tmp_path, {}) as writer:
@@ -565,11 +611,11 @@ def test_writer_refuses_what_it_cannot_hold(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="view: expected less than 1,048,576"):
             writer.add(0, 0, 2**20, grids, row)
     (tmp_path / "file").touch()
-    with (
-        pytest.raises(DataError, match=r"file/.*cannot write the matches .*choose a folder"),
-        MatchWriter(tmp_path / "file", {}) as writer,
-    ):
-        writer.add(0, 0, 1, grids, row)
+    writer = MatchWriter(tmp_path / "full", {})
+    writer.add(0, 0, 1, grids, row)
+    writer.folder = tmp_path / "file"
+    with pytest.raises(DataError, match=r"file/.*cannot write the matches .*choose a folder"):
+        writer.flush()
 
 
 def test_scene_without_admissible_set_passes_its_samples_on(tmp_path: Path) -> None:

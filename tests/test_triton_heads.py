@@ -243,6 +243,23 @@ def test_no_number_in_a_supervised_row_shows(interpreted: Interpreter, value: fl
     assert losses.isfinite().tolist() == [False, True, True]
 
 
+def test_the_default_dtype_does_not_matter(interpreted: Interpreter) -> None:
+    torch.manual_seed(0)
+    logits, parameters = torch.randn(5, 6, 21), make_head(5, 20)
+    rows = make_rows(6, 21, 2, own=True)
+    results = []
+    for default in (torch.bfloat16, torch.float32):
+        interpreted(torch.set_default_dtype, default)
+        try:
+            sums = [torch.zeros_like(one) for one in parameters]
+            results.append(interpreted(triton_interpreter.mlp_rows, logits, parameters, SCALE, rows, sums, "exact"))
+            results[-1] += (interpreted(triton_interpreter.softmax_rows, logits, SCALE, rows, True)[0],)
+        finally:
+            interpreted(torch.set_default_dtype, torch.float32)
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
 def test_no_rows(interpreted: Interpreter) -> None:
     rows = {"targets": torch.zeros(0, 1, dtype=torch.int64), "weights": torch.zeros(0, 1), "own": None}
     losses, _, *sums = run_mlp(interpreted, torch.zeros(5, 0, 11), make_head(5, 20), rows)

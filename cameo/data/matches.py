@@ -14,6 +14,7 @@ and `views`: int64 `[Q, 3]`, scene, view and the checksum of its depth and camer
 
 from __future__ import annotations
 
+import time
 import zlib
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -26,7 +27,7 @@ import numpy as np
 import torch
 
 from cameo.correspondence import Correspondence
-from cameo.data.shards import RECIPE, Shard, check_settings, damaged, missing_shards, shard_files
+from cameo.data.shards import RECIPE, Shard, check_settings, check_writable, damaged, missing_shards, shard_files
 from cameo.errors import DataError
 
 __all__ = ["GridPair", "MatchReader", "MatchWriter", "Sizes", "view_checksum"]
@@ -34,6 +35,8 @@ __all__ = ["GridPair", "MatchReader", "MatchWriter", "Sizes", "view_checksum"]
 # Bits of a key that hold a view; the scene has what is left of 63.
 VIEW_BITS = 20
 SCENE_BITS = 63 - 2 * VIEW_BITS
+# A shard that is not full is written after so many seconds, which bounds what a kill can destroy.
+SHARD_SECONDS = 600
 
 Sizes = tuple[tuple[int, int], ...]
 GridPair = tuple[tuple[int, int], tuple[int, int]]
@@ -68,7 +71,10 @@ class MatchWriter:
         tensor([-1,  0])
 
     Shards that are there stay. Several processes may write into one folder, each with a `process` of its own.
-    `shard_bytes` bounds the size of a shard, and with it the memory.
+    `shard_bytes` bounds the size of a shard, and with it the memory; what waits for ten minutes is written too.
+
+    Raises:
+        DataError: if the folder cannot be created or takes no file.
     """
 
     def __init__(
@@ -78,6 +84,7 @@ class MatchWriter:
             raise ValueError(f"shard_bytes: expected at least 1, got {shard_bytes}")
         self.folder, self.settings = Path(folder), dict(settings)
         self.prefix, self.shard_bytes = f"matches-{process:03d}", shard_bytes
+        check_writable(self.folder)
         for leftover in self.folder.glob(f".{self.prefix}-*.tmp"):  # of a process that was killed
             leftover.unlink(missing_ok=True)
         numbers = [int(path.stem.rpartition("-")[2]) for path in self.folder.glob(f"{self.prefix}-*.safetensors")]
@@ -90,7 +97,7 @@ class MatchWriter:
         self._pairs: dict[GridPair, list[tuple[int, int, int]]] = defaultdict(list)
         self._index: dict[GridPair, list[np.ndarray]] = defaultdict(list)
         self._distance: dict[GridPair, list[np.ndarray]] = defaultdict(list)
-        self._bytes = 0
+        self._bytes, self._begun = 0, time.monotonic()
 
     def __enter__(self) -> MatchWriter:
         return self
@@ -123,7 +130,8 @@ class MatchWriter:
                 raise ValueError(f"{name}: expected less than {1 << bits:,}, got {value:,}")
         integers = index.astype(_integer_type(grids[1]))
         size = 12 + integers.nbytes + (0 if distance is None else 4 * distance.size)
-        if self._bytes and self._bytes + size > self.shard_bytes:
+        full = self._bytes + size > self.shard_bytes or time.monotonic() - self._begun > SHARD_SECONDS
+        if self._bytes and full:
             self._write()
         self._pairs[grids].append((scene, first, second))
         self._index[grids].append(integers)
@@ -183,19 +191,19 @@ class MatchReader:
     """Reads the matches of samples from a folder of shards.
 
     What stays in memory is the list of pairs, 16 bytes each; the matches are read when they are asked for. Nothing
-    stays open, so data workers may be forked or spawned.
+    stays open, so data workers may be forked or spawned. `complete=False` takes a folder that lacks shards, to fill it.
 
     Raises:
-        DataError: if the folder holds no shards, lacks one that its index names, or a shard is damaged or was written
-            with other settings than the first.
+        DataError: if the folder holds no shards, lacks one that its index names (unless `complete=False`), or a shard
+            is damaged or was written with other settings than the first.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, *, complete: bool = True) -> None:
         self.folder = Path(folder)
         paths = shard_files(folder)
         if not paths:
             raise DataError(f"precomputed_correspondence={folder}: holds no matches; write them with {RECIPE}")
-        if missing := missing_shards(folder):
+        if complete and (missing := missing_shards(folder)):
             raise DataError(
                 f"precomputed_correspondence={folder}: {missing[0]} is gone or has another size than its index says "
                 f"({len(missing)} such files). Remove what is left of them and run {RECIPE} again, which computes what "

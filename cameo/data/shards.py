@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,16 @@ import numpy as np
 from cameo.config import write_atomically
 from cameo.errors import DataError
 
-__all__ = ["INDEX_NAME", "Shard", "check_settings", "finish_share", "is_finished", "missing_shards", "shard_files"]
+__all__ = [
+    "INDEX_NAME",
+    "Shard",
+    "check_settings",
+    "check_writable",
+    "finish_share",
+    "is_finished",
+    "missing_shards",
+    "shard_files",
+]
 
 # Raised whenever the same settings give other matches or other files.
 FORMAT_VERSION = 1
@@ -68,10 +78,7 @@ class Shard:
         try:
             write_atomically(path, save(dict(tensors), metadata=metadata))
         except OSError as error:
-            raise DataError(
-                f"{path}: cannot write the matches ({error}); choose a folder with room and write access. Finished "
-                "shards are kept, and a second run goes on from them"
-            ) from error
+            raise _unwritable(path, error) from error
 
     @classmethod
     def open(cls, path: Path) -> Shard:
@@ -130,6 +137,27 @@ class Shard:
             )
         except (OSError, ValueError) as error:
             raise damaged(self.path, error) from error
+
+
+def check_writable(folder: Path) -> None:
+    """Create a folder where there is none, and open a file in it, so that a wrong one is not found out hours later.
+
+    Raises:
+        DataError: if that cannot be done.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+
+
+def _unwritable(path: Path, reason: OSError) -> DataError:
+    return DataError(
+        f"{path}: cannot write the matches ({reason}); choose a folder with room and write access. Finished shards are "
+        "kept, and a second run goes on from them"
+    )
 
 
 def damaged(path: Path, reason: Exception) -> DataError:
@@ -199,7 +227,8 @@ def finish_share(
     if waiting and not is_finished(folder, plan):  # finished: another process has just removed the markers
         return waiting
     if not waiting:
-        finished = _read_index(path)["finished"] if path.is_file() else []
+        # Where shards are gone, what was finished before lacks them.
+        finished = _read_index(path)["finished"] if path.is_file() and not missing_shards(folder) else []
         index = {
             "version": FORMAT_VERSION,
             "settings": dict(settings),

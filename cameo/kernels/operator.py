@@ -78,7 +78,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
     ctx.mark_non_differentiable(d_query, d_key, *d_head)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(d_query, d_key, *d_head)
-    ctx.num_inputs, ctx.input_dtype = len(inputs), inputs[0].dtype
+    ctx.num_inputs, ctx.input_dtype, ctx.computed = len(inputs), inputs[0].dtype, inputs[-1]
 
 
 def _multiply(ctx: Any, d_loss: Tensor | None, *_: Any) -> tuple[Any, ...]:
@@ -90,7 +90,7 @@ def _multiply(ctx: Any, d_loss: Tensor | None, *_: Any) -> tuple[Any, ...]:
     gradients, others = ctx.saved_tensors, (None,) * (ctx.num_inputs - 5)
     if d_loss is None:
         return (None, None, None, None, [None] * (len(gradients) - 2), *others)
-    if gradients[0].numel() == 0:
+    if not ctx.computed:
         raise RuntimeError("alignment_loss: computed without its gradient; call it outside of torch.no_grad()")
     # Tensors that stand for others while a graph is traced are not to be changed, nor those of a graph that is kept.
     traced = any(type(gradient) is not Tensor for gradient in gradients)

@@ -85,7 +85,15 @@ def check_matches(index: Tensor, sizes: Sizes) -> None:
 
 
 def plan_rows(
-    index: Tensor, weights: Tensor, sizes: Sizes, *, normalise: str, softness: float, pairs: int, most_pairs: int
+    index: Tensor,
+    weights: Tensor,
+    sizes: Sizes,
+    *,
+    normalise: str,
+    softness: float,
+    pairs: int,
+    most_pairs: int,
+    most_tokens: int,
 ) -> Iterator[Rows]:
     """Cut the supervised queries into portions of about `pairs` query-key pairs.
 
@@ -98,22 +106,26 @@ def plan_rows(
         normalise: "per_view": the keys of a row are those of one other view. "all_views": of all others.
         softness: standard deviation in tokens of the Gaussian around each match, see `Window`.
         pairs, most_pairs: how many query-key pairs to compute at once.
+        most_tokens: how many rows at once, and how many keys of several groups side by side.
     """
     window = Window(sizes, softness, index.device)
     groups = _groups_per_view if normalise == "per_view" else _groups_all_views
     waiting: list[_Group] = []
+    longest = 0
     for group in groups(index, weights, sizes, pairs):
         small = not group.shares_keys and len(group.queries) * group.keys <= SMALL * pairs
+        longest = max(longest, len(group.queries)) if waiting else len(group.queries)
         if waiting:
-            longest = max(len(other.queries) for other in [*waiting, group])
-            full = (len(waiting) + 1) * longest * group.keys > pairs
+            count = len(waiting) + 1
+            full = count * longest * group.keys > pairs or count * max(longest, group.keys) > most_tokens
             if not small or full or group.keys != waiting[0].keys:
                 yield _side_by_side(waiting, window)
-                waiting = []
+                waiting, longest = [], len(group.queries)
         if small:
             waiting.append(group)
             continue
-        count = max(1, pairs // group.keys, min(LEAST_ROWS, most_pairs // group.keys))
+        count = max(pairs // group.keys, min(LEAST_ROWS, most_pairs // group.keys))
+        count = max(1, min(count, most_tokens))
         for start in range(0, len(group.queries), count):
             yield _side_by_side([group.cut(start, start + count)], window)
     if waiting:

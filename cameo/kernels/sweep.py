@@ -122,7 +122,7 @@ def sweep(
     operands = query.dtype if narrow else dtype
     # The head with hidden layers takes logits as exact as its inputs; sums of all heads deserve more.
     products_dtype = operands if head.hidden else dtype
-    # A power of two, so that the products stay in the range of float16 and nothing is rounded.
+    # A power of two, so that the products stay in the range of float16 and keep their digits.
     step = 2.0 ** math.floor(math.log2(abs(scale))) if narrow and scale else 1.0
     # The largest weight is 1 on the way, or gradients of many rows would fall below the range of float16.
     unit = torch.where(weights.amax() > 0, weights.amax(), 1) if narrow and weights.numel() else None
@@ -137,6 +137,8 @@ def sweep(
         softness=softness,
         pairs=min(rows_head.most_pairs, CPU_PRODUCTS) if query.device.type == "cpu" else rows_head.most_pairs,
         most_pairs=rows_head.most_pairs,
+        # Queries, keys and the gradients of both are brought together in up to as many bytes each.
+        most_tokens=max(1, WORKSPACE_BYTES // 8 // (query.shape[1] * query.shape[-1] * dtype.itemsize)),
     )
     for rows in plan:
         loss += products.losses(rows).sum()
@@ -311,7 +313,7 @@ class _Products:
         piece = (rows.samples, rows.ranges, tokens)
         if self._held[0] != piece:
             if tokens is None:
-                taken = self.key.transpose(0, 1)[:, _column(rows.samples, self.key), _side_by_side(rows, self.key)]
+                taken = self.key.transpose(0, 1)[:, _column(rows.samples, self.key), _keys_side_by_side(rows, self.key)]
             else:
                 taken = self.key[rows.samples[0]][:, None, tokens]
             self._held = (piece, self._as_channels(taken))
@@ -343,7 +345,7 @@ class _Products:
     def _add_to_keys(self, rows: Rows, tokens: slice | None, d_products: Tensor, queries: Tensor) -> None:
         if tokens is None:  # each of these keys belongs to one group, and is met once
             d_key = self._as_heads(self._product(d_products, queries), len(rows.samples))
-            place = (_column(rows.samples, d_key), _side_by_side(rows, d_key))
+            place = (_column(rows.samples, d_key), _keys_side_by_side(rows, d_key))
             self.d_key.transpose(0, 1)[:, *place] = d_key
         elif self.linear or self.dtype != self.sum_dtype:
             self.d_key[rows.samples[0]][:, tokens] += self._as_heads(self._product(d_products, queries), 1)[:, 0]
@@ -387,7 +389,7 @@ def _pieces(rows: Rows) -> Iterator[tuple[slice, slice | None]]:
             first += count
 
 
-def _side_by_side(rows: Rows, like: Tensor) -> Tensor:
+def _keys_side_by_side(rows: Rows, like: Tensor) -> Tensor:
     """Token of the sample of each key of several groups, `[G, M]`."""
     starts = torch.tensor([[start for start, _ in ranges] for ranges in rows.ranges], device=like.device)
     lengths = [stop - start for start, stop in rows.ranges[0]]

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -171,7 +172,8 @@ def mlp_rows(
         ("weight_in", "bias", "weight_out"), gradients or (), (weight_in, bias, weight_out), strict=False
     ):
         _check(f"gradients of {name}", sums, "as it", tuple(like.shape), torch.float32)
-    losses = torch.zeros(rows, device=logits.device)
+    float32: dict[str, Any] = {"dtype": torch.float32, "device": logits.device}  # whatever the default is
+    losses = torch.zeros(rows, **float32)
     pairs = rows * columns
     if pairs == 0:
         return losses
@@ -186,9 +188,9 @@ def mlp_rows(
     programs = -(-pairs // (TILE * _TILES_PER_PROGRAM))
     at_once = _processors(logits.device) * _PROGRAMS_PER_PROCESSOR
     with torch.cuda.device_of(logits):
-        packed = torch.empty(4, plan.chunks, 8 * plan.padded_heads, device=logits.device)
+        packed = torch.empty(4, plan.chunks, 8 * plan.padded_heads, **float32)
         pack_weights_kernel[(plan.chunks,)](weight_in, bias, weight_out, packed, scale, units, **shape, num_warps=1)
-        scores = torch.empty(1, rows, columns, device=logits.device)
+        scores = torch.empty(1, rows, columns, **float32)
         _tuned_scores_kernel[(min(programs, at_once),)](
             logits, packed, weight_out, scores, pairs, units, **shape, **options
         )
@@ -198,7 +200,7 @@ def mlp_rows(
         # Groups of hidden units find the gradient of the weights first: logits hold nothing else afterwards.
         program_bytes = plan.chunks * (plan.padded_heads + 1) * 8 * 4
         summing = min(programs, max(1, at_once // plan.groups), max(1, _PARTIAL_BYTES // program_bytes))
-        partial = torch.empty(summing, plan.chunks, plan.padded_heads + 1, 8, device=logits.device)
+        partial = torch.empty(summing, plan.chunks, plan.padded_heads + 1, 8, **float32)
         sweeps = [(True, True)] if plan.groups == 1 else [(False, True), (True, False)]
         for for_logits, for_weights in sweeps:
             grid = (summing, plan.groups) if for_weights else (min(programs, at_once), 1)
@@ -243,7 +245,7 @@ def softmax_rows(
         ValueError: another dtype.
     """
     _check_rows(logits, targets, weights, own)
-    losses = torch.zeros(logits.shape[1], device=logits.device)
+    losses = torch.zeros(logits.shape[1], dtype=torch.float32, device=logits.device)
     if logits.numel():
         with torch.cuda.device_of(logits):
             _launch_softmax(logits, scale, targets, weights, own, gradients, losses)

@@ -150,7 +150,7 @@ def precompute(
 
     settings, written = match_settings(config), None
     if shard_files(folder):
-        written = MatchReader(folder)
+        written = MatchReader(folder, complete=False)
         check_settings(folder, written.settings, settings)
     dataset = build_dataset(config, "train")
     dataset.source = _LatestScene(dataset.source)
