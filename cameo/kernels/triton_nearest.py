@@ -75,7 +75,7 @@ def cycle_kernel(nearest, kept, widths, views, tokens, squared_threshold, BLOCK:
     token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     real = token < tokens
     out = pair.to(tl.int64) * tokens + token
-    go = tl.load(nearest + out, mask=real & (i != j), other=-1)
+    go = tl.where(i == j, -1, tl.load(nearest + out, mask=real, other=-1))
     # A neighbour has a neighbour itself: its distance to the token that it is the neighbour of is finite.
     back_pair = (pair // (views * views) * views + j) * views + i
     end = tl.load(nearest + back_pair.to(tl.int64) * tokens + go, mask=go >= 0, other=0)
