@@ -20,6 +20,7 @@ from cameo.backbone import get_backbone
 from cameo.errors import CaptureError
 from cameo.kernels import sweep
 from tests.backbone_checks import Operators, random_matches
+from tests.memory import memory_of
 from tests.test_wrap import unet
 
 FLASH = "aten._scaled_dot_product_flash_attention_for_cpu"
@@ -179,18 +180,13 @@ def test_the_loss_without_a_gradient_holds_nothing(no_collector: None) -> None:
 
 def memory_of_a_step(model: cameo.CameoModel, match: Correspondence | None) -> tuple[int, int]:
     """Bytes that a step takes at the most beyond what was held before it, and that are left of it."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+
+    def step() -> None:
         loss_of(model, match).backward()
         model.base_model.zero_grad()
         model.alignment_heads.zero_grad()
-    assert profile.profiler is not None
-    assert profile.profiler.kineto_results is not None
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak, held
+
+    return memory_of(step)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

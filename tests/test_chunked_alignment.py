@@ -15,6 +15,7 @@ from cameo.alignment import AlignmentHead, alignment_loss, supervision_weights
 from cameo.correspondence import Correspondence
 from cameo.kernels import rows, sweep
 from cameo.kernels.rows import Window, plan_rows
+from tests.memory import memory_of
 from tests.test_alignment import PADDED, dense_loss, gradients, make_head, make_inputs
 
 # Pairs at once, pairs whose hidden units are held at once, keys of a piece.
@@ -188,7 +189,7 @@ def test_the_workspace_is_bounded_and_the_gradient_is_not_copied(monkeypatch: py
     for side in (8, 24):
         query, key, match = make_inputs(batch=1, heads=5, sizes=((side, side),) * 4, dim=32, dtype=torch.float32)
         head = make_head(heads=5).float()
-        peak = _peak(lambda: gradients(alignment_loss(query, key, match, head), query, key, head))  # noqa: B023
+        peak, _ = memory_of(lambda: gradients(alignment_loss(query, key, match, head), query, key, head))  # noqa: B023
         kept = query.nbytes + key.nbytes
         assert peak <= 1.25 * kept + (8 << 20)
 
@@ -204,7 +205,7 @@ def test_one_match_per_view_does_not_bring_all_keys_together(monkeypatch: pytest
     def run() -> None:
         gradients(alignment_loss(query, key, match, head, normalise=normalise), query, key, head)
 
-    assert _peak(run) <= 1.25 * (query.nbytes + key.nbytes) + (1 << 20)
+    assert memory_of(run)[0] <= 1.25 * (query.nbytes + key.nbytes) + (1 << 20)
 
 
 def test_planning_many_small_groups_takes_time_in_proportion() -> None:
@@ -217,14 +218,6 @@ def test_planning_many_small_groups_takes_time_in_proportion() -> None:
         return pstats.Stats(profile).total_calls
 
     assert calls(400) < 6 * calls(100)
-
-
-def _peak(run: Any) -> int:
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        run()
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    sizes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
-    return max(itertools.accumulate(sizes))
 
 
 def test_strides_do_not_matter() -> None:

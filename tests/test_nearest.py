@@ -15,6 +15,7 @@ from torch import Tensor
 
 from cameo.kernels import nearest
 from cameo.kernels.nearest import match_tokens, nearest_by_differences, nearest_by_products
+from tests.memory import memory_of
 
 
 def surface(batch: int, views: int, side: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
@@ -106,16 +107,8 @@ def test_nothing_to_find():
 
 @pytest.mark.parametrize("side", [32, 64])
 def test_the_workspace_is_bounded(side):
-    from torch.profiler import ProfilerActivity, profile
-
-    tokens = surface(1, 4, side, torch.float32)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
-        results = match_tokens(tokens, (side,) * 4, 1.5)
-    held = peak = 0
-    events = [event for event in found.profiler.kineto_results.events() if event.name() == "[memory]"]
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
+    tokens, results = surface(1, 4, side, torch.float32), []
+    peak, _ = memory_of(lambda: results.extend(match_tokens(tokens, (side,) * 4, 1.5)))
     assert 1 << 18 < peak - sum(result.nbytes for result in results) <= 8 * 10**6
 
 

@@ -68,7 +68,7 @@ class MlpHead:
     ) -> None:
         (weight, bias), *self._deeper = layers
         self._output, self._scale, self._pairs, self._gradients = output, scale, pairs, gradients
-        self.heads = weight.shape[1]
+        self.channels = weight.shape[1]
         # The bias is one more input, which is 1: no pass over the hidden units for it, nor for its gradient.
         self._first = torch.cat([weight * scale, bias[:, None]], dim=1)
         self._widths = [len(weight) for weight, _ in layers]

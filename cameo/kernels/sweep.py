@@ -200,7 +200,6 @@ class _Mlp(MlpHead):
         if head.output.device.type == "cpu":
             hidden = min(hidden, CPU_HIDDEN)
         super().__init__(layers, head.output, scale=scale, pairs=hidden, gradients=gradients)
-        self.channels = head.hidden[0].shape[1]
         self.most_pairs = WORKSPACE_BYTES // 3 // ((self.channels + self.spare) * dtype.itemsize)
 
 
