@@ -6,10 +6,12 @@ import numpy as np
 
 from cameo.data.rendering import TriangleScene, cast_views
 from cameo.data.shapes import SceneBuilder
+from cameo.data.textures import Texture, random_texture
 
-__all__ = ["look_at", "random_cameras", "random_room"]
+__all__ = ["bare_room", "look_at", "random_cameras", "random_room"]
 
 Array = np.ndarray
+BOLD_PATTERNS = ("waves", "checker", "mosaic", "stripes", "bands")
 SMOOTH_SHAPES = ("sphere", "cylinder", "capsule", "torus", "cone")
 
 
@@ -29,8 +31,44 @@ def random_room(rng: np.random.Generator) -> tuple[TriangleScene, Array]:
     _add_shell(build, extent)
     tops = _add_furniture(build, extent)
     _add_things(build, tops)
-    light = np.array([*(rng.uniform(-0.25, 0.25, 2) * extent[:2]), extent[2] - 0.3])
-    return build.scene(light), extent
+    return build.scene(_lamp(rng, extent)), extent
+
+
+def bare_room(rng: np.random.Generator) -> tuple[TriangleScene, Array]:
+    """Build an empty room with bold patterns and one or two solids on the floor; `(scene, extent [3])` in metres.
+
+    Each surface has colours of its own and cells of about a metre, so that at 32 pixels another view of the room is
+    the only way to know a colour. Room, solids, cameras and lamp differ from scene to scene.
+
+    Example:
+        >>> scene, extent = bare_room(np.random.default_rng(0))
+        >>> bool((extent[:2] >= 3).all() and (extent[:2] <= 5).all())
+        True
+    """
+    build = SceneBuilder(rng)
+    extent = np.array([rng.uniform(3.0, 5.0), rng.uniform(3.0, 5.0), rng.uniform(2.4, 3.2)])
+    middle = np.array([0.0, 0.0, extent[2] / 2])
+    for axis in range(3):
+        for side in (-1.0, 1.0):
+            center, slab = middle.copy(), extent + 0.4
+            center[axis] += side * (extent[axis] / 2 + 0.1)
+            slab[axis] = 0.2
+            build.add("box", center, slab, texture=_bold(rng, (0.8, 1.8)))
+    for _ in range(int(rng.integers(1, 3))):
+        size = rng.uniform(0.5, 1.0, 3)
+        spot = np.array([*(rng.uniform(-0.25, 0.25, 2) * extent[:2]), size[2] / 2])
+        shape = str(rng.choice(["box", "sphere", "cylinder"]))
+        build.add(shape, spot, size, turn=rng.uniform(0, np.pi), texture=_bold(rng, (0.3, 0.7)))
+    return build.scene(_lamp(rng, extent)), extent
+
+
+def _bold(rng: np.random.Generator, cell: tuple[float, float]) -> Texture:
+    return random_texture(rng, rng.random((5, 3)), patterns=BOLD_PATTERNS, cell=cell)
+
+
+def _lamp(rng: np.random.Generator, extent: Array) -> Array:
+    """Draw a place under the ceiling `[3]`."""
+    return np.array([*(rng.uniform(-0.25, 0.25, 2) * extent[:2]), extent[2] - 0.3])
 
 
 def _add_shell(build: SceneBuilder, extent: Array) -> None:

@@ -16,7 +16,7 @@ from cameo.errors import DataError, unknown_name
 
 __all__ = ["EmbeddedScenes"]
 
-CONTENTS = ("rooms", "objects")
+CONTENTS = ("rooms", "bare_rooms", "objects")
 # Without a rig, and with one that takes any number, unless it has a number of its own.
 DEFAULT_VIEWS = 8
 # An object of radius 1 beside a mesh in a unit box, for whose corners the orbit leaves less room than it may need.
@@ -38,7 +38,8 @@ class EmbeddedScenes:
         (torch.Size([2, 3, 8, 8]), torch.uint8, 'train-00000')
 
     Rooms are boxes of 3 to 5 m with furniture and things on it; the unit is the metre. Objects are textured solids
-    grown together inside the unit sphere, seen from an orbit on a white background without depth. World z points up,
+    grown together inside the unit sphere, seen from an orbit on a white background without depth. Bare rooms are empty
+    but for a solid or two, with bold patterns: small models learn something on them within minutes. World z points up,
     and `Views.up` says so. Scene number i of a split is the same whatever `num_scenes` is; splits never share a scene.
 
     - `split`: "train", "validation" or "test".
@@ -50,7 +51,7 @@ class EmbeddedScenes:
     - `mesh_dir`: a folder with .glb, .obj or .ply files (searched recursively) to show instead of rooms, each
       scaled to a unit box and seen from an orbit on a white background without depth. Eight of ten meshes
       are train, one validation, one test; scenes go round the meshes with new cameras each time.
-    - `content`: "rooms" or "objects"; without `mesh_dir`.
+    - `content`: "rooms", "bare_rooms" or "objects"; without `mesh_dir`.
     - `rig`: cameras in the poses that a model generates, by a name of `cameo.data.RIGS`, for objects and meshes; the
       views of a scene are those of the rig, in its order, from where the object just fits into the image.
 
@@ -147,11 +148,11 @@ class EmbeddedScenes:
         """Geometry, then cameras: `(scene, intrinsics [F, 3, 3], extrinsics [F, 4, 4])`."""
         from cameo.data.meshes import load_mesh, random_orbit
         from cameo.data.objects import random_object
-        from cameo.data.rooms import random_cameras, random_room
+        from cameo.data.rooms import bare_room, random_cameras, random_room
 
         count = self.views_per_scene
-        if self.meshes is None and self.content == "rooms":
-            geometry, extent = random_room(rng)
+        if self.meshes is None and self.content != "objects":
+            geometry, extent = (random_room if self.content == "rooms" else bare_room)(rng)
             return geometry, *random_cameras(rng, geometry, extent, count, self.size)
         geometry = load_mesh(self.meshes[scene % len(self.meshes)], rng) if self.meshes else random_object(rng)
         if self.rig is not None:
@@ -164,11 +165,11 @@ class EmbeddedScenes:
 def _check_content(content: str, rig: str | None, mesh_dir: str | Path | None) -> None:
     if content not in CONTENTS:
         raise unknown_name("content", content, CONTENTS)
-    if content == "objects" and mesh_dir is not None:
-        raise ValueError(f"content='objects' and mesh_dir={str(mesh_dir)!r}: expected one of them; leave one out")
-    if rig is not None and content == "rooms" and mesh_dir is None:
+    if content != "rooms" and mesh_dir is not None:
+        raise ValueError(f"content={content!r} and mesh_dir={str(mesh_dir)!r}: expected one of them; leave one out")
+    if rig is not None and content != "objects" and mesh_dir is None:
         raise ValueError(
-            f"rig={rig!r}: expected an object in the middle, got content='rooms'; "
+            f"rig={rig!r}: expected an object in the middle, got content={content!r}; "
             "pass content='objects' or mesh_dir=, or leave rig out"
         )
 
