@@ -1,0 +1,382 @@
+"""Do generated views show one scene? Views warped onto each other, and matches against the epipolar geometry.
+
+Axes: B samples, V views, H W image pixels, M points. Images are floating point RGB in [0, 1]; cameras, depth and pixel
+positions as in :mod:`cameo.geometry`. Both measures are also taken of the true images where these are given: they
+too are not perfect (interpolation, shading, mirrors), and a model cannot be asked for more.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cameo.cameras import at_least_float32, check_cameras, check_depth, full_precision
+from cameo.correspondence import DEPTH_TOLERANCE
+from cameo.depth import sample_depth
+from cameo.errors import ShapeError
+from cameo.evaluation.keypoints import find_keypoints, match_descriptors
+from cameo.evaluation.metrics import psnr_of_error
+from cameo.evaluation.truth import view_angles
+from cameo.geometry import invert_extrinsics, project, relative_extrinsics, unproject
+
+__all__ = ["EpipolarPair", "WarpedPair", "symmetric_epipolar_distance", "tsed", "warp_error"]
+
+Pairs = Sequence[tuple[int, int]]
+
+# Camera centres nearer than this share of their distance from the origin are one point: there are no epipolar lines.
+SAME_CENTRE = 1e-5
+
+
+@dataclass(frozen=True)
+class WarpedPair:
+    """Photometric error of one view against another view warped onto it, over the pixels that both show.
+
+    Attributes:
+        sample, view, other: which pair; ``other`` is warped onto ``view``.
+        angle: between the optical axes, in degrees.
+        pixels: pixels of ``view`` whose surface point ``other`` shows.
+        absolute: mean absolute difference of the colours in [0, 1]; None without pixels.
+        psnr: of the warped view in dB; None without pixels.
+        true_absolute, true_psnr: the same of the true images; None without pixels, or without true images.
+    """
+
+    sample: int
+    view: int
+    other: int
+    angle: float
+    pixels: int
+    absolute: float | None
+    psnr: float | None
+    true_absolute: float | None
+    true_psnr: float | None
+
+
+@dataclass(frozen=True)
+class EpipolarPair:
+    """How well the SIFT matches of two views agree with their cameras.
+
+    Attributes:
+        sample, view, other: which pair.
+        angle: between the optical axes, in degrees.
+        keypoints: found in ``view`` and in ``other``.
+        matches: how many of them match.
+        distance: median symmetric epipolar distance of the matches in pixels; None without a match.
+        consistent: whether there are enough matches and the distance is small enough; None where that cannot be told.
+        reason: why ``consistent`` is not True, or None.
+    """
+
+    sample: int
+    view: int
+    other: int
+    angle: float
+    keypoints: tuple[int, int]
+    matches: int
+    distance: float | None
+    consistent: bool | None
+    reason: str | None
+
+
+@torch.no_grad()
+@full_precision
+def warp_error(
+    images: Tensor,
+    depth: Tensor,
+    intrinsics: Tensor,
+    extrinsics: Tensor,
+    *,
+    truth: Tensor | None = None,
+    pairs: Pairs | None = None,
+    depth_tolerance: float = DEPTH_TOLERANCE,
+) -> list[WarpedPair]:
+    """Warp views onto each other with the true depth and compare their colours where both show the surface.
+
+    Each pixel centre of a view goes to where the other view sees its surface point; the colour there is read
+    bilinearly. Pixels without depth, outside the other view, or hidden in it do not count.
+
+    Example:
+        >>> depth = torch.full((1, 2, 1, 8, 8), 2.0)
+        >>> intrinsics = torch.tensor([[8.0, 0, 4], [0, 8, 4], [0, 0, 1]]).expand(1, 2, 3, 3)
+        >>> extrinsics = torch.eye(4).repeat(1, 2, 1, 1)
+        >>> extrinsics[0, 1, 0, 3] = -1.0  # the second camera stands 4 pixels to the right
+        >>> images = torch.zeros(1, 2, 3, 8, 8)
+        >>> images[0, 1] = 0.1
+        >>> pair, _ = warp_error(images, depth, intrinsics, extrinsics)
+        >>> pair.pixels, round(pair.absolute, 4), round(pair.psnr, 4)
+        (32, 0.1, 20.0)
+
+    Args:
+        images: ``[B, V, 3, H, W]``, the views to judge.
+        depth: ``[B, V, 1, H, W]`` true z-depth.
+        intrinsics: ``[B, V, 3, 3]`` in pixels.
+        extrinsics: ``[B, V, 4, 4]`` world-to-camera.
+        truth: ``[B, V, 3, H, W]``, the true images, measured in the same way.
+        pairs: ordered pairs (view, other); None for all.
+        depth_tolerance: see `Correspondence.from_depth`.
+
+    Returns:
+        One `WarpedPair` per sample and pair, sample by sample, the pairs of a view together.
+
+    Raises:
+        ShapeError: a wrong shape.
+        ValueError: unusable cameras, images that are not floating point or not finite, unknown pairs, or a wrong
+            tolerance.
+    """
+    check_depth(depth, intrinsics, extrinsics)
+    _check_images("images", images, depth.shape[:2], depth.shape[-2:])
+    if truth is not None:
+        _check_images("truth", truth, depth.shape[:2], depth.shape[-2:])
+    if not 0 < depth_tolerance < 1:
+        raise ValueError(f"depth_tolerance: expected a share between 0 and 1, got {depth_tolerance}")
+    chosen = _chosen_pairs(pairs, depth.shape[1])
+    angles = view_angles(extrinsics)
+    found = []
+    for sample in range(depth.shape[0]):
+        own = slice(sample, sample + 1)
+        geometry = depth[own], intrinsics[own], extrinsics[own]
+        # One view at a time: beside each position that depth is read at stand twenty values.
+        for view, others in _by_view(chosen):
+            xy, visible = _seen_from(view, others, geometry, depth_tolerance)
+            judged = _warped_errors(images[sample], view, others, xy, visible)
+            true: list[tuple[float | None, float | None]] = [(None, None)] * len(others)
+            if truth is not None:
+                true = _warped_errors(truth[sample], view, others, xy, visible)
+            for column, other in enumerate(others):
+                angle, pixels = float(angles[sample, view, other]), int(visible[column].sum())
+                found.append(WarpedPair(sample, view, other, angle, pixels, *judged[column], *true[column]))
+    return found
+
+
+@full_precision
+def symmetric_epipolar_distance(points: Tensor, others: Tensor, intrinsics: Tensor, extrinsics: Tensor) -> Tensor:
+    """Distance of matched points from each other's epipolar line, mean over the two images, ``[M]`` in pixels.
+
+    Example:
+        >>> intrinsics = torch.tensor([[8.0, 0, 4], [0, 8, 4], [0, 0, 1]]).expand(2, 3, 3)
+        >>> extrinsics = torch.eye(4).repeat(2, 1, 1)
+        >>> extrinsics[1, 0, 3] = -1.0  # side by side: the epipolar lines are the image rows
+        >>> others = torch.tensor([[1.0, 5.0], [1.0, 5.5]])
+        >>> symmetric_epipolar_distance(torch.tensor([[5.0, 5.0]] * 2), others, intrinsics, extrinsics).tolist()
+        [0.0, 0.5]
+
+    Args:
+        points: ``[M, 2]``: x, y in the first image, pixel centres at +0.5.
+        others: ``[M, 2]``: x, y in the second image.
+        intrinsics: ``[2, 3, 3]`` in pixels.
+        extrinsics: ``[2, 4, 4]`` world-to-camera.
+
+    Returns:
+        In float64. NaN where a point is an epipole, or all NaN where the two camera centres are the same point: no line
+        is defined there.
+
+    Raises:
+        ShapeError: a wrong shape.
+        ValueError: unusable cameras.
+
+    Source: Hartley and Zisserman, "Multiple view geometry", 2004, section 11.4; unlike there not squared.
+    """
+    for name, value in (("points", points), ("others", others)):
+        if value.ndim != 2 or value.shape[1] != 2 or len(value) != len(points):
+            raise ShapeError(name, expected=f"[{len(points)}, 2]", got=value.shape)
+    if intrinsics.shape != (2, 3, 3):
+        raise ShapeError("intrinsics", expected="[2, 3, 3]", got=intrinsics.shape)
+    if extrinsics.shape != (2, 4, 4):
+        raise ShapeError("extrinsics", expected="[2, 4, 4]", got=extrinsics.shape)
+    check_cameras(intrinsics[None], extrinsics[None])
+    first, second = (F.pad(value.double(), (0, 1), value=1.0) for value in (points, others))
+    if _same_centre(extrinsics):
+        return first.new_full((len(first),), math.nan)
+    fundamental = _fundamental_matrix(intrinsics.double(), extrinsics.double())
+    line, other_line = second @ fundamental, first @ fundamental.mT
+    residual = (second * other_line).sum(-1).abs()
+    lengths = torch.stack([line[:, :2].norm(dim=-1), other_line[:, :2].norm(dim=-1)])
+    return torch.where((lengths > 0).all(0), (residual / lengths).mean(0), math.nan)
+
+
+def tsed(
+    images: Tensor,
+    intrinsics: Tensor,
+    extrinsics: Tensor,
+    *,
+    truth: Tensor | None = None,
+    pairs: Pairs | None = None,
+    max_distance: float = 2.0,
+    min_matches: int = 10,
+) -> list[EpipolarPair]:
+    """Thresholded symmetric epipolar distance: do SIFT matches between views lie on each other's epipolar lines?
+
+    Two views are consistent if they have enough matches, and the median of the matches' distances is small. Matches
+    pass the ratio test in both directions and are each other's best. Too few matches count as inconsistent, as in the
+    source; blurred views have few. With the true images at hand, pairs in which these do not pass either are left open
+    (``consistent=None``): small or smooth images have too few keypoints for the measure. Distances are in
+    pixels, so results of different image sizes do not compare (source: 256 pixels).
+
+    Example:
+        >>> intrinsics = torch.tensor([[32.0, 0, 16], [0, 32, 16], [0, 0, 1]]).expand(1, 2, 3, 3)
+        >>> extrinsics = torch.eye(4).repeat(1, 2, 1, 1)
+        >>> extrinsics[0, 1, 0, 3] = -1.0
+        >>> pair, = tsed(torch.zeros(1, 2, 3, 32, 32), intrinsics, extrinsics)  # doctest: +SKIP
+        >>> pair.consistent, pair.reason  # doctest: +SKIP
+        (False, '0 matches, at least 10 needed')
+
+    Args:
+        images: ``[B, V, 3, H, W]``, the views to judge.
+        intrinsics: ``[B, V, 3, 3]`` in pixels.
+        extrinsics: ``[B, V, 4, 4]`` world-to-camera.
+        truth: ``[B, V, 3, H, W]``, the true images.
+        pairs: pairs (view, other); the order does not matter. None for each pair once.
+        max_distance: the median must be less, in pixels.
+        min_matches: the least number of matches.
+
+    Returns:
+        One `EpipolarPair` per sample and pair, sample by sample.
+
+    Raises:
+        ShapeError: a wrong shape.
+        ValueError: unusable cameras, images that are not floating point or not finite, unknown pairs, or a wrong
+            threshold.
+        ImportError: OpenCV is not installed.
+
+    Source: Yu et al. 2023 (arXiv 2304.10700), and the authors' code (YorkUCVIL/Photoconsistent-NVS,
+    compute_sed.py and eval_consistency.py) for the defaults.
+    """
+    check_cameras(intrinsics, extrinsics)
+    _check_images("images", images, intrinsics.shape[:2], images.shape[-2:])
+    if truth is not None:
+        _check_images("truth", truth, intrinsics.shape[:2], images.shape[-2:])
+    if not max_distance > 0:
+        raise ValueError(f"max_distance: expected more than 0 pixels, got {max_distance}")
+    if min_matches < 1:
+        raise ValueError(f"min_matches: expected at least 1, got {min_matches}")
+    views = intrinsics.shape[1]
+    chosen = _chosen_pairs([(i, j) for i in range(views) for j in range(i)] if pairs is None else pairs, views)
+    angles = view_angles(extrinsics)
+    found = []
+    for sample in range(intrinsics.shape[0]):
+        needed = sorted({view for pair in chosen for view in pair})
+        sets = [
+            {view: find_keypoints(source[sample, view]) for view in needed}
+            for source in (images, truth)
+            if source is not None
+        ]
+        for view, other in chosen:
+            cameras = intrinsics[sample, [view, other]].cpu(), extrinsics[sample, [view, other]].cpu()
+            results = [_judge(one[view], one[other], cameras, max_distance, min_matches) for one in sets]
+            matches, distance, consistent, reason = results[0]
+            if consistent is not None and truth is not None and not results[1][2]:
+                consistent, reason = None, f"the true images are not found consistent either: {results[1][3]}"
+            keypoints = (len(sets[0][view][0]), len(sets[0][other][0]))
+            angle = float(angles[sample, view, other])
+            found.append(EpipolarPair(sample, view, other, angle, keypoints, matches, distance, consistent, reason))
+    return found
+
+
+def _by_view(pairs: Pairs) -> list[tuple[int, list[int]]]:
+    """Group pairs (view, other) by view."""
+    return [(view, [j for i, j in pairs if i == view]) for view in dict.fromkeys(i for i, _ in pairs)]
+
+
+def _seen_from(
+    view: int, others: list[int], geometry: tuple[Tensor, Tensor, Tensor], tolerance: float
+) -> tuple[Tensor, Tensor]:
+    """Where other views of one sample see the surface of a view's pixels.
+
+    Args:
+        view: whose pixels.
+        others: J other views.
+        geometry: depth `[1, V, 1, H, W]`, intrinsics and extrinsics.
+        tolerance: share by which the depth may differ.
+
+    Returns:
+        Position ``[J, H*W, 2]`` in pixels of each other view, and whether it is visible there, bool ``[J, H*W]``.
+    """
+    depth, intrinsics, extrinsics = geometry
+    depth = depth.to(at_least_float32(depth))
+    # Relative to the view, so that a world origin far away costs no accuracy.
+    pose = relative_extrinsics(extrinsics.double(), reference=view).to(depth)
+    intrinsics = intrinsics.to(depth)
+    own = slice(view, view + 1)
+    points = unproject(depth[:, own], intrinsics[:, own], pose[:, own]).flatten(3).mT
+    xy, z = project(points.expand(-1, len(others), -1, -1), intrinsics[:, others], pose[:, others])
+    seen = sample_depth(depth[:, others], xy)
+    return xy[0], ((z - seen).abs() <= tolerance * seen)[0]
+
+
+def _warped_errors(
+    images: Tensor, view: int, others: list[int], xy: Tensor, visible: Tensor
+) -> list[tuple[float | None, float | None]]:
+    """Mean absolute error and PSNR of each other view warped onto ``view``; `images [V, 3, H, W]`."""
+    height, width = images.shape[-2:]
+    grid = torch.where(visible[..., None], xy, 0.0) / xy.new_tensor([width, height]) * 2 - 1
+    warped = F.grid_sample(
+        images[others].to(grid), grid[:, None], mode="bilinear", padding_mode="border", align_corners=False
+    )
+    error = torch.where(visible[:, None], warped[:, :, 0] - images[view].to(grid).flatten(1), 0.0)  # [J, 3, H*W]
+    count = visible.sum(-1) * error.shape[1]
+    absolute, squared = error.abs().sum(dim=(1, 2)) / count, error.square().sum(dim=(1, 2)) / count
+    values = zip(absolute.tolist(), psnr_of_error(squared).tolist(), count.tolist(), strict=True)
+    return [(mean, decibel) if pixels else (None, None) for mean, decibel, pixels in values]
+
+
+def _same_centre(extrinsics: Tensor) -> bool:
+    """Whether two cameras `[2, 4, 4]` stand at one point, as far as their poses are exact."""
+    centres = invert_extrinsics(extrinsics.double())[:, :3, 3]
+    return bool((centres[0] - centres[1]).norm() <= SAME_CENTRE * centres.norm(dim=-1).max())
+
+
+def _fundamental_matrix(intrinsics: Tensor, extrinsics: Tensor) -> Tensor:
+    """Return F `[3, 3]` with ``x1 F x0 = 0`` for matched points of two cameras."""
+    pose = extrinsics[1] @ invert_extrinsics(extrinsics[0])
+    x, y, z = pose[:3, 3]
+    zero = torch.zeros_like(x)
+    cross = torch.stack([zero, -z, y, z, zero, -x, -y, x, zero]).view(3, 3)
+    inverse = torch.linalg.inv(intrinsics)
+    return inverse[1].mT @ cross @ pose[:3, :3] @ inverse[0]
+
+
+def _judge(
+    first: tuple[Tensor, Tensor],
+    second: tuple[Tensor, Tensor],
+    cameras: tuple[Tensor, Tensor],
+    max_distance: float,
+    min_matches: int,
+) -> tuple[int, float | None, bool | None, str | None]:
+    """Number of matches, median distance, whether the pair is consistent, and why not."""
+    here, there = match_descriptors(first[1], second[1]).unbind(1)
+    if _same_centre(cameras[1]):
+        return len(here), None, None, "the two cameras stand at one point, so there are no epipolar lines"
+    distances = symmetric_epipolar_distance(first[0][here], second[0][there], *cameras)
+    distances = distances[distances.isfinite()]
+    median = float(distances.quantile(0.5)) if len(distances) else None
+    if len(distances) < min_matches or median is None:
+        return len(distances), median, False, f"{len(distances)} matches, at least {min_matches} needed"
+    if not median < max_distance:
+        return len(distances), median, False, f"median distance {median:.2f} px, less than {max_distance:g} needed"
+    return len(distances), median, True, None
+
+
+def _chosen_pairs(pairs: Pairs | None, views: int) -> list[tuple[int, int]]:
+    """Return all ordered pairs, or those given, checked."""
+    if pairs is None:
+        return [(i, j) for i in range(views) for j in range(views) if i != j]
+    chosen = [(int(i), int(j)) for i, j in pairs]
+    wrong = [pair for pair in chosen if pair[0] == pair[1] or not all(0 <= view < views for view in pair)]
+    if wrong:
+        raise ValueError(f"pairs: expected two different views of 0..{views - 1} each, got {wrong[0]}")
+    return chosen
+
+
+def _check_images(name: str, images: Any, views: Sequence[int], size: Sequence[int]) -> None:
+    """Raise unless ``images`` are floating point ``[B, V, 3, H, W]`` with these B, V and H, W."""
+    expected = [*views, 3, *size]
+    if not isinstance(images, Tensor) or list(images.shape) != expected:
+        raise ShapeError(name, expected=str(expected), got=images.shape if isinstance(images, Tensor) else str(images))
+    if not images.is_floating_point():
+        raise ValueError(f"{name}: expected floating point in [0, 1], got {images.dtype}. Cure: divide by 255")
+    if not bool(images.isfinite().all()):
+        raise ValueError(f"{name}: holds values that are not finite, so there is nothing to compare")
