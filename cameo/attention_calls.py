@@ -139,14 +139,18 @@ class CallWatcher(TorchFunctionMode):
             raise CaptureError(f"layer {self.layer!r} masks its attention; only unmasked layers can be supervised")
         self._keep(query, key, scale)
 
-    def _explicit(self, logits: Tensor, dim: int | None = None, *_: Any, **options: Any) -> None:
-        assert self._product is not None
+    def _ends_product(self, logits: Tensor, dim: int | None = None, *_: Any, **options: Any) -> bool:
+        """Whether these arguments of a softmax are those of the product seen last, and not another softmax."""
         product, dim = self._product, options.get("dim", dim)
-        if logits.shape[-1] != product.shape[-1] or logits.numel() != product.shape.numel():
-            return  # another softmax of the module
-        if dim not in (-1, logits.ndim - 1):
+        if product is None or logits.shape[-1] != product.shape[-1] or logits.numel() != product.shape.numel():
+            return False
+        return dim in (-1, logits.ndim - 1)
+
+    def _explicit(self, logits: Tensor, *arguments: Any, **options: Any) -> None:
+        if not self._ends_product(logits, *arguments, **options):
             return
-        self._product = None
+        product, self._product = self._product, None
+        assert product is not None
         # In-place operators may have changed the logits since, so they are compared with q.k itself.
         scale = _measure_scale(self.layer, product, logits)
         self._keep(product.query, product.key, scale)

@@ -127,7 +127,8 @@ class AttentionCapture:
                 module = self._model.get_submodule(site.path)
                 for hook in (
                     module.register_forward_pre_hook(self._opener(site)),
-                    module.register_forward_hook(self._closer(site), always_call=True),
+                    # prepended, so that of two blocks on one layer the inner one closes first
+                    module.register_forward_hook(self._closer(site), always_call=True, prepend=True),
                 ):
                     stack.callback(hook.remove)
             if any(_compiled(self._model, site.path) for site in self._sites):
@@ -165,11 +166,14 @@ class AttentionCapture:
             raise CaptureError(_missing(site, self._ran.get(path)))
         return self._captured[path]
 
+    def _watcher(self, site: AttentionSite) -> CallWatcher:
+        return CallWatcher(site.path)
+
     def _opener(self, site: AttentionSite) -> Callable[[nn.Module, Any], None]:
         def open_watcher(module: nn.Module, _: Any) -> None:
             if threading.get_ident() != self._thread:
                 return
-            watcher = CallWatcher(site.path)
+            watcher = self._watcher(site)
             watcher.__enter__()
             self._open.append((site.path, watcher))
 
