@@ -14,7 +14,7 @@ from torch import Tensor
 from cameo.cameras import check_depth, check_matrices, same_views
 from cameo.errors import ShapeError
 from cameo.geometry import as_grid
-from cameo.matching import match_depth, match_point_maps
+from cameo.matching import match_depth, match_features, match_point_maps
 
 __all__ = ["Correspondence", "GridSize"]
 
@@ -275,6 +275,51 @@ class Correspondence:
         sizes = _grid_per_view(size, depth.shape[1])
         index, distance = match_depth(depth, intrinsics, extrinsics, sizes, depth_tolerance)
         return cls(index, sizes, distance=distance)
+
+    @classmethod
+    def from_features(
+        cls,
+        features: Tensor,
+        *,
+        size: GridSize | None = None,
+        cycle_threshold: float = 1.5,
+        min_similarity: float | None = None,
+    ) -> Correspondence:
+        """Match tokens by image features, where no geometry is known: nearest neighbours that are cycle-consistent.
+
+        Example:
+            >>> features = torch.randn(1, 1, 8, 4, 4, generator=torch.Generator().manual_seed(0))
+            >>> features = torch.cat([features, features.flip(-1)], dim=1)  # the second view is mirrored
+            >>> Correspondence.from_features(features).index[0, 0, 1, :4].tolist()
+            [3, 2, 1, 0]
+
+        Args:
+            features: ``[B, V, C, h, w]`` of any scale, such as `cameo.features.FeatureExtractor` gives; a vector of
+                zeros or with a non-finite value = no measurement.
+            size: token grid as in `from_point_maps`, to which the features are resampled (bilinear, half-pixel
+                centres, antialiased); a token is a measurement only if all that its interpolation touches are. None
+                takes the grid of the features.
+            cycle_threshold: a match is kept if the nearest neighbour (by cosine similarity) of the nearest neighbour
+                lies less than this many tokens from the start.
+            min_similarity: drop matches with a smaller cosine.
+
+        Returns:
+            A correspondence without `distance`: features know no lengths.
+
+        Raises:
+            ShapeError: a wrong shape.
+            ValueError: a wrong size, threshold or similarity.
+        """
+        if not isinstance(features, Tensor) or features.ndim != 5 or not all(features.shape[1:]):
+            got = features.shape if isinstance(features, Tensor) else type(features).__name__
+            raise ShapeError("features", expected="[B, V, C, h, w], none of which is 0", got=got)
+        if not cycle_threshold > 0:
+            raise ValueError(f"cycle_threshold: expected more than 0 tokens, got {cycle_threshold}")
+        if min_similarity is not None and not -1 <= min_similarity <= 1:
+            raise ValueError(f"min_similarity: expected a cosine in [-1, 1] or None, got {min_similarity}")
+        height, width = features.shape[-2:]
+        sizes = _grid_per_view((height, width) if size is None else size, features.shape[1])
+        return cls(match_features(features, sizes, cycle_threshold, min_similarity), sizes)
 
 
 def _grid_per_view(size: GridSize, views: int) -> tuple[tuple[int, int], ...]:

@@ -1,6 +1,6 @@
-"""The two ways of finding correspondence: nearest neighbours of point maps, and projection of depth.
+"""The ways of finding correspondence: nearest neighbours of point maps or image features, and projection of depth.
 
-Axes: B samples, V views, H W image pixels, h w token grid, N = h*w tokens per view (row-major).
+Axes: B samples, V views, C channels, H W image pixels, h w token grid, N = h*w tokens per view (row-major).
 Arguments are taken as checked; :class:`cameo.correspondence.Correspondence` is the door for users.
 """
 
@@ -10,17 +10,20 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from einops import einsum, rearrange
 from torch import Tensor
 
 from cameo.cameras import full_precision
 from cameo.depth import read_depth
 from cameo.geometry import camera_rays, cell_centres, invert_extrinsics, to_pixels
-from cameo.kernels.nearest import match_tokens
+from cameo.kernels.nearest import cycle_consistent, match_tokens
 
-__all__ = ["match_depth", "match_point_maps"]
+__all__ = ["match_depth", "match_features", "match_point_maps", "resample_features"]
 
 Sizes = tuple[tuple[int, int], ...]
+# Numbers in one block of similarities of two views: 64 MiB in float32.
+BLOCK = 1 << 24
 
 
 @torch.no_grad()
@@ -71,6 +74,73 @@ def match_depth(
     distance = rearrange(torch.where(apart.isfinite(), apart, math.inf), "b j (i n) -> b i j n", i=views)
     own = torch.eye(views, dtype=torch.bool, device=depth.device)[..., None]
     return index.masked_fill(own, -1), distance.masked_fill(own, math.inf)
+
+
+@torch.no_grad()
+@full_precision
+def match_features(features: Tensor, sizes: Sizes, cycle_threshold: float, min_similarity: float | None) -> Tensor:
+    """Match ``features [B, V, C, h, w]`` by cycle-consistent nearest neighbours in cosine similarity.
+
+    Returns:
+        Index ``[B, V, V, N]`` as in :class:`cameo.correspondence.Correspondence`.
+    """
+    index, similarity = _most_similar(_feature_tokens(features, sizes))
+    consistent = cycle_consistent(index, tuple(w for _, w in sizes), cycle_threshold)
+    if min_similarity is not None:
+        consistent &= similarity >= min_similarity
+    return index.masked_fill_(~consistent, -1)
+
+
+def resample_features(features: Tensor, size: tuple[int, int]) -> Tensor:
+    """Bring ``[X, C, h, w]`` to a token grid, ``[X, C, *size]``: bilinear, half-pixel centres, antialiased.
+
+    Example:
+        >>> resample_features(torch.arange(16.0).view(1, 1, 4, 4), (1, 1)).item()
+        7.5
+    """
+    if features.shape[-2:] == size:
+        return features
+    return F.interpolate(features, size=size, mode="bilinear", antialias=True)
+
+
+def _feature_tokens(features: Tensor, sizes: Sizes) -> Tensor:
+    """Unit vectors at the token grids, ``[B, V, N, C]``; NaN for padding and where anything needed is missing."""
+    features = features.to(torch.promote_types(features.dtype, torch.float32))
+    missing = ~features.isfinite().all(dim=2, keepdim=True) | (features == 0).all(dim=2, keepdim=True)
+    features = features.masked_fill(missing, math.nan)
+    count = max(h * w for h, w in sizes)
+    tokens = features.new_full((*features.shape[:2], count, features.shape[2]), math.nan)
+    for view, (h, w) in enumerate(sizes):
+        tokens[:, view, : h * w] = rearrange(resample_features(features[:, view], (h, w)), "b c h w -> b (h w) c")
+    return tokens / tokens.norm(dim=-1, keepdim=True)  # vectors that cancel to 0 become NaN
+
+
+def _most_similar(tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Index and cosine ``[B, V, V, N]`` of each token's most similar one in each other view; -1 and -inf for none.
+
+    Makes no host wait for a device, and holds one block of similarities at a time.
+    """
+    batch, views, count, _ = tokens.shape
+    missing = tokens.isnan().any(dim=-1)
+    tokens = tokens.masked_fill(missing[..., None], 0)
+    index = torch.full((batch, views, views, count), -1, device=tokens.device)
+    best = tokens.new_full(index.shape, -math.inf)
+    rows = max(1, BLOCK // max(1, batch * count))
+    for i in range(views):
+        for j in range(i + 1, views):
+            for start in range(0, count, rows):
+                stop = min(start + rows, count)
+                cosine = tokens[:, i, start:stop] @ tokens[:, j].mT
+                cosine.masked_fill_(missing[:, i, start:stop, None] | missing[:, j, None], -math.inf)
+                highest, found = cosine.max(dim=2)
+                best[:, i, j, start:stop] = highest
+                index[:, i, j, start:stop] = found.masked_fill_(highest.isinf(), -1)
+                highest, found = cosine.max(dim=1)
+                # Later tokens win only if they are closer, so that ties stay with the lower index.
+                closer = highest > best[:, j, i]
+                index[:, j, i] = torch.where(closer, found + start, index[:, j, i])
+                best[:, j, i] = torch.where(closer, highest, best[:, j, i])
+    return index, best
 
 
 def _token_points(points: Tensor, sizes: Sizes) -> Tensor:

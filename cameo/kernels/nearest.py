@@ -19,7 +19,7 @@ from torch import Tensor
 from cameo.errors import unknown_name
 from cameo.kernels.triton_support import INSTALL_TRITON, interpreted
 
-__all__ = ["IMPLEMENTATIONS", "match_tokens", "nearest_by_differences", "nearest_by_products"]
+__all__ = ["IMPLEMENTATIONS", "cycle_consistent", "match_tokens", "nearest_by_differences", "nearest_by_products"]
 
 IMPLEMENTATIONS = ("auto", "differences", "products", "triton")
 
@@ -79,7 +79,7 @@ def match_tokens(
         )
     nearest = nearest_by_products if implementation == "products" else nearest_by_differences
     index, distance = nearest(tokens)
-    consistent = _cycle_consistent(index, widths, cycle_threshold)
+    consistent = cycle_consistent(index, widths, cycle_threshold)
     return index.masked_fill_(~consistent, -1), distance
 
 
@@ -295,7 +295,7 @@ def _count(values: Tensor, bound: Tensor, counter: Tensor) -> tuple[Tensor, Tens
     return number, place.long()
 
 
-def _cycle_consistent(index: Tensor, widths: tuple[int, ...], threshold: float) -> Tensor:
+def cycle_consistent(index: Tensor, widths: tuple[int, ...], threshold: float) -> Tensor:
     """Tell which tokens come back, there and back again, less than ``threshold`` tokens from their start."""
     start = torch.arange(index.shape[-1], device=index.device)
     consistent = torch.zeros_like(index, dtype=torch.bool)
