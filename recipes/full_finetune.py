@@ -39,7 +39,7 @@ def main(arguments: list[str]) -> None:
     train, held_out = build_dataset(config, "train"), build_dataset(config, "validation")
     pipeline = load_pipeline(config)
     pipeline.denoiser.requires_grad_(True)
-    model = wrap_denoiser(pipeline, config)
+    model = wrap_denoiser(pipeline, config, train)
     trainer = Trainer(model, pipeline, train, config, on_validation=validation_callback(pipeline, held_out, config))
     result, accelerator = trainer.train(), trainer.accelerator
     accelerator.end_training()

@@ -90,8 +90,9 @@ def make_trainer(output_dir: Path, *, on_validation: Callable | None = None, **c
     config = make_config(output_dir, **changes)
     pipeline = load_pipeline(config)
     add_lora(pipeline.denoiser, config)
-    model = wrap_denoiser(pipeline, config)
-    return Trainer(model, pipeline, build_dataset(config, "train"), config, on_validation=on_validation)
+    dataset = build_dataset(config, "train")
+    model = wrap_denoiser(pipeline, config, dataset)
+    return Trainer(model, pipeline, dataset, config, on_validation=on_validation)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -15,8 +15,11 @@ __all__ = ["TrainingConfig", "continued_settings", "load_config", "save_config",
 
 CHOICES = {
     "alignment_implementation": IMPLEMENTATIONS,
-    "data_format": ("auto", "scenes", "objects", "meshes", "rgbd"),
-    "correspondence": ("depth", "point_map"),
+    "data_format": ("auto", "scenes", "bare_rooms", "objects", "meshes", "rgbd"),
+    "supervision": ("cameo", "repa"),
+    "correspondence": ("depth", "point_map", "features"),
+    "correspondence_control": ("none", "other_scene", "random"),
+    "weight_schedule": ("constant", "linear", "cosine"),
     "correspondence_in": ("step", "worker"),
     "timestep_sampling": ("uniform", "high_noise"),
     "mixed_precision": ("no", "fp16", "bf16"),
@@ -34,7 +37,7 @@ AT_LEAST = {
     1: (
         "resolution num_scenes num_validation_scenes views_per_scene rank lora_alpha "
         "max_train_steps train_batch_size gradient_accumulation_steps checkpointing_steps checkpoints_total_limit "
-        "validation_steps num_validation_samples num_inference_steps"
+        "validation_steps num_validation_samples num_inference_steps alignment_until feature_size"
     ),
     2: "num_views",
     0: (
@@ -43,7 +46,7 @@ AT_LEAST = {
     ),
 }
 POSITIVE = "max_grad_norm cycle_threshold depth_scale"
-SHARES = "condition_dropout lora_dropout adam_beta1 adam_beta2 ema_decay"
+SHARES = "condition_dropout lora_dropout adam_beta1 adam_beta2 ema_decay geometry_noise alignment_min_noise"
 # What a resumed run may change: everything else would make it another run.
 # fmt: off
 CHANGEABLE = frozenset((
@@ -52,7 +55,7 @@ CHANGEABLE = frozenset((
     "logging_dir", "report_to", "tracker_project_name", "checkpointing_steps", "checkpoints_total_limit",
     "resume_from_checkpoint", "overwrite_output_dir", "validation_steps", "num_validation_samples",
     "num_validation_images", "num_inference_steps", "guidance_scale", "push_to_hub", "hub_model_id", "hub_token",
-    "hub_private", "hub_licence", "correspondence_in", "precomputed_correspondence",
+    "hub_private", "hub_licence", "correspondence_in", "precomputed_correspondence", "feature_checkpoint",
     "alignment_implementation",
 ))
 # fmt: on
@@ -64,21 +67,31 @@ class TrainingConfig:
 
     Model: `pretrained_model_name_or_path` (Hub id, folder, `bundled:cat3d-tiny`) or `preset` for fresh weights, with
     `preset_options` overriding it.
-    Data: `train_data_dir` is an RGB-D sequence or a folder of meshes (`data_format`: auto, scenes, objects, meshes,
-    rgbd); without it the embedded scenes are used: rooms, or single objects with `data_format=objects` or `camera_rig`.
+    Data: `train_data_dir` is an RGB-D sequence or a folder of meshes (`data_format`: auto, scenes, bare_rooms, objects,
+    meshes, rgbd); without it the embedded scenes are used: furnished rooms, empty ones with bold patterns
+    (`data_format=bare_rooms`), or single objects with `data_format=objects` or `camera_rig`.
     The rig (`cameo.data.RIGS`) places the cameras around objects and meshes as a backbone expects them, and a sample is
     then all its views; an RGB-D sequence has cameras of its own. `intrinsics` (3x3, in pixels of the full colour image)
     and `depth_scale` (units per metre) are for sequences that do not say.
-    CAMEO: `weight` 0 trains without alignment; `correspondence` is depth or point_map; `layer`, `head`, `normalise`,
-    `reduction`, `softness` and `inflate` are those of `cameo.wrap`, `alignment_implementation` its `implementation`.
-    Matches are computed in the training step, on its device, or
+    CAMEO: `weight` 0 trains without alignment; `correspondence` is depth, point_map or features; `layer`, `head`,
+    `normalise`, `reduction`, `softness` and `inflate` are those of `cameo.wrap`, `alignment_implementation` its
+    `implementation`. Matches are computed in the training step, on its device, or
     with `correspondence_in=worker` by the data workers beside it; `precomputed_correspondence` is a folder that
     `recipes/precompute_correspondence.py` has filled, from which the data workers read them.
+    For comparison: `supervision=repa` aligns the output of the same layer with frozen image features instead of its
+    attention with matches (`cameo.training.repa`). `correspondence_control` replaces the matches by some that must not
+    help: other_scene takes those of the next sample of the batch, random a token of the same view drawn anew.
+    `geometry_noise` is the relative standard deviation of the noise on each pixel's depth, before matching.
+    Features, for `supervision=repa` and `correspondence=features`: `feature_model` is a vision transformer of timm,
+    `feature_checkpoint` a file with its weights, `feature_pretrained=false` draws random ones (a control), and
+    `feature_size` is the side in pixels of the images that it sees (see `cameo.features.FeatureExtractor`).
+    When: `weight_schedule` lets `weight` decay to 0 at `max_train_steps`; from step `alignment_until` on nothing is
+    aligned; samples below `alignment_min_noise`, a share of the last time step, are not aligned either.
     Optimisation: `timestep_sampling` is uniform, or high_noise (t = 1 - u**2); `mixed_precision` is no, fp16 (GPU
     only) or bf16.
     Output: `report_to` is a tracker of accelerate, or none; `resume_from_checkpoint` is a path or latest;
     `overwrite_output_dir` lets a new run remove the checkpoints of an earlier one. With a decaying `lr_scheduler`
-    another `max_train_steps` bends the rest of its curve.
+    another `max_train_steps` bends the rest of its curve, as it does with a decaying `weight_schedule`.
     """
 
     # model
@@ -106,9 +119,13 @@ class TrainingConfig:
     data_seed: int = 0
     dataloader_num_workers: int = 0
     # CAMEO
+    supervision: str = "cameo"
     layer: Any = None
     head: Any = "mlp"
     weight: float = 0.1
+    weight_schedule: str = "constant"
+    alignment_until: int | None = None
+    alignment_min_noise: float = 0.0
     normalise: str | None = None
     inflate: bool = False
     reduction: str = "mean"
@@ -118,6 +135,12 @@ class TrainingConfig:
     cycle_threshold: float = 1.5
     correspondence_in: str = "step"
     precomputed_correspondence: str | None = None
+    correspondence_control: str = "none"
+    geometry_noise: float = 0.0
+    feature_model: str = "vit_small_patch14_dinov2.lvd142m"
+    feature_checkpoint: str | None = None
+    feature_pretrained: bool = True
+    feature_size: int | None = None
     # LoRA
     rank: int = 4
     lora_alpha: int | None = None
@@ -189,12 +212,12 @@ class TrainingConfig:
             )
         if self.camera_rig is not None and self.camera_rig not in RIGS:
             raise unknown_name("camera_rig", self.camera_rig, RIGS)
-        if self.camera_rig is not None and self.data_format in ("scenes", "rgbd"):
+        if self.camera_rig is not None and self.data_format in ("scenes", "bare_rooms", "rgbd"):
             raise ValueError(
                 f"camera_rig={self.camera_rig}: stands around an object, so it needs data_format=objects, meshes or "
                 f"auto, got {self.data_format}; give camera_rig=null"
             )
-        if self.train_data_dir and self.data_format in ("scenes", "objects"):
+        if self.train_data_dir and self.data_format in ("scenes", "bare_rooms", "objects"):
             raise ValueError(
                 f"data_format={self.data_format} is embedded, so train_data_dir={self.train_data_dir} would not be "
                 "read; give data_format=auto, or train_data_dir=null"
@@ -208,6 +231,58 @@ class TrainingConfig:
             )
         if self.push_to_hub and not self.hub_model_id:
             raise ValueError("push_to_hub=true needs hub_model_id=your-name/your-model")
+        self._check_supervision()
+
+    @property
+    def uses_matches(self) -> bool:
+        """Whether the run needs matches: CAMEO with a weight."""
+        return self.supervision == "cameo" and self.weight > 0
+
+    @property
+    def uses_features(self) -> bool:
+        """Whether the run needs image features: to align with, or to match."""
+        return self.weight > 0 and (self.supervision == "repa" or self.correspondence == "features")
+
+    def _check_supervision(self) -> None:
+        """Refuse settings of the supervision that contradict each other."""
+        outside = self.correspondence_in == "worker" or self.precomputed_correspondence is not None
+        control = self.correspondence_control
+        if self.supervision == "repa":
+            for name in ("correspondence_control", "geometry_noise", "correspondence_in", "precomputed_correspondence"):
+                if getattr(self, name) != getattr(TrainingConfig, name):
+                    raise ValueError(
+                        f"{name}={getattr(self, name)}: is about matches, and supervision=repa uses none; "
+                        "leave it out, or give supervision=cameo"
+                    )
+        if self.feature_checkpoint is not None and not self.feature_pretrained:
+            raise ValueError(
+                f"feature_pretrained=false: random weights, and feature_checkpoint={self.feature_checkpoint}; give one"
+            )
+        if control == "other_scene" and self.train_batch_size < 2:
+            raise ValueError(
+                "correspondence_control=other_scene: takes the matches of the next sample of the batch, and there is "
+                f"none with train_batch_size={self.train_batch_size}; give train_batch_size=2 or more"
+            )
+        if self.geometry_noise and self.correspondence != "depth":
+            raise ValueError(
+                f"geometry_noise={self.geometry_noise}: is noise on the depth, which correspondence="
+                f"{self.correspondence} does not match; give correspondence=depth, or geometry_noise=0"
+            )
+        if self.geometry_noise and outside:
+            raise ValueError(
+                f"geometry_noise={self.geometry_noise}: is drawn anew in each step, so the matches must be computed "
+                "there; give correspondence_in=step and precomputed_correspondence=null"
+            )
+        if self.correspondence == "features" and outside:
+            raise ValueError(
+                "correspondence=features: the network that computes the features runs in the training step; give "
+                "correspondence_in=step and precomputed_correspondence=null"
+            )
+        if self.correspondence == "features" and self.reduction == "released":
+            raise ValueError(
+                "correspondence=features: knows no distances in space, which reduction=released needs; give "
+                "reduction=mean, or correspondence=depth"
+            )
 
 
 def settings_file(recipe: str, folder: str | Path, overrides: Sequence[str]) -> Path:

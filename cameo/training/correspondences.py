@@ -18,7 +18,7 @@ from cameo.wrap import CameoModel
 
 __all__ = ["MatchedDataset", "layer_grids", "match_batch", "match_layers"]
 
-KINDS = ("depth", "point_map")
+KINDS = ("depth", "point_map", "features")
 
 
 def match_batch(
@@ -27,14 +27,15 @@ def match_batch(
     """Build the correspondence of a collated batch at a token grid.
 
     Args:
-        batch: with `depth` and cameras, or `point_map` `[B, V, 3, H, W]`.
+        batch: with `depth` and cameras, `point_map` `[B, V, 3, H, W]`, or `features` `[B, V, C, h, w]`.
         size: token grid of the supervised layer, `(h, w)` or one per view.
         kind: "depth" projects each token's surface point into the other views; "point_map" takes nearest neighbours
-            in 3D with the cycle check of the paper.
-        cycle_threshold: in tokens, for "point_map".
+            in 3D with the cycle check of the paper; "features" takes nearest neighbours in cosine similarity with
+            the same check.
+        cycle_threshold: in tokens, for "point_map" and "features".
 
     Raises:
-        DataError: if the batch carries no geometry for `kind`.
+        DataError: if the batch carries no geometry for `kind`, or no features.
         ValueError: for an unknown kind.
     """
     if kind not in KINDS:
@@ -53,6 +54,13 @@ def match_batch(
         if points is None:
             points = unproject(batch["depth"], batch["intrinsics"], batch["extrinsics"])
         return Correspondence.from_point_maps(points, size=size, cycle_threshold=cycle_threshold)
+    if kind == "features":
+        if "features" in batch:
+            return Correspondence.from_features(batch["features"], size=size, cycle_threshold=cycle_threshold)
+        raise DataError(
+            f"sample {batch.get('key', '?')}: has no features, so there are no correspondences. Put those of "
+            "cameo.features.FeatureExtractor into the batch, or use correspondence=depth"
+        )
     cure = "correspondence=point_map" if "point_map" in batch else "data with geometry"
     raise DataError(
         f"sample {batch.get('key', '?')}: has no depth{'' if 'point_map' in batch else ' and no point_map'}, so there "
@@ -92,6 +100,7 @@ class MatchedDataset(Dataset[MultiViewSample]):
         distances: whether the loss needs the 3D distances.
         precomputed: where the matches are; None computes all of them. A sample of which the folder lacks a pair is
             computed, and says so in `not_precomputed`.
+        until: samples from this number on get no matches, because the run does not use them.
 
     Raises:
         DataError: from a sample whose depth or cameras are not those that its matches were computed from.
@@ -106,13 +115,17 @@ class MatchedDataset(Dataset[MultiViewSample]):
         cycle_threshold: float = 1.5,
         distances: bool = False,
         precomputed: MatchReader | None = None,
+        until: int | None = None,
     ) -> None:
         self.dataset, self.sizes, self.precomputed = dataset, list(sizes), precomputed
         self.kind, self.cycle_threshold, self.distances = kind, cycle_threshold, distances
+        self.until = until
 
     def __getitem__(self, index: int) -> MultiViewSample:
-        """Return a sample of the data set with its matches."""
+        """Return a sample of the data set, with its matches while the run uses them."""
         sample = self.dataset[index]
+        if self.until is not None and index >= self.until:
+            return sample
         found = [self._read(sample, sizes) for sizes in self.sizes]
         matches = [match or self._compute(sample, sizes) for match, sizes in zip(found, self.sizes, strict=True)]
         extra = {} if self.precomputed is None else {"not_precomputed": any(match is None for match in found)}

@@ -29,6 +29,7 @@ __all__ = [
     "build_dataset",
     "match_settings",
     "noisy_inputs",
+    "step_generator",
     "supervised_grids",
     "to_device",
     "training_batches",
@@ -85,7 +86,7 @@ def _source(config: TrainingConfig, split: str, form: str, rig: str | None) -> S
     if form == "meshes" and not config.train_data_dir:
         raise DataError("data_format=meshes needs train_data_dir=, a folder of .glb, .obj or .ply files")
     return EmbeddedScenes(
-        content="objects" if form == "objects" else "rooms",
+        content={"objects": "objects", "bare_rooms": "bare_rooms"}.get(form, "rooms"),
         rig=rig,
         split=split,
         num_scenes=config.num_scenes if split == "train" else config.num_validation_scenes,
@@ -135,16 +136,19 @@ def supervised_grids(model: CameoModel, config: TrainingConfig) -> list[Sizes]:
 
 
 def with_matches(
-    dataset: MultiViewDataset, model: CameoModel, config: TrainingConfig
+    dataset: MultiViewDataset, model: CameoModel, config: TrainingConfig, *, num_processes: int = 1
 ) -> MultiViewDataset | MatchedDataset:
-    """Let the loader hand over the matches, where the settings of the run say so.
+    """Let the loader of one of `num_processes` hand over the matches, where the settings of the run say so.
 
     Raises:
         DataError: if `precomputed_correspondence` is no folder of matches, or was made with other settings.
     """
-    if not config.weight or (config.correspondence_in == "step" and config.precomputed_correspondence is None):
+    if not config.uses_matches or (config.correspondence_in == "step" and config.precomputed_correspondence is None):
         return dataset
-    sizes, reader = supervised_grids(model, config), None
+    sizes, reader, until = supervised_grids(model, config), None, None
+    if config.alignment_until is not None:
+        samples_per_step = config.gradient_accumulation_steps * config.train_batch_size * num_processes
+        until = config.alignment_until * samples_per_step
     if config.precomputed_correspondence is not None:
         reader = _open_matches(config, sizes)
     return MatchedDataset(
@@ -154,6 +158,7 @@ def with_matches(
         cycle_threshold=config.cycle_threshold,
         distances=config.reduction == "released",
         precomputed=reader,
+        until=until,
     )
 
 
@@ -260,12 +265,17 @@ def _moved(value: Any, device: torch.device) -> Any:
     return [_moved(one, device) for one in value] if isinstance(value, list) else value
 
 
+def step_generator(config: TrainingConfig, micro_step: int, process: int, *purpose: int) -> torch.Generator:
+    """Random numbers that are a function of seed, step and process alone; each `purpose` > 0 has its own."""
+    state = np.random.SeedSequence((config.seed, micro_step, process, *purpose)).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(state[0]) >> 1)
+
+
 def noisy_inputs(
     pipeline: MultiViewPipeline, batch: Mapping[str, Any], config: TrainingConfig, micro_step: int, process: int = 0
 ) -> TrainingInputs:
     """Noise a batch with time steps and noise that are functions of seed, step and process alone."""
-    state = np.random.SeedSequence((config.seed, micro_step, process)).generate_state(1, np.uint64)
-    generator = torch.Generator().manual_seed(int(state[0]) >> 1)
+    generator = step_generator(config, micro_step, process)
     uniform = torch.rand(batch["images"].shape[0], generator=generator)
     level = uniform if config.timestep_sampling == "uniform" else 1 - uniform.square()
     timesteps = (level * pipeline.num_train_timesteps).long().clamp(max=pipeline.num_train_timesteps - 1)

@@ -154,7 +154,7 @@ def precompute(
         check_settings(folder, written.settings, settings)
     dataset = build_dataset(config, "train")
     dataset.source = _LatestScene(dataset.source)
-    sizes = supervised_grids(wrap_denoiser(load_pipeline(config), config), config)
+    sizes = supervised_grids(wrap_denoiser(load_pipeline(config), config, dataset), config)
     samples = config.max_train_steps * config.gradient_accumulation_steps * config.train_batch_size
     planner = _Planner(dataset, sizes, share, pairs, samples * training_processes)
     bar = tqdm(

@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 import cameo
-from cameo.backbone import core_module, get_backbone
+from cameo.backbone import get_backbone
 from cameo.config import CameoConfig
 from cameo.data import MultiViewDataset, collate
-from cameo.evaluation.mode import evaluation_mode, native_precision
+from cameo.evaluation.mode import evaluation_mode, generate_views, native_precision
 from cameo.evaluation.pictures import attention_figure, comparison_figure, save_figure
 from cameo.evaluation.validation import ValidationSettings, validate
 from cameo.licence import require_licence
@@ -24,6 +24,7 @@ from cameo.pipeline import MultiViewPipeline, TrainingInputs
 from cameo.training.checkpoint import find_checkpoint, list_checkpoints, refuse_used_folder
 from cameo.training.config import TrainingConfig
 from cameo.training.data import to_device
+from cameo.training.layer_choice import probe_for
 from cameo.training.records import TrainingResult
 from cameo.training.trainer import Trainer
 from cameo.wrap import CameoModel
@@ -102,15 +103,29 @@ def add_lora(denoiser: nn.Module, config: TrainingConfig) -> None:
         inject_adapter_in_model(lora, denoiser)
 
 
-def wrap_denoiser(pipeline: MultiViewPipeline, config: TrainingConfig) -> CameoModel:
-    """Wrap the pipeline's denoiser with the run's CAMEO settings and note where its base weights came from."""
+def wrap_denoiser(
+    pipeline: MultiViewPipeline, config: TrainingConfig, dataset: MultiViewDataset | None = None
+) -> CameoModel:
+    """Wrap the pipeline's denoiser with the run's CAMEO settings and note where its base weights came from.
+
+    With `layer=auto` the layers are probed on the first samples of `dataset`, the training set.
+
+    Raises:
+        ValueError: for `layer=auto` without a data set.
+    """
+    probe = None
+    if config.layer == "auto":
+        if dataset is None:
+            raise ValueError("layer=auto: needs dataset=, the training set on which the layers are probed; got None")
+        probe = probe_for(pipeline, dataset, config)
     torch.manual_seed(config.seed)
     model = cameo.wrap(
         pipeline.denoiser,
         backbone=config.backbone,
         layer=config.layer,
+        probe=probe,
         head=config.head,
-        weight=config.weight,
+        weight=config.weight if config.supervision == "cameo" else 0.0,
         normalise=config.normalise,
         softness=config.softness,
         implementation=config.alignment_implementation,
@@ -128,8 +143,24 @@ def wrap_denoiser(pipeline: MultiViewPipeline, config: TrainingConfig) -> CameoM
         "learning rate": config.learning_rate,
         "data": Path(config.train_data_dir).name if config.train_data_dir else f"embedded {_content(config)}",
         "seed": config.seed,
+        **_supervision_facts(config),
     }
     return model
+
+
+def _supervision_facts(config: TrainingConfig) -> dict[str, Any]:
+    """What a model card has to tell of a supervision other than plain CAMEO from depth."""
+    facts: dict[str, Any] = {}
+    if config.supervision == "repa" and config.weight:
+        facts["supervision"] = f"REPA, weight {config.weight}, features of {config.feature_model}"
+    names = ("correspondence", "correspondence_control", "geometry_noise") if config.uses_matches else ()
+    timing = ("weight_schedule", "alignment_until", "alignment_min_noise") if config.weight else ()
+    for name in (*names, *timing):
+        if getattr(config, name) != getattr(TrainingConfig, name):
+            facts[name.replace("_", " ")] = getattr(config, name)
+    if config.uses_features and not config.feature_pretrained:
+        facts["feature weights"] = "random"
+    return facts
 
 
 def validation_callback(
@@ -194,19 +225,14 @@ def _sampled(
     model: CameoModel, pipeline: MultiViewPipeline, batch: Mapping[str, Any], config: TrainingConfig
 ) -> torch.Tensor:
     """Images of all views: the references as they are, the targets sampled."""
-    kept = pipeline.denoiser
-    pipeline.denoiser = core_module(model.base_model)
-    try:
-        with evaluation_mode(model), native_precision(model):
-            sampled = pipeline.sample(
-                batch,
-                num_inference_steps=config.num_inference_steps,
-                guidance_scale=config.guidance_scale,
-                generator=torch.Generator().manual_seed(config.data_seed),
-            )
-    finally:
-        pipeline.denoiser = kept
-    return torch.cat([batch["images"][:, : config.num_reference_views].to(sampled), sampled], dim=1)
+    return generate_views(
+        model,
+        pipeline,
+        batch,
+        num_inference_steps=config.num_inference_steps,
+        guidance_scale=config.guidance_scale,
+        generator=torch.Generator().manual_seed(config.data_seed),
+    )
 
 
 def arms_of(config: TrainingConfig) -> dict[str, TrainingConfig]:
@@ -219,11 +245,12 @@ def arms_of(config: TrainingConfig) -> dict[str, TrainingConfig]:
         DataError: if there is nothing to resume from, or an output folder holds checkpoints of an earlier comparison.
         ValueError: if a comparison shall resume from a single checkpoint.
     """
+    with_it = f"with {config.supervision.upper()}"
     if not config.compare_without_cameo:
-        return {"with CAMEO" if config.weight else "without CAMEO": config}
+        return {with_it if config.weight else "without CAMEO": config}
     without = replace(config, weight=0.0, compare_without_cameo=False)
     without.output_dir = str(Path(config.output_dir) / "without_cameo")
-    arms = {"without CAMEO": without, "with CAMEO": config}
+    arms = {"without CAMEO": without, with_it: config}
     if config.resume_from_checkpoint is None:
         if not config.overwrite_output_dir:
             for arm in arms.values():  # now, and not when the first run has finished
@@ -273,7 +300,7 @@ def train_lora(config: TrainingConfig, train: MultiViewDataset, held_out: MultiV
     """Train one LoRA from the base weights."""
     pipeline = load_pipeline(config)
     add_lora(pipeline.denoiser, config)
-    model = wrap_denoiser(pipeline, config)
+    model = wrap_denoiser(pipeline, config, train)
     trainer = Trainer(model, pipeline, train, config, on_validation=validation_callback(pipeline, held_out, config))
     return LoraRun(model, pipeline, trainer, trainer.train())
 

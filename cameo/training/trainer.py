@@ -20,11 +20,12 @@ from cameo.data import MultiViewDataset
 from cameo.pipeline import MultiViewPipeline
 from cameo.training import checkpoint
 from cameo.training.config import TrainingConfig, continued_settings, save_config
-from cameo.training.correspondences import MatchedDataset, match_layers
+from cameo.training.correspondences import MatchedDataset
 from cameo.training.data import StepSampler, noisy_inputs, to_device, training_batches, with_matches
 from cameo.training.processes import log_pictures, make_accelerator, numbers_in, start_trackers
 from cameo.training.records import Records, TrainingResult
 from cameo.training.stopping import StopSignal
+from cameo.training.supervision import Supervision
 from cameo.wrap import CameoModel
 
 __all__ = ["Trainer"]
@@ -66,9 +67,8 @@ class Trainer:
         torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
         if hasattr(pipeline, "to"):  # its VAE is no part of the model
             pipeline.to(self.device)
-        if config.weight == 0:  # the heads get a gradient from the alignment loss alone
-            model.alignment_heads.requires_grad_(False)
-        self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.supervision = Supervision(model, pipeline, dataset, config, self.device)
+        self.trained = [parameter for parameter in self.supervision.module.parameters() if parameter.requires_grad]
         if not self.trained:
             raise ValueError("model: no parameter requires a gradient; add LoRA or call requires_grad_(True) first")
         for parameter in self.trained:  # mixed precision keeps what is trained in float32
@@ -86,7 +86,7 @@ class Trainer:
             num_warmup_steps=config.lr_warmup_steps,
             num_training_steps=config.max_train_steps,
         )
-        self.prepared, self.optimizer = self.accelerator.prepare(model, optimizer)
+        self.prepared, self.optimizer = self.accelerator.prepare(self.supervision.module, optimizer)
         self.accelerator.register_for_checkpointing(self.scheduler)
         self.ema: EMAModel | None = None
         if config.use_ema:
@@ -109,7 +109,7 @@ class Trainer:
             ValueError: if told to resume with other settings than the run had.
             FloatingPointError: if a loss or a gradient is not finite; nothing is saved from that step on.
         """
-        dataset = with_matches(self.dataset, self.model, self.config)
+        dataset = with_matches(self.dataset, self.model, self.config, num_processes=self.accelerator.num_processes)
         self._start()
         try:
             stopped_by = self._run(dataset)
@@ -161,7 +161,7 @@ class Trainer:
             total=config.max_train_steps,
             initial=self.step,
             unit="it",
-            desc="CAMEO" if config.weight else "without CAMEO",
+            desc=config.supervision.upper() if config.weight else "without CAMEO",
             disable=not accelerator.is_main_process,
         )
         self.prepared.train()
@@ -191,7 +191,7 @@ class Trainer:
             with nullcontext() if part == accumulate else accelerator.no_sync(self.prepared):
                 loss, denoising, alignment = self._losses(to_device(batch, self.device), micro_step)
                 accelerator.backward(loss / accumulate)
-            supervised = torch.tensor(float(self.model.num_supervised if config.weight else 0), device=self.device)
+            supervised = torch.tensor(float(self.supervision.num_supervised), device=self.device)
             sums += torch.stack([denoising.detach(), alignment.detach(), supervised])
             samples += batch["key"]
         norm = accelerator.clip_grad_norm_(self.trained, config.max_grad_norm)
@@ -221,21 +221,18 @@ class Trainer:
 
     def _losses(self, batch: dict[str, Any], micro_step: int) -> tuple[Tensor, Tensor, Tensor]:
         """Return the training loss of a micro batch, its denoising part and its alignment part."""
-        config = self.config
-        inputs = noisy_inputs(self.pipeline, batch, config, micro_step, self.accelerator.process_index)
-        matches = None
-        if config.weight and inputs.aligned:
-            options = {"kind": config.correspondence, "cycle_threshold": config.cycle_threshold}
-            matches = match_layers(self.model, batch, **options)
-        output = self.prepared(*inputs.args, correspondence=matches, **inputs.kwargs)
+        process = self.accelerator.process_index
+        inputs = noisy_inputs(self.pipeline, batch, self.config, micro_step, process)
+        supervised = self.supervision.arguments(batch, inputs, micro_step, process)
+        output = self.prepared(*inputs.args, **supervised, **inputs.kwargs)
         denoising = self.pipeline.denoising_loss(output, inputs).mean()
-        if matches is None:
+        if not supervised:
             nothing = torch.zeros_like(denoising)
-            if config.weight:  # DistributedDataParallel waits for a gradient of every parameter
-                nothing = nothing + sum(parameter.sum() * 0 for parameter in self.model.alignment_heads.parameters())
+            if self.config.weight:  # DistributedDataParallel waits for a gradient of every parameter
+                nothing = nothing + sum(parameter.sum() * 0 for parameter in self.supervision.heads.parameters())
             return denoising + nothing, denoising, nothing
-        alignment = self.model.alignment_loss
-        return denoising + config.weight * alignment, denoising, alignment
+        alignment = self.supervision.module.alignment_loss
+        return denoising + self.supervision.weight(micro_step) * alignment, denoising, alignment
 
     def _check_finite(self, entry: Mapping[str, float], norm: float, samples: list[str]) -> None:
         values = {"denoising": entry["loss"], "alignment": entry["alignment_loss"], "norm of the gradient": norm}
@@ -294,7 +291,9 @@ class Trainer:
         weights.clear()  # accelerate would write the frozen base too
         if self.accelerator.is_main_process:
             self.model.save_pretrained(folder, include_head=True)
+            self.supervision.save(folder)
 
     def _load_weights(self, models: list[nn.Module], folder: str) -> None:
         models.clear()
         checkpoint.load_trained(self.model, folder)
+        self.supervision.load(folder)
