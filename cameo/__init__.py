@@ -11,6 +11,7 @@ from cameo.backbone import backbones, register_backbone
 from cameo.correspondence import Correspondence
 from cameo.hub import from_pretrained
 from cameo.layout import TokenLayout
+from cameo.probing import LayerProbe, probe_layers
 from cameo.wrap import CameoModel, wrap
 
 __version__ = "0.1.0"
@@ -19,10 +20,12 @@ __all__ = [
     "AlignmentHead",
     "CameoModel",
     "Correspondence",
+    "LayerProbe",
     "TokenLayout",
     "alignment_loss",
     "backbones",
     "from_pretrained",
+    "probe_layers",
     "register_backbone",
     "wrap",
 ]

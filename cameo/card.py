@@ -201,6 +201,8 @@ def _details(facts: CardFacts) -> str:
         "Alignment weight": config.weight,
         "Loss": f"normalise {config.normalise}, reduction {config.reduction}",
     }
+    if config.layer_choice:
+        rows["Layer chosen by"] = _choice_text(config.layer_choice)
     if config.inflate:
         rows["Inflated"] = "the supervised layer attends across all views, in training and at inference"
     if facts.adapter:
@@ -209,6 +211,19 @@ def _details(facts: CardFacts) -> str:
     if config.cameo_version:
         rows["cameo"] = config.cameo_version
     return "## Training\n\n" + _table(("", ""), [(name, _compact(value)) for name, value in rows.items()])
+
+
+def _choice_text(choice: Mapping[str, Any]) -> str:
+    """Say how the layer was chosen, with the figures of the first of the ranking."""
+    places = [
+        f"{place['index']}: {_number(place['skill'])}"
+        + (" ({} to {})".format(*map(_number, place["interval"])) if place["interval"] else "")
+        for place in choice["ranking"]
+    ]
+    return (
+        f"`cameo.probe_layers` on {choice['samples']} samples of {choice['scenes']} scenes: {choice['rule']}. "
+        f"Skill by layer (95 % interval over scenes): {'; '.join(places)}"
+    )
 
 
 def _base_text(config: CameoConfig) -> str:

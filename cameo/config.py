@@ -33,6 +33,8 @@ class CameoConfig:
             joins them again.
         base_model: Hub id or path of the base weights, `preset:NAME` for a fresh preset, None if unknown.
         base_revision: revision of the Hub id.
+        layer_choice: the ranking of a probe that `layer="auto"` took the layer from, see `LayerProbe.choice`; None
+            where the layer was named.
         training: free-form facts about the training run, shown in the model card.
     """
 
@@ -51,6 +53,7 @@ class CameoConfig:
     inflate: bool = False
     base_model: str | None = None
     base_revision: str | None = None
+    layer_choice: dict[str, Any] | None = None
     training: dict[str, Any] = field(default_factory=dict)
     cameo_version: str = ""
 

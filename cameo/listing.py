@@ -9,7 +9,7 @@ from torch import nn
 from cameo.backbone import Backbone, core_module
 from cameo.capture import AttentionSite
 
-__all__ = ["layer_table"]
+__all__ = ["layer_table", "shown_grids"]
 
 COLUMNS = ("layer", "module", "heads", "tokens per view", "reach", "supervised by cameo.wrap")
 
@@ -47,7 +47,7 @@ def _row(site: AttentionSite, size: tuple[int, int, int], is_default: bool, opti
         f"{site.index}{' (default)' if is_default else ''}",
         site.path,
         str(site.heads),
-        _grids(site, *size),
+        shown_grids(site, *size),
         site.layout.reach,
         _answer(site, size[2], option),
     )
@@ -61,7 +61,14 @@ def _answer(site: AttentionSite, num_views: int, option: str) -> str:
     return f'yes, normalise="all_views": {per_view.partition(";")[0]}' if per_view else f"yes{option}"
 
 
-def _grids(site: AttentionSite, height: int, width: int, num_views: int) -> str:
+def shown_grids(site: AttentionSite, height: int, width: int, num_views: int) -> str:
+    """Format the token grids of a layer's views for images of `height` x `width` pixels.
+
+    Example:
+        >>> from cameo.layout import TokenLayout
+        >>> shown_grids(AttentionSite(0, "attn", 8, TokenLayout("b (v h w)"), stride=8), 64, 96, 3)
+        '8 x 12'
+    """
     if site.stride is None:
         return "not known"
     grids = site.sizes(height, width, num_views)

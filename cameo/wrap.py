@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -13,6 +14,9 @@ from cameo.errors import unknown_name
 from cameo.layout import TokenLayout
 from cameo.model import CameoModel, holder, wrapped_bases
 
+if TYPE_CHECKING:
+    from cameo.layer_probe import LayerProbe
+
 __all__ = ["CameoModel", "attach", "wrap"]
 
 
@@ -21,6 +25,7 @@ def wrap(
     backbone: str | None = None,
     layer: int | str | Sequence[int | str] | None = None,
     *,
+    probe: LayerProbe | None = None,
     head: str | Mapping[str, Any] = "mlp",
     weight: float = 0.02,
     layout: TokenLayout | str | None = None,
@@ -48,7 +53,9 @@ def wrap(
         model: the denoiser of a multi-view diffusion model, before or after LoRA was added to it.
         backbone: name of an adapter (`cameo.backbones()` lists them), or None with `layer=` and `layout=`.
         layer: None for the adapter's default; an index among the cross-view attention layers in execution
-            order; a dotted module path; or a list of these, whose losses are averaged.
+            order; a dotted module path; a list of these, whose losses are averaged; or "auto" for the best layer of
+            `probe`, whose ranking is then kept in `model.cameo_config.layer_choice`.
+        probe: what `cameo.probe_layers` found on this model; for `layer="auto"` only.
         head: `"mlp"`, `"mean"`, `"none"`, or the keyword arguments of `AlignmentHead`, as
             `{"kind": "mlp", "depth": 2}`.
         weight: factor of the alignment loss; kept as `model.weight` for the caller's training loop.
@@ -67,8 +74,8 @@ def wrap(
             but inference changes, also after `unwrap()`: `layer` then counts the layers that can be inflated.
 
     Raises:
-        ValueError: for an unknown backbone, layer or option, a model the adapter does not recognise, or a
-            model that is wrapped already.
+        ValueError: for an unknown backbone, layer or option, a model the adapter does not recognise, a model that
+            is wrapped already, or `layer="auto"` without a probe of this kind of model.
 
     Source: CAMEO, arXiv 2512.03045, section 4.
     """
@@ -76,6 +83,8 @@ def wrap(
         cure = "pass its denoiser (pipeline.unet)" if hasattr(model, "unet") else "pass the denoiser itself"
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}; {cure}")
     _check_plain(model)
+    choice = _probed_choice(layer, probe, backbone, inflate)
+    layer = layer if choice is None else choice["layer"]
     options = {"kind": head} if isinstance(head, str) else dict(head)
     config = CameoConfig(
         backbone=backbone,
@@ -87,6 +96,7 @@ def wrap(
         num_reference_views=num_reference_views,
         inflate=inflate,
         softness=float(softness),
+        layer_choice=choice,
     )
     wanted = [] if layer is None else [layer] if isinstance(layer, int | str) else list(layer)
     if layer is not None and not wanted:
@@ -130,6 +140,37 @@ def attach(model: nn.Module, config: CameoConfig, **options: str) -> CameoModel:
     """Wrap `model` with the settings of a saved `CameoConfig`; `wrap` and `from_pretrained` both end here."""
     _check_plain(model)
     return CameoModel(model, config, **options)
+
+
+def _probed_choice(
+    layer: int | str | Sequence[int | str] | None, probe: LayerProbe | None, backbone: str | None, inflate: bool
+) -> dict[str, Any] | None:
+    """The evidence for `layer="auto"`; None for a layer that the caller names."""
+    if layer != "auto":
+        if probe is not None:
+            raise ValueError(f'probe: is for layer="auto", got layer={layer!r}; leave one of them out')
+        return None
+    if probe is None:
+        raise ValueError(
+            'layer="auto": expected probe=, what cameo.probe_layers(pipeline, batches) found on this model, got None; '
+            "or name a layer"
+        )
+    if (probe.backbone, probe.inflate) != (backbone, inflate):
+        raise ValueError(
+            f"probe: is of backbone={probe.backbone!r} with inflate={probe.inflate}, expected backbone={backbone!r} "
+            f"with inflate={inflate}; probe the layers that shall be chosen from"
+        )
+    best = probe.layer(probe.best)
+    skill = next(
+        place.interval[0] if place.interval else place.skill for place in probe.ranking if place.path == best.path
+    )
+    if skill <= 0:
+        warnings.warn(
+            f'layer="auto": {best.path} is the best of the probe, but the probe does not show that its attention finds '
+            "the true match more often than chance. Probe a trained model, or more scenes, or name the layer",
+            stacklevel=3,
+        )
+    return probe.choice()
 
 
 def _check_plain(model: nn.Module) -> None:

@@ -12,10 +12,12 @@ PUBLIC = [
     "AlignmentHead",
     "CameoModel",
     "Correspondence",
+    "LayerProbe",
     "TokenLayout",
     "alignment_loss",
     "backbones",
     "from_pretrained",
+    "probe_layers",
     "register_backbone",
     "wrap",
 ]

@@ -87,6 +87,6 @@ def test_the_command_lists_the_layers_of_a_model_in_a_folder(
     assert "(default)" in capsys.readouterr().out
 
 
-def test_the_command_says_what_it_expects() -> None:
-    with pytest.raises(SystemExit, match="Expected --list, got: backbone=cat3d"):
-        runpy.run_path(str(RECIPE))["main"](["backbone=cat3d"])
+def test_the_command_refuses_what_listing_does_not_use() -> None:
+    with pytest.raises(SystemExit, match="only lists the layers; leave out --perturb, layers"):
+        runpy.run_path(str(RECIPE))["main"](["--list", "--perturb", "layers=1", "backbone=cat3d"])

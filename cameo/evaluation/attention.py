@@ -1,11 +1,13 @@
 """How often the attention of a layer finds the token that shows the same surface point.
 
 Axes: B samples, V views, Q of them whose queries are looked at, N tokens per view, K heads, D head dimension,
-R readouts of one kind.
+R readouts of one kind, A groups of view pairs (such as angle bins), W distances. A layer that attends by row, column
+or cell has samples of its own for each of them: B' = B, B h, B w or B h w.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -13,14 +15,17 @@ from torch import Tensor
 
 from cameo.alignment import AlignmentHead
 from cameo.correspondence import Correspondence
+from cameo.errors import ShapeError
+from cameo.evaluation.truth import Truth, token_distance
 
-__all__ = ["READOUTS", "Hits", "attention_hits", "attention_maps", "view_maps"]
+__all__ = ["READOUTS", "Hits", "attention_hits", "attention_maps", "count_hits", "view_maps"]
 
 READOUTS = ("mean", "best_head", "through_head")
 # Entries of the logits that are held at once; the alignment head needs several times as many.
 BLOCK_ENTRIES = 1 << 24
 
 Sizes = tuple[tuple[int, int], ...]
+Block = tuple[slice, slice, slice]
 
 
 @dataclass
@@ -56,37 +61,112 @@ class Hits:
         A layer in which a query reaches one token of each view (SV3D's temporal layers) has no choice of tokens, only
         one of views, and is counted in `view`; every other layer in `token`.
         """
-        one_token = all(size == (1, 1) for size in correspondence.sizes)
-        heads, views, tokens = query.shape[1:4]
-        per_view = heads * tokens * views * tokens
-        samples = max(1, BLOCK_ENTRIES // (per_view * views))
-        together = views if per_view * views <= BLOCK_ENTRIES else 1
-        for first in range(0, len(query), samples):
-            for view in range(0, views, together):
-                part, these = slice(first, first + samples), slice(view, view + together)
-                index = correspondence.index[part, these]
-                if not (index >= 0).any():
-                    continue
-                call = query[part, :, these], key[part], correspondence.sizes, head, scale
-                if one_token:
-                    self._count_views(view_maps(*call, first_view=view), index)
-                else:
-                    self._count_tokens(attention_maps(*call), index, correspondence.sizes)
+        truth = Truth.plain(correspondence)
+        total = int(truth.pairs.sum())
+        if not total:
+            return
+        counted = {name: hits.sum((1, 2)) for name, hits in count_hits(query, key, truth, head, scale, (0, 1)).items()}
+        if truth.one_token:
+            self.view = {name: self.view.get(name, 0) + hits[:, 0] for name, hits in counted.items()}
+            self.queries += total
+            self.chance += float(truth.chance((0,)).sum())
+        else:
+            self.token = {name: self.token.get(name, 0) + hits for name, hits in counted.items()}
+            self.pairs += total
 
-    def _count_tokens(self, maps: dict[str, Tensor], index: Tensor, sizes: Sizes) -> None:
-        found, pairs = attention_hits(maps, index, sizes)
-        self.token = {name: self.token.get(name, 0) + value.cpu() for name, value in found.items()}
-        self.pairs += pairs
 
-    def _count_views(self, maps: dict[str, Tensor], index: Tensor) -> None:
-        shown = index[..., 0] >= 0  # [B, Q, V]
-        rows = shown.any(-1)
+def count_hits(
+    query: Tensor,
+    key: Tensor,
+    truth: Truth,
+    head: AlignmentHead | None,
+    scale: float,
+    within: tuple[int, ...],
+    *,
+    near: float | None = None,
+) -> dict[str, Tensor]:
+    """Count the hits of one captured call by sample and group of view pairs, in bounded memory.
+
+    Example:
+        >>> index = torch.full((1, 2, 2, 4), -1)
+        >>> index[0, 0, 1] = torch.tensor([0, 1, 2, 3])
+        >>> query = 9 * torch.eye(4).expand(1, 1, 2, 4, 4)  # each token looks at the token of its own place
+        >>> truth = Truth.plain(Correspondence(index, ((2, 2), (2, 2))))
+        >>> count_hits(query, query, truth, None, 1.0, within=(0, 1))["mean"].tolist()
+        [[[[4.0, 4.0]]]]
+
+    Args:
+        query, key, head, scale: as of `attention_maps`, with the queries of all views: Q = V.
+        truth: what the queries should find.
+        within: distances in tokens of the key view, the larger of the row and the column difference.
+        near: a distance in world units as the last one; needs `truth.points`.
+
+    Returns:
+        Hits `[R, B, A, W]` per readout, on the CPU. Where a query reaches one token of each view W is 1: queries whose
+        most-attended view shows the same surface point.
+
+    Raises:
+        ShapeError: if the matches are not those of the views and samples of the call.
+    """
+    expected = (query.shape[0], query.shape[2], key.shape[2], query.shape[3])
+    if tuple(truth.match.index.shape) != expected:
+        raise ShapeError("truth.match.index", expected=f"{list(expected)} as the call", got=truth.match.index.shape)
+    columns = 1 if truth.one_token else len(within) + (near is not None)
+    totals: dict[str, Tensor] = {}
+    for block in _blocks(query):
+        samples, views, tokens = block
+        index = truth.match.index[samples, views, :, tokens]
+        if not bool((index >= 0).any()):
+            continue
+        call = query[samples, :, views, tokens], key[samples], truth.match.sizes, head, scale
+        maps = view_maps(*call, first_view=views.start) if truth.one_token else attention_maps(*call)
         for name, attention in maps.items():
-            best = attention.argmax(-1, keepdim=True)  # [B, R, Q, 1]
-            hit = shown[:, None].expand_as(attention).gather(-1, best)[..., 0]
-            self.view[name] = self.view.get(name, 0) + (hit & rows[:, None]).sum((0, 2)).cpu()
-        self.queries += int(rows.sum())
-        self.chance += float((shown.sum(-1)[rows] / (shown.shape[-1] - 1)).sum())
+            if truth.one_token:
+                bins, hits = _view_hits(attention, truth, block)
+            else:
+                bins, hits = _token_hits(attention, truth, block, within, near)
+            flat = hits.new_zeros(truth.num_bins, *hits.shape[1:]).index_add_(0, bins, hits)
+            totals[name] = totals.get(name, 0) + flat.cpu()
+    shape = (truth.num_samples, truth.num_groups, -1, columns)
+    return {name: total.unflatten(0, shape[:2]).permute(2, 0, 1, 3) for name, total in totals.items()}
+
+
+def _blocks(query: Tensor) -> Iterator[Block]:
+    """Samples, views and tokens of the queries whose logits are held at once."""
+    samples, heads, views, tokens = query.shape[:4]
+    of_token = heads * views * tokens
+    of_view, of_sample = of_token * tokens, of_token * tokens * views
+    together = (
+        max(1, BLOCK_ENTRIES // of_sample),
+        views if of_sample <= BLOCK_ENTRIES else max(1, BLOCK_ENTRIES // of_view),
+        tokens if of_view <= BLOCK_ENTRIES else max(1, BLOCK_ENTRIES // of_token),
+    )
+    for sample in range(0, samples, together[0]):
+        for view in range(0, views, together[1]):
+            for token in range(0, tokens, together[2]):
+                starts = (sample, view, token)
+                yield tuple(slice(at, at + step) for at, step in zip(starts, together, strict=True))  # type: ignore[misc]
+
+
+def _token_hits(
+    attention: Tensor, truth: Truth, block: Block, within: tuple[int, ...], near: float | None
+) -> tuple[Tensor, Tensor]:
+    """Bin `[P]` and hits `[P, R, W]` of the P visible pairs of a block."""
+    pairs = truth.pairs_in(block)
+    inside = [at - part.start for at, part in zip((pairs.sample, pairs.query, pairs.token), block, strict=True)]
+    best = attention[inside[0], :, inside[1], inside[2], pairs.key].argmax(-1)  # [P, R]
+    distance = token_distance(best, pairs.target[:, None], pairs.width[:, None])
+    hits = [distance <= limit for limit in within]
+    if near is not None:
+        hits.append(truth.distance_to(pairs, best) <= near)
+    return pairs.bin, torch.stack(hits, dim=-1).float()
+
+
+def _view_hits(attention: Tensor, truth: Truth, block: Block) -> tuple[Tensor, Tensor]:
+    """Bin `[P]` and hits `[P, R, 1]` of the P queries of a block whose point some view shows."""
+    shown, rows, bins = truth.queries_in(block)
+    best = attention.movedim(1, -1)[rows].argmax(1)  # [P, R]
+    return bins, shown.gather(1, best)[..., None].float()
 
 
 def attention_maps(
@@ -95,7 +175,7 @@ def attention_maps(
     """Attention of query tokens over the tokens of each view, per readout.
 
     Args:
-        query: `[B, K, Q, N, D]` as the layer's kernel receives them.
+        query: `[B, K, Q, N, D]` as the layer's kernel receives them; of the tokens any part.
         key: `[B, K, V, N, D]`.
         sizes: token grid of each view of the keys; tokens beyond a view's grid get probability 0.
         head: the trained alignment head, or None to leave its readout out.
@@ -149,22 +229,15 @@ def attention_hits(
         ([[4.0, 4.0]], 4)
 
     Args:
-        maps: readouts `[B, R, Q, N, V, N]` of `attention_maps`.
-        index: the true matches `[B, Q, V, N]`, as `Correspondence.index`, -1 = none.
+        maps: readouts `[B, R, V, N, V, N]` of `attention_maps`.
+        index: the true matches `[B, V, V, N]`, as `Correspondence.index`, -1 = none.
         sizes: token grid of each key view, in which the distance is taken.
         within: distances in tokens of the key view, the larger of the row and the column difference.
 
     Returns:
         Hits `[R, len(within)]` per readout, and the number of visible pairs they were counted over.
     """
-    samples, query_view, key_view, token = (index >= 0).nonzero(as_tuple=True)
-    target = index[samples, query_view, key_view, token]
-    widths = torch.tensor([width for _, width in sizes], device=target.device)[key_view]
-    hits = {}
-    for name, attention in maps.items():
-        best = attention[samples, :, query_view, token, key_view].argmax(-1)  # [pairs, R]
-        rows = (best // widths[:, None] - (target // widths)[:, None]).abs()
-        columns = (best % widths[:, None] - (target % widths)[:, None]).abs()
-        distance = torch.maximum(rows, columns)
-        hits[name] = torch.stack([(distance <= limit).float().sum(0) for limit in within], dim=1)
-    return hits, int(samples.numel())
+    truth = Truth.plain(Correspondence(index, sizes))
+    everything: Block = (slice(0, None), slice(0, None), slice(0, None))
+    hits = {name: _token_hits(attention, truth, everything, within, None)[1] for name, attention in maps.items()}
+    return {name: value.sum(0) for name, value in hits.items()}, int(truth.pairs.sum())
