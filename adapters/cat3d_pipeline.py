@@ -48,6 +48,7 @@ class Cat3DPipeline(LatentPipeline):
         patch_size: side of the pixel blocks that become one latent cell, without a VAE.
     """
 
+    backbone = "cat3d"
     model_cpu_offload_seq = "unet->vae"
 
     def __init__(

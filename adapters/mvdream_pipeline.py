@@ -70,6 +70,7 @@ class MVDreamPipeline(LatentPipeline):
     Source: MVDream, arXiv 2308.16512, sections 3.1 to 3.3; ImageDream, arXiv 2312.02201, sections 3.2 and 3.3.
     """
 
+    backbone = "mvdream"
     model_cpu_offload_seq = "text_encoder->image_encoder->unet->vae"
     _optional_components = ["vae", "text_encoder", "tokenizer", "image_encoder", "feature_extractor"]  # noqa: RUF012
 

@@ -64,6 +64,7 @@ class SV3DPipeline(LatentPipeline):
         noise_mean, noise_deviation: of the logarithm of the noise level in training.
     """
 
+    backbone = "sv3d"
     model_cpu_offload_seq = "image_encoder->unet->vae"
     _optional_components = ["vae", "image_encoder"]  # noqa: RUF012 - diffusers concatenates lists
 

@@ -71,6 +71,7 @@ class Zero123PlusPipeline(LatentPipeline):
         safety_checker: not used; the releases list none under this name.
     """
 
+    backbone = "zero123plus"
     model_cpu_offload_seq = "vision_encoder->text_encoder->unet->vae"
     _optional_components = [  # noqa: RUF012 - diffusers concatenates lists
         "vae",

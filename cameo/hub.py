@@ -32,7 +32,7 @@ from cameo.weights import (
 )
 from cameo.wrap import CameoModel, attach
 
-__all__ = ["from_pretrained", "push_to_hub", "save_pretrained"]
+__all__ = ["from_pretrained", "local_folder", "push_to_hub", "save_pretrained"]
 
 logger = logging.getLogger(__name__)
 
@@ -135,7 +135,7 @@ def from_pretrained(
     """
     if isinstance(base_model, CameoModel):
         raise TypeError("base_model: is wrapped; pass the plain module, base_model=model.unwrap()")
-    folder = _local_folder(str(name_or_path), revision, token, cache_dir, local_files_only)
+    folder = local_folder(str(name_or_path), revision, token, cache_dir, local_files_only)
     config = CameoConfig.load(folder)
     form = format_in(folder)
     if form in ADAPTER_FORMATS:
@@ -309,9 +309,19 @@ def _backbone(config: CameoConfig) -> Any:
     return None if config.backbone is None else get_backbone(config.backbone)
 
 
-def _local_folder(
-    name: str, revision: str | None, token: str | None, cache_dir: str | Path | None, local_files_only: bool
+def local_folder(
+    name: str,
+    revision: str | None = None,
+    token: str | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
 ) -> Path:
+    """Return a folder as it is, or download a Hub repository without its code; arguments as of `from_pretrained`.
+
+    Raises:
+        DataError: if there is no such folder and the name is not the id of a Hub repository.
+        OSError: if the repository cannot be reached; says what to do.
+    """
     if Path(name).is_dir():
         return Path(name)
     if hub_id(name) is None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from cameo.wrap import CameoModel
+from cameo.backbone import core_module
+from cameo.model import CameoModel
+from cameo.pipeline import MultiViewPipeline
 
-__all__ = ["evaluation_mode", "native_precision"]
+__all__ = ["evaluation_mode", "generate_views", "native_precision"]
 
 
 @contextmanager
@@ -27,9 +30,39 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def native_precision(model: CameoModel) -> Iterator[None]:
+def native_precision(model: nn.Module) -> Iterator[None]:
     """Autocast to the precision in which frozen weights are kept beside a float32 LoRA, as the training does."""
-    parameters = list(model.base_model.parameters())
+    parameters = list(model.parameters())
     half = next((one.dtype for one in parameters if one.dtype in (torch.float16, torch.bfloat16)), None)
     with torch.autocast(parameters[0].device.type, dtype=half, enabled=half is not None):
         yield
+
+
+def generate_views(
+    model: CameoModel,
+    pipeline: MultiViewPipeline,
+    batch: Mapping[str, Any],
+    *,
+    generator: torch.Generator,
+    num_inference_steps: int,
+    guidance_scale: float = 1.0,
+) -> Tensor:
+    """Sample the target views of a batch with the weights of `model`, whichever denoiser the pipeline holds.
+
+    Returns:
+        Images of all views in [0, 1], `[B, V, 3, H, W]`: the references as they are, the targets as generated.
+    """
+    kept = pipeline.denoiser
+    pipeline.denoiser = core_module(model.base_model)
+    try:
+        with evaluation_mode(model), native_precision(model):
+            sampled = pipeline.sample(
+                batch,
+                num_inference_steps=num_inference_steps,
+                guidance_scale=guidance_scale,
+                generator=generator,
+            )
+    finally:
+        pipeline.denoiser = kept
+    references = int(batch["num_reference_views"])
+    return torch.cat([batch["images"][:, :references].to(sampled), sampled], dim=1)

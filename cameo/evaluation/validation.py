@@ -7,7 +7,9 @@ on the target pixels that a reference view sees; all pixels and the denoising lo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -15,17 +17,29 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from cameo.capture import AttentionCapture, AttentionSite
 from cameo.correspondence import Correspondence
 from cameo.data import MultiViewSample, collate
 from cameo.errors import DataError
 from cameo.evaluation.attention import Hits
+from cameo.evaluation.metrics import psnr_of_error
 from cameo.evaluation.mode import evaluation_mode, native_precision
-from cameo.pipeline import MultiViewPipeline
+from cameo.pipeline import MultiViewPipeline, TrainingInputs
 from cameo.training.correspondences import layer_grids, match_batch
 from cameo.training.data import to_device
 from cameo.wrap import CameoModel
 
-__all__ = ["ValidationSettings", "covisible_pixels", "validate"]
+__all__ = [
+    "DenoisingErrors",
+    "DenoisingPass",
+    "ValidationSettings",
+    "covisible_pixels",
+    "denoising_passes",
+    "fixed_inputs",
+    "measure_denoising",
+    "sample_batches",
+    "validate",
+]
 
 
 @dataclass(frozen=True)
@@ -45,6 +59,11 @@ class ValidationSettings:
     noise_levels: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.9, 0.95, 1.0)
     high_noise: float = 0.95
     seed: int = 1234
+
+    @property
+    def high_levels(self) -> tuple[float, ...]:
+        """Levels that count for the PSNR of the predicted clean image."""
+        return tuple(level for level in self.noise_levels if level >= self.high_noise)
 
 
 def covisible_pixels(batch: MultiViewSample | dict[str, Any]) -> Tensor:
@@ -68,16 +87,138 @@ def covisible_pixels(batch: MultiViewSample | dict[str, Any]) -> Tensor:
     return seen[:, :, None]
 
 
-@dataclass
-class _Measured:
-    """What `validate` adds up."""
+@dataclass(frozen=True)
+class DenoisingPass:
+    """One forward of the denoiser at a fixed noise level; what `denoising_passes` hands out.
 
-    losses: dict[float, list[Tensor]]
-    errors: list[float] = field(default_factory=list)
-    errors_covisible: list[float] = field(default_factory=list)
-    hits: Hits = field(default_factory=Hits)
+    - `batch`: collated samples number `indices` of the data; `level`: their noise level.
+    - `seen`: their covisible pixels, see `covisible_pixels`.
+    - `inputs`, `output`: of the denoiser. `captured`: queries and keys of the observed layers.
+    """
+
+    batch: dict[str, Any]
+    indices: range
+    seen: Tensor
+    level: float
+    inputs: TrainingInputs
+    output: Any
+    captured: AttentionCapture
+
+
+@dataclass
+class DenoisingErrors:
+    """Errors of the denoiser per noise level and sample.
+
+    Example:
+        >>> errors = DenoisingErrors(predict_from=0.95)
+        >>> errors.loss = {0.1: [0.5, 0.7], 1.0: [0.1, 0.3]}
+        >>> errors.squared = {1.0: [0.01, 0.1]}
+        >>> [round(value, 3) for value in errors.sample_losses((0.1, 1.0))], errors.sample_psnr(errors.squared, [1.0])
+        ([0.3, 0.5], [20.0, 10.0])
+
+    - `keys`: of the samples, in the order of every list below.
+    - `loss`: denoising loss by level.
+    - `squared`, `squared_covisible`: by level >= `predict_from`, mean squared error of the predicted clean image over
+      the pixels of the target views, and over those that a reference sees; NaN where a sample has none.
+    - `pixels`: covisible pixels over all samples and these levels. `references`: reference views of a sample.
+    """
+
+    predict_from: float
+    keys: list[str] = field(default_factory=list)
+    loss: dict[float, list[float]] = field(default_factory=dict)
+    squared: dict[float, list[float]] = field(default_factory=dict)
+    squared_covisible: dict[float, list[float]] = field(default_factory=dict)
     pixels: int = 0
     references: int = 0
+
+    def add(self, one: DenoisingPass, pipeline: MultiViewPipeline) -> None:
+        """Measure a forward; the levels of a batch come one after another, as `denoising_passes` has them."""
+        if len(self.loss.get(one.level, ())) == len(self.keys):  # the first level of a batch
+            self.keys += one.batch["key"]
+        self.references = int(one.batch["num_reference_views"])
+        losses = pipeline.denoising_loss(one.output, one.inputs)
+        self.loss.setdefault(one.level, []).extend(losses.double().tolist())
+        if one.level < self.predict_from:
+            return
+        squared = (pipeline.predict_clean(one.output, one.inputs) - one.batch["images"]).square()
+        # Not inputs.loss_views: a model may train views that are not asked for, or spare some that are.
+        targets = torch.ones_like(one.seen)
+        targets[:, : self.references] = False
+        self.squared.setdefault(one.level, []).extend(_per_sample(squared, targets))
+        self.squared_covisible.setdefault(one.level, []).extend(_per_sample(squared, one.seen))
+        self.pixels += int(one.seen.sum())
+
+    def sample_losses(self, levels: Sequence[float]) -> list[float]:
+        """Return the loss of each sample, mean over some levels."""
+        return torch.tensor([self.loss[level] for level in levels], dtype=torch.float64).mean(0).tolist()
+
+    @staticmethod
+    def sample_psnr(squared: Mapping[float, Sequence[float]], levels: Sequence[float]) -> list[float]:
+        """Return the PSNR of each sample in dB, mean over some levels of `squared` or `squared_covisible`.
+
+        NaN where a sample has no pixel.
+        """
+        errors = torch.tensor([squared[level] for level in levels], dtype=torch.float64)
+        return psnr_of_error(errors).mean(0).tolist()
+
+    def check(self, settings: ValidationSettings) -> None:
+        """Raise `ValueError` where the data or the noise levels leave nothing to measure."""
+        if not settings.high_levels:
+            raise ValueError(
+                f"validation settings: no target view at a noise level of high_noise={settings.high_noise} or more, so "
+                f"nothing can be measured; got noise_levels={settings.noise_levels}. Give some at and above high_noise"
+            )
+        if self.references and not self.pixels:
+            raise ValueError(
+                "validation data: no target pixel is seen by a reference view, so nothing can be measured. "
+                "Raise min_overlap, or take a rig in which views see each other's surface"
+            )
+
+
+def measure_denoising(
+    model: CameoModel,
+    pipeline: MultiViewPipeline,
+    data: Dataset[MultiViewSample],
+    settings: ValidationSettings,
+    *,
+    predict_from: float | None = None,
+) -> DenoisingErrors:
+    """Measure loss and predicted clean images per sample, without a look at the attention.
+
+    Args:
+        model, pipeline, data, settings: as of `validate`.
+        predict_from: noise level from which on clean images are predicted; default `settings.high_noise`.
+
+    Raises:
+        DataError, ValueError: as `validate`.
+    """
+    errors = DenoisingErrors(settings.high_noise if predict_from is None else predict_from)
+    with evaluation_mode(model):
+        for one in denoising_passes(model, pipeline, data, settings):
+            errors.add(one, pipeline)
+    errors.check(settings)
+    return errors
+
+
+def denoising_passes(
+    model: CameoModel,
+    pipeline: MultiViewPipeline,
+    data: Dataset[MultiViewSample],
+    settings: ValidationSettings,
+    sites: Sequence[AttentionSite] = (),
+) -> Iterator[DenoisingPass]:
+    """Run the denoiser on fixed samples and noise, all levels of a batch one after another.
+
+    The caller holds the model in `evaluation_mode`. `sites`: layers whose queries and keys are observed.
+    """
+    device = next(model.parameters()).device
+    for indices, batch in sample_batches(data, settings.num_samples, settings.batch_size, device):
+        seen = covisible_pixels(batch)
+        for level in settings.noise_levels:
+            inputs = fixed_inputs(pipeline, batch, indices, level, settings.seed)
+            with native_precision(model), model.capture(list(sites)) as captured:
+                output = model.base_model(*inputs.args, **inputs.kwargs)
+            yield DenoisingPass(batch, indices, seen, level, inputs, output, captured)
 
 
 def validate(
@@ -100,47 +241,39 @@ def validate(
         DataError: if the samples carry no depth.
         ValueError: if no target pixel is seen by a reference, where there is one, or no noise level is high.
     """
-    site = model.supervised_sites[0]
-    device = next(model.parameters()).device
-    measured = _Measured({level: [] for level in settings.noise_levels})
+    site, head = model.supervised_sites[0], model.alignment_heads[0]
+    errors, hits = DenoisingErrors(settings.high_noise), Hits()
+    match: tuple[range, Correspondence] | None = None
     with evaluation_mode(model):
-        for indices in _batches(settings.num_samples, settings.batch_size):
-            batch = to_device(collate([data[index] for index in indices]), device)
-            measured.references = int(batch["num_reference_views"])
-            seen = covisible_pixels(batch)
-            match = match_batch(batch, layer_grids(site, batch))
-            for level in settings.noise_levels:
-                inputs = pipeline.training_inputs(batch, **_fixed_noise(pipeline, batch, indices, level, settings.seed))
-                with native_precision(model), model.capture([site]) as captured:
-                    output = model.base_model(*inputs.args, **inputs.kwargs)
-                measured.losses[level].append(pipeline.denoising_loss(output, inputs))
-                query, key, local = model.split(site, captured[site.path], match)
-                measured.hits.count(query, key, local, model.alignment_heads[0], captured[site.path].scale)  # type: ignore[arg-type]
-                if level >= settings.high_noise:
-                    squared = (pipeline.predict_clean(output, inputs) - batch["images"]).square()
-                    # Not inputs.loss_views: a model may train views that are not asked for, or spare some that are.
-                    targets = torch.ones_like(seen)
-                    targets[:, : measured.references] = False
-                    measured.errors_covisible += _per_sample(squared, seen)
-                    measured.errors += _per_sample(squared, targets)
-                    measured.pixels += int(seen.sum())
-    return _report(measured, settings)
+        for one in denoising_passes(model, pipeline, data, settings, [site]):
+            errors.add(one, pipeline)
+            if match is None or match[0] != one.indices:
+                match = one.indices, match_batch(one.batch, layer_grids(site, one.batch))
+            query, key, local = model.split(site, one.captured[site.path], match[1])
+            hits.count(query, key, local, head, one.captured[site.path].scale)  # type: ignore[arg-type]
+    errors.check(settings)
+    return {
+        **_denoising_report(errors, settings.high_levels),
+        **_attention_report(hits, errors.references),
+        "settings": asdict(settings),
+    }
 
 
-def _report(measured: _Measured, settings: ValidationSettings) -> dict[str, Any]:
-    hits = measured.hits
-    if not measured.errors:
-        raise ValueError(
-            f"validation settings: no target view at a noise level of high_noise={settings.high_noise} or more, so "
-            f"nothing can be measured; got noise_levels={settings.noise_levels}. Give some at and above high_noise"
-        )
-    if measured.references and not measured.errors_covisible:
-        raise ValueError(
-            "validation data: no target pixel is seen by a reference view, so nothing can be measured. "
-            "Raise min_overlap, or take a rig in which views see each other's surface"
-        )
+def _denoising_report(errors: DenoisingErrors, high: Sequence[float]) -> dict[str, Any]:
+    by_level = {str(level): _mean(values) for level, values in errors.loss.items()}
+    covisible = [value for value in errors.sample_psnr(errors.squared_covisible, high) if not math.isnan(value)]
+    return {
+        "loss": _mean(list(by_level.values())),
+        "loss_by_level": by_level,
+        "psnr_covisible": _mean(covisible) if errors.references else None,
+        "psnr_all": _mean(errors.sample_psnr(errors.squared, high)),
+        "pixels": errors.pixels,
+    }
+
+
+def _attention_report(hits: Hits, references: int) -> dict[str, Any]:
     notes = {}
-    if not measured.references:
+    if not references:
         notes["psnr_covisible"] = "num_reference_views=0: there is no reference view that could see a pixel"
     if hits.queries:
         notes["precision"] = "a query reaches one token of each view: no choice among tokens; see precision_view"
@@ -148,7 +281,6 @@ def _report(measured: _Measured, settings: ValidationSettings) -> dict[str, Any]
         notes["precision_view"] = "a query reaches several tokens of a view; see precision"
         if not hits.pairs:
             notes["precision"] = "no query of the layer reaches a token that shows the same surface point"
-    by_level = {str(level): float(torch.cat(values).mean()) for level, values in measured.losses.items()}
     tokens = {
         f"{name}@{within}": float(value[:, column].max() / hits.pairs)
         for name, value in hits.token.items()
@@ -156,39 +288,52 @@ def _report(measured: _Measured, settings: ValidationSettings) -> dict[str, Any]
     }
     views = {name: float(value.max() / hits.queries) for name, value in hits.view.items()}
     return {
-        "loss": sum(by_level.values()) / len(by_level),
-        "loss_by_level": by_level,
-        "psnr_covisible": _mean_psnr(measured.errors_covisible) if measured.errors_covisible else None,
-        "psnr_all": _mean_psnr(measured.errors),
         "precision": tokens or None,
         "precision_view": {**views, "chance": hits.chance / hits.queries} if hits.queries else None,
         "notes": notes,
         "pairs": hits.pairs or hits.queries,
-        "pixels": measured.pixels,
-        "settings": asdict(settings),
     }
 
 
-def _batches(total: int, size: int) -> Sequence[range]:
-    return [range(start, min(start + size, total)) for start in range(0, total, size)]
+def sample_batches(
+    data: Dataset[MultiViewSample], total: int, size: int, device: torch.device
+) -> Iterator[tuple[range, dict[str, Any]]]:
+    """Collate samples 0 .. total-1 of the data, each batch with the numbers of its samples.
+
+    Keys are made unique: where a sample shows the same views of a scene as an earlier one, `#2` stands behind its key.
+
+    Raises:
+        DataError: if the data has fewer samples.
+    """
+    if isinstance(data, Sized) and len(data) < total:
+        raise DataError(f"data: expected at least num_samples={total} samples, got {len(data)}; lower num_samples")
+    known: Counter[str] = Counter()
+    for start in range(0, total, size):
+        indices = range(start, min(start + size, total))
+        batch = to_device(collate([data[index] for index in indices]), device)
+        known.update(batch["key"])
+        for place, key in enumerate(batch["key"]):
+            earlier = known[key] - batch["key"][place:].count(key)
+            batch["key"][place] = key if not earlier else f"{key}#{earlier + 1}"
+        yield indices, batch
 
 
-def _fixed_noise(
-    pipeline: MultiViewPipeline, batch: dict[str, Any], indices: range, level: float, seed: int
-) -> dict[str, Any]:
-    """Time steps and noise that depend on the sample and the level only, not on the batch size."""
+def fixed_inputs(
+    pipeline: MultiViewPipeline, batch: dict[str, Any], indices: Sequence[int], level: float, seed: int
+) -> TrainingInputs:
+    """Noise a batch; time steps and noise depend on the sample's number and the level, not on the batch size."""
     shape = pipeline.latent_shape(batch["images"].shape)[1:]
     noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed + i)) for i in indices])
     step = round(level * (pipeline.num_train_timesteps - 1))
-    return {"noise": noise, "timesteps": torch.full((len(indices),), step)}
+    return pipeline.training_inputs(batch, noise=noise, timesteps=torch.full((len(indices),), step))
 
 
 def _per_sample(squared: Tensor, mask: Tensor) -> list[float]:
-    """Mean squared error of each sample over the masked pixels; samples without any are left out."""
+    """Mean squared error of each sample over the masked pixels; NaN for samples without any."""
     total = (squared * mask).sum(dim=(1, 2, 3, 4)).double()
     count = (mask.sum(dim=(1, 2, 3, 4)) * squared.shape[2]).double()
-    return (total[count > 0] / count[count > 0]).tolist()
+    return (total / count).tolist()
 
 
-def _mean_psnr(errors: list[float]) -> float:
-    return float(-10 * torch.tensor(errors, dtype=torch.float64).clamp_min(1e-10).log10().mean())
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

@@ -1,0 +1,185 @@
+"""Generate the target views and judge them: against the truth, and against each other.
+
+Axes: V views (reference views first), H W pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from cameo.data import MultiViewSample
+from cameo.errors import ShapeError
+from cameo.evaluation.consistency import EpipolarPair, tsed, warp_error
+from cameo.evaluation.metrics import Fid, Lpips, WeightsUnavailable, psnr, ssim
+from cameo.evaluation.mode import generate_views
+from cameo.evaluation.settings import EvaluationSettings, Section
+from cameo.evaluation.validation import covisible_pixels, sample_batches
+from cameo.pipeline import MultiViewPipeline
+from cameo.wrap import CameoModel
+
+__all__ = ["SampledViews", "consistency", "novel_views", "sample_targets"]
+
+
+@dataclass(frozen=True)
+class SampledViews:
+    """Generated target views with the truth; what `sample_targets` returns, on the CPU.
+
+    - `batches`: collated batches of one sample. `images`: per batch all views `[1, V, 3, H, W]`, the references as they
+      are and the targets as generated.
+    """
+
+    batches: list[dict[str, Any]]
+    images: list[Tensor]
+
+
+def sample_targets(
+    model: CameoModel, pipeline: MultiViewPipeline, data: Dataset[MultiViewSample], settings: EvaluationSettings
+) -> SampledViews:
+    """Generate the target views of samples 0 .. `num_sampled`-1, each from noise of its own.
+
+    One sample at a time, so that its noise depends on its number alone.
+    """
+    device = next(model.parameters()).device
+    sampled = SampledViews([], [])
+    for (index,), batch in sample_batches(data, settings.num_sampled, 1, device):
+        images = generate_views(
+            model,
+            pipeline,
+            batch,
+            num_inference_steps=settings.num_inference_steps,
+            guidance_scale=settings.guidance_scale,
+            generator=torch.Generator().manual_seed(settings.noise_seed + index),
+        )
+        sampled.batches.append({name: _to_cpu(value) for name, value in batch.items()})
+        sampled.images.append(images.float().cpu())
+    return sampled
+
+
+def novel_views(sampled: SampledViews, settings: EvaluationSettings) -> Section:
+    """Measure the generated target views against the true ones; a sample's value is the mean over its views."""
+    section = Section()
+    keys = [batch["key"][0] for batch in sampled.batches]
+    references = int(sampled.batches[0]["num_reference_views"])
+    generated = [images[0, references:] for images in sampled.images]
+    truth = [batch["images"][0, references:] for batch in sampled.batches]
+    seen = [covisible_pixels(batch)[0, references:] for batch in sampled.batches]
+    pairs = list(zip(generated, truth, strict=True))
+    section.add("psnr", keys, [float(psnr(*pair).mean()) for pair in pairs])
+    covisible = [float(psnr(*pair, mask).nanmean()) for pair, mask in zip(pairs, seen, strict=True)]
+    section.add("psnr_covisible", keys, covisible, missing="no target pixel is seen by a reference")
+    _measure(section, "ssim", keys, pairs, lambda: ssim)
+    if settings.lpips is None:
+        section.notes["lpips"] = "lpips=null: left out"
+    else:
+        _measure(section, f"lpips_{settings.lpips}", keys, pairs, lambda: Lpips(str(settings.lpips)))
+    if settings.fid:
+        _measure_fid(section, pairs)
+    section.details = {"images": sum(len(images) for images in generated)}
+    return section
+
+
+def _measure(
+    section: Section,
+    name: str,
+    keys: Sequence[str],
+    pairs: Sequence[tuple[Tensor, Tensor]],
+    metric: Callable[[], Callable[[Tensor, Tensor], Tensor]],
+) -> None:
+    """Add a metric of image pairs, or the reason why it is not to be had here: no weights, images too small."""
+    try:
+        measured = metric()
+        section.add(name, keys, [float(measured(*pair).mean()) for pair in pairs])
+    except WeightsUnavailable as error:  # its message says that the metric is skipped
+        section.mean[name], section.notes[name] = None, str(error)
+    except ShapeError as error:
+        section.mean[name], section.notes[name] = None, f"skipped: {error}"
+
+
+def _measure_fid(section: Section, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Add FID, one number of all images; there is nothing to compare in pairs."""
+    try:
+        metric = Fid()
+        for images, truth in pairs:
+            metric.update(images, truth)
+        section.mean["fid"] = metric.compute()
+        if section.mean["fid"] is None:
+            section.notes["fid"] = f"skipped: {metric.count} images are fewer than {metric.min_images}"
+    except WeightsUnavailable as error:
+        section.mean["fid"], section.notes["fid"] = None, str(error)
+    except ImportError as error:
+        section.mean["fid"], section.notes["fid"] = None, f"skipped: {error}"
+
+
+def consistency(sampled: SampledViews, settings: EvaluationSettings) -> Section:
+    """Measure how generated views fit each other and the references; pairs of two references are left out."""
+    section = Section()
+    if not settings.consistency:
+        section.notes["all"] = "consistency=false: left out"
+        return section
+    keys = [batch["key"][0] for batch in sampled.batches]
+    warped, matched = [], []
+    for batch, images in zip(sampled.batches, sampled.images, strict=True):
+        views, references = images.shape[1], int(batch["num_reference_views"])
+        cameras, truth = (batch["intrinsics"], batch["extrinsics"]), batch["images"]
+        pairs = [(i, j) for i in range(views) for j in range(views) if i != j and max(i, j) >= references]
+        warped.append(warp_error(images, batch["depth"], *cameras, truth=truth, pairs=pairs))
+        matched.append(_epipolar(section, images, cameras, truth, [(i, j) for i, j in pairs if i > j], settings))
+    for name, attribute in (
+        ("warp_error", "absolute"),
+        ("warp_error_truth", "true_absolute"),
+        ("warp_psnr", "psnr"),
+        ("warp_psnr_truth", "true_psnr"),
+    ):
+        values = [_mean_of(getattr(pair, attribute) for pair in found) for found in warped]
+        section.add(name, keys, values, missing="no two views show the same surface")
+    if "epipolar" not in section.notes:
+        missing = "too few SIFT matches in the true images to tell"
+        consistent = [_mean_of(pair.consistent for pair in found) for found in matched]
+        section.add("epipolar_consistent", keys, consistent, missing=missing)
+        distance = [_mean_of(pair.distance for pair in found) for found in matched]
+        section.add("epipolar_distance", keys, distance, missing="no SIFT match")
+        pairs_told = sum(pair.consistent is not None for found in matched for pair in found)
+        section.details["epipolar_pairs"] = [pairs_told, sum(map(len, matched))]
+    section.details["warped"] = [
+        {"angle": pair.angle, "pixels": pair.pixels, "error": pair.absolute, "truth": pair.true_absolute}
+        for found in warped
+        for pair in found
+    ]
+    return section
+
+
+def _epipolar(
+    section: Section,
+    images: Tensor,
+    cameras: tuple[Tensor, Tensor],
+    truth: Tensor,
+    pairs: Sequence[tuple[int, int]],
+    settings: EvaluationSettings,
+) -> list[EpipolarPair]:
+    try:
+        return tsed(
+            images,
+            *cameras,
+            truth=truth,
+            pairs=pairs,
+            max_distance=settings.epipolar_threshold,
+            min_matches=settings.epipolar_matches,
+        )
+    except ImportError as error:
+        section.notes["epipolar"] = f"skipped: {error}"
+        return []
+
+
+def _mean_of(values: Iterable[float | None]) -> float | None:
+    found = [float(value) for value in values if value is not None]
+    return sum(found) / len(found) if found else None
+
+
+def _to_cpu(value: Any) -> Any:
+    return value.cpu() if isinstance(value, Tensor) else value

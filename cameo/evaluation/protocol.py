@@ -1,0 +1,244 @@
+"""One evaluation for every backbone: novel views, attention, consistency of the views, denoising."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+
+from cameo.data import MultiViewSample
+from cameo.evaluation.attention import READOUTS
+from cameo.evaluation.generated import SampledViews, consistency, novel_views, sample_targets
+from cameo.evaluation.settings import EvaluationSettings, Section
+from cameo.evaluation.validation import measure_denoising, sample_batches
+from cameo.layer_probe import NEAR, LayerProbe, ProbedLayer
+from cameo.pipeline import MultiViewPipeline
+from cameo.probing import probe_layers
+from cameo.wrap import CameoModel
+
+__all__ = ["EvaluationSettings", "SampledViews", "Section", "evaluate", "sample_targets"]
+
+NO_REFERENCE = "num_reference_views=0: no reference view says which scene is asked for, so there is no truth to meet"
+NOTHING_SEES = "num_reference_views=0: there is no reference view that could see a pixel"
+NOT_SAMPLED = "num_sampled=0: no view was generated"
+UNTRAINED = "the alignment head was not trained with these weights, so nothing is read through it"
+WITHIN = (0, 1, 2)
+
+
+def evaluate(
+    model: CameoModel,
+    pipeline: MultiViewPipeline,
+    data: Dataset[MultiViewSample],
+    settings: EvaluationSettings,
+    *,
+    sampled: SampledViews | None = None,
+    trained_head: bool = True,
+) -> dict[str, Any]:
+    """Measure a model on fixed samples and noise; the model is left as it was.
+
+    Example:
+        >>> import cameo
+        >>> from cameo.backbone import get_backbone
+        >>> pipeline = get_backbone("cat3d").build("tiny")
+        >>> model = cameo.wrap(pipeline.denoiser, backbone="cat3d")
+        >>> wall = {
+        ...     "images": torch.rand(2, 3, 32, 32),
+        ...     "depth": torch.full((2, 1, 32, 32), 2.0),
+        ...     "intrinsics": torch.tensor([[32.0, 0, 16], [0, 32, 16], [0, 0, 1]]).repeat(2, 1, 1),
+        ...     "extrinsics": torch.eye(4).repeat(2, 1, 1),
+        ...     "num_reference_views": 1,
+        ...     "key": "wall/0-1",
+        ... }
+        >>> settings = EvaluationSettings(num_samples=1, num_sampled=0, attention_layers="none", noise_levels=(1.0,))
+        >>> sections = evaluate(model, pipeline, [wall], settings)["sections"]
+        >>> list(sections["denoising"]["per_sample"]["psnr_covisible"])
+        ['wall/0-1']
+        >>> sections["novel_views"]["notes"]
+        {'all': 'num_sampled=0: no view was generated'}
+
+    Args:
+        model: wraps `pipeline.denoiser`.
+        pipeline: turns batches into inputs, and samples.
+        data: samples with depth; the same data for every model that is compared.
+        settings: see `EvaluationSettings`.
+        sampled: what `sample_targets` returned for this model and these settings, if it was called already.
+        trained_head: whether the alignment heads were trained with the model; else what is read through them means
+            nothing and is left out.
+
+    Returns:
+        A JSON object: `settings`; `data` (views, size, and mean colour and depth per sample, by which a comparison
+        knows that the samples are the same); `sections`, each as `Section`:
+
+        - `novel_views`: `psnr`, `psnr_covisible` (pixels that a reference sees), `ssim`, `lpips_TRUNK`, `fid`.
+        - `attention`: per layer, see `cameo.probe_layers`.
+        - `consistency`: of generated views and references with each other, see `cameo.evaluation.consistency`.
+        - `denoising`: `loss`, `loss_low`, `loss_mid`, `loss_high`; `psnr_covisible` and `psnr_all` of the clean image
+          predicted at high noise.
+
+    Raises:
+        DataError: if the samples carry no depth, or there are too few.
+        ValueError: if nothing can be measured, see `validate`, or `sampled` is of another number of samples.
+    """
+    sections = {
+        "novel_views": Section(),
+        "attention": Section(),
+        "consistency": Section(),
+        "denoising": _denoising(model, pipeline, data, settings),
+    }
+    references = int(data[0]["num_reference_views"])
+    if not references or not settings.num_sampled:
+        for name in ("novel_views", "consistency"):
+            sections[name].notes["all"] = NOT_SAMPLED if references else NO_REFERENCE
+    else:
+        sampled = sampled or sample_targets(model, pipeline, data, settings)
+        if len(sampled.batches) != settings.num_sampled:
+            raise ValueError(
+                f"sampled: expected num_sampled={settings.num_sampled} samples, got {len(sampled.batches)}; "
+                "call sample_targets with the settings of the evaluation"
+            )
+        sections["novel_views"] = novel_views(sampled, settings)
+        sections["consistency"] = consistency(sampled, settings)
+    sections["attention"] = _attention(model, pipeline, data, settings, trained_head)
+    result = {
+        "settings": asdict(settings),
+        "data": _describe(data, settings),
+        "sections": {name: asdict(section) for name, section in sections.items()},
+    }
+    # As a file gives it back: a result in memory and one that was read can be compared.
+    return dict(json.loads(json.dumps(result, allow_nan=False)))
+
+
+def _denoising(
+    model: CameoModel, pipeline: MultiViewPipeline, data: Dataset[MultiViewSample], settings: EvaluationSettings
+) -> Section:
+    validation, section = settings.validation(), Section()
+    errors = measure_denoising(model, pipeline, data, validation, predict_from=0.0)
+    low, high = settings.noise_bands
+    bands: dict[str, list[float]] = {"loss": list(settings.noise_levels)}
+    bands["loss_low"] = [level for level in settings.noise_levels if level < low]
+    bands["loss_mid"] = [level for level in settings.noise_levels if low <= level <= high]
+    bands["loss_high"] = [level for level in settings.noise_levels if level > high]
+    for name, levels in bands.items():
+        if levels:
+            section.add(name, errors.keys, errors.sample_losses(levels))
+        else:
+            section.mean[name], section.notes[name] = None, f"no level of noise_levels={settings.noise_levels} is there"
+    if errors.references:
+        covisible = errors.sample_psnr(errors.squared_covisible, validation.high_levels)
+        section.add("psnr_covisible", errors.keys, covisible, missing="no target pixel is seen by a reference")
+    else:
+        section.mean["psnr_covisible"], section.notes["psnr_covisible"] = None, NOTHING_SEES
+    section.add("psnr_all", errors.keys, errors.sample_psnr(errors.squared, validation.high_levels))
+    at: dict[str, dict[float, list[float]]] = {
+        "loss": errors.loss,
+        "psnr_all": {level: errors.sample_psnr(errors.squared, [level]) for level in errors.squared},
+    }
+    if errors.references:
+        at["psnr_covisible"] = {
+            level: errors.sample_psnr(errors.squared_covisible, [level]) for level in errors.squared_covisible
+        }
+    section.details["by_level"] = {
+        name: {str(level): _mean(values) for level, values in levels.items()} for name, levels in at.items()
+    }
+    return section
+
+
+def _describe(data: Dataset[MultiViewSample], settings: EvaluationSettings) -> dict[str, Any]:
+    """Say what was measured on, so that a comparison can tell whether two results are of the same samples."""
+    samples: dict[str, list[float]] = {}
+    total = max(settings.num_samples, settings.num_sampled)
+    batch: dict[str, Any] = {}
+    for _, batch in sample_batches(data, total, 1, torch.device("cpu")):
+        samples[batch["key"][0]] = [round(float(batch[name].double().mean()), 5) for name in ("images", "depth")]
+    return {
+        "num_views": batch["images"].shape[1],
+        "num_reference_views": int(batch["num_reference_views"]),
+        "image_size": list(batch["images"].shape[-2:]),
+        "samples": samples,
+    }
+
+
+def _attention(
+    model: CameoModel,
+    pipeline: MultiViewPipeline,
+    data: Dataset[MultiViewSample],
+    settings: EvaluationSettings,
+    trained_head: bool,
+) -> Section:
+    """Precision of the attention per layer; `mean` is over all visible pairs, as the probe has it."""
+    section = Section()
+    if settings.attention_layers == "none":
+        section.notes["all"] = "attention_layers=none: left out"
+        return section
+    supervised = [site.path for site in model.supervised_sites]
+    device = next(model.parameters()).device
+    probe = probe_layers(
+        model,
+        (batch for _, batch in sample_batches(data, settings.num_samples, settings.batch_size, device)),
+        settings.attention_levels,
+        prepare=pipeline,
+        layers=supervised if settings.attention_layers == "supervised" else None,
+        within=WITHIN,
+        metric=settings.metric_depth,
+        seed=settings.noise_seed,
+    )
+    if not trained_head:
+        section.notes["through_head"] = UNTRAINED
+    for layer in probe.layers:
+        if layer.reason is not None:
+            section.notes[layer.path] = f"not probed: {layer.reason}"
+            continue
+        measured = layer.hits if trained_head else layer.hits.keys() - {"through_head"}
+        readouts = [name for name in READOUTS if name in measured]
+        for readout in readouts if layer.path in supervised else ["mean"]:
+            for within in probe.within if layer.reach != "cell" else (1,):
+                _add_precision(section, probe, layer, readout, within)
+        section.details[layer.path] = {readout: _by_angle_and_level(probe, layer, readout) for readout in readouts}
+    return section
+
+
+def _add_precision(section: Section, probe: LayerProbe, layer: ProbedLayer, readout: str, within: int | str) -> None:
+    place = "view" if layer.reach == "cell" else within
+    column = 0 if layer.reach == "cell" else probe.within.index(within)
+    assert layer.pairs is not None
+    assert layer.chance is not None
+    pairs = layer.pairs.sum(-1)
+    parts = {readout: layer.hits[readout].mean(0)[..., column].sum(-1)}
+    pooled = {readout: probe.precision(layer.path, within=within, readout=readout)}
+    if readout == "mean":
+        parts["chance"], pooled["chance"] = layer.chance[..., column].sum(-1), probe.chance(layer.path, within=within)
+        if within == NEAR and layer.ceiling is not None:
+            parts["ceiling"] = layer.ceiling.sum(-1)
+            pooled["ceiling"] = float(parts["ceiling"].sum() / pairs.sum()) if pairs.any() else None
+    for kind, hits in parts.items():
+        name = f"{layer.path} {kind}@{place}"
+        shares = [float(hit / count) if count else None for hit, count in zip(hits, pairs, strict=True)]
+        section.add(name, probe.samples, shares, missing="no token of a view is visible in another")
+        section.mean[name] = pooled[kind]
+
+
+def _mean(values: Iterable[float]) -> float:
+    """Mean over the samples that have a value; one at least has."""
+    found = [value for value in values if not math.isnan(value)]
+    return sum(found) / len(found)
+
+
+def _by_angle_and_level(probe: LayerProbe, layer: ProbedLayer, readout: str) -> dict[str, Any]:
+    """Precision and chance within one token, of all pairs by level, and of all levels by angle."""
+    at: dict[str, Any] = {"readout": readout}
+    by_angle = [
+        {
+            "degrees": list(limits),
+            "pairs": probe.pairs(layer.path, angle_bin=limits),
+            "precision": probe.precision(layer.path, angle_bin=limits, **at),
+            "chance": probe.chance(layer.path, angle_bin=limits, **at),
+        }
+        for limits in probe.angle_bins
+    ]
+    by_level = {str(level): probe.precision(layer.path, timestep=level, **at) for level in probe.timesteps}
+    return {"by_angle": by_angle, "by_level": by_level}
