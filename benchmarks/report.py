@@ -227,13 +227,13 @@ def _page(found: Mapping[str, Any], table: str, script: str, device: str) -> str
     return f"`{_command(script, device)}`: {'; '.join(places)}.\n\n{table}\n"
 
 
-def filled(text: str) -> str:
+def filled(text: str, tables: Mapping[str, Callable[[], str]] = TABLES) -> str:
     """Return the page with every table as the results files have it.
 
     Raises:
-        KeyError: the page asks for a table that is not in `TABLES`.
+        KeyError: the page asks for a table that is not in `tables`.
     """
-    return TABLE.sub(lambda match: f"{match[1]}\n{TABLES[match[2]]()}\n{match[3]}", text)
+    return TABLE.sub(lambda match: f"{match[1]}\n{tables[match[2]]()}\n{match[3]}", text)
 
 
 METHODS = {  # name of a run: label and style

@@ -236,6 +236,27 @@ def test_table_of_three_runs() -> None:
         comparison_table({"base": base})
 
 
+def test_table_has_a_mean_of_the_first_run_for_each_set_of_common_scenes() -> None:
+    base, near = make_result({f"room-{n}/0": float(n) for n in range(12)}), {f"room-{n}/0": n + 1.0 for n in range(12)}
+    few = {key: value for key, value in near.items() if key not in ("room-10/0", "room-11/0")}
+    lines = comparison_table({"base": base, "all": make_result(near), "few": make_result(few)}).splitlines()
+    cells = [cell.strip() for cell in lines[2].split("|")[1:-1]]
+    assert cells[1] == "5.5000 / 4.5000"
+    assert (cells[2], cells[4], cells[5], cells[7]) == ("6.5000", "12", "5.5000", "10")
+    assert "Where base has several means" in lines[-1]
+    assert "several means" not in comparison_table({"base": base, "all": make_result(near)})
+
+
+def test_two_backbones_are_warned_about_and_a_figure_names_its_units() -> None:
+    first, second = ({**make_result(scenes(10)), "run": {"backbone": name}} for name in ("cat3d", "sv3d"))
+    with pytest.warns(UserWarning, match="two backbones, cat3d and sv3d: .*denoising losses do not compare"):
+        compare_results(first, second)
+    assert "over scenes" in comparison_figure({"a": first, "b": first}).get_suptitle()
+    office = make_result({f"office/{n}": 0.1 * n for n in range(3)})
+    with pytest.warns(UserWarning, match="of one scene"):
+        assert "over samples" in comparison_figure({"a": office, "b": office}).get_suptitle()
+
+
 def test_files_are_read_under_names_that_tell_them_apart(tmp_path: Path) -> None:
     for folder in ("with", "without"):
         (tmp_path / folder).mkdir()

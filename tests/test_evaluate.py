@@ -7,7 +7,9 @@ import importlib.util
 import json
 import math
 import os
+import shutil
 import types
+import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +22,7 @@ from torch import Tensor
 
 from cameo.data import EmbeddedScenes, MultiViewDataset, collate
 from cameo.errors import DataError
+from cameo.evaluation.consistency import EpipolarPair
 from cameo.evaluation.metrics import WeightsUnavailable
 from cameo.evaluation.mode import evaluation_mode
 from cameo.evaluation.protocol import EvaluationSettings, Section, evaluate, sample_targets
@@ -27,7 +30,7 @@ from cameo.evaluation.report import attention_figure, result_table, write_result
 from cameo.evaluation.runs import data_settings, evaluation_settings, load_evaluated
 from cameo.evaluation.validation import covisible_pixels, sample_batches, validate
 from cameo.layout import TokenLayout
-from cameo.training.config import TrainingConfig
+from cameo.training.config import TrainingConfig, load_config, save_config
 from cameo.training.data import build_dataset
 from cameo.training.setup import load_pipeline, wrap_denoiser
 from cameo.wrap import CameoModel
@@ -316,6 +319,63 @@ def test_distances_that_exist_are_means_per_sample(trained: Any, monkeypatch: py
     assert list(result["sections"]["novel_views"]["per_sample"]["lpips_alex"].values()) == [1.5, 1.5]
 
 
+def test_epipolar_figures_are_those_of_the_pairs_that_can_be_judged(
+    trained: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    samples = [[(True, 1.0), (False, 3.0), (None, 50.0), (False, None)], [(None, 50.0), (None, None)]]
+
+    def judged(*_: Any, **__: Any) -> list[EpipolarPair]:
+        found = samples[next(calls)]
+        return [EpipolarPair(0, 1, 0, 5.0, (20, 20), 12, distance, told, None) for told, distance in found]
+
+    calls = iter(range(2))
+    monkeypatch.setattr("cameo.evaluation.generated.tsed", judged)
+    section = evaluate(*trained, replace(SMALL, attention_layers="none"))["sections"]["consistency"]
+    assert section["mean"]["epipolar_distance"] == 2
+    assert section["mean"]["epipolar_consistent"] == pytest.approx(1 / 3)
+    assert len(section["per_sample"]["epipolar_distance"]) == 1
+    assert section["details"]["epipolar_pairs"] == [3, 6]
+    for name in ("epipolar_consistent", "epipolar_distance"):
+        assert section["notes"][name].startswith("no two views whose true images are found consistent")
+        assert section["notes"][name].endswith("in 1 of 2 samples")
+
+
+def test_a_broken_model_is_refused(trained: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, pipeline, data = trained
+    broken = math.nan * torch.ones(1, 2, 3, 32, 32)
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "sample", lambda *_, **__: broken)
+        with pytest.raises(
+            ValueError, match=f"model: generates values that are not finite for sample {data[0]['key']}"
+        ):
+            sample_targets(model, pipeline, data, SMALL)
+    parameter = next(model.base_model.parameters())
+    before = parameter.data.clone()
+    try:
+        parameter.data.fill_(math.nan)
+        with pytest.raises(
+            ValueError, match=f"prediction for sample {data[0]['key']} at noise level 0.1 is not finite"
+        ):
+            evaluate(model, pipeline, data, UNSAMPLED)
+    finally:
+        parameter.data.copy_(before)
+
+
+def test_depth_without_measurement_does_not_hide_the_sample(rooms: MultiViewDataset) -> None:
+    def data(unmeasured: float) -> Any:
+        depth = rooms[0]["depth"].clone()
+        depth[:, :, :5] = unmeasured
+        return [{**rooms[0], "depth": depth}]
+
+    painter = Painter(TokenLayout("b (v h w)"), joined)
+    settings = replace(UNSAMPLED, num_samples=1, attention_layers="none")
+    zero, *others = (evaluate(painter.wrapped(), painter, data(value), settings) for value in (0.0, math.nan, math.inf))
+    depth = data(0.0)[0]["depth"]
+    assert zero["data"]["samples"][rooms[0]["key"]][1] == pytest.approx(float(depth.mean()), abs=1e-4)
+    for other in others:
+        assert other == zero
+
+
 def test_a_sample_without_a_value_is_counted_out() -> None:
     section = Section()
     section.add("psnr", ["a", "b", "c"], [10.0, math.nan, None], missing="nothing seen")
@@ -324,6 +384,9 @@ def test_a_sample_without_a_value_is_counted_out() -> None:
     assert section.notes == {"psnr": "nothing seen in 2 of 3 samples"}
     section.add("ssim", ["a"], [None], missing="nothing seen")
     assert section.mean["ssim"] is None
+    section.add("loss", ["a", "b"], [1.0, math.inf])
+    assert section.mean["loss"] == 1
+    assert section.notes["loss"] == "not finite in 1 of 2 samples"
 
 
 def test_samples_that_repeat_get_names_of_their_own(rooms: MultiViewDataset) -> None:
@@ -333,6 +396,9 @@ def test_samples_that_repeat_get_names_of_their_own(rooms: MultiViewDataset) -> 
     assert keys == [first, second, f"{first}#2", f"{first}#3"]
     with pytest.raises(DataError, match="expected at least num_samples=5 samples, got 4; lower num_samples"):
         list(sample_batches(data, 5, 3, torch.device("cpu")))  # type: ignore[arg-type]
+    painter = Painter(TokenLayout("b (v h w)"), joined)
+    with pytest.raises(DataError, match="expected at least num_sampled=5 samples, got 4; lower num_sampled"):
+        sample_targets(painter.wrapped(), painter, data, replace(SMALL, num_sampled=5))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -380,6 +446,7 @@ def test_settings_from_the_command_line(tmp_path: Path) -> None:
     assert settings == EvaluationSettings(
         noise_levels=(0.5, 1), guidance_scale=2.0, lpips=None, fid=True, metric_depth=True
     )
+    assert evaluation_settings({}, TrainingConfig(data_format="bare_rooms")).metric_depth
     assert not evaluation_settings({}, TrainingConfig(camera_rig="mvdream", num_views=4)).metric_depth
     assert evaluation_settings({"metric_depth": "true"}, TrainingConfig(data_format="objects")).metric_depth
 
@@ -448,6 +515,34 @@ def test_what_a_run_saved_is_loaded_as_it_was(runs: Any, name: str, place: str, 
         ours, theirs = (model.alignment_heads.state_dict() for model in (loaded.model, runs[name]))
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
     assert load_evaluated(["num_views=3"], CONFIGS, checkpoint=str(runs["folder"] / name / place)).config.num_views == 3
+
+
+def test_a_saved_model_keeps_its_layer(runs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def probed(*_: Any) -> None:
+        raise AssertionError("the layer is known, and must not be looked for again")
+
+    monkeypatch.setattr("cameo.training.setup.probe_for", probed)
+    run, checkpoint = tmp_path / "run", tmp_path / "run" / "checkpoint-2"
+    shutil.copytree(runs["folder"] / "lora" / "checkpoint-2", checkpoint)
+    config = load_config(runs["folder"] / "lora" / "config.yaml", ["layer=auto"])
+    save_config(config, run / "config.yaml")
+    loaded = load_evaluated([], CONFIGS, checkpoint=str(checkpoint))
+    assert loaded.config.layer == "auto"
+    assert loaded.facts["layers"] == runs["lora"].cameo_config.layers
+    assert same_output(loaded, runs["lora"])
+    for given in ("layer=auto", "--layer=0", "head=mean"):
+        with pytest.raises(ValueError, match="checkpoint=.* has its own in cameo_config.json; leave it out"):
+            load_evaluated([given], CONFIGS, checkpoint=str(checkpoint))
+
+
+def test_the_layer_of_a_base_is_looked_for_with_auto(runs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cameo.training.layer_choice.PROBED_SAMPLES", 2)
+    settings = [f"config={runs['folder'] / 'lora' / 'config.yaml'}", "layer=auto"]
+    with warnings.catch_warnings(action="ignore"):  # fresh weights have nothing to tell
+        loaded = load_evaluated(settings, CONFIGS)
+    choice = loaded.model.cameo_config.layer_choice
+    assert choice is not None
+    assert loaded.facts["layers"] == [choice["layer"]]
 
 
 def test_checkpoints_with_an_average_say_that_they_hold_other_weights(runs: Any) -> None:
@@ -559,3 +654,9 @@ def test_recipe_evaluates_and_compares(runs: Any, tmp_path: Path, capsys: pytest
 def test_recipe_names_the_nearest_setting() -> None:
     with pytest.raises(ValueError, match="unknown setting 'num_sample': did you mean"):
         recipe().main(["num_sample=3"])
+
+
+@pytest.mark.parametrize("option", ["output", "--checkpoint", "checkpoint_revision"])
+def test_recipe_does_not_pass_over_an_option_without_a_value(option: str) -> None:
+    with pytest.raises(ValueError, match=f"override '{option}': expected key=value"):
+        recipe().main([option])

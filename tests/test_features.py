@@ -87,13 +87,14 @@ def test_the_network_is_frozen_and_stays_in_evaluation_mode(extractor: FeatureEx
     assert not extractor(images).requires_grad
 
 
-def test_random_weights_warn_are_the_same_each_time_and_leave_the_generator() -> None:
+def test_random_weights_warn_are_the_same_each_time_and_leave_the_generator(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(3)
+    monkeypatch.setattr("torch.cuda.manual_seed_all", lambda seed: pytest.fail("the GPUs' generators were seeded"))
     state = torch.get_rng_state()
     with pytest.warns(UserWarning, match=r"test_vit has random weights .* a control"):
         first = FeatureExtractor(NAME, pretrained=False)
     assert torch.equal(torch.get_rng_state(), state)
-    torch.manual_seed(4)
+    torch.random.default_generator.manual_seed(4)
     second = random_extractor()
     for one, other in zip(first.parameters(), second.parameters(), strict=True):
         assert torch.equal(one, other)
@@ -109,6 +110,8 @@ def test_many_images_go_through_in_parts(extractor: FeatureExtractor, monkeypatc
 def test_what_cannot_be_loaded_says_why(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     other = tmp_path / "other.safetensors"
     save_file({"patch_embed.proj.weight": torch.zeros(2, 2)}, other)
+    damaged = tmp_path / "damaged.safetensors"
+    damaged.write_bytes(checkpoint.read_bytes()[:1000])
     cases = [
         ({"name": "test_vitt"}, ValueError, "unknown feature_model 'test_vitt'"),
         ({"name": "resnet18", "pretrained": False}, ValueError, "feature_model=resnet18: has no patch tokens"),
@@ -118,6 +121,7 @@ def test_what_cannot_be_loaded_says_why(checkpoint: Path, tmp_path: Path, monkey
             r"feature_checkpoint=.*none.pth: no such file",
         ),
         ({"name": NAME, "checkpoint": other}, DataError, r"other.safetensors: does not fit test_vit"),
+        ({"name": NAME, "checkpoint": damaged}, DataError, r"damaged.safetensors: does not fit test_vit"),
         ({"name": NAME, "checkpoint": checkpoint, "pretrained": False}, ValueError, "give one of them"),
     ]
     for arguments, kind, message in cases:
@@ -214,6 +218,9 @@ def test_nothing_measured_gives_nothing() -> None:
     one_view = torch.randn(1, 2, 3, 4, 4)
     one_view[:, 1] = math.nan
     assert not Correspondence.from_features(one_view).visible.any()
+    beyond = torch.randn(1, 2, 3, 4, 4)
+    beyond[:, 1] *= torch.tensor([1e-30, 1e30])[:, None].expand(2, 8).reshape(4, 4)  # lengths of 0 and infinity
+    assert not Correspondence.from_features(beyond).visible.any()
     assert Correspondence.from_features(torch.randn(1, 1, 3, 4, 4)).index.tolist() == [[[[-1] * 16]]]
 
 

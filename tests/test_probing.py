@@ -25,7 +25,7 @@ from cameo.errors import DataError, ShapeError
 from cameo.evaluation.attention import attention_hits, attention_maps, count_hits
 from cameo.evaluation.truth import ANGLE_BINS, Truth, angle_bins, surface_points, view_angles
 from cameo.evaluation.validation import ValidationSettings, validate
-from cameo.layer_probe import ProbedLayer
+from cameo.probed_layer import ProbedLayer
 from cameo.training.layer_choice import probe_for
 from cameo.wrap import CameoModel
 
@@ -243,6 +243,22 @@ def test_a_layer_with_one_token_per_view_is_asked_for_the_view(shift: int | None
     assert "the share that look at a view" in probe.table()
 
 
+@pytest.mark.parametrize("within", [(0, 1, 2), (1,)])
+def test_a_view_of_one_token_is_asked_for_too_and_not_supervised(within: tuple[int, ...]) -> None:
+    """As in the middle of a latent UNet at a small resolution, where the layer's layout knows no cells."""
+    batch = make_batch(samples=2, views=4, size=12)
+    batch["extrinsics"][:, :, 0, 3] = torch.tensor([0.0, 0.0, -5.0, -5.0])
+    model = Planted(TokenLayout("b (v h w)"), joined)
+    probe = probe_layers(model.wrapped(), [batch], LEVELS, prepare=model, within=within, metric=True)
+    assert (probe.layers[0].tokens, probe.layers[0].reach) == ("1 x 1", "cell")
+    assert probe.pairs(0) == 2 * 4
+    assert probe.precision(0) == probe.skill(0) == 1.0
+    assert probe.chance(0) == pytest.approx(1 / 3)
+    assert LayerProbe.from_dict(json.loads(json.dumps(probe.to_dict()))).skill(0) == 1.0
+    with pytest.raises(ValueError, match=r"no layer that can be supervised .*a view is one token"):
+        _ = probe.best  # the loss within a view would be 0 whatever the layer does
+
+
 def small_batches(row: Row) -> list[dict[str, Any]]:
     batch = row.batch(samples=2)
     batch["key"] = ["wall-0/0", "wall-1/0"]
@@ -250,7 +266,7 @@ def small_batches(row: Row) -> list[dict[str, Any]]:
 
 
 @every_tiny
-def test_every_backbone_is_probed_and_left_as_it_was(row: Row) -> None:
+def test_every_backbone_is_probed_and_left_as_it_was(row: Row, monkeypatch: pytest.MonkeyPatch) -> None:
     pipeline = row.pipeline()
     denoiser = pipeline.denoiser
     denoiser.train()
@@ -263,6 +279,7 @@ def test_every_backbone_is_probed_and_left_as_it_was(row: Row) -> None:
     for module, mode in zip(denoiser.modules(), modes, strict=True):
         module.training = mode
     random = torch.get_rng_state()
+    monkeypatch.setattr("torch.cuda.manual_seed_all", lambda seed: pytest.fail("the GPUs' generators were seeded"))
     inflate = bool(row.wrap.get("inflate"))
     probe = probe_layers(pipeline, small_batches(row), LEVELS, inflate=inflate, metric=True)
     assert torch.equal(torch.get_rng_state(), random)
@@ -568,6 +585,7 @@ def test_auto_passes_over_a_layer_that_cannot_be_supervised() -> None:
     assert probe.ranking[0].index == 3
     assert probe.best == probe.layers[0].path
     assert "Cannot be supervised:" in probe.table()
+    assert [place["index"] for place in probe.choice(top=1)["ranking"]] == [3, 0]  # the evidence holds the choice
     assert cameo.wrap(unet, "cat3d", layer="auto", probe=probe).supervised_sites[0].index == 0
 
 

@@ -129,7 +129,7 @@ BACKBONES = {
 
 
 @pytest.mark.parametrize("name", BACKBONES)
-def test_every_backbone_can_be_aligned_with_features(name: str) -> None:
+def test_every_backbone_can_be_aligned_with_features(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     options, batch_options = BACKBONES[name]
     pipeline = get_backbone(name.split()[0]).build("tiny")
     model = cameo.wrap(pipeline.denoiser, name.split()[0], **options).eval()
@@ -137,7 +137,11 @@ def test_every_backbone_can_be_aligned_with_features(name: str) -> None:
     if name == "mvdream":  # from text: no reference view
         batch["num_reference_views"] = 0
     one = {key: value[:1] if isinstance(value, (Tensor, list)) else value for key, value in batch.items()}
-    aligned = align_features(model, pipeline, one, dim=8)
+    random = torch.get_rng_state()
+    with monkeypatch.context() as watched:
+        watched.setattr("torch.cuda.manual_seed_all", lambda seed: pytest.fail("the GPUs' generators were seeded"))
+        aligned = align_features(model, pipeline, one, dim=8)
+    assert torch.equal(torch.get_rng_state(), random)
     assert [path.rpartition(".")[2] for path in aligned.modules_aligned] == ["0"]  # the block, not its attention
     steps = torch.tensor([100, 900])
     inputs = pipeline.training_inputs(batch, generator=torch.Generator().manual_seed(0), timesteps=steps)

@@ -14,7 +14,9 @@ import pytest
 import torch
 
 from cameo import Correspondence
+from cameo.config import CameoConfig
 from cameo.data import collate
+from cameo.errors import DataError
 from cameo.features import FeatureExtractor
 from cameo.training import repa
 from cameo.training.config import CHANGEABLE, TrainingConfig
@@ -30,7 +32,8 @@ from cameo.training.supervision import (
     random_matches,
 )
 from cameo.training.trainer import Trainer
-from tests.training_runs import fresh_accelerate, make_config, make_trainer, same_files, scene_cache
+from tests import training_runs
+from tests.training_runs import fresh_accelerate, make_config, same_files, scene_cache
 
 FEATURES: dict[str, Any] = {"feature_model": "test_vit", "feature_pretrained": False, "feature_size": 32}
 REPA: dict[str, Any] = {"supervision": "repa", **FEATURES}
@@ -43,6 +46,11 @@ def _alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     with fresh_accelerate(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "test_vit has random weights")
         yield
+
+
+def make_trainer(output_dir: Path, **changes: Any) -> Trainer:
+    """LoRA on the queries alone: putting it on more is half of such a short run's time."""
+    return training_runs.make_trainer(output_dir, target_modules=["to_q"], **changes)
 
 
 def history(trainer: Trainer) -> list[dict[str, float]]:
@@ -362,3 +370,27 @@ def test_auto_takes_the_layer_that_the_probe_ranks_best(tmp_path: Path, monkeypa
     assert evidence is not None
     assert [site.path for site in trainer.model.supervised_sites] == [evidence["layer"]]
     assert history(trainer)[0]["supervised"] > 0
+
+
+def test_a_resumed_run_takes_the_layer_of_its_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where its data would now tell another."""
+    monkeypatch.setattr("cameo.training.layer_choice.PROBED_SAMPLES", 2)
+    with warnings.catch_warnings(action="ignore"):  # fresh weights have nothing to tell
+        trainer = make_trainer(tmp_path, layer="auto", max_train_steps=1)
+    trainer.train()
+    paths, evidence = trainer.model.cameo_config.layers, trainer.model.cameo_config.layer_choice
+    other = next(site.path for site in trainer.model.sites if [site.path] != paths)
+    config = CameoConfig.load(tmp_path / "checkpoint-1")
+    assert (config.layers, config.layer_choice) == (paths, evidence)
+    replace(config, layers=[other]).save(tmp_path / "checkpoint-1")
+
+    def refuse(*args: Any) -> Any:
+        raise AssertionError("probed again")
+
+    monkeypatch.setattr("cameo.training.setup.probe_for", refuse)
+    resumed = make_trainer(tmp_path, layer="auto", max_train_steps=2, resume_from_checkpoint="latest")
+    assert resumed.model.cameo_config.layers == [other]
+    assert resumed.model.cameo_config.layer_choice == evidence
+    assert [entry["step"] for entry in history(resumed)] == [1, 2]
+    with pytest.raises(DataError, match="holds no complete checkpoint"):
+        make_trainer(tmp_path / "none", layer="auto", resume_from_checkpoint="latest")

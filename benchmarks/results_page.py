@@ -1,0 +1,108 @@
+"""Draw the curves and fill the tables of docs/results.md from the results of the study.
+
+    python benchmarks/results_page.py
+
+Everything between `<!-- table: NAME -->` and `<!-- end -->` is written anew; the rest of the page is text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from convergence import curves
+from report import PICTURES, RESULTS, ROOT, filled
+
+from cameo.config import write_atomically
+from cameo.evaluation.pictures import save_figure
+from cameo.layer_probe import LayerProbe
+from cameo.perturbation import Drop, LayerEffect, effects_table
+
+__all__ = ["PAGE", "TABLES", "draw"]
+
+PAGE = ROOT / "docs" / "results.md"
+STUDY = RESULTS / "convergence"
+PRESETS = ("tiny", "small")
+SUBJECTS = ("cat3d", "mvdream", "zero123plus", "sv3d", "cat3d_transformer", "rgbd_room")
+NOT_RUN = "Not run yet: `python benchmarks/convergence/study.py --preset {preset} --subjects {subject}`.\n"
+
+
+def arms(preset: str, subject: str, *, named: bool) -> str:
+    """Table of the arms of the study, or of what was varied beside them."""
+    results = curves.load_results(STUDY / preset / subject)
+    shown = {arm: runs for arm, runs in results.items() if (arm in curves.ARM_ORDER) == named or arm == "none"}
+    if len(shown) < 2:
+        return NOT_RUN.format(preset=preset, subject=subject)
+    return f"{origin(shown)}\n\n{curves.table_of_arms(shown)}\n"
+
+
+def origin(results: Mapping[str, Sequence[curves.Run]]) -> str:
+    """Command, device, date and size of the runs."""
+    runs = [run for group in results.values() for run in group]
+    first = runs[0]
+    places = dict.fromkeys(f"{run['device']}, {run['threads']} threads, torch {run['torch']}" for run in runs)
+    dates = sorted({run["date"] for run in runs})
+    steps = sorted({run["validations"][-1]["step"] for run in runs})
+    return (
+        f"`{first['command']}`, preset {first['preset']} ({first['parameters'] / 1e6:.1f} million parameters), "
+        f"{' or '.join(map(str, steps))} steps of batch {first['settings']['train_batch_size']}; "
+        f"{'; '.join(places)}; {' to '.join(dict.fromkeys((dates[0], dates[-1])))}."
+    )
+
+
+def effects(preset: str, subject: str) -> str:
+    """What each layer's attention finds in the trained models, and what cutting it costs."""
+    parts = []
+    for arm in ("none", "cameo"):
+        run = next(iter(curves.load_results(STUDY / preset / subject).get(arm, [])), None)
+        if run is None or "effects" not in run:
+            continue
+        probe = LayerProbe.from_dict(run["probe"])
+        title = f"Model of arm `{arm}`, seed {run['seed']}"
+        title += f", supervised layer {run['layer']}" if arm == "cameo" else ""
+        parts += [title, probe.table(), effects_table([effect_of(values) for values in run["effects"]])]
+    return "\n\n".join(parts) + "\n" if parts else NOT_RUN.format(preset=preset, subject=subject)
+
+
+def effect_of(values: Mapping[str, Any]) -> LayerEffect:
+    """Read an effect back."""
+    drops = {name: Drop(*value) for name, value in values.items() if name.startswith("drop_") and value is not None}
+    return LayerEffect(**{**values, **drops})
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    f"{name}_{preset}_{subject}": partial(function, preset, subject)
+    for name, function in (
+        ("study", partial(arms, named=True)),
+        ("sweeps", partial(arms, named=False)),
+        ("effects", effects),
+    )
+    for preset in PRESETS
+    for subject in SUBJECTS
+}
+
+
+def draw(preset: str) -> Path | None:
+    """Draw the curves of all subjects of a preset; None without results."""
+    found = {subject: curves.load_results(STUDY / preset / subject) for subject in SUBJECTS}
+    found = {subject: results for subject, results in found.items() if results}
+    if not found:
+        return None
+    devices = sorted({runs[0]["device"] for results in found.values() for runs in results.values()})
+    figure = curves.draw_curves(found, f"preset {preset}, {', '.join(devices)}")
+    return save_figure(figure, PICTURES / f"convergence_{preset}.png")
+
+
+def main() -> None:
+    """Draw, then fill the page."""
+    for preset in PRESETS:
+        if path := draw(preset):
+            print(path.relative_to(ROOT))
+    write_atomically(PAGE, filled(PAGE.read_text(encoding="utf-8"), TABLES))
+    print(PAGE.relative_to(ROOT))
+
+
+if __name__ == "__main__":
+    main()
