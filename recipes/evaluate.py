@@ -36,8 +36,13 @@ OPTIONS = ("checkpoint", "checkpoint_revision", "output")
 
 def main(arguments: list[str]) -> None:
     """Evaluate or compare; prints the table."""
-    options = {name: value for name, equals, value in map(_parts, arguments) if name in OPTIONS and equals}
-    others = [argument for argument in arguments if _parts(argument)[0] not in OPTIONS]
+    options, others = {}, []
+    for argument in arguments:
+        name, equals, value = argument.lstrip("-").partition("=")
+        if name in OPTIONS and equals:
+            options[name] = value
+        else:
+            others.append(argument)
     if "--compare" in others:
         others.remove("--compare")
         compare(others, Path(options.get("output", "outputs/comparison")))
@@ -55,8 +60,9 @@ def main(arguments: list[str]) -> None:
     result["data"] |= data_settings(run.config)
     result["run"] = run.facts
     output = Path(options.get("output", "outputs/evaluation"))
-    files = write_result(result, output, sampled=sampled, name=options.get("checkpoint", run.config.backbone))
-    print(f"\n{result_table(result)}\n")
+    name = options.get("checkpoint", run.config.backbone)
+    files = write_result(result, output, sampled=sampled, name=name)
+    print(f"\n{result_table(result, name=name)}\n")
     print(f"{', '.join(file.name for file in files)} in {output}")
 
 
@@ -68,10 +74,6 @@ def compare(paths: list[str], output: Path) -> None:
     write_atomically(output / "table.md", table + "\n")
     figure = save_figure(comparison_figure(results), output / "comparison.png")
     print(f"table.md, {figure.name} in {output}")
-
-
-def _parts(argument: str) -> tuple[str, str, str]:
-    return argument.lstrip("-").partition("=")
 
 
 if __name__ == "__main__":

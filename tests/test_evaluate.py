@@ -531,7 +531,7 @@ def test_a_saved_model_keeps_its_layer(runs: Any, tmp_path: Path, monkeypatch: p
     assert loaded.facts["layers"] == runs["lora"].cameo_config.layers
     assert same_output(loaded, runs["lora"])
     for given in ("layer=auto", "--layer=0", "head=mean"):
-        with pytest.raises(ValueError, match="checkpoint=.* has its own in cameo_config.json; leave it out"):
+        with pytest.raises(ValueError, match=r"checkpoint=.* has its own in cameo_config.json; leave it out"):
             load_evaluated([given], CONFIGS, checkpoint=str(checkpoint))
 
 

@@ -166,7 +166,8 @@ def compare_results(
         >>> found.metric, round(found.difference, 4), found.units, found.is_clear
         ('loss', -0.01, 12, True)
 
-    Warns where fewer than 10 scenes are common. Figures that only one of the two has are left out.
+    Warns where fewer than 10 scenes are common, and of two backbones. Figures that only one of the two has are left
+    out.
 
     Raises:
         ValueError: if settings or data differ, naming the field, or no sample is common.
@@ -200,6 +201,13 @@ def compare_results(
 
 
 def _check_comparable(baseline: Mapping[str, Any], other: Mapping[str, Any]) -> None:
+    ours, theirs = (part.get("run", {}).get("backbone") for part in (baseline, other))
+    if ours and theirs and ours != theirs:
+        warnings.warn(
+            f"results of two backbones, {ours} and {theirs}: each predicts another target, so their denoising losses "
+            "do not compare",
+            stacklevel=3,
+        )
     for part, cure in (
         ("settings", "evaluate both with the same evaluation settings"),
         ("data", "evaluate both on the same data"),
@@ -261,11 +269,14 @@ def comparison_table(results: Mapping[str, Mapping[str, Any]], *, resamples: int
     (first, *_), others = results, list(found)
     heads = ["", first, *[head for name in others for head in (name, "difference [95 %]", "n")]]
     lines = [f"| {' | '.join(heads)} |", f"|{' --- |' * len(heads)}"]
+    several = ""
     for section, metric in _rows(found):
         title, form = describe(section, metric)
         at = {name: found[name].get((section, metric)) for name in others}
-        baseline = next(one.baseline for one in at.values() if one)
-        cells = [title, number(baseline, form)]
+        baselines = dict.fromkeys(number(one.baseline, form) for one in at.values() if one)
+        cells = [title, " / ".join(baselines)]
+        if len(baselines) > 1:
+            several = f" Where {first} has several means, it has different values in common with each of the others."
         for one in at.values():
             cells += ["-", "-", "-"] if one is None else [number(one.other, form), _interval(one, form), str(one.units)]
         lines.append(f"| {' | '.join(cells)} |")
@@ -274,7 +285,8 @@ def comparison_table(results: Mapping[str, Mapping[str, Any]], *, resamples: int
         "",
         f"Means over common {' and '.join(f'{unit}s' for unit in sorted(units))} (n). Difference from {first} with a "
         f"paired bootstrap interval over them ({resamples:,} resamples, seed {seed}); bold where it leaves zero out "
-        f"and n is at least {FEW_SCENES}. Intervals hold figure by figure: of many one in twenty is bold by chance.",
+        f"and n is at least {FEW_SCENES}. Intervals hold figure by figure: of many one in twenty is bold by chance."
+        f"{several}",
     ]
     return "\n".join(lines)
 
@@ -303,7 +315,8 @@ def comparison_figure(
         axis.set_title(textwrap.fill(title, TITLE_WIDTH), fontsize=7)
         axis.locator_params(axis="x", nbins=4)
         axis.tick_params(axis="x", labelsize=7)
-    figure.suptitle(f"difference from {first}, 95 % interval over scenes", fontsize=9)
+    units = sorted({f"{one.unit}s" for part in found.values() for one in part.values()})
+    figure.suptitle(f"difference from {first}, 95 % interval over {' or '.join(units)}", fontsize=9)
     return figure
 
 

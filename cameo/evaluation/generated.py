@@ -44,10 +44,14 @@ def sample_targets(
     """Generate the target views of samples 0 .. `num_sampled`-1, each from noise of its own.
 
     One sample at a time, so that its noise depends on its number alone.
+
+    Raises:
+        DataError: if the data has fewer samples.
+        ValueError: if the model generates values that are not finite.
     """
     device = next(model.parameters()).device
     sampled = SampledViews([], [])
-    for (index,), batch in sample_batches(data, settings.num_sampled, 1, device):
+    for (index,), batch in sample_batches(data, settings.num_sampled, 1, device, setting="num_sampled"):
         images = generate_views(
             model,
             pipeline,
@@ -56,6 +60,8 @@ def sample_targets(
             guidance_scale=settings.guidance_scale,
             generator=torch.Generator().manual_seed(settings.noise_seed + index),
         )
+        if not bool(images.isfinite().all()):
+            raise ValueError(f"model: generates values that are not finite for sample {batch['key'][0]}")
         sampled.batches.append({name: _to_cpu(value) for name, value in batch.items()})
         sampled.images.append(images.float().cpu())
     return sampled
@@ -117,7 +123,10 @@ def _measure_fid(section: Section, pairs: Sequence[tuple[Tensor, Tensor]]) -> No
 
 
 def consistency(sampled: SampledViews, settings: EvaluationSettings) -> Section:
-    """Measure how generated views fit each other and the references; pairs of two references are left out."""
+    """Measure how generated views fit each other and the references; pairs of two references are left out.
+
+    A sample's value is the mean over its pairs, each of them counted once, however many pixels both views show.
+    """
     section = Section()
     if not settings.consistency:
         section.notes["all"] = "consistency=false: left out"
@@ -139,13 +148,13 @@ def consistency(sampled: SampledViews, settings: EvaluationSettings) -> Section:
         values = [_mean_of(getattr(pair, attribute) for pair in found) for found in warped]
         section.add(name, keys, values, missing="no two views show the same surface")
     if "epipolar" not in section.notes:
-        missing = "too few SIFT matches in the true images to tell"
-        consistent = [_mean_of(pair.consistent for pair in found) for found in matched]
+        told = [[pair for pair in found if pair.consistent is not None] for found in matched]
+        consistent = [_mean_of(pair.consistent for pair in found) for found in told]
+        missing = "no two views whose true images are found consistent"
         section.add("epipolar_consistent", keys, consistent, missing=missing)
-        distance = [_mean_of(pair.distance for pair in found) for found in matched]
-        section.add("epipolar_distance", keys, distance, missing="no SIFT match")
-        pairs_told = sum(pair.consistent is not None for found in matched for pair in found)
-        section.details["epipolar_pairs"] = [pairs_told, sum(map(len, matched))]
+        distance = [_mean_of(pair.distance for pair in found) for found in told]
+        section.add("epipolar_distance", keys, distance, missing=f"{missing}, or no SIFT match in them,")
+        section.details["epipolar_pairs"] = [sum(map(len, told)), sum(map(len, matched))]
     section.details["warped"] = [
         {"angle": pair.angle, "pixels": pair.pixels, "error": pair.absolute, "truth": pair.true_absolute}
         for found in warped

@@ -12,12 +12,14 @@ import torch
 from torch.utils.data import Dataset
 
 from cameo.data import MultiViewSample
+from cameo.depth import is_measured
 from cameo.evaluation.attention import READOUTS
 from cameo.evaluation.generated import SampledViews, consistency, novel_views, sample_targets
 from cameo.evaluation.settings import EvaluationSettings, Section
-from cameo.evaluation.validation import measure_denoising, sample_batches
-from cameo.layer_probe import NEAR, LayerProbe, ProbedLayer
+from cameo.evaluation.validation import DenoisingErrors, measure_denoising, sample_batches
+from cameo.layer_probe import NEAR, LayerProbe
 from cameo.pipeline import MultiViewPipeline
+from cameo.probed_layer import ProbedLayer
 from cameo.probing import probe_layers
 from cameo.wrap import CameoModel
 
@@ -82,7 +84,8 @@ def evaluate(
 
     Raises:
         DataError: if the samples carry no depth, or there are too few.
-        ValueError: if nothing can be measured, see `validate`, or `sampled` is of another number of samples.
+        ValueError: if nothing can be measured, see `validate`, if the model's predictions are not finite, or if
+            `sampled` is of another number of samples.
     """
     sections = {
         "novel_views": Section(),
@@ -118,6 +121,7 @@ def _denoising(
 ) -> Section:
     validation, section = settings.validation(), Section()
     errors = measure_denoising(model, pipeline, data, validation, predict_from=0.0)
+    _check_finite(errors)
     low, high = settings.noise_bands
     bands: dict[str, list[float]] = {"loss": list(settings.noise_levels)}
     bands["loss_low"] = [level for level in settings.noise_levels if level < low]
@@ -148,13 +152,26 @@ def _denoising(
     return section
 
 
+def _check_finite(errors: DenoisingErrors) -> None:
+    """Refuse a broken model, which would else be measured on the samples that it happens to get through."""
+    for level, losses in errors.loss.items():
+        for key, *values in zip(errors.keys, losses, errors.squared[level], strict=True):
+            if not all(map(math.isfinite, values)):
+                raise ValueError(
+                    f"model: its prediction for sample {key} at noise level {level} is not finite, so nothing can be "
+                    "measured. Evaluate an earlier checkpoint, or in higher precision"
+                )
+
+
 def _describe(data: Dataset[MultiViewSample], settings: EvaluationSettings) -> dict[str, Any]:
     """Say what was measured on, so that a comparison can tell whether two results are of the same samples."""
     samples: dict[str, list[float]] = {}
     total = max(settings.num_samples, settings.num_sampled)
     batch: dict[str, Any] = {}
     for _, batch in sample_batches(data, total, 1, torch.device("cpu")):
-        samples[batch["key"][0]] = [round(float(batch[name].double().mean()), 5) for name in ("images", "depth")]
+        depth = batch["depth"].double()
+        means = batch["images"].double().mean(), torch.where(is_measured(depth), depth, 0).mean()
+        samples[batch["key"][0]] = [round(float(mean), 5) for mean in means]
     return {
         "num_views": batch["images"].shape[1],
         "num_reference_views": int(batch["num_reference_views"]),

@@ -30,6 +30,8 @@ __all__ = ["Evaluated", "data_settings", "evaluation_settings", "load_evaluated"
 INDEX = "model_index.json"
 RUN_SETTINGS = "config.yaml"
 EVALUATION = tuple(entry.name for entry in fields(EvaluationSettings))
+SAVED = ("layer", "head")  # what a saved model brings along
+METRIC = ("scenes", "bare_rooms", "rgbd")
 # What of a run's settings decides which samples it is validated on.
 DATA = ("resolution", "data_format", "camera_rig", "views_per_scene", "intrinsics", "depth_scale")
 
@@ -81,8 +83,7 @@ def evaluation_settings(given: dict[str, str], config: TrainingConfig) -> Evalua
     Raises:
         ValueError: for a value of the wrong type or out of range; names the setting.
     """
-    metric = match_settings(config)["data_format"] in ("scenes", "rgbd")
-    values: dict[str, Any] = {"metric_depth": metric}
+    values: dict[str, Any] = {"metric_depth": match_settings(config)["data_format"] in METRIC}
     types = get_type_hints(EvaluationSettings)
     for name, text in given.items():
         value = OmegaConf.to_container(OmegaConf.from_dotlist([f"{name}={text}"]))[name]
@@ -119,6 +120,7 @@ def load_evaluated(
     Without `checkpoint` it is the base that the settings name, wrapped as a training would start from it. With it, the
     settings of the run are those of `config=`, else of the `config.yaml` in the checkpoint's folder or the one above.
     Where there is none the backbone's settings file stands in for the data, and `cameo_config.json` names the base.
+    The supervised layers and heads are those of `cameo_config.json`; with `layer=auto` too nothing is probed again.
 
     Args:
         arguments: `key=value` settings of `TrainingConfig`; they win over those of the run.
@@ -128,7 +130,8 @@ def load_evaluated(
 
     Raises:
         DataError: if the checkpoint holds nothing that can be loaded, or a base that is not saved anywhere.
-        ValueError: for unknown settings, or weights that do not fit.
+        ValueError: for unknown settings, those of a layer or head that the checkpoint has already, or weights that do
+            not fit.
     """
     folder = None if checkpoint is None else local_folder(checkpoint, revision)
     config, of_run = _settings(folder, arguments, Path(configs))
@@ -136,6 +139,12 @@ def load_evaluated(
         pipeline = load_pipeline(config)
         model, trained_head = _wrapped(pipeline, config), False
     elif (folder / CONFIG_NAME).is_file():
+        for name in (argument.lstrip("-").partition("=")[0] for argument in arguments):
+            if name in SAVED:
+                raise ValueError(
+                    f"{name}: checkpoint={checkpoint} has its own in {CONFIG_NAME}; leave it out. attention_layers=all "
+                    "measures every layer"
+                )
         cameo_config = CameoConfig.load(folder)
         if cameo_config.backbone != config.backbone:
             raise ValueError(

@@ -112,8 +112,8 @@ class Section:
     notes: dict[str, str] = field(default_factory=dict)
     details: dict[str, Any] = field(default_factory=dict)
 
-    def add(self, name: str, keys: Sequence[str], values: Sequence[float | None], missing: str = "") -> None:
-        """Note a figure of each sample; None and NaN are samples that have no value, for the reason `missing`.
+    def add(self, name: str, keys: Sequence[str], values: Sequence[float | None], missing: str = "not finite") -> None:
+        """Note a figure of each sample; None, NaN and infinity are samples without a value, for the reason `missing`.
 
         Example:
             >>> section = Section()
@@ -124,7 +124,7 @@ class Section:
         found = {
             key: float(value)
             for key, value in zip(keys, values, strict=True)
-            if value is not None and not math.isnan(value)
+            if value is not None and math.isfinite(value)
         }
         self.per_sample[name] = found
         self.mean[name] = sum(found.values()) / len(found) if found else None

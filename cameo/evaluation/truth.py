@@ -14,7 +14,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from cameo.cameras import full_precision
+from cameo.cameras import at_least_float32, full_precision
 from cameo.correspondence import Correspondence
 from cameo.depth import read_depth
 from cameo.geometry import camera_rays, cell_centres, invert_extrinsics
@@ -79,7 +79,7 @@ def surface_points(depth: Tensor, intrinsics: Tensor, extrinsics: Tensor, sizes:
         extrinsics: `[B, V, 4, 4]` world-to-camera.
         sizes: token grid `(h, w)` of each view; views with fewer than N tokens end in NaN.
     """
-    depth = depth.to(torch.promote_types(depth.dtype, torch.float32))
+    depth = depth.to(at_least_float32(depth))
     points = depth.new_full((*depth.shape[:2], max(h * w for h, w in sizes), 3), math.nan)
     poses = invert_extrinsics(extrinsics.to(depth))
     for view, (height, width) in enumerate(sizes):

@@ -296,9 +296,11 @@ def _attention_report(hits: Hits, references: int) -> dict[str, Any]:
 
 
 def sample_batches(
-    data: Dataset[MultiViewSample], total: int, size: int, device: torch.device
+    data: Dataset[MultiViewSample], total: int, size: int, device: torch.device, *, setting: str = "num_samples"
 ) -> Iterator[tuple[range, dict[str, Any]]]:
     """Collate samples 0 .. total-1 of the data, each batch with the numbers of its samples.
+
+    `setting` is what `total` is called in an error.
 
     Keys are made unique: where a sample shows the same views of a scene as an earlier one, `#2` stands behind its key.
 
@@ -306,7 +308,7 @@ def sample_batches(
         DataError: if the data has fewer samples.
     """
     if isinstance(data, Sized) and len(data) < total:
-        raise DataError(f"data: expected at least num_samples={total} samples, got {len(data)}; lower num_samples")
+        raise DataError(f"data: expected at least {setting}={total} samples, got {len(data)}; lower {setting}")
     known: Counter[str] = Counter()
     for start in range(0, total, size):
         indices = range(start, min(start + size, total))
@@ -330,7 +332,7 @@ def fixed_inputs(
 
 def _per_sample(squared: Tensor, mask: Tensor) -> list[float]:
     """Mean squared error of each sample over the masked pixels; NaN for samples without any."""
-    total = (squared * mask).sum(dim=(1, 2, 3, 4)).double()
+    total = torch.where(mask, squared, 0).sum(dim=(1, 2, 3, 4)).double()
     count = (mask.sum(dim=(1, 2, 3, 4)) * squared.shape[2]).double()
     return (total / count).tolist()
 
