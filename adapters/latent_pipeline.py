@@ -62,6 +62,11 @@ class LatentPipeline(DiffusionPipeline):
         """
         return next((parameter.dtype for parameter in self.unet.parameters()), torch.float32)
 
+    @property
+    def size_multiple(self) -> int:
+        """Pixels that the sides of an image must be a multiple of: the U-Net halves the latents at each block but one."""
+        return self.latent_stride * 2 ** (len(self.unet.config.block_out_channels) - 1)
+
     def latent_shape(self, image_shape: Sequence[int]) -> tuple[int, ...]:
         """Shape `[B, V, C, h, w]` of the latents of images `[B, V, 3, H, W]`."""
         batch, views, _, height, width = image_shape
@@ -104,7 +109,7 @@ class LatentPipeline(DiffusionPipeline):
         if not images.is_floating_point():
             raise ValueError(f"images: expected floats in [0, 1], got {images.dtype}; divide by 255")
         height, width = images.shape[-2:]
-        multiple = self.latent_stride * 2 ** (len(self.unet.config.block_out_channels) - 1)
+        multiple = self.size_multiple
         if height % multiple or width % multiple:
             raise ShapeError("images", expected=f"height and width divisible by {multiple}", got=images.shape)
 

@@ -113,6 +113,7 @@ class FeatureExtractor(nn.Module):
 def _build(name: str, checkpoint: str | Path | None, pretrained: bool) -> Any:
     """Build the network with its weights; the random numbers of the caller stay where they are."""
     import timm
+    from safetensors import SafetensorError
 
     known = timm.list_models()
     if name.split(".")[0] not in known:
@@ -123,7 +124,7 @@ def _build(name: str, checkpoint: str | Path | None, pretrained: bool) -> Any:
     if checkpoint is not None:
         options["pretrained_cfg_overlay"] = {"file": str(checkpoint)}
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.random.default_generator.manual_seed(0)  # torch.manual_seed would reach the GPU's as well
         try:
             return timm.create_model(name, pretrained=pretrained, **options)
         except TypeError as error:  # an option that only vision transformers have
@@ -136,7 +137,7 @@ def _build(name: str, checkpoint: str | Path | None, pretrained: bool) -> Any:
                 f"feature_model={name}: its weights are not reachable ({error}). Give feature_checkpoint=FILE with the "
                 "weights as timm publishes them, or feature_pretrained=false for random ones as a control"
             ) from error
-        except (RuntimeError, KeyError) as error:
+        except (RuntimeError, KeyError, SafetensorError) as error:
             if checkpoint is None:
                 raise
             first = " ".join(str(error).split("\n\t")[:2])  # torch lists every parameter

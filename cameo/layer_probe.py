@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,11 +16,12 @@ import numpy as np
 
 from cameo.config import write_atomically
 from cameo.errors import DataError, unknown_name
+from cameo.probed_layer import ProbedLayer
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["NEAR", "LayerProbe", "ProbedLayer", "RankedLayer"]
+__all__ = ["NEAR", "LayerProbe", "RankedLayer", "known_within"]
 
 NEAR = "2cm"
 FORMAT = 1
@@ -30,52 +31,6 @@ RULE = (
     "skill = (precision - chance) / (1 - chance)"
 )
 KINDS = ("precision", "chance", "skill")
-
-
-@dataclass(frozen=True, eq=False)
-class ProbedLayer:
-    """Counts of one layer.
-
-    Attributes:
-        index, path: of the attention site.
-        reach: what a query sees of each view, as `TokenLayout.reach`. In a layer of reach "cell" there is no choice
-            among tokens, and its figures are the share of queries whose most-attended view shows the point.
-        tokens: token grids of the views, as shown in tables.
-        reason: why the layer was not probed, or None; without counts then.
-        unsupervised: why the layer cannot be supervised, or None.
-        pairs: visible pairs by sample and bin, int64 `[S, A]`.
-        chance: expected hits of uniform attention, `[S, A, W]`.
-        ceiling: pairs whose true token is itself within 2 cm, `[S, A]`, or None.
-        hits: per readout, int64 `[T, S, A, W]`; of several heads those of the one with most hits within 1 token at
-            that time step, over all samples.
-        heads: number of that head by readout and time step.
-    """
-
-    index: int
-    path: str
-    reach: str
-    tokens: str
-    reason: str | None = None
-    unsupervised: str | None = None
-    pairs: np.ndarray | None = None
-    chance: np.ndarray | None = None
-    ceiling: np.ndarray | None = None
-    hits: dict[str, np.ndarray] = field(default_factory=dict)
-    heads: dict[str, list[int]] = field(default_factory=dict)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        values = {entry.name: getattr(self, entry.name) for entry in fields(self)}
-        arrays = {name: value.tolist() for name, value in values.items() if isinstance(value, np.ndarray)}
-        return {**values, **arrays, "hits": {name: value.tolist() for name, value in self.hits.items()}}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> ProbedLayer:
-        """Undo `to_dict`."""
-        kinds = {"pairs": np.int64, "chance": np.float64, "ceiling": np.float64}
-        arrays = {name: np.array(values[name], kind) for name, kind in kinds.items() if values[name] is not None}
-        hits = {name: np.array(value, np.int64) for name, value in values["hits"].items()}
-        return cls(**{**values, **arrays, "hits": hits})
 
 
 @dataclass(frozen=True)
@@ -229,14 +184,19 @@ class LayerProbe:
         )
 
     def choice(self, *, top: int = 5) -> dict[str, Any]:
-        """What `layer="auto"` writes into the config: the layer, the rule, and the ranking behind it."""
+        """What `layer="auto"` writes into the config: the layer, the rule, and the ranking behind it.
+
+        Of the ranking the first `top`, and the layer itself if layers that cannot be supervised are before it.
+        """
+        best = self.best
+        shown = [place for number, place in enumerate(self.ranking) if number < top or place.path == best]
         return {
-            "layer": self.best,
+            "layer": best,
             "rule": RULE,
             "timesteps": list(self.timesteps),
             "scenes": len(self.scene_names),
             "samples": len(self.samples),
-            "pairs": self.pairs(self.best),
+            "pairs": self.pairs(best),
             "inflate": self.inflate,
             "ranking": [
                 {
@@ -247,7 +207,7 @@ class LayerProbe:
                     "behind": place.behind and list(place.behind),
                     "supervisable": place.supervisable,
                 }
-                for place in self.ranking[:top]
+                for place in shown
             ],
         }
 

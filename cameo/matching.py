@@ -112,7 +112,9 @@ def _feature_tokens(features: Tensor, sizes: Sizes) -> Tensor:
     tokens = features.new_full((*features.shape[:2], count, features.shape[2]), math.nan)
     for view, (h, w) in enumerate(sizes):
         tokens[:, view, : h * w] = rearrange(resample_features(features[:, view], (h, w)), "b c h w -> b (h w) c")
-    return tokens / tokens.norm(dim=-1, keepdim=True)  # vectors that cancel to 0 become NaN
+    length = tokens.norm(dim=-1, keepdim=True)
+    # Vectors that cancel to 0, or whose length is beyond the range of numbers, have no direction.
+    return tokens / length.masked_fill((length == 0) | length.isinf(), math.nan)
 
 
 def _most_similar(tokens: Tensor) -> tuple[Tensor, Tensor]:

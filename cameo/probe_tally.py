@@ -20,10 +20,10 @@ from cameo.correspondence import Correspondence
 from cameo.errors import DataError, ShapeError
 from cameo.evaluation.attention import count_hits
 from cameo.evaluation.truth import ANGLE_BINS, Truth, angle_bins, surface_points
-from cameo.layer_probe import ProbedLayer
 from cameo.layout import TokenLayout
 from cameo.listing import shown_grids
 from cameo.model import CameoModel
+from cameo.probed_layer import ProbedLayer
 
 __all__ = ["BatchTruths", "LayerTally"]
 
@@ -74,6 +74,7 @@ class LayerTally:
     site: AttentionSite
     reason: str | None
     tokens: str = ""
+    one_token: bool = False
     steps: list[dict[str, Tensor]] = field(default_factory=list)
     hits: list[list[dict[str, Tensor]]] = field(default_factory=list)
     truths: list[tuple[Tensor, Tensor, Tensor | None]] = field(default_factory=list)
@@ -95,8 +96,8 @@ class LayerTally:
             return
         truth = truths.truth(self.site)
         if not self.steps:
-            cells = truth.one_token
-            ceiling = truth.ceiling(near) if near is not None and not cells else None
+            self.one_token = truth.one_token
+            ceiling = truth.ceiling(near) if near is not None and not self.one_token else None
             self.truths.append((truth.pairs, truth.chance(within, near), ceiling))
             views, _, height, width = truths.batch["images"].shape[1:]
             self.tokens = shown_grids(self.site, height, width, views)
@@ -113,7 +114,9 @@ class LayerTally:
         layout = self.site.layout
         per_view, all_views = (layout.refusal(name, num_views) for name in ("per_view", "all_views"))
         unsupervised = self.site.unsupported or (all_views if per_view else None)
-        common = (self.site.index, self.site.path, layout.reach, self.tokens)
+        if self.one_token and layout.reach != "cell":
+            unsupervised = unsupervised or "at this resolution a view is one token: within a view there is no choice"
+        common = (self.site.index, self.site.path, "cell" if self.one_token else layout.reach, self.tokens)
         counted = next((steps[0] for steps in self.hits if steps and steps[0]), None)
         if self.reason is None and counted is None:
             self.reason = "none of its queries reaches a token that shows the same surface point"

@@ -100,7 +100,7 @@ def probe_layers(
         for number, batch in enumerate(batches):
             truths = BatchTruths(_moved(batch, subject.device), metric)
             first = names.add(batch)
-            torch.manual_seed(seed + number)
+            _seed_random_state(subject.device, seed + number)
             for level in levels:
                 make = functools.partial(subject.prepare, truths.batch, level, first)
                 for tally, seen in subject.forward(tallies, make):
@@ -288,6 +288,14 @@ def _known_levels(timesteps: Sequence[float]) -> tuple[float, ...]:
 
 def _moved(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
     return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+
+
+def _seed_random_state(device: torch.device, seed: int) -> None:
+    """Seed what `_same_random_state` puts back; `torch.manual_seed` would reach every GPU."""
+    torch.random.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)
 
 
 @contextmanager

@@ -279,9 +279,10 @@ def test_every_backbone_is_probed_and_left_as_it_was(row: Row, monkeypatch: pyte
     for module, mode in zip(denoiser.modules(), modes, strict=True):
         module.training = mode
     random = torch.get_rng_state()
-    monkeypatch.setattr("torch.cuda.manual_seed_all", lambda seed: pytest.fail("the GPUs' generators were seeded"))
-    inflate = bool(row.wrap.get("inflate"))
-    probe = probe_layers(pipeline, small_batches(row), LEVELS, inflate=inflate, metric=True)
+    inflate, batches = bool(row.wrap.get("inflate")), small_batches(row)
+    with monkeypatch.context() as watched:
+        watched.setattr("torch.cuda.manual_seed_all", lambda seed: pytest.fail("the GPUs' generators were seeded"))
+        probe = probe_layers(pipeline, batches, LEVELS, inflate=inflate, metric=True)
     assert torch.equal(torch.get_rng_state(), random)
     assert [module.training for module in denoiser.modules()] == modes
     assert checks.hooks(denoiser) == count

@@ -21,9 +21,9 @@ PROBED_SAMPLES = 16
 def probe_for(pipeline: MultiViewPipeline, dataset: Dataset[MultiViewSample], config: TrainingConfig) -> LayerProbe:
     """Probe the pipeline's denoiser on the first samples of a training set, for `cameo.wrap(layer="auto")`.
 
-    Call it before the denoiser is wrapped. The result depends on the weights and the data alone, so that a resumed run
-    and every process of a run find the same layer; a denoiser with fresh weights has nothing to tell, and its ranking
-    is close to noise.
+    Call it before the denoiser is wrapped. It runs where the denoiser stands, and the result depends on the weights and
+    the data alone, so that every process of a run finds the same layer. A denoiser with fresh weights has nothing to
+    tell, and its ranking is close to noise.
 
     Args:
         pipeline: holds the denoiser, with or without LoRA (which changes nothing before the training).

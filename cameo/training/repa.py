@@ -22,6 +22,7 @@ from cameo.capture import AttentionSite
 from cameo.data.matches import Sizes
 from cameo.errors import CaptureError
 from cameo.evaluation.mode import evaluation_mode, native_precision
+from cameo.evaluation.truth import fold_tokens
 from cameo.layout import TokenLayout
 from cameo.matching import resample_features
 from cameo.pipeline import MultiViewPipeline
@@ -32,11 +33,6 @@ __all__ = ["FeatureAlignment", "align_features", "feature_tokens", "projector"]
 
 # Width of the projector, as in the released code of REPA.
 PROJECTOR_WIDTH = 2048
-FOLDS = {
-    "row": "b v (h w) c -> (b h) v w c",
-    "column": "b v (h w) c -> (b w) v h c",
-    "cell": "b v (h w) c -> (b h w) v 1 c",
-}
 
 
 class FeatureAlignment(nn.Module):
@@ -64,7 +60,7 @@ class FeatureAlignment(nn.Module):
         self.model, self.modules_aligned = model, list(modules)
         device = next(model.parameters()).device
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.random.default_generator.manual_seed(seed)  # torch.manual_seed would reach the GPU's as well
             self.projectors = nn.ModuleList(projector(width, dim) for width in channels).to(device)
         self.num_supervised = 0
         self._alignment_loss: Tensor | None = None
@@ -268,6 +264,4 @@ def feature_tokens(layout: TokenLayout, features: Tensor, sizes: Sizes, *, views
         part = rearrange(resample_features(features[:, view], size), "b c h w -> b (h w) c")
         tokens.append(F.pad(part, (0, 0, 0, longest - part.shape[1])))
     stacked = torch.stack(tokens[len(tokens) - views :], dim=1)
-    if layout.reach == "all":
-        return stacked
-    return rearrange(stacked, FOLDS[layout.reach], h=sizes[0][0], w=sizes[0][1])
+    return fold_tokens(stacked, layout, sizes[0])

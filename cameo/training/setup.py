@@ -108,13 +108,18 @@ def wrap_denoiser(
 ) -> CameoModel:
     """Wrap the pipeline's denoiser with the run's CAMEO settings and note where its base weights came from.
 
-    With `layer=auto` the layers are probed on the first samples of `dataset`, the training set.
+    With `layer=auto` the layers are probed on the first samples of `dataset`, the training set. A resumed run takes the
+    layer of its checkpoint: files that have moved, or another device, might turn a close ranking.
 
     Raises:
+        DataError: if there is no checkpoint to resume from.
         ValueError: for `layer=auto` without a data set.
     """
-    probe = None
-    if config.layer == "auto":
+    layer, probe, chosen = config.layer, None, None
+    if layer == "auto" and config.resume_from_checkpoint:
+        saved = CameoConfig.load(find_checkpoint(config.output_dir, config.resume_from_checkpoint))
+        layer, chosen = saved.layers, saved.layer_choice
+    elif layer == "auto":
         if dataset is None:
             raise ValueError("layer=auto: needs dataset=, the training set on which the layers are probed; got None")
         probe = probe_for(pipeline, dataset, config)
@@ -122,7 +127,7 @@ def wrap_denoiser(
     model = cameo.wrap(
         pipeline.denoiser,
         backbone=config.backbone,
-        layer=config.layer,
+        layer=layer,
         probe=probe,
         head=config.head,
         weight=config.weight if config.supervision == "cameo" else 0.0,
@@ -133,6 +138,8 @@ def wrap_denoiser(
         num_reference_views=config.num_reference_views,
         inflate=config.inflate,
     )
+    if chosen is not None:
+        model.cameo_config.layer_choice = chosen
     model.cameo_config.base_model = _base_name(config)
     model.cameo_config.base_revision = config.revision or get_backbone(config.backbone).revision(_base_name(config))
     model.cameo_config.training = {
