@@ -44,6 +44,12 @@ def pixel_rays(extrinsics: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 @pytest.fixture(scope="module")
+def bare_rooms(tmp_path_factory: pytest.TempPathFactory) -> EmbeddedScenes:
+    settings = {"num_scenes": 3, "views_per_scene": 6, "progress": False, "content": "bare_rooms"}
+    return EmbeddedScenes(cache_dir=tmp_path_factory.mktemp("cache"), **settings)
+
+
+@pytest.fixture(scope="module")
 def rooms(tmp_path_factory: pytest.TempPathFactory) -> EmbeddedScenes:
     return EmbeddedScenes(num_scenes=3, views_per_scene=6, cache_dir=tmp_path_factory.mktemp("cache"), progress=False)
 
@@ -107,10 +113,12 @@ def test_colour_is_that_of_the_surface_point() -> None:
     np.testing.assert_allclose(images[0, :2], expected, atol=0.51)
 
 
-def test_views_agree_on_colour_and_depth(rooms: EmbeddedScenes) -> None:
+@pytest.mark.parametrize("content", ["rooms", "bare_rooms"])
+def test_views_agree_on_colour_and_depth(content: str, request: pytest.FixtureRequest) -> None:
     """Colours carried along depth and cameras agree; carried to a wrong place they do not."""
-    for scene in range(len(rooms)):
-        views = rooms.views(scene)
+    scenes: EmbeddedScenes = request.getfixturevalue(content)
+    for scene in range(len(scenes)):
+        views = scenes.views(scene)
         right, wrong = reprojection_errors(views), reprojection_errors(views, shift=0.25)
         assert right < 0.035
         assert wrong > 2.5 * right
@@ -143,6 +151,24 @@ def test_rooms_are_measured_everywhere_and_metric(rooms: EmbeddedScenes) -> None
         # Texture at the scale of pixels: the local contrast is far from a flat toy's.
         contrast = views.images.float().diff(dim=-1).abs().mean() / 255
         assert contrast > 0.02
+
+
+def test_bare_rooms_tell_more_by_another_view_than_by_the_mean(
+    rooms: EmbeddedScenes, bare_rooms: EmbeddedScenes
+) -> None:
+    """What the mean colour leaves unknown at tokens of 8 pixels is larger than in furnished rooms."""
+
+    def unknown(scenes: EmbeddedScenes) -> float:
+        images = torch.stack([scenes.views(scene).images.float() / 255 for scene in range(len(scenes))])
+        tokens = F.avg_pool2d(images.flatten(0, 1), 8)
+        return float(tokens.flatten(2).var(-1).mean())
+
+    assert unknown(bare_rooms) > 1.5 * unknown(rooms)
+    depth = torch.stack([bare_rooms.views(scene).depth for scene in range(3)])
+    assert depth.min() > 0.1
+    assert depth.max() < 8.0
+    extents = [bare_rooms.views(scene).depth.amax() for scene in range(3)]
+    assert len({round(float(extent), 3) for extent in extents}) == 3  # the geometry differs from room to room
 
 
 def test_same_seed_is_bit_identical_and_others_differ(tmp_path: Path) -> None:
@@ -234,6 +260,9 @@ def test_default_cache_folder_follows_the_environment(tmp_path: Path, monkeypatc
         ({"num_scenes": 0}, "num_scenes: expected at least 1"),
         ({"size": (0, 8)}, r"size\[0\]: expected at least 1"),
         ({"seed": -1}, "seed: expected 0 or more"),
+        ({"content": "bare_room"}, "unknown content 'bare_room': did you mean 'bare_rooms'"),
+        ({"content": "bare_rooms", "rig": "mvdream"}, "got content='bare_rooms'"),
+        ({"content": "bare_rooms", "mesh_dir": "meshes"}, "content='bare_rooms' and mesh_dir='meshes'"),
     ],
 )
 def test_wrong_settings(tmp_path: Path, options: dict[str, object], message: str) -> None:

@@ -117,6 +117,7 @@ def test_wrong_settings_are_refused(file: Path, override: str, message: str) -> 
     ("overrides", "message"),
     [
         (["camera_rig=mvdream", "data_format=scenes"], r"camera_rig=mvdream: .*needs data_format=.*got scenes"),
+        (["camera_rig=mvdream", "data_format=bare_rooms"], r"camera_rig=mvdream: .*got bare_rooms"),
         (["camera_rig=mvdream", "data_format=rgbd"], r"camera_rig=mvdream: .*needs data_format=.*got rgbd"),
         (
             ["data_format=objects", "train_data_dir=office"],
