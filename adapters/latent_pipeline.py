@@ -64,7 +64,7 @@ class LatentPipeline(DiffusionPipeline):
 
     @property
     def size_multiple(self) -> int:
-        """Pixels that the sides of an image must be a multiple of: the U-Net halves the latents at each block but one."""
+        """Pixels that the sides of an image must be a multiple of: each block of the U-Net but one halves them."""
         return self.latent_stride * 2 ** (len(self.unet.config.block_out_channels) - 1)
 
     def latent_shape(self, image_shape: Sequence[int]) -> tuple[int, ...]:

@@ -60,7 +60,8 @@ class LayerEffect:
         drop_psnr_covisible, drop_psnr_all: by how many dB its PSNR is lower.
         per_scene: metric ("loss", "psnr_covisible", "psnr_all") to scene to what the cut costs there, for a paired
             comparison of two layers.
-        reason: why the layer was not cut; everything above is then None or empty.
+        reason: why the layer was not cut, or what cannot be measured without it; everything above is then None or
+            empty.
     """
 
     index: int
@@ -173,6 +174,9 @@ def _effect(site: AttentionSite, whole: Values, cut: Values) -> LayerEffect:
     for metric, scenes in whole.items():
         if len(scenes) < 2:  # no references, or none that see anything
             continue
+        if lost := sorted(scenes.keys() - cut[metric].keys()):
+            reason = f"without it the model's {metric} is not finite in {', '.join(lost[:3])}"
+            return LayerEffect(site.index, site.path, reason=reason)
         before, after = list(scenes.values()), [cut[metric][scene] for scene in scenes]
         worse = (before, after) if metric == "loss" else (after, before)
         means[metric] = sum(after) / len(after)

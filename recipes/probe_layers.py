@@ -83,7 +83,8 @@ def main(arguments: list[str]) -> None:
             if effect.drop_psnr_all is not None
         }
         table = f"{probe.table(columns={'PSNR lost without it (dB)': lost})}\n\n{effects_table(effects)}"
-        files.append(save_figure(effects_figure(effects), output / "perturbation.png"))
+        if lost:
+            files.append(save_figure(effects_figure(effects), output / "perturbation.png"))
     write_atomically(output / "table.md", table + "\n")
     print(f"\n{table}\n")
     print(f"best layer: {probe.best}; table.md, {', '.join(file.name for file in files)} in {output}")

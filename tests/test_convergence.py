@@ -114,7 +114,9 @@ def small_study(scripts: SimpleNamespace, tmp_path_factory: pytest.TempPathFacto
         patch.setattr(scripts.study, "HERE", folder)
         patch.setattr(scripts.study, "RESULTS", folder / "results")
         common = ["--preset", "trial", "--subjects", "cat3d", "--work", str(folder / "work")]
-        yield SimpleNamespace(folder=folder, study=scripts.study, main=lambda *more: scripts.study.main([*common, *more]))
+        yield SimpleNamespace(
+            folder=folder, study=scripts.study, main=lambda *more: scripts.study.main([*common, *more])
+        )
 
 
 def test_every_arm_runs_once_and_leaves_a_whole_record(small_study: Any, capsys: pytest.CaptureFixture) -> None:
@@ -161,7 +163,9 @@ def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(
         assert {k: v for k, v in entry.items() if k not in times} == {k: v for k, v in other.items() if k not in times}
 
 
-def test_an_arm_that_needs_the_ranking_says_so(small_study: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_arm_that_needs_the_ranking_says_so(
+    small_study: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(small_study.study, "RESULTS", tmp_path)
     with pytest.raises(SystemExit, match="run that first"):
         small_study.main("--arms", "cameo", "--seeds", "0")

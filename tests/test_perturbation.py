@@ -17,7 +17,7 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 
 import cameo
-from cameo import CameoModel, TokenLayout
+from cameo import CameoModel, TokenLayout, perturbation
 from cameo.adapters.joined_frames import deflate
 from cameo.capture import AttentionCapture, AttentionSite
 from cameo.errors import CaptureError
@@ -624,3 +624,13 @@ def test_layers_of_the_shipped_base_are_worth_differently(bundled: Any) -> None:
     assert len(middle) == 16
     for one in (first, last):
         assert paired_bootstrap(middle, one)[1] > 0
+
+
+def test_a_cut_that_breaks_the_model_is_told_and_not_averaged() -> None:
+    site = AttentionSite(2, "mid.attn1", heads=1, layout=TokenLayout("b (v h w)"))
+    whole = {"loss": {"a": 0.1, "b": 0.2}, "psnr_covisible": {}, "psnr_all": {"a": 10.0, "b": 11.0}}
+    cut = {"loss": {"a": 0.2}, "psnr_covisible": {}, "psnr_all": {"a": 9.0, "b": 9.0}}
+    effect = perturbation._effect(site, whole, cut)
+    assert effect.reason == "without it the model's loss is not finite in b"
+    assert effect.drop_psnr_all is None
+    assert effect.per_scene == {}
