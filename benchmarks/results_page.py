@@ -26,7 +26,8 @@ PAGE = ROOT / "docs" / "results.md"
 STUDY = RESULTS / "convergence"
 PRESETS = ("tiny", "small")
 SUBJECTS = ("cat3d", "mvdream", "zero123plus", "sv3d", "cat3d_transformer", "rgbd_room")
-NOT_RUN = "Not run yet: `python benchmarks/convergence/study.py --preset {preset} --subjects {subject}`.\n"
+COMMAND = "python benchmarks/convergence/study.py --preset {preset} --subjects {subject}"
+NOT_RUN = f"Not run yet: `{COMMAND}`.\n"
 
 
 def arms(preset: str, subject: str, *, named: bool) -> str:
@@ -38,6 +39,31 @@ def arms(preset: str, subject: str, *, named: bool) -> str:
     return f"{origin(shown)}\n\n{curves.table_of_arms(shown)}\n"
 
 
+def levels(preset: str, subject: str) -> str:
+    """Denoising loss at each noise level at the end of the runs."""
+    results = curves.load_results(STUDY / preset / subject)
+    shown = {arm: runs for arm, runs in results.items() if arm in curves.ARM_ORDER}
+    if len(shown) < 2:
+        return NOT_RUN.format(preset=preset, subject=subject)
+    names = list(shown["none"][0]["validations"][-1]["loss_by_level"])
+    header = ["arm", *(f"level {name}" for name in names)]
+    lines = [f"| {' | '.join(header)} |", f"|{' --- |' * len(header)}"]
+    for arm, runs in shown.items():
+        cells = []
+        for name in names:
+            value = partial(loss_at, level=name)
+            mean = sum(curves.final(run, value) for run in runs) / len(runs)
+            difference = "" if arm == "none" else f" ({curves.show_difference(shown['none'], runs, value)})"
+            cells.append(f"{mean:.4f}{difference}")
+        lines.append(f"| {arm} | {' | '.join(cells)} |")
+    return f"{origin(shown)}\n\n" + "\n".join(lines) + "\n"
+
+
+def loss_at(entry: Mapping[str, Any], level: str) -> float:
+    """Denoising loss of a validation at one noise level."""
+    return float(entry["loss_by_level"][level])
+
+
 def origin(results: Mapping[str, Sequence[curves.Run]]) -> str:
     """Command, device, date and size of the runs."""
     runs = [run for group in results.values() for run in group]
@@ -45,8 +71,9 @@ def origin(results: Mapping[str, Sequence[curves.Run]]) -> str:
     places = dict.fromkeys(f"{run['device']}, {run['threads']} threads, torch {run['torch']}" for run in runs)
     dates = sorted({run["date"] for run in runs})
     steps = sorted({run["validations"][-1]["step"] for run in runs})
+    command = COMMAND.format(preset=first["preset"], subject=first["subject"])
     return (
-        f"`{first['command']}`, preset {first['preset']} ({first['parameters'] / 1e6:.1f} million parameters), "
+        f"`{command}` ({first['parameters'] / 1e6:.1f} million parameters), "
         f"{' or '.join(map(str, steps))} steps of batch {first['settings']['train_batch_size']}; "
         f"{'; '.join(places)}; {' to '.join(dict.fromkeys((dates[0], dates[-1])))}."
     )
@@ -60,8 +87,8 @@ def effects(preset: str, subject: str) -> str:
         if run is None or "effects" not in run:
             continue
         probe = LayerProbe.from_dict(run["probe"])
-        title = f"Model of arm `{arm}`, seed {run['seed']}"
-        title += f", supervised layer {run['layer']}" if arm == "cameo" else ""
+        title = f"**Model of arm `{arm}`, seed {run['seed']}**"
+        title += f", supervised layer `{run['layer']}`" if arm == "cameo" else ""
         parts += [title, probe.table(), effects_table([effect_of(values) for values in run["effects"]])]
     return "\n\n".join(parts) + "\n" if parts else NOT_RUN.format(preset=preset, subject=subject)
 
@@ -77,6 +104,7 @@ TABLES: dict[str, Callable[[], str]] = {
     for name, function in (
         ("study", partial(arms, named=True)),
         ("sweeps", partial(arms, named=False)),
+        ("levels", levels),
         ("effects", effects),
     )
     for preset in PRESETS
