@@ -37,15 +37,16 @@ from omegaconf import OmegaConf
 
 from cameo.backbone import get_backbone
 from cameo.config import write_atomically
-from cameo.data import MultiViewDataset, collate
-from cameo.evaluation.validation import ValidationSettings, validate
+from cameo.data import MultiViewDataset
+from cameo.evaluation.validation import ValidationSettings, sample_batches, validate
 from cameo.layer_probe import LayerProbe
 from cameo.perturbation import perturb_layers
 from cameo.pipeline import MultiViewPipeline
 from cameo.probing import probe_layers
 from cameo.training.checkpoint import list_checkpoints
 from cameo.training.config import TrainingConfig
-from cameo.training.data import build_dataset, to_device
+from cameo.training.data import build_dataset
+from cameo.training.layer_choice import PROBED_SAMPLES
 from cameo.training.setup import load_pipeline, wrap_denoiser
 from cameo.training.trainer import Trainer
 from cameo.wrap import CameoModel
@@ -54,8 +55,6 @@ HERE = Path(__file__).parent
 RESULTS = HERE.parent / "results" / "convergence"
 SUBJECTS = ("cat3d", "mvdream", "zero123plus", "sv3d", "cat3d_transformer")
 ARMS = ("none", "cameo", "wrong_layer", "other_scene", "random", "repa")
-# The layers are ranked where the validation measures too; few samples are enough for a rank.
-PROBED_SAMPLES = 16
 UNSAVED = ("output_dir", "train_data_dir", "hub_token")
 
 
@@ -180,11 +179,7 @@ def probe(
 ) -> LayerProbe:
     """Rank the layers of a trained model."""
     device = next(pipeline.denoiser.parameters()).device
-    size = validation.batch_size
-    batches = [
-        to_device(collate([data[index] for index in range(start, min(start + size, PROBED_SAMPLES))]), device)
-        for start in range(0, PROBED_SAMPLES, size)
-    ]
+    batches = (batch for _, batch in sample_batches(data, PROBED_SAMPLES, validation.batch_size, device))
     levels = validation.noise_levels
     return probe_layers(pipeline, batches, levels, backbone=config.backbone, inflate=config.inflate)
 

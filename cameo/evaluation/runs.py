@@ -21,7 +21,7 @@ from cameo.pipeline import MultiViewPipeline
 from cameo.training.checkpoint import STATE_NAME
 from cameo.training.config import TrainingConfig, load_config, settings_file
 from cameo.training.data import build_dataset, match_settings
-from cameo.training.setup import load_pipeline, wrap_denoiser
+from cameo.training.setup import base_name, load_pipeline, wrap_denoiser
 from cameo.weights import ADAPTER_FORMATS, HEAD_FILE, format_in
 from cameo.wrap import CameoModel
 
@@ -216,7 +216,7 @@ def _base_pipeline(folder: Path, cameo_config: CameoConfig, config: TrainingConf
     base, preset = cameo_config.base_model, (cameo_config.base_model or "").partition("preset:")[2]
     is_adapter = format_in(folder) in ADAPTER_FORMATS
     if of_run:
-        given = config.pretrained_model_name_or_path or f"preset:{config.preset or 'tiny'}"
+        given = base_name(config)
         if is_adapter and given != base:
             warnings.warn(f"{folder}: was trained on {base}, and is put on {given} as the settings say", stacklevel=3)
         return load_pipeline(config)

@@ -33,6 +33,7 @@ __all__ = [
     "LoraRun",
     "add_lora",
     "arms_of",
+    "base_name",
     "card_metrics",
     "check_push",
     "load_pipeline",
@@ -140,8 +141,8 @@ def wrap_denoiser(
     )
     if chosen is not None:
         model.cameo_config.layer_choice = chosen
-    model.cameo_config.base_model = _base_name(config)
-    model.cameo_config.base_revision = config.revision or get_backbone(config.backbone).revision(_base_name(config))
+    model.cameo_config.base_model = base_name(config)
+    model.cameo_config.base_revision = config.revision or get_backbone(config.backbone).revision(base_name(config))
     model.cameo_config.training = {
         "steps": config.max_train_steps,
         "batch size": config.train_batch_size * config.gradient_accumulation_steps,
@@ -287,7 +288,7 @@ def check_push(config: TrainingConfig) -> None:
             "push_to_hub=true: no Hugging Face token; set the variable HF_TOKEN or run `hf auth login`. "
             "Nothing was trained yet"
         )
-    adapter, name = get_backbone(config.backbone), _base_name(config)
+    adapter, name = get_backbone(config.backbone), base_name(config)
     base = CameoConfig(config.backbone, [], base_model=name, base_revision=config.revision or adapter.revision(name))
     try:
         require_licence(base, config.hub_licence, backbone=adapter, token=config.hub_token)
@@ -299,7 +300,8 @@ def _content(config: TrainingConfig) -> str:
     return "objects" if config.data_format == "objects" or config.camera_rig else "scenes"
 
 
-def _base_name(config: TrainingConfig) -> str:
+def base_name(config: TrainingConfig) -> str:
+    """Name the weights that a run starts from, as `CameoConfig.base_model` keeps it."""
     return config.pretrained_model_name_or_path or f"preset:{config.preset or 'tiny'}"
 
 
