@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -62,3 +63,16 @@ def make_batch(samples: int = 2, views: int = 3, size: int = 64, seed: int = 0) 
 def batch() -> dict[str, Any]:
     """Two samples of three views, 64 px."""
     return make_batch()
+
+
+@pytest.fixture
+def small_runs_with_features(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Training runs of their own, on shared scenes; REPA's projector is narrow, its network knowingly untrained."""
+    from cameo.training import repa
+    from tests.training_runs import fresh_accelerate, scene_cache
+
+    monkeypatch.setenv("CAMEO_CACHE", scene_cache())
+    monkeypatch.setattr(repa, "PROJECTOR_WIDTH", 64)
+    with fresh_accelerate(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "test_vit has random weights")
+        yield

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,19 +25,9 @@ from cameo.training.repa import FeatureAlignment, align_features
 from cameo.training.supervision import PROJECTOR_FILE
 from cameo.training.trainer import Trainer
 from tests.conftest import make_batch
-from tests.training_runs import fresh_accelerate, make_trainer, scene_cache
+from tests.training_runs import REPA, make_trainer
 
-FEATURES: dict[str, Any] = {"feature_model": "test_vit", "feature_pretrained": False, "feature_size": 32}
-REPA: dict[str, Any] = {"supervision": "repa", **FEATURES}
-
-
-@pytest.fixture(autouse=True)
-def _alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("CAMEO_CACHE", scene_cache())
-    monkeypatch.setattr(repa, "PROJECTOR_WIDTH", 64)
-    with fresh_accelerate(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "test_vit has random weights")
-        yield
+pytestmark = pytest.mark.usefixtures("small_runs_with_features")
 
 
 def history(trainer: Trainer) -> list[dict[str, float]]:

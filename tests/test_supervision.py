@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,6 @@ from cameo.config import CameoConfig
 from cameo.data import collate
 from cameo.errors import DataError
 from cameo.features import FeatureExtractor
-from cameo.training import repa
 from cameo.training.config import CHANGEABLE, TrainingConfig
 from cameo.training.correspondences import match_batch
 from cameo.training.data import noisy_inputs, step_generator
@@ -33,19 +32,9 @@ from cameo.training.supervision import (
 )
 from cameo.training.trainer import Trainer
 from tests import training_runs
-from tests.training_runs import fresh_accelerate, make_config, same_files, scene_cache
+from tests.training_runs import FEATURES, REPA, make_config, same_files
 
-FEATURES: dict[str, Any] = {"feature_model": "test_vit", "feature_pretrained": False, "feature_size": 32}
-REPA: dict[str, Any] = {"supervision": "repa", **FEATURES}
-
-
-@pytest.fixture(autouse=True)
-def _alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("CAMEO_CACHE", scene_cache())
-    monkeypatch.setattr(repa, "PROJECTOR_WIDTH", 64)
-    with fresh_accelerate(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "test_vit has random weights")
-        yield
+pytestmark = pytest.mark.usefixtures("small_runs_with_features")
 
 
 def make_trainer(output_dir: Path, **changes: Any) -> Trainer:

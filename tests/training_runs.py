@@ -28,6 +28,8 @@ from cameo.training.records import Records
 from cameo.training.setup import add_lora, load_pipeline, wrap_denoiser
 from cameo.training.trainer import Trainer
 
+FEATURES: dict[str, Any] = {"feature_model": "test_vit", "feature_pretrained": False, "feature_size": 32}
+REPA: dict[str, Any] = {"supervision": "repa", **FEATURES}
 RECIPES = Path(__file__).parent.parent / "recipes"
 SETTINGS: dict[str, Any] = {
     "preset": "tiny",
