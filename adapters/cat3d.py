@@ -1,4 +1,4 @@
-"""Adapter for CAT3D-style models: a `UNet2DConditionModel` whose self-attentions join all views."""
+"""Adapter for CAT3D-style models: a U-Net or a diffusion transformer whose self-attentions join all views."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from cameo.adapters.joint_dit import JointDiT, dit_attentions
 from cameo.adapters.presets import preset_values, unet_2d
 from cameo.adapters.released import licence_of, revision_of
 from cameo.adapters.unet_layers import default_layer_index, level_of, self_attentions
@@ -26,7 +27,8 @@ _WEIGHTS = Path(__file__).parent / "weights"
 class Cat3D(Backbone):
     """All views denoised together, joined in every self-attention, with ray maps and a mask as condition.
 
-    Presets: `tiny` (pixel space, 64 px, CPU), `small` (pixel space, 128 px, one GPU). Released weights:
+    Presets, all in pixel space: the U-Nets `tiny` (64 px, CPU) and `small` (128 px, one GPU), the transformers
+    `transformer-tiny` (32 px, CPU; the bundled base) and `transformer-small` (64 px, one GPU). Released weights:
     Stable Diffusion 2.1, whose first convolution is widened with zeros for the condition channels.
     """
 
@@ -47,18 +49,20 @@ class Cat3D(Backbone):
             "heads": 8,
             "layers_per_block": 2,
         },
+        "transformer-tiny": {"image_size": 32, "heads": 4, "width": 128, "blocks": 6},
+        "transformer-small": {"image_size": 64, "heads": 8, "width": 384, "blocks": 12},
     }
 
     def recognises(self, model: nn.Module) -> bool:
-        """Whether the self-attentions of a U-Net with SD's block names join the views."""
-        return bool(self_attentions(model)) and all(
-            getattr(getattr(attention, "processor", None), "join", False)
-            for attention in self_attentions(model).values()
+        """Whether the self-attentions of a U-Net with SD's block names, or of a `JointDiT`, join the views."""
+        found = _attentions(model)
+        return bool(found) and all(
+            getattr(getattr(attention, "processor", None), "join", False) for attention in found.values()
         )
 
     def explain_mismatch(self, model: nn.Module) -> str:
         """Name the missing blocks or the missing inflation."""
-        if self_attentions(model):
+        if _attentions(model):
             return (
                 f"the self-attentions of this {type(model).__name__} see one view at a time. "
                 "Call cameo.adapters.cat3d_pipeline.inflate(unet) first, or build a Cat3DPipeline around it"
@@ -66,22 +70,28 @@ class Cat3D(Backbone):
         return (
             f"{type(model).__name__} has no modules named like "
             "down_blocks.0.attentions.0.transformer_blocks.0.attn1. Pass the U-Net itself (pipeline.unet), "
-            "a UNet2DConditionModel with cross-attention blocks"
+            "a UNet2DConditionModel with cross-attention blocks or a cameo.adapters.joint_dit.JointDiT"
         )
 
     def sites(self, model: nn.Module) -> list[AttentionSite]:
-        """All self-attentions in execution order: down, mid, up."""
+        """All self-attentions in execution order: of a U-Net down, mid, up."""
         layout = TokenLayout("b (v h w)")
         found = []
-        for index, (path, attention) in enumerate(self_attentions(model).items()):
+        for index, (path, attention) in enumerate(_attentions(model).items()):
             latent_stride = getattr(attention.processor, "latent_stride", None)
-            stride = latent_stride * 2 ** level_of(model, path) if latent_stride else None
-            heads = int(attention.heads)
+            cells = model.config.patch_size if isinstance(model, JointDiT) else 2 ** level_of(model, path)
+            stride = latent_stride * cells if latent_stride else None
+            heads = int(attention.heads)  # type: ignore[arg-type]
             found.append(AttentionSite(index, path, heads, layout, stride))
         return found
 
     def default_layer(self, model: nn.Module) -> int:
-        """First attention of the up block one level below full resolution (SD 2.1: 10, the paper's best layer)."""
+        """First attention of the up block one level below full resolution (SD 2.1: 10, the paper's best layer).
+
+        Of a transformer the block in the middle.
+        """
+        if isinstance(model, JointDiT):
+            return len(model.transformer_blocks) // 2
         return default_layer_index(model, self_attentions(model))
 
     def example_inputs(self, model: nn.Module, *, seed: int = 0) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -90,25 +100,30 @@ class Cat3D(Backbone):
         reference, config = next(model.parameters()), model.config
         shape = (2, int(config.in_channels), 8, 8)  # type: ignore[union-attr,arg-type]
         sample = torch.randn(shape, generator=generator).to(reference)
-        context = torch.zeros(2, 1, int(config.cross_attention_dim)).to(reference)  # type: ignore[union-attr,arg-type]
         timesteps = torch.tensor([500, 500], device=reference.device)
-        return (sample, timesteps, context), {"cross_attention_kwargs": {"num_views": 2}}
+        options = {"cross_attention_kwargs": {"num_views": 2}}
+        if isinstance(model, JointDiT):
+            return (sample, timesteps), options
+        context = torch.zeros(2, 1, int(config.cross_attention_dim)).to(reference)  # type: ignore[union-attr,arg-type]
+        return (sample, timesteps, context), options
 
     def build(self, preset: str = "tiny", **options: Any) -> Any:
         """Build a pipeline with fresh weights.
 
         Args:
-            preset: "tiny" or "small".
-            **options: override a preset's values: `image_size`, `patch_size`, `block_out_channels`, `attention_levels`
-                (per resolution, finest first), `layers_per_block`, `heads`, `norm_num_groups`, `prediction_type`,
-                `zero_terminal_snr`.
+            preset: one of `presets`.
+            **options: override a preset's values: `image_size`, `patch_size`, `heads`, `prediction_type`,
+                `zero_terminal_snr`; of a U-Net also `block_out_channels`, `attention_levels` (per resolution, finest
+                first), `layers_per_block`, `norm_num_groups`; of a transformer `width` and `blocks`.
         """
         from cameo.adapters.cat3d_pipeline import CONDITION_CHANNELS, Cat3DPipeline
 
-        defaults = {"patch_size": 4, "layers_per_block": 1, "norm_num_groups": 32}
+        is_transformer = "blocks" in self.presets.get(preset, ())
+        defaults = {} if is_transformer else {"layers_per_block": 1, "norm_num_groups": 32}
         schedule = {"prediction_type": "v_prediction", "zero_terminal_snr": True}
-        values = preset_values(self, preset, options, **defaults, **schedule)
-        unet = unet_2d(values, in_channels=3 * values["patch_size"] ** 2 + CONDITION_CHANNELS)
+        values = preset_values(self, preset, options, patch_size=4, **defaults, **schedule)
+        channels = 3 * values["patch_size"] ** 2 + CONDITION_CHANNELS
+        unet = transformer(values, channels) if is_transformer else unet_2d(values, in_channels=channels)
         scheduler = noise_schedule(values["prediction_type"], zero_terminal_snr=values["zero_terminal_snr"])
         return Cat3DPipeline(unet, scheduler, patch_size=values["patch_size"])
 
@@ -148,6 +163,33 @@ class Cat3D(Backbone):
     def revision(self, name_or_path: str | None) -> str | None:
         """Revision of the releases listed in `cameo.adapters.released`."""
         return revision_of(name_or_path)
+
+
+def _attentions(model: nn.Module) -> dict[str, nn.Module]:
+    return dit_attentions(model) or self_attentions(model)
+
+
+def transformer(values: Mapping[str, Any], in_channels: int) -> JointDiT:
+    """Build the transformer of a preset in pixel space; its first prediction is zero, as in DiT.
+
+    Raises:
+        ValueError: if the width does not divide into the heads.
+    """
+    if values["width"] % values["heads"]:
+        raise ValueError(f"heads: expected a divisor of the width {values['width']}, got {values['heads']}")
+    model = JointDiT(
+        num_attention_heads=values["heads"],
+        attention_head_dim=values["width"] // values["heads"],
+        in_channels=in_channels,
+        out_channels=3 * values["patch_size"] ** 2,
+        num_layers=values["blocks"],
+        sample_size=values["image_size"] // values["patch_size"],
+        patch_size=1,  # the pixels of a patch are folded into the channels already
+        num_embeds_ada_norm=1,
+    )
+    nn.init.zeros_(model.proj_out_2.weight)
+    nn.init.zeros_(model.proj_out_2.bias)
+    return model
 
 
 def noise_schedule(prediction_type: str = "v_prediction", *, zero_terminal_snr: bool = True) -> Any:

@@ -1,4 +1,4 @@
-"""A CAT3D-style multi-view diffusion model on diffusers' `UNet2DConditionModel`.
+"""A CAT3D-style multi-view diffusion model on diffusers' `UNet2DConditionModel` or a diffusion transformer.
 
 All views of a sample are denoised together: self-attention joins their tokens. Each view is conditioned on its ray map
 (Pluecker coordinates in the first view's camera frame) and a mask that tells clean reference views from
@@ -16,6 +16,7 @@ from diffusers import DDIMScheduler, UNet2DConditionModel
 from einops import rearrange, repeat
 from torch import Tensor
 
+from cameo.adapters.joint_dit import JointDiT
 from cameo.adapters.joint_views import JointViewAttnProcessor, check_joined, inflate
 from cameo.adapters.latent_pipeline import LatentPipeline, reference_views
 from cameo.geometry import check_cameras, plucker_rays, relative_extrinsics
@@ -42,7 +43,8 @@ class Cat3DPipeline(LatentPipeline):
         torch.Size([1, 2, 3, 32, 32])
 
     Args:
-        unet: takes latent channels + 7 condition channels; its self-attentions are inflated here.
+        unet: `UNet2DConditionModel` or `cameo.adapters.joint_dit.JointDiT`; takes latent channels + 7 condition
+            channels; its self-attentions are inflated here.
         scheduler: noise schedule for training and sampling; prediction type "v_prediction" or "epsilon".
         vae: `AutoencoderKL` or `AutoencoderTiny`; None works on pixels, folded into channels by `patch_size`.
         patch_size: side of the pixel blocks that become one latent cell, without a VAE.
@@ -53,7 +55,7 @@ class Cat3DPipeline(LatentPipeline):
 
     def __init__(
         self,
-        unet: UNet2DConditionModel,
+        unet: UNet2DConditionModel | JointDiT,
         scheduler: DDIMScheduler,
         vae: Any = None,
         patch_size: int = 4,
@@ -88,6 +90,13 @@ class Cat3DPipeline(LatentPipeline):
     def disable_xformers_memory_efficient_attention(self) -> None:
         """Go back to PyTorch's kernel, with the views still joined."""
         inflate(self.unet, latent_stride=self.latent_stride)
+
+    @property
+    def size_multiple(self) -> int:
+        """Pixels that the sides of an image must be a multiple of; for a transformer the side of its patches."""
+        if isinstance(self.unet, JointDiT):
+            return self.latent_stride * self.unet.config.patch_size
+        return super().size_multiple
 
     def condition(
         self, intrinsics: Tensor, extrinsics: Tensor, num_reference_views: int, image_size: tuple[int, int]
@@ -185,11 +194,11 @@ class Cat3DPipeline(LatentPipeline):
         check_joined(self.unet)
         views = noisy.shape[1]
         sample = rearrange(torch.cat([noisy, condition.to(noisy)], dim=2), "b v c h w -> (b v) c h w")
-        # The text cross-attention of Stable Diffusion gets one zero token, which leaves of it only a bias.
-        context = sample.new_zeros(sample.shape[0], 1, self.unet.config.cross_attention_dim)
-        return (sample, repeat(timesteps, "b -> (b v)", v=views), context), {
-            "cross_attention_kwargs": {"num_views": views}
-        }
+        inputs = [sample, repeat(timesteps, "b -> (b v)", v=views)]
+        if not isinstance(self.unet, JointDiT):
+            # The text cross-attention of Stable Diffusion gets one zero token, which leaves of it only a bias.
+            inputs.append(sample.new_zeros(sample.shape[0], 1, self.unet.config.cross_attention_dim))
+        return tuple(inputs), {"cross_attention_kwargs": {"num_views": views}}
 
     def prediction(self, output: Any, inputs: TrainingInputs) -> Tensor:
         """Views of the U-Net's output, `[B, V, C, h, w]`."""

@@ -1,4 +1,4 @@
-"""Joint attention: the self-attentions of a diffusers U-Net see the tokens of all views of a sample."""
+"""Joint attention: the self-attentions of a diffusers U-Net or transformer see the tokens of all views of a sample."""
 
 from __future__ import annotations
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import cameo
+from cameo.adapters.joint_dit import JointDiT
 from cameo.adapters.released import RELEASED
 from cameo.backbone import get_backbone
 from cameo.config import CameoConfig
@@ -30,7 +31,7 @@ class Row:
     """One preset, with the batch that its backbone takes.
 
     `grids` are the token grids of the supervised layer, written out by hand; `learning_rate` is that of the batch that
-    is repeated.
+    is repeated for LoRA.
     """
 
     backbone: str
@@ -41,6 +42,7 @@ class Row:
     grids: checks.Grids
     wrap: dict[str, Any] = field(default_factory=dict, hash=False)
     options: dict[str, Any] = field(default_factory=dict, hash=False)
+    learning_rate: float = 2e-2
 
     def __str__(self) -> str:
         way = "-inflated" if self.wrap.get("inflate") else ""
@@ -74,11 +76,15 @@ class Row:
 @functools.cache
 def _built(row: Row) -> Any:
     torch.manual_seed(0)
-    return get_backbone(row.backbone).build(row.preset, **row.options)
+    built = get_backbone(row.backbone).build(row.preset, **row.options)
+    if isinstance(built.denoiser, JointDiT):
+        nn.init.normal_(built.denoiser.proj_out_2.weight, std=0.02)  # of fresh ones every output is zero
+    return built
 
 
 TINY = [
     Row("cat3d", "tiny", views=3, references=1, size=64, grids=((8, 8),) * 3),
+    Row("cat3d", "transformer-tiny", views=3, references=1, size=32, grids=((8, 8),) * 3, learning_rate=5e-3),
     Row("zero123plus", "tiny", views=7, references=1, size=32, grids=((6, 6), *((4, 4),) * 6)),
     Row("mvdream", "tiny", views=4, references=0, size=32, grids=((4, 4),) * 4),
     Row("mvdream", "imagedream-tiny", views=5, references=1, size=32, grids=((4, 4),) * 5),
@@ -87,6 +93,7 @@ TINY = [
 ]
 SMALL = [
     Row("cat3d", "small", views=2, references=1, size=32, grids=((4, 4),) * 2),
+    Row("cat3d", "transformer-small", views=2, references=1, size=16, grids=((4, 4),) * 2),
     Row(
         "zero123plus",
         "small",
@@ -169,7 +176,7 @@ def test_a_deepcopy_stands_on_its_own(row: Row) -> None:
 
 @every_tiny
 def test_one_batch_is_overfitted_with_lora_alone(row: Row) -> None:
-    checks.check_lora_overfits(row.subject())
+    checks.check_lora_overfits(row.subject(), learning_rate=row.learning_rate)
 
 
 @every_tiny

@@ -32,7 +32,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformer  # noqa: F401  registers cat3d_transformer
 from omegaconf import OmegaConf
 
 from cameo.backbone import get_backbone
