@@ -15,6 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import cameo
 from cameo import CameoModel, Correspondence
+from cameo.adapters.joint_dit import JointDiT
+from cameo.backbone import get_backbone
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 Grids = tuple[tuple[int, int], ...]
@@ -43,6 +45,15 @@ class Subject:
 
     def wrapped(self, denoiser: nn.Module | None = None, **options: Any) -> CameoModel:
         return cameo.wrap(denoiser or self.build(), self.backbone, **{**self.wrap, **options})
+
+
+def build_pipeline(backbone: str, preset: str, **options: Any) -> Any:
+    """Build a preset from seed 0; of a fresh transformer every output is zero, so its last layer is drawn anew."""
+    torch.manual_seed(0)
+    built = get_backbone(backbone).build(preset, **options)
+    if isinstance(built.denoiser, JointDiT):
+        nn.init.normal_(built.denoiser.proj_out_2.weight, std=0.1)
+    return built
 
 
 def random_matches(grids: Grids, seed: int = 0, *, same_cell: bool = False) -> Correspondence:

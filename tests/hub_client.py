@@ -20,11 +20,13 @@ from peft import LoraConfig
 
 import cameo
 from cameo.backbone import get_backbone
+from tests.backbone_checks import build_pipeline
 from tests.hub_server import READ_TOKEN, WRONG_TOKEN
 
 # A LoRA of each is pushed: its backbone, its preset and the options of `cameo.wrap`.
 PRESETS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "cat3d": ("cat3d", "tiny", {}),
+    "cat3d-transformer": ("cat3d", "transformer-tiny", {}),
     "mvdream": ("mvdream", "tiny", {}),
     "imagedream": ("mvdream", "imagedream-tiny", {}),
     "sv3d": ("sv3d", "tiny", {}),
@@ -91,8 +93,7 @@ def main(folder: Path) -> None:
     step("other format", lambda: full.push_to_hub("painter/rooms", pipeline=pipeline, licence="openrail"))
 
     for name, (backbone, preset, options) in PRESETS.items():
-        torch.manual_seed(0)
-        unet = get_backbone(backbone).build(preset).denoiser
+        unet = build_pipeline(backbone, preset).denoiser
         fresh = copy.deepcopy(unet)
         unet.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_k"], init_lora_weights=False))
         model = cameo.wrap(unet, backbone=backbone, **options)

@@ -11,7 +11,7 @@ import torch
 from diffusers import DiTTransformer2DModel
 from diffusers.models.attention_processor import AttnProcessor2_0
 from einops import rearrange
-from torch import Tensor, nn
+from torch import Tensor
 
 import cameo
 from cameo import Correspondence
@@ -21,16 +21,14 @@ from cameo.adapters.joint_dit import JointDiT
 from cameo.backbone import get_backbone
 from cameo.errors import ShapeError
 
+from .backbone_checks import build_pipeline
 from .conftest import make_batch
 from .test_cat3d import tiny_kl
 
 
 @functools.cache
 def _pipeline() -> Cat3DPipeline:
-    torch.manual_seed(0)
-    built = get_backbone("cat3d").build("transformer-tiny", width=16, blocks=3, heads=2)
-    nn.init.normal_(built.unet.proj_out_2.weight)  # of fresh ones every output is zero
-    return built
+    return build_pipeline("cat3d", "transformer-tiny", width=16, blocks=3, heads=2)
 
 
 def pipeline() -> Cat3DPipeline:
