@@ -20,7 +20,7 @@ from cameo.layout import TokenLayout
 
 __all__ = ["BUNDLED", "Cat3D"]
 
-BUNDLED = "bundled:cat3d-tiny"
+BUNDLED = "bundled:cat3d-transformer-tiny"
 _WEIGHTS = Path(__file__).parent / "weights"
 
 
@@ -88,10 +88,10 @@ class Cat3D(Backbone):
     def default_layer(self, model: nn.Module) -> int:
         """First attention of the up block one level below full resolution (SD 2.1: 10, the paper's best layer).
 
-        Of a transformer the block in the middle.
+        Of a transformer the block before the middle, where those of `transformer-tiny` find most matches by themselves.
         """
         if isinstance(model, JointDiT):
-            return len(model.transformer_blocks) // 2
+            return (len(model.transformer_blocks) - 1) // 2
         return default_layer_index(model, self_attentions(model))
 
     def example_inputs(self, model: nn.Module, *, seed: int = 0) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -128,10 +128,10 @@ class Cat3D(Backbone):
         return Cat3DPipeline(unet, scheduler, patch_size=values["patch_size"])
 
     def load(self, name_or_path: str, *, revision: str | None = None, **options: Any) -> Any:
-        """Load a saved `Cat3DPipeline`, the bundled base (`bundled:cat3d-tiny`), or start from Stable Diffusion.
+        """Load a saved `Cat3DPipeline`, the bundled base, or start from Stable Diffusion.
 
         Args:
-            name_or_path: Hub id or folder in diffusers layout, or `bundled:cat3d-tiny`.
+            name_or_path: Hub id or folder in diffusers layout, or `bundled:cat3d-transformer-tiny`.
             revision: commit, tag or branch of a Hub id; default the one in `cameo.adapters.released`.
             **options: passed to `from_pretrained`; for Stable Diffusion also `prediction_type`,
                 `zero_terminal_snr`.

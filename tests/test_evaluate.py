@@ -578,9 +578,14 @@ def test_folders_that_cannot_be_loaded_say_why(runs: Any, tmp_path: Path) -> Non
         load_evaluated([], CONFIGS, checkpoint=str(tmp_path / "elsewhere"))
     settings = f"config={runs['folder'] / 'lora' / 'config.yaml'}"
     assert same_output(load_evaluated([settings], CONFIGS, checkpoint=str(tmp_path / "elsewhere")), runs["lora"])
-    other = [settings, "preset=null", "pretrained_model_name_or_path=bundled:cat3d-tiny", "preset_options={}"]
+    other = [
+        settings,
+        "preset=null",
+        "pretrained_model_name_or_path=bundled:cat3d-transformer-tiny",
+        "preset_options={}",
+    ]
     with (
-        pytest.warns(UserWarning, match=r"trained on preset:tiny, and is put on bundled:cat3d-tiny"),
+        pytest.warns(UserWarning, match=r"trained on preset:tiny, and is put on bundled:cat3d-transformer-tiny"),
         pytest.raises(ValueError, match="base_model:"),
     ):
         load_evaluated(other, CONFIGS, checkpoint=str(tmp_path / "elsewhere"))

@@ -19,9 +19,10 @@ from cameo.alignment import AlignmentHead
 from cameo.correspondence import Correspondence
 from cameo.data import EmbeddedScenes, MultiViewDataset, collate
 from cameo.errors import DataError
-from cameo.evaluation.attention import Hits, attention_hits, attention_maps
+from cameo.evaluation.attention import Hits, attention_maps, count_hits
 from cameo.evaluation.mode import evaluation_mode
 from cameo.evaluation.pictures import attention_figure, comparison_figure, save_figure
+from cameo.evaluation.truth import Truth
 from cameo.evaluation.validation import ValidationSettings, covisible_pixels, validate
 from cameo.layout import TokenLayout
 from cameo.model import holder
@@ -51,25 +52,48 @@ def random_match(samples: int = 2, views: int = 3, side: int = 4, seed: int = 0)
 
 
 def one_hot(target: Tensor, tokens: int) -> Tensor:
-    """Attention `[B, 1, V, N, V, N]` that looks at `target` `[B, V, V, N]`."""
+    """Logits `[B, 1, V, N, V, N]` that are highest at `target` `[B, V, V, N]`."""
     return torch.nn.functional.one_hot(target.clamp_min(0), tokens).float().permute(0, 1, 3, 2, 4)[:, None]
+
+
+def hits_of(logits: Tensor, match: Correspondence, within: tuple[int, ...] = (0, 1)) -> tuple[dict[str, Tensor], int]:
+    """Hits `[R, W]` of a layer with these logits `[B, K, V, N, V, N]`, and the pairs that they are counted over."""
+    truth, (views, tokens) = Truth.plain(match), logits.shape[-2:]
+    keys = torch.eye(views * tokens).view(views, tokens, -1).expand(*logits.shape[:2], -1, -1, -1)
+    found = count_hits(logits.flatten(-2), keys, truth, None, 1.0, within)
+    return {name: hits.sum((1, 2)) for name, hits in found.items()}, int(truth.pairs.sum())
+
+
+def plain_hits(
+    maps: dict[str, Tensor], match: Correspondence, within: tuple[int, ...] = (0, 1)
+) -> tuple[dict[str, Tensor], int]:
+    """Count the hits of `attention_maps` pair by pair."""
+    found = {name: torch.zeros(attention.shape[1], len(within)) for name, attention in maps.items()}
+    pairs = match.visible.nonzero().tolist()
+    for b, i, j, x in pairs:
+        width, target = match.sizes[j][1], int(match.index[b, i, j, x])
+        for name, attention in maps.items():
+            best = attention[b, :, i, x, j].argmax(-1)
+            away = torch.maximum((best // width - target // width).abs(), (best % width - target % width).abs())
+            found[name] += (away[:, None] <= torch.tensor(within)).float()
+    return found, len(pairs)
 
 
 def test_oracle_attention_hits_always_and_shifted_attention_as_geometry_says() -> None:
     match = random_match()
-    hits, pairs = attention_hits({"mean": one_hot(match.index, 16)}, match.index, match.sizes)
+    hits, pairs = hits_of(one_hot(match.index, 16), match)
     assert pairs == int((match.index >= 0).sum())
     assert hits["mean"].tolist() == [[pairs, pairs]]
 
     # One column to the right: never exact; within one token unless the shift wraps into the next row's first column.
     shifted = (match.index + 1) % 16
-    hits, pairs = attention_hits({"mean": one_hot(shifted, 16)}, match.index, match.sizes)
+    hits, pairs = hits_of(one_hot(shifted, 16), match)
     columns = match.index[match.visible] % 4
     assert hits["mean"].tolist() == [[0, int((columns < 3).sum())]]
 
     # Two rows down, within two tokens where it stays inside.
     lower = match.index + 8
-    hits, _ = attention_hits({"mean": one_hot(lower % 16, 16)}, match.index, match.sizes, within=(1, 2))
+    hits, _ = hits_of(one_hot(lower % 16, 16), match, within=(1, 2))
     rows = match.index[match.visible] // 4
     assert hits["mean"].tolist() == [[0, int((rows < 2).sum()) + int((rows >= 2).sum())]]  # wraps: two rows up
 
@@ -77,7 +101,7 @@ def test_oracle_attention_hits_always_and_shifted_attention_as_geometry_says() -
 def test_random_attention_hits_at_chance() -> None:
     match = random_match(samples=40)
     attention = torch.rand(40, 2, 3, 16, 3, 16, generator=torch.Generator().manual_seed(1))
-    hits, pairs = attention_hits({"best_head": attention}, match.index, match.sizes)
+    hits, pairs = hits_of(attention, match)
     # Chance within one token: the number of neighbours, edges included, of each true token, over all tokens.
     neighbours = 0
     for token in match.index[match.visible].tolist():
@@ -90,7 +114,7 @@ def test_random_attention_hits_at_chance() -> None:
 
 def test_uniform_attention_is_no_more_than_its_first_token() -> None:
     match = random_match()
-    hits, pairs = attention_hits({"mean": torch.full((2, 1, 3, 16, 3, 16), 1 / 16)}, match.index, match.sizes)
+    hits, pairs = hits_of(torch.full((2, 1, 3, 16, 3, 16), 1 / 16), match)
     targets = match.index[match.visible]
     assert hits["mean"].tolist() == [
         [int((targets == 0).sum()), int(torch.isin(targets, torch.tensor([0, 1, 4, 5])).sum())]
@@ -510,7 +534,7 @@ def test_hits_do_not_depend_on_the_block(monkeypatch: pytest.MonkeyPatch) -> Non
         token, view = ({name: value.tolist() for name, value in part.items()} for part in (hits.token, hits.view))
         counted.append((token, view, hits.pairs, hits.queries, pytest.approx(hits.chance)))
     assert counted[0] == counted[1] == counted[2]
-    whole, pairs = attention_hits(attention_maps(query, key, match.sizes, head, 1.0), match.index, match.sizes)
+    whole, pairs = plain_hits(attention_maps(query, key, match.sizes, head, 1.0), match)
     assert {name: value.tolist() for name, value in whole.items()} == counted[0][0]
     assert pairs == counted[0][2]
 

@@ -605,7 +605,7 @@ class TestLicence:
             None,
             "runs/rooms",
             "preset:tiny",
-            "bundled:cat3d-tiny",
+            "bundled:cat3d-transformer-tiny",
             "./runs",
             "a/b/c",
             "rooms",

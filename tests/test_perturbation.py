@@ -17,12 +17,13 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 
 import cameo
-from cameo import CameoModel, TokenLayout, perturbation
+from cameo import CameoModel, TokenLayout, perturbation, probe_layers
+from cameo.adapters.cat3d import BUNDLED
 from cameo.adapters.joined_frames import deflate
 from cameo.capture import AttentionCapture, AttentionSite
 from cameo.errors import CaptureError
 from cameo.evaluation.compare import paired_bootstrap
-from cameo.evaluation.validation import ValidationSettings, validate
+from cameo.evaluation.validation import ValidationSettings, sample_batches, validate
 from cameo.perturbation import Drop, LayerEffect, effects_figure, effects_table, perturb_layers
 from cameo.pipeline import TrainingInputs
 from cameo.self_view import self_view_only
@@ -574,8 +575,9 @@ def bundled(tmp_path_factory: pytest.TempPathFactory) -> Any:
         tmp_path_factory.mktemp("bundled"),
         preset=None,
         preset_options={},
-        pretrained_model_name_or_path="bundled:cat3d-tiny",
-        resolution=64,
+        pretrained_model_name_or_path=BUNDLED,
+        data_format="bare_rooms",
+        resolution=32,
         num_views=3,
         num_validation_scenes=16,
         views_per_scene=4,
@@ -607,23 +609,24 @@ def test_validation_is_not_disturbed_by_a_cut_around_it(bundled: Any) -> None:
         assert getattr(effect, f"drop_{metric}").mean == pytest.approx(worse, abs=1e-6)
 
 
-def test_layers_of_the_shipped_base_are_worth_differently(bundled: Any) -> None:
-    """The first and the last layer bring the reference to the targets, the one in the middle hardly does.
-
-    Not what the probe says of them: no layer of this base finds matches above chance, and which layer the probe has
-    first depends on the scenes.
-    """
+def test_the_layer_that_the_probe_ranks_first_is_needed_most(bundled: Any) -> None:
+    """Of the shipped base: cutting it costs more than cutting any other layer, scene by scene."""
     pipeline, data = bundled
-    model = cameo.wrap(pipeline.denoiser, "cat3d", head="mean")
+    batches = (batch for _, batch in sample_batches(data, 16, 8, torch.device("cpu")))
+    probe = probe_layers(pipeline, batches, (0.5, 0.9, 1.0))
+    model = cameo.wrap(pipeline.denoiser, "cat3d", layer="auto", probe=probe)
     settings = ValidationSettings(num_samples=16, noise_levels=(1.0,))
     try:
-        effects = perturb_layers(model, pipeline, data, settings, layers=[0, 1, 3])
+        effects = perturb_layers(model, pipeline, data, settings)
     finally:
         model.unwrap()
-    first, middle, last = (list(effect.per_scene["psnr_covisible"].values()) for effect in effects)
-    assert len(middle) == 16
-    for one in (first, last):
-        assert paired_bootstrap(middle, one)[1] > 0
+    cut = {effect.path: list(effect.per_scene["psnr_covisible"].values()) for effect in effects}
+    best = cut.pop(probe.ranking[0].path)
+    assert [site.path for site in model.supervised_sites] == [probe.ranking[0].path]
+    assert len(best) == 16
+    assert len(cut) == 5
+    for other in cut.values():
+        assert paired_bootstrap(other, best)[1] > 0
 
 
 def test_a_cut_that_breaks_the_model_is_told_and_not_averaged() -> None:

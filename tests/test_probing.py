@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import runpy
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,24 +17,29 @@ from torch import Tensor, nn
 
 import cameo
 from cameo import Correspondence, LayerProbe, TokenLayout, probe_layers
+from cameo.adapters.cat3d import BUNDLED
 from cameo.backbone import core_module, get_backbone
 from cameo.capture import AttentionSite
 from cameo.card import CardFacts, model_card
 from cameo.config import CameoConfig
 from cameo.data import EmbeddedScenes, MultiViewDataset, collate
 from cameo.errors import DataError, ShapeError
-from cameo.evaluation.attention import attention_hits, attention_maps, count_hits
+from cameo.evaluation.attention import attention_maps, count_hits
 from cameo.evaluation.truth import ANGLE_BINS, Truth, angle_bins, surface_points, view_angles
 from cameo.evaluation.validation import ValidationSettings, validate
 from cameo.probed_layer import ProbedLayer
+from cameo.training import setup
+from cameo.training.config import load_config
+from cameo.training.data import build_dataset
 from cameo.training.layer_choice import probe_for
+from cameo.training.setup import load_pipeline, wrap_denoiser
 from cameo.wrap import CameoModel
 
 from . import backbone_checks as checks
 from .conftest import make_batch
 from .test_backbones import TINY, Row, every_tiny
-from .test_evaluation import ZERO123, Planted, joined, per_cell, tiled
-from .training_runs import RECIPES, make_config, scene_cache
+from .test_evaluation import ZERO123, Planted, joined, per_cell, plain_hits, tiled
+from .training_runs import RECIPES, fresh_accelerate, make_config, scene_cache
 
 LEVELS = (0.5, 1.0)
 CAT3D = TINY[0]
@@ -132,7 +138,7 @@ def test_hits_by_sample_and_group_add_up_to_those_of_each_alone() -> None:
             alone = match.index[sample : sample + 1].clone()
             alone[(groups[sample] != group)[None, :, :, None].expand_as(alone)] = -1
             part = {name: value[sample : sample + 1] for name, value in maps.items()}
-            hits, pairs = attention_hits(part, alone, match.sizes, (0, 1, 2))
+            hits, pairs = plain_hits(part, replace(match, index=alone), (0, 1, 2))
             assert truth.pairs[sample, group] == pairs
             for name, value in hits.items():
                 assert torch.equal(found[name][:, sample, group], value)
@@ -591,23 +597,24 @@ def test_auto_passes_over_a_layer_that_cannot_be_supervised() -> None:
 
 
 def test_the_bundled_base_is_probed_and_its_best_layer_supervised(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its attention finds no match more often than chance, and `wrap` says so."""
+    """Its best layer is far above chance, and is the one that its recipe supervises."""
     monkeypatch.setenv("CAMEO_CACHE", scene_cache())
-    pipeline = get_backbone("cat3d").load("bundled:cat3d-tiny")
-    scenes = EmbeddedScenes(num_scenes=4, size=(64, 64), views_per_scene=6, progress=False)
+    pipeline = get_backbone("cat3d").load(BUNDLED)
+    scenes = EmbeddedScenes(content="bare_rooms", num_scenes=4, size=(32, 32), views_per_scene=6, progress=False)
     data = MultiViewDataset(scenes, num_views=3)
     probe = probe_layers(pipeline, [collate([data[0], data[1], data[2], data[3]])], (0.5, 0.9, 1.0))
-    assert len(probe.ranking) == 4
-    assert probe.ranking[0].skill == max(probe.skill(number) for number in range(4))
-    with pytest.warns(UserWarning, match='layer="auto": .* does not show that its attention finds the true match'):
+    assert len(probe.ranking) == 6
+    assert probe.ranking[0].skill == max(probe.skill(number) for number in range(6))
+    assert probe.ranking[0].interval is not None
+    assert probe.ranking[0].interval[0] > 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a choice that is not above chance is warned about
         model = cameo.wrap(pipeline.unet, "cat3d", layer="auto", probe=probe)
     assert model.cameo_config.layers == [probe.best]
+    assert model.supervised_sites[0].index == load_config(RECIPES / "configs" / "lora_cat3d_tiny.yaml").layer
 
 
 def test_a_training_run_probes_its_own_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from cameo.training.data import build_dataset
-    from cameo.training.setup import load_pipeline
-
     monkeypatch.setenv("CAMEO_CACHE", scene_cache())
     config = make_config(tmp_path, train_batch_size=5)
     data = build_dataset(config, "train")
@@ -616,6 +623,18 @@ def test_a_training_run_probes_its_own_data(tmp_path: Path, monkeypatch: pytest.
     assert len(found.samples) == 16
     assert len(found.scene_names) == config.num_scenes
     assert [layer.index for layer in found.layers] == list(range(len(get_backbone("cat3d").sites(pipeline.denoiser))))
+
+
+def test_the_layers_are_probed_on_the_device_of_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CAMEO_CACHE", scene_cache())
+    config = make_config(tmp_path, layer="auto")
+    data, pipeline, order = build_dataset(config, "train"), load_pipeline(config), []
+    monkeypatch.setattr(type(pipeline), "to", lambda _self, device: order.append(device))
+    monkeypatch.setattr(setup, "probe_for", lambda *given: (order.append("probe"), probe_for(*given))[1])
+    with fresh_accelerate():
+        model = wrap_denoiser(pipeline, config, data)
+    assert order == [torch.device("cpu"), "probe"]
+    assert model.cameo_config.layer_choice is not None
 
 
 def test_the_recipe_writes_the_probe_and_what_each_layer_is_needed_for(

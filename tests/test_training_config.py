@@ -137,6 +137,16 @@ def test_a_settings_file_of_another_backbone_gives_way_to_the_override() -> None
     assert (config.backbone, config.camera_rig) == ("mvdream", "sv3d-orbit")  # only what is named is replaced
 
 
+@pytest.mark.parametrize("data", ["train_data_dir=rooms", "camera_rig=sv3d-orbit"])
+def test_embedded_data_of_a_settings_file_gives_way_to_data_that_is_named(file: Path, data: str) -> None:
+    file.write_text("data_format: bare_rooms\n")
+    assert load_config(file, [data]).data_format == "auto"
+    assert load_config(file, ["seed=1"]).data_format == "bare_rooms"
+    assert load_config(file, [data, "data_format=meshes"]).data_format == "meshes"
+    with pytest.raises(ValueError, match=r"data_format=(auto|objects)"):
+        load_config(file, [data, "data_format=scenes"])
+
+
 def test_a_checkpoint_of_before_a_setting_existed_continues_with_its_default(tmp_path: Path) -> None:
     settings = continued_settings(TrainingConfig())
     older = {name: value for name, value in settings.items() if name not in ("inflate", "camera_rig")}

@@ -16,9 +16,9 @@ from torch import Tensor
 from cameo.alignment import AlignmentHead
 from cameo.correspondence import Correspondence
 from cameo.errors import ShapeError
-from cameo.evaluation.truth import Truth, token_distance
+from cameo.evaluation.truth import Pairs, Truth, token_distance
 
-__all__ = ["READOUTS", "Hits", "attention_hits", "attention_maps", "count_hits", "view_maps"]
+__all__ = ["READOUTS", "Hits", "attention_maps", "count_hits", "view_maps"]
 
 READOUTS = ("mean", "best_head", "through_head")
 # Entries of the logits that are held at once; the alignment head needs several times as many.
@@ -119,12 +119,17 @@ def count_hits(
         if not bool((index >= 0).any()):
             continue
         call = query[samples, :, views, tokens], key[samples], truth.match.sizes, head, scale
-        maps = view_maps(*call, first_view=views.start) if truth.one_token else attention_maps(*call)
+        if truth.one_token:
+            shown, rows, bins = truth.queries_in(block)
+            maps = {name: found.movedim(1, -1)[rows] for name, found in view_maps(*call, views.start).items()}
+        else:
+            pairs = truth.pairs_in(block)
+            bins, maps = pairs.bin, _pair_maps(*call, pairs, block)
         for name, attention in maps.items():
-            if truth.one_token:
-                bins, hits = _view_hits(attention, truth, block)
+            if truth.one_token:  # [P, V, R]: does the view that is looked at show the point?
+                hits = shown.gather(1, attention.argmax(1))[..., None].float()
             else:
-                bins, hits = _token_hits(attention, truth, block, within, near)
+                hits = _token_hits(attention.argmax(-1), truth, pairs, within, near)
             flat = hits.new_zeros(truth.num_bins, *hits.shape[1:]).index_add_(0, bins, hits)
             totals[name] = totals.get(name, 0) + flat.cpu()
     shape = (truth.num_samples, truth.num_groups, -1, columns)
@@ -148,25 +153,24 @@ def _blocks(query: Tensor) -> Iterator[Block]:
                 yield tuple(slice(at, at + step) for at, step in zip(starts, together, strict=True))  # type: ignore[misc]
 
 
-def _token_hits(
-    attention: Tensor, truth: Truth, block: Block, within: tuple[int, ...], near: float | None
-) -> tuple[Tensor, Tensor]:
-    """Bin `[P]` and hits `[P, R, W]` of the P visible pairs of a block."""
-    pairs = truth.pairs_in(block)
-    inside = [at - part.start for at, part in zip((pairs.sample, pairs.query, pairs.token), block, strict=True)]
-    best = attention[inside[0], :, inside[1], inside[2], pairs.key].argmax(-1)  # [P, R]
+def _pair_maps(
+    query: Tensor, key: Tensor, sizes: Sizes, head: AlignmentHead | None, scale: float, pairs: Pairs, block: Block
+) -> dict[str, Tensor]:
+    """Attention of the queries of a block's P visible pairs over the view that shows their point, `[P, R, N]`."""
+    sample, view, token = (
+        at - part.start for at, part in zip((pairs.sample, pairs.query, pairs.token), block, strict=True)
+    )
+    logits = _logits(query, key, scale)[:, sample, view, token, pairs.key]
+    return _readouts(logits, _beyond(sizes, logits)[pairs.key], head)
+
+
+def _token_hits(best: Tensor, truth: Truth, pairs: Pairs, within: tuple[int, ...], near: float | None) -> Tensor:
+    """Hits `[P, R, W]` of the tokens `[P, R]` that the queries of P pairs look at."""
     distance = token_distance(best, pairs.target[:, None], pairs.width[:, None])
     hits = [distance <= limit for limit in within]
     if near is not None:
         hits.append(truth.distance_to(pairs, best) <= near)
-    return pairs.bin, torch.stack(hits, dim=-1).float()
-
-
-def _view_hits(attention: Tensor, truth: Truth, block: Block) -> tuple[Tensor, Tensor]:
-    """Bin `[P]` and hits `[P, R, 1]` of the P queries of a block whose point some view shows."""
-    shown, rows, bins = truth.queries_in(block)
-    best = attention.movedim(1, -1)[rows].argmax(1)  # [P, R]
-    return bins, shown.gather(1, best)[..., None].float()
+    return torch.stack(hits, dim=-1).float()
 
 
 def attention_maps(
@@ -185,15 +189,12 @@ def attention_maps(
         Probabilities `[B, R, Q, N, V, N]` (last axis sums to 1 within a view): `"mean"` of the heads' attention
         (R = 1), `"best_head"` all heads apart (R = K), `"through_head"` (R = 1, or K for a head of kind "none").
     """
-    logits = torch.einsum("bkind,bkjmd->kbinjm", query.float(), key.float()) * scale
-    valid = torch.zeros(logits.shape[-2:], dtype=torch.bool, device=logits.device)
-    for view, (height, width) in enumerate(sizes):
-        valid[view, : height * width] = True
-    return _readouts(logits, ~valid, head)
+    logits = _logits(query, key, scale)
+    return _readouts(logits, _beyond(sizes, logits), head)
 
 
 def view_maps(
-    query: Tensor, key: Tensor, sizes: Sizes, head: AlignmentHead | None, scale: float, *, first_view: int = 0
+    query: Tensor, key: Tensor, sizes: Sizes, head: AlignmentHead | None, scale: float, first_view: int = 0
 ) -> dict[str, Tensor]:
     """Attention of each query over the other views, where it reaches one token of each: `[B, R, Q, V]`, sums to 1.
 
@@ -206,6 +207,19 @@ def view_maps(
     return _readouts(logits, own, head)
 
 
+def _logits(query: Tensor, key: Tensor, scale: float) -> Tensor:
+    """Logits `[K, B, Q, N, V, N]`."""
+    return torch.einsum("bkind,bkjmd->kbinjm", query.float(), key.float()) * scale
+
+
+def _beyond(sizes: Sizes, logits: Tensor) -> Tensor:
+    """Tokens beyond the grid of each view, `[V, N]`."""
+    beyond = torch.ones(len(sizes), logits.shape[-1], dtype=torch.bool, device=logits.device)
+    for view, (height, width) in enumerate(sizes):
+        beyond[view, : height * width] = False
+    return beyond
+
+
 def _readouts(logits: Tensor, excluded: Tensor, head: AlignmentHead | None) -> dict[str, Tensor]:
     """Softmax over the last axis of logits `[K, B, ...]` with the readout axis moved behind B."""
     maps = {"best_head": logits.masked_fill(excluded, -torch.inf).softmax(-1).movedim(0, 1)}
@@ -213,31 +227,3 @@ def _readouts(logits: Tensor, excluded: Tensor, head: AlignmentHead | None) -> d
     if head is not None:
         maps["through_head"] = head(logits).masked_fill(excluded, -torch.inf).softmax(-1).movedim(0, 1)
     return maps
-
-
-def attention_hits(
-    maps: dict[str, Tensor], index: Tensor, sizes: Sizes, within: tuple[int, ...] = (0, 1)
-) -> tuple[dict[str, Tensor], int]:
-    """Count the visible query tokens whose most-attended token lies within some tokens of the true match.
-
-    Example:
-        >>> index = torch.full((1, 2, 2, 4), -1)
-        >>> index[0, 0, 1] = torch.tensor([0, 1, 2, 3])
-        >>> oracle = torch.eye(4).expand(2, 2, 4, 4).permute(0, 2, 1, 3)[None, None]
-        >>> hits, pairs = attention_hits({"mean": oracle}, index, sizes=((2, 2), (2, 2)))
-        >>> hits["mean"].tolist(), pairs
-        ([[4.0, 4.0]], 4)
-
-    Args:
-        maps: readouts `[B, R, V, N, V, N]` of `attention_maps`.
-        index: the true matches `[B, V, V, N]`, as `Correspondence.index`, -1 = none.
-        sizes: token grid of each key view, in which the distance is taken.
-        within: distances in tokens of the key view, the larger of the row and the column difference.
-
-    Returns:
-        Hits `[R, len(within)]` per readout, and the number of visible pairs they were counted over.
-    """
-    truth = Truth.plain(Correspondence(index, sizes))
-    everything: Block = (slice(0, None), slice(0, None), slice(0, None))
-    hits = {name: _token_hits(attention, truth, everything, within, None)[1] for name, attention in maps.items()}
-    return {name: value.sum(0) for name, value in hits.items()}, int(truth.pairs.sum())

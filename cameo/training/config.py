@@ -13,9 +13,10 @@ from cameo.errors import DataError, unknown_name
 
 __all__ = ["TrainingConfig", "continued_settings", "load_config", "save_config", "settings_file"]
 
+EMBEDDED = ("scenes", "bare_rooms", "objects")
 CHOICES = {
     "alignment_implementation": IMPLEMENTATIONS,
-    "data_format": ("auto", "scenes", "bare_rooms", "objects", "meshes", "rgbd"),
+    "data_format": ("auto", *EMBEDDED, "meshes", "rgbd"),
     "supervision": ("cameo", "repa"),
     "correspondence": ("depth", "point_map", "features"),
     "correspondence_control": ("none", "other_scene", "random"),
@@ -65,7 +66,7 @@ CHANGEABLE = frozenset((
 class TrainingConfig:
     """All settings of `recipes/lora_finetune.py` and `recipes/full_finetune.py`.
 
-    Model: `pretrained_model_name_or_path` (Hub id, folder, `bundled:cat3d-tiny`) or `preset` for fresh weights, with
+    Model: `pretrained_model_name_or_path` (Hub id, folder, `bundled:NAME`) or `preset` for fresh weights, with
     `preset_options` overriding it.
     Data: `train_data_dir` is an RGB-D sequence or a folder of meshes (`data_format`: auto, scenes, bare_rooms, objects,
     meshes, rgbd); without it the embedded scenes are used: furnished rooms, empty ones with bold patterns
@@ -217,7 +218,7 @@ class TrainingConfig:
                 f"camera_rig={self.camera_rig}: stands around an object, so it needs data_format=objects, meshes or "
                 f"auto, got {self.data_format}; give camera_rig=null"
             )
-        if self.train_data_dir and self.data_format in ("scenes", "bare_rooms", "objects"):
+        if self.train_data_dir and self.data_format in EMBEDDED:
             raise ValueError(
                 f"data_format={self.data_format} is embedded, so train_data_dir={self.train_data_dir} would not be "
                 "read; give data_format=auto, or train_data_dir=null"
@@ -311,6 +312,8 @@ def settings_file(recipe: str, folder: str | Path, overrides: Sequence[str]) -> 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainingConfig:
     """Read a YAML file and apply `key=value` overrides; `config=other.yaml` among them replaces the file.
 
+    Embedded data that the file names gives way to a `train_data_dir=` or `camera_rig=` among the overrides.
+
     Example:
         >>> import tempfile, pathlib
         >>> file = pathlib.Path(tempfile.mkdtemp()) / "run.yaml"
@@ -347,6 +350,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainingConf
     for name in [*given, *changed]:
         if name not in known:
             raise unknown_name("setting", name, known)
+    if given.get("data_format") in EMBEDDED and (changed.get("train_data_dir") or changed.get("camera_rig")):
+        given.data_format = "auto"
     try:
         merged = OmegaConf.merge(OmegaConf.structured(TrainingConfig), given, changed)
         values = OmegaConf.to_container(merged, resolve=True)

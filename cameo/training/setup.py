@@ -25,6 +25,7 @@ from cameo.training.checkpoint import find_checkpoint, list_checkpoints, refuse_
 from cameo.training.config import TrainingConfig
 from cameo.training.data import to_device
 from cameo.training.layer_choice import probe_for
+from cameo.training.processes import make_accelerator
 from cameo.training.records import TrainingResult
 from cameo.training.trainer import Trainer
 from cameo.wrap import CameoModel
@@ -109,8 +110,9 @@ def wrap_denoiser(
 ) -> CameoModel:
     """Wrap the pipeline's denoiser with the run's CAMEO settings and note where its base weights came from.
 
-    With `layer=auto` the layers are probed on the first samples of `dataset`, the training set. A resumed run takes the
-    layer of its checkpoint: files that have moved, or another device, might turn a close ranking.
+    With `layer=auto` the pipeline is moved to the device of the run, and the layers are probed there on the first
+    samples of `dataset`, the training set. A resumed run takes the layer of its checkpoint: files that have moved, or
+    another device, might turn a close ranking.
 
     Raises:
         DataError: if there is no checkpoint to resume from.
@@ -123,6 +125,8 @@ def wrap_denoiser(
     elif layer == "auto":
         if dataset is None:
             raise ValueError("layer=auto: needs dataset=, the training set on which the layers are probed; got None")
+        if hasattr(pipeline, "to"):
+            pipeline.to(make_accelerator(config).device)
         probe = probe_for(pipeline, dataset, config)
     torch.manual_seed(config.seed)
     model = cameo.wrap(
