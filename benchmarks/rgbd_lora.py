@@ -2,7 +2,7 @@
 
     python benchmarks/rgbd_lora.py --data path/to/sequence [--seeds 0 1 2] [key=value ...]
 
-Trains the bundled `cat3d-tiny` base at 64 px with 4 views on the first four fifths of the sequence and measures on
+Trains a LoRA on the bundled base at 32 px with 4 views on the first four fifths of the sequence and measures on
 the held-out last fifth. Each finished run is kept in `benchmarks/results/rgbd_lora/`, so an interrupted benchmark
 continues; the table and the curves are written from those files.
 """
