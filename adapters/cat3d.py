@@ -88,7 +88,7 @@ class Cat3D(Backbone):
     def default_layer(self, model: nn.Module) -> int:
         """First attention of the up block one level below full resolution (SD 2.1: 10, the paper's best layer).
 
-        Of a transformer the block before the middle, where those of `transformer-tiny` find most matches by themselves.
+        Of a transformer the middle block, of two the first: there `transformer-tiny` finds most matches by itself.
         """
         if isinstance(model, JointDiT):
             return (len(model.transformer_blocks) - 1) // 2
@@ -123,7 +123,7 @@ class Cat3D(Backbone):
         schedule = {"prediction_type": "v_prediction", "zero_terminal_snr": True}
         values = preset_values(self, preset, options, patch_size=4, **defaults, **schedule)
         channels = 3 * values["patch_size"] ** 2 + CONDITION_CHANNELS
-        unet = transformer(values, channels) if is_transformer else unet_2d(values, in_channels=channels)
+        unet = joint_dit(values, channels) if is_transformer else unet_2d(values, in_channels=channels)
         scheduler = noise_schedule(values["prediction_type"], zero_terminal_snr=values["zero_terminal_snr"])
         return Cat3DPipeline(unet, scheduler, patch_size=values["patch_size"])
 
@@ -166,15 +166,22 @@ class Cat3D(Backbone):
 
 
 def _attentions(model: nn.Module) -> dict[str, nn.Module]:
+    """List the self-attentions of either kind of denoiser by path, in execution order."""
     return dit_attentions(model) or self_attentions(model)
 
 
-def transformer(values: Mapping[str, Any], in_channels: int) -> JointDiT:
+def joint_dit(values: Mapping[str, Any], in_channels: int) -> JointDiT:
     """Build the transformer of a preset in pixel space; its first prediction is zero, as in DiT.
 
     Raises:
-        ValueError: if the width does not divide into the heads.
+        ValueError: if the width does not divide into the heads, the image into patches, or there is no block.
     """
+    if values["blocks"] < 1:
+        raise ValueError(f"blocks: expected at least 1, got {values['blocks']}")
+    if values["image_size"] % values["patch_size"]:
+        raise ValueError(
+            f"image_size: expected a multiple of patch_size={values['patch_size']}, got {values['image_size']}"
+        )
     if values["width"] % values["heads"]:
         raise ValueError(f"heads: expected a divisor of the width {values['width']}, got {values['heads']}")
     model = JointDiT(

@@ -118,7 +118,7 @@ class Cat3DPipeline(LatentPipeline):
         noise: Tensor | None = None,
         condition_dropout: float = 0.0,
     ) -> TrainingInputs:
-        """Noise the target views of a batch and build the U-Net's input and target.
+        """Noise the target views of a batch and build the denoiser's input and target.
 
         Args:
             batch: `images, intrinsics, extrinsics, num_reference_views`, see `cameo.data`.
@@ -201,7 +201,7 @@ class Cat3DPipeline(LatentPipeline):
         return tuple(inputs), {"cross_attention_kwargs": {"num_views": views}}
 
     def prediction(self, output: Any, inputs: TrainingInputs) -> Tensor:
-        """Views of the U-Net's output, `[B, V, C, h, w]`."""
+        """Views of the denoiser's output, `[B, V, C, h, w]`."""
         return self._views(output, inputs.noisy.shape[0])
 
     @staticmethod

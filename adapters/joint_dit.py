@@ -14,6 +14,8 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from einops import rearrange
 from torch import Tensor, nn
 
+from cameo.errors import ShapeError
+
 __all__ = ["JointDiT", "dit_attentions"]
 
 
@@ -38,15 +40,22 @@ class JointDiT(DiTTransformer2DModel, PeftAdapterMixin):
         return {f"{path}.processor": attention.processor for path, attention in dit_attentions(self).items()}
 
     def set_attn_processor(self, processor: Any) -> None:
-        """Set one processor everywhere, or processors by name."""
-        given = processor if isinstance(processor, dict) else dict.fromkeys(self.attn_processors, processor)
+        """Set one processor everywhere, or one by name in every layer.
+
+        Raises:
+            ValueError: if the names are not those of `attn_processors`.
+        """
+        known = self.attn_processors
+        given = processor if isinstance(processor, dict) else dict.fromkeys(known, processor)
+        if given.keys() != known.keys():
+            raise ValueError(f"processor: expected one for each of {list(known)}, got {list(given)}")
         for name, one in given.items():
             self.get_submodule(name.removesuffix(".processor")).set_processor(one)
 
     def forward(
         self,
         sample: Tensor,
-        timestep: Tensor,
+        timestep: Tensor | int,
         cross_attention_kwargs: dict[str, Any] | None = None,
         return_dict: bool = True,
     ) -> Transformer2DModelOutput | tuple[Tensor]:
@@ -54,16 +63,22 @@ class JointDiT(DiTTransformer2DModel, PeftAdapterMixin):
 
         Args:
             sample: `[B V, C, h, w]`, h and w multiples of `patch_size`.
-            timestep: integers `[B V]`, or one for all.
+            timestep: noise levels `[B V]`, or one for all, 0 to the last of the schedule.
             cross_attention_kwargs: passed to the attention processors.
             return_dict: return an object with `sample` instead of a tuple.
 
         Returns:
-            `[B V, out_channels, h, w]`.
+            An object whose `sample` is `[B V, out_channels, h, w]`, or the tensor alone in a tuple.
+
+        Raises:
+            ShapeError: if h or w does not divide into patches.
         """
         patch = self.config.patch_size
-        timestep = timestep.expand(sample.shape[0])
-        # The base class drops labels at random while training, to the one past the last; here all are that one.
+        if sample.shape[-2] % patch or sample.shape[-1] % patch:
+            raise ShapeError("sample", expected=f"height and width divisible by {patch}", got=sample.shape)
+        timestep = torch.as_tensor(timestep, device=sample.device).expand(sample.shape[0])
+        # The base class drops labels at random while training, to the one past the last; here all are that one. So it
+        # still draws random numbers, and the embeddings of its classes are never read.
         labels = torch.full_like(timestep, self.config.num_embeds_ada_norm, dtype=torch.long)
         tokens = self.pos_embed(sample)
         for block in self.transformer_blocks:

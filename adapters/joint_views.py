@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0, XFormersAttnProcessor
 from einops import rearrange
 from torch import Tensor, nn
 
+from cameo.adapters.joint_dit import JointDiT
 from cameo.errors import ShapeError
 
 __all__ = ["JointViewAttnProcessor", "check_joined", "inflate"]
+
+Denoiser = TypeVar("Denoiser", UNet2DConditionModel, JointDiT)
 
 
 class JointViewAttnProcessor:
@@ -50,10 +55,8 @@ class JointViewAttnProcessor:
         return rearrange(hidden_states, "b (v n) c -> (b v) n c", v=num_views)
 
 
-def inflate(
-    unet: UNet2DConditionModel, *, use_xformers: bool = False, latent_stride: int | None = None
-) -> UNet2DConditionModel:
-    """Let every self-attention of `unet` attend across views, in place; the weights stay as they are.
+def inflate(unet: Denoiser, *, use_xformers: bool = False, latent_stride: int | None = None) -> Denoiser:
+    """Let every self-attention of a U-Net or `JointDiT` attend across views, in place; the weights stay as they are.
 
     `latent_stride` (image pixels per latent cell side) tells the layers their token grid for an image size.
 
@@ -78,7 +81,7 @@ def inflate(
 
 
 def check_joined(unet: nn.Module) -> None:
-    """Refuse a U-Net whose views were separated again.
+    """Refuse a denoiser whose views were separated again.
 
     Example:
         >>> from cameo.backbone import get_backbone

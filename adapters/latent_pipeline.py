@@ -20,7 +20,7 @@ __all__ = ["LatentPipeline", "reference_views", "vae_stride"]
 
 
 class LatentPipeline(DiffusionPipeline):
-    """Base class of the pipelines: a U-Net `unet`, a `scheduler`, and a `vae` or folded pixels.
+    """Base class of the pipelines: a denoiser `unet`, a `scheduler`, and a `vae` or folded pixels.
 
     A subclass registers these components, and the config value `patch_size` for `vae=None`: side of the pixel
     blocks that become one latent cell. It brings `training_inputs`, `prediction` and `sample`; a release with its
@@ -31,7 +31,7 @@ class LatentPipeline(DiffusionPipeline):
 
     @property
     def denoiser(self) -> nn.Module:
-        """The U-Net, the module to wrap and to train."""
+        """The module to wrap and to train, the component `unet`."""
         return self.unet
 
     @denoiser.setter
@@ -55,10 +55,10 @@ class LatentPipeline(DiffusionPipeline):
 
     @property
     def unet_dtype(self) -> torch.dtype:
-        """Precision of the U-Net's weights, beside which LoRA may be in float32.
+        """Precision of the denoiser's weights, beside which LoRA may be in float32.
 
-        Samplers hand the U-Net its input in it, so that weights loaded in half precision need no autocast; the latents
-        between the steps keep the precision of the images.
+        Samplers hand the denoiser its input in it, so that weights loaded in half precision need no autocast; the
+        latents between the steps keep the precision of the images.
         """
         return next((parameter.dtype for parameter in self.unet.parameters()), torch.float32)
 
@@ -101,7 +101,7 @@ class LatentPipeline(DiffusionPipeline):
         """Refuse what cannot be encoded.
 
         Raises:
-            ShapeError: for another shape, or sides that the U-Net cannot halve as often as it has to.
+            ShapeError: for another shape, or sides that are no multiple of `size_multiple`.
             ValueError: for integers.
         """
         if images.ndim != 5 or images.shape[2] != 3:

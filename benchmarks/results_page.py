@@ -33,10 +33,48 @@ NOT_RUN = f"Not run yet: `{COMMAND}`.\n"
 def arms(preset: str, subject: str, *, named: bool) -> str:
     """Table of the arms of the study, or of what was varied beside them."""
     results = curves.load_results(STUDY / preset / subject)
-    shown = {arm: runs for arm, runs in results.items() if (arm in curves.ARM_ORDER) == named or arm == "none"}
-    if len(shown) < 2:
+    long = {arm for pair in longer(results).values() for arm in pair}
+    shown = {arm: runs for arm, runs in results.items() if (arm in curves.ARM_ORDER) == named and arm not in long}
+    return table({"none": results.get("none", []), **shown}, preset, subject)
+
+
+def table(shown: Mapping[str, Sequence[curves.Run]], preset: str, subject: str) -> str:
+    """Table of arms, of which `none` is the first, with where they come from."""
+    if len(shown) < 2 or not shown["none"]:
         return NOT_RUN.format(preset=preset, subject=subject)
     return f"{origin(shown)}\n\n{curves.table_of_arms(shown)}\n"
+
+
+def longer(results: Mapping[str, Sequence[curves.Run]]) -> dict[int, dict[str, Sequence[curves.Run]]]:
+    """Arms of more steps than those of the study and nothing else changed but the weight, by their number of steps."""
+    usual = max((run["settings"]["max_train_steps"] for run in results.get("none", [])), default=None)
+    found: dict[int, dict[str, Sequence[curves.Run]]] = {}
+    for arm, runs in results.items():
+        steps = runs[0]["settings"]["max_train_steps"]
+        if usual is not None and steps > usual and arm in (f"max_train_steps={steps}", without(steps)):
+            found.setdefault(steps, {})[arm] = runs
+    return found
+
+
+def without(steps: int) -> str:
+    """Name of the arm of so many steps without CAMEO."""
+    return f"max_train_steps={steps},weight=0.0"
+
+
+def longer_pairs(results: Mapping[str, Sequence[curves.Run]]) -> dict[int, dict[str, Sequence[curves.Run]]]:
+    """Of the longer arms those that exist without and with CAMEO, under the names `none` and `cameo`."""
+    return {
+        steps: {"none": pair[without(steps)], "cameo": pair[f"max_train_steps={steps}"]}
+        for steps, pair in sorted(longer(results).items())
+        if len(pair) == 2
+    }
+
+
+def longer_tables(preset: str, subject: str) -> str:
+    """Tables of the longer runs."""
+    found = longer_pairs(curves.load_results(STUDY / preset / subject))
+    tables = [table(pair, preset, subject) for pair in found.values()]
+    return "\n".join(tables) or NOT_RUN.format(preset=preset, subject=subject)
 
 
 def levels(preset: str, subject: str) -> str:
@@ -72,6 +110,9 @@ def origin(results: Mapping[str, Sequence[curves.Run]]) -> str:
     dates = sorted({run["date"] for run in runs})
     steps = sorted({run["validations"][-1]["step"] for run in runs})
     command = COMMAND.format(preset=first["preset"], subject=first["subject"])
+    if free := [run for run in runs if run["arm"] not in curves.ARM_ORDER]:
+        command += f" --arms {' '.join(sorted({run['arm'] for run in free}))}"
+        command += f" --seeds {' '.join(sorted({str(run['seed']) for run in free}))}"
     return (
         f"`{command}` ({first['parameters'] / 1e6:.1f} million parameters), "
         f"{' or '.join(map(str, steps))} steps of batch {first['settings']['train_batch_size']}; "
@@ -104,6 +145,7 @@ TABLES: dict[str, Callable[[], str]] = {
     for name, function in (
         ("study", partial(arms, named=True)),
         ("sweeps", partial(arms, named=False)),
+        ("longer", longer_tables),
         ("levels", levels),
         ("effects", effects),
     )
@@ -115,6 +157,8 @@ TABLES: dict[str, Callable[[], str]] = {
 def draw(preset: str) -> Path | None:
     """Draw the curves of all subjects of a preset; None without results."""
     found = {subject: curves.load_results(STUDY / preset / subject) for subject in SUBJECTS}
+    for subject in SUBJECTS:
+        found |= {f"{subject}, {steps} steps": pair for steps, pair in longer_pairs(found[subject]).items()}
     found = {subject: results for subject, results in found.items() if results}
     if not found:
         return None

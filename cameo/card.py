@@ -166,7 +166,8 @@ def _needs_base(facts: CardFacts) -> bool:
 def _usage_without_cameo(facts: CardFacts, variable: str) -> list[str]:
     name, place = facts.class_name, facts.place
     if facts.form == "diffusers_lora":
-        text = f"Without cameo, on the base model's `{variable}` (a `{name}`), in plain diffusers:"
+        kind = f"a `{name}`), in plain diffusers" if facts.plain_class else f"a `{name}`, a class of its own code)"
+        text = f"Without `cameo.from_pretrained`, on the base model's `{variable}` ({kind}:"
         options = f'prefix="{facts.component}", weight_name="{LORA_FILE}"'
         code = [f'{variable}.load_lora_adapter("{place}", {options})']
     elif facts.form == "peft":

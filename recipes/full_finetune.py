@@ -1,6 +1,6 @@
 """Train all weights of a multi-view diffusion model, from a preset or from released weights, with or without CAMEO.
 
-    python recipes/full_finetune.py                                          # small base model on embedded scenes
+    python recipes/full_finetune.py                                          # small base model on embedded rooms
     python recipes/full_finetune.py weight=0.1 train_data_dir=path/to/rgbd   # an RGB-D sequence, or a mesh folder
     python recipes/full_finetune.py backbone=mvdream                         # or zero123plus, sv3d
     python recipes/full_finetune.py resume_from_checkpoint=latest            # go on with an interrupted run
@@ -23,6 +23,7 @@ from cameo.training.setup import (
     check_push,
     load_pipeline,
     metrics_table,
+    to_run_device,
     validation_callback,
     wrap_denoiser,
     write_pictures,
@@ -39,6 +40,7 @@ def main(arguments: list[str]) -> None:
     train, held_out = build_dataset(config, "train"), build_dataset(config, "validation")
     pipeline = load_pipeline(config)
     pipeline.denoiser.requires_grad_(True)
+    to_run_device(pipeline, config)
     model = wrap_denoiser(pipeline, config, train)
     trainer = Trainer(model, pipeline, train, config, on_validation=validation_callback(pipeline, held_out, config))
     result, accelerator = trainer.train(), trainer.accelerator

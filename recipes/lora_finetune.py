@@ -1,6 +1,6 @@
 """Train a LoRA with CAMEO on a multi-view diffusion model; without arguments about two minutes on two CPU cores.
 
-    python recipes/lora_finetune.py                                          # bundled base, embedded scenes
+    python recipes/lora_finetune.py                                          # bundled base, embedded rooms
     python recipes/lora_finetune.py train_data_dir=path/to/rgbd num_views=4  # an RGB-D sequence, or a mesh folder
     python recipes/lora_finetune.py backbone=zero123plus                     # or mvdream, sv3d: settings in configs/
     python recipes/lora_finetune.py resume_from_checkpoint=latest            # go on with an interrupted run

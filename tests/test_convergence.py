@@ -13,11 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from scipy import stats
-
-import cameo
-from cameo.backbone import get_backbone
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 SETTINGS = """
@@ -37,7 +33,7 @@ def scripts() -> Iterator[SimpleNamespace]:
         patch.syspath_prepend(str(FOLDER))
         patch.syspath_prepend(str(FOLDER / "convergence"))
         before = set(sys.modules)
-        names = ("curves", "transformer", "study", "results_page")
+        names = ("curves", "study", "results_page")
         yield SimpleNamespace(**{name: importlib.import_module(name) for name in names})
         for name in set(sys.modules) - before:
             if not name.startswith(("timm", "torch", "cameo")):
@@ -175,30 +171,34 @@ def test_an_arm_that_needs_the_ranking_says_so(
         small_study.study.free_arm("cameos", ["a"])
 
 
-def test_the_transformer_is_attached_like_any_third_party_model(scripts: SimpleNamespace) -> None:
-    torch.manual_seed(0)
-    pipeline = get_backbone("cat3d_transformer").build("tiny", width=16, blocks=2, heads=2)
-    extrinsics = torch.eye(4).repeat(1, 2, 1, 1)
-    extrinsics[0, 1, 0, 3] = -0.5
-    batch = {
-        "images": torch.rand(1, 2, 3, 32, 32),
-        "depth": torch.full((1, 2, 1, 32, 32), 2.0),
-        "intrinsics": torch.tensor([[32.0, 0, 16], [0, 32, 16], [0, 0, 1]]).expand(1, 2, 3, 3),
-        "extrinsics": extrinsics,
-        "num_reference_views": 1,
-    }
-    inputs = pipeline.training_inputs(batch, timesteps=torch.tensor([500]), generator=torch.Generator().manual_seed(0))
-    pipeline.denoiser.eval()
-    before = pipeline.denoiser(*inputs.args, **inputs.kwargs).sample
-    model = cameo.wrap(pipeline.denoiser, backbone="cat3d_transformer")
-    match = cameo.Correspondence.from_depth(
-        batch["depth"], batch["intrinsics"], batch["extrinsics"], size=model.token_grid(32, 32)
-    )
-    after = model(*inputs.args, correspondence=match, **inputs.kwargs).sample
-    assert torch.equal(before, after)
-    assert model.num_supervised > 0
-    assert torch.isfinite(model.alignment_loss)
-    assert pipeline.sample(batch, num_inference_steps=2).shape == (1, 1, 3, 32, 32)
+def test_longer_runs_stand_in_a_table_of_their_own(
+    scripts: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page, folder = scripts.results_page, tmp_path / "tiny" / "cat3d"
+    folder.mkdir(parents=True)
+    monkeypatch.setattr(page, "STUDY", tmp_path)
+    facts = {"preset": "tiny", "subject": "cat3d", "threads": 1, "torch": "2", "date": "2026-01-01", "parameters": 1e6}
+    arms = ["none", "cameo", "weight=0.2", "max_train_steps=2", "max_train_steps=9,layers=2"]
+    arms += [f"max_train_steps={steps}{rest}" for steps in (9, 20) for rest in ("", ",weight=0.0")]
+    arms += ["max_train_steps=30"]
+    for place, arm in enumerate(arms):
+        steps = int(arm.split(",")[0].split("=")[1]) if arm.startswith("max") else 4
+        run = {**facts, **a_run([1.0, 2.0 + place]), "arm": arm}
+        run["settings"] = {"max_train_steps": steps, "train_batch_size": 1, "weight": 0.0 if "0.0" in arm else 0.1}
+        (folder / f"{place}.json").write_text(json.dumps(run))
+    named, varied = (page.arms("tiny", "cat3d", named=named) for named in (True, False))
+    assert [line.split(" | ")[0] for line in named.splitlines()[4:]] == ["| none", "| cameo"]
+    shown = [line.split(" | ")[0] for line in varied.splitlines()[4:]]
+    assert shown == ["| none", "| max_train_steps=2", "| max_train_steps=9,layers=2", "| weight=0.2"]
+    assert "--arms max_train_steps=2 max_train_steps=9,layers=2 weight=0.2 --seeds 0`" in varied
+    long = page.longer_tables("tiny", "cat3d")
+    assert [line.split(" | ")[0] for line in long.splitlines() if line.startswith(("| none", "| cameo"))] == [
+        "| none",
+        "| cameo",
+    ] * 2
+    assert long.count("--arms max_train_steps=9 max_train_steps=9,weight=0.0") == 1
+    (folder / "0.json").unlink()
+    assert page.longer_tables("tiny", "cat3d").startswith("Not run yet")  # nothing to be longer than
 
 
 def test_the_page_agrees_with_the_results(scripts: SimpleNamespace) -> None:

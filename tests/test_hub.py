@@ -667,6 +667,9 @@ class TestPush:
         card = hub.files(f"{OWNER}/preset-{name}")["README.md"].decode()
         assert "license: apache-2.0" in card
         assert ("Inference differs from the base model" in card) == (name == "sv3d-inflated")
+        own_class = name.startswith(("cat3d-transformer", "sv3d", "zero123plus"))
+        assert ("in plain diffusers:" in card) == (not own_class)
+        assert ("a class of its own code" in card) == own_class
 
     def test_urls(self, hub):
         urls = [hub.steps[name]["value"] for name in ("full", "lora", "branch", "pull request")]

@@ -51,7 +51,7 @@ def test_it_computes_what_the_class_of_diffusers_does() -> None:
         assert torch.equal(own.eval()(sample, timestep).sample, expected)
         assert torch.equal(own(sample, timestep, return_dict=False)[0], expected)
         assert torch.equal(own.train()(sample, timestep).sample, expected)  # no label is dropped
-        one_for_all = own(sample, torch.tensor(500)).sample
+        one_for_all = own(sample, 500).sample
     assert torch.equal(one_for_all[1], expected[1])
 
 
@@ -64,6 +64,11 @@ def test_pictures_need_not_be_square() -> None:
     found = own(torch.randn(2, 4, 8, 18), torch.tensor(5)).sample
     expected = rearrange(count, "(h w) -> h w", w=9).repeat_interleave(2, 0).repeat_interleave(2, 1)
     assert torch.equal(found, expected.expand(2, 1, -1, -1))
+
+
+def test_what_a_forward_refuses() -> None:
+    with pytest.raises(ShapeError, match=r"sample: expected height and width divisible by 2, got \[1, 4, 9, 8\]"):
+        dit()(torch.zeros(1, 4, 9, 8), torch.tensor(5))
 
 
 def test_the_pixels_of_a_patch_are_in_order() -> None:
@@ -131,6 +136,8 @@ def test_latents_of_an_autoencoder_in_patches() -> None:
 def test_separated_views_are_noticed_and_joined_again() -> None:
     built, batch = pipeline(), make_batch(size=32)
     before = built.sample(batch, num_inference_steps=1, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(ValueError, match=r"processor: expected one for each of .*got \[\]"):
+        built.unet.set_attn_processor({})
     built.unet.set_attn_processor(AttnProcessor2_0())
     assert not get_backbone("cat3d").recognises(built.unet)
     with pytest.raises(ValueError, match=r"self-attentions of this JointDiT see one view at a time.*inflate\(unet\)"):
@@ -163,6 +170,10 @@ def test_what_build_refuses() -> None:
         adapter.build("transformer-tiny", norm_num_groups=8)
     with pytest.raises(ValueError, match="unknown option of cat3d 'block'"):
         adapter.build("transformer-tiny", block=8)
+    with pytest.raises(ValueError, match="blocks: expected at least 1, got 0"):
+        adapter.build("transformer-tiny", blocks=0)
+    with pytest.raises(ValueError, match="image_size: expected a multiple of patch_size=4, got 30"):
+        adapter.build("transformer-tiny", image_size=30)
     with pytest.raises(ValueError, match=r"heads: expected a divisor of the width 16, got 3"):
         adapter.build("transformer-tiny", width=16, heads=3)
     with pytest.raises(ValueError, match=r"unet: expected 11 input and 4 output channels .*got 4 and 4"):

@@ -7,6 +7,7 @@ import runpy
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 import cameo
 from cameo import Correspondence, LayerProbe, TokenLayout, probe_layers
 from cameo.adapters.cat3d import BUNDLED
+from cameo.adapters.latent_pipeline import LatentPipeline
 from cameo.backbone import core_module, get_backbone
 from cameo.capture import AttentionSite
 from cameo.card import CardFacts, model_card
@@ -29,17 +31,16 @@ from cameo.evaluation.truth import ANGLE_BINS, Truth, angle_bins, surface_points
 from cameo.evaluation.validation import ValidationSettings, validate
 from cameo.probed_layer import ProbedLayer
 from cameo.training import setup
-from cameo.training.config import load_config
 from cameo.training.data import build_dataset
 from cameo.training.layer_choice import probe_for
-from cameo.training.setup import load_pipeline, wrap_denoiser
+from cameo.training.setup import load_pipeline
 from cameo.wrap import CameoModel
 
 from . import backbone_checks as checks
 from .conftest import make_batch
 from .test_backbones import TINY, Row, every_tiny
 from .test_evaluation import ZERO123, Planted, joined, per_cell, plain_hits, tiled
-from .training_runs import RECIPES, fresh_accelerate, make_config, scene_cache
+from .training_runs import RECIPES, make_config, scene_cache
 
 LEVELS = (0.5, 1.0)
 CAT3D = TINY[0]
@@ -597,7 +598,7 @@ def test_auto_passes_over_a_layer_that_cannot_be_supervised() -> None:
 
 
 def test_the_bundled_base_is_probed_and_its_best_layer_supervised(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its best layer is far above chance, and is the one that its recipe supervises."""
+    """Its best layer is far above chance, and is the default one."""
     monkeypatch.setenv("CAMEO_CACHE", scene_cache())
     pipeline = get_backbone("cat3d").load(BUNDLED)
     scenes = EmbeddedScenes(content="bare_rooms", num_scenes=4, size=(32, 32), views_per_scene=6, progress=False)
@@ -611,7 +612,7 @@ def test_the_bundled_base_is_probed_and_its_best_layer_supervised(monkeypatch: p
         warnings.simplefilter("error")  # a choice that is not above chance is warned about
         model = cameo.wrap(pipeline.unet, "cat3d", layer="auto", probe=probe)
     assert model.cameo_config.layers == [probe.best]
-    assert model.supervised_sites[0].index == load_config(RECIPES / "configs" / "lora_cat3d_tiny.yaml").layer
+    assert model.supervised_sites[0].index == get_backbone("cat3d").default_layer(pipeline.unet)
 
 
 def test_a_training_run_probes_its_own_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -627,14 +628,28 @@ def test_a_training_run_probes_its_own_data(tmp_path: Path, monkeypatch: pytest.
 
 def test_the_layers_are_probed_on_the_device_of_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CAMEO_CACHE", scene_cache())
-    config = make_config(tmp_path, layer="auto")
-    data, pipeline, order = build_dataset(config, "train"), load_pipeline(config), []
-    monkeypatch.setattr(type(pipeline), "to", lambda _self, device: order.append(device))
-    monkeypatch.setattr(setup, "probe_for", lambda *given: (order.append("probe"), probe_for(*given))[1])
-    with fresh_accelerate():
-        model = wrap_denoiser(pipeline, config, data)
-    assert order == [torch.device("cpu"), "probe"]
-    assert model.cameo_config.layer_choice is not None
+    config, order = make_config(tmp_path, layer="auto"), []
+    data, device = build_dataset(config, "train"), torch.device("meta")
+    monkeypatch.setattr(setup, "make_accelerator", lambda _config: SimpleNamespace(device=device))
+    monkeypatch.setattr(LatentPipeline, "to", lambda _self, place: order.append(place))
+
+    def probe(*_given: Any) -> None:
+        order.append("probe")
+        raise KeyboardInterrupt  # the rest of the run is not of interest
+
+    monkeypatch.setattr(setup, "probe_for", probe)
+    with pytest.raises(KeyboardInterrupt):
+        setup.train_lora(config, data, data)
+    assert order == [device, "probe"]
+
+
+def test_all_processes_take_the_probe_of_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CAMEO_CACHE", scene_cache())
+    config = make_config(tmp_path)
+    data, pipeline = build_dataset(config, "train"), load_pipeline(config)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "broadcast_object_list", lambda shared: shared.__setitem__(0, "the first"))
+    assert probe_for(pipeline, data, config) == "the first"
 
 
 def test_the_recipe_writes_the_probe_and_what_each_layer_is_needed_for(

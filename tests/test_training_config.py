@@ -147,6 +147,13 @@ def test_embedded_data_of_a_settings_file_gives_way_to_data_that_is_named(file: 
         load_config(file, [data, "data_format=scenes"])
 
 
+def test_embedded_objects_stand_on_a_rig_that_is_named(file: Path) -> None:
+    file.write_text("data_format: objects\n")
+    assert load_config(file, ["camera_rig=sv3d-orbit"]).data_format == "objects"
+    assert load_config(file, ["train_data_dir=meshes"]).data_format == "auto"
+    assert load_config(file, ["train_data_dir=null"]).data_format == "objects"
+
+
 def test_a_checkpoint_of_before_a_setting_existed_continues_with_its_default(tmp_path: Path) -> None:
     settings = continued_settings(TrainingConfig())
     older = {name: value for name, value in settings.items() if name not in ("inflate", "camera_rig")}

@@ -120,16 +120,12 @@ def count_hits(
             continue
         call = query[samples, :, views, tokens], key[samples], truth.match.sizes, head, scale
         if truth.one_token:
-            shown, rows, bins = truth.queries_in(block)
-            maps = {name: found.movedim(1, -1)[rows] for name, found in view_maps(*call, views.start).items()}
+            bins, found = _view_hits(view_maps(*call, first_view=views.start), truth, block)
         else:
             pairs = truth.pairs_in(block)
-            bins, maps = pairs.bin, _pair_maps(*call, pairs, block)
-        for name, attention in maps.items():
-            if truth.one_token:  # [P, V, R]: does the view that is looked at show the point?
-                hits = shown.gather(1, attention.argmax(1))[..., None].float()
-            else:
-                hits = _token_hits(attention.argmax(-1), truth, pairs, within, near)
+            maps = _pair_maps(*call, pairs, block)
+            bins, found = pairs.bin, _token_hits(maps, truth, pairs, within, near)
+        for name, hits in found.items():
             flat = hits.new_zeros(truth.num_bins, *hits.shape[1:]).index_add_(0, bins, hits)
             totals[name] = totals.get(name, 0) + flat.cpu()
     shape = (truth.num_samples, truth.num_groups, -1, columns)
@@ -164,13 +160,26 @@ def _pair_maps(
     return _readouts(logits, _beyond(sizes, logits)[pairs.key], head)
 
 
-def _token_hits(best: Tensor, truth: Truth, pairs: Pairs, within: tuple[int, ...], near: float | None) -> Tensor:
-    """Hits `[P, R, W]` of the tokens `[P, R]` that the queries of P pairs look at."""
-    distance = token_distance(best, pairs.target[:, None], pairs.width[:, None])
-    hits = [distance <= limit for limit in within]
-    if near is not None:
-        hits.append(truth.distance_to(pairs, best) <= near)
-    return torch.stack(hits, dim=-1).float()
+def _token_hits(
+    maps: dict[str, Tensor], truth: Truth, pairs: Pairs, within: tuple[int, ...], near: float | None
+) -> dict[str, Tensor]:
+    """Hits `[P, R, W]` of the tokens that the queries of P pairs look at, per readout."""
+    found = {}
+    for name, attention in maps.items():
+        best = attention.argmax(-1)  # [P, R]
+        distance = token_distance(best, pairs.target[:, None], pairs.width[:, None])
+        hits = [distance <= limit for limit in within]
+        if near is not None:
+            hits.append(truth.distance_to(pairs, best) <= near)
+        found[name] = torch.stack(hits, dim=-1).float()
+    return found
+
+
+def _view_hits(maps: dict[str, Tensor], truth: Truth, block: Block) -> tuple[Tensor, dict[str, Tensor]]:
+    """Bin `[P]` and hits `[P, R, 1]` per readout of the P queries of a block whose point some view shows."""
+    shown, rows, bins = truth.queries_in(block)
+    best = {name: attention.movedim(1, -1)[rows].argmax(1) for name, attention in maps.items()}  # [P, R]
+    return bins, {name: shown.gather(1, view)[..., None].float() for name, view in best.items()}
 
 
 def attention_maps(
@@ -194,7 +203,7 @@ def attention_maps(
 
 
 def view_maps(
-    query: Tensor, key: Tensor, sizes: Sizes, head: AlignmentHead | None, scale: float, first_view: int = 0
+    query: Tensor, key: Tensor, sizes: Sizes, head: AlignmentHead | None, scale: float, *, first_view: int = 0
 ) -> dict[str, Tensor]:
     """Attention of each query over the other views, where it reaches one token of each: `[B, R, Q, V]`, sums to 1.
 
@@ -208,7 +217,7 @@ def view_maps(
 
 
 def _logits(query: Tensor, key: Tensor, scale: float) -> Tensor:
-    """Logits `[K, B, Q, N, V, N]`."""
+    """Logits `[K, B, Q, N, V, N]`; of the query tokens, the first N, any part."""
     return torch.einsum("bkind,bkjmd->kbinjm", query.float(), key.float()) * scale
 
 

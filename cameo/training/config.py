@@ -350,7 +350,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainingConf
     for name in [*given, *changed]:
         if name not in known:
             raise unknown_name("setting", name, known)
-    if given.get("data_format") in EMBEDDED and (changed.get("train_data_dir") or changed.get("camera_rig")):
+    other = changed.get("train_data_dir") or (changed.get("camera_rig") and given.get("data_format") != "objects")
+    if given.get("data_format") in EMBEDDED and other:
         given.data_format = "auto"
     try:
         merged = OmegaConf.merge(OmegaConf.structured(TrainingConfig), given, changed)

@@ -42,7 +42,7 @@ ENDLESS = 2**40
 
 def build_dataset(config: TrainingConfig, split: str) -> MultiViewDataset:
     """Build the training or validation set of a run; both are pure functions of their seed and an index."""
-    form = _data_format(config)
+    form = data_format(config)
     rig = config.camera_rig if form in ("objects", "meshes") else None
     if rig:
         try:
@@ -68,7 +68,12 @@ def build_dataset(config: TrainingConfig, split: str) -> MultiViewDataset:
     )
 
 
-def _data_format(config: TrainingConfig) -> str:
+def data_format(config: TrainingConfig) -> str:
+    """Return the `data_format` of a run, with `auto` resolved.
+
+    Raises:
+        DataError: if `train_data_dir` is no folder.
+    """
     if config.data_format != "auto":
         return config.data_format
     if config.train_data_dir:
@@ -111,7 +116,7 @@ def match_settings(config: TrainingConfig) -> dict[str, Any]:
     The token grids are no part of it: a folder may hold several. Nor are the files, which may have moved: depth and
     cameras are compared view by view when the matches are read.
     """
-    form = _data_format(config)
+    form = data_format(config)
     embedded, rigged = form != "rgbd", form in ("objects", "meshes") and config.camera_rig is not None
     from_depth = config.correspondence == "depth"
     return {

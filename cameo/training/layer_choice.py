@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch.utils.data import Dataset
 
 from cameo.data import MultiViewSample, collate
@@ -21,9 +22,9 @@ PROBED_SAMPLES = 16
 def probe_for(pipeline: MultiViewPipeline, dataset: Dataset[MultiViewSample], config: TrainingConfig) -> LayerProbe:
     """Probe the pipeline's denoiser on the first samples of a training set, for `cameo.wrap(layer="auto")`.
 
-    Call it before the denoiser is wrapped. It runs where the denoiser stands, and the result depends on the weights and
-    the data alone, so that every process of a run finds the same layer. A denoiser with fresh weights has nothing to
-    tell, and its ranking is close to noise.
+    Call it before the denoiser is wrapped. It runs where the denoiser stands; the processes of a run all take what the
+    first one found, since on another kind of device a close ranking might turn. A denoiser with fresh weights has
+    nothing to tell, and its ranking is close to noise.
 
     Args:
         pipeline: holds the denoiser, with or without LoRA (which changes nothing before the training).
@@ -39,4 +40,9 @@ def probe_for(pipeline: MultiViewPipeline, dataset: Dataset[MultiViewSample], co
             indices = range(start, min(start + config.train_batch_size, PROBED_SAMPLES))
             yield collate([dataset[index] for index in indices])
 
-    return probe_layers(pipeline, batches(), backbone=config.backbone, inflate=config.inflate)
+    probe = probe_layers(pipeline, batches(), backbone=config.backbone, inflate=config.inflate)
+    if torch.distributed.is_initialized():
+        shared = [probe]
+        torch.distributed.broadcast_object_list(shared)
+        probe = shared[0]
+    return probe

@@ -23,7 +23,7 @@ from cameo.licence import require_licence
 from cameo.pipeline import MultiViewPipeline, TrainingInputs
 from cameo.training.checkpoint import find_checkpoint, list_checkpoints, refuse_used_folder
 from cameo.training.config import TrainingConfig
-from cameo.training.data import to_device
+from cameo.training.data import data_format, to_device
 from cameo.training.layer_choice import probe_for
 from cameo.training.processes import make_accelerator
 from cameo.training.records import TrainingResult
@@ -80,6 +80,12 @@ def load_pipeline(config: TrainingConfig) -> MultiViewPipeline:
     return pipeline
 
 
+def to_run_device(pipeline: MultiViewPipeline, config: TrainingConfig) -> None:
+    """Move a pipeline to the device of this process, as the `Trainer` does later, so that layers are probed there."""
+    if hasattr(pipeline, "to"):
+        pipeline.to(make_accelerator(config).device)
+
+
 def add_lora(denoiser: nn.Module, config: TrainingConfig) -> None:
     """Freeze the denoiser and put LoRA on its attention projections, in place.
 
@@ -110,9 +116,9 @@ def wrap_denoiser(
 ) -> CameoModel:
     """Wrap the pipeline's denoiser with the run's CAMEO settings and note where its base weights came from.
 
-    With `layer=auto` the pipeline is moved to the device of the run, and the layers are probed there on the first
-    samples of `dataset`, the training set. A resumed run takes the layer of its checkpoint: files that have moved, or
-    another device, might turn a close ranking.
+    With `layer=auto` the layers are probed on the first samples of `dataset`, the training set, where the denoiser
+    stands (`to_run_device`). A resumed run takes the layer of its checkpoint: files that have moved, or another device,
+    might turn a close ranking.
 
     Raises:
         DataError: if there is no checkpoint to resume from.
@@ -125,8 +131,6 @@ def wrap_denoiser(
     elif layer == "auto":
         if dataset is None:
             raise ValueError("layer=auto: needs dataset=, the training set on which the layers are probed; got None")
-        if hasattr(pipeline, "to"):
-            pipeline.to(make_accelerator(config).device)
         probe = probe_for(pipeline, dataset, config)
     torch.manual_seed(config.seed)
     model = cameo.wrap(
@@ -153,7 +157,9 @@ def wrap_denoiser(
         "views": config.num_views,
         "resolution": config.resolution,
         "learning rate": config.learning_rate,
-        "data": Path(config.train_data_dir).name if config.train_data_dir else f"embedded {_content(config)}",
+        "data": Path(config.train_data_dir).name
+        if config.train_data_dir
+        else f"embedded {data_format(config).replace('_', ' ')}",
         "seed": config.seed,
         **_supervision_facts(config),
     }
@@ -300,10 +306,6 @@ def check_push(config: TrainingConfig) -> None:
         raise ValueError(f"push_to_hub=true: {error}; here as hub_licence=. Nothing was trained yet") from error
 
 
-def _content(config: TrainingConfig) -> str:
-    return "objects" if config.data_format == "objects" or config.camera_rig else "scenes"
-
-
 def base_name(config: TrainingConfig) -> str:
     """Name the weights that a run starts from, as `CameoConfig.base_model` keeps it."""
     return config.pretrained_model_name_or_path or f"preset:{config.preset or 'tiny'}"
@@ -313,6 +315,7 @@ def train_lora(config: TrainingConfig, train: MultiViewDataset, held_out: MultiV
     """Train one LoRA from the base weights."""
     pipeline = load_pipeline(config)
     add_lora(pipeline.denoiser, config)
+    to_run_device(pipeline, config)
     model = wrap_denoiser(pipeline, config, train)
     trainer = Trainer(model, pipeline, train, config, on_validation=validation_callback(pipeline, held_out, config))
     return LoraRun(model, pipeline, trainer, trainer.train())
