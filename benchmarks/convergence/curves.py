@@ -201,11 +201,11 @@ def draw_curves(subjects: Mapping[str, Mapping[str, Sequence[Run]]], title: str)
         for axis, (name, value) in zip(row, PANELS.items(), strict=False):
             for arm, runs in shown.items():
                 draw_band(axis, arm, runs, value, 1.0)
-            axis.set_title(f"{subject}: {name}", fontsize=8)
+            axis.set_title(f"{subject}:\n{name}", fontsize=8)
             axis.set_xlabel("steps", fontsize=8)
         for arm, runs in shown.items():
             draw_band(row[-1], arm, runs, quality, seconds_per_step(runs))
-        row[-1].set_title(f"{subject}: {next(iter(PANELS))}", fontsize=8)
+        row[-1].set_title(f"{subject}:\n{next(iter(PANELS))}", fontsize=8)
         row[-1].set_xlabel("seconds of training", fontsize=8)
         row[0].legend(fontsize=6)
         for axis in row:
