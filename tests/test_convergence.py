@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from tests.test_recipes import write_sequence
+
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 SETTINGS = """
 common: {resolution: 16, num_scenes: 4, num_validation_scenes: 2, views_per_scene: 3, train_batch_size: 2, num_views: 2,
@@ -157,6 +159,21 @@ def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(
     times = ("seconds", "busy_seconds")
     for entry, other in zip(whole["validations"], continued["validations"], strict=True):
         assert {k: v for k, v in entry.items() if k not in times} == {k: v for k, v in other.items() if k not in times}
+
+
+def test_an_rgbd_sequence_is_one_scene_and_is_studied_without_cuts(
+    small_study: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = SETTINGS.replace("data_format: bare_rooms", "data_format: rgbd, train_data_dir: null")
+    (small_study.folder / "room.yaml").write_text(settings, encoding="utf-8")
+    monkeypatch.setattr(small_study.study, "RESULTS", tmp_path / "results")
+    data = ["--data", str(write_sequence(tmp_path / "office"))]
+    small_study.main("--preset", "room", "--seeds", "0", "--arms", "none", "cameo", *data)
+    for arm in ("none", "cameo"):
+        record = json.loads((tmp_path / f"results/room/cat3d/{arm}-0.json").read_text())
+        assert "effects" not in record
+        assert record["probe"]["scenes"]
+        assert "office" not in json.dumps(record["settings"])
 
 
 def test_an_arm_that_needs_the_ranking_says_so(

@@ -129,7 +129,7 @@ def run(
 ) -> dict[str, Any] | None:
     """Train one arm with one seed; None if it was stopped before its end.
 
-    With `look_inside` the layers of the trained model are probed, and cut one at a time.
+    With `look_inside` the layers of the trained model are probed and, where there are several scenes, cut one by one.
     """
     train, held_out = build_dataset(config, "train"), build_dataset(config, "validation")
     pipeline = load_pipeline(config)
@@ -169,7 +169,8 @@ def run(
     }
     if look_inside:
         record["probe"] = probe(pipeline, held_out, config, validation).to_dict()
-        record["effects"] = [asdict(effect) for effect in perturb_layers(model, pipeline, held_out, validation)]
+        if config.data_format != "rgbd":  # a sequence is one scene, and intervals are over scenes
+            record["effects"] = [asdict(effect) for effect in perturb_layers(model, pipeline, held_out, validation)]
     return record
 
 
