@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -54,6 +54,27 @@ def build_pipeline(backbone: str, preset: str, **options: Any) -> Any:
     if isinstance(built.denoiser, JointDiT):
         nn.init.normal_(built.denoiser.proj_out_2.weight, std=0.1)
     return built
+
+
+class OneMatch(NamedTuple):
+    """The only match of two samples, and the tokens `[2, V, h, w]` that its gradient may reach before the layer."""
+
+    correspondence: Correspondence
+    reached: Tensor
+    sample: int
+    key_view: int
+    key_token: tuple[int, int]
+
+
+def one_match(views: int, height: int, width: int) -> OneMatch:
+    """Match a token of view 2 in the second sample with one of view 0."""
+    sample, query_view, key_view, query_token, key_token = 1, 2, 0, (1, 4), (3, 2)
+    index = torch.full((2, views, views, height * width), -1)
+    index[sample, query_view, key_view, query_token[0] * width + query_token[1]] = key_token[0] * width + key_token[1]
+    reached = torch.zeros(2, views, height, width, dtype=torch.bool)
+    reached[sample, query_view, query_token[0], query_token[1]] = True
+    reached[sample, key_view] = True
+    return OneMatch(Correspondence(index, ((height, width),) * views), reached, sample, key_view, key_token)
 
 
 def random_matches(grids: Grids, seed: int = 0, *, same_cell: bool = False) -> Correspondence:

@@ -22,6 +22,7 @@ from cameo.adapters.latent_pipeline import vae_stride
 from cameo.backbone import get_backbone
 from cameo.errors import DataError, ShapeError
 
+from .backbone_checks import one_match
 from .conftest import make_batch
 
 SIZE = 32
@@ -211,9 +212,7 @@ def test_a_match_reaches_its_token_and_the_keys_of_its_view() -> None:
     built = pipeline()
     model = cameo.wrap(built.unet, "cat3d", head="mean")
     height, width, views = 4, 6, 3
-    sample, query_view, key_view, query_token, key_token = 1, 2, 0, (1, 4), (3, 2)
-    index = torch.full((2, views, views, height * width), -1)
-    index[sample, query_view, key_view, query_token[0] * width + query_token[1]] = key_token[0] * width + key_token[1]
+    match = one_match(views, height, width)
     path = model.supervised_sites[0].path
     transformer = built.unet.get_submodule(path.removesuffix(".transformer_blocks.0.attn1"))
     transformer.norm = nn.Identity()  # a group norm would spread the gradient over the view
@@ -228,18 +227,15 @@ def test_a_match_reaches_its_token_and_the_keys_of_its_view() -> None:
         torch.full((2 * views,), 500),
         torch.zeros(2 * views, 1, 8),
         cross_attention_kwargs={"num_views": views},
-        correspondence=Correspondence(index, ((height, width),) * views),
+        correspondence=match.correspondence,
     )
     model.alignment_loss.backward()
     reached = rearrange(entering[0].grad.abs().sum(1) > 0, "(b v) h w -> b v h w", v=views)
-    expected = torch.zeros(2, views, height, width, dtype=torch.bool)
-    expected[sample, query_view, query_token[0], query_token[1]] = True
-    expected[sample, key_view] = True
-    assert torch.equal(reached, expected)
+    assert torch.equal(reached, match.reached)
     # Of all keys only the matched one is pulled towards the query; the others are pushed away.
-    pull = rearrange(keys[0].grad, "b (v h w) c -> b v h w c", v=views, h=height)[sample, key_view]
-    towards = torch.einsum("hwc,c->hw", pull, pull[key_token])
-    assert towards[key_token] > 0
+    pull = rearrange(keys[0].grad, "b (v h w) c -> b v h w c", v=views, h=height)[match.sample, match.key_view]
+    towards = torch.einsum("hwc,c->hw", pull, pull[match.key_token])
+    assert towards[match.key_token] > 0
     assert int((towards > 0).sum()) == 1
 
 

@@ -14,14 +14,13 @@ from einops import rearrange
 from torch import Tensor
 
 import cameo
-from cameo import Correspondence
 from cameo.adapters.cat3d import noise_schedule
 from cameo.adapters.cat3d_pipeline import CONDITION_CHANNELS, Cat3DPipeline, inflate
 from cameo.adapters.joint_dit import JointDiT
 from cameo.backbone import get_backbone
 from cameo.errors import ShapeError
 
-from .backbone_checks import build_pipeline
+from .backbone_checks import build_pipeline, one_match
 from .conftest import make_batch
 from .test_cat3d import tiny_kl
 
@@ -100,9 +99,7 @@ def test_a_match_reaches_its_token_and_the_keys_of_its_view() -> None:
     built = pipeline()
     model = cameo.wrap(built.unet, "cat3d", head="mean")
     height, width, views = 4, 6, 3
-    sample, query_view, key_view, query_token, key_token = 1, 2, 0, (1, 4), (3, 2)
-    index = torch.full((2, views, views, height * width), -1)
-    index[sample, query_view, key_view, query_token[0] * width + query_token[1]] = key_token[0] * width + key_token[1]
+    match = one_match(views, height, width)
     entering: list[Tensor] = []
     layer = built.unet.transformer_blocks[model.supervised_sites[0].index]
     layer.register_forward_pre_hook(lambda _, args: (args[0].retain_grad(), entering.append(args[0]))[0])
@@ -110,14 +107,11 @@ def test_a_match_reaches_its_token_and_the_keys_of_its_view() -> None:
         torch.randn(2 * views, built.unet.config.in_channels, height, width),
         torch.full((2 * views,), 500),
         cross_attention_kwargs={"num_views": views},
-        correspondence=Correspondence(index, ((height, width),) * views),
+        correspondence=match.correspondence,
     )
     model.alignment_loss.backward()
     reached = rearrange(entering[0].grad.abs().sum(-1) > 0, "(b v) (h w) -> b v h w", v=views, w=width)
-    expected = torch.zeros(2, views, height, width, dtype=torch.bool)
-    expected[sample, query_view, query_token[0], query_token[1]] = True
-    expected[sample, key_view] = True
-    assert torch.equal(reached, expected)
+    assert torch.equal(reached, match.reached)
 
 
 def test_latents_of_an_autoencoder_in_patches() -> None:

@@ -8,7 +8,7 @@
 Trains each subject of `<preset>.yaml` from scratch in each arm with each seed, and validates on the way. A finished run
 is kept in `benchmarks/results/convergence/<preset>/<subject>/<arm>-<seed>.json` and not repeated; an unfinished one is
 continued from its checkpoint in `--work`. With `--minutes` the run in progress is stopped in time with a checkpoint.
-The table of all finished runs is printed last; `report.py` beside this file writes docs/results.md from them.
+The table of all finished runs is printed last; `benchmarks/results_page.py` writes docs/results.md from them.
 
 Arms: `none`; `cameo` at the layer that the probe ranks best in the model of `none`, seed 0; `wrong_layer` at the one it
 ranks last; `other_scene` and `random`, CAMEO with matches that must not help; `repa`; or any `key=value[,key=value]`
