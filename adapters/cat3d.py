@@ -13,10 +13,10 @@ from cameo.adapters.joint_dit import JointDiT, dit_attentions
 from cameo.adapters.presets import preset_values, unet_2d
 from cameo.adapters.released import licence_of, revision_of
 from cameo.adapters.unet_layers import default_layer_index, level_of, self_attentions
+from cameo.attention.capture import AttentionSite
+from cameo.attention.layout import TokenLayout
 from cameo.backbone import Backbone
-from cameo.capture import AttentionSite
 from cameo.errors import DataError, unknown_name
-from cameo.layout import TokenLayout
 
 __all__ = ["BUNDLED", "Cat3D"]
 

@@ -11,9 +11,9 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from cameo.cameras import at_least_float32, check_matrices, full_precision
 from cameo.errors import ShapeError
 from cameo.geometry import estimate_up, invert_extrinsics, orbit_centre
+from cameo.geometry.cameras import at_least_float32, check_matrices, full_precision
 
 __all__ = ["CAMERA_CHANNELS", "camera_vectors"]
 

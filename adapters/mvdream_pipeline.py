@@ -17,8 +17,8 @@ from cameo.adapters.joint_views import check_joined
 from cameo.adapters.latent_pipeline import LatentPipeline
 from cameo.adapters.mvdream_cameras import camera_vectors
 from cameo.adapters.mvdream_unet import ImageDreamUNet, prepare
-from cameo.cameras import check_cameras
 from cameo.errors import unknown_name
+from cameo.geometry.cameras import check_cameras
 from cameo.pipeline import TrainingInputs
 
 __all__ = ["CONDITIONS", "MVDreamPipeline"]

@@ -22,10 +22,10 @@ from cameo.adapters.sgm_video_unet import (
     video_attentions,
 )
 from cameo.adapters.unet_layers import level_of, self_attentions
+from cameo.attention.capture import AttentionSite
+from cameo.attention.layout import TokenLayout
 from cameo.backbone import Backbone
-from cameo.capture import AttentionSite
 from cameo.errors import DataError
-from cameo.layout import TokenLayout
 
 __all__ = ["SV3D", "use_non_reentrant_checkpointing"]
 

@@ -53,7 +53,7 @@ class Zero123PlusPipeline(LatentPipeline):
         >>> pipeline.sample(batch, num_inference_steps=2).shape
         torch.Size([1, 6, 3, 32, 32])
 
-    The network is told no cameras: it generates the poses it was trained on, those of `cameo.data.rigs`.
+    The network is told no cameras: it generates the poses it was trained on, those of `cameo.scenes.rigs`.
 
     Args:
         unet: turned into a `ReferenceUNet` here, in place; saved as the plain U-Net it was.
@@ -352,7 +352,7 @@ class Zero123PlusPipeline(LatentPipeline):
         if same_poses(batch["extrinsics"], up=batch.get("up")) is None:
             warnings.warn(
                 "zero123plus is told no cameras and learns the poses of its data; those of this batch are not the "
-                "fixed poses of a release. Use a rig of cameo.data.rigs (zero123plus-v1.1, zero123plus-v1.2), or "
+                "fixed poses of a release. Use a rig of cameo.scenes.rigs (zero123plus-v1.1, zero123plus-v1.2), or "
                 "make sure that all samples share one set of poses",
                 stacklevel=3,
             )

@@ -1,6 +1,6 @@
 """Whether the cameras of a batch are the fixed poses that a Zero123++ release generates.
 
-The network is told no cameras: where its six views are, it has learnt. The poses themselves are in `cameo.data.rigs`.
+The network is told no cameras: where its six views are, it has learnt. The poses themselves are in `cameo.scenes.rigs`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def pose_error(extrinsics: Tensor, rig: str, *, up: Tensor | None = None) -> flo
 
     Example:
         >>> import numpy as np, torch
-        >>> from cameo.data.rigs import rig_cameras
+        >>> from cameo.scenes.rigs import rig_cameras
         >>> _, extrinsics = rig_cameras("zero123plus-v1.2", np.random.default_rng(0), (64, 64))
         >>> extrinsics = torch.as_tensor(extrinsics)[None]
         >>> pose_error(extrinsics, "zero123plus-v1.2") < 0.01, round(pose_error(extrinsics, "zero123plus-v1.1"), 2)
@@ -35,7 +35,7 @@ def pose_error(extrinsics: Tensor, rig: str, *, up: Tensor | None = None) -> flo
         ShapeError: for another number of views.
         ValueError: for an unknown rig.
     """
-    from cameo.data.rigs import RIGS
+    from cameo.scenes.rigs import RIGS
 
     if rig not in RIG_NAMES:
         raise unknown_name("rig of zero123plus", rig, RIG_NAMES)

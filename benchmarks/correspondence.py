@@ -26,9 +26,9 @@ from measure import Results, interleaved, markdown_table, peak_memory, summary
 from torch import Tensor
 
 from cameo import Correspondence
+from cameo.correspondence.matching import _token_points
+from cameo.correspondence.nearest import match_tokens
 from cameo.geometry import unproject
-from cameo.kernels.nearest import match_tokens
-from cameo.matching import _token_points
 
 RESULTS = Path(__file__).parent / "results"
 CYCLE_THRESHOLD = 1.5

@@ -4,8 +4,8 @@
     python benchmarks/feature_matches.py --checkpoint dinov2.safetensors --rgbd path/to/sequence
     python benchmarks/feature_matches.py --no-pretrained              # random weights: the control alone
 
-Features are those of `cameo.features.FeatureExtractor`; beside them stand the colours of the pixels of each token,
-which cost nothing, and the same network with random weights. The truth are the matches from depth. Prints the table
+Features are those of `cameo.correspondence.features.FeatureExtractor`; beside them stand the colours of the pixels of
+each token, which cost nothing, and the same network with random weights. The truth are the matches from depth. Prints the table
 with its command, device and date, and writes it to --out.
 """
 
@@ -27,8 +27,8 @@ from torch import Tensor
 
 from cameo.config import write_atomically
 from cameo.correspondence import Correspondence
+from cameo.correspondence.features import FeatureExtractor
 from cameo.data import collate
-from cameo.features import FeatureExtractor
 from cameo.training.config import TrainingConfig
 from cameo.training.data import build_dataset, to_device
 

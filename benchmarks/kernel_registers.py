@@ -21,8 +21,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from cameo.kernels import triton_head_kernels as kernels
-from cameo.kernels.triton_heads import GRADIENT_OPTIONS, SCORES_CONFIGURATIONS, TILE, HeadPlan, softmax_tile
+from cameo.alignment import triton_head_kernels as kernels
+from cameo.alignment.triton_heads import GRADIENT_OPTIONS, SCORES_CONFIGURATIONS, TILE, HeadPlan, softmax_tile
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 HEADS = (5, 8, 10, 20, 32)

@@ -7,10 +7,10 @@ Example:
 """
 
 from cameo.alignment import AlignmentHead, alignment_loss
+from cameo.attention.layout import TokenLayout
 from cameo.backbone import backbones, register_backbone
 from cameo.correspondence import Correspondence
 from cameo.hub import from_pretrained
-from cameo.layout import TokenLayout
 from cameo.probing import LayerProbe, probe_layers
 from cameo.wrap import CameoModel, wrap
 

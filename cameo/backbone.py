@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from cameo.capture import AttentionSite
+from cameo.attention.capture import AttentionSite
 from cameo.errors import unknown_name
 
 __all__ = ["Backbone", "backbones", "core_module", "get_backbone", "register_backbone"]

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from cameo.alignment import GELUS, IMPLEMENTATIONS, NORMALISATIONS, REDUCTIONS, AlignmentHead, alignment_loss
+from cameo.attention.capture import AttentionCapture, AttentionSite, CapturedAttention
+from cameo.attention.layout import TokenLayout
 from cameo.backbone import core_module, find_site, get_backbone
-from cameo.capture import AttentionCapture, AttentionSite, CapturedAttention
 from cameo.config import CameoConfig
 from cameo.correspondence import Correspondence
 from cameo.errors import CaptureError, ShapeError, unknown_name
-from cameo.layout import TokenLayout
 
 __all__ = ["CameoModel", "holder", "wrapped_bases"]
 

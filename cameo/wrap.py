@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from cameo.attention.layout import TokenLayout
 from cameo.backbone import backbones, core_module, find_site, get_backbone
 from cameo.config import CameoConfig
 from cameo.errors import unknown_name
-from cameo.layout import TokenLayout
 from cameo.model import CameoModel, holder, wrapped_bases
 
 if TYPE_CHECKING:
-    from cameo.layer_probe import LayerProbe
+    from cameo.probing.result import LayerProbe
 
 __all__ = ["CameoModel", "attach", "wrap"]
 

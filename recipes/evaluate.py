@@ -27,8 +27,8 @@ from cameo.evaluation.compare import comparison_figure, comparison_table, name_r
 from cameo.evaluation.pictures import save_figure
 from cameo.evaluation.protocol import evaluate, sample_targets
 from cameo.evaluation.report import result_table, write_result
-from cameo.evaluation.runs import data_settings, evaluation_settings, load_evaluated, split_settings
 from cameo.training.data import build_dataset
+from cameo.training.runs import data_settings, evaluation_settings, load_evaluated, split_settings
 
 CONFIGS = Path(__file__).parent / "configs"
 OPTIONS = ("checkpoint", "checkpoint_revision", "output")

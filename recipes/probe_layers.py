@@ -29,14 +29,14 @@ import cameo
 from cameo.backbone import get_backbone
 from cameo.config import write_atomically
 from cameo.evaluation.pictures import save_figure
-from cameo.evaluation.runs import evaluation_settings, load_evaluated
 from cameo.evaluation.validation import ValidationSettings, sample_batches
-from cameo.listing import layer_table
 from cameo.model import CameoModel
-from cameo.perturbation import effects_figure, effects_table, perturb_layers
 from cameo.pipeline import MultiViewPipeline
+from cameo.probing.ablation import effects_figure, effects_table, perturb_layers
+from cameo.probing.listing import layer_table
 from cameo.training.config import TrainingConfig, load_config, settings_file
 from cameo.training.data import build_dataset
+from cameo.training.runs import evaluation_settings, load_evaluated
 from cameo.training.setup import load_pipeline
 
 CONFIGS = Path(__file__).parent / "configs"

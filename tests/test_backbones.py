@@ -17,7 +17,7 @@ import cameo
 from cameo.adapters.released import RELEASED
 from cameo.backbone import get_backbone
 from cameo.config import CameoConfig
-from cameo.licence import find_licence
+from cameo.hub.license import find_licence
 from cameo.pipeline import MultiViewPipeline, TrainingInputs
 from cameo.training.correspondences import match_layers
 

@@ -14,9 +14,9 @@ from torch import nn
 
 import cameo
 from cameo.backbone import get_backbone
-from cameo.cameras import check_cameras
 from cameo.data import EmbeddedScenes, MultiViewDataset, RGBDSequence, Views, collate
 from cameo.evaluation.validation import ValidationSettings, validate
+from cameo.geometry.cameras import check_cameras
 from cameo.training.config import load_config
 from cameo.training.correspondences import match_batch
 from cameo.training.data import build_dataset

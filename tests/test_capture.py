@@ -13,10 +13,10 @@ from diffusers.models import attention_processor
 from einops import rearrange
 from torch import Tensor, nn
 
-from cameo.attention_calls import KernelCall, join_slices
-from cameo.capture import AttentionCapture, AttentionSite
+from cameo.attention.capture import AttentionCapture, AttentionSite
+from cameo.attention.kernel_calls import KernelCall, join_slices
+from cameo.attention.layout import TokenLayout
 from cameo.errors import CaptureError
-from cameo.layout import TokenLayout
 
 HEADS, DIMENSION, TOKENS, SAMPLES = 4, 6, 10, 3
 WIDTH = HEADS * DIMENSION

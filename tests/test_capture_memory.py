@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import cameo
-import cameo.capture
+import cameo.attention.capture
 from cameo import Correspondence
-from cameo.attention_calls import CallWatcher
+from cameo.alignment import sweep
+from cameo.attention.kernel_calls import CallWatcher
 from cameo.backbone import get_backbone
 from cameo.errors import CaptureError
-from cameo.kernels import sweep
 from tests.backbone_checks import Operators, random_matches
 from tests.memory import memory_of
 from tests.test_wrap import unet
@@ -135,7 +135,7 @@ def test_checkpointed_queries_and_keys_die_with_the_forward(no_collector: None, 
             watchers.append(len(made.storages))
             return super().__enter__()
 
-    monkeypatch.setattr(cameo.capture, "CallWatcher", Counting)
+    monkeypatch.setattr(cameo.attention.capture, "CallWatcher", Counting)
     model = wrapped(checkpointing=True)
     made = Made(model)
     loss = loss_of(model, some_matches())

@@ -11,10 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from cameo.alignment import AlignmentHead, alignment_loss, supervision_weights
+from cameo.alignment import AlignmentHead, alignment_loss, rows, supervision_weights, sweep
+from cameo.alignment.rows import Window, plan_rows
 from cameo.correspondence import Correspondence
-from cameo.kernels import rows, sweep
-from cameo.kernels.rows import Window, plan_rows
 from tests.memory import memory_of
 from tests.test_alignment import PADDED, dense_loss, gradients, make_head, make_inputs
 

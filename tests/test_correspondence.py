@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import cameo.correspondence.matching
+import cameo.correspondence.nearest
 import cameo.geometry
-import cameo.kernels.nearest
-import cameo.matching
 from cameo.correspondence import Correspondence
 from cameo.errors import ShapeError
 
@@ -86,7 +86,7 @@ def loop_match(tokens: Tensor, width: int, threshold: float) -> tuple[Tensor, Te
 @pytest.mark.parametrize("threshold", [0.5, 1.0, 1.5])
 @pytest.mark.parametrize("block", [1, 24 * 8, 1 << 21])
 def test_point_maps_equal_plain_loops(monkeypatch, threshold, block):
-    monkeypatch.setattr(cameo.kernels.nearest, "TILE_BYTES", block)
+    monkeypatch.setattr(cameo.correspondence.nearest, "TILE_BYTES", block)
     generator = torch.Generator().manual_seed(3)
     # Whole numbers, so that ties are frequent; image size = grid size, so that nothing is resampled.
     points = torch.randint(0, 3, (2, 3, 3, 3, 4), generator=generator).double()
@@ -384,7 +384,7 @@ def test_wrong_arguments_are_named():
 )
 def test_points_are_resampled_as_interpolate_does(image, size):
     points = torch.randn(2, 2, 3, *image, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    got = cameo.matching._token_points(points, (size, size))
+    got = cameo.correspondence.matching._token_points(points, (size, size))
     whole = torch.nn.functional.interpolate(points.flatten(0, 1), size=size, mode="bilinear", align_corners=False)
     torch.testing.assert_close(got.flatten(0, 1), whole.flatten(2).mT, rtol=0, atol=1e-14)
 

@@ -13,7 +13,11 @@ import pytest
 import cameo
 import cameo.adapters
 
-TRITON_MODULES = ("cameo.kernels.triton_head_kernels", "cameo.kernels.triton_heads", "cameo.kernels.triton_nearest")
+TRITON_MODULES = (
+    "cameo.alignment.triton_head_kernels",
+    "cameo.alignment.triton_heads",
+    "cameo.correspondence.triton_nearest",
+)
 MODULES = sorted(
     {"cameo"}
     | {info.name for info in pkgutil.walk_packages(cameo.__path__, "cameo.")}

@@ -16,17 +16,17 @@ from torch import Tensor, nn
 
 from cameo import wrap
 from cameo.alignment import AlignmentHead
+from cameo.attention.layout import TokenLayout
 from cameo.correspondence import Correspondence
 from cameo.data import EmbeddedScenes, MultiViewDataset, collate
 from cameo.errors import DataError
-from cameo.evaluation.attention import Hits, attention_maps, count_hits
-from cameo.evaluation.mode import evaluation_mode
 from cameo.evaluation.pictures import attention_figure, comparison_figure, save_figure
-from cameo.evaluation.truth import Truth
 from cameo.evaluation.validation import ValidationSettings, covisible_pixels, validate
-from cameo.layout import TokenLayout
 from cameo.model import holder
 from cameo.pipeline import TrainingInputs
+from cameo.probing.hits import Hits, attention_maps, count_hits
+from cameo.probing.mode import evaluation_mode
+from cameo.probing.truth import Truth
 from cameo.training.data import build_dataset
 from cameo.training.setup import load_pipeline, wrap_denoiser, write_pictures
 from cameo.wrap import CameoModel
@@ -527,7 +527,7 @@ def test_hits_do_not_depend_on_the_block(monkeypatch: pytest.MonkeyPatch) -> Non
     cells = replace(match, index=match.index[..., :1].clamp(max=0), sizes=((1, 1),) * 4)
     counted = []
     for block in (1 << 24, 3000, 1):
-        monkeypatch.setattr("cameo.evaluation.attention.BLOCK_ENTRIES", block)
+        monkeypatch.setattr("cameo.probing.hits.BLOCK_ENTRIES", block)
         hits = Hits()
         hits.count(query, key, match, head, 1.0)
         hits.count(query[..., :1, :], key[..., :1, :], cells, head, 1.0)

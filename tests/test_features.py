@@ -16,10 +16,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from cameo import Correspondence
-from cameo import matching as matching_module
+from cameo.correspondence import matching as matching_module
+from cameo.correspondence.features import FeatureExtractor
 from cameo.errors import DataError, ShapeError
 from cameo.evaluation.metrics import WeightsUnavailable
-from cameo.features import FeatureExtractor
 from cameo.training.correspondences import match_batch
 from tests.memory import memory_of
 
@@ -103,7 +103,7 @@ def test_random_weights_warn_are_the_same_each_time_and_leave_the_generator(monk
 def test_many_images_go_through_in_parts(extractor: FeatureExtractor, monkeypatch: pytest.MonkeyPatch) -> None:
     images = torch.rand(2, 3, 3, 64, 64, generator=torch.Generator().manual_seed(1))
     whole = extractor(images)
-    monkeypatch.setattr("cameo.features.IMAGES_AT_ONCE", 4)
+    monkeypatch.setattr("cameo.correspondence.features.IMAGES_AT_ONCE", 4)
     torch.testing.assert_close(extractor(images), whole)
 
 

@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from cameo.depth import sample_depth
 from cameo.errors import ShapeError
 from cameo.geometry import (
     as_grid,
@@ -23,6 +22,7 @@ from cameo.geometry import (
     spherical_angles,
     unproject,
 )
+from cameo.geometry.depth import sample_depth
 
 
 def random_cameras(batch: int = 2, views: int = 3, seed: int = 0) -> tuple[Tensor, Tensor]:

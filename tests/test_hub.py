@@ -24,11 +24,11 @@ from torch import nn
 import cameo
 from cameo.adapters.cat3d_pipeline import inflate
 from cameo.backbone import get_backbone
-from cameo.card import CardFacts, model_card
 from cameo.config import CONFIG_NAME, CameoConfig
 from cameo.errors import DataError
-from cameo.licence import find_licence, hub_id
-from cameo.publish import verify
+from cameo.hub.card import CardFacts, model_card
+from cameo.hub.license import find_licence, hub_id
+from cameo.hub.publish import verify
 from tests import hub_client
 from tests.hub_server import OWNER, WRITE_TOKEN, WRONG_TOKEN, LoopbackHub
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from cameo.attention.layout import TokenLayout
 from cameo.correspondence import Correspondence
 from cameo.errors import ShapeError
-from cameo.layout import TokenLayout
 
 B, K, D = 2, 3, 4
 H, W = 3, 5

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from torch import nn
 
+from cameo.attention.capture import AttentionSite
+from cameo.attention.layout import TokenLayout
 from cameo.backbone import Backbone, get_backbone
-from cameo.capture import AttentionSite
-from cameo.layout import TokenLayout
-from cameo.listing import layer_table
+from cameo.probing.listing import layer_table
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "probe_layers.py"
 

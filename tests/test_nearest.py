@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from cameo.kernels import nearest
-from cameo.kernels.nearest import match_tokens, nearest_by_differences, nearest_by_products
+from cameo.correspondence import nearest
+from cameo.correspondence.nearest import match_tokens, nearest_by_differences, nearest_by_products
 from tests.memory import memory_of
 
 
@@ -123,7 +123,7 @@ def test_an_implementation_that_cannot_serve_is_refused():
 
 INTERPRETED = """
 import math, torch
-from cameo.kernels.nearest import match_tokens
+from cameo.correspondence.nearest import match_tokens
 from tests.test_nearest import surface, with_holes
 for dtype, side, widths in ((torch.float32, 7, (7, 7, 7)), (torch.float64, 7, (7, 4, 7))):
     tokens = with_holes(surface(2, 3, side, dtype))
@@ -169,7 +169,7 @@ def test_triton_compiles_without_spills(kernel, most_registers, capability):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from cameo.kernels import triton_nearest
+    from cameo.correspondence import triton_nearest
 
     kinds = {
         "nearest_kernel": {"points": "*fp32", "index": "*i32", "distance": "*fp32", "views": "i32", "tokens": "i32"},

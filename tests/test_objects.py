@@ -13,9 +13,9 @@ import trimesh
 
 from cameo.correspondence import Correspondence
 from cameo.data import EmbeddedScenes, MultiViewDataset, Views, collate
-from cameo.data.objects import random_object
-from cameo.data.shapes import SceneBuilder
 from cameo.geometry import project, unproject
+from cameo.scenes.objects import random_object
+from cameo.scenes.shapes import SceneBuilder
 
 
 def source(folder: Path, **options: object) -> EmbeddedScenes:

@@ -17,16 +17,17 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 
 import cameo
-from cameo import CameoModel, TokenLayout, perturbation, probe_layers
+from cameo import CameoModel, TokenLayout, probe_layers
 from cameo.adapters.cat3d import BUNDLED
 from cameo.adapters.joined_frames import deflate
-from cameo.capture import AttentionCapture, AttentionSite
+from cameo.attention.capture import AttentionCapture, AttentionSite
+from cameo.attention.self_view import self_view_only
 from cameo.errors import CaptureError
 from cameo.evaluation.compare import paired_bootstrap
 from cameo.evaluation.validation import ValidationSettings, sample_batches, validate
-from cameo.perturbation import Drop, LayerEffect, effects_figure, effects_table, perturb_layers
 from cameo.pipeline import TrainingInputs
-from cameo.self_view import self_view_only
+from cameo.probing import ablation as perturbation
+from cameo.probing.ablation import Drop, LayerEffect, effects_figure, effects_table, perturb_layers
 from cameo.training.data import build_dataset
 from cameo.training.setup import load_pipeline
 

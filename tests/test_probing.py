@@ -20,16 +20,16 @@ import cameo
 from cameo import Correspondence, LayerProbe, TokenLayout, probe_layers
 from cameo.adapters.cat3d import BUNDLED
 from cameo.adapters.latent_pipeline import LatentPipeline
+from cameo.attention.capture import AttentionSite
 from cameo.backbone import core_module, get_backbone
-from cameo.capture import AttentionSite
-from cameo.card import CardFacts, model_card
 from cameo.config import CameoConfig
 from cameo.data import EmbeddedScenes, MultiViewDataset, collate
 from cameo.errors import DataError, ShapeError
-from cameo.evaluation.attention import attention_maps, count_hits
-from cameo.evaluation.truth import ANGLE_BINS, Truth, angle_bins, surface_points, view_angles
 from cameo.evaluation.validation import ValidationSettings, validate
-from cameo.probed_layer import ProbedLayer
+from cameo.hub.card import CardFacts, model_card
+from cameo.probing.hits import attention_maps, count_hits
+from cameo.probing.probed_layer import ProbedLayer
+from cameo.probing.truth import ANGLE_BINS, Truth, angle_bins, surface_points, view_angles
 from cameo.training import setup
 from cameo.training.data import build_dataset
 from cameo.training.layer_choice import probe_for

@@ -14,11 +14,11 @@ from torch import Tensor
 
 import cameo
 from cameo import TokenLayout
+from cameo.attention.capture import AttentionSite
 from cameo.backbone import get_backbone
-from cameo.capture import AttentionSite
+from cameo.correspondence.features import FeatureExtractor
 from cameo.data import collate
 from cameo.errors import CaptureError
-from cameo.features import FeatureExtractor
 from cameo.training import repa
 from cameo.training.data import noisy_inputs
 from cameo.training.repa import FeatureAlignment, align_features

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from PIL import Image
 
 from cameo.data import RGBDSequence, Views
-from cameo.data.rooms import look_at
 from cameo.errors import DataError, ShapeError
 from cameo.geometry import project, unproject
+from cameo.scenes.rooms import look_at
 
 HEIGHT, WIDTH = 48, 64
 CALIBRATION = np.array([[60.0, 0.0, 33.0], [0.0, 62.0, 25.0], [0.0, 0.0, 1.0]])

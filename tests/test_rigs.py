@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from cameo.data import RIGS, EmbeddedScenes, rig_cameras, rig_views
-from cameo.data.rigs import rig_angles
 from cameo.geometry import orbit_centre, project, spherical_angles
+from cameo.scenes.rigs import rig_angles
 
 SIZE = (48, 64)
 TOP = torch.tensor([[0.0, 0.0, 1.0]])

@@ -13,11 +13,11 @@ import trimesh
 from safetensors import safe_open
 
 from cameo.data import EmbeddedScenes, Views
-from cameo.data.cache import fingerprint, read_views, write_views
-from cameo.data.rendering import TriangleScene, render
-from cameo.data.rooms import look_at
 from cameo.errors import DataError, ShapeError
 from cameo.geometry import project, unproject
+from cameo.scenes.cache import fingerprint, read_views, write_views
+from cameo.scenes.rendering import TriangleScene, render
+from cameo.scenes.rooms import look_at
 
 INTRINSICS = np.array([[[40.0, 0.0, 20.3], [0.0, 42.0, 15.6], [0.0, 0.0, 1.0]]])
 SIZE = (30, 40)
@@ -213,7 +213,7 @@ def test_cache_is_reused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     def fail(*_: object, **__: object) -> None:
         raise AssertionError("rendered again")
 
-    monkeypatch.setattr("cameo.data.scenes.render", fail)
+    monkeypatch.setattr("cameo.scenes.embedded.render", fail)
     cached = small(tmp_path).views(0)
     assert torch.equal(cached.images, first.images)
     assert cached.key == first.key == "train-00000"
@@ -314,7 +314,7 @@ def test_meshes_stand_upright_with_their_texture(tmp_path: Path) -> None:
     """A tall board with y up, as glTF and OBJ have it: z is up in the scene, the picture upright."""
     from PIL import Image
 
-    from cameo.data.meshes import load_mesh
+    from cameo.scenes.meshes import load_mesh
 
     board = trimesh.Trimesh([[0, 0, 0], [1, 0, 0], [1, 4, 0], [0, 4, 0]], [[0, 1, 2], [0, 2, 3]], process=False)
     image = Image.new("RGB", (8, 8), (255, 0, 0))

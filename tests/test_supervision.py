@@ -15,9 +15,9 @@ import torch
 
 from cameo import Correspondence
 from cameo.config import CameoConfig
+from cameo.correspondence.features import FeatureExtractor
 from cameo.data import collate
 from cameo.errors import DataError
-from cameo.features import FeatureExtractor
 from cameo.training.config import CHANGEABLE, TrainingConfig
 from cameo.training.correspondences import match_batch
 from cameo.training.data import noisy_inputs, step_generator

@@ -15,11 +15,11 @@ from scipy import special
 from torch import Tensor
 
 from cameo.errors import ShapeError
-from cameo.kernels.triton_support import refusal
+from cameo.triton_support import refusal
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from cameo.kernels import triton_heads
+from cameo.alignment import triton_heads
 from tests import triton_interpreter
 from tests.triton_interpreter import Interpreter
 
@@ -304,10 +304,10 @@ def test_refusals_give_the_reason(interpreted: Interpreter, monkeypatch: pytest.
     cpu, cuda, float32 = torch.device("cpu"), torch.device("cuda", 0), torch.float32
     assert "need a CUDA device" in str(refusal(cpu, float32, 8, 1))
     assert interpreted(triton_interpreter.refusal, cpu, float32, 32, 1) is None
-    monkeypatch.setattr("cameo.kernels.triton_support._capability", lambda device: (7, 5))
+    monkeypatch.setattr("cameo.triton_support._capability", lambda device: (7, 5))
     monkeypatch.setattr(torch.version, "hip", None)
     assert "compute capability 7.5" in str(refusal(cuda, float32, 8, 1))
-    monkeypatch.setattr("cameo.kernels.triton_support._capability", lambda device: (8, 0))
+    monkeypatch.setattr("cameo.triton_support._capability", lambda device: (8, 0))
     assert refusal(cuda, torch.bfloat16, 8, 0) is None
     assert "torch.float64" in str(refusal(cuda, torch.float64, 8, 1))
     assert "at most 32" in str(refusal(cuda, float32, 33, 1))
@@ -319,8 +319,8 @@ def test_refusals_give_the_reason(interpreted: Interpreter, monkeypatch: pytest.
 
 
 def test_import_without_triton_names_the_cure(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("cameo.kernels.triton_heads", "cameo.kernels.triton_head_kernels"):
+    for name in ("cameo.alignment.triton_heads", "cameo.alignment.triton_head_kernels"):
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "triton", None)
     with pytest.raises(ImportError, match="pip install triton"):
-        importlib.import_module("cameo.kernels.triton_heads")
+        importlib.import_module("cameo.alignment.triton_heads")

@@ -20,8 +20,8 @@ from torch.utils.checkpoint import checkpoint
 
 import cameo
 from cameo import Correspondence, TokenLayout, backbone
+from cameo.attention.capture import AttentionSite
 from cameo.backbone import Backbone, get_backbone
-from cameo.capture import AttentionSite
 from cameo.config import CameoConfig
 from cameo.errors import CaptureError, DataError, ShapeError
 from cameo.wrap import attach

@@ -25,7 +25,7 @@ from transformers import (
 from cameo import CameoModel, Correspondence
 from cameo.adapters.zero123plus_pipeline import Zero123PlusPipeline
 from cameo.backbone import get_backbone
-from cameo.data.rigs import rig_cameras
+from cameo.scenes.rigs import rig_cameras
 
 from .conftest import make_batch
 

@@ -38,10 +38,10 @@ from cameo.backbone import get_backbone
 from cameo.config import write_atomically
 from cameo.data import MultiViewDataset
 from cameo.evaluation.validation import ValidationSettings, sample_batches, validate
-from cameo.layer_probe import LayerProbe
-from cameo.perturbation import perturb_layers
 from cameo.pipeline import MultiViewPipeline
 from cameo.probing import probe_layers
+from cameo.probing.ablation import perturb_layers
+from cameo.probing.result import LayerProbe
 from cameo.training.checkpoint import list_checkpoints
 from cameo.training.config import TrainingConfig
 from cameo.training.data import build_dataset

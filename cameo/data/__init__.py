@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from cameo.data.overlap import view_overlap
 from cameo.data.rgbd import RGBDSequence
-from cameo.data.rigs import RIGS, Rig, rig_cameras, rig_views
 from cameo.data.sampling import MultiViewDataset
-from cameo.data.scenes import EmbeddedScenes
-from cameo.data.views import MultiViewSample, SceneSource, Views, collate
+from cameo.scenes.embedded import EmbeddedScenes
+from cameo.scenes.rigs import RIGS, Rig, rig_cameras, rig_views
+from cameo.scenes.views import MultiViewSample, SceneSource, Views, collate
 
 __all__ = [
     "RIGS",

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cameo.data.views import Views
 from cameo.geometry import project, unproject
+from cameo.scenes.views import Views
 
 __all__ = ["view_overlap"]
 

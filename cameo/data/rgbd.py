@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from cameo.data.rgbd_layouts import LAYOUTS, Frame, Layout, Listing, detect_layout
-from cameo.data.views import Views
 from cameo.errors import DataError, ShapeError, unknown_name
 from cameo.geometry import crop_intrinsics, resize_intrinsics
+from cameo.scenes.views import Views
 
 __all__ = ["RGBDSequence"]
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from cameo.data.overlap import view_overlap
-from cameo.data.views import MultiViewSample, SceneSource, Views, check_sample, images_to_float
 from cameo.errors import DataError, unknown_name
+from cameo.scenes.views import MultiViewSample, SceneSource, Views, check_sample, images_to_float
 
 __all__ = ["MultiViewDataset", "choose_views"]
 

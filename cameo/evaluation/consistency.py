@@ -16,14 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cameo.cameras import at_least_float32, check_cameras, check_depth, full_precision
 from cameo.correspondence import DEPTH_TOLERANCE
-from cameo.depth import sample_depth
 from cameo.errors import ShapeError
 from cameo.evaluation.keypoints import find_keypoints, match_descriptors
 from cameo.evaluation.metrics import psnr_of_error
-from cameo.evaluation.truth import view_angles
 from cameo.geometry import invert_extrinsics, project, relative_extrinsics, unproject
+from cameo.geometry.cameras import at_least_float32, check_cameras, check_depth, full_precision
+from cameo.geometry.depth import sample_depth
+from cameo.probing.truth import view_angles
 
 __all__ = ["EpipolarPair", "WarpedPair", "symmetric_epipolar_distance", "tsed", "warp_error"]
 

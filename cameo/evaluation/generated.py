@@ -17,10 +17,10 @@ from cameo.data import MultiViewSample
 from cameo.errors import ShapeError
 from cameo.evaluation.consistency import EpipolarPair, tsed, warp_error
 from cameo.evaluation.metrics import Fid, Lpips, WeightsUnavailable, psnr, ssim
-from cameo.evaluation.mode import generate_views
 from cameo.evaluation.settings import EvaluationSettings, Section
 from cameo.evaluation.validation import covisible_pixels, sample_batches
 from cameo.pipeline import MultiViewPipeline
+from cameo.probing.mode import generate_views
 from cameo.wrap import CameoModel
 
 __all__ = ["SampledViews", "consistency", "novel_views", "sample_targets"]

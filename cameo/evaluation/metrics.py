@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cameo.cameras import at_least_float32
 from cameo.errors import DataError, ShapeError, unknown_name
+from cameo.geometry.cameras import at_least_float32
 
 __all__ = ["MAX_PSNR", "Fid", "Lpips", "WeightsUnavailable", "psnr", "psnr_of_error", "ssim"]
 

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from cameo.config import write_atomically
 from cameo.correspondence import Correspondence
-from cameo.evaluation.attention import attention_maps
-from cameo.evaluation.mode import evaluation_mode, native_precision
 from cameo.pipeline import TrainingInputs
+from cameo.probing.hits import attention_maps
+from cameo.probing.mode import evaluation_mode, native_precision
 from cameo.training.correspondences import layer_grids, match_batch
 from cameo.wrap import CameoModel
 

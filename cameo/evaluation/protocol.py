@@ -12,15 +12,15 @@ import torch
 from torch.utils.data import Dataset
 
 from cameo.data import MultiViewSample
-from cameo.depth import is_measured
-from cameo.evaluation.attention import READOUTS
 from cameo.evaluation.generated import SampledViews, consistency, novel_views, sample_targets
 from cameo.evaluation.settings import EvaluationSettings, Section
 from cameo.evaluation.validation import DenoisingErrors, measure_denoising, sample_batches
-from cameo.layer_probe import NEAR, LayerProbe
+from cameo.geometry.depth import is_measured
 from cameo.pipeline import MultiViewPipeline
-from cameo.probed_layer import ProbedLayer
 from cameo.probing import probe_layers
+from cameo.probing.hits import READOUTS
+from cameo.probing.probed_layer import ProbedLayer
+from cameo.probing.result import NEAR, LayerProbe
 from cameo.wrap import CameoModel
 
 __all__ = ["EvaluationSettings", "SampledViews", "Section", "evaluate", "sample_targets"]

@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from cameo.capture import AttentionCapture, AttentionSite
+from cameo.attention.capture import AttentionCapture, AttentionSite
 from cameo.correspondence import Correspondence
 from cameo.data import MultiViewSample, collate
 from cameo.errors import DataError
-from cameo.evaluation.attention import Hits
 from cameo.evaluation.metrics import psnr_of_error
-from cameo.evaluation.mode import evaluation_mode, native_precision
 from cameo.pipeline import MultiViewPipeline, TrainingInputs
+from cameo.probing.hits import Hits
+from cameo.probing.mode import evaluation_mode, native_precision
 from cameo.training.correspondences import layer_grids, match_batch
 from cameo.training.data import to_device
 from cameo.wrap import CameoModel

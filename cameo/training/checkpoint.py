@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from cameo.backbone import core_module
 from cameo.errors import DataError
+from cameo.hub.weights import ADAPTER_FORMATS, HEAD_FILE, LORA_FILE, MODULE_FILE, PEFT_FILE, adapter_name, format_in
 from cameo.training.config import TrainingConfig
-from cameo.weights import ADAPTER_FORMATS, HEAD_FILE, LORA_FILE, MODULE_FILE, PEFT_FILE, adapter_name, format_in
 from cameo.wrap import CameoModel
 
 __all__ = [

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from cameo.alignment import IMPLEMENTATIONS
-from cameo.data.rigs import RIGS
 from cameo.errors import DataError, unknown_name
+from cameo.scenes.rigs import RIGS
 
 __all__ = ["TrainingConfig", "continued_settings", "load_config", "save_config", "settings_file"]
 
@@ -85,7 +85,8 @@ class TrainingConfig:
     `geometry_noise` is the relative standard deviation of the noise on each pixel's depth, before matching.
     Features, for `supervision=repa` and `correspondence=features`: `feature_model` is a vision transformer of timm,
     `feature_checkpoint` a file with its weights, `feature_pretrained=false` draws random ones (a control), and
-    `feature_size` is the side in pixels of the images that it sees (see `cameo.features.FeatureExtractor`).
+    `feature_size` is the side in pixels of the images that it sees (see
+    `cameo.correspondence.features.FeatureExtractor`).
     When: `weight_schedule` lets `weight` decay to 0 at `max_train_steps`; from step `alignment_until` on nothing is
     aligned; samples below `alignment_min_noise`, a share of the last time step, are not aligned either.
     Optimisation: `timestep_sampling` is uniform, or high_noise (t = 1 - u**2); `mixed_precision` is no, fp16 (GPU

@@ -8,12 +8,12 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
-from cameo.capture import AttentionSite
+from cameo.attention.capture import AttentionSite
 from cameo.correspondence import Correspondence, GridSize
 from cameo.data.matches import MatchReader, Sizes
-from cameo.data.views import MultiViewSample, collate
 from cameo.errors import DataError, unknown_name
 from cameo.geometry import unproject
+from cameo.scenes.views import MultiViewSample, collate
 from cameo.wrap import CameoModel
 
 __all__ = ["MatchedDataset", "layer_grids", "match_batch", "match_layers"]
@@ -59,7 +59,7 @@ def match_batch(
             return Correspondence.from_features(batch["features"], size=size, cycle_threshold=cycle_threshold)
         raise DataError(
             f"sample {batch.get('key', '?')}: has no features, so there are no correspondences. Put those of "
-            "cameo.features.FeatureExtractor into the batch, or use correspondence=depth"
+            "cameo.correspondence.features.FeatureExtractor into the batch, or use correspondence=depth"
         )
     cure = "correspondence=point_map" if "point_map" in batch else "data with geometry"
     raise DataError(

@@ -17,15 +17,15 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from cameo.attention.capture import AttentionSite
+from cameo.attention.layout import TokenLayout
 from cameo.backbone import core_module
-from cameo.capture import AttentionSite
+from cameo.correspondence.matching import resample_features
 from cameo.data.matches import Sizes
 from cameo.errors import CaptureError
-from cameo.evaluation.mode import evaluation_mode, native_precision
-from cameo.evaluation.truth import fold_tokens
-from cameo.layout import TokenLayout
-from cameo.matching import resample_features
 from cameo.pipeline import MultiViewPipeline
+from cameo.probing.mode import evaluation_mode, native_precision
+from cameo.probing.truth import fold_tokens
 from cameo.training.correspondences import layer_grids
 from cameo.wrap import CameoModel
 

@@ -16,8 +16,8 @@ from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 
 from cameo.correspondence import Correspondence
+from cameo.correspondence.features import FeatureExtractor
 from cameo.data import MultiViewDataset, collate
-from cameo.features import FeatureExtractor
 from cameo.pipeline import MultiViewPipeline, TrainingInputs
 from cameo.training.config import TrainingConfig
 from cameo.training.correspondences import match_layers

@@ -1,0 +1,142 @@
+"""The fused alignment loss as an operator of torch: for autograd, `torch.compile`, DDP and FSDP it is one step.
+
+Its gradient is computed with the loss and kept, so a backward pass only multiplies it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cameo.alignment.rows import check_matches
+from cameo.alignment.sweep import HeadWeights, gradient_dtype, sweep
+
+__all__ = ["fused_alignment_loss"]
+
+
+@torch.library.custom_op("cameo::alignment_loss", mutates_args=())
+def _alignment_loss(
+    query: Tensor,
+    key: Tensor,
+    index: Tensor,
+    weights: Tensor,
+    head: Sequence[Tensor],
+    kind: str,
+    sizes: Sequence[int],
+    normalise: str,
+    softness: float,
+    scale: float,
+    implementation: str,
+    gelu: str,
+    gradients: bool,
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """Loss, and its gradient by query, key and the head's weights (without elements if not asked for)."""
+    grids = list(zip(sizes[::2], sizes[1::2], strict=True))
+    check_matches(index, grids)
+    output = head[-1].reshape(-1) if head else None
+    with torch.autocast(query.device.type, enabled=False):
+        swept = sweep(
+            query,
+            key,
+            index,
+            weights,
+            HeadWeights(kind, head[:-1], output),
+            sizes=grids,
+            normalise=normalise,
+            softness=softness,
+            scale=scale,
+            implementation=implementation,
+            gelu=gelu,
+            gradients=gradients,
+        )
+    if swept.query is None or swept.key is None:
+        return swept.loss, query.new_empty(0), query.new_empty(0), [weight.new_empty(0) for weight in head]
+    # Laid out as the fake kernel below says, whatever they are views of: compiled code relies on it.
+    found = [torch.empty_like(weight, memory_format=torch.contiguous_format) for weight in head]
+    for place, gradient in zip(found, swept.weights, strict=True):
+        place.copy_(gradient.view(place.shape))
+    return swept.loss, swept.query, swept.key, found
+
+
+@_alignment_loss.register_fake
+def _(
+    query: Tensor, key: Tensor, index: Tensor, weights: Tensor, head: Sequence[Tensor], *options: Any
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    loss = query.new_empty((), dtype=torch.promote_types(query.dtype, torch.float32))
+    if not options[-1]:
+        return loss, query.new_empty(0), query.new_empty(0), [weight.new_empty(0) for weight in head]
+    dtype = gradient_dtype(query.dtype)
+    d_query, d_key = query.new_empty(query.shape, dtype=dtype), query.new_empty(key.shape, dtype=dtype)
+    return loss, d_query, d_key, [weight.new_empty(weight.shape) for weight in head]
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, list[Tensor]]) -> None:
+    _, d_query, d_key, d_head = output
+    ctx.mark_non_differentiable(d_query, d_key, *d_head)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(d_query, d_key, *d_head)
+    ctx.num_inputs, ctx.input_dtype, ctx.computed = len(inputs), inputs[0].dtype, inputs[-1]
+
+
+def _multiply(ctx: Any, d_loss: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "alignment_loss: a gradient of its gradient (create_graph=True) is computed by "
+            'implementation="reference" only'
+        )
+    gradients, others = ctx.saved_tensors, (None,) * (ctx.num_inputs - 5)
+    if d_loss is None:
+        return (None, None, None, None, [None] * (len(gradients) - 2), *others)
+    if not ctx.computed:
+        raise RuntimeError("alignment_loss: computed without its gradient; call it outside of torch.no_grad()")
+    # Tensors that stand for others while a graph is traced are not to be changed, nor those of a graph that is kept.
+    traced = any(type(gradient) is not Tensor for gradient in gradients)
+    kept = traced or torch._C._autograd._get_current_graph_task_keep_graph()
+    dtypes = [ctx.input_dtype, ctx.input_dtype, *(gradient.dtype for gradient in gradients[2:])]
+    # Of one dimension, so that it is not rounded to the dtype of the gradient first.
+    factor = d_loss.reshape(1)
+    if kept:
+        d_query, d_key, *d_head = [(one * factor).to(kind) for one, kind in zip(gradients, dtypes, strict=True)]
+    else:
+        d_query, d_key, *d_head = [
+            torch.mul(one, factor, out=one if one.dtype == kind else torch.empty_like(one, dtype=kind))
+            for one, kind in zip(gradients, dtypes, strict=True)
+        ]
+    return (d_query, d_key, None, None, d_head, *others)
+
+
+_alignment_loss.register_autograd(_multiply, setup_context=_keep)
+
+
+def fused_alignment_loss(
+    query: Tensor,
+    key: Tensor,
+    index: Tensor,
+    weights: Tensor,
+    head: Sequence[Tensor],
+    *,
+    kind: str,
+    sizes: Sequence[tuple[int, int]],
+    normalise: str,
+    softness: float,
+    scale: float,
+    implementation: str,
+    gelu: str,
+) -> Tensor:
+    """Compute the alignment loss; the arguments are those of `cameo.alignment_loss` after its checks.
+
+    Args:
+        weights: `[B, V, V, N]`, of `cameo.alignment.supervision_weights`.
+        head: weights of the head in order: weight and bias of each hidden layer, then the last weight.
+        kind: of the head.
+        sizes: token grid `(h, w)` of each view.
+        implementation: "chunked" or "triton".
+        gelu: "exact", or "fast" for an approximation where the implementation has one.
+    """
+    gradients = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, *head))
+    flat = [side for size in sizes for side in size]
+    options = (kind, flat, normalise, softness, scale, implementation, gelu, gradients)
+    return _alignment_loss(query, key, index, weights, list(head), *options)[0]

@@ -1,0 +1,319 @@
+"""The alignment head of a chunk of rows in Triton: losses, and logits turned into their gradient in place.
+
+Axes: K heads, R rows (supervised queries), M columns (keys), T targets per row, m hidden units of the head.
+
+A head with a hidden layer runs as three kernels over the flat list of R * M pairs, so no tile is wasted on short
+rows: scores of every pair; the softmax of every row, which turns the scores into their gradient; the gradient of
+every pair, with the gradient of the weights summed in registers, one partial sum per program, added in a fixed
+order. Nothing is atomic, so results are the same bits on every run, whichever tuned configuration is chosen. Speed
+does not depend on how the pairs are cut into rows, so neither does the tuning.
+
+All matrix products run on tensor cores in TF32 with float32 sums. Weights, float32 logits and their gradients are
+split into two TF32 parts and multiplied in three products, which keeps 21 bits; half-precision logits fit one part.
+Logits are extended by a row of ones, so the bias is one more column of weight_in.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cameo.errors import ShapeError, unknown_name
+from cameo.triton_support import DTYPES, INSTALL_TRITON, MAX_HEADS, interpreted, refusal
+
+try:
+    import triton
+
+    from cameo.alignment.triton_head_kernels import (
+        add_partial_kernel,
+        gradient_kernel,
+        pack_weights_kernel,
+        scores_kernel,
+        softmax_kernel,
+    )
+except ImportError as error:
+    raise ImportError(f"cameo.alignment.triton_heads needs Triton: {INSTALL_TRITON}") from error
+
+__all__ = ["GELUS", "HeadPlan", "mlp_rows", "refusal", "softmax_rows", "softmax_tile"]
+
+GELUS = ("exact", "fast")
+
+# Chunks of hidden units unrolled, and stages of loading ahead; all give the same bits.
+SCORES_CONFIGURATIONS = ((8, 1), (1, 1), (8, 3))
+GRADIENT_OPTIONS = {"num_warps": 1, "num_stages": 1}
+
+# A kernel that Triton interprets cannot hold assembly and is not tuned.
+_INTERPRETED = interpreted()
+# One warp computes 32 pairs at a time: what it exchanges stays inside it, and no product is computed twice.
+TILE = 32
+_TILES_PER_PROGRAM = 8
+# Full rounds whether 8 or 12 programs share a processor at a time.
+_PROGRAMS_PER_PROCESSOR = 24
+_PARTIAL_BYTES = 12 << 20
+_SUMMED_AT_ONCE = 64
+# Registers of one thread that may hold sums of weight gradients.
+_SUM_REGISTERS = 100
+_SOFTMAX_TILE = 1024
+_TIMED_CALLS = 10
+
+
+class HeadPlan:
+    """How a head of K heads and m hidden units is cut into what the kernels compute.
+
+    Example:
+        >>> plan = HeadPlan(heads=10, units=40)
+        >>> plan.padded_heads, plan.chunks, plan.groups
+        (16, 5, 1)
+
+    Attributes:
+        padded_heads: 8, 16, 32 or 64, at least K + 1: the heads and the row of ones.
+        group_chunks: chunks of 8 hidden units whose weight gradients one program sums.
+        groups: programs that share the hidden units; with one, a single sweep gives all gradients.
+        chunks: group_chunks * groups, at least m / 8.
+    """
+
+    def __init__(self, heads: int, units: int) -> None:
+        self.padded_heads = max(8, triton.next_power_of_2(heads + 1))
+        needed = -(-units // 8)
+        most = max(1, _SUM_REGISTERS // (self.padded_heads // 4 + 2))
+        self.groups = -(-needed // most)
+        self.group_chunks = -(-needed // self.groups)
+        self.chunks = self.group_chunks * self.groups
+
+
+def _quantiles_of_time(call: Callable[[], None], quantiles: tuple[float, ...]) -> list[float]:
+    """Quantiles of the milliseconds of a kernel; unlike Triton's own measure this allocates nothing large."""
+    call()
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(_TIMED_CALLS)]
+    for start, end in events:
+        start.record()
+        call()
+        end.record()
+    torch.cuda.synchronize()
+    times = torch.tensor([start.elapsed_time(end) for start, end in events])
+    return torch.quantile(times, torch.tensor(quantiles)).tolist()
+
+
+# Chosen on the first call of a head's size and dtype, and kept on disk.
+_tuned_scores_kernel = triton.autotune(
+    [
+        triton.Config({"UNROLL": unroll}, num_warps=1, num_stages=stages)
+        for unroll, stages in SCORES_CONFIGURATIONS[: 1 if _INTERPRETED else None]
+    ],
+    key=["HEADS", "CHUNKS"],
+    do_bench=_quantiles_of_time,
+    cache_results=True,
+)(scores_kernel)
+
+
+def mlp_rows(
+    logits: Tensor,
+    weight_in: Tensor,
+    bias: Tensor,
+    weight_out: Tensor,
+    scale: float,
+    targets: Tensor,
+    weights: Tensor,
+    own: Tensor | None,
+    gradients: tuple[Tensor, Tensor, Tensor] | None,
+    gelu: str = "exact",
+) -> Tensor:
+    """Losses [R] of rows whose heads are joined by one hidden layer; waits for nothing on the device.
+
+    Example:
+        >>> logits = torch.randn(8, 100, 256, device="cuda")               # doctest: +SKIP
+        >>> losses = mlp_rows(                                             # doctest: +SKIP
+        ...     logits, weight_in, bias, weight_out, 0.125, targets, weights, None, gradients=None
+        ... )
+
+    For every row, with s = weight_out . gelu(weight_in @ (scale * logits) + bias) [M],
+
+        loss = sum_t weights[t] * (logsumexp(s over the columns seen) - s[targets[t]])
+
+    A row without a weight has loss 0 and gradient 0, whatever its logits are. Not-a-number or infinite logits of
+    another row give a loss that is not finite.
+
+    Args:
+        logits: [K, R, M] contiguous, float32, bfloat16 or float16, products of queries and keys, K from 1 to 32;
+            overwritten by the gradient of losses.sum() if `gradients` is given.
+        weight_in: [m, K] float32.
+        bias: [m] float32.
+        weight_out: [m] float32.
+        scale: what the layer multiplies q.k by.
+        targets: [R, T] int64, columns, 0 to M - 1 and none of `own`.
+        weights: [R, T] float32, at least 0; 0 marks a place without a target.
+        own: [R, 2] int64, half-open range of columns that the row does not see, or None.
+        gradients: three float32 tensors like weight_in, bias and weight_out that the gradients are added to, or
+            None for losses only.
+        gelu: "exact", at most 6e-7 from the true GELU for inputs between -12 and 12, where torch in float32 is up to
+            1.2e-6 off; or "fast", at most 1.2e-6 off and 6 % fewer instructions.
+
+    Raises:
+        ShapeError: a tensor of another shape, or not contiguous.
+        ValueError: unknown `gelu`, or another dtype.
+
+    Source: the loss of arXiv 2512.03045.
+    """
+    if gelu not in GELUS:
+        raise unknown_name("gelu", gelu, GELUS)
+    _check_rows(logits, targets, weights, own)
+    heads, rows, columns = logits.shape
+    units = len(bias)
+    if not 1 <= heads <= MAX_HEADS:
+        raise ShapeError("logits", expected=f"[K, R, M] with K from 1 to {MAX_HEADS}", got=logits.shape)
+    _check("weight_in", weight_in, "[m, K]", (units, heads), torch.float32)
+    _check("bias", bias, "[m]", (units,), torch.float32)
+    _check("weight_out", weight_out, "[m]", (units,), torch.float32)
+    for name, sums, like in zip(
+        ("weight_in", "bias", "weight_out"), gradients or (), (weight_in, bias, weight_out), strict=False
+    ):
+        _check(f"gradients of {name}", sums, "as it", tuple(like.shape), torch.float32)
+    float32: dict[str, Any] = {"dtype": torch.float32, "device": logits.device}  # whatever the default is
+    losses = torch.zeros(rows, **float32)
+    pairs = rows * columns
+    if pairs == 0:
+        return losses
+    plan = HeadPlan(heads, units)
+    shape = {"HEADS": heads, "WIDTH": plan.padded_heads, "CHUNKS": plan.chunks}
+    options = {
+        "FAST": gelu == "fast",
+        "SPLIT": logits.dtype == torch.float32,
+        "INTERPRETED": _INTERPRETED,
+        "TILE": TILE,
+    }
+    programs = -(-pairs // (TILE * _TILES_PER_PROGRAM))
+    at_once = _processors(logits.device) * _PROGRAMS_PER_PROCESSOR
+    with torch.cuda.device_of(logits):
+        packed = torch.empty(4, plan.chunks, 8 * plan.padded_heads, **float32)
+        pack_weights_kernel[(plan.chunks,)](weight_in, bias, weight_out, packed, scale, units, **shape, num_warps=1)
+        scores = torch.empty(1, rows, columns, **float32)
+        _tuned_scores_kernel[(min(programs, at_once),)](
+            logits, packed, weight_out, scores, pairs, units, **shape, **options
+        )
+        _launch_softmax(scores, 1.0, targets, weights, own, gradients is not None, losses)
+        if gradients is None:
+            return losses
+        # Groups of hidden units find the gradient of the weights first: logits hold nothing else afterwards.
+        program_bytes = plan.chunks * (plan.padded_heads + 1) * 8 * 4
+        summing = min(programs, max(1, at_once // plan.groups), max(1, _PARTIAL_BYTES // program_bytes))
+        partial = torch.empty(summing, plan.chunks, plan.padded_heads + 1, 8, **float32)
+        sweeps = [(True, True)] if plan.groups == 1 else [(False, True), (True, False)]
+        for for_logits, for_weights in sweeps:
+            grid = (summing, plan.groups) if for_weights else (min(programs, at_once), 1)
+            gradient_kernel[grid](
+                logits,
+                packed,
+                scores,
+                partial,
+                pairs,
+                **shape,
+                GROUP=plan.group_chunks,
+                FOR_LOGITS=for_logits,
+                FOR_WEIGHTS=for_weights,
+                **options,
+                **GRADIENT_OPTIONS,
+            )
+        add_partial_kernel[(units,)](
+            partial, weight_out, *gradients, summing, scale, **shape, AT_ONCE=_SUMMED_AT_ONCE, num_warps=4
+        )
+    return losses
+
+
+def softmax_rows(
+    logits: Tensor, scale: float, targets: Tensor, weights: Tensor, own: Tensor | None, gradients: bool
+) -> Tensor:
+    """Losses [R] of rows whose heads are joined linearly or not at all, averaged over the first axis.
+
+    Example:
+        >>> losses = softmax_rows(logits, 0.125, targets, weights, None, gradients=True)   # doctest: +SKIP
+
+    Args:
+        logits: [C, R, M] contiguous, float32, bfloat16 or float16; the softmax is that of scale * logits.
+            Overwritten by the gradient of losses.sum() if `gradients`.
+        scale: what the layer multiplies q.k by.
+        targets: see `mlp_rows`.
+        weights: see `mlp_rows`.
+        own: see `mlp_rows`.
+        gradients: whether to compute the gradient.
+
+    Raises:
+        ShapeError: a tensor of another shape, or not contiguous.
+        ValueError: another dtype.
+    """
+    _check_rows(logits, targets, weights, own)
+    losses = torch.zeros(logits.shape[1], dtype=torch.float32, device=logits.device)
+    if logits.numel():
+        with torch.cuda.device_of(logits):
+            _launch_softmax(logits, scale, targets, weights, own, gradients, losses)
+    return losses
+
+
+def softmax_tile(columns: int) -> tuple[int, int]:
+    """Rows and columns that one program of the softmax holds at a time.
+
+    Example:
+        >>> softmax_tile(21), softmax_tile(5000)
+        ((32, 32), (1, 1024))
+    """
+    width = min(max(triton.next_power_of_2(columns), 16), _SOFTMAX_TILE)
+    return _SOFTMAX_TILE // width, width
+
+
+def _launch_softmax(
+    logits: Tensor,
+    scale: float,
+    targets: Tensor,
+    weights: Tensor,
+    own: Tensor | None,
+    gradients: bool,
+    losses: Tensor,
+) -> None:
+    copies, rows, columns = logits.shape
+    tile_rows, tile_columns = softmax_tile(columns)
+    softmax_kernel[(triton.cdiv(rows, tile_rows),)](
+        logits,
+        targets,
+        weights,
+        targets if own is None else own,
+        losses,
+        rows,
+        columns,
+        targets.shape[1],
+        scale,
+        COPIES=copies,
+        OWN=own is not None,
+        GRADIENT=gradients,
+        ROWS=tile_rows,
+        COLUMNS=tile_columns,
+        num_warps=4,
+    )
+
+
+def _check_rows(logits: Tensor, targets: Tensor, weights: Tensor, own: Tensor | None) -> None:
+    if logits.ndim != 3 or not logits.is_contiguous():
+        raise ShapeError("logits", expected="[K, R, M], contiguous", got=logits.shape)
+    if logits.dtype not in DTYPES:
+        raise ValueError(f"logits: expected float32, bfloat16 or float16, got {logits.dtype}")
+    rows = logits.shape[1]
+    if targets.ndim != 2:
+        raise ShapeError("targets", expected="[R, T]", got=targets.shape)
+    _check("targets", targets, "[R, T]", (rows, targets.shape[1]), torch.int64)
+    _check("weights", weights, "[R, T]", (rows, targets.shape[1]), torch.float32)
+    if own is not None:
+        _check("own", own, "[R, 2]", (rows, 2), torch.int64)
+
+
+def _check(name: str, tensor: Tensor, axes: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    if tensor.shape != shape or not tensor.is_contiguous():
+        raise ShapeError(name, expected=f"{axes} = {list(shape)}, contiguous", got=tensor.shape)
+    if tensor.dtype != dtype:
+        raise ValueError(f"{name}: expected {dtype}, got {tensor.dtype}")
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    return 1 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count

@@ -1,0 +1,402 @@
+"""What the batch and token axes of an attention call are made of, as an einops-like pattern.
+
+Axes: B samples, V views, h w token grid of a view, K heads, D head dimension, AB attention batch, L tokens
+of the call. Folded form [B', K, V, N', D]: B' is B times the grid axes that stand in the batch part (in the
+order b, h, w), N' the tokens of a view that a query can reach; views with fewer are padded with zeros.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from cameo.attention.pattern import RESERVED, Pattern, Segment, check_pair
+from cameo.errors import ShapeError, unknown_name
+
+if TYPE_CHECKING:
+    from cameo.correspondence import Correspondence
+
+__all__ = ["TokenLayout"]
+
+Sizes = tuple[tuple[int, int], ...]
+REACH: dict[Segment, str] = {(): "all", ("h",): "row", ("w",): "column", ("h", "w"): "cell"}
+
+
+class TokenLayout:
+    """Maps between (view, row, column) and the axes of an attention call.
+
+    Example:
+        >>> layout = TokenLayout("b (v h w)")
+        >>> query = torch.zeros(2, 8, 3 * 16 * 16, 64)  # [AB, K, L, D]
+        >>> layout.split_query(query, batch=2, sizes=((16, 16),) * 3).shape
+        torch.Size([2, 8, 3, 256, 64])
+        >>> TokenLayout("(b h) (v w)").reach
+        'row'
+        >>> TokenLayout("b (r h c w)", key="b (r h c w + h' w')", r=3, c=2)  # Zero123++
+        TokenLayout("b (r h c w)", key="b (r h c w + h' w')", r=3, c=2)
+
+    A pattern is `<batch part> <token part>`; each part is one axis or a parenthesised product, slowest first.
+
+    - `b` samples; `h`, `w` the token grid; `v` views. Instead of `v`, named tile axes with their lengths as
+      keywords: `"b (r h c w)", r=3, c=2` is an image of 3 x 2 tiles, view = 2 * r + c (the query's order).
+    - `+` joins segments of the token part. `h' w'` is one more view with a grid of its own, after the others
+      in view order. Any other name alone is tokens of no view, such as text; their number is a keyword.
+    - Grid axes in the batch part limit what a query reaches: `(b h) (v w)` its row, `(b h w) v` its cell.
+    - Queries may hold the views in the batch part: `(b v) (h w)`. Their keys then hold `u`, identical copies,
+      one per query view: `(b u) (v h w)`. The first copy is used.
+
+    Args:
+        query: pattern of the queries.
+        key: pattern of the keys; None is the query's.
+        unsupervised_views: the last n views of the attention, which no correspondence has; they are cut away.
+        references_last: the last n views of the attention are the first n of the correspondence, where reference
+            views stand first. With as many `unsupervised_views`, their matches are dropped and they are cut away.
+        **lengths: lengths of tile axes and numbers of tokens without a view.
+
+    Raises:
+        ValueError: a pattern that cannot be read; the message holds the pattern and the reason.
+    """
+
+    def __init__(
+        self,
+        query: str,
+        key: str | None = None,
+        *,
+        unsupervised_views: int = 0,
+        references_last: int = 0,
+        **lengths: int,
+    ) -> None:
+        self.query, self.key = query, query if key is None else key
+        self.unsupervised_views, self.references_last, self.lengths = unsupervised_views, references_last, lengths
+        for name, count in (("unsupervised_views", unsupervised_views), ("references_last", references_last)):
+            if not isinstance(count, int) or count < 0:
+                raise ValueError(f"{name}: expected an integer >= 0, got {count!r}")
+        for name, length in lengths.items():
+            if name in RESERVED:
+                raise ValueError(f"{name}={length!r}: batch and sizes tell how long axis {name} is; leave it out")
+            if not isinstance(length, int) or length < 1:
+                raise ValueError(f"{name}: expected a length of at least 1, got {length!r}")
+        self._query, self._key = Pattern(self.query, lengths), Pattern(self.key, lengths)
+        check_pair(self._query, self._key)
+        if self._key.extra and unsupervised_views:
+            raise self._key.error("unsupervised_views cannot go with views that have their own grid")
+        if self._key.extra and references_last not in (0, len(self._key.extra)):
+            raise self._key.error(
+                f"references_last: expected 0 or the {len(self._key.extra)} views that have their own grid"
+            )
+        if references_last and unsupervised_views not in (0, references_last):
+            raise ValueError(
+                f"unsupervised_views: expected 0 or references_last={references_last}, got {unsupervised_views}"
+            )
+        if unused := set(lengths) - self._query.names - self._key.names:
+            raise ValueError(f"{self!r}: no axis is called {', '.join(sorted(unused))}")
+
+    def __repr__(self) -> str:
+        """Show the call that builds this layout."""
+        settings = [f'"{self.query}"']
+        settings += [f'key="{self.key}"'] if self.key != self.query else []
+        for name in ("unsupervised_views", "references_last"):
+            settings += [f"{name}={getattr(self, name)}"] if getattr(self, name) else []
+        settings += [f"{name}={length}" for name, length in self.lengths.items()]
+        return f"TokenLayout({', '.join(settings)})"
+
+    def __eq__(self, other: object) -> bool:
+        """Two layouts are equal if the same settings build them."""
+        return isinstance(other, TokenLayout) and self.to_dict() == other.to_dict()
+
+    def __hash__(self) -> int:
+        return hash(tuple(self.to_dict().items()))
+
+    def to_dict(self) -> dict[str, str | int]:
+        """Settings as plain values: `TokenLayout(**layout.to_dict()) == layout`.
+
+        Example:
+            >>> TokenLayout("b (t + v h w)", t=77).to_dict()
+            {'query': 'b (t + v h w)', 'key': 'b (t + v h w)', 'unsupervised_views': 0, 'references_last': 0, 't': 77}
+        """
+        patterns: dict[str, str | int] = {"query": self.query, "key": self.key}
+        counts = {"unsupervised_views": self.unsupervised_views, "references_last": self.references_last}
+        return patterns | counts | dict(sorted(self.lengths.items()))
+
+    @property
+    def reach(self) -> str:
+        """What a query sees of each view: "all", its "row", its "column" or its "cell"."""
+        return REACH[self._key.folded]
+
+    def refusal(self, normalise: str, num_views: int | None = None) -> str | None:
+        """Why this attention cannot be supervised with this `normalise`, or None if it can.
+
+        Example:
+            >>> TokenLayout("(b h w) v").refusal("per_view")
+            'a query reaches one token per view, so a softmax per view is constant; use normalise="all_views"'
+            >>> TokenLayout("(b h w) v").refusal("all_views") is None
+            True
+        """
+        if normalise not in ("per_view", "all_views"):
+            raise unknown_name("normalise", normalise, ["per_view", "all_views"])
+        if self.reach == "cell" and normalise == "per_view":
+            constant = "a query reaches one token per view, so a softmax per view is constant"
+            return f'{constant}; use normalise="all_views"'
+        if self.reach == "cell" and num_views == 2:
+            return "with 2 views a query reaches one token of other views, so the softmax is constant"
+        return None
+
+    def shape(self, of: str, *, batch: int, sizes: Sizes) -> tuple[int, int]:
+        """Attention batch and number of tokens (AB, L) of a call; `of` is "query" or "key".
+
+        Example:
+            >>> TokenLayout("(b h) (v w)").shape("key", batch=2, sizes=((16, 24),) * 6)
+            (32, 144)
+        """
+        pattern, lengths = self._pattern(of), self._lengths(batch, sizes)
+        tokens = sum(_size(segment, lengths) for segment in pattern.segments)
+        return _size(pattern.batch, lengths), tokens
+
+    def views_with_own_grid(self, num_views: int) -> list[int]:
+        """List the views, in correspondence order, whose tokens are a segment of their own.
+
+        Example:
+            >>> TokenLayout("b (v h w + h' w')").views_with_own_grid(5)
+            [4]
+        """
+        first = num_views - len(self._key.extra) + self.references_last
+        return sorted(view % num_views for view in range(first, first + len(self._key.extra)))
+
+    def split_query(self, tensor: Tensor, *, batch: int, sizes: Sizes) -> Tensor:
+        """Bring queries [AB, K, L, D] to [B', K, V, N', D]; views without queries are zeros.
+
+        Example:
+            >>> layout = TokenLayout("(b v h) w", key="(b u h) (v w)")  # MV-Adapter
+            >>> layout.split_query(torch.zeros(2 * 6 * 16, 8, 24, 64), batch=2, sizes=((16, 24),) * 6).shape
+            torch.Size([32, 8, 6, 24, 64])
+
+        Args:
+            tensor: [AB, K, L, D] as the kernel receives it.
+            batch: B, number of samples.
+            sizes: token grid (h, w) of each view, as `Correspondence.sizes`.
+
+        Raises:
+            ShapeError: AB or L do not fit the pattern; the message holds the expected numbers and the cure.
+            ValueError: the sizes do not fit the pattern.
+        """
+        return self._split("query", tensor, batch, sizes)
+
+    def split_key(self, tensor: Tensor, *, batch: int, sizes: Sizes) -> Tensor:
+        """Bring keys [AB, K, L, D] to [B', K, V, N', D]; arguments and errors as `split_query`.
+
+        Example:
+            >>> layout = TokenLayout("(b v h) w", key="(b u h) (v w)")  # MV-Adapter
+            >>> layout.split_key(torch.zeros(2 * 6 * 16, 8, 6 * 24, 64), batch=2, sizes=((16, 24),) * 6).shape
+            torch.Size([32, 8, 6, 24, 64])
+        """
+        return self._split("key", tensor, batch, sizes)
+
+    def localise(self, correspondence: Correspondence) -> Correspondence:
+        """Express a correspondence in the folded form; out of reach and without queries there is no match.
+
+        Example:
+            >>> from cameo import Correspondence
+            >>> index = torch.full((1, 2, 2, 4), -1)
+            >>> index[0, 0, 1] = torch.tensor([1, 0, 0, 3])  # token 2 (row 1) matches token 0 (row 0)
+            >>> match = Correspondence(index=index, sizes=((2, 2), (2, 2)))
+            >>> rows = TokenLayout("(b h) (v w)").localise(match)
+            >>> rows.index[:, 0, 1].tolist(), rows.sizes
+            ([[1, 0], [-1, 1]], ((1, 2), (1, 2)))
+        """
+        sizes = correspondence.sizes
+        self._lengths(correspondence.batch_size, sizes)
+        if self.references_last and self.unsupervised_views:
+            correspondence = correspondence.take_views(range(self.references_last, len(sizes)))
+            sizes = correspondence.sizes
+        elif without_queries := self._views_without_queries(len(sizes)):
+            index = correspondence.index.clone()
+            index[:, without_queries] = -1
+            return dataclasses.replace(correspondence, index=index)
+        if self.reach == "all":
+            return correspondence
+        height, width = sizes[0]
+        index, token = correspondence.index, torch.arange(height * width, device=correspondence.device)
+        same_row, same_column = index // width == token // width, index % width == token % width
+        reached, local, size, fold = {
+            "row": (same_row, index % width, (1, width), "(b h) i j w"),
+            "column": (same_column, index // width, (height, 1), "(b w) i j h"),
+            "cell": (same_row & same_column, torch.zeros_like(index), (1, 1), "(b h w) i j 1"),
+        }[self.reach]
+
+        def folded(tensor: Tensor) -> Tensor:
+            return rearrange(tensor, f"b i j (h w) -> {fold}", h=height, w=width)
+
+        weight, distance = correspondence.weight, correspondence.distance
+        return dataclasses.replace(
+            correspondence,
+            index=folded(torch.where(reached & correspondence.visible, local, -1)),
+            sizes=(size,) * len(sizes),
+            weight=None if weight is None else folded(weight),
+            distance=None if distance is None else folded(distance),
+        )
+
+    def locate(
+        self, view: int, row: int, col: int, *, batch_index: int, batch: int, sizes: Sizes, of: str = "query"
+    ) -> tuple[int, int]:
+        """Position (attention batch index, token index) of one token of one view; keys in their first copy.
+
+        Example:
+            >>> layout = TokenLayout("b (r h c w)", r=3, c=2)
+            >>> layout.locate(3, 1, 2, batch_index=0, batch=1, sizes=((20, 20),) * 6)  # tile row 1, column 1
+            (0, 862)
+
+        Raises:
+            ValueError: a place outside the batch, the views or the grid, or a view without queries.
+        """
+        pattern, lengths = self._pattern(of), self._lengths(batch, sizes)
+        _check_place("batch_index", batch_index, batch)
+        _check_place("view", view, len(sizes))
+        _check_place("row", row, sizes[view][0])
+        _check_place("col", col, sizes[view][1])
+        if of == "query" and view in self._views_without_queries(len(sizes)):
+            raise ValueError(f'view: view {view} has no queries in "{self.query}"')
+        place = {"b": batch_index, "u": 0}
+        main_views = len(sizes) - len(self._key.extra)
+        view = (view - self.references_last) % len(sizes)  # from here on in the order of the attention
+        if view < main_views:
+            segment = pattern.main
+            place |= {"h": row, "w": col}
+            for name in reversed(self._query.views):
+                view, place[name] = divmod(view, lengths[name])
+        else:
+            segment = self._key.extra[view - main_views]
+            place |= {name: row if name.startswith("h") else col for name in segment}
+        start = _start(segment, pattern, lengths)
+        return _ravel(pattern.batch, place, lengths), start + _ravel(segment, place, lengths)
+
+    def _pattern(self, of: str) -> Pattern:
+        if of not in ("query", "key"):
+            raise unknown_name("of", of, ["query", "key"])
+        return self._query if of == "query" else self._key
+
+    def _views_without_queries(self, num_views: int) -> list[int]:
+        extra = enumerate(self._key.extra, start=num_views - len(self._key.extra) + self.references_last)
+        return [view % num_views for view, segment in extra if segment not in self._query.segments]
+
+    def _lengths(self, batch: int, sizes: Sizes) -> dict[str, int]:
+        """Length of every axis for this batch and these grids."""
+        extra, views = self._key.extra, self._query.views
+        ordered = (*sizes[self.references_last :], *sizes[: self.references_last])
+        main = ordered[: max(0, len(sizes) - len(extra))]
+        unknown = 0 if self.references_last else self.unsupervised_views  # views that no correspondence has
+        tiles = None if views == ("v",) else _size(views, self.lengths)
+        expected = None if tiles is None else tiles - unknown + len(extra)
+        least = max(len(extra), self.references_last)
+        if len(sizes) <= least or expected not in (None, len(sizes)):
+            needs = f"more than {least}" if expected is None else expected
+            raise ValueError(f"sizes: {self!r} needs {needs} views, got {len(sizes)}: {tuple(sizes)}")
+        if len(set(main)) > 1:
+            raise ValueError(
+                f"sizes: the {len(main)} views of segment {' '.join(self._key.main)} share one token grid, "
+                f"got {main}. A view with its own grid is a segment of its own, as h' w'"
+            )
+        lengths = {**self.lengths, "b": batch, "h": main[0][0], "w": main[0][1]}
+        if tiles is None:
+            lengths["v"] = len(main) + unknown
+        lengths["u"] = _size(views, lengths)
+        for segment, (height, width) in zip(extra, ordered[len(main) :], strict=True):
+            lengths |= {name: height if name.startswith("h") else width for name in segment}
+        return lengths
+
+    def _split(self, of: str, tensor: Tensor, batch: int, sizes: Sizes) -> Tensor:
+        pattern, lengths = self._pattern(of), self._lengths(batch, sizes)
+        self._check_shape(of, tensor, batch, sizes)
+        rest = tuple(name for name in ("h", "w") if name not in pattern.folded)
+        main = _take(tensor, pattern, pattern.main, lengths, views=self._query.views, grid=rest)
+        main = main[:, :, : main.shape[2] - self.unsupervised_views]
+        if not self._key.extra:
+            return main if self.unsupervised_views else self._references_first(main)
+        empty = main.new_zeros(main.shape[0], main.shape[1], 1, 0, main.shape[4])
+        parts = [main]
+        for segment in self._key.extra:
+            present = segment in pattern.segments
+            grid = tuple(sorted(segment))
+            parts.append(_take(tensor, pattern, segment, lengths, views=(), grid=grid) if present else empty)
+        longest = max(height * width for height, width in sizes)
+        return self._references_first(
+            torch.cat([F.pad(part, (0, 0, 0, longest - part.shape[3])) for part in parts], dim=2)
+        )
+
+    def _references_first(self, views: Tensor) -> Tensor:
+        """From the order of the attention to that of the correspondence, on the view axis of [B', K, V, N', D]."""
+        return views.roll(self.references_last, dims=2) if self.references_last else views
+
+    def _check_shape(self, of: str, tensor: Tensor, batch: int, sizes: Sizes) -> None:
+        text = self._pattern(of).text
+        if tensor.ndim != 4:
+            raise ShapeError(of, expected=f'[AB, K, L, D] for "{text}"', got=tensor.shape)
+        expected = self.shape(of, batch=batch, sizes=sizes)
+        attention_batch, _, tokens, _ = tensor.shape
+        if (attention_batch, tokens) == expected:
+            return
+        cure = f"The correspondence has {batch} samples; give the model the same number"
+        if tokens != expected[1]:
+            cure = (
+                "The correspondence has another token grid or number of views than this layer; "
+                "use size=model.token_grid(height, width)"
+            )
+        elif attention_batch > expected[0] and attention_batch % expected[0] == 0:
+            cure = (
+                f"That is {attention_batch // expected[0]} times the batch of the correspondence. "
+                "Classifier-free guidance doubles it: repeat the correspondence or train without guidance"
+            )
+        raise ShapeError(
+            of,
+            expected=f'AB = {expected[0]} and L = {expected[1]} in [AB, K, L, D] for "{text}" with {batch} '
+            f"samples and token grids {tuple(sizes)}",
+            got=tensor.shape,
+            cure=cure,
+        )
+
+
+def _take(
+    tensor: Tensor,
+    pattern: Pattern,
+    segment: Segment,
+    lengths: dict[str, int],
+    *,
+    views: Segment,
+    grid: Segment,
+) -> Tensor:
+    """One segment of [AB, K, L, D] as [B', K, views, grid, D]; a view of the same memory where possible."""
+    tensor = tensor.narrow(2, _start(segment, pattern, lengths), _size(segment, lengths))
+    copies = "u" if "u" in pattern.batch else ""
+    # K and D are free for heads and channels, since axes are lower-case; einops knows no primes.
+    expression = (
+        f"({' '.join(pattern.batch)}) K ({' '.join(segment)}) D -> "
+        f"{copies} (b {' '.join(pattern.folded)}) K ({' '.join(views)}) ({' '.join(grid)}) D"
+    )
+    used = {name.replace("'", "1"): lengths[name] for name in {*pattern.batch, *segment}}
+    part = rearrange(tensor, expression.replace("'", "1"), **used)
+    return part[0] if copies else part
+
+
+def _size(names: Segment, lengths: dict[str, int]) -> int:
+    return math.prod(lengths[name] for name in names)
+
+
+def _start(segment: Segment, pattern: Pattern, lengths: dict[str, int]) -> int:
+    return sum(_size(other, lengths) for other in pattern.segments[: pattern.segments.index(segment)])
+
+
+def _ravel(names: Segment, place: dict[str, int], lengths: dict[str, int]) -> int:
+    position = 0
+    for name in names:
+        position = position * lengths[name] + place[name]
+    return position
+
+
+def _check_place(name: str, value: int, limit: int) -> None:
+    if not 0 <= value < limit:
+        raise ValueError(f"{name}: expected 0 to {limit - 1}, got {value}")

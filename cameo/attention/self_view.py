@@ -1,0 +1,261 @@
+"""Cut one attention layer's view of the other views, at the attention kernel and without touching the model.
+
+Axes: A rows of the attention batch, K heads, L query tokens, M key tokens, D head dimension, V views.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cameo.attention.capture import AttentionCapture, AttentionSite
+from cameo.attention.kernel_calls import CallWatcher
+from cameo.attention.layout import TokenLayout
+from cameo.attention.pattern import Pattern
+from cameo.backbone import core_module
+from cameo.errors import CaptureError
+from cameo.model import CameoModel
+
+__all__ = ["self_view_only"]
+
+Sizes = tuple[tuple[int, int], ...]
+SDPA_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale")
+XFORMERS_ARGUMENTS = ("query", "key", "value", "attn_bias", "p", "scale")
+MASKS = ("attn_mask", "attn_bias", "is_causal")
+
+
+@contextmanager
+def self_view_only(model: nn.Module, site: AttentionSite, sizes: Sizes) -> Iterator[None]:
+    """Cut one layer's view of the other views: inside the block its queries see the keys of their own view only.
+
+    Example:
+        >>> class Attention(nn.Module):
+        ...     def forward(self, x):
+        ...         return nn.functional.scaled_dot_product_attention(x, x, x)
+        >>> model = nn.Sequential(Attention())
+        >>> site = AttentionSite(0, "0", heads=1, layout=TokenLayout("b (v h w)"))
+        >>> x = torch.randn(1, 1, 8, 4)  # two views of 2 x 2 tokens
+        >>> with self_view_only(model, site, sizes=((2, 2), (2, 2))):
+        ...     cut = model(x)
+        >>> torch.equal(cut, torch.cat([model(x[:, :, :4]), model(x[:, :, 4:])], dim=2))
+        True
+
+    - Where each query reaches one token per view (temporal layers), it sees itself alone.
+    - Keys that no query belongs to, such as Zero123++'s reference image, are seen by none. Its write pass, in which
+      the reference looks at itself, stays as it is.
+    - Tokens of no view, such as text, are seen by all, and see all.
+
+    The kernel is the model's own, called once per view; in explicit attention the logits of other views become -inf
+    before the softmax. Weights and modules are not touched: outside the block the output is what it was, bit for bit.
+    Only the thread that entered the block is affected. An `AttentionCapture` opened inside the block sees the queries
+    and keys of all views. Meant for measuring: a backward pass through checkpointed layers would recompute the layer
+    whole once the block is left.
+
+    Args:
+        model: a `CameoModel`, or the model that holds the site.
+        site: one of the adapter's sites, or of `CameoModel.sites`.
+        sizes: token grid `(h, w)` of each view, as `site.sizes(height, width, num_views)`.
+
+    Raises:
+        CaptureError: in the forward, if a call has other numbers of tokens than `sizes` say, is masked, or the module
+            calls the kernel several times without `site.kernel_call`; on leaving the block, if the layer did not run,
+            or runs a kernel that is not known (see `AttentionCapture`).
+        ValueError: if the sizes do not fit the layout.
+    """
+    base = model.base_model if isinstance(model, CameoModel) else model
+    with _SelfViewOnly(core_module(base), site, sizes):
+        yield
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Queries that see the same keys: rows of the attention batch (None = all), token positions of both."""
+
+    rows: Tensor | None
+    queries: Tensor
+    keys: Tensor
+
+    def take(self, tensor: Tensor, tokens: Tensor, axis: int) -> Tensor:
+        """These rows and tokens; `axis` is that of the tokens."""
+        return tensor.movedim(axis, 1)[self._place(tokens)].movedim(1, axis)
+
+    def put(self, whole: Tensor, piece: Tensor, axis: int) -> None:
+        """Write the output of the queries into that of all, in place."""
+        whole.movedim(axis, 1)[self._place(self.queries)] = piece.movedim(axis, 1)
+
+    def _place(self, tokens: Tensor) -> tuple[slice | Tensor, Tensor]:
+        return (slice(None) if self.rows is None else self.rows[:, None]), tokens
+
+
+class _SelfViewOnly(AttentionCapture):
+    """Replaces, not only observes, the calls of one site."""
+
+    def __init__(self, model: nn.Module, site: AttentionSite, sizes: Sizes) -> None:
+        super().__init__(model, [site])
+        self._site, self._sizes = site, tuple(sizes)
+        self._layout, self._grids = _in_attention_order(site.layout, self._sizes)
+        self._parts: dict[tuple[int, int, torch.device], list[_Part]] = {}
+        self._lengths = tuple(self._layout.shape(of, batch=1, sizes=self._grids)[1] for of in ("query", "key"))
+        own = site.layout.views_with_own_grid(len(self._sizes))
+        self._alone = {self._sizes[view][0] * self._sizes[view][1] for view in own}
+        self._cut = False
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: Any) -> None:
+        super().__exit__(kind, *rest)
+        if kind is None and not self._cut:
+            raise CaptureError(
+                f"layer {self._site.path!r} ran, but in none of its calls did one view look at another, so there was "
+                "nothing to cut"
+            )
+
+    def _watcher(self, site: AttentionSite) -> CallWatcher:
+        return _Cutter(site, self.parts)
+
+    def parts(self, like: Tensor, length: int, key_length: int) -> list[_Part] | None:
+        """Who sees whom in a call whose queries or logits are `like`, or None if the call is one view's own.
+
+        Raises:
+            CaptureError: if the call has another shape than the layout says.
+        """
+        if (length, key_length) != self._lengths:
+            if length == key_length and length in self._alone:
+                return None
+            raise CaptureError(
+                f"layer {self._site.path!r} with {self._site.layout!r}: expected {self._lengths[0]} queries and "
+                f"{self._lengths[1]} keys for token grids {self._sizes}, got {length} and {key_length}. Pass the "
+                "sizes of this batch, site.sizes(height, width, num_views); a kernel that takes the tokens in slices "
+                "cannot be cut"
+            )
+        heads = self._site.heads if like.ndim == 3 else 1
+        call = like.shape[0], heads, like.device
+        if call not in self._parts:
+            try:
+                self._parts[call] = _who_sees_whom(self._layout, self._grids, *call)
+            except ValueError as error:
+                raise CaptureError(f"layer {self._site.path!r}: {error}") from error
+        self._cut = True
+        return self._parts[call]
+
+
+class _Cutter(CallWatcher):
+    """Runs the kernel view by view, or masks what enters the softmax, and watches as before."""
+
+    def __init__(self, site: AttentionSite, parts: Callable[..., list[_Part] | None]) -> None:
+        super().__init__(site.path)
+        self._site, self._parts = site, parts
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "").partition(".")[0]
+        if not self._muted and self._is_meant():
+            if name == "scaled_dot_product_attention":
+                func = functools.wraps(func)(functools.partial(self._by_view, func, SDPA_ARGUMENTS, -2))
+            elif name == "softmax" and self._ends_product(args[0] if args else kwargs["input"], *args[1:], **kwargs):
+                func = functools.wraps(func)(functools.partial(self._masked, func))
+        return super().__torch_function__(func, types, args, kwargs)
+
+    def xformers_call(self, original: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """Run `memory_efficient_attention` view by view; it has its tokens on axis 1."""
+        if self._is_meant():
+            original = functools.partial(self._by_view, original, XFORMERS_ARGUMENTS, 1)
+        return super().xformers_call(original, args, kwargs)
+
+    def _is_meant(self) -> bool:
+        return self._site.kernel_call in (None, len(self.calls))
+
+    def _by_view(
+        self, kernel: Callable[..., Tensor], names: tuple[str, ...], axis: int, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        given = dict(zip(names, args, strict=False)) | kwargs
+        if any(given.get(mask) is not None and given[mask] is not False for mask in MASKS):
+            return kernel(*args, **kwargs)  # refused by the watcher
+        query, key, value = (given.pop(name) for name in ("query", "key", "value"))
+        if query.ndim not in (3, 4):
+            raise CaptureError(f"layer {self.layer!r}: expected queries of 3 or 4 axes, got {list(query.shape)}")
+        parts = self._parts(query, query.shape[axis], key.shape[axis])
+        if parts is None:
+            return kernel(query, key, value, **given)
+        axis %= query.ndim
+        whole = query.new_empty(*query.shape[:-1], value.shape[-1])
+        for part in parts:
+            keys, values = (part.take(tensor, part.keys, axis) for tensor in (key, value))
+            part.put(whole, kernel(part.take(query, part.queries, axis), keys, values, **given), axis)
+        return whole
+
+    def _masked(self, softmax: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        logits = args[0] if args else kwargs.pop("input")
+        parts = self._parts(logits, *logits.shape[-2:])
+        if parts is not None:
+            rows = 1 if parts[0].rows is None else logits.shape[0]
+            hidden = torch.ones(rows, *logits.shape[-2:], dtype=torch.bool, device=logits.device)
+            for part in parts:
+                these = torch.zeros(1, dtype=torch.long) if part.rows is None else part.rows
+                hidden[these[:, None, None], part.queries[:, None], part.keys] = False
+            logits = logits.masked_fill(hidden if logits.ndim == 3 else hidden[:, None], -torch.inf)
+        return softmax(logits, *args[1:], **kwargs)
+
+
+def _in_attention_order(layout: TokenLayout, sizes: Sizes) -> tuple[TokenLayout, Sizes]:
+    """The layout with every view of the attention in its own place, also those that no correspondence has."""
+    grids = (*sizes[layout.references_last :], *sizes[: layout.references_last])
+    if not layout.references_last:
+        grids += grids[-1:] * layout.unsupervised_views
+    return TokenLayout(layout.query, layout.key, **layout.lengths), grids
+
+
+def _who_sees_whom(layout: TokenLayout, sizes: Sizes, rows: int, heads: int, device: torch.device) -> list[_Part]:
+    """One part per view that has queries, and one for the queries of no view, if there are any.
+
+    Args:
+        layout, sizes: of `_in_attention_order`.
+        rows: first axis of the call, `A * heads`.
+        heads: heads in that axis.
+        device: of the result.
+
+    Raises:
+        ValueError: if the queries' views stand in the batch part and the rows are not those of whole samples.
+    """
+    pattern = Pattern(layout.query, layout.lengths)
+    by_row = any(name in pattern.batch for name in pattern.views)
+    single, length = layout.shape("query", batch=1, sizes=sizes)
+    if by_row and rows % (single * heads):
+        raise ValueError(
+            f'the queries "{layout.query}" of one sample are {single * heads} rows of the kernel, and a call has '
+            f"{rows}; a kernel that takes part of a sample cannot be cut"
+        )
+    samples = rows // (single * heads) if by_row else 1
+    of_query = _positions(layout.split_query, samples, single, length, sizes)
+    single, key_length = layout.shape("key", batch=1, sizes=sizes)
+    of_key = [found % key_length for found in _positions(layout.split_key, samples, single, key_length, sizes)]
+    of_no_view = _others(key_length, of_key)
+    head = torch.arange(heads)
+    parts = []
+    for found, keys in zip(of_query, of_key, strict=True):
+        if found.numel():
+            own = ((found // length).unique()[:, None] * heads + head).flatten() if by_row else None
+            parts.append((own, (found % length).unique(), torch.cat([keys, of_no_view]).unique()))
+    rest = _others(length, [found % length for found in of_query])
+    if rest.numel():
+        parts.append((torch.arange(rows) if by_row else None, rest, torch.arange(key_length)))
+    return [_Part(*(None if one is None else one.to(device) for one in part)) for part in parts]  # type: ignore[arg-type]
+
+
+def _positions(split: Callable[..., Tensor], samples: int, single: int, length: int, sizes: Sizes) -> list[Tensor]:
+    """Of each view the positions, row * length + token, that the layout gives it in `samples * single` rows."""
+    position = torch.arange(1, samples * single * length + 1).reshape(-1, 1, length, 1)  # 0 is padding
+    views = split(position, batch=samples, sizes=sizes).movedim(2, 0).flatten(1)
+    return [view[view > 0] - 1 for view in views]
+
+
+def _others(count: int, taken: list[Tensor]) -> Tensor:
+    free = torch.ones(count, dtype=torch.bool)
+    free[torch.cat(taken)] = False
+    return free.nonzero()[:, 0]

@@ -1,0 +1,342 @@
+"""Which tokens of different views show the same surface point.
+
+Axes: B samples, V views, H W image pixels, h w token grid, N = h*w tokens per view (row-major).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from cameo.correspondence.matching import match_depth, match_features, match_point_maps
+from cameo.errors import ShapeError
+from cameo.geometry import as_grid
+from cameo.geometry.cameras import check_depth, check_matrices, same_views
+
+__all__ = ["Correspondence", "GridSize"]
+
+# One (h, w) or int for all views, or one (h, w) per view.
+GridSize = int | tuple[int, int] | Sequence[tuple[int, int]]
+
+# Share of the depth by which a projected point may miss the depth seen there; its choice is measured in
+# benchmarks/correspondence_accuracy.md.
+DEPTH_TOLERANCE = 0.02
+
+
+@dataclass(frozen=True, eq=False)
+class Correspondence:
+    """For each token of each view, the token of each other view that shows the same surface point.
+
+    Example:
+        >>> depth = torch.full((1, 2, 1, 64, 64), 2.0)
+        >>> intrinsics = torch.tensor([[64.0, 0, 32], [0, 64, 32], [0, 0, 1]]).expand(1, 2, 3, 3)
+        >>> extrinsics = torch.eye(4).repeat(1, 2, 1, 1)
+        >>> extrinsics[0, 1, 0, 3] = -1.0  # the second camera stands one unit to the right
+        >>> match = Correspondence.from_depth(depth, intrinsics, extrinsics, size=2)
+        >>> match.index[0, 0, 1].tolist()  # what it sees in common moves one token to the left
+        [-1, 0, -1, 2]
+
+    Attributes:
+        index: int64 ``[B, V, V, N]``: token of view j that shows what token x of view i shows, or -1 for
+            none. ``i == j`` is always -1. N is the largest ``h * w``; shorter views are padded with -1.
+        sizes: token grid ``(h, w)`` of each view.
+        weight: ``[B, V, V, N]``, at least 0: how much each match counts; None counts all alike.
+        distance: ``[B, V, V, N]`` in world units: 3D distance between the surface points of the two tokens,
+            also for pairs that are not matched; ``inf`` without measurement.
+
+    Raises:
+        ShapeError: the tensors and ``sizes`` do not fit together.
+        ValueError: an index outside the target view's grid, a match of a view with itself, or a negative
+            weight (values are only read on the CPU: reading them on a GPU would stall a training step).
+    """
+
+    index: Tensor
+    sizes: tuple[tuple[int, int], ...]
+    weight: Tensor | None = None
+    distance: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.index.ndim != 4 or self.index.shape[1] != self.index.shape[2]:
+            raise ShapeError("index", expected="[B, V, V, N]", got=self.index.shape)
+        if self.index.dtype != torch.int64:
+            raise ValueError(f"index: expected int64, got {self.index.dtype}. Cure: convert with .long()")
+        object.__setattr__(self, "sizes", tuple(as_grid("sizes", size) for size in self.sizes))
+        views, tokens = self.index.shape[2:]
+        if len(self.sizes) != views:
+            raise ShapeError("sizes", expected=f"one (h, w) per view, {views}", got=f"{len(self.sizes)}")
+        if max(h * w for h, w in self.sizes) != tokens:
+            raise ShapeError("index", expected=f"[B, V, V, N] with N of sizes {self.sizes}", got=self.index.shape)
+        for name, tensor in (("weight", self.weight), ("distance", self.distance)):
+            if tensor is not None and tensor.shape != self.index.shape:
+                raise ShapeError(name, expected=str(list(self.index.shape)), got=tensor.shape)
+        if self.index.device.type == "cpu":
+            self._check_values()
+
+    def _check_values(self) -> None:
+        index = self.index
+        counts = [h * w for h, w in self.sizes]
+        if not index.numel():
+            return
+        # One pass over all values; grids of their own add one per view.
+        low, high = (value.item() for value in index.aminmax())
+        if min(counts) < max(counts):
+            high = max(int(index[:, :, j].max()) - count for j, count in enumerate(counts)) + max(counts)
+        if low < -1 or high >= max(counts):
+            raise ValueError("index: holds tokens outside the target view's grid. Cure: use -1 for no match")
+        for i, count in enumerate(counts):
+            if count < index.shape[-1] and int(index[:, i, :, count:].max()) >= 0:
+                raise ValueError("index: matches tokens that are padding. Cure: set them to -1")
+        if int(torch.diagonal(index, dim1=1, dim2=2).max()) >= 0:
+            raise ValueError("index: matches a view with itself. Cure: set index[:, i, i] to -1")
+        if self.weight is not None and not bool(self.weight.min() >= 0):
+            raise ValueError("weight: holds negative or NaN values. Cure: use 0 to leave a match out")
+
+    @property
+    def visible(self) -> Tensor:
+        """Where there is a match, bool ``[B, V, V, N]``."""
+        return self.index >= 0
+
+    @property
+    def batch_size(self) -> int:
+        """B."""
+        return self.index.shape[0]
+
+    @property
+    def num_views(self) -> int:
+        """V."""
+        return self.index.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+        return self.index.device
+
+    def to(self, device: torch.device | str) -> Correspondence:
+        """Return this correspondence on ``device``."""
+        return replace(
+            self,
+            index=self.index.to(device),
+            weight=None if self.weight is None else self.weight.to(device),
+            distance=None if self.distance is None else self.distance.to(device),
+        )
+
+    def select(self, sample: int) -> Correspondence:
+        """Return one sample of the batch, as a batch of one."""
+        if not -self.batch_size <= sample < self.batch_size:
+            raise ValueError(f"sample: expected 0..{self.batch_size - 1}, got {sample}")
+        pick = [sample % self.batch_size]
+        return replace(
+            self,
+            index=self.index[pick],
+            weight=None if self.weight is None else self.weight[pick],
+            distance=None if self.distance is None else self.distance[pick],
+        )
+
+    def take_views(self, views: Sequence[int]) -> Correspondence:
+        """Return the correspondence among these views only, in this order.
+
+        Example:
+            >>> index = torch.tensor([[[-1], [0]], [[-1], [-1]]])[None]
+            >>> Correspondence(index, ((1, 1), (1, 1))).take_views([1, 0]).index.flatten().tolist()
+            [-1, -1, 0, -1]
+
+        Raises:
+            ValueError: no view, an unknown one, or one twice.
+        """
+        views = [int(view) for view in views]
+        if not views or len(set(views)) < len(views) or not all(0 <= v < self.num_views for v in views):
+            raise ValueError(f"views: expected different views of 0..{self.num_views - 1}, got {views}")
+        sizes = tuple(self.sizes[view] for view in views)
+        tokens = max(h * w for h, w in sizes)
+
+        def take(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor[:, views][:, :, views, :tokens]
+
+        return Correspondence(self.index[:, views][:, :, views, :tokens], sizes, take(self.weight), take(self.distance))
+
+    @classmethod
+    def cat(cls, parts: Sequence[Correspondence]) -> Correspondence:
+        """Join samples along the batch axis.
+
+        Raises:
+            ValueError: nothing to join, different token grids, or distances on some samples only.
+        """
+        if not parts:
+            raise ValueError("parts: expected at least one correspondence, got none")
+        if len({part.sizes for part in parts}) > 1:
+            shown = sorted({part.sizes for part in parts})
+            raise ValueError(f"parts: expected the same token grids, got {shown}. Cure: batch equal samples")
+        distances = [part.distance for part in parts if part.distance is not None]
+        if 0 < len(distances) < len(parts):
+            raise ValueError("parts: some have distances and some have none. Cure: build them all alike")
+        weight = None
+        if any(part.weight is not None for part in parts):
+            dtype = next(part.weight.dtype for part in parts if part.weight is not None)
+            ones = [torch.ones(p.index.shape, dtype=dtype, device=p.device) for p in parts]
+            weight = torch.cat([one if p.weight is None else p.weight for p, one in zip(parts, ones, strict=True)])
+        index = torch.cat([part.index for part in parts])
+        return cls(index, parts[0].sizes, weight, torch.cat(distances) if distances else None)
+
+    @classmethod
+    def from_point_maps(
+        cls,
+        points: Tensor,
+        *,
+        size: GridSize,
+        cycle_threshold: float = 1.5,
+        max_distance: float | None = None,
+    ) -> Correspondence:
+        """Match tokens by nearest neighbours in 3D that are cycle-consistent (the paper).
+
+        Example:
+            >>> points = torch.stack(torch.meshgrid(torch.arange(4.0), torch.arange(4.0), indexing="ij"))
+            >>> points = torch.cat([points, torch.ones(1, 4, 4)]).expand(1, 2, 3, 4, 4)
+            >>> Correspondence.from_point_maps(points, size=2).index[0, 0, 1].tolist()
+            [0, 1, 2, 3]
+
+        Args:
+            points: ``[B, V, 3, H, W]`` world coordinates; non-finite = no measurement. They are resampled to
+                the token grid (bilinear, half-pixel centres, no antialias); a token is a measurement only if
+                all pixels that its interpolation touches are.
+            size: token grid: ``(h, w)`` or an int for all views, or one ``(h, w)`` per view.
+            cycle_threshold: a match is kept if the nearest neighbour of the nearest neighbour lies less than
+                this many tokens from the start.
+            max_distance: drop matches whose points lie farther apart, in world units. The cycle check alone
+                also keeps points that the other view does not show.
+
+        Raises:
+            ShapeError: a wrong shape.
+            ValueError: a wrong size, threshold or distance.
+
+        Source: CAMEO (arXiv 2512.03045), correspondence from point maps.
+        """
+        if not isinstance(points, Tensor) or points.ndim != 5 or points.shape[2] != 3:
+            got = points.shape if isinstance(points, Tensor) else type(points).__name__
+            raise ShapeError("points", expected="[B, V, 3, H, W]", got=got)
+        if not cycle_threshold > 0:
+            raise ValueError(f"cycle_threshold: expected more than 0 tokens, got {cycle_threshold}")
+        if max_distance is not None and not max_distance > 0:
+            raise ValueError(f"max_distance: expected more than 0 world units or None, got {max_distance}")
+        sizes = _grid_per_view(size, points.shape[1])
+        index, distance = match_point_maps(points, sizes, cycle_threshold, max_distance)
+        return cls(index, sizes, distance=distance)
+
+    @classmethod
+    def from_depth(
+        cls,
+        depth: Tensor,
+        intrinsics: Tensor,
+        extrinsics: Tensor,
+        *,
+        size: GridSize,
+        depth_tolerance: float = DEPTH_TOLERANCE,
+        check_values: bool = True,
+    ) -> Correspondence:
+        """Match tokens by projecting their surface points and comparing depth.
+
+        A token's surface point is the one at its centre. It matches the token of the other view in which it
+        lands, if that is inside the frame, the depth there is the same, and that token has a measurement.
+
+        Example:
+            >>> intrinsics = torch.tensor([[64.0, 0, 32], [0, 64, 32], [0, 0, 1]]).expand(1, 2, 3, 3)
+            >>> extrinsics = torch.eye(4).expand(1, 2, 4, 4)
+            >>> depth = torch.full((1, 2, 1, 64, 64), 2.0)
+            >>> depth[0, 1, 0, :, :32] = 1.0  # something near hides the left half from the second view
+            >>> Correspondence.from_depth(depth, intrinsics, extrinsics, size=2).index[0, 0, 1].tolist()
+            [-1, 1, -1, 3]
+
+        Args:
+            depth: ``[B, V, 1, H, W]`` z-depth in world units; 0, negative or non-finite = no measurement.
+            intrinsics: ``[B, V, 3, 3]`` in pixels of the depth image.
+            extrinsics: ``[B, V, 4, 4]`` world-to-camera.
+            size: token grid: ``(h, w)`` or an int for all views, or one ``(h, w)`` per view.
+            depth_tolerance: how far the point's depth may be from the depth seen there, as a share of it.
+            check_values: whether to look for unusable cameras. On a GPU the host waits for that look; leave it out
+                where the cameras were checked before, as by a loader. Shapes are checked in any case.
+
+        Returns:
+            A correspondence whose ``distance`` is between the token's point and the surface point seen where
+            it lands.
+
+        Raises:
+            ShapeError: a wrong shape.
+            ValueError: missing or unusable cameras (see :func:`cameo.geometry.check_cameras`), a wrong size
+                or tolerance.
+        """
+        if check_values:
+            check_depth(depth, intrinsics, extrinsics)
+        else:
+            _check_shapes(depth, intrinsics, extrinsics)
+        if not 0 < depth_tolerance < 1:
+            raise ValueError(f"depth_tolerance: expected a share between 0 and 1, got {depth_tolerance}")
+        sizes = _grid_per_view(size, depth.shape[1])
+        index, distance = match_depth(depth, intrinsics, extrinsics, sizes, depth_tolerance)
+        return cls(index, sizes, distance=distance)
+
+    @classmethod
+    def from_features(
+        cls,
+        features: Tensor,
+        *,
+        size: GridSize | None = None,
+        cycle_threshold: float = 1.5,
+        min_similarity: float | None = None,
+    ) -> Correspondence:
+        """Match tokens by image features, where no geometry is known: nearest neighbours that are cycle-consistent.
+
+        Example:
+            >>> features = torch.randn(1, 1, 8, 4, 4, generator=torch.Generator().manual_seed(0))
+            >>> features = torch.cat([features, features.flip(-1)], dim=1)  # the second view is mirrored
+            >>> Correspondence.from_features(features).index[0, 0, 1, :4].tolist()
+            [3, 2, 1, 0]
+
+        Args:
+            features: ``[B, V, C, h, w]`` of any scale, such as `cameo.correspondence.features.FeatureExtractor`
+                gives; a vector of zeros or with a non-finite value = no measurement.
+            size: token grid as in `from_point_maps`, to which the features are resampled (bilinear, half-pixel
+                centres, antialiased); a token is a measurement only if all that its interpolation touches are. None
+                takes the grid of the features.
+            cycle_threshold: a match is kept if the nearest neighbour (by cosine similarity) of the nearest neighbour
+                lies less than this many tokens from the start.
+            min_similarity: drop matches with a smaller cosine.
+
+        Returns:
+            A correspondence without `distance`: features know no lengths.
+
+        Raises:
+            ShapeError: a wrong shape.
+            ValueError: a wrong size, threshold or similarity.
+        """
+        if not isinstance(features, Tensor) or features.ndim != 5 or not all(features.shape[1:]):
+            got = features.shape if isinstance(features, Tensor) else type(features).__name__
+            raise ShapeError("features", expected="[B, V, C, h, w], none of which is 0", got=got)
+        if not cycle_threshold > 0:
+            raise ValueError(f"cycle_threshold: expected more than 0 tokens, got {cycle_threshold}")
+        if min_similarity is not None and not -1 <= min_similarity <= 1:
+            raise ValueError(f"min_similarity: expected a cosine in [-1, 1] or None, got {min_similarity}")
+        height, width = features.shape[-2:]
+        sizes = _grid_per_view((height, width) if size is None else size, features.shape[1])
+        return cls(match_features(features, sizes, cycle_threshold, min_similarity), sizes)
+
+
+def _grid_per_view(size: GridSize, views: int) -> tuple[tuple[int, int], ...]:
+    if not isinstance(size, int) and size and all(isinstance(grid, (tuple, list)) for grid in size):
+        if len(size) != views:
+            raise ShapeError("size", expected=f"(h, w), or one (h, w) for each of {views} views", got=str(size))
+        return tuple(as_grid("size", grid) for grid in size)
+    return (as_grid("size", size),) * views
+
+
+def _check_shapes(depth: Tensor, intrinsics: Tensor, extrinsics: Tensor) -> None:
+    if not isinstance(depth, Tensor) or depth.ndim != 5 or depth.shape[2] != 1:
+        got = depth.shape if isinstance(depth, Tensor) else type(depth).__name__
+        raise ShapeError("depth", expected="[B, V, 1, H, W]", got=got)
+    check_matrices("intrinsics", intrinsics, 3)
+    check_matrices("extrinsics", extrinsics, 4)
+    same_views("depth", depth, intrinsics)
+    if extrinsics.shape[:2] != intrinsics.shape[:2]:
+        batch, views = intrinsics.shape[:2]
+        raise ShapeError("extrinsics", expected=f"[{batch}, {views}, 4, 4] as the intrinsics", got=extrinsics.shape)

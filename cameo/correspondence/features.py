@@ -1,0 +1,144 @@
+"""Frozen image features of timm's vision transformers, for REPA and for matches where no geometry is known.
+
+Axes: B samples, V views, C channels, H W image pixels, h w patches.
+"""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cameo.errors import DataError, ShapeError, unknown_name
+from cameo.evaluation.metrics import WeightsUnavailable
+from cameo.geometry.cameras import full_precision
+
+__all__ = ["FeatureExtractor"]
+
+# Images that go through the network together.
+IMAGES_AT_ONCE = 64
+
+
+class FeatureExtractor(nn.Module):
+    """Patch features of a frozen vision transformer, after its last normalisation.
+
+    Example:
+        >>> import warnings
+        >>> with warnings.catch_warnings(action="ignore"):  # which say that random weights are a control
+        ...     extractor = FeatureExtractor("vit_tiny_patch16_224", pretrained=False, size=32)
+        >>> extractor(torch.rand(1, 2, 3, 64, 128)).shape
+        torch.Size([1, 2, 192, 2, 4])
+
+    Args:
+        name: of a vision transformer in timm, such as `vit_small_patch14_dinov2.lvd142m`.
+        checkpoint: file with its weights (.safetensors or .pth); None takes them from the Hub or its cache.
+        pretrained: False draws random weights, the same each time: a control, not a feature of images.
+        size: side in pixels to which the shorter side of the images is resized (bicubic, antialiased); both sides are
+            then rounded to whole patches. None takes the size that the weights were trained with.
+
+    Attributes:
+        dim: C.
+        patch: pixels `(height, width)` of a patch.
+
+    Raises:
+        ValueError: an unknown name, a model without patch tokens, or contradicting arguments.
+        DataError: a checkpoint that is not there, or that does not fit.
+        WeightsUnavailable: if the Hub cannot be reached and its cache lacks the weights.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        name: str,
+        checkpoint: str | Path | None = None,
+        pretrained: bool = True,
+        *,
+        size: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.name = name
+        if checkpoint is not None and not pretrained:
+            raise ValueError(f"pretrained=False: random weights, and checkpoint={checkpoint}; give one of them")
+        self.network = _build(name, checkpoint, pretrained).requires_grad_(False).eval()
+        if not pretrained:
+            warnings.warn(
+                f"{name} has random weights (pretrained=False): its features are a control, no result of the method",
+                stacklevel=2,
+            )
+        from timm.data import resolve_model_data_config
+
+        data = resolve_model_data_config(self.network)
+        self.size = size or min(data["input_size"][1:])
+        self.patch: tuple[int, int] = tuple(self.network.patch_embed.patch_size)
+        self.dim: int = self.network.num_features
+        self.register_buffer("mean", torch.tensor(data["mean"])[:, None, None], persistent=False)
+        self.register_buffer("std", torch.tensor(data["std"])[:, None, None], persistent=False)
+
+    def train(self, mode: bool = True) -> FeatureExtractor:
+        """Stay in evaluation mode: the network is frozen."""
+        return super().train(False)
+
+    @torch.no_grad()
+    @full_precision
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the features `[B, V, C, h, w]` of images `[B, V, 3, H, W]` in [0, 1].
+
+        Raises:
+            ShapeError: if the images have another shape.
+        """
+        if images.ndim != 5 or images.shape[2] != 3:
+            raise ShapeError("images", expected="[B, V, 3, H, W]", got=images.shape)
+        parts = [self._features(part) for part in images.flatten(0, 1).float().split(IMAGES_AT_ONCE)]
+        return torch.cat(parts).unflatten(0, images.shape[:2])
+
+    def _features(self, images: Tensor) -> Tensor:
+        shorter = min(images.shape[-2:])
+        height, width = (
+            max(1, round(side * self.size / shorter / patch)) * patch
+            for side, patch in zip(images.shape[-2:], self.patch, strict=True)
+        )
+        images = F.interpolate(images, size=(height, width), mode="bicubic", antialias=True).clamp(0, 1)
+        (features,) = self.network.forward_intermediates(
+            (images - self.mean) / self.std, indices=1, norm=True, output_fmt="NCHW", intermediates_only=True
+        )
+        return features
+
+
+def _build(name: str, checkpoint: str | Path | None, pretrained: bool) -> Any:
+    """Build the network with its weights; the random numbers of the caller stay where they are."""
+    import timm
+    from safetensors import SafetensorError
+
+    known = timm.list_models()
+    if name.split(".")[0] not in known:
+        raise unknown_name("feature_model", name, [one for one in known if one.startswith("vit_")])
+    if checkpoint is not None and not Path(checkpoint).is_file():
+        raise DataError(f"feature_checkpoint={checkpoint}: no such file")
+    options: dict[str, Any] = {"num_classes": 0, "dynamic_img_size": True}
+    if checkpoint is not None:
+        options["pretrained_cfg_overlay"] = {"file": str(checkpoint)}
+    with torch.random.fork_rng(devices=[]):
+        torch.random.default_generator.manual_seed(0)  # torch.manual_seed would reach the GPU's as well
+        try:
+            return timm.create_model(name, pretrained=pretrained, **options)
+        except TypeError as error:  # an option that only vision transformers have
+            raise ValueError(
+                f"feature_model={name}: has no patch tokens for images of any size ({error}); take a plain vision "
+                "transformer of timm, such as vit_small_patch14_dinov2.lvd142m"
+            ) from error
+        except OSError as error:
+            raise WeightsUnavailable(
+                f"feature_model={name}: its weights are not reachable ({error}). Give feature_checkpoint=FILE with the "
+                "weights as timm publishes them, or feature_pretrained=false for random ones as a control"
+            ) from error
+        except (RuntimeError, KeyError, SafetensorError) as error:
+            if checkpoint is None:
+                raise
+            first = " ".join(str(error).split("\n\t")[:2])  # torch lists every parameter
+            raise DataError(f"feature_checkpoint={checkpoint}: does not fit {name}: {first}") from error

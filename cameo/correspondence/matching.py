@@ -1,0 +1,221 @@
+"""The ways of finding correspondence: nearest neighbours of point maps or image features, and projection of depth.
+
+Axes: B samples, V views, C channels, H W image pixels, h w token grid, N = h*w tokens per view (row-major).
+Arguments are taken as checked; :class:`cameo.correspondence.Correspondence` is the door for users.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from einops import einsum, rearrange
+from torch import Tensor
+
+from cameo.correspondence.nearest import cycle_consistent, match_tokens
+from cameo.geometry import camera_rays, cell_centres, invert_extrinsics, to_pixels
+from cameo.geometry.cameras import full_precision
+from cameo.geometry.depth import read_depth
+
+__all__ = ["match_depth", "match_features", "match_point_maps", "resample_features"]
+
+Sizes = tuple[tuple[int, int], ...]
+# Numbers in one block of similarities of two views: 64 MiB in float32.
+BLOCK = 1 << 24
+
+
+@torch.no_grad()
+def match_point_maps(
+    points: Tensor, sizes: Sizes, cycle_threshold: float, max_distance: float | None
+) -> tuple[Tensor, Tensor]:
+    """Match ``points [B, V, 3, H, W]`` by cycle-consistent nearest neighbours.
+
+    Returns:
+        Index and distance ``[B, V, V, N]`` as in :class:`cameo.correspondence.Correspondence`.
+    """
+    points = points.to(torch.promote_types(points.dtype, torch.float32))
+    index, distance = match_tokens(_token_points(points, sizes), tuple(w for _, w in sizes), cycle_threshold)
+    if max_distance is not None:
+        index.masked_fill_(distance > max_distance, -1)
+    return index, distance
+
+
+@torch.no_grad()
+@full_precision
+def match_depth(
+    depth: Tensor, intrinsics: Tensor, extrinsics: Tensor, sizes: Sizes, depth_tolerance: float
+) -> tuple[Tensor, Tensor]:
+    """Match ``depth [B, V, 1, H, W]`` by projecting each token's surface point into every other view.
+
+    Returns:
+        Index and distance ``[B, V, V, N]`` as in :class:`cameo.correspondence.Correspondence`.
+    """
+    views = depth.shape[1]
+    depth = depth.to(torch.promote_types(depth.dtype, torch.float32))
+    intrinsics = intrinsics.to(depth)
+    centres = _padded_centres(sizes, depth)
+    # [B, V, N] depth at the token centres, NaN for padding and missing depth
+    centre_depth = read_depth(depth, centres.expand(depth.shape[0], -1, -1, -1))
+    surface = camera_rays(centres, intrinsics) * centre_depth[..., None]
+    pose = _relative_poses(extrinsics).to(depth)
+    # Axis j leads: the points of all views are looked up in view j together.
+    point = einsum(pose[..., :3, :3], surface, "b j i r c, b i n c -> b j i n r") + pose[..., None, :3, 3]
+    point = rearrange(point, "b j i n c -> b j (i n) c")
+    xy, z = to_pixels(point, intrinsics)
+    seen = read_depth(depth, xy)
+    token = _token_at(xy, sizes, depth.shape[-2:])
+    measured = torch.gather(centre_depth, -1, token.clamp(min=0)).isfinite()
+    visible = measured & (token >= 0) & ((z - seen).abs() <= depth_tolerance * seen)
+    # The surface that is seen there lies on the same ray, so it is the point scaled to that depth.
+    apart = ((seen / z)[..., None] * point - point).norm(dim=-1)
+    index = rearrange(torch.where(visible, token, -1), "b j (i n) -> b i j n", i=views)
+    distance = rearrange(torch.where(apart.isfinite(), apart, math.inf), "b j (i n) -> b i j n", i=views)
+    own = torch.eye(views, dtype=torch.bool, device=depth.device)[..., None]
+    return index.masked_fill(own, -1), distance.masked_fill(own, math.inf)
+
+
+@torch.no_grad()
+@full_precision
+def match_features(features: Tensor, sizes: Sizes, cycle_threshold: float, min_similarity: float | None) -> Tensor:
+    """Match ``features [B, V, C, h, w]`` by cycle-consistent nearest neighbours in cosine similarity.
+
+    Returns:
+        Index ``[B, V, V, N]`` as in :class:`cameo.correspondence.Correspondence`.
+    """
+    index, similarity = _most_similar(_feature_tokens(features, sizes))
+    consistent = cycle_consistent(index, tuple(w for _, w in sizes), cycle_threshold)
+    if min_similarity is not None:
+        consistent &= similarity >= min_similarity
+    return index.masked_fill_(~consistent, -1)
+
+
+def resample_features(features: Tensor, size: tuple[int, int]) -> Tensor:
+    """Bring ``[X, C, h, w]`` to a token grid, ``[X, C, *size]``: bilinear, half-pixel centres, antialiased.
+
+    Example:
+        >>> resample_features(torch.arange(16.0).view(1, 1, 4, 4), (1, 1)).item()
+        7.5
+    """
+    if features.shape[-2:] == size:
+        return features
+    return F.interpolate(features, size=size, mode="bilinear", antialias=True)
+
+
+def _feature_tokens(features: Tensor, sizes: Sizes) -> Tensor:
+    """Unit vectors at the token grids, ``[B, V, N, C]``; NaN for padding and where anything needed is missing."""
+    features = features.to(torch.promote_types(features.dtype, torch.float32))
+    missing = ~features.isfinite().all(dim=2, keepdim=True) | (features == 0).all(dim=2, keepdim=True)
+    features = features.masked_fill(missing, math.nan)
+    count = max(h * w for h, w in sizes)
+    tokens = features.new_full((*features.shape[:2], count, features.shape[2]), math.nan)
+    for view, (h, w) in enumerate(sizes):
+        tokens[:, view, : h * w] = rearrange(resample_features(features[:, view], (h, w)), "b c h w -> b (h w) c")
+    length = tokens.norm(dim=-1, keepdim=True)
+    # Vectors that cancel to 0, or whose length is beyond the range of numbers, have no direction.
+    return tokens / length.masked_fill((length == 0) | length.isinf(), math.nan)
+
+
+def _most_similar(tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Index and cosine ``[B, V, V, N]`` of each token's most similar one in each other view; -1 and -inf for none.
+
+    Makes no host wait for a device, and holds one block of similarities at a time.
+    """
+    batch, views, count, _ = tokens.shape
+    missing = tokens.isnan().any(dim=-1)
+    tokens = tokens.masked_fill(missing[..., None], 0)
+    index = torch.full((batch, views, views, count), -1, device=tokens.device)
+    best = tokens.new_full(index.shape, -math.inf)
+    rows = max(1, BLOCK // max(1, batch * count))
+    for i in range(views):
+        for j in range(i + 1, views):
+            for start in range(0, count, rows):
+                stop = min(start + rows, count)
+                cosine = tokens[:, i, start:stop] @ tokens[:, j].mT
+                cosine.masked_fill_(missing[:, i, start:stop, None] | missing[:, j, None], -math.inf)
+                highest, found = cosine.max(dim=2)
+                best[:, i, j, start:stop] = highest
+                index[:, i, j, start:stop] = found.masked_fill_(highest.isinf(), -1)
+                highest, found = cosine.max(dim=1)
+                # Later tokens win only if they are closer, so that ties stay with the lower index.
+                closer = highest > best[:, j, i]
+                index[:, j, i] = torch.where(closer, found + start, index[:, j, i])
+                best[:, j, i] = torch.where(closer, highest, best[:, j, i])
+    return index, best
+
+
+def _token_points(points: Tensor, sizes: Sizes) -> Tensor:
+    """Bring ``[B, V, 3, H, W]`` to the token grids, ``[B, V, N, 3]``; shorter views are padded with NaN."""
+    if len(set(sizes)) == 1:
+        return _resample(points, sizes[0])
+    tokens = points.new_full((*points.shape[:2], max(h * w for h, w in sizes), 3), math.nan)
+    for view, (h, w) in enumerate(sizes):
+        tokens[:, view, : h * w] = _resample(points[:, view, None], (h, w))[:, 0]
+    return tokens
+
+
+def _resample(points: Tensor, size: tuple[int, int]) -> Tensor:
+    """Bring ``[B, V, 3, H, W]`` to a token grid, ``[B, V, N, 3]``, NaN where any touched pixel is missing.
+
+    Bilinear with half-pixel centres, as `torch.nn.functional.interpolate`; only the four pixels around each token's
+    centre are read.
+    """
+    low, high, share = zip(*map(_interpolated_axis, points.shape[-2:], size, [points] * 2), strict=True)
+    rows, columns = (torch.stack(pair) for pair in zip(low, high, strict=True))  # [2, h], [2, w]
+    pixel = rows[:, None, :, None] * points.shape[-1] + columns[None, :, None, :]
+    around = rearrange(points.flatten(3).index_select(3, pixel.flatten()), "b v c (k n) -> k b v n c", k=4)
+    weight_y, weight_x = (torch.stack([1 - part, part]) for part in share)
+    weight = (weight_y[:, None, :, None] * weight_x[None, :, None, :]).view(4, -1, 1)
+    measured = around.isfinite().all(dim=-1, keepdim=True)
+    first, *others = weight[:, None, None] * around.masked_fill_(~measured, 0)
+    for other in others:
+        first += other
+    missing = ~measured & (weight > 0)[:, None, None]
+    return first.masked_fill_(missing.any(dim=0), math.nan)
+
+
+def _interpolated_axis(length: int, cells: int, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """For each cell's centre the pixels before and after it, and the share of the second one, each ``[cells]``."""
+    centre = (torch.arange(cells, dtype=like.dtype, device=like.device) + 0.5) * (length / cells) - 0.5
+    centre = centre.clamp(min=0)
+    low = centre.long().clamp(max=length - 1)
+    return low, (low + 1).clamp(max=length - 1), centre - low
+
+
+def _padded_centres(sizes: Sizes, depth: Tensor) -> Tensor:
+    """Token centres in pixels, ``[V, N, 2]``, NaN for padding."""
+    image_size = (depth.shape[-2], depth.shape[-1])
+    if len(set(sizes)) == 1:
+        grid = cell_centres(sizes[0], image_size, dtype=depth.dtype, device=depth.device)
+        return grid.flatten(0, 1).expand(len(sizes), -1, -1)
+    centres = depth.new_full((len(sizes), max(h * w for h, w in sizes), 2), math.nan)
+    for view, size in enumerate(sizes):
+        grid = cell_centres(size, image_size, dtype=depth.dtype, device=depth.device)
+        centres[view, : size[0] * size[1]] = grid.flatten(0, 1)
+    return centres
+
+
+def _relative_poses(extrinsics: Tensor) -> Tensor:
+    """Transform from camera i to camera j, ``[B, j, i, 4, 4]``.
+
+    In double precision where there is any, so that a world origin far away costs no accuracy.
+    """
+    exact = extrinsics if extrinsics.device.type == "mps" else extrinsics.double()
+    return exact[:, :, None] @ invert_extrinsics(exact)[:, None]
+
+
+def _token_at(xy: Tensor, sizes: Sizes, image_size: Sequence[int]) -> Tensor:
+    """Token of view j that holds the position ``xy [B, j, M, 2]``, -1 outside the frame."""
+    height, width = image_size
+    rows, columns = (_per_view(lengths, xy) for lengths in zip(*sizes, strict=True))
+    x, y = xy.unbind(-1)
+    inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
+    column = (torch.where(inside, x, 0) * columns / width).long().clamp(max=columns - 1)
+    row = (torch.where(inside, y, 0) * rows / height).long().clamp(max=rows - 1)
+    return torch.where(inside, row * columns + column, -1)
+
+
+def _per_view(lengths: Sequence[int], like: Tensor) -> Tensor:
+    """One number per view, ``[V, 1]``; filled in on the device, because the host would wait for a copy."""
+    return torch.cat([torch.full((1, 1), length, device=like.device) for length in lengths])

@@ -1,0 +1,308 @@
+"""Exact nearest neighbours between the tokens of all pairs of views, in plain torch.
+
+Axes: B samples, V views, N tokens per view (row-major, padded), R rows (tokens that look for a neighbour), S tokens
+per block, G blocks per view, P unordered pairs of views. A token without measurement has non-finite coordinates; it
+has no neighbour and is nobody's neighbour. Ties go to the lower index. Nothing of size N x N is stored beyond a tile.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import math
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from cameo.errors import unknown_name
+from cameo.triton_support import INSTALL_TRITON, interpreted
+
+__all__ = ["IMPLEMENTATIONS", "cycle_consistent", "match_tokens", "nearest_by_differences", "nearest_by_products"]
+
+IMPLEMENTATIONS = ("auto", "differences", "products", "triton")
+
+# Bytes of one tile of pairwise distances, and of the least of each block that are settled together; blocks per view.
+TILE_BYTES = 1 << 20
+BLOCKS_BYTES = 1 << 20
+MOST_BLOCKS = 64
+# What Triton compiles for: Turing and later.
+LEAST_CAPABILITY = (7, 5)
+# How far, in units of epsilon (|a| + d)^2, the squared distance d^2 of a and its neighbour may differ between the two
+# forms below: 13 for the five products with their norms, 7 for centring and for the rounding of the differences.
+ROUNDING = 20
+
+
+def match_tokens(
+    tokens: Tensor, widths: tuple[int, ...], cycle_threshold: float, *, implementation: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """Find the nearest token in each other view and keep the cycle-consistent ones.
+
+    Example:
+        >>> line = torch.tensor([[0.0, 0, 0], [1, 0, 0], [2, 0, 0]])
+        >>> index, distance = match_tokens(torch.stack([line, line.flip(0)])[None], (3, 3), 1.5)
+        >>> index[0, 0, 1].tolist(), distance[0, 0, 1].tolist()
+        ([2, 1, 0], [0.0, 0.0, 0.0])
+
+    Args:
+        tokens: ``[B, V, N, 3]`` float32 or float64 world coordinates; non-finite = no measurement or padding.
+        widths: tokens per row of each view's grid.
+        cycle_threshold: a match is kept if the nearest neighbour of the nearest neighbour lies less than this many
+            tokens from the start.
+        implementation: "differences": coordinate differences, tile by tile, on any device; "products": matrix products
+            whose near-ties are settled by differences, on the CPU; "triton": one kernel for all pairs, on CUDA;
+            "auto": the fastest that the device has. They agree in every index.
+
+    Returns:
+        Index int64 (-1 for none) and distance (of the nearest token, kept or not; ``inf`` for none), both
+        ``[B, V, V, N]``.
+
+    Raises:
+        ValueError: unknown implementation, or one that cannot serve this device.
+    """
+    if implementation not in IMPLEMENTATIONS:
+        raise unknown_name("implementation", implementation, IMPLEMENTATIONS)
+    if implementation == "auto":
+        implementation = _choose(tokens.device)
+    if implementation == "triton":
+        reason = triton_refusal(tokens.device)
+        if reason is not None:
+            raise ValueError(f'implementation: "triton" cannot serve this: {reason}. Use "auto" or "differences"')
+        from cameo.correspondence import triton_nearest
+
+        return triton_nearest.match_tokens(tokens, widths, cycle_threshold)
+    if implementation == "products" and tokens.device.type != "cpu":
+        raise ValueError(
+            f'implementation: "products" settles its near-ties on the CPU, got tokens on {tokens.device}. '
+            'Use "auto" or "differences"'
+        )
+    nearest = nearest_by_products if implementation == "products" else nearest_by_differences
+    index, distance = nearest(tokens)
+    consistent = cycle_consistent(index, widths, cycle_threshold)
+    return index.masked_fill_(~consistent, -1), distance
+
+
+def _choose(device: torch.device) -> str:
+    if device.type == "cpu":
+        return "products"
+    return "differences" if triton_refusal(device) else "triton"
+
+
+def triton_refusal(device: torch.device) -> str | None:
+    """Why the Triton kernels cannot serve tokens on this device, or None if they can.
+
+    Example:
+        >>> triton_refusal(torch.device("meta"))
+        'the tokens are on meta; the kernels need a CUDA device'
+    """
+    if device.type == "cpu" and interpreted():
+        return None
+    if device.type != "cuda":
+        return f"the tokens are on {device.type}; the kernels need a CUDA device"
+    if importlib.util.find_spec("triton") is None:
+        return f"Triton is not installed: {INSTALL_TRITON}"
+    if torch.version.hip is not None:
+        return "this torch is built for ROCm; the kernels are written for NVIDIA GPUs"
+    capability = _capability(device)
+    if capability < LEAST_CAPABILITY:
+        return f"{device} has compute capability {capability[0]}.{capability[1]}; the kernels need 7.5 or later"
+    return None
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+def nearest_by_differences(tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Index and distance ``[B, V, V, N]`` of each token's nearest one in each other view; the readable form.
+
+    Makes no host wait for a device: no shape depends on values.
+    """
+    batch, views, count, _ = tokens.shape
+    index, distance = _nothing_found(tokens)
+    rows = max(1, TILE_BYTES // tokens.element_size() // max(1, batch * count))
+    for i in range(views):
+        for j in range(i + 1, views):
+            first, second = tokens[:, i], tokens[:, j]
+            for start in range(0, count, rows):
+                stop = min(start + rows, count)
+                x, y, z = ((first[:, start:stop, None, c] - second[:, None, :, c]).square_() for c in range(3))
+                squared = x.add_(y).add_(z)
+                squared.masked_fill_(squared.isnan(), math.inf)
+                apart, best = squared.min(dim=2)
+                distance[:, i, j, start:stop] = apart
+                index[:, i, j, start:stop] = best.masked_fill_(apart.isinf(), -1)
+                apart, best = squared.min(dim=1)
+                # Later tokens win only if they are closer, so that ties stay with the lower index.
+                closer = apart < distance[:, j, i]
+                index[:, j, i] = torch.where(closer, best + start, index[:, j, i])
+                distance[:, j, i] = torch.where(closer, apart, distance[:, j, i])
+    return index, distance.sqrt_()
+
+
+def nearest_by_products(tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Do the same on the CPU with matrix products; equal to :func:`nearest_by_differences` in every bit.
+
+    One product gives a tile of ``|a|^2 - 2ab + |b|^2``, of which only the least of each block of S tokens is kept, in
+    both directions. Within the least block differences decide. Where the products' rounding leaves more than one
+    block in question, or differences tie, the whole row is decided by differences.
+    """
+    batch, views, count, _ = tokens.shape
+    index, distance = _nothing_found(tokens)
+    if not index.numel() or views == 1:
+        return index, distance
+    blocked = _Blocked(tokens)
+    if not blocked.safe:
+        return nearest_by_differences(tokens)
+    i, j = torch.triu_indices(views, views, 1)
+    sample = torch.arange(batch)[:, None] * views
+    both = torch.stack([(sample + i).flatten(), (sample + j).flatten()])
+    pairs = max(1, BLOCKS_BYTES // (2 * blocked.padded * blocked.blocks * tokens.element_size()))
+    for part in both.split(pairs, dim=1):
+        rows, keys = part.flatten(), part.flip(0).flatten()
+        found, apart = blocked.settle(blocked.least_of_blocks(*part), rows, keys)
+        index.view(batch * views, views, count)[rows, keys % views] = found[:, :count]
+        distance.view(batch * views, views, count)[rows, keys % views] = apart[:, :count]
+    return index, distance.sqrt_()
+
+
+class _Blocked:
+    """Tokens of all views of all samples, ``[B * V, N]``, arranged for products and cut into blocks of S.
+
+    Attributes:
+        length, blocks, padded: S, G, and N padded to S * G.
+        safe: whether no square overflows.
+    """
+
+    def __init__(self, tokens: Tensor) -> None:
+        count = tokens.shape[2]
+        self.length = length = 1 << max(0, int(math.log2(count)) // 2 - 1, math.ceil(math.log2(count / MOST_BLOCKS)))
+        self.blocks = blocks = -(-count // length)
+        self.padded = length * blocks
+        if self.padded > count:
+            tokens = F.pad(tokens, (0, 0, 0, self.padded - count), value=math.nan)
+        missing = ~tokens.isfinite().all(-1)
+        # Near the median even points far from the world's origin have small squares, whatever a few outliers do.
+        known = tokens.masked_fill(missing[..., None], math.nan)
+        centre = known.flatten(1, 2).nanmedian(dim=1, keepdim=True).values[:, None]
+        local = (known - centre).flatten(0, 1).nan_to_num_()
+        missing = missing.flatten(0, 1)
+        self.measured = ~missing
+        self.norm = local.square().sum(-1)
+        self.safe = bool((self.norm < torch.finfo(tokens.dtype).max / 64).all())
+        norm = self.norm.masked_fill(missing, math.inf)[..., None]
+        one = torch.ones_like(norm)
+        self.rows = torch.cat([-2 * local, one, norm], dim=-1)
+        # Column s * G + g is token g * S + s, so that the least of a block is taken over a leading axis.
+        self.columns = rearrange(torch.cat([local, norm, one], dim=-1), "v (g s) c -> v c (s g)", s=length).contiguous()
+        self.points = tokens.flatten(0, 1).masked_fill(missing[..., None], math.inf)
+        self.keys = self.points.mT.contiguous()
+        self.blocked_keys = rearrange(self.points, "v (g s) c -> (v g) (c s)", s=length).contiguous()
+        self.entries = TILE_BYTES // tokens.element_size()
+
+    def least_of_blocks(self, first: Tensor, second: Tensor) -> Tensor:
+        """Least of each block for each token, ``[2 * P, N, G]``: rows of ``first``, then rows of ``second``."""
+        length, blocks, padded = self.length, self.blocks, self.padded
+        least = self.rows.new_empty(2, len(first), padded, blocks)
+        pairs = max(1, self.entries // (padded * padded))
+        lines = padded if pairs > 1 else length * min(blocks, max(1, self.entries // (length * padded)))
+        workspace = self.rows.new_empty(min(pairs, len(first)) * lines * padded)
+        across = self.rows.new_empty(min(pairs, len(first)), blocks, padded)
+        for start in range(0, len(first), pairs):
+            chunk = slice(start, start + pairs)
+            rows, columns = self.rows.index_select(0, first[chunk]), self.columns.index_select(0, second[chunk])
+            many = len(rows)
+            for top in range(0, padded, lines):
+                height = min(lines, padded - top)
+                tile = workspace[: many * height * padded].view(many, height, padded)
+                torch.bmm(rows[:, top : top + height], columns, out=tile)
+                torch.amin(tile.view(many, height, length, blocks), dim=2, out=least[0, chunk, top : top + height])
+                torch.amin(
+                    tile.view(many, height // length, length, padded),
+                    dim=2,
+                    out=across[:many, top // length : (top + height) // length],
+                )
+            least[1, chunk] = rearrange(across[:many], "p b (s g) -> p (g s) b", s=length)
+        return least.flatten(0, 1)
+
+    def settle(self, least: Tensor, rows: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+        """Index and squared distance ``[Q, N]`` of the nearest token in view ``keys [Q]`` of those in ``rows [Q]``."""
+        length, blocks, padded = self.length, self.blocks, self.padded
+        query = self.points.index_select(0, rows).view(-1, 3)
+        measured = self.measured.index_select(0, rows).flatten()
+        norm = self.norm.index_select(0, rows).flatten()
+        view = keys.repeat_interleave(padded)
+        index = torch.empty_like(view)
+        squared = torch.empty_like(norm)
+        count_blocks, count_tokens = _counter(blocks, query), _counter(length, query)
+        info = torch.finfo(query.dtype)
+        step = max(1, self.entries // (4 * length))
+        for start in range(0, len(view), step):
+            part = slice(start, start + step)
+            block = least.view(-1, blocks)[part]
+            nearest = block.amin(-1)
+            reach = norm[part].sqrt() + nearest.clamp(min=0).sqrt_()
+            doubt = reach.square_().mul_(2 * ROUNDING * info.eps).add_(64 * info.tiny)
+            candidates, chosen = _count(block, nearest + doubt, count_blocks)
+            found = measured[part] & nearest.isfinite()
+            clear = candidates == 1
+            chosen.masked_fill_(~clear, 0)
+            near = self.blocked_keys.index_select(0, view[part] * blocks + chosen).view(-1, 3, length)
+            apart = _squared(near, query[part, :, None])
+            smallest = apart.amin(-1)
+            ties, place = _count(apart, smallest, count_tokens)
+            index[part] = place.add_(chosen, alpha=length).masked_fill_(~found, -1)
+            squared[part] = smallest.masked_fill_(~found, math.inf)
+            self._decide(found & ~(clear & (ties == 1)), query[part], view[part], index[part], squared[part])
+        return index.view(-1, padded), squared.view(-1, padded)
+
+    def _decide(self, open_rows: Tensor, query: Tensor, view: Tensor, index: Tensor, squared: Tensor) -> None:
+        """Write index and squared distance of the open rows, decided by differences with all tokens of the view."""
+        for rows in open_rows.nonzero().flatten().split(max(1, self.entries // (2 * self.padded))):
+            keys = self.keys.index_select(0, view[rows])
+            apart = _squared(keys, query[rows, :, None])
+            squared[rows], index[rows] = apart.min(dim=-1)
+
+
+def _nothing_found(tokens: Tensor) -> tuple[Tensor, Tensor]:
+    batch, views, count, _ = tokens.shape
+    shape = (batch, views, views, count)
+    return tokens.new_full(shape, -1, dtype=torch.int64), tokens.new_full(shape, math.inf)
+
+
+def _squared(points: Tensor, others: Tensor) -> Tensor:
+    """Squared distance of ``points [R, 3, M]``, which are overwritten, and ``others [R, 3, 1]``.
+
+    By differences: the expanded square |a|^2 - 2ab + |b|^2 cancels far from the origin.
+    """
+    x, y, z = points.sub_(others).square_().unbind(1)
+    return x.add_(y).add_(z)
+
+
+def _counter(length: int, like: Tensor) -> Tensor:
+    return torch.stack([torch.ones(length), torch.arange(length)], dim=-1).to(like)
+
+
+def _count(values: Tensor, bound: Tensor, counter: Tensor) -> tuple[Tensor, Tensor]:
+    """How many of ``values [R, M]`` are within ``bound [R]``, and the place of it if there is one.
+
+    A product with ones and places takes a fraction of the time of a minimum that also returns its place.
+    """
+    within = torch.le(values, bound[:, None], out=torch.empty_like(values))
+    number, place = (within @ counter).unbind(-1)
+    return number, place.long()
+
+
+def cycle_consistent(index: Tensor, widths: tuple[int, ...], threshold: float) -> Tensor:
+    """Tell which tokens come back, there and back again, less than ``threshold`` tokens from their start."""
+    start = torch.arange(index.shape[-1], device=index.device)
+    consistent = torch.zeros_like(index, dtype=torch.bool)
+    for i, width in enumerate(widths):
+        go = index[:, i]
+        end = torch.gather(index[:, :, i], -1, go.clamp(min=0))
+        row = end.div(width, rounding_mode="floor")
+        rows, columns = row - start // width, end - row * width - start % width
+        consistent[:, i] = (go >= 0) & (rows.square() + columns.square() < threshold**2)
+    return consistent

@@ -1,0 +1,174 @@
+"""Cameras about a centre: where they look, and at which azimuth and elevation they stand.
+
+Axes: B samples, V views, H W image pixels. Conventions as in :mod:`cameo.geometry`, which is the door for users.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from cameo.errors import ShapeError
+from cameo.geometry.cameras import at_least_float32, check_matrices, full_precision
+from cameo.geometry.depth import is_measured
+
+__all__ = ["estimate_up", "orbit_centre", "spherical_angles"]
+
+# Root mean square angle between the optical axes and a direction, in degrees: up to the first the axes do not tell
+# where along it they meet, from the second on they do.
+VAGUE, CLEAR = 1.0, 3.0
+# Least distance of the centre in front of each camera, as a share of its median depth.
+LEAST_DISTANCE = 0.1
+
+
+@torch.no_grad()
+@full_precision
+def orbit_centre(extrinsics: Tensor, depth: Tensor | None = None) -> Tensor:
+    """Return the point that the cameras of a sample look at, ``[B, 3]`` in world coordinates.
+
+    Example:
+        >>> extrinsics = torch.eye(4).repeat(1, 2, 1, 1)
+        >>> extrinsics[0, 1, :3, :3] = torch.tensor([[0.0, 0, -1], [0, 1, 0], [1, 0, 0]])  # looks along x
+        >>> extrinsics[0, :, 2, 3] = 2.0  # both stand two units before the origin
+        >>> orbit_centre(extrinsics).tolist()
+        [[0.0, 0.0, 0.0]]
+
+    The least-squares point of the optical axes, as far as the axes say where it is. Along a direction from which the
+    axes deviate by less than 1 degree (root mean square) they do not, and the mean of the points at each camera's
+    median depth decides; from 3 degrees on the axes alone decide, and in between both, without a jump. The axes of
+    one camera, or of parallel ones, thus give a point straight ahead. A least-squares point that is not in front of
+    every camera, by a tenth of its median depth where there is depth, is no point that they look at (a camera that
+    turns on the spot); then the median depth decides altogether.
+
+    Args:
+        extrinsics: ``[B, V, 4, 4]`` world-to-camera.
+        depth: ``[B, V, 1, H, W]`` z-depth; a view without measurement takes the median of the sample's others. None,
+            or a sample without any measurement: distance 1.
+
+    Raises:
+        ShapeError, ValueError: wrong shapes.
+    """
+    check_matrices("extrinsics", extrinsics, 4)
+    ahead = _median_depth(extrinsics, depth)
+    exact = _exact(extrinsics)
+    centre, axis = _centres(exact), exact[..., 2, :3]
+    prior = (centre + ahead.to(exact)[..., None] * axis).mean(1)
+    across = torch.eye(3, dtype=exact.dtype, device=exact.device) - axis[..., :, None] * axis[..., None, :]
+    # The mean squared distance of a point from the axes is quadratic in it; `bend` is its curvature, whose eigenvalue
+    # along a direction is the mean squared sine of the angle between that direction and the axes.
+    bend = across.mean(1)
+    pull = (across @ (centre - prior[:, None])[..., None]).mean(1)[..., 0]
+    # On the CPU, since not every device has it and the matrices are tiny.
+    sine, direction = (part.to(bend) for part in torch.linalg.eigh(bend.cpu()))
+    low, high = (math.sin(math.radians(angle)) ** 2 for angle in (VAGUE, CLEAR))
+    trust = ((sine - low) / (high - low)).clamp(0, 1)
+    step = trust / sine.clamp_min(low) * (direction.mT @ pull[..., None])[..., 0]
+    point = prior + (direction @ step[..., None])[..., 0]
+    in_front = ((point[:, None] - centre) * axis).sum(-1)
+    least = LEAST_DISTANCE * ahead.to(exact) if depth is not None else torch.zeros_like(in_front)
+    looked_at = (in_front > least).all(1, keepdim=True)
+    return torch.where(looked_at, point, prior).to(at_least_float32(extrinsics))
+
+
+@full_precision
+def spherical_angles(extrinsics: Tensor, centre: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return where the cameras stand about a centre: azimuth, elevation (degrees) and distance, ``[B, V]`` each.
+
+    Example:
+        >>> extrinsics = torch.eye(4).repeat(1, 1, 1, 1)
+        >>> extrinsics[0, 0, :3, 3] = torch.tensor([0.0, -3.0, -3.0])  # camera centre (0, 3, 3)
+        >>> angles = spherical_angles(extrinsics, torch.zeros(1, 3), torch.tensor([[0.0, 0.0, 1.0]]))
+        >>> [round(value.item(), 3) for value in angles]
+        [90.0, 45.0, 4.243]
+
+    Azimuth lies in [0, 360) and grows counter-clockwise seen from above, about ``up``. Azimuth 0 is the direction of
+    the world's x axis, made orthogonal to ``up``; of its y axis where ``up`` is within 26 degrees of the x axis. So
+    with z up 0 is x and 90 is y, as in :mod:`cameo.scenes.rigs`. Elevation lies in [-90, 90], positive towards ``up``.
+    A camera straight above has azimuth 0 or any other; one at the centre has angles 0.
+
+    Args:
+        extrinsics: ``[B, V, 4, 4]`` world-to-camera.
+        centre: ``[B, 3]`` in world coordinates, see :func:`orbit_centre`.
+        up: ``[B, 3]`` of any length but 0.
+
+    Raises:
+        ShapeError: a wrong shape.
+        ValueError: an ``up`` of length 0, or not finite.
+    """
+    check_matrices("extrinsics", extrinsics, 4)
+    for name, tensor in (("centre", centre), ("up", up)):
+        if tuple(tensor.shape) != (extrinsics.shape[0], 3):
+            raise ShapeError(name, expected=f"[{extrinsics.shape[0]}, 3]", got=tensor.shape)
+    exact = _exact(extrinsics)
+    up = up.to(exact)
+    length = up.norm(dim=-1, keepdim=True)
+    if not ((length > 0) & length.isfinite()).all():
+        raise ValueError(f"up: expected finite vectors with a length, got {up.tolist()}. Cure: see estimate_up")
+    up = up / length
+    x_axis, y_axis = torch.eye(3, dtype=exact.dtype, device=exact.device)[:2]
+    zero = torch.where((up[:, :1].abs() > 0.9), y_axis, x_axis)
+    zero = zero - (zero * up).sum(-1, keepdim=True) * up
+    zero = zero / zero.norm(dim=-1, keepdim=True)
+    frame = torch.stack([zero, torch.linalg.cross(up, zero), up], dim=1)
+    offset = _centres(exact) - centre.to(exact)[:, None]
+    x, y, z = (offset @ frame.mT).unbind(-1)
+    azimuth = torch.rad2deg(torch.atan2(y, x)) % 360
+    elevation = torch.rad2deg(torch.atan2(z, torch.hypot(x, y)))
+    dtype = at_least_float32(extrinsics)
+    azimuth = azimuth.to(dtype)
+    # Rounding to float32 may have closed the half-open interval.
+    azimuth = torch.where(azimuth >= 360, torch.zeros_like(azimuth), azimuth)
+    return azimuth, elevation.to(dtype), offset.norm(dim=-1).to(dtype)
+
+
+@full_precision
+def estimate_up(extrinsics: Tensor) -> Tensor:
+    """Return the mean up direction of a sample's images, unit ``[B, 3]``: for data that does not say what is up.
+
+    Example:
+        >>> estimate_up(torch.eye(4).expand(1, 3, 4, 4)).tolist()  # OpenCV: y points down
+        [[0.0, -1.0, 0.0]]
+
+    Exact for level cameras, and for a full turn of upright ones at one elevation. Cameras that all look down from one
+    side by an angle give a direction that is wrong by that angle. Where the directions cancel out, it is that of
+    view 0.
+
+    Args:
+        extrinsics: ``[B, V, 4, 4]`` world-to-camera.
+
+    Raises:
+        ShapeError, ValueError: a wrong shape.
+    """
+    check_matrices("extrinsics", extrinsics, 4)
+    ups = -extrinsics.to(at_least_float32(extrinsics))[..., 1, :3]
+    mean = ups.mean(1)
+    length = mean.norm(dim=-1, keepdim=True)
+    direction = torch.where(length > 1e-3, mean, ups[:, 0])
+    return direction / direction.norm(dim=-1, keepdim=True)
+
+
+def _exact(extrinsics: Tensor) -> Tensor:
+    """In double precision where there is any, so that a world origin far away costs no accuracy."""
+    return extrinsics.to(at_least_float32(extrinsics)) if extrinsics.device.type == "mps" else extrinsics.double()
+
+
+def _median_depth(extrinsics: Tensor, depth: Tensor | None) -> Tensor:
+    """Median of the measured depth per view ``[B, V]``, taken on at most some 64 x 64 pixels."""
+    if depth is None:
+        return torch.ones_like(extrinsics[..., 0, 0])
+    if depth.ndim != 5 or depth.shape[2] != 1 or depth.shape[:2] != extrinsics.shape[:2]:
+        expected = f"[{extrinsics.shape[0]}, {extrinsics.shape[1]}, 1, H, W] (B and V of the extrinsics)"
+        raise ShapeError("depth", expected=expected, got=depth.shape)
+    rows, columns = (max(1, side // 64) for side in depth.shape[-2:])
+    few = depth[..., ::rows, ::columns].flatten(2).to(at_least_float32(depth))
+    few = torch.where(is_measured(few), few, math.nan)
+    median = few.nanmedian(dim=-1).values
+    whole = median.nanmedian(dim=-1, keepdim=True).values
+    return torch.where(median.isnan(), whole, median).nan_to_num(nan=1.0)
+
+
+def _centres(extrinsics: Tensor) -> Tensor:
+    """Camera centres ``[B, V, 3]`` in world coordinates."""
+    return -(extrinsics[..., :3, :3].mT @ extrinsics[..., :3, 3:])[..., 0]

@@ -1,0 +1,263 @@
+"""Cameras, rays and depth.
+
+Axes: B samples, V views, H W image pixels, h w token grid, M points.
+OpenCV cameras (x right, y down, z forward), world-to-camera extrinsics, intrinsics in pixels, pixel
+centres at +0.5, z-depth in world units where 0, a negative or a non-finite value means "no measurement".
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from einops import einsum, rearrange
+from torch import Tensor
+
+from cameo.errors import ShapeError
+from cameo.geometry.cameras import (
+    at_least_float32,
+    check_cameras,
+    check_depth,
+    check_matrices,
+    full_precision,
+    same_views,
+)
+from cameo.geometry.depth import is_measured
+from cameo.geometry.orbits import estimate_up, orbit_centre, spherical_angles
+
+__all__ = [
+    "check_cameras",
+    "crop_intrinsics",
+    "estimate_up",
+    "orbit_centre",
+    "pixel_grid",
+    "plucker_rays",
+    "project",
+    "relative_extrinsics",
+    "resize_intrinsics",
+    "spherical_angles",
+    "unproject",
+]
+
+
+def pixel_grid(height: int, width: int, *, dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    """Return the x, y of every pixel centre, ``[H, W, 2]``.
+
+    Example:
+        >>> pixel_grid(1, 2, dtype=torch.float32, device="cpu").tolist()
+        [[[0.5, 0.5], [1.5, 0.5]]]
+    """
+    return cell_centres((height, width), (height, width), dtype=dtype, device=device)
+
+
+def cell_centres(
+    size: tuple[int, int],
+    image_size: tuple[int, int],
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str,
+) -> Tensor:
+    """Return the x, y in image pixels of the centres of a grid of ``size`` (h, w) cells, ``[h, w, 2]``.
+
+    Example:
+        >>> cell_centres((1, 2), (8, 8), dtype=torch.float32, device="cpu").tolist()
+        [[[2.0, 4.0], [6.0, 4.0]]]
+    """
+    (h, w), (height, width) = size, image_size
+    y = (torch.arange(h, dtype=dtype, device=device) + 0.5) * (height / h)
+    x = (torch.arange(w, dtype=dtype, device=device) + 0.5) * (width / w)
+    return torch.stack([x.expand(h, w), y[:, None].expand(h, w)], dim=-1)
+
+
+@full_precision
+def unproject(depth: Tensor, intrinsics: Tensor, extrinsics: Tensor) -> Tensor:
+    """Turn z-depth into world points, NaN where there is no measurement.
+
+    Example:
+        >>> intrinsics = torch.tensor([[2.0, 0, 1], [0, 2, 1], [0, 0, 1]]).expand(1, 1, 3, 3)
+        >>> points = unproject(torch.full((1, 1, 1, 2, 2), 4.0), intrinsics, torch.eye(4).expand(1, 1, 4, 4))
+        >>> points[0, 0, :, 0, 0].tolist()
+        [-1.0, -1.0, 4.0]
+
+    Args:
+        depth: ``[B, V, 1, H, W]`` z-depth in world units.
+        intrinsics: ``[B, V, 3, 3]`` in pixels.
+        extrinsics: ``[B, V, 4, 4]`` world-to-camera.
+
+    Returns:
+        Point map ``[B, V, 3, H, W]`` in world coordinates.
+
+    Raises:
+        ShapeError, ValueError: see :func:`check_cameras`.
+    """
+    check_depth(depth, intrinsics, extrinsics)
+    depth = depth.to(at_least_float32(depth))
+    height, width = depth.shape[-2:]
+    measured = is_measured(depth)
+    # The safe value keeps NaN out of the backward pass of the measured pixels' cameras.
+    safe = torch.where(measured, depth, torch.ones_like(depth))
+    grid = pixel_grid(height, width, dtype=depth.dtype, device=depth.device)
+    ray = camera_rays(rearrange(grid, "h w c -> (h w) c"), intrinsics.to(depth))
+    in_camera = ray * rearrange(safe, "b v 1 h w -> b v (h w) 1")
+    rotation, centre = _camera_to_world(extrinsics.to(depth))
+    world = einsum(rotation, in_camera, "b v r c, b v m c -> b v m r") + centre[..., None, :]
+    world = rearrange(world, "b v (h w) c -> b v c h w", h=height)
+    return torch.where(measured, world, torch.full_like(world, math.nan))
+
+
+@full_precision
+def project(points: Tensor, intrinsics: Tensor, extrinsics: Tensor) -> tuple[Tensor, Tensor]:
+    """Project world points into their view.
+
+    Example:
+        >>> intrinsics = torch.tensor([[2.0, 0, 1], [0, 2, 1], [0, 0, 1]]).expand(1, 1, 3, 3)
+        >>> points = torch.tensor([-1.0, -1.0, 4.0]).expand(1, 1, 1, 3)
+        >>> xy, z = project(points, intrinsics, torch.eye(4).expand(1, 1, 4, 4))
+        >>> xy.flatten().tolist(), z.item()
+        ([0.5, 0.5], 4.0)
+
+    Args:
+        points: ``[B, V, M, 3]`` in world coordinates.
+        intrinsics: ``[B, V, 3, 3]`` in pixels.
+        extrinsics: ``[B, V, 4, 4]`` world-to-camera.
+
+    Returns:
+        Pixel position ``xy [B, V, M, 2]``, NaN for points that are not in front of the camera, and z-depth
+        ``z [B, V, M]`` in world units.
+
+    Raises:
+        ShapeError, ValueError: see :func:`check_cameras`.
+    """
+    if points.ndim != 4 or points.shape[-1] != 3:
+        raise ShapeError("points", expected="[B, V, M, 3]", got=points.shape)
+    check_cameras(intrinsics, extrinsics)
+    same_views("points", points, intrinsics)
+    points = points.to(at_least_float32(points))
+    extrinsics = extrinsics.to(points)
+    in_camera = einsum(extrinsics[..., :3, :3], points, "b v r c, b v m c -> b v m r")
+    return to_pixels(in_camera + extrinsics[..., None, :3, 3], intrinsics.to(points))
+
+
+@full_precision
+def plucker_rays(intrinsics: Tensor, extrinsics: Tensor, image_size: tuple[int, int], size: tuple[int, int]) -> Tensor:
+    """Return the ray through each cell centre as unit direction and moment.
+
+    Example:
+        >>> intrinsics = torch.tensor([[8.0, 0, 4], [0, 8, 4], [0, 0, 1]]).expand(1, 1, 3, 3)
+        >>> rays = plucker_rays(intrinsics, torch.eye(4).expand(1, 1, 4, 4), (8, 8), (1, 1))
+        >>> rays.flatten().tolist()
+        [0.0, 0.0, 1.0, 0.0, 0.0, 0.0]
+
+    Args:
+        intrinsics: ``[B, V, 3, 3]`` in pixels of ``image_size``.
+        extrinsics: ``[B, V, 4, 4]`` world-to-camera; the rays are in the same world frame.
+        image_size: ``(H, W)`` in pixels.
+        size: ``(h, w)`` cells, for example the latent grid.
+
+    Returns:
+        ``[B, V, 6, h, w]``: unit direction ``d``, then moment ``o x d`` with the camera centre ``o``.
+
+    Raises:
+        ShapeError, ValueError: see :func:`check_cameras`.
+
+    Source: the ray embedding of light field networks (arXiv 2106.02634), with the direction first.
+    """
+    check_cameras(intrinsics, extrinsics)
+    extrinsics = extrinsics.to(at_least_float32(extrinsics))
+    grid = cell_centres(size, image_size, dtype=extrinsics.dtype, device=extrinsics.device)
+    ray = camera_rays(rearrange(grid, "h w c -> (h w) c"), intrinsics.to(extrinsics))
+    rotation, centre = _camera_to_world(extrinsics)
+    direction = einsum(rotation, ray, "b v r c, b v m c -> b v m r")
+    direction = direction / direction.norm(dim=-1, keepdim=True)
+    moment = torch.linalg.cross(centre[..., None, :].expand_as(direction), direction)
+    return rearrange(torch.cat([direction, moment], dim=-1), "b v (h w) c -> b v c h w", h=size[0])
+
+
+@full_precision
+def relative_extrinsics(extrinsics: Tensor, reference: int = 0) -> Tensor:
+    """Move the world frame into the camera of view ``reference``: ``E_i @ inv(E_reference)``.
+
+    Example:
+        >>> extrinsics = torch.eye(4).repeat(1, 2, 1, 1)
+        >>> extrinsics[0, :, 0, 3] = torch.tensor([1.0, 3.0])
+        >>> relative_extrinsics(extrinsics)[0, :, 0, 3].tolist()
+        [0.0, 2.0]
+
+    Args:
+        extrinsics: ``[B, V, 4, 4]`` world-to-camera.
+        reference: the view whose extrinsics become the identity.
+
+    Raises:
+        ShapeError: a wrong shape.
+        ValueError: no such view.
+    """
+    check_matrices("extrinsics", extrinsics, 4)
+    views = extrinsics.shape[1]
+    if not -views <= reference < views:
+        raise ValueError(f"reference: expected a view in 0..{views - 1}, got {reference}")
+    return extrinsics @ invert_extrinsics(extrinsics[:, reference])[:, None]
+
+
+def resize_intrinsics(intrinsics: Tensor, from_size: tuple[int, int], to_size: tuple[int, int]) -> Tensor:
+    """Adapt intrinsics ``[..., 3, 3]`` to an image resized from ``(H, W)`` to another ``(H, W)``.
+
+    Example:
+        >>> intrinsics = torch.tensor([[64.0, 0, 32], [0, 64, 16], [0, 0, 1]])
+        >>> resize_intrinsics(intrinsics, (32, 64), (16, 32))[:2].tolist()
+        [[32.0, 0.0, 16.0], [0.0, 32.0, 8.0]]
+    """
+    if min(*from_size, *to_size) < 1:
+        raise ValueError(f"from_size, to_size: expected (H, W) of at least 1, got {from_size}, {to_size}")
+    rows = intrinsics.new_tensor([to_size[1] / from_size[1], to_size[0] / from_size[0], 1.0])
+    return intrinsics * rows[:, None]
+
+
+def crop_intrinsics(intrinsics: Tensor, top: float, left: float) -> Tensor:
+    """Adapt intrinsics ``[..., 3, 3]`` to an image whose first ``top`` rows and ``left`` columns are cut.
+
+    Example:
+        >>> intrinsics = torch.tensor([[64.0, 0, 32], [0, 64, 16], [0, 0, 1]])
+        >>> crop_intrinsics(intrinsics, top=4, left=2)[:2, 2].tolist()
+        [30.0, 12.0]
+    """
+    shift = torch.zeros_like(intrinsics)
+    shift[..., 0, 2], shift[..., 1, 2] = left, top
+    return intrinsics - shift
+
+
+def camera_rays(xy: Tensor, intrinsics: Tensor) -> Tensor:
+    """Return camera-frame rays of z = 1 through pixels ``[M, 2]`` or ``[V, M, 2]``, ``[B, V, M, 3]``.
+
+    The cameras are known to be usable: `torch.linalg.inv` would look, and the host would wait for a GPU.
+    """
+    homogeneous = torch.cat([xy, torch.ones_like(xy[..., :1])], dim=-1)
+    return homogeneous @ torch.linalg.inv_ex(intrinsics).inverse.mT
+
+
+def to_pixels(in_camera: Tensor, intrinsics: Tensor) -> tuple[Tensor, Tensor]:
+    """Project camera-frame points ``[B, V, M, 3]``; xy is NaN behind the camera."""
+    z = in_camera[..., 2]
+    image = einsum(intrinsics, in_camera, "b v r c, b v m c -> b v m r")
+    front = (z > 0)[..., None]
+    xy = image[..., :2] / torch.where(front, z[..., None], 1)
+    return torch.where(front, xy, math.nan), z
+
+
+def invert_extrinsics(extrinsics: Tensor) -> Tensor:
+    """Invert rigid transforms ``[..., 4, 4]``."""
+    rotation = extrinsics[..., :3, :3].mT
+    top = torch.cat([rotation, -rotation @ extrinsics[..., :3, 3:]], dim=-1)
+    return torch.cat([top, extrinsics[..., 3:, :]], dim=-2)
+
+
+def _camera_to_world(extrinsics: Tensor) -> tuple[Tensor, Tensor]:
+    inverse = invert_extrinsics(extrinsics)
+    return inverse[..., :3, :3], inverse[..., :3, 3]
+
+
+def as_grid(name: str, size: object) -> tuple[int, int]:
+    """Read a grid size given as an int or as ``(h, w)``."""
+    grid = (size, size) if isinstance(size, int) else size
+    if isinstance(grid, (tuple, list)) and len(grid) == 2 and all(isinstance(n, int) and n > 0 for n in grid):
+        return grid[0], grid[1]
+    raise ValueError(f"{name}: expected a positive int or (h, w), got {size!r}")

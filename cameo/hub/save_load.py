@@ -1,0 +1,353 @@
+"""Save a trained model to a folder, load it again, push it to the Hugging Face Hub."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import shutil
+import tempfile
+import uuid
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from cameo.backbone import core_module, get_backbone
+from cameo.config import CONFIG_NAME, CameoConfig, write_atomically
+from cameo.errors import DataError
+from cameo.hub.card import CardFacts, Metrics, Pictures, copy_pictures, model_card
+from cameo.hub.license import find_licence, hub_id, require_licence
+from cameo.hub.loading import load_base, read_adapter, read_full
+from cameo.hub.publish import explained_errors, file_names, upload, verify
+from cameo.hub.weights import (
+    ADAPTER_FORMATS,
+    HEAD_FILE,
+    adapter_settings,
+    component_name,
+    format_in,
+    stale_files,
+    write_weights,
+)
+from cameo.wrap import CameoModel, attach
+
+__all__ = ["from_pretrained", "local_folder", "push_to_hub", "save_pretrained"]
+
+logger = logging.getLogger(__name__)
+
+DOWNLOADED = ["*.json", "*.safetensors", "*.txt", "*.model"]  # never pickles or code
+
+
+def save_pretrained(
+    model: CameoModel,
+    folder: str | Path,
+    *,
+    include_head: bool = False,
+    pipeline: Any = None,
+    metrics: Metrics | None = None,
+    pictures: Pictures | None = None,
+    licence: str | Mapping[str, str] | None = None,
+) -> Path:
+    """Write weights, `cameo_config.json` and a model card to `folder`.
+
+    Example:
+        >>> import tempfile, cameo
+        >>> from torch import nn
+        >>> net = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2)})
+        >>> model = cameo.wrap(net, layer="attention", layout="b (v h w)")
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     sorted(path.name for path in save_pretrained(model, f"{folder}/rooms").iterdir())
+        ['README.md', 'cameo_config.json', 'model.safetensors']
+
+    The format follows the model: a diffusers LoRA or PEFT adapter is written alone, a full model in
+    diffusers' layout (see `cameo.hub.weights`). Everything is written beside `folder` first and moved in file by
+    file, so a crash leaves whole files. Files of an earlier save that would mislead are removed; files of
+    others stay.
+
+    Args:
+        model: what `cameo.wrap` returned.
+        folder: created if needed.
+        include_head: also write the alignment head, to go on training; inference does not need it.
+        pipeline: the pipeline around a full model; its other components are saved with it.
+        metrics: for the card, name to value or group to names and values.
+        pictures: for the card, caption to path or `PIL.Image`, or a list of paths.
+        licence: identifier of the Hub, or a mapping with `license`, `license_name`, `license_link`. Default:
+            that of the base weights where it is known without network, else the card states none.
+
+    Raises:
+        ValueError: if the adapter is ambiguous or merged, if `pipeline` holds another model, or if `folder`
+            holds weights of another format that cameo did not write.
+    """
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"folder: {folder} is a file")
+    target = folder.absolute()
+    stage = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.tmp"
+    try:
+        stage.mkdir(parents=True)
+        facts = find_licence(model.cameo_config, licence, backbone=_backbone(model.cameo_config))
+        _stage(model, stage, target.name, facts, include_head, pipeline, metrics, pictures)
+        _move_in(stage, target)
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+    return folder
+
+
+def from_pretrained(
+    name_or_path: str | Path,
+    *,
+    base_model: nn.Module | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+    is_trainable: bool = False,
+) -> CameoModel:
+    """Load what `save_pretrained` or `push_to_hub` wrote; the model comes wrapped and in eval mode.
+
+    Example:
+        >>> import tempfile, cameo
+        >>> from torch import nn
+        >>> net = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2)})
+        >>> model = cameo.wrap(net, layer="attention", layout="b (v h w)")
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     again = cameo.from_pretrained(model.save_pretrained(folder), base_model=model.unwrap())
+        >>> again.unwrap() is net
+        True
+
+    Args:
+        name_or_path: folder, or id of a Hub repository.
+        base_model: module that gets the weights, changed in place. Default: the base named in
+            `cameo_config.json`, loaded by the backbone at the recorded revision.
+        revision: branch, tag or commit of `name_or_path`.
+        token: for a private repository; default `HF_TOKEN` or the token of `hf auth login`. The base, another
+            repository, is always read with the default.
+        cache_dir: where downloads are kept.
+        local_files_only: use what is in the cache, without network.
+        is_trainable: whether the parameters of a loaded adapter take gradients. Its base never does; a full
+            model always does.
+
+    Raises:
+        DataError: if a file is missing or incomplete.
+        ValueError: if the weights do not fit the base, or the base is not known; pass `base_model=`.
+        OSError: if the repository cannot be reached; says what to do.
+    """
+    if isinstance(base_model, CameoModel):
+        raise TypeError("base_model: is wrapped; pass the plain module, base_model=model.unwrap()")
+    folder = local_folder(str(name_or_path), revision, token, cache_dir, local_files_only)
+    config = CameoConfig.load(folder)
+    form = format_in(folder)
+    if form in ADAPTER_FORMATS:
+        base = load_base(config) if base_model is None else base_model
+        module = read_adapter(folder, form, base, is_trainable=is_trainable)
+    else:
+        module = read_full(folder, form, config, base_model)
+        # What is trained from here on starts from these weights, no longer from the base of that training.
+        is_local = Path(name_or_path).is_dir()
+        config = replace(config, base_model=str(name_or_path), base_revision=None if is_local else folder.name)
+    model = attach(module, config)
+    _read_head(model, folder)
+    return model.eval()
+
+
+def push_to_hub(
+    model: CameoModel,
+    repo_id: str,
+    *,
+    token: str | None = None,
+    private: bool | None = None,
+    commit_message: str = "Upload with cameo",
+    include_head: bool = False,
+    create_pr: bool = False,
+    pipeline: Any = None,
+    metrics: Metrics | None = None,
+    pictures: Pictures | None = None,
+    licence: str | Mapping[str, str] | None = None,
+    revision: str | None = None,
+) -> str:
+    """Save to a temporary folder, load it back and compare, then upload it in one commit; returns the URL.
+
+    Example:
+        >>> model.push_to_hub("me/rooms-lora", licence="openrail")  # doctest: +SKIP
+        'https://huggingface.co/me/rooms-lora'
+
+    Before anything is written to the Hub the saved files are loaded into a fresh base, and its output on the
+    backbone's example inputs must equal the model's bit for bit. Nothing but the saved files is uploaded.
+
+    Args:
+        model: what `cameo.wrap` returned.
+        repo_id: `name` or `owner/name`; created if it does not exist.
+        token: with write permission; default `HF_TOKEN` or the token of `hf auth login`.
+        private: for a new repository; default the owner's setting.
+        commit_message: title of the commit.
+        include_head, pipeline, metrics, pictures: see `save_pretrained`.
+        create_pr: open a pull request instead of changing the branch.
+        licence: see `save_pretrained`. Default: the one on the base's card, else the one its backbone knows.
+        revision: branch to write to, created if needed; default `main`.
+
+    Raises:
+        ValueError: if no licence is known, or the repository holds weights of another format that cameo did
+            not write.
+        RuntimeError: if the saved files do not reproduce the model's output; nothing is pushed then.
+        PermissionError: without a token, or if the Hub refuses it.
+        ConnectionError: if the Hub cannot be reached.
+    """
+    if create_pr and revision is not None:
+        raise ValueError(
+            "revision: a pull request is opened against the default branch; leave out create_pr or revision"
+        )
+    from huggingface_hub import HfApi, get_token
+
+    config = model.cameo_config
+    if not (token or get_token()):
+        raise PermissionError("no Hugging Face token: pass token=, set the variable HF_TOKEN, or run `hf auth login`")
+    facts = require_licence(config, licence, backbone=_backbone(config), token=token)
+    api = HfApi(token=token, library_name="cameo")
+    if "/" not in repo_id:
+        with explained_errors(repo_id):
+            repo_id = f"{api.whoami()['name']}/{repo_id}"
+    with tempfile.TemporaryDirectory() as root:
+        stage = Path(root) / "model"
+        stage.mkdir()
+        _stage(model, stage, repo_id, facts, include_head, pipeline, metrics, pictures, on_hub=True)
+        verify(
+            model.base_model,
+            config,
+            stage,
+            lambda base: from_pretrained(stage, base_model=base).unwrap(),
+        )
+        with explained_errors(repo_id):
+            return upload(
+                api,
+                stage,
+                repo_id,
+                private=private,
+                message=commit_message,
+                create_pr=create_pr,
+                revision=revision,
+            )
+
+
+def _stage(
+    model: CameoModel,
+    folder: Path,
+    place: str,
+    licence: dict[str, str],
+    include_head: bool,
+    pipeline: Any,
+    metrics: Metrics | None,
+    pictures: Pictures | None,
+    *,
+    on_hub: bool = False,
+) -> None:
+    """Write the files of a save into an empty folder."""
+    import diffusers
+    from safetensors.torch import save_file
+
+    from cameo import __version__
+
+    base, core = model.base_model, core_module(model.base_model)
+    config = replace(model.cameo_config, cameo_version=__version__)
+    if on_hub and config.base_model is not None and Path(config.base_model).exists():
+        logger.warning(
+            "base model %s is a local folder: others have to pass base_model= to load this", config.base_model
+        )
+        config.base_model = config.base_revision = None
+    form = write_weights(base, folder, config=config, pipeline=pipeline)
+    config.save(folder)
+    head = {key: value.contiguous() for key, value in model.alignment_heads.state_dict().items()}
+    if include_head and head:
+        save_file(head, str(folder / HEAD_FILE), metadata={"format": "pt"})
+    backbone = _backbone(config)
+    card = CardFacts(
+        place=place,
+        on_hub=on_hub,
+        form=form,
+        config=config,
+        class_name=type(core).__name__,
+        component=component_name(core, pipeline),
+        plain_class=getattr(diffusers, type(core).__name__, None) is type(core),
+        licence=licence,
+        has_head=include_head and bool(head),
+        adapter=_adapter_facts(base) if form in ADAPTER_FORMATS else {},
+        metrics=metrics,
+        pictures=copy_pictures(pictures, folder),
+    )
+    if backbone is not None:
+        card.pipeline_tag = backbone.pipeline_tag
+    write_atomically(folder / "README.md", model_card(card))
+
+
+def _adapter_facts(base: nn.Module) -> dict[str, Any]:
+    settings = adapter_settings(base)
+    facts = {"type": settings.peft_type.value, "rank": getattr(settings, "r", None)}
+    facts["alpha"] = getattr(settings, "lora_alpha", None)
+    targets = getattr(settings, "target_modules", None)
+    facts["on"] = ", ".join(sorted(targets)) if isinstance(targets, set | list) else targets
+    return {name: value for name, value in facts.items() if value is not None}
+
+
+def _move_in(stage: Path, target: Path) -> None:
+    """Move staged files into place, the configuration last; then remove what they made stale."""
+    if not target.exists():
+        stage.rename(target)
+        return
+    new = file_names(stage)
+    stale = stale_files(file_names(target), new, place=str(target))
+    for name in sorted(new, key=lambda name: name == CONFIG_NAME):
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        (stage / name).replace(target / name)
+    for name in stale:
+        (target / name).unlink()
+        with contextlib.suppress(OSError):  # not empty: holds files of others
+            if (target / name).parent != target:
+                (target / name).parent.rmdir()
+
+
+def _backbone(config: CameoConfig) -> Any:
+    return None if config.backbone is None else get_backbone(config.backbone)
+
+
+def local_folder(
+    name: str,
+    revision: str | None = None,
+    token: str | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+) -> Path:
+    """Return a folder as it is, or download a Hub repository without its code; arguments as of `from_pretrained`.
+
+    Raises:
+        DataError: if there is no such folder and the name is not the id of a Hub repository.
+        OSError: if the repository cannot be reached; says what to do.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    if hub_id(name) is None:
+        raise DataError(f"{name}: no such folder, and not the id of a Hub repository (owner/name)")
+    from huggingface_hub import snapshot_download
+
+    with explained_errors(name):
+        snapshot = snapshot_download(
+            name,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            allow_patterns=DOWNLOADED,
+        )
+    return Path(snapshot)
+
+
+def _read_head(model: CameoModel, folder: Path) -> None:
+    from safetensors.torch import load_file
+
+    path = folder / HEAD_FILE
+    if path.is_file():
+        try:
+            model.alignment_heads.load_state_dict(load_file(str(path)))
+        except RuntimeError as error:
+            raise DataError(f"{path}: does not fit the head in {CONFIG_NAME}: {error}") from error
+    elif any(True for _ in model.alignment_heads.parameters()):
+        logger.info("%s holds no alignment head; it starts fresh (inference does not need it)", folder)

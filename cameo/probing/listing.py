@@ -1,0 +1,83 @@
+"""Print where a model's views meet: its cross-view attention layers, one line each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from cameo.attention.capture import AttentionSite
+from cameo.backbone import Backbone, core_module
+
+__all__ = ["layer_table", "shown_grids"]
+
+COLUMNS = ("layer", "module", "heads", "tokens per view", "reach", "supervised by cameo.wrap")
+
+
+def layer_table(adapter: Backbone, model: nn.Module, *, height: int, width: int, num_views: int) -> str:
+    """Format the layers of a model as a Markdown table, those that can be inflated in a second one.
+
+    Example:
+        >>> from cameo.backbone import get_backbone
+        >>> cat3d = get_backbone("cat3d")
+        >>> print(layer_table(cat3d, cat3d.build("tiny").unet, height=64, width=64, num_views=3).splitlines()[2])
+        | 0 | down_blocks.1.attentions.0.transformer_blocks.0.attn1 | 4 | 8 x 8 | all | yes |
+
+    Args:
+        adapter: knows the model, `cameo.backbone.get_backbone(name)`.
+        model: the denoiser.
+        height, width: image size in pixels that the token grids are told for.
+        num_views: views of a sample, references included.
+    """
+    core = core_module(model)
+    try:
+        default: int | None = adapter.default_layer(core)
+    except NotImplementedError:
+        default = None
+    size = (height, width, num_views)
+    parts = [_table([_row(site, size, site.index == default, "") for site in adapter.sites(core)])]
+    if inflatable := adapter.inflatable(core):
+        rows = [_row(site, size, site.index == default, ", inflate=True") for site in inflatable]
+        parts += ["See one view each; `inflate=True` lets the chosen one attend across views:", _table(rows)]
+    return "\n\n".join(parts)
+
+
+def _row(site: AttentionSite, size: tuple[int, int, int], is_default: bool, option: str) -> tuple[str, ...]:
+    return (
+        f"{site.index}{' (default)' if is_default else ''}",
+        site.path,
+        str(site.heads),
+        shown_grids(site, *size),
+        site.layout.reach,
+        _answer(site, size[2], option),
+    )
+
+
+def _answer(site: AttentionSite, num_views: int, option: str) -> str:
+    """Whether the layer can be supervised, and if not why."""
+    per_view, all_views = (site.layout.refusal(name, num_views) for name in ("per_view", "all_views"))
+    if reason := site.unsupported or (per_view and all_views):
+        return f"no: {reason}"
+    return f'yes, normalise="all_views": {per_view.partition(";")[0]}' if per_view else f"yes{option}"
+
+
+def shown_grids(site: AttentionSite, height: int, width: int, num_views: int) -> str:
+    """Format the token grids of a layer's views for images of `height` x `width` pixels.
+
+    Example:
+        >>> from cameo.attention.layout import TokenLayout
+        >>> shown_grids(AttentionSite(0, "attn", 8, TokenLayout("b (v h w)"), stride=8), 64, 96, 3)
+        '8 x 12'
+    """
+    if site.stride is None:
+        return "not known"
+    grids = site.sizes(height, width, num_views)
+    shown = dict.fromkeys(grids)
+    if len(shown) == 1:
+        return "{} x {}".format(*grids[0])
+    return ", ".join("{} x {} ({}x)".format(*grid, grids.count(grid)) for grid in shown)
+
+
+def _table(rows: Sequence[tuple[str, ...]]) -> str:
+    lines = [COLUMNS, ("---",) * len(COLUMNS), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

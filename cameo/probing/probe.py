@@ -1,0 +1,305 @@
+"""`cameo.probe_layers`: which layers of a model look at the same surface point in the other views.
+
+Axes: B samples, V views, N tokens per view, T time steps (levels), A angle bins, W distances, R readouts of one kind.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from cameo.alignment import AlignmentHead
+from cameo.attention.capture import AttentionCapture, AttentionSite, CapturedAttention
+from cameo.backbone import backbones, core_module, get_backbone
+from cameo.errors import CaptureError, unknown_name
+from cameo.model import CameoModel, holder
+from cameo.pipeline import MultiViewPipeline
+from cameo.probing.mode import evaluation_mode, native_precision
+from cameo.probing.result import NEAR, LayerProbe, known_within
+from cameo.probing.tally import BatchTruths, LayerTally
+from cameo.probing.truth import ANGLE_BINS
+
+__all__ = ["LayerProbe", "probe_layers"]
+
+NEAR_METRES = 0.02
+
+Prepare = Callable[[Mapping[str, Any], float], tuple[Sequence[Any], Mapping[str, Any]]]
+
+
+def probe_layers(
+    model: nn.Module | MultiViewPipeline,
+    batches: Iterable[Mapping[str, Any]],
+    timesteps: Sequence[float] = (0.1, 0.3, 0.5, 0.7, 0.9, 1.0),
+    *,
+    backbone: str | None = None,
+    prepare: Prepare | MultiViewPipeline | None = None,
+    inflate: bool = False,
+    layers: Sequence[int | str] | None = None,
+    within: Sequence[int] = (0, 1, 2),
+    metric: bool = False,
+    seed: int = 1234,
+) -> LayerProbe:
+    """Measure how often each layer's attention finds the true match, by time step and angle between the views.
+
+    The model is not changed: it runs in eval mode without gradients and gets its modes back; hooks stand on it during
+    a forward only; the random state is put back. One forward per batch and time step serves all layers.
+
+    Example:
+        >>> from cameo.backbone import get_backbone
+        >>> _ = torch.manual_seed(0)
+        >>> pipeline = get_backbone("cat3d").build("tiny")
+        >>> extrinsics = torch.eye(4).repeat(1, 2, 1, 1)
+        >>> extrinsics[0, 1, 0, 3] = -0.5  # the second camera stands to the right, before the same wall
+        >>> batch = {
+        ...     "images": torch.rand(1, 2, 3, 32, 32),
+        ...     "depth": torch.full((1, 2, 1, 32, 32), 2.0),
+        ...     "intrinsics": torch.tensor([[32.0, 0, 16], [0, 32, 16], [0, 0, 1]]).expand(1, 2, 3, 3),
+        ...     "extrinsics": extrinsics,
+        ...     "num_reference_views": 1,
+        ... }
+        >>> probe = probe_layers(pipeline, [batch], timesteps=(0.5,), layers=[0, 1])
+        >>> [layer.index for layer in probe.layers]
+        [0, 1]
+        >>> 0 <= probe.precision(0, within=1) <= 1
+        True
+
+    Args:
+        model: a pipeline of an adapter (`get_backbone(name).build(...)` or `.load(...)`); or a `CameoModel` or plain
+            denoiser together with `prepare`. A model that is held by a `CameoModel` is also read through the trained
+            alignment heads of its supervised layers.
+        batches: collated batches with `images` `[B, V, 3, H, W]`, `depth`, `intrinsics` and `extrinsics`, see
+            `cameo.data.collate`. `key` names the samples and their scenes, `scene/views`.
+        timesteps: levels, fractions of the last diffusion time step in [0, 1].
+        backbone: name of the adapter that knows the layers; None asks the `CameoModel`, then the pipeline, and then
+            the adapters which one of them recognises the model.
+        prepare: brings a batch to the arguments of the denoiser's forward, `prepare(batch, level) -> (args, kwargs)`;
+            or a pipeline that shall do it.
+        inflate: probe the layers that see one view each and could be joined, as if they were: queries and keys of
+            each view's own call, compared across the views.
+        layers: indices or paths; None for all.
+        within: distances in tokens of the view looked at, the larger of the row and the column difference.
+        metric: also count what lies within 2 cm in the world; for depth and cameras in metres.
+        seed: of the noise, which depends on it and on the sample's place, not on the batch size.
+
+    Raises:
+        DataError: if a batch carries no depth.
+        ValueError: for an unknown backbone, layer, level or distance, without batches, or if no layer can be probed.
+    """
+    levels = _known_levels(timesteps)
+    subject = _Subject.of(model, backbone, prepare, inflate, seed)
+    tallies = [LayerTally(site, subject.refusal(site)) for site in _chosen(subject.sites, layers)]
+    columns, near = known_within(within), NEAR_METRES if metric else None
+    names = _Names()
+    with evaluation_mode(subject.denoiser), _same_random_state(subject.device):
+        for number, batch in enumerate(batches):
+            truths = BatchTruths(_moved(batch, subject.device), metric)
+            first = names.add(batch)
+            _seed_random_state(subject.device, seed + number)
+            for level in levels:
+                make = functools.partial(subject.prepare, truths.batch, level, first)
+                for tally, seen in subject.forward(tallies, make):
+                    tally.count(seen, truths, columns, near, subject.head(tally.site))
+            for tally in tallies:
+                tally.close_batch()
+    if not names.samples:
+        raise ValueError("batches: expected at least one batch, got none; an iterator can be used only once")
+    found = tuple(tally.result(truths.batch["images"].shape[1]) for tally in tallies)
+    if all(layer.reason for layer in found):
+        reasons = "; ".join(f"{layer.path}: {layer.reason}" for layer in found)
+        raise ValueError(f"no layer can be probed: {reasons}")
+    return LayerProbe(
+        layers=found,
+        timesteps=levels,
+        angle_bins=ANGLE_BINS,
+        within=(*columns, NEAR) if metric else columns,
+        scenes=tuple(names.scenes),
+        samples=tuple(names.samples),
+        backbone=subject.backbone,
+        inflate=subject.inflate,
+        seed=seed,
+    )
+
+
+@dataclass
+class _Subject:
+    """The denoiser that is probed, its layers, and how it gets its inputs."""
+
+    denoiser: nn.Module
+    wrapped: CameoModel | None
+    backbone: str | None
+    sites: list[AttentionSite]
+    given: Prepare | MultiViewPipeline
+    inflate: bool
+    seed: int
+
+    @classmethod
+    def of(cls, model: Any, backbone: str | None, prepare: Any, inflate: bool, seed: int) -> _Subject:
+        pipeline = None if isinstance(model, nn.Module) else model
+        denoiser = model if pipeline is None else getattr(pipeline, "denoiser", None)
+        if not isinstance(denoiser, nn.Module):
+            raise TypeError(
+                f"model: expected a pipeline of an adapter, a CameoModel or a denoiser, got {type(model).__name__}"
+            )
+        prepare = prepare if prepare is not None else pipeline
+        if prepare is None:
+            raise ValueError(
+                "prepare: a model without its pipeline needs prepare=, a function (batch, level) -> (args, kwargs) "
+                "of its forward, or the pipeline"
+            )
+        wrapped = denoiser if isinstance(denoiser, CameoModel) else holder(denoiser)
+        denoiser = wrapped.base_model if wrapped is not None else denoiser
+        core = core_module(denoiser)
+        if wrapped is not None and wrapped.cameo_config.backbone is None and backbone is None:
+            return cls(denoiser, wrapped, None, wrapped.sites, prepare, inflate, seed)
+        config = wrapped.cameo_config if wrapped is not None else None
+        name = backbone or (config.backbone if config else None) or getattr(pipeline, "backbone", None)
+        name = name or _recognised(core)
+        adapter = get_backbone(name)
+        if not adapter.recognises(core):
+            raise ValueError(f"backbone {name!r} does not fit: {adapter.explain_mismatch(core)}")
+        inflate = inflate or bool(config and config.inflate)
+        sites = adapter.inflatable(core) if inflate else adapter.sites(core)
+        if not sites:
+            raise ValueError(f"backbone {name!r} lists no {'inflatable' if inflate else 'cross-view attention'} layer")
+        return cls(denoiser, wrapped, name, sites, prepare, inflate, seed)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.denoiser.parameters()).device
+
+    @staticmethod
+    def refusal(site: AttentionSite) -> str | None:
+        """Why a layer cannot be probed, as far as that is known before a forward."""
+        if site.unsupported:
+            return site.unsupported
+        return "its token grid is not known: the site has no stride" if site.stride is None else None
+
+    def head(self, site: AttentionSite) -> AlignmentHead | None:
+        """The trained head of a supervised layer."""
+        if self.wrapped is None:
+            return None
+        for one, head in zip(self.wrapped.supervised_sites, self.wrapped.alignment_heads, strict=True):
+            if one.path == site.path:
+                assert isinstance(head, AlignmentHead)
+                return head
+        return None
+
+    def prepare(self, batch: Mapping[str, Any], level: float, first: int) -> tuple[Sequence[Any], Mapping[str, Any]]:
+        """Arguments of the forward; `first` is the number of the batch's first sample."""
+        if callable(self.given) and not hasattr(self.given, "training_inputs"):
+            return self.given(batch, level)
+        from cameo.evaluation.validation import fixed_inputs  # needs the packages of training, this module does not
+
+        pipeline = cast("MultiViewPipeline", self.given)
+        inputs = fixed_inputs(pipeline, dict(batch), range(first, first + len(batch["images"])), level, self.seed)
+        return inputs.args, inputs.kwargs
+
+    def forward(
+        self, tallies: Sequence[LayerTally], make: Callable[[], tuple[Sequence[Any], Mapping[str, Any]]]
+    ) -> Iterator[tuple[LayerTally, CapturedAttention]]:
+        """Run once, and hand over the call of each layer that can be probed.
+
+        A layer that cannot be captured is found by looking at one layer after the other, and left out from there on.
+        """
+        wanted = [tally for tally in tallies if tally.reason is None]
+        try:
+            captured = self._run([tally.site for tally in wanted], make)
+        except CaptureError:
+            for tally in wanted:
+                try:
+                    self._run([tally.site], make)
+                except CaptureError as error:
+                    tally.reason = str(error)
+            wanted = [tally for tally in wanted if tally.reason is None]
+            captured = self._run([tally.site for tally in wanted], make)
+        for tally in wanted:
+            yield tally, captured.take(tally.site.path)
+
+    def _run(
+        self, sites: Sequence[AttentionSite], make: Callable[[], tuple[Sequence[Any], Mapping[str, Any]]]
+    ) -> AttentionCapture:
+        with _same_random_state(self.device), native_precision(self.denoiser):
+            args, kwargs = make()  # again for each run: a forward may write into its inputs
+            with AttentionCapture(core_module(self.denoiser), sites) as captured:
+                self.denoiser(*args, **kwargs)
+        return captured
+
+
+class _Names:
+    """Keys and scenes of the samples so far."""
+
+    def __init__(self) -> None:
+        self.samples: list[str] = []
+        self.scenes: list[str] = []
+
+    def add(self, batch: Mapping[str, Any]) -> int:
+        """Take the names of a batch, and return the number of its first sample."""
+        from cameo.evaluation.compare import scene_of
+
+        first, count = len(self.samples), len(batch["images"])
+        keys = batch.get("key") or [f"sample {number}" for number in range(first, first + count)]
+        self.samples += map(str, keys)
+        self.scenes += [scene_of(str(key)) for key in keys]
+        return first
+
+
+def _recognised(core: nn.Module) -> str:
+    """Name of the one adapter that recognises a denoiser."""
+    found = []
+    for name in backbones():
+        try:
+            if get_backbone(name).recognises(core):
+                found.append(name)
+        except NotImplementedError:  # an adapter that does not say
+            continue
+    if len(found) != 1:
+        raise ValueError(
+            f"backbone: {type(core).__name__} is recognised by {' and '.join(found) or 'none'} of {backbones()}; "
+            "pass backbone="
+        )
+    return found[0]
+
+
+def _chosen(sites: Sequence[AttentionSite], layers: Sequence[int | str] | None) -> list[AttentionSite]:
+    if layers is None:
+        return list(sites)
+    known: dict[int | str, AttentionSite] = {site.path: site for site in sites}
+    known |= {site.index: site for site in sites}
+    for layer in layers:
+        if layer not in known:
+            raise unknown_name("layers", str(layer), map(str, known))
+    return sorted({known[layer].index: known[layer] for layer in layers}.values(), key=lambda site: site.index)
+
+
+def _known_levels(timesteps: Sequence[float]) -> tuple[float, ...]:
+    levels = tuple(float(level) for level in timesteps)
+    if not levels or not all(0 <= level <= 1 for level in levels) or len(set(levels)) < len(levels):
+        raise ValueError(
+            f"timesteps: expected different levels in [0, 1], shares of the last time step, got {tuple(timesteps)}"
+        )
+    return levels
+
+
+def _moved(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+
+
+def _seed_random_state(device: torch.device, seed: int) -> None:
+    """Seed what `_same_random_state` puts back; `torch.manual_seed` would reach every GPU."""
+    torch.random.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)
+
+
+@contextmanager
+def _same_random_state(device: torch.device) -> Iterator[None]:
+    """Put the random state of the CPU and of the model's device back."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        yield

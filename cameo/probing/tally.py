@@ -1,0 +1,161 @@
+"""Counts of one layer over the batches of a probe, and the true matches they are counted against.
+
+Axes: B samples, V views, N tokens per view, T time steps (levels), A angle bins, W distances, R readouts of one kind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from cameo.alignment import AlignmentHead
+from cameo.attention.capture import AttentionSite, CapturedAttention
+from cameo.attention.layout import TokenLayout
+from cameo.correspondence import Correspondence
+from cameo.errors import DataError, ShapeError
+from cameo.model import CameoModel
+from cameo.probing.hits import count_hits
+from cameo.probing.listing import shown_grids
+from cameo.probing.probed_layer import ProbedLayer
+from cameo.probing.truth import ANGLE_BINS, Truth, angle_bins, surface_points
+
+__all__ = ["BatchTruths", "LayerTally"]
+
+Sizes = tuple[tuple[int, int], ...]
+
+
+class BatchTruths:
+    """A batch, and what the queries of its layers should find, computed once for each token grid."""
+
+    def __init__(self, batch: Mapping[str, Any], metric: bool) -> None:
+        if "depth" not in batch:
+            raise DataError(
+                f"sample {batch.get('key', '?')}: has no depth, and the probe takes the true matches from it"
+            )
+        self.batch, self.metric = batch, metric
+        self.geometry = (batch["depth"], batch["intrinsics"], batch["extrinsics"])
+        self.groups = angle_bins(batch["extrinsics"]).to(batch["depth"].device)
+        self.matches: dict[Sizes, Correspondence] = {}
+        self.found: dict[tuple[TokenLayout, Sizes], Truth] = {}
+
+    def sizes(self, site: AttentionSite) -> Sizes:
+        """Token grid of each view in a layer."""
+        views, _, height, width = self.batch["images"].shape[1:]
+        return site.sizes(height, width, views)
+
+    def match(self, site: AttentionSite) -> Correspondence:
+        """True matches at the token grids of a layer."""
+        sizes = self.sizes(site)
+        if sizes not in self.matches:
+            self.matches[sizes] = Correspondence.from_depth(*self.geometry, size=sizes)
+        return self.matches[sizes]
+
+    def truth(self, site: AttentionSite) -> Truth:
+        """What the queries of a layer can find of them, by angle bin."""
+        sizes = self.sizes(site)
+        if (site.layout, sizes) not in self.found:
+            points = surface_points(*self.geometry, sizes) if self.metric else None
+            self.found[site.layout, sizes] = Truth.of_layer(
+                site.layout, self.match(site), self.groups, len(ANGLE_BINS), points
+            )
+        return self.found[site.layout, sizes]
+
+
+@dataclass
+class LayerTally:
+    """The counts of one layer: of each finished batch, and by time step of the current one."""
+
+    site: AttentionSite
+    reason: str | None
+    tokens: str = ""
+    one_token: bool = False
+    steps: list[dict[str, Tensor]] = field(default_factory=list)
+    hits: list[list[dict[str, Tensor]]] = field(default_factory=list)
+    truths: list[tuple[Tensor, Tensor, Tensor | None]] = field(default_factory=list)
+
+    def count(
+        self,
+        seen: CapturedAttention,
+        truths: BatchTruths,
+        within: tuple[int, ...],
+        near: float | None,
+        head: AlignmentHead | None,
+    ) -> None:
+        """Add the hits of one captured call."""
+        match = truths.match(self.site)
+        try:
+            query, key, _ = CameoModel.split(self.site, _joined(self.site, seen, match), match)
+        except ShapeError as error:
+            self.reason = str(error)
+            return
+        truth = truths.truth(self.site)
+        if not self.steps:
+            self.one_token = truth.one_token
+            ceiling = truth.ceiling(near) if near is not None and not self.one_token else None
+            self.truths.append((truth.pairs, truth.chance(within, near), ceiling))
+            views, _, height, width = truths.batch["images"].shape[1:]
+            self.tokens = shown_grids(self.site, height, width, views)
+        self.steps.append(count_hits(query, key, truth, head, seen.scale, within, near=near))
+
+    def close_batch(self) -> None:
+        """Begin a new batch."""
+        if self.reason is None:
+            self.hits.append(self.steps)
+        self.steps = []
+
+    def result(self, num_views: int) -> ProbedLayer:
+        """Join the batches, and choose one of several heads."""
+        layout = self.site.layout
+        per_view, all_views = (layout.refusal(name, num_views) for name in ("per_view", "all_views"))
+        unsupervised = self.site.unsupported or (all_views if per_view else None)
+        if self.one_token and layout.reach != "cell":
+            unsupervised = unsupervised or "at this resolution a view is one token: within a view there is no choice"
+        common = (self.site.index, self.site.path, "cell" if self.one_token else layout.reach, self.tokens)
+        counted = next((steps[0] for steps in self.hits if steps and steps[0]), None)
+        if self.reason is None and counted is None:
+            self.reason = "none of its queries reaches a token that shows the same surface point"
+        if self.reason is not None or counted is None:
+            return ProbedLayer(*common, reason=self.reason, unsupervised=unsupervised)
+        pairs, chance, ceiling = zip(*self.truths, strict=True)
+        hits: dict[str, np.ndarray] = {}
+        heads: dict[str, list[int]] = {}
+        for name, one in counted.items():
+            every = torch.cat(
+                [_stacked(steps, name, one, part) for steps, part in zip(self.hits, chance, strict=True)], 2
+            )
+            column = min(1, every.shape[-1] - 1)
+            ranked = every[..., column].sum((2, 3)).argmax(1)  # [T]
+            if every.shape[1] > 1:
+                heads[name] = ranked.tolist()
+            hits[name] = every[torch.arange(len(every)), ranked].round().long().numpy()
+        return ProbedLayer(
+            *common,
+            unsupervised=unsupervised,
+            pairs=torch.cat(pairs).numpy(),
+            chance=torch.cat(chance).numpy(),
+            ceiling=None if ceiling[0] is None else torch.cat(ceiling).numpy(),
+            hits=hits,
+            heads=heads,
+        )
+
+
+def _stacked(steps: list[dict[str, Tensor]], name: str, like: Tensor, chance: Tensor) -> Tensor:
+    """Hits of a batch `[T, R, B, A, W]`; zeros where none of its samples has a pair."""
+    nothing = like.new_zeros(len(like), *chance.shape)
+    return torch.stack([step.get(name, nothing) for step in steps])
+
+
+def _joined(site: AttentionSite, seen: CapturedAttention, match: Correspondence) -> CapturedAttention:
+    """Calls of each view by itself as the call that they would be if the views were joined; others as they are."""
+    batch, tokens = site.layout.shape("query", batch=match.batch_size, sizes=match.sizes)
+    views = match.num_views
+    if (seen.query.shape[0], seen.query.shape[2] * views) != (batch * views, tokens):
+        return seen
+    query, key = (rearrange(part, "(b v) k n d -> b k (v n) d", v=views) for part in (seen.query, seen.key))
+    return CapturedAttention(query, key, seen.scale)

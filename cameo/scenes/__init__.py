@@ -1,0 +1,1 @@
+"""What a scene hands over, and the scenes that are rendered: rooms, objects and meshes."""

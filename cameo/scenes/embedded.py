@@ -1,0 +1,196 @@
+"""Embedded scenes: furnished rooms, objects or the user's meshes, ray-cast with exact depth, cached on disk."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from cameo.errors import DataError, unknown_name
+from cameo.scenes.cache import default_cache_dir, fingerprint, read_views, write_views
+from cameo.scenes.rendering import TriangleScene, render
+from cameo.scenes.rigs import rig_cameras, rig_views
+from cameo.scenes.views import Views
+
+__all__ = ["EmbeddedScenes"]
+
+CONTENTS = ("rooms", "bare_rooms", "objects")
+# Without a rig, and with one that takes any number, unless it has a number of its own.
+DEFAULT_VIEWS = 8
+# An object of radius 1 beside a mesh in a unit box, for whose corners the orbit leaves less room than it may need.
+OBJECT_SCALE = 1.4
+SPLITS = {"train": 0, "validation": 1, "test": 2}
+# Part of every cache key: raise it whenever the same settings give other pixels.
+FORMAT_VERSION = 1
+
+
+class EmbeddedScenes:
+    """Scenes that need no download: textured rooms seen by a hand-held camera, objects, or a folder of meshes.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     settings = {"views_per_scene": 2, "size": (8, 8), "cache_dir": folder, "progress": False}
+        ...     views = EmbeddedScenes(num_scenes=1, **settings).views(0)
+        >>> views.images.shape, views.images.dtype, views.key
+        (torch.Size([2, 3, 8, 8]), torch.uint8, 'train-00000')
+
+    Rooms are boxes of 3 to 5 m with furniture and things on it; the unit is the metre. Objects are textured solids
+    grown together inside the unit sphere, seen from an orbit on a white background without depth. Bare rooms are empty
+    but for a solid or two, with bold patterns: small models learn something on them within minutes. World z points up,
+    and `Views.up` says so. Scene number i of a split is the same whatever `num_scenes` is; splits never share a scene.
+
+    - `split`: "train", "validation" or "test".
+    - `views_per_scene`: None = the views of the rig, 8 without one.
+    - `size`: height and width in pixels.
+    - `cache_dir`: where rendered scenes are kept; None = `$CAMEO_CACHE` or `~/.cache/cameo`. Missing scenes
+      are rendered now, with a progress bar unless `progress=False`; a damaged file is rendered again with a
+      warning.
+    - `mesh_dir`: a folder with .glb, .obj or .ply files (searched recursively) to show instead of rooms, each
+      scaled to a unit box and seen from an orbit on a white background without depth. Eight of ten meshes
+      are train, one validation, one test; scenes go round the meshes with new cameras each time.
+    - `content`: "rooms", "bare_rooms" or "objects"; without `mesh_dir`.
+    - `rig`: cameras in the poses that a model generates, by a name of `cameo.data.RIGS`, for objects and meshes; the
+      views of a scene are those of the rig, in its order, from where the object just fits into the image.
+
+    Raises `ValueError` on a wrong setting, `DataError` on an unusable mesh folder, mesh file or cache folder.
+    """
+
+    def __init__(
+        self,
+        split: str = "train",
+        num_scenes: int = 512,
+        views_per_scene: int | None = None,
+        size: tuple[int, int] = (64, 64),
+        seed: int = 0,
+        cache_dir: str | Path | None = None,
+        mesh_dir: str | Path | None = None,
+        progress: bool = True,
+        content: str = "rooms",
+        rig: str | None = None,
+    ) -> None:
+        if split not in SPLITS:
+            raise unknown_name("split", split, SPLITS)
+        _check_content(content, rig, mesh_dir)
+        views_per_scene = _number_of_views(rig, views_per_scene)
+        counts = {"num_scenes": num_scenes, "views_per_scene": views_per_scene}
+        counts |= {"size[0]": size[0], "size[1]": size[1]}
+        for name, value in counts.items():
+            if value < 1:
+                raise ValueError(f"{name}: expected at least 1, got {value}")
+        if seed < 0:
+            raise ValueError(f"seed: expected 0 or more, got {seed}")
+        self.split, self.num_scenes, self.views_per_scene = split, num_scenes, views_per_scene
+        self.size, self.seed = (int(size[0]), int(size[1])), seed
+        self.content, self.rig = content, rig
+        self.meshes = _split_meshes(Path(mesh_dir), split) if mesh_dir is not None else None
+        settings: dict[str, object] = {
+            "format": FORMAT_VERSION,
+            "split": split,
+            "views": views_per_scene,
+            "size": self.size,
+            "seed": seed,
+        }
+        if self.meshes is not None:
+            settings["meshes"] = [(str(path.resolve()), path.stat().st_mtime_ns) for path in self.meshes]
+        # Only where they differ from the default: scenes that were rendered before these settings came stay valid.
+        if content != "rooms":
+            settings["content"] = content
+        if rig is not None:
+            settings["rig"] = rig
+        root = Path(cache_dir).expanduser() if cache_dir is not None else default_cache_dir()
+        self.folder = root / "scenes" / fingerprint(settings)
+        self._render_missing(progress)
+
+    def __len__(self) -> int:
+        return self.num_scenes
+
+    def views(self, scene: int) -> Views:
+        """Return the views of one scene: uint8 images, float32 depth and cameras."""
+        if not 0 <= scene < self.num_scenes:
+            raise IndexError(f"scene: expected 0 to {self.num_scenes - 1}, got {scene}")
+        cached = read_views(self._path(scene))
+        # The cache has no field for it, since it is the same everywhere.
+        return replace(cached if cached is not None else self._render(scene), up=torch.tensor([0.0, 0.0, 1.0]))
+
+    def _path(self, scene: int) -> Path:
+        return self.folder / f"{scene:05d}.safetensors"
+
+    def _render_missing(self, progress: bool) -> None:
+        from tqdm import tqdm
+
+        missing = [scene for scene in range(self.num_scenes) if not self._path(scene).exists()]
+        for scene in tqdm(missing, desc=f"rendering {self.split} scenes", disable=not (progress and missing)):
+            self._render(scene)
+
+    def _render(self, scene: int) -> Views:
+        rng = np.random.default_rng((self.seed, SPLITS[self.split], scene))
+        key = f"{self.split}-{scene:05d}"
+        if self.meshes is not None:
+            key = f"{key}-{self.meshes[scene % len(self.meshes)].stem}"
+        geometry, intrinsics, extrinsics = self._build(scene, rng)
+        # Cameras are rounded before rendering, so that depth is exact for the cameras handed over.
+        intrinsics, extrinsics = intrinsics.astype(np.float32), extrinsics.astype(np.float32)
+        images, depth = render(geometry, intrinsics.astype(float), extrinsics.astype(float), self.size)
+        views = Views(
+            images=torch.from_numpy(images),
+            depth=torch.from_numpy(depth),
+            intrinsics=torch.from_numpy(intrinsics),
+            extrinsics=torch.from_numpy(extrinsics),
+            key=key,
+        )
+        write_views(self._path(scene), views)
+        return views
+
+    def _build(self, scene: int, rng: np.random.Generator) -> tuple[TriangleScene, np.ndarray, np.ndarray]:
+        """Geometry, then cameras: `(scene, intrinsics [F, 3, 3], extrinsics [F, 4, 4])`."""
+        from cameo.scenes.meshes import load_mesh, random_orbit
+        from cameo.scenes.objects import random_object
+        from cameo.scenes.rooms import bare_room, random_cameras, random_room
+
+        count = self.views_per_scene
+        if self.meshes is None and self.content != "objects":
+            geometry, extent = (random_room if self.content == "rooms" else bare_room)(rng)
+            return geometry, *random_cameras(rng, geometry, extent, count, self.size)
+        geometry = load_mesh(self.meshes[scene % len(self.meshes)], rng) if self.meshes else random_object(rng)
+        if self.rig is not None:
+            # The sphere about the origin that holds it: 1 for an object, 0.5 to 0.87 for a mesh in its unit box.
+            radius = float(np.linalg.norm(geometry.corners, axis=-1).max())
+            return geometry, *rig_cameras(self.rig, rng, self.size, count, radius=radius)
+        return geometry, *random_orbit(rng, count, self.size, scale=1.0 if self.meshes else OBJECT_SCALE)
+
+
+def _check_content(content: str, rig: str | None, mesh_dir: str | Path | None) -> None:
+    if content not in CONTENTS:
+        raise unknown_name("content", content, CONTENTS)
+    if content != "rooms" and mesh_dir is not None:
+        raise ValueError(f"content={content!r} and mesh_dir={str(mesh_dir)!r}: expected one of them; leave one out")
+    if rig is not None and content != "objects" and mesh_dir is None:
+        raise ValueError(
+            f"rig={rig!r}: expected an object in the middle, got content={content!r}; "
+            "pass content='objects' or mesh_dir=, or leave rig out"
+        )
+
+
+def _number_of_views(rig: str | None, views_per_scene: int | None) -> int:
+    if rig is not None:
+        return rig_views(rig, views_per_scene)
+    return DEFAULT_VIEWS if views_per_scene is None else views_per_scene
+
+
+def _split_meshes(folder: Path, split: str) -> list[Path]:
+    """Meshes of a folder in this split: of each ten by name the 9th is validation, the 10th test."""
+    from cameo.scenes.meshes import find_meshes
+
+    found = find_meshes(folder)
+    place = {"validation": (8,), "test": (9,)}.get(split, tuple(range(8)))
+    meshes = [path for index, path in enumerate(found) if index % 10 in place]
+    if not meshes:
+        raise DataError(
+            f"{folder}: {len(found)} meshes leave none for split={split!r} (of each ten the 9th is "
+            "validation, the 10th test); put held-out meshes into a folder of their own and read it with "
+            "split='train'"
+        )
+    return meshes
