@@ -184,10 +184,8 @@ def test_gelu_has_the_stated_error(interpreted: Interpreter, fast: bool, degree:
     x = torch.linspace(-12, 12, 1 << 17)
     found = interpreted(triton_interpreter.gelu, x, fast).double()
     true = x.double() * torch.from_numpy(special.ndtr(x.double().numpy()))
-    worst = float((found - true).abs().max())
-    assert worst <= stated
-    if not fast:
-        assert worst <= float((F.gelu(x).double() - true).abs().max())
+    # Not compared with torch's GELU, whose error depends on the processor: between 3.7e-7 and 1.2e-6 were seen.
+    assert float((found - true).abs().max()) <= stated
     # The coefficients are those of the best polynomial: the same function but for float32.
     square = np.minimum(x.double().numpy() ** 2, 5.5**2)
     fitted = x.double().numpy() * special.expit(-np.log(2) * x.double().numpy() * minimax(degree)(square))
@@ -269,7 +267,7 @@ def test_no_rows(interpreted: Interpreter) -> None:
     assert losses.shape == (0,)
 
 
-def test_the_same_bits_on_every_run_and_wherever_a_row_stands(interpreted: Interpreter) -> None:
+def test_the_same_bits_on_every_run(interpreted: Interpreter) -> None:
     torch.manual_seed(0)
     logits, parameters, rows = torch.randn(5, 14, 19), make_head(5, 20), make_rows(14, 19, 2, own=True)
     first = run_mlp(interpreted, logits, parameters, rows)
@@ -277,10 +275,18 @@ def test_the_same_bits_on_every_run_and_wherever_a_row_stands(interpreted: Inter
     second = interpreted(triton_interpreter.mlp_rows, logits, parameters, SCALE, rows, first[2:], "exact")
     for one, other, times in zip(first, second, (1, 1, 2, 2, 2), strict=True):
         assert torch.equal(times * one, other)
+
+
+def test_rows_do_not_depend_on_where_they_stand(interpreted: Interpreter) -> None:
+    torch.manual_seed(0)
+    logits, parameters, rows = torch.randn(5, 14, 19), make_head(5, 20), make_rows(14, 19, 2, own=True)
+    losses, gradient, *_ = run_mlp(interpreted, logits, parameters, rows)
     part = {name: tensor[9:] for name, tensor in rows.items()}
-    alone = run_mlp(interpreted, logits[:, 9:].contiguous(), parameters, part)
-    assert torch.equal(alone[0], first[0][9:])
-    assert torch.equal(alone[1], first[1][:, 9:])
+    part_losses, part_gradient, *_ = run_mlp(interpreted, logits[:, 9:].contiguous(), parameters, part)
+    # Rows that stand elsewhere fall into other tiles, where the interpreter's matrix product, which is NumPy's, may sum
+    # in another order: the same to rounding, not to the bit.
+    assert error(part_losses, losses[9:]) <= TOLERANCE
+    assert error(part_gradient, gradient[:, 9:]) <= TOLERANCE
 
 
 def test_wrong_arguments() -> None:

@@ -44,8 +44,8 @@ def normal_cdf(x, square, FAST: tl.constexpr, INTERPRETED: tl.constexpr):
     """Cumulative normal distribution of x, given x * x, as 1 / (1 + 2 ** (x * P(x * x))).
 
     The log-odds of the normal distribution are odd and smooth, so P is a short polynomial, fitted for the least
-    error of x * normal_cdf(x) on 0 to 5.5 and held beyond. With degree 7 the error is that of float32 itself, and
-    less than that of 0.5 * (1 + erf(x / sqrt(2))), which cancels for negative x. FAST takes degree 5.
+    error of x * normal_cdf(x) on 0 to 5.5 and held beyond. With degree 7 the error is that of float32 itself; unlike
+    0.5 * (1 + erf(x / sqrt(2))) nothing cancels for negative x. FAST takes degree 5.
     """
     t = tl.minimum(square, 30.25)
     if FAST:

@@ -150,7 +150,7 @@ def mlp_rows(
         gradients: three float32 tensors like weight_in, bias and weight_out that the gradients are added to, or
             None for losses only.
         gelu: "exact", at most 6e-7 from the true GELU for inputs between -12 and 12, where torch in float32 is up to
-            1.2e-6 off; or "fast", at most 1.2e-6 off and 6 % fewer instructions.
+            1.2e-6 off, depending on the processor; or "fast", at most 1.2e-6 off and 6 % fewer instructions.
 
     Raises:
         ShapeError: a tensor of another shape, or not contiguous.
