@@ -4,16 +4,15 @@
     python tests/helpers/import_graph.py --tree OTHER        # another checkout, an old one too
     python tests/helpers/import_graph.py --files             # every file with its floor
 
-A *room* is a folder of the package, or a file that stands alone in `cameo/`. An *arrow* says that some file of one room
-imports some file of another; imports inside functions and for type checkers count. The *floor* of a room is one more than
-the highest floor that it imports. A *circle* is a set of rooms that import each other; it stands on one floor.
+A *room* is a folder of the package, or a file that stands alone in `cameo/`. An *arrow* says that some file of one
+room imports some file of another; imports inside functions and for type checkers count. The *floor* of a room is one
+more than the highest floor that it imports. A *circle* is a set of rooms that import each other; it stands on one floor.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
-import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -182,15 +181,24 @@ def main() -> None:
     for number in range(max(height.values()), 0, -1):
         print(f"{number:3}  " + "  ".join(room for room in sorted(height) if height[room] == number))
     arrows = sum(map(len, rooms.values()))
-    print(f"{len(rooms)} rooms on {max(height.values())} floors, {arrows} arrows, {len(circles(rooms))} circles of rooms")
+    print(
+        f"{len(rooms)} rooms on {max(height.values())} floors, {arrows} arrows, {len(circles(rooms))} circles of rooms"
+    )
     for circle in circles(rooms):
         print("  circle: " + " <-> ".join(circle))
-    print(f"{len(tree.files)} files, longest chain of imports {max(chain.values())}, circles {len(circles(tree.imports))}")
+    print(
+        f"{len(tree.files)} files, longest chain of imports {max(chain.values())}, circles {len(circles(tree.imports))}"
+    )
     for circle in circles(tree.imports):
         print("  circle: " + " <-> ".join(circle))
     if options.files:
         for name in sorted(chain, key=lambda one: (chain[one], one)):
             print(f"{chain[name]:3}  {name}")
+
+
+def _print_circles(graph: Graph) -> None:
+    for circle in circles(graph):
+        print("  circle: " + " <-> ".join(circle))
 
 
 if __name__ == "__main__":
