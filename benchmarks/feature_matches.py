@@ -25,10 +25,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cameo.config import write_atomically
 from cameo.correspondence import Correspondence
 from cameo.data import collate
 from cameo.features import FeatureExtractor
+from cameo.files import write_atomically
 from cameo.training.config import TrainingConfig
 from cameo.training.data import build_dataset, to_device
 

@@ -22,12 +22,12 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from cameo.config import write_atomically
 from cameo.evaluation.compare import comparison_figure, comparison_table, name_results
 from cameo.evaluation.pictures import save_figure
 from cameo.evaluation.protocol import evaluate, sample_targets
 from cameo.evaluation.report import result_table, write_result
 from cameo.evaluation.runs import data_settings, evaluation_settings, load_evaluated, split_settings
+from cameo.files import write_atomically
 from cameo.training.data import build_dataset
 
 CONFIGS = Path(__file__).parent / "configs"

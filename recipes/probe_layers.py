@@ -27,10 +27,10 @@ import torch
 
 import cameo
 from cameo.backbone import get_backbone
-from cameo.config import write_atomically
 from cameo.evaluation.pictures import save_figure
 from cameo.evaluation.runs import evaluation_settings, load_evaluated
 from cameo.evaluation.validation import ValidationSettings, sample_batches
+from cameo.files import write_atomically
 from cameo.listing import layer_table
 from cameo.model import CameoModel
 from cameo.perturbation import effects_figure, effects_table, perturb_layers

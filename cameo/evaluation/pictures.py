@@ -14,10 +14,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from cameo.config import write_atomically
 from cameo.correspondence import Correspondence
 from cameo.evaluation.attention import attention_maps
 from cameo.evaluation.mode import evaluation_mode, native_precision
+from cameo.files import write_atomically
 from cameo.pipeline import TrainingInputs
 from cameo.training.correspondences import layer_grids, match_batch
 from cameo.wrap import CameoModel
