@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from cameo.correspondence import DEPTH_TOLERANCE, Correspondence
+from cameo.files import write_atomically
 from cameo.geometry import cell_centres, pixel_grid, project, unproject
 
 HALF_ROOM = torch.tensor([3.0, 1.5, 3.0], dtype=torch.float64)
@@ -266,9 +267,7 @@ def main() -> None:
     ]
     text = "\n\n".join(lines) + "\n"
     print(text)
-    unfinished = options.out.with_suffix(".md.part")
-    unfinished.write_text(text, encoding="utf-8")
-    unfinished.replace(options.out)
+    write_atomically(options.out, text)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@
     python benchmarks/feature_matches.py --no-pretrained              # random weights: the control alone
 
 Features are those of `cameo.correspondence.features.FeatureExtractor`; beside them stand the colours of the pixels of
-each token, which cost nothing, and the same network with random weights. The truth are the matches from depth. Prints the table
-with its command, device and date, and writes it to --out.
+each token, which cost nothing, and the same network with random weights. The truth are the matches from depth. Prints
+the table with its command, device and date, and writes it to --out.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cameo.config import write_atomically
 from cameo.correspondence import Correspondence
 from cameo.correspondence.features import FeatureExtractor
 from cameo.data import collate
+from cameo.files import write_atomically
 from cameo.training.config import TrainingConfig
 from cameo.training.data import build_dataset, to_device
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from cameo.config import write_atomically
+from cameo.files import write_atomically
 
 __all__ = [
     "Results",

@@ -328,7 +328,7 @@ def _others(kept: Mapping[int, Any], axis: str) -> str:
 
 def main() -> None:
     """Draw, then fill the page."""
-    from cameo.config import write_atomically
+    from cameo.files import write_atomically
 
     for device in ("cpu", "cuda"):
         if path := draw(device):

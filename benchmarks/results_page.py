@@ -15,8 +15,8 @@ from typing import Any
 from convergence import curves
 from report import PICTURES, RESULTS, ROOT, filled
 
-from cameo.config import write_atomically
 from cameo.evaluation.pictures import save_figure
+from cameo.files import write_atomically
 from cameo.layer_probe import LayerProbe
 from cameo.perturbation import Drop, LayerEffect, effects_table
 

@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 
-from cameo.config import write_atomically
 from cameo.evaluation.pictures import save_figure
+from cameo.files import write_atomically
 from cameo.training.config import TrainingConfig, load_config
 from cameo.training.data import build_dataset
 from cameo.training.setup import train_lora

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-import threading
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from cameo.errors import DataError, unknown_name
+from cameo.files import write_atomically
 
-__all__ = ["CONFIG_NAME", "CameoConfig", "write_atomically"]
+__all__ = ["CONFIG_NAME", "CameoConfig"]
 
 CONFIG_NAME = "cameo_config.json"
 
@@ -108,15 +107,3 @@ class CameoConfig:
         if not isinstance(layers, list) or not all(isinstance(path, str) for path in layers):
             raise ValueError(f"layers: expected a list of module paths, got {layers!r}")
         return cls(**values)
-
-
-def write_atomically(path: str | Path, content: str | bytes) -> None:
-    """Write a whole file under a temporary name in the same folder, then rename it into place."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
-    try:
-        temporary.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -22,11 +22,11 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from cameo.config import write_atomically
 from cameo.evaluation.compare import comparison_figure, comparison_table, name_results
 from cameo.evaluation.pictures import save_figure
 from cameo.evaluation.protocol import evaluate, sample_targets
 from cameo.evaluation.report import result_table, write_result
+from cameo.files import write_atomically
 from cameo.training.data import build_dataset
 from cameo.training.runs import data_settings, evaluation_settings, load_evaluated, split_settings
 

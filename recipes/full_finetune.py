@@ -15,7 +15,7 @@ import json
 import sys
 from pathlib import Path
 
-from cameo.config import write_atomically
+from cameo.files import write_atomically
 from cameo.training.config import load_config, settings_file
 from cameo.training.data import build_dataset
 from cameo.training.setup import (

@@ -16,7 +16,7 @@ import json
 import sys
 from pathlib import Path
 
-from cameo.config import write_atomically
+from cameo.files import write_atomically
 from cameo.training.config import load_config, settings_file
 from cameo.training.data import build_dataset
 from cameo.training.setup import arms_of, card_metrics, check_push, metrics_table, train_lora, write_pictures

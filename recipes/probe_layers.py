@@ -27,9 +27,9 @@ import torch
 
 import cameo
 from cameo.backbone import get_backbone
-from cameo.config import write_atomically
 from cameo.evaluation.pictures import save_figure
 from cameo.evaluation.validation import ValidationSettings, sample_batches
+from cameo.files import write_atomically
 from cameo.model import CameoModel
 from cameo.pipeline import MultiViewPipeline
 from cameo.probing.ablation import effects_figure, effects_table, perturb_layers

@@ -35,9 +35,9 @@ import torch
 from omegaconf import OmegaConf
 
 from cameo.backbone import get_backbone
-from cameo.config import write_atomically
 from cameo.data import MultiViewDataset
 from cameo.evaluation.validation import ValidationSettings, sample_batches, validate
+from cameo.files import write_atomically
 from cameo.pipeline import MultiViewPipeline
 from cameo.probing import probe_layers
 from cameo.probing.ablation import perturb_layers

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from cameo.config import write_atomically
 from cameo.errors import DataError
+from cameo.files import write_atomically
 
 __all__ = [
     "INDEX_NAME",

@@ -14,8 +14,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from cameo.config import write_atomically
 from cameo.correspondence import Correspondence
+from cameo.files import write_atomically
 from cameo.pipeline import TrainingInputs
 from cameo.probing.hits import attention_maps
 from cameo.probing.mode import evaluation_mode, native_precision

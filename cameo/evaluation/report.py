@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 
-from cameo.config import write_atomically
 from cameo.evaluation.generated import SampledViews
 from cameo.evaluation.pictures import comparison_figure, save_figure
+from cameo.files import write_atomically
 
 __all__ = [
     "SECTIONS",

@@ -15,8 +15,9 @@ from typing import Any
 from torch import nn
 
 from cameo.backbone import core_module, get_backbone
-from cameo.config import CONFIG_NAME, CameoConfig, write_atomically
+from cameo.config import CONFIG_NAME, CameoConfig
 from cameo.errors import DataError
+from cameo.files import move_into_place, write_atomically
 from cameo.hub.card import CardFacts, Metrics, Pictures, copy_pictures, model_card
 from cameo.hub.license import find_licence, hub_id, require_licence
 from cameo.hub.loading import load_base, read_adapter, read_full
@@ -291,13 +292,13 @@ def _adapter_facts(base: nn.Module) -> dict[str, Any]:
 def _move_in(stage: Path, target: Path) -> None:
     """Move staged files into place, the configuration last; then remove what they made stale."""
     if not target.exists():
-        stage.rename(target)
+        move_into_place(stage, target)
         return
     new = file_names(stage)
     stale = stale_files(file_names(target), new, place=str(target))
     for name in sorted(new, key=lambda name: name == CONFIG_NAME):
         (target / name).parent.mkdir(parents=True, exist_ok=True)
-        (stage / name).replace(target / name)
+        move_into_place(stage / name, target / name)
     for name in stale:
         (target / name).unlink()
         with contextlib.suppress(OSError):  # not empty: holds files of others

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cameo.config import write_atomically
 from cameo.errors import DataError, unknown_name
+from cameo.files import write_atomically
 from cameo.probing.probed_layer import ProbedLayer
 
 if TYPE_CHECKING:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 import warnings
 import zlib
 from pathlib import Path
@@ -13,6 +12,7 @@ from pathlib import Path
 from torch import Tensor
 
 from cameo.errors import DataError
+from cameo.files import write_atomically
 from cameo.scenes.views import Views
 
 __all__ = ["default_cache_dir", "fingerprint", "read_views", "write_views"]
@@ -44,21 +44,13 @@ def write_views(path: Path, views: Views) -> None:
 
     tensors = {name: getattr(views, name).contiguous() for name in FIELDS}
     content = save(tensors, metadata={"key": views.key, "checksum": _checksum(tensors)})
-    temporary = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.stem, suffix=".tmp", delete=False) as file:
-            temporary = Path(file.name)
-            file.write(content)
-        temporary.replace(path)
+        write_atomically(path, content)
     except OSError as error:
         raise DataError(
             f"{path.parent}: cannot write the scene cache ({error}); pass cache_dir= or set CAMEO_CACHE to a "
             "folder with room and write access"
         ) from error
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
 
 
 def read_views(path: Path) -> Views | None:

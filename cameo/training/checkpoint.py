@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from cameo.backbone import core_module
 from cameo.errors import DataError
+from cameo.files import move_into_place
 from cameo.hub.weights import ADAPTER_FORMATS, HEAD_FILE, LORA_FILE, MODULE_FILE, PEFT_FILE, adapter_name, format_in
 from cameo.training.config import TrainingConfig
 from cameo.wrap import CameoModel
@@ -100,7 +101,7 @@ def publish_checkpoint(staged: Path, step: int, state: Mapping[str, Any]) -> Pat
     """Write the trainer's state and rename the staged folder to `checkpoint-N`."""
     (staged / STATE_NAME).write_text(json.dumps({**state, "step": step}, indent=2) + "\n", encoding="utf-8")
     final = staged.parent / f"checkpoint-{step}"
-    staged.rename(final)
+    move_into_place(staged, final)
     return final
 
 

@@ -371,7 +371,7 @@ def save_config(config: TrainingConfig, path: str | Path) -> None:
     """Write the settings of a run beside its results; the Hub token is left out."""
     from omegaconf import OmegaConf
 
-    from cameo.config import write_atomically
+    from cameo.files import write_atomically
 
     values = {**vars(config), "hub_token": None}
     write_atomically(path, OmegaConf.to_yaml(OmegaConf.create(values)))

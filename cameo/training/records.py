@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cameo.config import write_atomically
+from cameo.files import write_atomically
 
 __all__ = ["Records", "TrainingResult"]
 

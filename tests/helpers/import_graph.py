@@ -6,7 +6,7 @@
 
 A *room* is a folder of the package, or a file that stands alone in `cameo/`. An *arrow* says that some file of one
 room imports some file of another; imports inside functions and for type checkers count. The *floor* of a room is one
-more than the highest floor that it imports. A *circle* is a set of rooms that import each other; it stands on one floor.
+more than the highest floor that it imports. A *circle* is a set of rooms that import each other, on one floor.
 """
 
 from __future__ import annotations
