@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-from cameo.alignment.loss import (
-    GELUS,
-    IMPLEMENTATIONS,
-    NORMALISATIONS,
-    REDUCTIONS,
-    AlignmentHead,
-    alignment_loss,
-    supervision_weights,
-)
+from cameo.alignment.head import AlignmentHead
+from cameo.alignment.loss import GELUS, IMPLEMENTATIONS, NORMALISATIONS, alignment_loss
+from cameo.alignment.supervision import REDUCTIONS, supervision_weights
 
 __all__ = [
     "GELUS",

@@ -19,8 +19,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from cameo.alignment.heads import MlpHead, softmax_rows
 from cameo.alignment.rows import Rows, plan_rows
+from cameo.alignment.torch_heads import MlpHead, softmax_rows
 
 __all__ = ["HeadWeights", "Swept", "gradient_dtype", "sweep"]
 
@@ -82,7 +82,7 @@ class RowsHead(Protocol):
     most_pairs: int
 
     def __call__(self, products: Tensor, targets: Tensor, weights: Tensor, own: Tensor | None) -> Tensor:
-        """Losses of the rows; see `cameo.alignment.heads.softmax_rows` for the arguments."""
+        """Losses of the rows; see `cameo.alignment.torch_heads.softmax_rows` for the arguments."""
 
     def parameter_gradients(self) -> list[Tensor]:
         """Gradients of the head's weights so far."""

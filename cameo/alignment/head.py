@@ -1,0 +1,110 @@
+"""The alignment head: joins the attention logits of the heads into the logits that are supervised.
+
+Axes: K heads. The head exists in training only.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cameo.errors import ShapeError, unknown_name
+
+__all__ = ["HEAD_KINDS", "AlignmentHead", "is_sharded"]
+
+HEAD_KINDS = ("mlp", "mean", "none")
+
+
+class AlignmentHead(nn.Module):
+    """Joins the attention logits of K heads into the logits that are supervised; exists in training only.
+
+    Example:
+        >>> head = AlignmentHead(num_heads=8)
+        >>> head(torch.randn(8, 10, 64)).shape          # 10 query tokens, 64 keys
+        torch.Size([1, 10, 64])
+
+    `kind="mlp"` is the paper's: Linear(K, expansion * K), exact GELU, Linear(expansion * K, 1) across the
+    heads. `depth` counts the hidden layers; `depth=0` is one linear map. The last layer has no bias: it would
+    shift all logits of a query alike, which the softmax ignores, so its gradient is always zero.
+    `kind="mean"` averages the heads. `kind="none"` keeps every head and the loss is averaged over them.
+
+    Args:
+        num_heads: K, heads of the supervised layer.
+        kind: "mlp", "mean" or "none".
+        depth: hidden layers of the "mlp", 0 or more; the other kinds have no layers.
+        expansion: hidden width of the "mlp" in multiples of K, 1 or more.
+
+    Raises:
+        ValueError: unknown kind, or a count out of range.
+
+    Source: arXiv 2512.03045, section on the alignment loss.
+    """
+
+    def __init__(self, num_heads: int, kind: str = "mlp", depth: int = 1, expansion: int = 4) -> None:
+        super().__init__()
+        if kind not in HEAD_KINDS:
+            raise unknown_name("head kind", kind, HEAD_KINDS)
+        counts = (("num_heads", num_heads, 1), ("depth", depth, 0), ("expansion", expansion, 1))
+        for name, value, least in counts:
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"{name}: expected an integer of at least {least}, got {value!r}")
+        self.num_heads, self.kind, self.depth, self.expansion = num_heads, kind, depth, expansion
+        self.hidden = nn.ModuleList()
+        self.output: nn.Linear | None = None
+        if kind == "mlp":
+            widths = [num_heads] + [expansion * num_heads] * depth
+            self.hidden.extend(nn.Linear(*pair) for pair in itertools.pairwise(widths))
+            self.output = nn.Linear(widths[-1], 1, bias=False)
+
+    def forward(self, logits: Tensor) -> Tensor:
+        """Map scaled logits [K, ...] to [1, ...], for `kind="none"` to [K, ...]; computes in their dtype."""
+        if logits.ndim == 0 or logits.shape[0] != self.num_heads:
+            raise ShapeError(
+                "logits",
+                expected=f"[{self.num_heads}, ...] with the heads leading",
+                got=logits.shape,
+                cure="Use AlignmentHead(num_heads=...) with the heads of the supervised layer",
+            )
+        if self.kind == "none":
+            return logits
+        if self.output is None:
+            return logits.mean(dim=0, keepdim=True)
+        # The head axis stays leading, so the layers are plain matrix products without a permuted copy.
+        features = logits.reshape(self.num_heads, -1)
+        for layer in self.hidden:
+            assert isinstance(layer, nn.Linear)
+            weight, bias = layer.weight.to(logits.dtype), layer.bias.to(logits.dtype)
+            features = F.gelu(torch.addmm(bias[:, None], weight, features))
+        return (self.output.weight.to(logits.dtype) @ features).reshape(1, *logits.shape[1:])
+
+    def weights(self) -> list[Tensor]:
+        """Its parameters in order: weight and bias of each hidden layer, then the last weight; none without an MLP."""
+        layers = [] if self.output is None else [*self.hidden, self.output]
+        found = [parameter for layer in layers for parameter in (layer.weight, layer.bias) if parameter is not None]
+        # Sharded parameters (FSDP) are gathered by the module that holds them or, if that did not run, here.
+        return [_gather(weight) if is_sharded(weight) else weight for weight in found]
+
+    def extra_repr(self) -> str:
+        """Show the settings in `print(model)`."""
+        names = ("num_heads", "kind", "depth", "expansion")
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
+
+
+def is_sharded(weight: Tensor) -> bool:
+    """Tell whether FSDP keeps this parameter in pieces, one on each process."""
+    return hasattr(weight, "full_tensor")
+
+
+def _gather(weight: Tensor) -> Tensor:
+    """Whole tensor of a sharded parameter; its gradient becomes the mean over the processes, as FSDP's own."""
+    from torch.distributed.tensor import DTensor, Partial
+
+    assert isinstance(weight, DTensor)
+    processes = weight.device_mesh.size()
+    whole: Tensor = weight.full_tensor(grad_placements=[Partial()] * weight.device_mesh.ndim)
+    if whole.requires_grad:
+        whole.register_hook(lambda gradient: gradient / processes)
+    return whole

@@ -1,0 +1,108 @@
+"""The alignment loss as one reads it, group by group, in plain torch; the fast forms are compared with it.
+
+Axes: B samples, V views, K heads, N tokens per view (the largest view; shorter ones are padded), D head
+dimension, i query view, j key view, R queries of a group, M keys of a group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from cameo.alignment.head import AlignmentHead
+from cameo.alignment.rows import Window, check_matches
+
+if TYPE_CHECKING:
+    from cameo.correspondence import Correspondence
+
+__all__ = ["reference_loss"]
+
+Match = tuple[Tensor, Tensor, Tensor]
+Group = tuple[Tensor, Tensor, Tensor, Match, Tensor]
+
+
+def reference_loss(
+    query: Tensor,
+    key: Tensor,
+    correspondence: Correspondence,
+    weights: Tensor,
+    head: AlignmentHead,
+    scale: float,
+    normalise: str,
+    softness: float,
+) -> Tensor:
+    """The loss as one reads it, group by group; what the other implementations are compared with."""
+    check_matches(correspondence.index, correspondence.sizes)
+    dtype = weights.dtype
+    groups = _groups_per_view if normalise == "per_view" else _groups_all_views
+    window = Window(correspondence.sizes, softness, query.device)
+    loss = None
+    with torch.autocast(device_type=query.device.type, enabled=False):
+        if normalise == "all_views" and set(correspondence.sizes) == {(1, 1)}:
+            loss = _one_token_per_view(query.to(dtype) * scale, key.to(dtype), weights, head)
+            return _zero_with_graph(query, key, head, dtype) if loss is None else loss
+        for queries, keys, start, match, row in groups(query, key, correspondence, weights):
+            view, token, weight = window.spread(*(column[:, None] for column in match))
+            logits = head((queries.to(dtype) * scale) @ keys.to(dtype).transpose(-1, -2))
+            log_sum = logits.logsumexp(dim=-1)[:, row, None]
+            nll = (log_sum - logits[:, row[:, None], start[view] + token]).mean(dim=0)
+            part = (weight * nll).sum()
+            loss = part if loss is None else loss + part
+    return _zero_with_graph(query, key, head, dtype) if loss is None else loss
+
+
+def _groups_per_view(query: Tensor, key: Tensor, correspondence: Correspondence, weights: Tensor) -> Iterator[Group]:
+    """Rows that share their keys: all supervised queries of a sample against one key view.
+
+    Yields queries [K, R, D], keys [K, M, D], the first key of each view, and of each match its view, its token and
+    its weight, and its query's row.
+    """
+    start = torch.zeros(len(correspondence.sizes), dtype=torch.int64, device=query.device)
+    for b, j in torch.nonzero(weights.any(dim=3).any(dim=1)).tolist():
+        height, width = correspondence.sizes[j]
+        view, token = torch.nonzero(weights[b, :, j], as_tuple=True)
+        row = torch.arange(len(view), device=query.device)
+        target = correspondence.index[b, view, j, token]
+        keys = key[b, :, j, : height * width]
+        match = torch.full_like(view, j), target, weights[b, view, j, token]
+        yield query[b][:, view, token], keys, start, match, row
+
+
+def _groups_all_views(query: Tensor, key: Tensor, correspondence: Correspondence, weights: Tensor) -> Iterator[Group]:
+    """The same for one softmax over all other views: the supervised queries of one view of a sample."""
+    lengths = [height * width for height, width in correspondence.sizes]
+    for b, i in torch.nonzero(weights.any(dim=3).any(dim=2)).tolist():
+        others = [j for j in range(len(lengths)) if j != i]
+        keys = torch.cat([key[b, :, j, : lengths[j]] for j in others], dim=1)
+        start = torch.zeros(len(lengths), dtype=torch.int64)
+        start[others] = torch.tensor([0] + [lengths[j] for j in others[:-1]]).cumsum(0)
+        view, token = torch.nonzero(weights[b, i], as_tuple=True)
+        tokens, row = torch.unique(token, return_inverse=True)
+        match = view, correspondence.index[b, i, view, token], weights[b, i, view, token]
+        yield query[b][:, i, tokens], keys, start.to(query.device), match, row
+
+
+def _one_token_per_view(query: Tensor, key: Tensor, weights: Tensor, head: AlignmentHead) -> Tensor | None:
+    """The loss over all views where each has one token, as in temporal attention; None without a match.
+
+    There is one small softmax per cell of the token grid, so all cells with a match are computed in one batch.
+    """
+    cells = weights.flatten(1).any(dim=1).nonzero().flatten()
+    if not len(cells):
+        return None
+    queries, keys = (tensor[cells, :, :, 0].transpose(0, 1) for tensor in (query, key))  # [K, cells, V, D]
+    logits = head(queries @ keys.transpose(-1, -2))
+    own = torch.eye(logits.shape[-1], dtype=torch.bool, device=logits.device)
+    log_sum = logits.masked_fill(own, -torch.inf).logsumexp(dim=-1, keepdim=True)
+    weight = weights[cells, ..., 0]
+    nll = (log_sum - logits).mean(dim=0).masked_fill(weight == 0, 0)
+    return (weight * nll).sum()
+
+
+def _zero_with_graph(query: Tensor, key: Tensor, head: AlignmentHead, dtype: torch.dtype) -> Tensor:
+    # Sums of empty slices: 0 * query would be NaN where a query is infinite.
+    sources = [query, key, *head.parameters()]
+    return torch.stack([source.reshape(-1)[:0].to(dtype).sum() for source in sources]).sum()

@@ -1,0 +1,120 @@
+"""How much each match counts in the alignment loss.
+
+Axes: B samples, V views, N tokens per view, i query view, j key view.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from cameo.errors import ShapeError, unknown_name
+
+if TYPE_CHECKING:
+    from cameo.correspondence import Correspondence
+
+__all__ = ["REDUCTIONS", "supervision_weights"]
+
+REDUCTIONS = ("mean", "sum", "released")
+
+
+def supervision_weights(
+    correspondence: Correspondence,
+    *,
+    pairs: str | Tensor = "all",
+    reduction: str = "mean",
+    num_reference_views: int | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Weight [B, V, V, N] of each -log p[match] in the alignment loss, which is their weighted sum.
+
+    Example:
+        >>> from cameo import Correspondence
+        >>> index = torch.full((1, 2, 2, 4), -1)
+        >>> index[0, 0, 1, :2] = 3
+        >>> supervision_weights(Correspondence(index=index, sizes=((2, 2), (2, 2))))[0, 0, 1].tolist()
+        [0.5, 0.5, 0.0, 0.0]
+
+    "released": of all other views of a query token only the one with the nearest 3D point carries a target,
+    and only if that pair is visible, yet every visible pair counts in the mean. The queries of the first
+    `num_reference_views` views and those of the rest are averaged apart and added; an empty part counts 0.
+
+    Raises:
+        ShapeError: `pairs`, `weight` or `distance` of another shape.
+        ValueError: unknown reduction, negative or non-finite weight, or what "released" needs is missing.
+
+    Source: arXiv 2512.03045 and the code released with it.
+    """
+    if reduction not in REDUCTIONS:
+        raise unknown_name("reduction", reduction, REDUCTIONS)
+    visible = correspondence.visible & _pair_mask(pairs, correspondence)[None, :, :, None]
+    weights = visible.to(dtype)
+    if correspondence.weight is not None:
+        _check_like_index("correspondence.weight", correspondence.weight, correspondence)
+        if not bool(((correspondence.weight >= 0) & correspondence.weight.isfinite()).all()):
+            raise ValueError(
+                f"correspondence.weight: expected finite values of at least 0, got a minimum of "
+                f"{correspondence.weight.min().item():g}; clamp the weights"
+            )
+        # where, not a product: the weight of a pair that is not visible has no meaning.
+        weights = torch.where(visible, correspondence.weight.to(dtype), 0)
+    if reduction == "sum":
+        return weights
+    if reduction == "mean":
+        return weights / _nonzero(weights.sum())
+    count = _check_reference_views(num_reference_views, correspondence.num_views)
+    nearest = _nearest_view(correspondence)
+    reference, target = weights[:, :count], weights[:, count:]
+    halves = [reference / _nonzero(reference.sum()), target / _nonzero(target.sum())]
+    return torch.cat(halves, dim=1) * nearest
+
+
+def _nearest_view(correspondence: Correspondence) -> Tensor:
+    """Bool [B, V, V, N]: view j has the 3D point nearest to token x among all views other than i."""
+    if correspondence.distance is None:
+        raise ValueError(
+            'correspondence.distance: reduction="released" needs the 3D distances, got None. '
+            "Build the correspondence with Correspondence.from_point_maps"
+        )
+    _check_like_index("correspondence.distance", correspondence.distance, correspondence)
+    own = torch.eye(correspondence.num_views, dtype=torch.bool, device=correspondence.index.device)
+    distance = correspondence.distance.masked_fill(rearrange(own, "i j -> 1 i j 1"), torch.inf)
+    nearest = distance.argmin(dim=2, keepdim=True)
+    return torch.zeros_like(distance, dtype=torch.bool).scatter(2, nearest, value=True)
+
+
+def _nonzero(total: Tensor) -> Tensor:
+    # An empty mean counts 0, so its divisor may be anything but 0.
+    return torch.where(total > 0, total, 1)
+
+
+def _pair_mask(pairs: str | Tensor, correspondence: Correspondence) -> Tensor:
+    views, device = correspondence.num_views, correspondence.index.device
+    if isinstance(pairs, str):
+        if pairs != "all":
+            raise unknown_name("pairs", pairs, ["all"])
+        return torch.ones(views, views, dtype=torch.bool, device=device)
+    if not isinstance(pairs, Tensor) or pairs.dtype != torch.bool or pairs.shape != (views, views):
+        got = f"{pairs.dtype} {list(pairs.shape)}" if isinstance(pairs, Tensor) else type(pairs).__name__
+        raise ShapeError("pairs", expected=f'"all" or a bool tensor [V, V] = [{views}, {views}]', got=got)
+    return pairs.to(device)
+
+
+def _check_reference_views(count: int | None, views: int) -> int:
+    if not isinstance(count, int) or not 0 <= count <= views:
+        raise ValueError(
+            f'num_reference_views: reduction="released" needs a number of views, 0 to {views}, got {count!r}'
+        )
+    return count
+
+
+def _check_like_index(argument: str, tensor: Tensor, correspondence: Correspondence) -> None:
+    if tensor.shape != correspondence.index.shape:
+        raise ShapeError(
+            argument,
+            expected=f"[B, V, V, N] = {list(correspondence.index.shape)} as its index",
+            got=tensor.shape,
+        )
