@@ -8,7 +8,6 @@ order b, h, w), N' the tokens of a view that a query can reach; views with fewer
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,6 +15,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from cameo.attention.axes import first_position, num_positions, position_of, take_segment
 from cameo.attention.pattern import RESERVED, Pattern, Segment, check_pair
 from cameo.errors import ShapeError, unknown_name
 
@@ -155,8 +155,8 @@ class TokenLayout:
             (32, 144)
         """
         pattern, lengths = self._pattern(of), self._lengths(batch, sizes)
-        tokens = sum(_size(segment, lengths) for segment in pattern.segments)
-        return _size(pattern.batch, lengths), tokens
+        tokens = sum(num_positions(segment, lengths) for segment in pattern.segments)
+        return num_positions(pattern.batch, lengths), tokens
 
     def views_with_own_grid(self, num_views: int) -> list[int]:
         """List the views, in correspondence order, whose tokens are a segment of their own.
@@ -272,8 +272,8 @@ class TokenLayout:
         else:
             segment = self._key.extra[view - main_views]
             place |= {name: row if name.startswith("h") else col for name in segment}
-        start = _start(segment, pattern, lengths)
-        return _ravel(pattern.batch, place, lengths), start + _ravel(segment, place, lengths)
+        start = first_position(segment, pattern, lengths)
+        return position_of(pattern.batch, place, lengths), start + position_of(segment, place, lengths)
 
     def _pattern(self, of: str) -> Pattern:
         if of not in ("query", "key"):
@@ -290,7 +290,7 @@ class TokenLayout:
         ordered = (*sizes[self.references_last :], *sizes[: self.references_last])
         main = ordered[: max(0, len(sizes) - len(extra))]
         unknown = 0 if self.references_last else self.unsupervised_views  # views that no correspondence has
-        tiles = None if views == ("v",) else _size(views, self.lengths)
+        tiles = None if views == ("v",) else num_positions(views, self.lengths)
         expected = None if tiles is None else tiles - unknown + len(extra)
         least = max(len(extra), self.references_last)
         if len(sizes) <= least or expected not in (None, len(sizes)):
@@ -304,7 +304,7 @@ class TokenLayout:
         lengths = {**self.lengths, "b": batch, "h": main[0][0], "w": main[0][1]}
         if tiles is None:
             lengths["v"] = len(main) + unknown
-        lengths["u"] = _size(views, lengths)
+        lengths["u"] = num_positions(views, lengths)
         for segment, (height, width) in zip(extra, ordered[len(main) :], strict=True):
             lengths |= {name: height if name.startswith("h") else width for name in segment}
         return lengths
@@ -313,7 +313,7 @@ class TokenLayout:
         pattern, lengths = self._pattern(of), self._lengths(batch, sizes)
         self._check_shape(of, tensor, batch, sizes)
         rest = tuple(name for name in ("h", "w") if name not in pattern.folded)
-        main = _take(tensor, pattern, pattern.main, lengths, views=self._query.views, grid=rest)
+        main = take_segment(tensor, pattern, pattern.main, lengths, views=self._query.views, grid=rest)
         main = main[:, :, : main.shape[2] - self.unsupervised_views]
         if not self._key.extra:
             return main if self.unsupervised_views else self._references_first(main)
@@ -322,7 +322,7 @@ class TokenLayout:
         for segment in self._key.extra:
             present = segment in pattern.segments
             grid = tuple(sorted(segment))
-            parts.append(_take(tensor, pattern, segment, lengths, views=(), grid=grid) if present else empty)
+            parts.append(take_segment(tensor, pattern, segment, lengths, views=(), grid=grid) if present else empty)
         longest = max(height * width for height, width in sizes)
         return self._references_first(
             torch.cat([F.pad(part, (0, 0, 0, longest - part.shape[3])) for part in parts], dim=2)
@@ -358,43 +358,6 @@ class TokenLayout:
             got=tensor.shape,
             cure=cure,
         )
-
-
-def _take(
-    tensor: Tensor,
-    pattern: Pattern,
-    segment: Segment,
-    lengths: dict[str, int],
-    *,
-    views: Segment,
-    grid: Segment,
-) -> Tensor:
-    """One segment of [AB, K, L, D] as [B', K, views, grid, D]; a view of the same memory where possible."""
-    tensor = tensor.narrow(2, _start(segment, pattern, lengths), _size(segment, lengths))
-    copies = "u" if "u" in pattern.batch else ""
-    # K and D are free for heads and channels, since axes are lower-case; einops knows no primes.
-    expression = (
-        f"({' '.join(pattern.batch)}) K ({' '.join(segment)}) D -> "
-        f"{copies} (b {' '.join(pattern.folded)}) K ({' '.join(views)}) ({' '.join(grid)}) D"
-    )
-    used = {name.replace("'", "1"): lengths[name] for name in {*pattern.batch, *segment}}
-    part = rearrange(tensor, expression.replace("'", "1"), **used)
-    return part[0] if copies else part
-
-
-def _size(names: Segment, lengths: dict[str, int]) -> int:
-    return math.prod(lengths[name] for name in names)
-
-
-def _start(segment: Segment, pattern: Pattern, lengths: dict[str, int]) -> int:
-    return sum(_size(other, lengths) for other in pattern.segments[: pattern.segments.index(segment)])
-
-
-def _ravel(names: Segment, place: dict[str, int], lengths: dict[str, int]) -> int:
-    position = 0
-    for name in names:
-        position = position * lengths[name] + place[name]
-    return position
 
 
 def _check_place(name: str, value: int, limit: int) -> None:
