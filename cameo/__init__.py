@@ -6,6 +6,7 @@ Example:
     True
 """
 
+from cameo import moved
 from cameo.alignment import AlignmentHead, alignment_loss
 from cameo.backbone import backbones, register_backbone
 from cameo.correspondence import Correspondence
@@ -13,6 +14,8 @@ from cameo.hub import from_pretrained
 from cameo.layout import TokenLayout
 from cameo.probing import LayerProbe, probe_layers
 from cameo.wrap import CameoModel, wrap
+
+moved.install()
 
 __version__ = "0.1.0"
 

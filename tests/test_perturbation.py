@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import cameo
 from cameo import CameoModel, TokenLayout, perturbation, probe_layers
 from cameo.adapters.cat3d import BUNDLED
-from cameo.adapters.joined_frames import deflate
+from cameo.adapters.common.joined_frames import deflate
 from cameo.capture import AttentionCapture, AttentionSite
 from cameo.errors import CaptureError
 from cameo.evaluation.compare import paired_bootstrap
