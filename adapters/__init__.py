@@ -1,1 +1,1 @@
-"""Adapters for the backbones that ship with cameo; each registers through the entry points `cameo.backbones`."""
+"""Backbone adapters, each a folder of the same files, registered by an entry point in `pyproject.toml`."""

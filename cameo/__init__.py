@@ -6,6 +6,7 @@ Example:
     True
 """
 
+from cameo import moved
 from cameo.alignment import AlignmentHead, alignment_loss
 from cameo.attention.layout import TokenLayout
 from cameo.backbone import backbones, register_backbone
@@ -13,6 +14,8 @@ from cameo.correspondence import Correspondence
 from cameo.hub import from_pretrained
 from cameo.probing import LayerProbe, probe_layers
 from cameo.wrap import CameoModel, wrap
+
+moved.install()
 
 __version__ = "0.1.0"
 

@@ -124,20 +124,26 @@ def register_backbone(name: str) -> Callable[[type[Backbone]], type[Backbone]]:
     def register(adapter: type[Backbone]) -> type[Backbone]:
         if not (isinstance(adapter, type) and issubclass(adapter, Backbone)):
             raise TypeError(f"backbone {name!r}: expected a subclass of cameo.backbone.Backbone, got {adapter!r}")
-        ours = f"{adapter.__module__}:{adapter.__qualname__}"
         known = _registry.get(name)
         others = (
             [f"{known.__module__}:{known.__qualname__}"]
             if known is not None
             else [point.value for point in entry_points(group=ENTRY_POINT_GROUP, name=name)]
         )
-        if others and ours not in others:  # running the same definition again, as in a notebook, is fine
+        # Running the same definition again, as in a notebook, is fine.
+        if others and not any(_names(other, adapter) for other in others):
             raise ValueError(f"backbone {name!r} is already registered by {others[0]}; choose another name")
         adapter.name = name
         _registry[name] = adapter
         return adapter
 
     return register
+
+
+def _names(entry_point: str, adapter: type[Backbone]) -> bool:
+    """Whether `module:Class` names this class, in its own module or in a package around it that exports it."""
+    module, _, name = entry_point.partition(":")
+    return name == adapter.__qualname__ and f"{adapter.__module__}.".startswith(f"{module}.")
 
 
 def backbones() -> list[str]:

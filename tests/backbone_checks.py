@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import cameo
 from cameo import CameoModel, Correspondence
-from cameo.adapters.joint_dit import JointDiT
+from cameo.adapters.cat3d.denoiser import JointDiT
 from cameo.backbone import get_backbone
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 import cameo
 from cameo import Correspondence
-from cameo.adapters.cat3d import noise_schedule
-from cameo.adapters.cat3d_pipeline import CONDITION_CHANNELS, Cat3DPipeline, inflate
-from cameo.adapters.latent_pipeline import vae_stride
+from cameo.adapters.cat3d.adapter import noise_schedule
+from cameo.adapters.cat3d.pipeline import CONDITION_CHANNELS, Cat3DPipeline, inflate
+from cameo.adapters.common.latent_pipeline import vae_stride
 from cameo.backbone import get_backbone
 from cameo.errors import DataError, ShapeError
 

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import cameo
-from cameo.adapters.cat3d_pipeline import inflate
+from cameo.adapters.cat3d.pipeline import inflate
 from cameo.backbone import get_backbone
 from cameo.config import CONFIG_NAME, CameoConfig
 from cameo.errors import DataError

@@ -14,9 +14,9 @@ from einops import rearrange
 from torch import Tensor
 
 import cameo
-from cameo.adapters.cat3d import noise_schedule
-from cameo.adapters.cat3d_pipeline import CONDITION_CHANNELS, Cat3DPipeline, inflate
-from cameo.adapters.joint_dit import JointDiT
+from cameo.adapters.cat3d.adapter import noise_schedule
+from cameo.adapters.cat3d.denoiser import JointDiT
+from cameo.adapters.cat3d.pipeline import CONDITION_CHANNELS, Cat3DPipeline, inflate
 from cameo.backbone import get_backbone
 from cameo.errors import ShapeError
 

@@ -28,10 +28,10 @@ from transformers import (
 import cameo
 from cameo import Correspondence, TokenLayout
 from cameo.adapters.mvdream import MVDream, disable_checkpointing, set_image_view
-from cameo.adapters.mvdream_cameras import camera_vectors
-from cameo.adapters.mvdream_loading import noise_schedule
-from cameo.adapters.mvdream_pipeline import MVDreamPipeline
-from cameo.adapters.mvdream_unet import CameraEmbedding, ImageDreamUNet, prepare
+from cameo.adapters.mvdream.cameras import camera_vectors
+from cameo.adapters.mvdream.denoiser import CameraEmbedding, ImageDreamUNet, prepare
+from cameo.adapters.mvdream.pipeline import MVDreamPipeline
+from cameo.adapters.mvdream.weights import noise_schedule
 from cameo.backbone import get_backbone
 from cameo.errors import CaptureError, ShapeError
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cameo.adapters.mvdream_cameras import camera_vectors
+from cameo.adapters.mvdream.cameras import camera_vectors
 from cameo.errors import ShapeError
 
 

@@ -11,9 +11,9 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import save_file
 
 import cameo
-from cameo.adapters.mvdream_convert import from_ldm, to_ldm, unet_config
-from cameo.adapters.mvdream_loading import convert_unet, noise_schedule
-from cameo.adapters.mvdream_unet import ImageDreamUNet, prepare
+from cameo.adapters.mvdream.convert import from_ldm, to_ldm, unet_config
+from cameo.adapters.mvdream.denoiser import ImageDreamUNet, prepare
+from cameo.adapters.mvdream.weights import convert_unet, noise_schedule
 from cameo.adapters.released import RELEASED
 from cameo.backbone import get_backbone
 from cameo.errors import DataError

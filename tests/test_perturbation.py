@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import cameo
 from cameo import CameoModel, TokenLayout, probe_layers
 from cameo.adapters.cat3d import BUNDLED
-from cameo.adapters.joined_frames import deflate
+from cameo.adapters.common.joined_frames import deflate
 from cameo.attention.capture import AttentionCapture, AttentionSite
 from cameo.attention.self_view import self_view_only
 from cameo.errors import CaptureError

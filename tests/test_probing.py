@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import cameo
 from cameo import Correspondence, LayerProbe, TokenLayout, probe_layers
 from cameo.adapters.cat3d import BUNDLED
-from cameo.adapters.latent_pipeline import LatentPipeline
+from cameo.adapters.common.latent_pipeline import LatentPipeline
 from cameo.attention.capture import AttentionSite
 from cameo.backbone import core_module, get_backbone
 from cameo.config import CameoConfig

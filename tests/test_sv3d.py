@@ -33,11 +33,11 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 import cameo
 from cameo import Correspondence
-from cameo.adapters import joined_frames
+from cameo.adapters.common import joined_frames
 from cameo.adapters.released import RELEASED
-from cameo.adapters.sv3d_convert import from_sgm, to_sgm
-from cameo.adapters.sv3d_pipeline import SV3DPipeline, edm_scheduler, triangle_scale
-from cameo.adapters.sv3d_unet import SV3DUNet
+from cameo.adapters.sv3d.convert import from_sgm, to_sgm
+from cameo.adapters.sv3d.denoiser import SV3DUNet
+from cameo.adapters.sv3d.pipeline import SV3DPipeline, edm_scheduler, triangle_scale
 from cameo.backbone import get_backbone
 from cameo.errors import DataError, ShapeError
 

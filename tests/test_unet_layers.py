@@ -7,7 +7,7 @@ from diffusers import UNetSpatioTemporalConditionModel
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from cameo.adapters.unet_layers import checkpoints_reentrantly, default_layer_index, level_of, self_attentions
+from cameo.adapters.common.unet_layers import checkpoints_reentrantly, default_layer_index, level_of, self_attentions
 
 from .zero123plus_models import stable_diffusion_unet
 

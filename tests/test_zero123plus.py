@@ -16,8 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 import cameo
 from cameo import Correspondence
-from cameo.adapters.unet_layers import checkpoints_reentrantly
-from cameo.adapters.zero123plus_unet import (
+from cameo.adapters.common.unet_layers import checkpoints_reentrantly
+from cameo.adapters.zero123plus.denoiser import (
     ReferenceAttnProcessor,
     ReferenceUNet,
     keep_references,

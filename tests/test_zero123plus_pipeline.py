@@ -15,10 +15,10 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 
 import cameo
-from cameo.adapters.zero123plus_images import from_canvas, to_canvas
-from cameo.adapters.zero123plus_pipeline import Zero123PlusPipeline
-from cameo.adapters.zero123plus_poses import pose_error, same_poses
-from cameo.adapters.zero123plus_unet import ReferenceUNet, noise_schedule
+from cameo.adapters.common.images import from_canvas, to_canvas
+from cameo.adapters.zero123plus.cameras import pose_error, same_poses
+from cameo.adapters.zero123plus.denoiser import ReferenceUNet, noise_schedule
+from cameo.adapters.zero123plus.pipeline import Zero123PlusPipeline
 from cameo.backbone import get_backbone
 from cameo.errors import DataError, ShapeError
 

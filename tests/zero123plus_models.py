@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from cameo import CameoModel, Correspondence
-from cameo.adapters.zero123plus_pipeline import Zero123PlusPipeline
+from cameo.adapters.zero123plus.pipeline import Zero123PlusPipeline
 from cameo.backbone import get_backbone
 from cameo.scenes.rigs import rig_cameras
 

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 import cameo
 from cameo import Correspondence, TokenLayout
 from cameo.adapters.mvdream import disable_checkpointing, set_image_view
-from cameo.adapters.mvdream_cameras import camera_vectors
-from cameo.adapters.mvdream_convert import from_ldm, to_ldm
-from cameo.adapters.mvdream_loading import convert_unet
-from cameo.adapters.mvdream_unet import ImageDreamUNet, prepare
+from cameo.adapters.mvdream.cameras import camera_vectors
+from cameo.adapters.mvdream.convert import from_ldm, to_ldm
+from cameo.adapters.mvdream.denoiser import ImageDreamUNet, prepare
+from cameo.adapters.mvdream.weights import convert_unet
 from cameo.backbone import get_backbone
 from cameo.errors import CaptureError
 

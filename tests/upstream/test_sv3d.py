@@ -25,10 +25,10 @@ from torch import Tensor, nn
 
 import cameo
 from cameo import Correspondence
-from cameo.adapters.joined_frames import deflate, is_inflated
+from cameo.adapters.common.joined_frames import deflate, is_inflated
 from cameo.adapters.sv3d import use_non_reentrant_checkpointing
-from cameo.adapters.sv3d_convert import from_sgm, settings_from_sgm, to_sgm
-from cameo.adapters.sv3d_unet import SV3DUNet
+from cameo.adapters.sv3d.convert import from_sgm, settings_from_sgm, to_sgm
+from cameo.adapters.sv3d.denoiser import SV3DUNet
 from cameo.backbone import get_backbone
 from cameo.errors import CaptureError, DataError
 

@@ -18,8 +18,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 import cameo
-from cameo.adapters.zero123plus_pipeline import Zero123PlusPipeline
-from cameo.adapters.zero123plus_unet import ReferenceUNet, keep_references
+from cameo.adapters.zero123plus.denoiser import ReferenceUNet, keep_references
+from cameo.adapters.zero123plus.pipeline import Zero123PlusPipeline
 from cameo.backbone import get_backbone
 from cameo.errors import CaptureError
 

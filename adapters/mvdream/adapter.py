@@ -10,9 +10,9 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from cameo.adapters.presets import preset_values, unet_2d
+from cameo.adapters.common.presets import preset_values, unet_2d
+from cameo.adapters.common.unet_layers import default_layer_index, level_of, self_attentions
 from cameo.adapters.released import licence_of, revision_of
-from cameo.adapters.unet_layers import default_layer_index, level_of, self_attentions
 from cameo.attention.capture import AttentionSite
 from cameo.attention.layout import TokenLayout
 from cameo.backbone import Backbone
@@ -67,7 +67,7 @@ class MVDream(Backbone):
         """Whether the self-attentions join the views and the model embeds 16 numbers of camera per view."""
         if _ldm_attentions(model):
             return True
-        from cameo.adapters.mvdream_unet import embeds_cameras
+        from cameo.adapters.mvdream.denoiser import embeds_cameras
 
         attentions = self_attentions(model)
         joined = [getattr(getattr(one, "processor", None), "join", False) for one in attentions.values()]
@@ -75,13 +75,13 @@ class MVDream(Backbone):
 
     def explain_mismatch(self, model: nn.Module) -> str:
         """Name the missing camera embedding, inflation or blocks."""
-        from cameo.adapters.mvdream_unet import embeds_cameras
+        from cameo.adapters.mvdream.denoiser import embeds_cameras
 
         kind = type(model).__name__
         if self_attentions(model) and embeds_cameras(model):
             return (
                 f"the self-attentions of this {kind} see one view at a time. Build an MVDreamPipeline around it, or "
-                "call cameo.adapters.mvdream_unet.prepare(unet, image_view=False) first"
+                "call cameo.adapters.mvdream.denoiser.prepare(unet, image_view=False) first"
             )
         if self_attentions(model):
             return (
@@ -183,9 +183,9 @@ class MVDream(Backbone):
                 (per resolution, finest first), `layers_per_block`, `heads`, `norm_num_groups`, `cross_attention_dim`,
                 `prediction_type`, `prompt`, `single_image_share`, `condition`.
         """
-        from cameo.adapters.mvdream_cameras import CAMERA_CHANNELS
-        from cameo.adapters.mvdream_loading import noise_schedule
-        from cameo.adapters.mvdream_pipeline import MVDreamPipeline
+        from cameo.adapters.mvdream.cameras import CAMERA_CHANNELS
+        from cameo.adapters.mvdream.pipeline import MVDreamPipeline
+        from cameo.adapters.mvdream.weights import noise_schedule
 
         values = preset_values(
             self,
@@ -227,7 +227,7 @@ class MVDream(Backbone):
         Raises:
             DataError: if files are missing or of another kind; says which.
         """
-        from cameo.adapters.mvdream_loading import load_pipeline
+        from cameo.adapters.mvdream.weights import load_pipeline
 
         return load_pipeline(name_or_path, revision=revision or revision_of(name_or_path), **options)
 

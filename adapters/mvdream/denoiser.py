@@ -18,8 +18,8 @@ from diffusers.models.embeddings import (
 )
 from torch import Tensor, nn
 
-from cameo.adapters.joint_views import JointViewAttnProcessor
-from cameo.adapters.mvdream_cameras import CAMERA_CHANNELS
+from cameo.adapters.common.joint_views import JointViewAttnProcessor
+from cameo.adapters.mvdream.cameras import CAMERA_CHANNELS
 
 __all__ = ["CameraEmbedding", "ImageDreamUNet", "embeds_cameras", "prepare"]
 
@@ -124,7 +124,7 @@ def prepare(
     Args:
         unet: its class embedding takes 16 numbers.
         image_view: whether the last view of the attention is ImageDream's image prompt.
-        use_xformers, latent_stride: see `cameo.adapters.joint_views.inflate`.
+        use_xformers, latent_stride: see `cameo.adapters.common.joint_views.inflate`.
 
     Raises:
         ValueError: if the U-Net has no camera embedding, or an `ImageDreamUNet` lost its image tokens' processors.

@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from cameo.adapters.presets import preset_values, unet_2d
+from cameo.adapters.common.presets import preset_values, unet_2d
+from cameo.adapters.common.unet_layers import checkpoints_reentrantly, default_layer_index, level_of, self_attentions
 from cameo.adapters.released import licence_of, revision_of
-from cameo.adapters.unet_layers import checkpoints_reentrantly, default_layer_index, level_of, self_attentions
 from cameo.attention.capture import AttentionSite
 from cameo.attention.layout import TokenLayout
 from cameo.backbone import Backbone
@@ -56,7 +56,7 @@ class Zero123Plus(Backbone):
 
     def recognises(self, model: nn.Module) -> bool:
         """Whether all self-attentions of a U-Net with SD's block names read references."""
-        from cameo.adapters.zero123plus_unet import reads_references
+        from cameo.adapters.zero123plus.denoiser import reads_references
 
         found = self._attentions(model).values()
         return bool(found) and all(reads_references(getattr(attention, "processor", None)) for attention in found)
@@ -67,7 +67,7 @@ class Zero123Plus(Backbone):
             return (
                 f"the self-attentions of this {type(model).__name__} read no reference image. Build a "
                 "Zero123PlusPipeline around the U-Net, call pipeline.prepare() on the published pipeline, or "
-                "cameo.adapters.zero123plus_unet.set_reference_processors(unet)"
+                "cameo.adapters.zero123plus.denoiser.set_reference_processors(unet)"
             )
         return (
             f"{type(model).__name__} has no modules named like "
@@ -93,7 +93,7 @@ class Zero123Plus(Backbone):
 
     def hazard(self, model: nn.Module) -> str | None:
         """Gradient checkpointing with the published processors, or with a reentrant function."""
-        from cameo.adapters.zero123plus_unet import is_published
+        from cameo.adapters.zero123plus.denoiser import is_published
 
         if not any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
             return None
@@ -101,7 +101,7 @@ class Zero123Plus(Backbone):
             return (
                 "gradient checkpointing: the published attention processors remove a reference when they read it, so "
                 "the recomputation in the backward would end in a KeyError. Call "
-                "cameo.adapters.zero123plus_unet.keep_references(model), or disable gradient checkpointing"
+                "cameo.adapters.zero123plus.denoiser.keep_references(model), or disable gradient checkpointing"
             )
         if checkpoints_reentrantly(model):
             return (
@@ -113,7 +113,7 @@ class Zero123Plus(Backbone):
 
     def example_inputs(self, model: nn.Module, *, seed: int = 0) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """One sample of 8x8 latent cells per view, with its reference at the size that the layers expect."""
-        from cameo.adapters.zero123plus_unet import ReferenceUNet
+        from cameo.adapters.zero123plus.denoiser import ReferenceUNet
 
         unet = model.get_submodule(self._prefix(model))
         config, parameter = unet.config, next(unet.parameters())
@@ -146,7 +146,7 @@ class Zero123Plus(Backbone):
                 `block_out_channels`, `attention_levels` (per resolution, finest first), `layers_per_block`, `heads`,
                 `norm_num_groups`.
         """
-        from cameo.adapters.zero123plus_pipeline import Zero123PlusPipeline
+        from cameo.adapters.zero123plus.pipeline import Zero123PlusPipeline
 
         values = preset_values(self, preset, options, patch_size=4, layers_per_block=1, norm_num_groups=32)
         cell = values["image_size"] // values["patch_size"]
@@ -165,7 +165,7 @@ class Zero123Plus(Backbone):
         """
         from diffusers import DiffusionPipeline
 
-        from cameo.adapters.zero123plus_pipeline import Zero123PlusPipeline
+        from cameo.adapters.zero123plus.pipeline import Zero123PlusPipeline
 
         revision = revision or revision_of(name_or_path)
         settings = DiffusionPipeline.load_config(name_or_path, revision=revision)
@@ -201,13 +201,13 @@ def euler_ancestral() -> Any:
     """Sampler of the releases, with the spacing of time steps that their instructions set."""
     from diffusers import EulerAncestralDiscreteScheduler
 
-    from cameo.adapters.zero123plus_unet import noise_schedule
+    from cameo.adapters.zero123plus.denoiser import noise_schedule
 
     settings = noise_schedule().config
     return EulerAncestralDiscreteScheduler.from_config(settings, timestep_spacing="trailing")
 
 
 def _reference_size(processor: Any) -> tuple[int, int]:
-    from cameo.adapters.zero123plus_unet import RELEASED_REFERENCE_SIZE
+    from cameo.adapters.zero123plus.denoiser import RELEASED_REFERENCE_SIZE
 
     return getattr(processor, "reference_size", RELEASED_REFERENCE_SIZE)

@@ -18,9 +18,7 @@ import torch.nn.functional as F
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from torch import Tensor
 
-from cameo.adapters.latent_pipeline import LatentPipeline, reference_views
-from cameo.adapters.unet_layers import self_attentions
-from cameo.adapters.zero123plus_images import (
+from cameo.adapters.common.images import (
     by_canvas,
     from_canvas,
     image_processor,
@@ -28,8 +26,10 @@ from cameo.adapters.zero123plus_images import (
     processor_side,
     to_canvas,
 )
-from cameo.adapters.zero123plus_poses import same_poses
-from cameo.adapters.zero123plus_unet import ReferenceUNet, check_references, set_reference_processors
+from cameo.adapters.common.latent_pipeline import LatentPipeline, reference_views
+from cameo.adapters.common.unet_layers import self_attentions
+from cameo.adapters.zero123plus.cameras import same_poses
+from cameo.adapters.zero123plus.denoiser import ReferenceUNet, check_references, set_reference_processors
 from cameo.errors import ShapeError
 from cameo.pipeline import TrainingInputs
 
@@ -340,7 +340,7 @@ class Zero123PlusPipeline(LatentPipeline):
             settings = ", ".join(f"{name}={value}" for name, value in self._settings().items())
             raise RuntimeError(
                 "unet: is a plain UNet2DConditionModel, set after the pipeline was built; it sees no reference. Call "
-                f"cameo.adapters.zero123plus_unet.ReferenceUNet.from_unet(pipeline.unet, {settings})"
+                f"cameo.adapters.zero123plus.denoiser.ReferenceUNet.from_unet(pipeline.unet, {settings})"
             )
         check_references(self.unet)
 

@@ -8,9 +8,9 @@ from typing import Any
 import diffusers
 import torch
 
-from cameo.adapters.sv3d_convert import from_sgm, read_sgm_checkpoint, settings_from_sgm
-from cameo.adapters.sv3d_pipeline import SV3DPipeline, edm_scheduler
-from cameo.adapters.sv3d_unet import SV3DUNet
+from cameo.adapters.sv3d.convert import from_sgm, read_sgm_checkpoint, settings_from_sgm
+from cameo.adapters.sv3d.denoiser import SV3DUNet
+from cameo.adapters.sv3d.pipeline import SV3DPipeline, edm_scheduler
 from cameo.errors import DataError
 
 __all__ = ["from_checkpoint", "from_diffusers"]

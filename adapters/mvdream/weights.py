@@ -11,9 +11,9 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
 
-from cameo.adapters.mvdream_convert import from_ldm, unet_config, unet_part
-from cameo.adapters.mvdream_pipeline import MVDreamPipeline
-from cameo.adapters.mvdream_unet import ImageDreamUNet
+from cameo.adapters.mvdream.convert import from_ldm, unet_config, unet_part
+from cameo.adapters.mvdream.denoiser import ImageDreamUNet
+from cameo.adapters.mvdream.pipeline import MVDreamPipeline
 from cameo.errors import DataError, unknown_name
 
 __all__ = ["convert_unet", "load_pipeline", "noise_schedule"]
@@ -48,7 +48,7 @@ def convert_unet(
     """Build the diffusers U-Net that holds the weights of an original U-Net; with image tokens an `ImageDreamUNet`.
 
     Example:
-        >>> from cameo.adapters.mvdream_convert import to_ldm
+        >>> from cameo.adapters.mvdream.convert import to_ldm
         >>> from cameo.backbone import get_backbone
         >>> unet = get_backbone("mvdream").build("small", block_out_channels=(32, 32, 32)).unet
         >>> again = convert_unet(to_ldm(unet.state_dict()), num_heads=8)
@@ -56,7 +56,7 @@ def convert_unet(
         True
 
     Args:
-        state, num_heads, num_head_channels: see `cameo.adapters.mvdream_convert.unet_config`.
+        state, num_heads, num_head_channels: see `cameo.adapters.mvdream.convert.unet_config`.
 
     Raises:
         ValueError: if names or shapes do not fit.

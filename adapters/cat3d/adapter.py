@@ -9,10 +9,10 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from cameo.adapters.joint_dit import JointDiT, dit_attentions
-from cameo.adapters.presets import preset_values, unet_2d
+from cameo.adapters.cat3d.denoiser import JointDiT, dit_attentions
+from cameo.adapters.common.presets import preset_values, unet_2d
+from cameo.adapters.common.unet_layers import default_layer_index, level_of, self_attentions
 from cameo.adapters.released import licence_of, revision_of
-from cameo.adapters.unet_layers import default_layer_index, level_of, self_attentions
 from cameo.attention.capture import AttentionSite
 from cameo.attention.layout import TokenLayout
 from cameo.backbone import Backbone
@@ -21,7 +21,7 @@ from cameo.errors import DataError, unknown_name
 __all__ = ["BUNDLED", "Cat3D"]
 
 BUNDLED = "bundled:cat3d-transformer-tiny"
-_WEIGHTS = Path(__file__).parent / "weights"
+_WEIGHTS = Path(__file__).parents[1] / "weights"
 
 
 class Cat3D(Backbone):
@@ -65,12 +65,12 @@ class Cat3D(Backbone):
         if _attentions(model):
             return (
                 f"the self-attentions of this {type(model).__name__} see one view at a time. "
-                "Call cameo.adapters.cat3d_pipeline.inflate(unet) first, or build a Cat3DPipeline around it"
+                "Call cameo.adapters.cat3d.pipeline.inflate(unet) first, or build a Cat3DPipeline around it"
             )
         return (
             f"{type(model).__name__} has no modules named like "
             "down_blocks.0.attentions.0.transformer_blocks.0.attn1. Pass the U-Net itself (pipeline.unet), "
-            "a UNet2DConditionModel with cross-attention blocks or a cameo.adapters.joint_dit.JointDiT"
+            "a UNet2DConditionModel with cross-attention blocks or a cameo.adapters.cat3d.denoiser.JointDiT"
         )
 
     def sites(self, model: nn.Module) -> list[AttentionSite]:
@@ -116,7 +116,7 @@ class Cat3D(Backbone):
                 `zero_terminal_snr`; of a U-Net also `block_out_channels`, `attention_levels` (per resolution, finest
                 first), `layers_per_block`, `norm_num_groups`; of a transformer `width` and `blocks`.
         """
-        from cameo.adapters.cat3d_pipeline import CONDITION_CHANNELS, Cat3DPipeline
+        from cameo.adapters.cat3d.pipeline import CONDITION_CHANNELS, Cat3DPipeline
 
         is_transformer = "blocks" in self.presets.get(preset, ())
         defaults = {} if is_transformer else {"layers_per_block": 1, "norm_num_groups": 32}
@@ -138,7 +138,7 @@ class Cat3D(Backbone):
         """
         from diffusers import DiffusionPipeline
 
-        from cameo.adapters.cat3d_pipeline import Cat3DPipeline
+        from cameo.adapters.cat3d.pipeline import Cat3DPipeline
 
         if name_or_path.startswith("bundled:"):
             folder = _WEIGHTS / name_or_path.removeprefix("bundled:")
@@ -231,7 +231,7 @@ def from_stable_diffusion(
     """
     from diffusers import AutoencoderKL, UNet2DConditionModel
 
-    from cameo.adapters.cat3d_pipeline import CONDITION_CHANNELS, Cat3DPipeline
+    from cameo.adapters.cat3d.pipeline import CONDITION_CHANNELS, Cat3DPipeline
 
     unet = UNet2DConditionModel.from_pretrained(name_or_path, subfolder="unet", revision=revision, **options)
     vae = AutoencoderKL.from_pretrained(name_or_path, subfolder="vae", revision=revision, **options)

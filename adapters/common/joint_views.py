@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from typing import TypeVar
 
-from diffusers import UNet2DConditionModel
+from diffusers import ModelMixin, UNet2DConditionModel  # noqa: F401 - the second for the example below
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0, XFormersAttnProcessor
 from einops import rearrange
 from torch import Tensor, nn
 
-from cameo.adapters.joint_dit import JointDiT
 from cameo.errors import ShapeError
 
 __all__ = ["JointViewAttnProcessor", "check_joined", "inflate"]
 
-Denoiser = TypeVar("Denoiser", UNet2DConditionModel, JointDiT)
+Denoiser = TypeVar("Denoiser", bound=ModelMixin)
 
 
 class JointViewAttnProcessor:

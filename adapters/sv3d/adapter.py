@@ -12,16 +12,16 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from cameo.adapters import joined_frames
-from cameo.adapters.presets import block_settings, preset_values
+from cameo.adapters.common import joined_frames
+from cameo.adapters.common.presets import block_settings, preset_values
+from cameo.adapters.common.unet_layers import level_of, self_attentions
 from cameo.adapters.released import licence_of, revision_of
-from cameo.adapters.sgm_video_unet import (
+from cameo.adapters.sv3d.layers import (
     checkpoint_hazard,
     resolution_levels,
     use_non_reentrant_checkpointing,
     video_attentions,
 )
-from cameo.adapters.unet_layers import level_of, self_attentions
 from cameo.attention.capture import AttentionSite
 from cameo.attention.layout import TokenLayout
 from cameo.backbone import Backbone
@@ -158,8 +158,8 @@ class SV3D(Backbone):
                 `attention_levels` (per resolution, finest first), `layers_per_block`, `heads`, `embed_dim` (Fourier
                 features of one number), `camera` (False: without angles, as SV3D_u), `noise_mean`, `noise_deviation`.
         """
-        from cameo.adapters.sv3d_pipeline import SV3DPipeline, edm_scheduler
-        from cameo.adapters.sv3d_unet import SV3DUNet
+        from cameo.adapters.sv3d.denoiser import SV3DUNet
+        from cameo.adapters.sv3d.pipeline import SV3DPipeline, edm_scheduler
 
         values = preset_values(self, preset, options, patch_size=4, camera=True, noise_mean=0.7, noise_deviation=1.6)
         blocks = block_settings(values, "SpatioTemporal")
@@ -201,8 +201,8 @@ class SV3D(Backbone):
         """
         from diffusers import DiffusionPipeline
 
-        from cameo.adapters.sv3d_pipeline import SV3DPipeline
-        from cameo.adapters.sv3d_release import from_checkpoint, from_diffusers
+        from cameo.adapters.sv3d.pipeline import SV3DPipeline
+        from cameo.adapters.sv3d.weights import from_checkpoint, from_diffusers
 
         if Path(name_or_path).suffix == ".safetensors":
             return from_checkpoint(name_or_path, **options)

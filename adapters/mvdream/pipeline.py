@@ -13,10 +13,10 @@ from diffusers import DDIMScheduler, UNet2DConditionModel
 from einops import rearrange, repeat
 from torch import Tensor
 
-from cameo.adapters.joint_views import check_joined
-from cameo.adapters.latent_pipeline import LatentPipeline
-from cameo.adapters.mvdream_cameras import camera_vectors
-from cameo.adapters.mvdream_unet import ImageDreamUNet, prepare
+from cameo.adapters.common.joint_views import check_joined
+from cameo.adapters.common.latent_pipeline import LatentPipeline
+from cameo.adapters.mvdream.cameras import camera_vectors
+from cameo.adapters.mvdream.denoiser import ImageDreamUNet, prepare
 from cameo.errors import unknown_name
 from cameo.geometry.cameras import check_cameras
 from cameo.pipeline import TrainingInputs

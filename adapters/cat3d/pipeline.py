@@ -16,9 +16,9 @@ from diffusers import DDIMScheduler, UNet2DConditionModel
 from einops import rearrange, repeat
 from torch import Tensor
 
-from cameo.adapters.joint_dit import JointDiT
-from cameo.adapters.joint_views import JointViewAttnProcessor, check_joined, inflate
-from cameo.adapters.latent_pipeline import LatentPipeline, reference_views
+from cameo.adapters.cat3d.denoiser import JointDiT
+from cameo.adapters.common.joint_views import JointViewAttnProcessor, check_joined, inflate
+from cameo.adapters.common.latent_pipeline import LatentPipeline, reference_views
 from cameo.geometry import check_cameras, plucker_rays, relative_extrinsics
 from cameo.pipeline import TrainingInputs
 
@@ -43,7 +43,7 @@ class Cat3DPipeline(LatentPipeline):
         torch.Size([1, 2, 3, 32, 32])
 
     Args:
-        unet: `UNet2DConditionModel` or `cameo.adapters.joint_dit.JointDiT`; takes latent channels + 7 condition
+        unet: `UNet2DConditionModel` or `cameo.adapters.cat3d.denoiser.JointDiT`; takes latent channels + 7 condition
             channels; its self-attentions are inflated here.
         scheduler: noise schedule for training and sampling; prediction type "v_prediction" or "epsilon".
         vae: `AutoencoderKL` or `AutoencoderTiny`; None works on pixels, folded into channels by `patch_size`.

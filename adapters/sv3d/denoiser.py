@@ -18,7 +18,7 @@ from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.embeddings import get_timestep_embedding
 from torch import Tensor, nn
 
-from cameo.adapters.joined_frames import inflate
+from cameo.adapters.common.joined_frames import inflate
 from cameo.errors import ShapeError
 
 __all__ = ["SV3DUNet"]
@@ -43,8 +43,9 @@ class SV3DUNet(UNetSpatioTemporalConditionModel, PeftAdapterMixin):
 
     Args:
         latent_stride: image pixels per latent cell side; tells the layers their token grid for an image size.
-        joined_layers: spatial self-attentions in which all frames are joined, see `cameo.adapters.joined_frames`.
-            `cameo.wrap(..., inflate=True)` writes them down here, so that a saved U-Net loads with its layers joined.
+        joined_layers: spatial self-attentions in which all frames are joined, see
+            `cameo.adapters.common.joined_frames`. `cameo.wrap(..., inflate=True)` writes them down here, so that a
+            saved U-Net loads with its layers joined.
 
     The embedding of the noise level plus that of the frame's `cond_aug, polar, azimuth` (SV3D_p) or `cond_aug`
     (SV3D_u) reaches every residual block; the base class adds one embedding per sample. The norms of all residual

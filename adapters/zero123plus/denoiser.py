@@ -17,7 +17,7 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0, XFormersAttnProcessor
 from torch import Tensor, nn
 
-from cameo.adapters.unet_layers import self_attentions
+from cameo.adapters.common.unet_layers import self_attentions
 from cameo.errors import ShapeError
 
 __all__ = [
@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 RELEASED_REFERENCE_SIZE = (512, 512)  # height and width in pixels at which the releases encode the reference image
-_CURE = "cameo.adapters.zero123plus_unet.set_reference_processors(unet)"
+_CURE = "cameo.adapters.zero123plus.denoiser.set_reference_processors(unet)"
 
 
 class ReferenceAttnProcessor:

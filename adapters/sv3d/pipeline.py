@@ -15,9 +15,9 @@ from diffusers import AutoencoderKLTemporalDecoder, EulerDiscreteScheduler, UNet
 from einops import rearrange, repeat
 from torch import Tensor
 
-from cameo.adapters.joint_views import JointViewAttnProcessor
-from cameo.adapters.latent_pipeline import LatentPipeline, reference_views
-from cameo.adapters.sv3d_unet import SV3DUNet
+from cameo.adapters.common.joint_views import JointViewAttnProcessor
+from cameo.adapters.common.latent_pipeline import LatentPipeline, reference_views
+from cameo.adapters.sv3d.denoiser import SV3DUNet
 from cameo.geometry import estimate_up, orbit_centre, spherical_angles
 from cameo.pipeline import TrainingInputs
 
@@ -84,7 +84,7 @@ class SV3DPipeline(LatentPipeline):
             raise ValueError(
                 "scheduler: expected an EulerDiscreteScheduler with prediction_type='v_prediction' and "
                 f"timestep_type='continuous', got {settings.prediction_type!r} and {settings.get('timestep_type')!r}; "
-                "use cameo.adapters.sv3d_pipeline.edm_scheduler()"
+                "use cameo.adapters.sv3d.pipeline.edm_scheduler()"
             )
         if type(unet) is UNetSpatioTemporalConditionModel:
             unet = SV3DUNet.from_plain(unet)

@@ -1,0 +1,1 @@
+"""What the adapters share: pipelines on latents, attention layers of U-Nets, joined views, presets."""

@@ -1,0 +1,131 @@
+"""Modules under the names they had in earlier releases, so that old imports, pickles and saved pipelines work.
+
+A saved `model_index.json` names the module of each class in it, as a pickle does. `MOVED` is the whole table; nothing
+else in this project knows an old name.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import warnings
+from collections.abc import Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+__all__ = ["MOVED", "install"]
+
+# Old name: new name, or the new names of the parts where the contents of a module are in several places today.
+MOVED: dict[str, str | tuple[str, ...]] = {
+    "cameo.adapters.cat3d_pipeline": "cameo.adapters.cat3d.pipeline",
+    "cameo.adapters.joined_frames": "cameo.adapters.common.joined_frames",
+    "cameo.adapters.joint_dit": "cameo.adapters.cat3d.denoiser",
+    "cameo.adapters.joint_views": "cameo.adapters.common.joint_views",
+    "cameo.adapters.latent_pipeline": "cameo.adapters.common.latent_pipeline",
+    "cameo.adapters.mvdream_cameras": "cameo.adapters.mvdream.cameras",
+    "cameo.adapters.mvdream_convert": "cameo.adapters.mvdream.convert",
+    "cameo.adapters.mvdream_loading": "cameo.adapters.mvdream.weights",
+    "cameo.adapters.mvdream_pipeline": "cameo.adapters.mvdream.pipeline",
+    "cameo.adapters.mvdream_unet": "cameo.adapters.mvdream.denoiser",
+    "cameo.adapters.presets": "cameo.adapters.common.presets",
+    "cameo.adapters.sgm_video_unet": "cameo.adapters.sv3d.layers",
+    "cameo.adapters.sv3d_convert": "cameo.adapters.sv3d.convert",
+    "cameo.adapters.sv3d_pipeline": "cameo.adapters.sv3d.pipeline",
+    "cameo.adapters.sv3d_release": "cameo.adapters.sv3d.weights",
+    "cameo.adapters.sv3d_unet": "cameo.adapters.sv3d.denoiser",
+    "cameo.adapters.unet_layers": "cameo.adapters.common.unet_layers",
+    "cameo.adapters.zero123plus_images": "cameo.adapters.common.images",
+    "cameo.adapters.zero123plus_pipeline": "cameo.adapters.zero123plus.pipeline",
+    "cameo.adapters.zero123plus_poses": "cameo.adapters.zero123plus.cameras",
+    "cameo.adapters.zero123plus_unet": "cameo.adapters.zero123plus.denoiser",
+    "cameo.attention_calls": "cameo.attention.kernel_calls",
+    "cameo.cameras": "cameo.geometry.cameras",
+    "cameo.capture": "cameo.attention.capture",
+    "cameo.card": "cameo.hub.card",
+    "cameo.data.cache": "cameo.scenes.cache",
+    "cameo.data.meshes": "cameo.scenes.meshes",
+    "cameo.data.objects": "cameo.scenes.objects",
+    "cameo.data.rendering": "cameo.scenes.rendering",
+    "cameo.data.rigs": "cameo.scenes.rigs",
+    "cameo.data.rooms": "cameo.scenes.rooms",
+    "cameo.data.scenes": "cameo.scenes.embedded",
+    "cameo.data.shapes": "cameo.scenes.shapes",
+    "cameo.data.textures": "cameo.scenes.textures",
+    "cameo.data.views": "cameo.scenes.views",
+    "cameo.depth": "cameo.geometry.depth",
+    "cameo.evaluation.attention": "cameo.probing.hits",
+    "cameo.evaluation.mode": "cameo.probing.mode",
+    "cameo.evaluation.runs": "cameo.training.runs",
+    "cameo.evaluation.truth": "cameo.probing.truth",
+    "cameo.features": "cameo.correspondence.features",
+    "cameo.kernels": "cameo.alignment",
+    "cameo.kernels.heads": "cameo.alignment.torch_heads",
+    "cameo.kernels.nearest": "cameo.correspondence.nearest",
+    "cameo.kernels.operator": "cameo.alignment.operator",
+    "cameo.kernels.rows": "cameo.alignment.rows",
+    "cameo.kernels.sweep": "cameo.alignment.sweep",
+    "cameo.kernels.triton_head_kernels": "cameo.alignment.triton_head_kernels",
+    "cameo.kernels.triton_heads": "cameo.alignment.triton_heads",
+    "cameo.kernels.triton_nearest": "cameo.correspondence.triton_nearest",
+    "cameo.kernels.triton_support": "cameo.triton_support",
+    "cameo.layer_probe": "cameo.probing.result",
+    "cameo.layout": "cameo.attention.layout",
+    "cameo.licence": "cameo.hub.license",
+    "cameo.listing": "cameo.probing.listing",
+    "cameo.loading": "cameo.hub.loading",
+    "cameo.matching": "cameo.correspondence.matching",
+    "cameo.orbits": "cameo.geometry.orbits",
+    "cameo.pattern": "cameo.attention.pattern",
+    "cameo.perturbation": "cameo.probing.ablation",
+    "cameo.probe_report": "cameo.probing.report",
+    "cameo.probe_tally": "cameo.probing.tally",
+    "cameo.probed_layer": "cameo.probing.probed_layer",
+    "cameo.publish": "cameo.hub.publish",
+    "cameo.self_view": "cameo.attention.self_view",
+    "cameo.weights": "cameo.hub.weights",
+    "cameo.xformers_tap": "cameo.attention.xformers_tap",
+}
+
+
+class _MovedFinder(MetaPathFinder, Loader):
+    """Finds the modules of `MOVED`."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        return ModuleSpec(fullname, self) if fullname in MOVED else None
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Put the module that `MOVED` names in place of the empty `module`."""
+        old, new = module.__name__, MOVED[module.__name__]
+        parts = (new,) if isinstance(new, str) else new
+        warnings.warn(f"{old} is now {' and '.join(parts)}; import it from there", FutureWarning, stacklevel=2)
+        homes = [importlib.import_module(part) for part in parts]
+        if len(homes) == 1:
+            sys.modules[old] = homes[0]  # the very same module, which the import system then hands out
+            return
+
+        def find(name: str) -> Any:
+            for home in homes:
+                if hasattr(home, name):
+                    return getattr(home, name)
+            raise AttributeError(f"module {old!r} has no attribute {name!r}; it is now {' and '.join(parts)}")
+
+        module.__getattr__ = find  # type: ignore[method-assign]
+
+
+def install() -> None:
+    """Let Python find the modules of `MOVED`; a second call changes nothing.
+
+    Example:
+        >>> import warnings, cameo.adapters.cat3d.denoiser
+        >>> with warnings.catch_warnings(action="ignore"):
+        ...     from cameo.adapters import joint_dit
+        >>> joint_dit is cameo.adapters.cat3d.denoiser
+        True
+    """
+    if not any(isinstance(finder, _MovedFinder) for finder in sys.meta_path):
+        # First, since a room that has a moved name as its old parent would else be searched for files of that name.
+        sys.meta_path.insert(0, _MovedFinder())
