@@ -11,6 +11,7 @@ from typing import NotRequired, Protocol, TypedDict, runtime_checkable
 import torch
 from torch import Tensor
 
+from cameo.cameras import warn_of_another_image_size
 from cameo.correspondence import Correspondence
 from cameo.errors import DataError, ShapeError
 from cameo.geometry import check_cameras
@@ -159,6 +160,7 @@ def check_sample(sample: MultiViewSample) -> None:
         )
     try:
         check_cameras(sample["intrinsics"][None], sample["extrinsics"][None])
+        warn_of_another_image_size(sample["intrinsics"][None], images.shape[-2:])
     except ValueError as error:
         raise DataError(f"sample {sample['key']}: {error}") from error
 
