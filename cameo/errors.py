@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import operator
 from collections.abc import Iterable
 
-__all__ = ["CaptureError", "DataError", "ShapeError", "unknown_name"]
+__all__ = ["CaptureError", "DataError", "ShapeError", "as_integer", "unknown_name"]
 
 
 class ShapeError(ValueError):
@@ -40,3 +41,27 @@ def unknown_name(kind: str, name: object, known: Iterable[str]) -> ValueError:
     near = difflib.get_close_matches(str(name), names, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
     return ValueError(f"unknown {kind} {name!r}: {hint}Known: {', '.join(names) or 'none'}")
+
+
+def as_integer(name: str, value: object, *, least: int | None = None, most: int | None = None) -> int:
+    """Read a whole number of any integer type, such as numpy's; a bool, a float and text are none.
+
+    Example:
+        >>> as_integer("heads", 8, least=1)
+        8
+        >>> as_integer("heads", 8.0, least=1)
+        Traceback (most recent call last):
+        ...
+        ValueError: heads: expected an integer of at least 1, got 8.0
+
+    Raises:
+        ValueError: if it is none, or lies outside `least` to `most`; names the argument.
+    """
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        number = None
+    if number is not None and (least is None or number >= least) and (most is None or number <= most):
+        return number
+    limits = "" if least is None else f" of at least {least}" if most is None else f" from {least} to {most}"
+    raise ValueError(f"{name}: expected an integer{limits}, got {value!r}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -277,3 +279,54 @@ def neighbour_error(views: Views, extrinsics: torch.Tensor) -> float:
     color = F.grid_sample(images[:-1], grid[:, None].nan_to_num(5.0), align_corners=False)[:, :, 0]
     visible = (grid.abs() < 1).all(-1) & (z[0] > 0) & points.isfinite().all(-1)
     return (color - images[1:].flatten(2)).abs().mean(1)[visible].mean().item()
+
+
+@pytest.mark.parametrize(
+    ("intrinsics", "message"),
+    [
+        ([[0.0, 0, 32], [0, 60, 24], [0, 0, 1]], "focal length that is not positive"),
+        ([[60.0, 0, 32], [0, -60, 24], [0, 0, 1]], "focal length that is not positive"),
+        ([[math.nan, 0, 32], [0, 60, 24], [0, 0, 1]], "non-finite"),
+        ([[60.0, 0, 32], [0, 60, 24], [0, 0, 2]], "last row other than 0 0 1"),
+        ([[0.9, 0, 0.5], [0, 1.2, 0.5], [0, 0, 1]], "normalized values .*multiply the first row by the width"),
+    ],
+)
+def test_unusable_intrinsics_are_refused(seven_scenes: Path, intrinsics: list[list[float]], message: str) -> None:
+    with pytest.raises(DataError, match=rf"seven: intrinsics: .*{message}"):
+        RGBDSequence(seven_scenes, intrinsics=intrinsics)
+    np.savetxt(seven_scenes / "camera-intrinsics.txt", np.array(intrinsics))
+    with pytest.raises(DataError, match=message):
+        RGBDSequence(seven_scenes)
+
+
+@pytest.mark.parametrize(("place", "value"), [((3,), (5.0, 5.0, 5.0, 7.0)), ((0, 3), 1e300)])
+def test_a_pose_that_is_none_is_left_out(seven_scenes: Path, place: tuple[int, ...], value: object) -> None:
+    path = seven_scenes / "frame-000001.pose.txt"
+    pose = np.loadtxt(path)
+    pose[place] = value
+    np.savetxt(path, pose)
+    with pytest.warns(UserWarning, match=r"first: frame-000001 \(its pose is not a finite rigid 4x4 matrix"):
+        assert "frame-000001" not in RGBDSequence(seven_scenes).frame_names
+
+
+def test_depth_stored_in_metres_is_noticed(seven_scenes: Path) -> None:
+    for path in seven_scenes.glob("*.depth.png"):
+        Image.fromarray(np.full((HEIGHT, WIDTH), 2, dtype=np.uint16)).save(path)
+    with pytest.warns(UserWarning, match=r"largest depth of all frames is 0\.002 m .*pass depth_scale=1"):
+        RGBDSequence(seven_scenes)
+    with warnings.catch_warnings(action="error"):
+        RGBDSequence(seven_scenes, depth_scale=1)
+
+
+def test_files_of_the_wrong_kind_are_named(seven_scenes: Path, tum: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tum / "rgb.txt").write_bytes(b"\xff\xfe1.0 rgb/0.png")
+    with pytest.raises(DataError, match=r"rgb.txt: expected a text file"):
+        RGBDSequence(tum)
+    path = seven_scenes / "frame-000001.pose.txt"
+    path.unlink()
+    path.mkdir()
+    with pytest.warns(UserWarning, match=r"first: frame-000001 \(its pose"):
+        RGBDSequence(seven_scenes)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 16)  # what is a bomb in earnest would take long to write
+    with pytest.raises(DataError, match=r"frame-000000.color.png: cannot decode the colour image .*decompression bomb"):
+        RGBDSequence(seven_scenes)

@@ -14,7 +14,7 @@ from torch import Tensor
 from cameo.correspondence.matching import match_depth, match_features, match_point_maps
 from cameo.errors import ShapeError
 from cameo.geometry import as_grid
-from cameo.geometry.cameras import check_depth, check_matrices, same_views
+from cameo.geometry.cameras import check_depth, check_matrices, same_views, warn_of_another_image_size
 
 __all__ = ["Correspondence", "GridSize"]
 
@@ -268,6 +268,7 @@ class Correspondence:
         """
         if check_values:
             check_depth(depth, intrinsics, extrinsics)
+            warn_of_another_image_size(intrinsics, depth.shape[-2:])
         else:
             _check_shapes(depth, intrinsics, extrinsics)
         if not 0 < depth_tolerance < 1:
@@ -323,7 +324,7 @@ class Correspondence:
 
 
 def _grid_per_view(size: GridSize, views: int) -> tuple[tuple[int, int], ...]:
-    if not isinstance(size, int) and size and all(isinstance(grid, (tuple, list)) for grid in size):
+    if isinstance(size, (tuple, list)) and size and all(isinstance(grid, (tuple, list)) for grid in size):
         if len(size) != views:
             raise ShapeError("size", expected=f"(h, w), or one (h, w) for each of {views} views", got=str(size))
         return tuple(as_grid("size", grid) for grid in size)

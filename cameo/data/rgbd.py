@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from cameo.data.rgbd_layouts import LAYOUTS, Frame, Layout, Listing, detect_layout
 from cameo.errors import DataError, ShapeError, unknown_name
-from cameo.geometry import crop_intrinsics, resize_intrinsics
+from cameo.geometry import check_cameras, crop_intrinsics, resize_intrinsics
 from cameo.scenes.views import Views
 
 __all__ = ["RGBDSequence"]
@@ -21,6 +22,8 @@ __all__ = ["RGBDSequence"]
 SPLITS = (None, "train", "validation")
 # Colour and depth images may differ in size, but must show the same field of view up to rounding.
 ASPECT_TOLERANCE = 0.01
+# In metres; no depth camera measures a sequence in which nothing is farther away.
+LEAST_RANGE = 0.1
 
 
 class RGBDSequence:
@@ -89,6 +92,7 @@ class RGBDSequence:
             )
         self.frame_names = [frame.name for frame in frames]
         calibration = _calibration(self.path, self.layout, intrinsics)
+        _check_cameras(self.path, calibration, frames)
         self._views = self._decode(frames, calibration, depth_scale or self.layout.depth_scale)
 
     def __len__(self) -> int:
@@ -112,6 +116,12 @@ class RGBDSequence:
             raise DataError(
                 f"{self.path}: no frame has any depth measurement (first file: {frames[0].depth}); "
                 "check that the depth images are the 16-bit originals"
+            )
+        if depth.max() < LEAST_RANGE:
+            warnings.warn(
+                f"{self.path}: the largest depth of all frames is {depth.max().item():.3g} m with "
+                f"depth_scale={depth_scale:g} units per metre; for depth stored in metres pass depth_scale=1",
+                stacklevel=3,
             )
         poses = np.linalg.inv(np.stack([frame.pose for frame in frames]))
         return Views(
@@ -159,15 +169,30 @@ def _calibration(path: Path, layout: Layout, intrinsics: Tensor | Sequence[Seque
     return torch.from_numpy(found)
 
 
-def _read_color(path: Path, calibration: Tensor, size: tuple[int, int]) -> tuple[np.ndarray, tuple[int, int], Tensor]:
-    """Return the image `[H, W, 3]` uint8, its full size (H, W) on disk, and its intrinsics at `size`."""
+def _check_cameras(path: Path, calibration: Tensor, frames: list[Frame]) -> None:
+    poses = torch.from_numpy(np.linalg.inv(np.stack([frame.pose for frame in frames])))[None]
+    try:
+        check_cameras(calibration.expand(1, len(frames), 3, 3), poses)
+    except ValueError as error:
+        raise DataError(f"{path}: {error}") from error
+
+
+def _open_image(path: Path, kind: str) -> Any:
+    """Decode an image file; also one that is no image, cut short, or of gigabytes once decoded ends in a DataError."""
     from PIL import Image
 
     try:
         with Image.open(path) as file:
-            image = file.convert("RGB")
-    except (OSError, SyntaxError) as error:
-        raise DataError(f"{path}: cannot decode the colour image ({error})") from error
+            return file.copy()
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(f"{path}: cannot decode the {kind} image ({error})") from error
+
+
+def _read_color(path: Path, calibration: Tensor, size: tuple[int, int]) -> tuple[np.ndarray, tuple[int, int], Tensor]:
+    """Return the image `[H, W, 3]` uint8, its full size (H, W) on disk, and its intrinsics at `size`."""
+    from PIL import Image
+
+    image = _open_image(path, "colour").convert("RGB")
     full = (image.height, image.width)
     cx, cy = calibration[0, 2].item(), calibration[1, 2].item()
     if not (0 < cx < full[1] and 0 < cy < full[0]):
@@ -195,13 +220,7 @@ def _read_depth(
     path: Path, color_size: tuple[int, int], size: tuple[int, int], invalid: tuple[int, ...], scale: float
 ) -> np.ndarray:
     """Return z-depth `[H, W]` float32 in metres, 0 = none, at the pixels under the new pixel centres."""
-    from PIL import Image
-
-    try:
-        with Image.open(path) as file:
-            raw = np.array(file)
-    except (OSError, SyntaxError) as error:
-        raise DataError(f"{path}: cannot decode the depth image ({error})") from error
+    raw = np.array(_open_image(path, "depth"))
     if raw.ndim != 2 or raw.dtype not in (np.uint16, np.int32):
         raise DataError(f"{path}: expected a 16-bit grey depth image, got {raw.dtype} {raw.shape}")
     height, width = raw.shape

@@ -72,7 +72,9 @@ def detect_layout(folder: Path, layout: str | None) -> Layout:
 
 def _rigid(pose: Array) -> Array | None:
     """Return the pose with an exact rotation, or None where it is not a pose of a camera."""
-    if pose.shape != (4, 4) or not np.isfinite(pose).all():
+    if pose.shape != (4, 4) or not (np.abs(pose) <= np.finfo(np.float32).max).all():
+        return None
+    if np.abs(pose[3] - (0.0, 0.0, 0.0, 1.0)).max() > 1e-3:
         return None
     left, stretch, right = np.linalg.svd(pose[:3, :3])
     if np.abs(stretch - 1.0).max() > 0.02 or np.linalg.det(left @ right) < 0:
@@ -94,10 +96,10 @@ def _seven_scenes_frames(folder: Path, _: float) -> Listing:
             continue
         try:
             pose = _rigid(np.loadtxt(pose_path, ndmin=2))
-        except ValueError:
+        except (ValueError, OSError):  # no numbers, or a folder of this name
             pose = None
         if pose is None:
-            listing.dropped.append((stem, "its pose is not a finite rigid 4x4 matrix"))
+            listing.dropped.append((stem, "its pose is not a finite rigid 4x4 matrix with the last row 0 0 0 1"))
         else:
             listing.frames.append(Frame(stem, colors[0], depth, pose))
     return listing
@@ -109,7 +111,7 @@ def _seven_scenes_intrinsics(folder: Path) -> Array | None:
         return None
     try:
         matrix = np.loadtxt(path, ndmin=2)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise DataError(f"{path}: expected a 3x3 matrix in pixels ({error})") from error
     if matrix.shape != (3, 3):
         raise DataError(f"{path}: expected a 3x3 matrix in pixels, got {matrix.shape[0]}x{matrix.shape[1]}")
@@ -119,7 +121,11 @@ def _seven_scenes_intrinsics(folder: Path) -> Array | None:
 def _read_table(path: Path, columns: int) -> list[tuple[float, list[str]]]:
     """Read lines `timestamp value...` of a TUM text file, sorted by time stamp."""
     rows = []
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (UnicodeDecodeError, OSError) as error:
+        raise DataError(f"{path}: expected a text file with a time stamp in each line ({error})") from error
+    for number, line in enumerate(lines, start=1):
         words = line.replace(",", " ").split()
         if not words or words[0].startswith("#"):
             continue

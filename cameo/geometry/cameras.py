@@ -6,7 +6,8 @@ Axes: B samples, V views, H W image pixels. Conventions as in :mod:`cameo.geomet
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from typing import ParamSpec, TypeVar
 
 import torch
@@ -21,11 +22,29 @@ Result = TypeVar("Result")
 
 # How far R @ R.T may be from the identity: poses stored as text keep three to seven digits.
 ROTATION_TOLERANCE = 1e-3
+# A camera whose intrinsics are divided by the image size has its principal point below 1 and, from 19 degrees of field
+# of view on, its focal length below 3; in pixels that is no camera with more than one pixel.
+NORMALIZED_FOCAL_LENGTH = 3.0
 # In the order of the checks in check_cameras: argument, fault, cure.
 CAMERA_FAULTS = (
     ("intrinsics", "non-finite values", "drop the view or repair its file"),
     ("intrinsics", "a focal length that is not positive", "use OpenCV cameras, with focal lengths in pixels"),
     ("intrinsics", "a last row other than 0 0 1", "divide the matrix by its last entry"),
+    (
+        "intrinsics",
+        "a value other than 0 below the focal length fx",
+        "pass [[fx, skew, cx], [0, fy, cy], [0, 0, 1]]; a matrix stored by columns needs .mT",
+    ),
+    (
+        "intrinsics",
+        "a skew larger than the focal length",
+        "check the order of its values: fx, skew, cx in the first row",
+    ),
+    (
+        "intrinsics",
+        "normalized values (focal length below 3, principal point below 1)",
+        "multiply the first row by the width and the second by the height of the image in pixels",
+    ),
     ("extrinsics", "non-finite values", "drop views without a pose"),
     ("extrinsics", "a last row other than 0 0 0 1", "pass [R | t] with the translation in the last column"),
     (
@@ -71,7 +90,8 @@ def check_cameras(intrinsics: Tensor, extrinsics: Tensor, *, batch: int | None =
     Raises:
         ShapeError: a wrong shape or number of samples or views.
         ValueError: a missing or non-finite camera, a focal length that is not positive, a last row other
-            than ``0 0 1`` or ``0 0 0 1``, or a rotation that is not orthonormal with determinant +1.
+            than ``0 0 1`` or ``0 0 0 1``, intrinsics that are transposed, normalized by the image size or have a
+            skew beyond their focal length, or a rotation that is not orthonormal with determinant +1.
             The message names the sample and the view.
     """
     check_matrices("intrinsics", intrinsics, 3)
@@ -94,6 +114,9 @@ def check_cameras(intrinsics: Tensor, extrinsics: Tensor, *, batch: int | None =
         ~k.isfinite().all(-1).all(-1),
         (k[..., 0, 0] <= 0) | (k[..., 1, 1] <= 0),
         (k[..., 2, :] - identity[3, 1:].to(k)).abs().amax(-1) > tolerance,
+        k[..., 1, 0].abs() > tolerance * k[..., 1, 1],
+        k[..., 0, 1].abs() > k[..., 0, 0],
+        (k.diagonal(dim1=-2, dim2=-1)[..., :2].amax(-1) < NORMALIZED_FOCAL_LENGTH) & (k[..., :2, 2].amax(-1) < 1),
         ~e.isfinite().all(-1).all(-1),
         (e[..., 3, :] - identity[3]).abs().amax(-1) > tolerance,
         (rotation @ rotation.mT - identity[:3, :3]).abs().amax(dim=(-2, -1)) > tolerance,
@@ -104,6 +127,24 @@ def check_cameras(intrinsics: Tensor, extrinsics: Tensor, *, batch: int | None =
         check, sample, view = found[0].tolist()
         name, what, cure = CAMERA_FAULTS[check]
         raise ValueError(f"{name}: sample {sample}, view {view} has {what}. Cure: {cure}")
+
+
+def warn_of_another_image_size(intrinsics: Tensor, image_size: Sequence[int]) -> None:
+    """Warn where no principal point ``[B, V]`` lies inside its image ``(H, W)``, as only one cut out far away has it.
+
+    Example:
+        >>> intrinsics = torch.tensor([[585.0, 0, 320], [0, 585, 240], [0, 0, 1]])  # of 480 x 640 pixels
+        >>> warn_of_another_image_size(intrinsics.expand(1, 2, 3, 3), (480, 640))
+    """
+    height, width = image_size
+    x, y = intrinsics.detach()[..., 0, 2], intrinsics.detach()[..., 1, 2]
+    if x.numel() and bool(((x < 0) | (x > width) | (y < 0) | (y > height)).all()):
+        warnings.warn(
+            f"intrinsics: every principal point lies outside the image of {height} x {width} pixels, that of the first "
+            f"view at x={x.flatten()[0].item():.1f}, y={y.flatten()[0].item():.1f}. They seem to be of another image "
+            "size. Cure: cameo.geometry.resize_intrinsics or crop_intrinsics, as the images were resized or cropped",
+            stacklevel=3,
+        )
 
 
 def check_depth(depth: Tensor, intrinsics: Tensor, extrinsics: Tensor) -> None:

@@ -13,7 +13,7 @@ import torch
 from einops import einsum, rearrange
 from torch import Tensor
 
-from cameo.errors import ShapeError
+from cameo.errors import ShapeError, as_integer
 from cameo.geometry.cameras import (
     at_least_float32,
     check_cameras,
@@ -205,10 +205,17 @@ def resize_intrinsics(intrinsics: Tensor, from_size: tuple[int, int], to_size: t
         >>> intrinsics = torch.tensor([[64.0, 0, 32], [0, 64, 16], [0, 0, 1]])
         >>> resize_intrinsics(intrinsics, (32, 64), (16, 32))[:2].tolist()
         [[32.0, 0.0, 16.0], [0.0, 32.0, 8.0]]
+
+    Integer intrinsics become float32: a focal length in whole pixels has a fraction in another image size.
+
+    Raises:
+        ShapeError: intrinsics of another shape.
+        ValueError: a size that is not two positive integers.
     """
-    if min(*from_size, *to_size) < 1:
-        raise ValueError(f"from_size, to_size: expected (H, W) of at least 1, got {from_size}, {to_size}")
-    rows = intrinsics.new_tensor([to_size[1] / from_size[1], to_size[0] / from_size[0], 1.0])
+    intrinsics = _floating_intrinsics(intrinsics)
+    from_height, from_width = (as_integer("from_size", side, least=1) for side in from_size)
+    to_height, to_width = (as_integer("to_size", side, least=1) for side in to_size)
+    rows = intrinsics.new_tensor([to_width / from_width, to_height / from_height, 1.0])
     return intrinsics * rows[:, None]
 
 
@@ -219,10 +226,27 @@ def crop_intrinsics(intrinsics: Tensor, top: float, left: float) -> Tensor:
         >>> intrinsics = torch.tensor([[64.0, 0, 32], [0, 64, 16], [0, 0, 1]])
         >>> crop_intrinsics(intrinsics, top=4, left=2)[:2, 2].tolist()
         [30.0, 12.0]
+
+    Integer intrinsics become float32: the cut may lie between two pixels.
+
+    Raises:
+        ShapeError: intrinsics of another shape.
+        ValueError: a cut that is not finite.
     """
+    for name, cut in (("top", top), ("left", left)):
+        if not math.isfinite(cut):
+            raise ValueError(f"{name}: expected a finite number of pixels, got {cut}")
+    intrinsics = _floating_intrinsics(intrinsics)
     shift = torch.zeros_like(intrinsics)
     shift[..., 0, 2], shift[..., 1, 2] = left, top
     return intrinsics - shift
+
+
+def _floating_intrinsics(intrinsics: Tensor) -> Tensor:
+    if not isinstance(intrinsics, Tensor) or intrinsics.shape[-2:] != (3, 3):
+        got = intrinsics.shape if isinstance(intrinsics, Tensor) else type(intrinsics).__name__
+        raise ShapeError("intrinsics", expected="a tensor [..., 3, 3]", got=got)
+    return intrinsics if intrinsics.is_floating_point() else intrinsics.to(at_least_float32(intrinsics))
 
 
 def camera_rays(xy: Tensor, intrinsics: Tensor) -> Tensor:
@@ -257,7 +281,9 @@ def _camera_to_world(extrinsics: Tensor) -> tuple[Tensor, Tensor]:
 
 def as_grid(name: str, size: object) -> tuple[int, int]:
     """Read a grid size given as an int or as ``(h, w)``."""
-    grid = (size, size) if isinstance(size, int) else size
-    if isinstance(grid, (tuple, list)) and len(grid) == 2 and all(isinstance(n, int) and n > 0 for n in grid):
-        return grid[0], grid[1]
-    raise ValueError(f"{name}: expected a positive int or (h, w), got {size!r}")
+    grid = size if isinstance(size, (tuple, list)) else (size, size)
+    try:
+        height, width = (as_integer(name, side, least=1) for side in grid)
+    except ValueError as error:
+        raise ValueError(f"{name}: expected a positive int or (h, w), got {size!r}") from error
+    return height, width

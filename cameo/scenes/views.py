@@ -14,6 +14,7 @@ from torch import Tensor
 from cameo.correspondence import Correspondence
 from cameo.errors import DataError, ShapeError
 from cameo.geometry import check_cameras
+from cameo.geometry.cameras import warn_of_another_image_size
 
 __all__ = ["MultiViewSample", "SceneSource", "Views", "check_sample", "collate", "images_to_float"]
 
@@ -159,6 +160,7 @@ def check_sample(sample: MultiViewSample) -> None:
         )
     try:
         check_cameras(sample["intrinsics"][None], sample["extrinsics"][None])
+        warn_of_another_image_size(sample["intrinsics"][None], images.shape[-2:])
     except ValueError as error:
         raise DataError(f"sample {sample['key']}: {error}") from error
 

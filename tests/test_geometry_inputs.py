@@ -1,0 +1,96 @@
+"""What functions on cameras do with integers, with values that are no camera, and with sizes that are none."""
+
+from __future__ import annotations
+
+import math
+import warnings
+
+import pytest
+import torch
+
+from cameo import Correspondence
+from cameo.geometry import (
+    crop_intrinsics,
+    estimate_up,
+    orbit_centre,
+    plucker_rays,
+    project,
+    relative_extrinsics,
+    resize_intrinsics,
+    spherical_angles,
+    unproject,
+)
+from cameo.geometry.depth import sample_depth
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8])
+def test_integer_intrinsics_are_resized_and_cropped_as_the_same_numbers(dtype):
+    intrinsics = torch.tensor([[65.0, 0, 32], [0, 67, 16], [0, 0, 1]])
+    integers = intrinsics.to(dtype)
+    assert torch.equal(
+        resize_intrinsics(integers, (32, 64), (16, 32)), resize_intrinsics(intrinsics, (32, 64), (16, 32))
+    )
+    assert resize_intrinsics(integers, (32, 64), (16, 32))[0, 0] == 32.5
+    assert torch.equal(crop_intrinsics(integers, 0.5, 0.5), crop_intrinsics(intrinsics, 0.5, 0.5))
+    assert crop_intrinsics(integers, 0.5, 0.5)[0, 2] == 31.5
+
+
+def test_integers_count_as_the_same_numbers_or_are_refused():
+    """What every function of tensors does with integers: the same result as with floats, or an error by name."""
+    cameras = torch.tensor([[8.0, 0, 4], [0, 8, 4], [0, 0, 1]]).expand(1, 2, 3, 3), torch.eye(4).expand(1, 2, 4, 4)
+    points = torch.tensor([[[[1.0, 2, 4]]]]).expand(1, 2, 1, 3)
+    depth, up = torch.full((1, 2, 1, 4, 4), 3.0), torch.tensor([[0.0, 1, 0]])
+    same = [
+        lambda kind: project(kind(points), *cameras),
+        lambda kind: (sample_depth(kind(depth), torch.full((1, 2, 1, 2), 2.0)),),
+        lambda kind: spherical_angles(cameras[1], kind(up), kind(up)),
+        lambda kind: (orbit_centre(cameras[1], kind(depth)),),
+    ]
+    for function in same:
+        for got, expected in zip(function(torch.Tensor.long), function(torch.Tensor.float), strict=True):
+            assert torch.equal(got, expected)
+    refused = [
+        lambda: project(points, cameras[0].long(), cameras[1]),
+        lambda: unproject(depth, cameras[0].long(), cameras[1]),
+        lambda: unproject(depth.long(), *cameras),
+        lambda: plucker_rays(cameras[0].long(), cameras[1], (8, 8), (2, 2)),
+        lambda: relative_extrinsics(cameras[1].long()),
+        lambda: spherical_angles(cameras[1].long(), up, up),
+        lambda: orbit_centre(cameras[1].long()),
+        lambda: estimate_up(cameras[1].long()),
+    ]
+    for function in refused:
+        with pytest.raises(ValueError, match=r"(depth|intrinsics|extrinsics): expected floating point"):
+            function()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda k: resize_intrinsics(k, (32, math.nan), (16, 32)),
+            "from_size: expected an integer of at least 1, got nan",
+        ),
+        (lambda k: resize_intrinsics(k, (32, 64), (16, -32)), "to_size: expected an integer of at least 1, got -32"),
+        (lambda k: resize_intrinsics(k[:2], (32, 64), (16, 32)), r"intrinsics: expected a tensor \[..., 3, 3\]"),
+        (lambda k: resize_intrinsics(k.numpy(), (32, 64), (16, 32)), r"intrinsics: expected a tensor .*got ndarray"),
+        (lambda k: crop_intrinsics(k, math.nan, 0), "top: expected a finite number of pixels, got nan"),
+        (lambda k: crop_intrinsics(k, 0, math.inf), "left: expected a finite number of pixels, got inf"),
+    ],
+)
+def test_wrong_sizes_and_cuts_are_named(change, message):
+    with pytest.raises(ValueError, match=message):
+        change(torch.eye(3))
+
+
+def test_intrinsics_of_another_image_size_are_noticed():
+    extrinsics = torch.eye(4).expand(1, 1, 4, 4)
+    depth = torch.full((1, 1, 1, 8, 8), 2.0)
+    pixels = torch.tensor([[8.0, 0, 4], [0, 8, 4], [0, 0, 1]]).expand(1, 1, 3, 3)
+    with pytest.warns(UserWarning, match=r"principal point lies outside the image of 8 x 8 pixels.*resize_intrinsics"):
+        Correspondence.from_depth(depth, resize_intrinsics(pixels, (8, 8), (64, 64)), extrinsics, size=2)
+    with warnings.catch_warnings(action="error"):
+        Correspondence.from_depth(depth, pixels, extrinsics, size=2)
+        # one view cut out far from the middle is nothing unusual
+        some = torch.cat([pixels, crop_intrinsics(pixels, 0, -20)], dim=1)
+        Correspondence.from_depth(depth.expand(1, 2, 1, 8, 8), some, extrinsics.expand(1, 2, 4, 4), size=2)
