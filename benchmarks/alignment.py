@@ -22,7 +22,7 @@ import torch
 from alignment_cases import SELECTIONS, Case, Setting, make_case
 from alignment_limits import limits
 from alignment_peers import checkpointed_loss, dense_bytes, linear_peers, released_dense_loss
-from measure import Results, interleaved, markdown_table, peak_memory, peak_resident, summary
+from measure import Results, interleaved, peak_memory, peak_resident, summary, table_of
 from torch import Tensor
 
 from cameo import alignment_loss
@@ -270,9 +270,9 @@ def main(arguments: list[str] | None = None) -> int:
     name = f"exactness, {tried.tokens}x{tried.tokens} tokens"
     _report(name, results)
     results.get(name, partial(exactness, tried, device))
-    print(f"\n{results.environment}\n\n{markdown_table(table(results.found))}")
+    print(f"\n{results.environment}\n\n{table_of(table(results.found))}")
     if options.gates:
-        print("\n" + markdown_table(alignment_gates.check(results.found, device.type)))
+        print("\n" + table_of(alignment_gates.check(results.found, device.type)))
     return 0
 
 

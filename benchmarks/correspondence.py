@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from correspondence_accuracy import HALF_ROOM, Room
-from measure import Results, interleaved, markdown_table, peak_memory, summary
+from measure import Results, interleaved, peak_memory, summary, table_of
 from torch import Tensor
 
 from cameo import Correspondence
@@ -283,7 +283,7 @@ def main(arguments: list[str] | None = None) -> int:
     for setting in (Setting(4, views=3),) if options.smallest else SETTINGS:
         print(f"{setting.name}: {'in the results file' if results.has(setting.name) else 'measuring'}", flush=True)
         results.get(setting.name, partial(measure_setting, setting, device))
-    print(f"\n{results.environment}\n\n{markdown_table(table(results.found))}")
+    print(f"\n{results.environment}\n\n{table_of(table(results.found))}")
     return 0
 
 

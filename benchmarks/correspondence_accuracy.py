@@ -24,6 +24,7 @@ from torch import Tensor
 from cameo.correspondence import DEPTH_TOLERANCE, Correspondence
 from cameo.files import write_atomically
 from cameo.geometry import cell_centres, pixel_grid, project, unproject
+from cameo.tables import markdown_table
 
 HALF_ROOM = torch.tensor([3.0, 1.5, 3.0], dtype=torch.float64)
 NUM_VIEWS = 4
@@ -221,16 +222,13 @@ METHODS: dict[str, Matcher] = {
     "from_point_maps, max_distance=0.2": by_points(0.2),
     "from_point_maps, max_distance=0.1": by_points(0.1),
 }
-HEADER = """| {first} | image | tokens | truly visible pairs | found | false | on the exact token |
-| --- | --- | --- | --- | --- | --- | --- |"""
+COLUMNS = ("image", "tokens", "truly visible pairs", "found", "false", "on the exact token")
 
 
-def row(name: str, pixels: int, tokens: int, score: Score) -> str:
-    """Format one line of a table."""
-    return (
-        f"| {name} | {pixels} | {tokens} x {tokens} | {score.visible} "
-        f"| {score.recall:.2%} | {score.false:.2%} | {score.on_token:.2%} |"
-    )
+def row(name: str, pixels: int, tokens: int, score: Score) -> list[str]:
+    """Return the cells of one row of a table."""
+    shares = (f"{share:.2%}" for share in (score.recall, score.false, score.on_token))
+    return [name, str(pixels), f"{tokens} x {tokens}", str(score.visible), *shares]
 
 
 def main() -> None:
@@ -240,11 +238,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".md"))
     options = parser.parse_args()
     began = time.perf_counter()
-    methods = [HEADER.format(first="method")]
+    methods = []
     for pixels, tokens in ((256, 32), (512, 32), (256, 16), (256, 8), (64, 8)):
         for name, score in measure(METHODS, pixels, tokens, range(options.rooms)).items():
             methods.append(row(name, pixels, tokens, score))
-    tolerances = [HEADER.format(first="depth_tolerance, noise of the depth")]
+    tolerances = []
     settings = [(noise, share) for noise in (0.0, 0.01) for share in (0.005, 0.01, 0.02, 0.03, 0.05)]
     matchers = {f"{share:.1%}, {noise:.1%}": by_depth(share, noise) for noise, share in settings}
     for name, score in measure(matchers, 256, 32, range(options.rooms)).items():
@@ -259,11 +257,11 @@ def main() -> None:
         "to within one token. *False*: matches whose point the other view does not show, or that are more "
         "than one token off. `max_distance` is in units of the room. Goal for `from_depth`: found >= 95 %, "
         "false <= 1 %.",
-        "\n".join(methods),
+        markdown_table(["method", *COLUMNS], methods),
         "`depth_tolerance` on exact depth, and on depth with independent relative noise per pixel (standard "
         f"deviation). The default is {DEPTH_TOLERANCE:.0%}: a larger one finds more on noisy sensors, a "
         "smaller one separates surfaces that nearly touch.",
-        "\n".join(tolerances),
+        markdown_table(["depth_tolerance, noise of the depth", *COLUMNS], tolerances),
     ]
     text = "\n\n".join(lines) + "\n"
     print(text)

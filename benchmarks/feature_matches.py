@@ -29,13 +29,15 @@ from cameo.correspondence import Correspondence
 from cameo.correspondence.features import FeatureExtractor
 from cameo.data import collate
 from cameo.files import write_atomically
+from cameo.tables import markdown_table
 from cameo.training.config import TrainingConfig
 from cameo.training.data import build_dataset, to_device
 
 Features = Callable[[Tensor], Tensor]
-HEADER = """\
-| features | cycle threshold | matched | exact | within 1 | within 2 | by chance, within 1 | not visible | found |
-| --- | --- | --- | --- | --- | --- | --- | --- | --- |"""
+HEADER = (
+    "features", "cycle threshold", "matched", "exact", "within 1", "within 2", "by chance, within 1", "not visible",
+    "found",
+)  # fmt: skip
 WITHIN = (0, 1, 2)
 
 
@@ -75,8 +77,8 @@ class Score:
         reach = [3 - (place == 0).int() - (place == side - 1).int() for place in (true // side, true % side)]
         self.chance += float((reach[0] * reach[1]).sum()) / (side * side)
 
-    def row(self, name: str, threshold: float) -> str:
-        """Format one line of the table; shares of nothing are a dash."""
+    def row(self, name: str, threshold: float) -> list[str]:
+        """Return the cells of one row of the table; shares of nothing are a dash."""
 
         def share(part: float, whole: float) -> str:
             return f"{part / whole:.1%}" if whole else "-"
@@ -84,7 +86,7 @@ class Score:
         cells = [name, f"{threshold:g}", share(self.matched, self.tokens)]
         cells += [share(hit, self.judged) for hit in self.hits]
         cells += [share(self.chance, self.judged), share(self.matched - self.judged, self.matched)]
-        return "| " + " | ".join([*cells, share(self.hits[1], self.visible)]) + " |"
+        return [*cells, share(self.hits[1], self.visible)]
 
 
 def colours(grid: int) -> Features:
@@ -111,8 +113,8 @@ def methods(options: argparse.Namespace, device: torch.device) -> dict[str, Feat
 
 
 @torch.no_grad()
-def measure(options: argparse.Namespace, device: torch.device) -> list[str]:
-    """Return the lines of the table."""
+def measure(options: argparse.Namespace, device: torch.device) -> list[list[str]]:
+    """Return the rows of the table."""
     config = TrainingConfig(
         train_data_dir=options.rgbd,
         resolution=options.resolution,
@@ -126,7 +128,7 @@ def measure(options: argparse.Namespace, device: torch.device) -> list[str]:
         Correspondence.from_depth(batch["depth"], batch["intrinsics"], batch["extrinsics"], size=options.grid)
         for batch in batches
     ]
-    lines = [HEADER]
+    rows = []
     for name, features in methods(options, device).items():
         seen = [features(batch["images"]) for batch in batches]
         for threshold in options.cycle_thresholds:
@@ -134,8 +136,8 @@ def measure(options: argparse.Namespace, device: torch.device) -> list[str]:
             for one, truth in zip(seen, truths, strict=True):
                 found = Correspondence.from_features(one, size=options.grid, cycle_threshold=threshold)
                 score.add(found, truth)
-            lines.append(score.row(name, threshold))
-    return lines
+            rows.append(score.row(name, threshold))
+    return rows
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -159,7 +161,7 @@ def main(arguments: list[str]) -> None:
     """Print the table and write it."""
     options, began = parse(arguments), time.perf_counter()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    lines = measure(options, device)
+    table = markdown_table(HEADER, measure(options, device))
     hardware = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU"
     source = "the held-out part of an RGB-D sequence" if options.rgbd else "embedded rooms"
     shown = " ".join(["python benchmarks/feature_matches.py", *arguments]).replace(str(options.rgbd), "SEQUENCE")
@@ -174,7 +176,7 @@ def main(arguments: list[str]) -> None:
             "columns); *by chance*: by a token drawn at random. *Not visible*: share of the matches whose point the "
             "other view does not show. *Found*: share of the truly visible tokens matched to within 1 token.",
             *([] if options.pretrained else ["Without pretrained weights: this says nothing of trained features."]),
-            "\n".join(lines),
+            table,
         ]
     )
     print(text)

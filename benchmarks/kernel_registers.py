@@ -23,8 +23,10 @@ from triton.compiler import ASTSource
 
 from cameo.alignment import triton_head_kernels as kernels
 from cameo.alignment.triton_heads import GRADIENT_OPTIONS, SCORES_CONFIGURATIONS, TILE, HeadPlan, softmax_tile
+from cameo.tables import markdown_row, markdown_table
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+COLUMNS = ("kernel", "K", "logits", "GELU", "sm", "registers", "spills", "shared bytes", "instructions per pair")
 HEADS = (5, 8, 10, 20, 32)
 ARCHITECTURES = (80, 90)
 DTYPES = ("fp32", "bf16")
@@ -174,8 +176,7 @@ def main() -> None:
     parser.add_argument("--gelu", choices=("exact", "fast"), nargs="+", default=("exact",))
     arguments = parser.parse_args()
     print(f"Triton {triton.__version__}, hidden size 4 K\n")
-    print("| kernel | K | logits | GELU | sm | registers | spills | shared bytes | instructions per pair |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    print(markdown_table(COLUMNS, []))
     for architecture in arguments.architecture:
         for heads in arguments.heads:
             for dtype in DTYPES:
@@ -196,7 +197,7 @@ def main() -> None:
 def _print_row(kernel: str, heads: int, dtype: str, gelu: str, architecture: int, figures: Figures) -> None:
     per_pair = "" if figures.instructions is None else f"{figures.instructions:.0f}"
     cells = [kernel, heads, dtype, gelu, architecture, figures.registers, figures.spills, figures.shared, per_pair]
-    print("| " + " | ".join(map(str, cells)) + " |", flush=True)
+    print(markdown_row(cells), flush=True)
 
 
 if __name__ == "__main__":

@@ -21,16 +21,17 @@ from typing import Any
 import torch
 
 from cameo.files import write_atomically
+from cameo.tables import markdown_table
 
 __all__ = [
     "Results",
     "environment",
     "interleaved",
-    "markdown_table",
     "peak_memory",
     "peak_resident",
     "read_results",
     "summary",
+    "table_of",
     "write_results",
 ]
 
@@ -238,11 +239,11 @@ class Results:
         return self.found[name]
 
 
-def markdown_table(rows: Iterable[Mapping[str, Any]]) -> str:
+def table_of(rows: Iterable[Mapping[str, Any]]) -> str:
     """Lay rows out under the names of the first one's columns; three figures of a number are shown.
 
     Example:
-        >>> print(markdown_table([{"tokens": 64, "seconds": 0.12345}]))
+        >>> print(table_of([{"tokens": 64, "seconds": 0.12345}]))
         | tokens | seconds |
         | --- | --- |
         | 64 | 0.123 |
@@ -251,8 +252,7 @@ def markdown_table(rows: Iterable[Mapping[str, Any]]) -> str:
     if not rows:
         return ""
     names = list(rows[0])
-    lines = [names, ["---"] * len(names), *([_shown(row.get(name)) for name in names] for row in rows)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return markdown_table(names, [[_shown(row.get(name)) for name in names] for row in rows])
 
 
 def _shown(value: object) -> str:

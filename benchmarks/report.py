@@ -19,7 +19,7 @@ import correspondence
 import training_step
 from alignment_cases import Setting
 from alignment_peers import dense_bytes
-from measure import markdown_table, read_results
+from measure import read_results, table_of
 
 __all__ = ["TABLES", "draw", "filled"]
 
@@ -57,13 +57,13 @@ def counts() -> str:
                 "dense form holds, GB": dense_bytes(setting, hidden) / 1e9,
             }
         )
-    return markdown_table(rows) + "\n"
+    return table_of(rows) + "\n"
 
 
 def gates(device: str) -> str:
     """What was demanded and what was measured."""
     found = _found("alignment", device)
-    return _page(found, markdown_table(alignment_gates.check(found, device)), "alignment", device)
+    return _page(found, table_of(alignment_gates.check(found, device)), "alignment", device)
 
 
 def sizes(device: str) -> str:
@@ -75,7 +75,7 @@ def sizes(device: str) -> str:
         {key: row[key] for key in row if key not in ("views", "heads", "batch", "head", "gradient error")}
         for row in alignment.table(kept)
     ]
-    return _page(kept, markdown_table(rows), "alignment", device)
+    return _page(kept, table_of(rows), "alignment", device)
 
 
 def growth(device: str) -> str:
@@ -85,7 +85,7 @@ def growth(device: str) -> str:
     hidden = ("rows", "median ms")
     return _page(
         found,
-        markdown_table([{key: row[key] for key in row if key not in hidden} for row in rows]),
+        table_of([{key: row[key] for key in row if key not in hidden} for row in rows]),
         "alignment",
         device,
     )
@@ -98,7 +98,7 @@ def linear(device: str) -> str:
         {key: row[key] for key in row if key not in ("views", "heads", "batch", "head", "gradient error")}
         for row in alignment.table(found)
     ]
-    return _page(found, markdown_table(rows), "alignment", device)
+    return _page(found, table_of(rows), "alignment", device)
 
 
 def exactness(device: str) -> str:
@@ -121,7 +121,7 @@ def exactness(device: str) -> str:
                     "repeats bit by bit": "yes" if entry["bitwise"][key] else "no",
                 }
             )
-    return _page(found, markdown_table(rows), "alignment", device)
+    return _page(found, table_of(rows), "alignment", device)
 
 
 def resident(device: str) -> str:
@@ -137,13 +137,13 @@ def resident(device: str) -> str:
         for entry in found.values()
         for run, grown in entry["resident_bytes"].items()
     ]
-    return _page(found, markdown_table(rows), "alignment", device)
+    return _page(found, table_of(rows), "alignment", device)
 
 
 def step(device: str) -> str:
     """Whole training steps with and without alignment, and the gates on them."""
     found = _found("training_step", device)
-    tables = [markdown_table(training_step.check(found)), markdown_table(training_step.table(found))]
+    tables = [table_of(training_step.check(found)), table_of(training_step.table(found))]
     return _page(found, "\n\n".join(tables), "training_step", device)
 
 
@@ -151,7 +151,7 @@ def matches(device: str) -> str:
     """Correspondence: the gates on it, then all forms and sizes."""
     found = _found("correspondence", device)
     tables = [_correspondence_gates(found, device), correspondence.table(found)]
-    return _page(found, "\n\n".join(map(markdown_table, tables)), "correspondence", device)
+    return _page(found, "\n\n".join(map(table_of, tables)), "correspondence", device)
 
 
 def _correspondence_gates(found: Mapping[str, Any], device: str) -> list[dict[str, Any]]:

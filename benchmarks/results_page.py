@@ -19,6 +19,7 @@ from cameo.evaluation.pictures import save_figure
 from cameo.files import write_atomically
 from cameo.layer_probe import LayerProbe
 from cameo.perturbation import Drop, LayerEffect, effects_table
+from cameo.tables import markdown_table
 
 __all__ = ["PAGE", "TABLES", "draw"]
 
@@ -85,7 +86,7 @@ def levels(preset: str, subject: str) -> str:
         return NOT_RUN.format(preset=preset, subject=subject)
     names = list(shown["none"][0]["validations"][-1]["loss_by_level"])
     header = ["arm", *(f"level {name}" for name in names)]
-    lines = [f"| {' | '.join(header)} |", f"|{' --- |' * len(header)}"]
+    rows = []
     for arm, runs in shown.items():
         cells = []
         for name in names:
@@ -93,8 +94,8 @@ def levels(preset: str, subject: str) -> str:
             mean = sum(curves.final(run, value) for run in runs) / len(runs)
             difference = "" if arm == "none" else f" ({curves.show_difference(shown['none'], runs, value)})"
             cells.append(f"{mean:.4f}{difference}")
-        lines.append(f"| {arm} | {' | '.join(cells)} |")
-    return f"{origin(shown)}\n\n" + "\n".join(lines) + "\n"
+        rows.append([arm, *cells])
+    return f"{origin(shown)}\n\n{markdown_table(header, rows)}\n"
 
 
 def loss_at(entry: Mapping[str, Any], level: str) -> float:

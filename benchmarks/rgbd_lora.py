@@ -24,6 +24,7 @@ from matplotlib.figure import Figure
 
 from cameo.evaluation.pictures import save_figure
 from cameo.files import write_atomically
+from cameo.tables import markdown_table
 from cameo.training.config import TrainingConfig, load_config
 from cameo.training.data import build_dataset
 from cameo.training.setup import train_lora
@@ -80,18 +81,18 @@ def report(results: list[dict[str, Any]]) -> str:
         f"{first['torch']}; {steps} steps per run, settings in `rgbd_lora.yaml`, held-out frames only. "
         "Each cell: before -> without CAMEO / with CAMEO (difference).",
         "",
-        "| | " + " | ".join(f"seed {seed}" for seed in by_seed) + " |",
-        "| --- |" + " --- |" * len(by_seed),
     ]
+    rows = []
     before = {result["seed"]: result["validations"][0] for result in results}
     for title, value in ROWS.items():
         cells = []
         for seed, arms in by_seed.items():
             low, high = value(arms["without"]), value(arms["cameo"])
             cells.append(f"{value(before[seed]):.4g} -> {low:.4g} / {high:.4g} ({high - low:+.3g})")
-        lines.append(f"| {title} | " + " | ".join(cells) + " |")
+        rows.append([title, *cells])
     seconds = {arm: [r["seconds"] for r in results if r["arm"] == arm] for arm in ARMS}
     shown = ", ".join(f"{arm} {sum(values) / len(values):.0f} s" for arm, values in seconds.items())
+    lines += [markdown_table(["", *(f"seed {seed}" for seed in by_seed)], rows)]
     lines += ["", f"Mean wall time of a run with its validations: {shown}.", "", "![curves](curves.png)"]
     return "\n".join(lines) + "\n"
 

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from alignment_peers import dense_loss, head_function
-from measure import Results, interleaved, markdown_table, peak_memory, summary
+from measure import Results, interleaved, peak_memory, summary, table_of
 from torch import Tensor, nn
 
 from cameo.alignment import supervision_weights
@@ -311,9 +311,9 @@ def main(arguments: list[str] | None = None) -> int:
         results.get(kind.name + tried, partial(measure_kind, kind, options))
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    print(f"\n{results.environment}\n\n{markdown_table(table(results.found))}")
+    print(f"\n{results.environment}\n\n{table_of(table(results.found))}")
     if options.gates:
-        print("\n" + markdown_table(check(results.found)))
+        print("\n" + table_of(check(results.found)))
     return 0
 
 

@@ -99,8 +99,8 @@ def test_results_continue_and_are_measured_again_on_request(scripts: Scripts, tm
 
 def test_markdown_table_shows_dashes_and_three_figures(scripts: Scripts) -> None:
     rows = [{"a": 1, "b": 0.12345}, {"a": None, "b": 23456.7}]
-    assert scripts.measure.markdown_table(rows).splitlines()[2:] == ["| 1 | 0.123 |", "| - | 23457 |"]
-    assert scripts.measure.markdown_table([]) == ""
+    assert scripts.measure.table_of(rows).splitlines()[2:] == ["| 1 | 0.123 |", "| - | 23457 |"]
+    assert scripts.measure.table_of([]) == ""
 
 
 SMALL = {"tokens": 4, "views": 3, "heads": 2, "batch": 2, "dtype": "float64"}

@@ -219,7 +219,7 @@ def test_table_of_three_runs() -> None:
     base, worse = make_result(scenes(12), psnr=scenes(12, 20)), make_result(scenes(12, 0.05), psnr=scenes(12, 19))
     table = comparison_table({"base": base, "worse": worse, "same": make_result(scenes(12))})
     head, _, psnr, loss, _, note = table.splitlines()
-    assert head == "|  | base | worse | difference [95 %] | n | same | difference [95 %] | n |"
+    assert head == "| | base | worse | difference [95 %] | n | same | difference [95 %] | n |"
     cells = [cell.strip() for cell in psnr.split("|")[1:-1]]
     assert cells[0] == "PSNR of generated views (dB) ↑"
     assert cells[3:] == ["**-1.00 [-1.00, -1.00]**", "12", "-", "-", "-"]

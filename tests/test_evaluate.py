@@ -646,7 +646,7 @@ def test_recipe_evaluates_and_compares(runs: Any, tmp_path: Path, capsys: pytest
         main(["--compare", str(tmp_path / "before"), str(tmp_path / "after"), f"output={tmp_path / 'both'}"])
     table = (tmp_path / "both" / "table.md").read_text()
     assert table in capsys.readouterr().out
-    assert table.splitlines()[0] == "|  | before | after | difference [95 %] | n |"
+    assert table.splitlines()[0] == "| | before | after | difference [95 %] | n |"
     assert "denoising loss" in table
     with Image.open(tmp_path / "both" / "comparison.png") as picture:
         assert len(picture.convert("RGB").getcolors(10**6)) > 20

@@ -555,9 +555,9 @@ class TestCard:
         text = (folder / "README.md").read_text()
         for line in [
             "| psnr | 21.12 |",
-            "|  | psnr | lpips (vgg) |",
+            "| | psnr | lpips (vgg) |",
             "| val | 20 | 0.25 |",
-            "| test | 19.5 |  |",
+            "| test | 19.5 | |",
             r"| data | rooms \| halls |",
             "| steps | 400 |",
             "![Left: input](pictures/01_a_view.png)",

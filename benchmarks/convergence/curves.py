@@ -16,6 +16,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from cameo.tables import markdown_table
+
 Run = Mapping[str, Any]
 ARM_ORDER = ("none", "cameo", "wrong_layer", "other_scene", "random", "repa")
 COLOURS = {
@@ -143,7 +145,7 @@ def table_of_arms(results: Mapping[str, Sequence[Run]]) -> str:
         "arm", "seeds", "layer", "PSNR, covisible (dB)", "difference", "PSNR, all (dB)", "loss", "difference",
         "precision", "steps to the final quality of none, ratio", "the same in seconds", "seconds per step",
     )  # fmt: skip
-    lines = [f"| {' | '.join(header)} |", f"|{' --- |' * len(header)}"]
+    rows = []
     base = results.get("none", [])
     for arm, runs in results.items():
         compared = [run for run in runs if run["seed"] in {one["seed"] for one in base}]
@@ -165,8 +167,8 @@ def table_of_arms(results: Mapping[str, Sequence[Run]]) -> str:
             show_speedup(ratios, cost) if differs else "1",
             f"{seconds_per_step(runs):.3f}",
         )
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        rows.append(cells)
+    return markdown_table(header, rows)
 
 
 def short(path: str) -> str:

@@ -18,6 +18,7 @@ import torch
 import cameo
 from cameo.backbone import get_backbone
 from cameo.geometry import unproject
+from cameo.tables import markdown_row, markdown_table
 
 # Relative error allowed against float64 on the CPU, of the loss alone from the same rounded queries and keys ...
 FUSED_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -128,9 +129,11 @@ def main(arguments: list[str]) -> int:
     first, second = (loss_and_gradient(device, torch.float32)[0] for _ in range(2))
     rows.append(("difference of the loss between two runs", float((first - second).abs()), 0.0))
     name = torch.cuda.get_device_name() if torch.device(device).type == "cuda" else device
-    print(f"device: {name}, torch {torch.__version__}\n\n| check | relative error | allowed |\n| --- | --- | --- |")
+    print(f"device: {name}, torch {torch.__version__}\n")
+    print(markdown_table(["check", "relative error", "allowed"], []))
     for title, error, tolerance in rows:
-        print(f"| {title} | {error:.2e} | {tolerance:.0e} |{'' if error <= tolerance else ' FAILED'}")
+        shown = markdown_row([title, f"{error:.2e}", f"{tolerance:.0e}"])
+        print(f"{shown}{'' if error <= tolerance else ' FAILED'}")
     return int(any(error > tolerance for _, error, tolerance in rows))
 
 

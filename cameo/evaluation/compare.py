@@ -21,6 +21,7 @@ from numpy.typing import ArrayLike
 
 from cameo.errors import DataError
 from cameo.evaluation.report import SECTIONS, describe, is_of_data, number
+from cameo.tables import markdown_table
 
 __all__ = [
     "Comparison",
@@ -268,7 +269,7 @@ def comparison_table(results: Mapping[str, Mapping[str, Any]], *, resamples: int
     found = _against_first(results, resamples, seed)
     (first, *_), others = results, list(found)
     heads = ["", first, *[head for name in others for head in (name, "difference [95 %]", "n")]]
-    lines = [f"| {' | '.join(heads)} |", f"|{' --- |' * len(heads)}"]
+    rows = []
     several = ""
     for section, metric in _rows(found):
         title, form = describe(section, metric)
@@ -279,16 +280,15 @@ def comparison_table(results: Mapping[str, Mapping[str, Any]], *, resamples: int
             several = f" Where {first} has several means, it has different values in common with each of the others."
         for one in at.values():
             cells += ["-", "-", "-"] if one is None else [number(one.other, form), _interval(one, form), str(one.units)]
-        lines.append(f"| {' | '.join(cells)} |")
+        rows.append(cells)
     units = {one.unit for part in found.values() for one in part.values()}
-    lines += [
-        "",
+    caption = (
         f"Means over common {' and '.join(f'{unit}s' for unit in sorted(units))} (n). Difference from {first} with a "
         f"paired bootstrap interval over them ({resamples:,} resamples, seed {seed}); bold where it leaves zero out "
         f"and n is at least {FEW_SCENES}. Intervals hold figure by figure: of many one in twenty is bold by chance."
-        f"{several}",
-    ]
-    return "\n".join(lines)
+        f"{several}"
+    )
+    return f"{markdown_table(heads, rows)}\n\n{caption}"
 
 
 def comparison_figure(

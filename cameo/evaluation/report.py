@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from cameo.evaluation.generated import SampledViews
 from cameo.evaluation.pictures import comparison_figure, save_figure
 from cameo.files import write_atomically
+from cameo.tables import markdown_table
 
 __all__ = [
     "SECTIONS",
@@ -125,20 +126,21 @@ def number(value: float | None, form: str, *, sign: bool = False) -> str:
 def result_table(result: Mapping[str, Any], *, name: str = "value") -> str:
     """Format a result as a Markdown table, with the number of samples behind each figure; below it the notes."""
     sections = result["sections"]
-    lines = [f"| | {name} | samples |", "| --- | --- | --- |"]
+    rows = []
     for section in SECTIONS:
         part = sections[section]
         for metric, value in part["mean"].items() if section != "attention" else ():
             title, form = describe(section, metric)
             count = len(part["per_sample"].get(metric, ())) or MISSING
-            lines.append(f"| {title} | {number(value, form)} | {count} |")
+            rows.append([title, number(value, form), count])
     notes = [
         f"- {section}, {name}: {note}" for section in SECTIONS for name, note in sections[section]["notes"].items()
     ]
-    return "\n".join([*lines, "", *_attention_lines(sections["attention"]["mean"]), *notes]).rstrip()
+    tables = [markdown_table(["", name, "samples"], rows), *_attention_table(sections["attention"]["mean"])]
+    return "\n\n".join([*tables, "\n".join(notes)]).rstrip()
 
 
-def _attention_lines(mean: Mapping[str, float | None]) -> list[str]:
+def _attention_table(mean: Mapping[str, float | None]) -> list[str]:
     """Table of the attention: layers and readouts down, distances across; empty where none was measured."""
     if not mean:
         return []
@@ -148,15 +150,12 @@ def _attention_lines(mean: Mapping[str, float | None]) -> list[str]:
         readout, _, within = figure.partition("@")
         rows.setdefault((path, readout), {})[within] = value
     columns = list(dict.fromkeys(within for values in rows.values() for within in values))
-    lines = [
-        f"| attention to the true match | {' | '.join(map(_place, columns))} |",
-        f"|{' --- |' * (len(columns) + 1)}",
-    ]
+    lines = []
     for (path, readout), values in rows.items():
         title = READOUTS[readout][0].removeprefix("attention, ")
         cells = [number(values.get(within), ".1%") for within in columns]
-        lines.append(f"| `{path}`, {title} | {' | '.join(cells)} |")
-    return [*lines, ""]
+        lines.append([f"`{path}`, {title}", *cells])
+    return [markdown_table(["attention to the true match", *map(_place, columns)], lines)]
 
 
 def denoising_figure(result: Mapping[str, Any]) -> Figure:

@@ -13,6 +13,7 @@ from typing import Any
 from cameo.config import CameoConfig
 from cameo.hub.license import hub_id
 from cameo.hub.weights import ADAPTER_FORMATS, LORA_FILE, MODULE_FILE
+from cameo.tables import markdown_table
 
 __all__ = ["CardFacts", "Metrics", "Pictures", "copy_pictures", "model_card"]
 
@@ -211,7 +212,7 @@ def _details(facts: CardFacts) -> str:
     rows.update(config.training)
     if config.cameo_version:
         rows["cameo"] = config.cameo_version
-    return "## Training\n\n" + _table(("", ""), [(name, _compact(value)) for name, value in rows.items()])
+    return "## Training\n\n" + markdown_table(("", ""), [(name, _compact(value)) for name, value in rows.items()])
 
 
 def _choice_text(choice: Mapping[str, Any]) -> str:
@@ -243,11 +244,11 @@ def _metrics(metrics: Metrics | None) -> str:
     single = {name: value for name, value in metrics.items() if name not in groups}
     tables = []
     if single:
-        tables.append(_table(("metric", "value"), [(name, _number(value)) for name, value in single.items()]))
+        tables.append(markdown_table(("metric", "value"), [(name, _number(value)) for name, value in single.items()]))
     if groups:
         names = list(dict.fromkeys(name for group in groups.values() for name in group))
         rows = [(title, *(_number(group.get(name, "")) for name in names)) for title, group in groups.items()]
-        tables.append(_table(("", *names), rows))
+        tables.append(markdown_table(("", *names), rows))
     return "## Metrics\n\n" + "\n\n".join(tables)
 
 
@@ -268,12 +269,6 @@ def _licence_text(facts: CardFacts) -> str:
 
 def _code(lines: Sequence[str]) -> str:
     return "```python\n" + "\n".join(lines) + "\n```"
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    cells = [[_plain(cell).replace("|", "\\|") for cell in line] for line in lines]
-    return "\n".join("| " + " | ".join(line) + " |" for line in cells)
 
 
 def _plain(text: str) -> str:

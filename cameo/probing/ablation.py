@@ -25,6 +25,7 @@ from cameo.evaluation.compare import paired_bootstrap, scene_of
 from cameo.evaluation.validation import DenoisingErrors, ValidationSettings, measure_denoising
 from cameo.model import CameoModel
 from cameo.pipeline import MultiViewPipeline
+from cameo.tables import markdown_table
 from cameo.training.correspondences import layer_grids
 
 if TYPE_CHECKING:
@@ -209,13 +210,12 @@ def effects_table(effects: Sequence[LayerEffect]) -> str:
     header = ["layer", "path"]
     for metric, (title, _) in METRICS.items():
         header += [title, "added" if metric == "loss" else "lost"]
-    rows = [header, ["---"] * len(header)]
+    rows = []
     if cut := [effect for effect in effects if effect.drop_loss is not None]:
         rows.append(["none", "", *_cells(cut[0], whole=True)])
     rows += [[str(effect.index), effect.path, *_cells(effect)] for effect in effects]
-    table = "\n".join(f"| {' | '.join(row)} |".replace("|  |", "| |") for row in rows)
     reasons = [f"{effect.path}: {effect.reason}" for effect in effects if effect.reason]
-    return "\n\n".join([table, *reasons])
+    return "\n\n".join([markdown_table(header, rows), *reasons])
 
 
 def _cells(effect: LayerEffect, *, whole: bool = False) -> list[str]:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from torch import nn
 
 from cameo.attention.capture import AttentionSite
 from cameo.backbone import Backbone, core_module
+from cameo.tables import markdown_table
 
 __all__ = ["layer_table", "shown_grids"]
 
@@ -35,10 +34,13 @@ def layer_table(adapter: Backbone, model: nn.Module, *, height: int, width: int,
     except NotImplementedError:
         default = None
     size = (height, width, num_views)
-    parts = [_table([_row(site, size, site.index == default, "") for site in adapter.sites(core)])]
+    parts = [markdown_table(COLUMNS, [_row(site, size, site.index == default, "") for site in adapter.sites(core)])]
     if inflatable := adapter.inflatable(core):
         rows = [_row(site, size, site.index == default, ", inflate=True") for site in inflatable]
-        parts += ["See one view each; `inflate=True` lets the chosen one attend across views:", _table(rows)]
+        parts += [
+            "See one view each; `inflate=True` lets the chosen one attend across views:",
+            markdown_table(COLUMNS, rows),
+        ]
     return "\n\n".join(parts)
 
 
@@ -76,8 +78,3 @@ def shown_grids(site: AttentionSite, height: int, width: int, num_views: int) ->
     if len(shown) == 1:
         return "{} x {}".format(*grids[0])
     return ", ".join("{} x {} ({}x)".format(*grid, grids.count(grid)) for grid in shown)
-
-
-def _table(rows: Sequence[tuple[str, ...]]) -> str:
-    lines = [COLUMNS, ("---",) * len(COLUMNS), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

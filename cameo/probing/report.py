@@ -9,6 +9,7 @@ import numpy as np
 
 from cameo.errors import unknown_name
 from cameo.probing.result import NEAR, LayerProbe, RankedLayer
+from cameo.tables import markdown_table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -34,7 +35,7 @@ def probe_table(probe: LayerProbe, columns: Mapping[str, Mapping[str, str]]) -> 
     header += columns
     for row, place in zip(rows, probe.ranking, strict=True):
         row += [texts.get(place.path, NOT_MEASURED) for texts in columns.values()]
-    parts = [_markdown(header, rows), _caption(probe)]
+    parts = [markdown_table(header, rows), _caption(probe)]
     ranked = {place.path for place in probe.ranking}
     left = [layer for layer in probe.layers if layer.path not in ranked]
     if left:
@@ -128,11 +129,6 @@ def probe_figure(probe: LayerProbe, *, within: int | str, readout: str, kind: st
     name = f"{probe.backbone or 'model'}{', layers as if joined' if probe.inflate else ''}"
     figure.suptitle(f"{name}: {len(probe.samples)} samples of {len(probe.scene_names)} scenes", fontsize=9)
     return figure
-
-
-def _markdown(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _percent(value: float | None) -> str:

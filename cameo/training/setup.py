@@ -21,6 +21,7 @@ from cameo.evaluation.validation import ValidationSettings, validate
 from cameo.hub.license import require_licence
 from cameo.pipeline import MultiViewPipeline, TrainingInputs
 from cameo.probing.mode import evaluation_mode, generate_views, native_precision
+from cameo.tables import markdown_table
 from cameo.training.checkpoint import find_checkpoint, list_checkpoints, refuse_used_folder
 from cameo.training.config import TrainingConfig
 from cameo.training.data import data_format, to_device
@@ -340,12 +341,9 @@ def metrics_table(columns: Mapping[str, Mapping[str, Any]]) -> str:
         "share of queries whose most-attended view shows the same point": lambda m: _view_share(m, "mean"),
         "the same by chance": lambda m: _view_share(m, "chance"),
     }
-    lines = ["| | " + " | ".join(columns) + " |", "| --- |" + " --- |" * len(columns)]
-    for title, show in rows.items():
-        cells = [show(metrics) for metrics in columns.values()]
-        if any(cell != NOT_MEASURED for cell in cells):
-            lines.append(f"| {title} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    shown = {title: [show(metrics) for metrics in columns.values()] for title, show in rows.items()}
+    measured = {title: cells for title, cells in shown.items() if any(cell != NOT_MEASURED for cell in cells)}
+    return markdown_table(["", *columns], [[title, *cells] for title, cells in measured.items()])
 
 
 def _share(metrics: Mapping[str, Any], name: str) -> str:
