@@ -14,8 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cameo.cameras import full_precision
-from cameo.errors import DataError, ShapeError, unknown_name
-from cameo.evaluation.metrics import WeightsUnavailable
+from cameo.errors import DataError, ShapeError, WeightsUnavailable, unknown_name
 
 __all__ = ["FeatureExtractor"]
 

@@ -27,9 +27,9 @@ import torch
 
 import cameo
 from cameo.backbone import get_backbone
+from cameo.evaluation.denoising import ValidationSettings, sample_batches
 from cameo.evaluation.pictures import save_figure
 from cameo.evaluation.runs import evaluation_settings, load_evaluated
-from cameo.evaluation.validation import ValidationSettings, sample_batches
 from cameo.files import write_atomically
 from cameo.listing import layer_table
 from cameo.model import CameoModel

@@ -17,10 +17,9 @@ from torch import Tensor
 
 from cameo import Correspondence
 from cameo import matching as matching_module
-from cameo.errors import DataError, ShapeError
-from cameo.evaluation.metrics import WeightsUnavailable
+from cameo.data.batches import match_batch
+from cameo.errors import DataError, ShapeError, WeightsUnavailable
 from cameo.features import FeatureExtractor
-from cameo.training.correspondences import match_batch
 from tests.memory import memory_of
 
 NAME = "test_vit"

@@ -23,7 +23,8 @@ from cameo.adapters.joined_frames import deflate
 from cameo.capture import AttentionCapture, AttentionSite
 from cameo.errors import CaptureError
 from cameo.evaluation.compare import paired_bootstrap
-from cameo.evaluation.validation import ValidationSettings, sample_batches, validate
+from cameo.evaluation.denoising import ValidationSettings, sample_batches
+from cameo.evaluation.validation import validate
 from cameo.perturbation import Drop, LayerEffect, effects_figure, effects_table, perturb_layers
 from cameo.pipeline import TrainingInputs
 from cameo.self_view import self_view_only

@@ -27,8 +27,9 @@ from cameo.config import CameoConfig
 from cameo.data import EmbeddedScenes, MultiViewDataset, collate
 from cameo.errors import DataError, ShapeError
 from cameo.evaluation.attention import attention_maps, count_hits
+from cameo.evaluation.denoising import ValidationSettings
 from cameo.evaluation.truth import ANGLE_BINS, Truth, angle_bins, surface_points, view_angles
-from cameo.evaluation.validation import ValidationSettings, validate
+from cameo.evaluation.validation import validate
 from cameo.probed_layer import ProbedLayer
 from cameo.training import setup
 from cameo.training.data import build_dataset

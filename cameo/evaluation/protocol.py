@@ -14,9 +14,9 @@ from torch.utils.data import Dataset
 from cameo.data import MultiViewSample
 from cameo.depth import is_measured
 from cameo.evaluation.attention import READOUTS
+from cameo.evaluation.denoising import DenoisingErrors, measure_denoising, sample_batches
 from cameo.evaluation.generated import SampledViews, consistency, novel_views, sample_targets
 from cameo.evaluation.settings import EvaluationSettings, Section
-from cameo.evaluation.validation import DenoisingErrors, measure_denoising, sample_batches
 from cameo.layer_probe import NEAR, LayerProbe
 from cameo.pipeline import MultiViewPipeline
 from cameo.probed_layer import ProbedLayer

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from cameo.backbone import core_module
 from cameo.capture import AttentionSite
+from cameo.data.batches import layer_grids
 from cameo.data.matches import Sizes
 from cameo.errors import CaptureError
 from cameo.evaluation.mode import evaluation_mode, native_precision
@@ -26,7 +27,6 @@ from cameo.evaluation.truth import fold_tokens
 from cameo.layout import TokenLayout
 from cameo.matching import resample_features
 from cameo.pipeline import MultiViewPipeline
-from cameo.training.correspondences import layer_grids
 from cameo.wrap import CameoModel
 
 __all__ = ["FeatureAlignment", "align_features", "feature_tokens", "projector"]
