@@ -28,10 +28,11 @@ from torch import Tensor
 from cameo.correspondence import Correspondence
 from cameo.correspondence.features import FeatureExtractor
 from cameo.data import collate
+from cameo.data.batches import to_device
 from cameo.files import write_atomically
 from cameo.tables import markdown_table
 from cameo.training.config import TrainingConfig
-from cameo.training.data import build_dataset, to_device
+from cameo.training.data import build_dataset
 
 Features = Callable[[Tensor], Tensor]
 HEADER = (

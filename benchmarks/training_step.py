@@ -26,10 +26,9 @@ from measure import Results, interleaved, peak_memory, summary, table_of
 from torch import Tensor, nn
 
 from cameo.alignment import supervision_weights
+from cameo.data.batches import match_layers, to_device
 from cameo.pipeline import MultiViewPipeline
 from cameo.training.config import TrainingConfig, load_config
-from cameo.training.correspondences import match_layers
-from cameo.training.data import to_device
 from cameo.training.setup import add_lora, load_pipeline, wrap_denoiser
 from cameo.wrap import CameoModel
 

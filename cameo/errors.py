@@ -6,7 +6,7 @@ import difflib
 import operator
 from collections.abc import Iterable
 
-__all__ = ["CaptureError", "DataError", "ShapeError", "as_integer", "unknown_name"]
+__all__ = ["CaptureError", "DataError", "ShapeError", "WeightsUnavailable", "as_integer", "unknown_name"]
 
 
 class ShapeError(ValueError):
@@ -28,6 +28,10 @@ class CaptureError(RuntimeError):
 
 class DataError(ValueError):
     """A file or folder of a data set cannot be used as it is; the message names the path."""
+
+
+class WeightsUnavailable(RuntimeError):  # noqa: N818 - a state of the machine, not a mistake
+    """The released weights of a network are neither on this machine nor reachable; the message says what is skipped."""
 
 
 def unknown_name(kind: str, name: object, known: Iterable[str]) -> ValueError:

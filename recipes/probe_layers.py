@@ -27,8 +27,8 @@ import torch
 
 import cameo
 from cameo.backbone import get_backbone
+from cameo.evaluation.denoising import ValidationSettings, sample_batches
 from cameo.evaluation.pictures import save_figure
-from cameo.evaluation.validation import ValidationSettings, sample_batches
 from cameo.files import write_atomically
 from cameo.model import CameoModel
 from cameo.pipeline import MultiViewPipeline

@@ -17,9 +17,9 @@ import cameo
 from cameo.adapters.released import RELEASED
 from cameo.backbone import get_backbone
 from cameo.config import CameoConfig
+from cameo.data.batches import match_layers
 from cameo.hub.license import find_licence
 from cameo.pipeline import MultiViewPipeline, TrainingInputs
-from cameo.training.correspondences import match_layers
 
 from . import backbone_checks as checks
 from .conftest import make_batch

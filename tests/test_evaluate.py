@@ -22,12 +22,12 @@ from torch import Tensor
 
 from cameo.attention.layout import TokenLayout
 from cameo.data import EmbeddedScenes, MultiViewDataset, collate
-from cameo.errors import DataError
+from cameo.errors import DataError, WeightsUnavailable
 from cameo.evaluation.consistency import EpipolarPair
-from cameo.evaluation.metrics import WeightsUnavailable
+from cameo.evaluation.denoising import covisible_pixels, sample_batches
 from cameo.evaluation.protocol import EvaluationSettings, Section, evaluate, sample_targets
 from cameo.evaluation.report import attention_figure, result_table, write_result
-from cameo.evaluation.validation import covisible_pixels, sample_batches, validate
+from cameo.evaluation.validation import validate
 from cameo.probing.mode import evaluation_mode
 from cameo.training.config import TrainingConfig, load_config, save_config
 from cameo.training.data import build_dataset

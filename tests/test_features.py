@@ -18,9 +18,8 @@ from torch import Tensor
 from cameo import Correspondence
 from cameo.correspondence import matching as matching_module
 from cameo.correspondence.features import FeatureExtractor
-from cameo.errors import DataError, ShapeError
-from cameo.evaluation.metrics import WeightsUnavailable
-from cameo.training.correspondences import match_batch
+from cameo.data.batches import match_batch
+from cameo.errors import DataError, ShapeError, WeightsUnavailable
 from tests.memory import memory_of
 
 NAME = "test_vit"

@@ -22,11 +22,11 @@ import cameo.data.shards
 import cameo.training.precompute
 from cameo.correspondence import Correspondence
 from cameo.data import EmbeddedScenes, collate
+from cameo.data.batches import MatchedDataset, layer_grids, match_batch
 from cameo.data.matches import MatchReader, MatchWriter
 from cameo.data.shards import INDEX_NAME, shard_files
 from cameo.errors import DataError
 from cameo.training.config import TrainingConfig, continued_settings
-from cameo.training.correspondences import MatchedDataset, layer_grids, match_batch
 from cameo.training.data import StepSampler, build_dataset, supervised_grids, training_batches, with_matches
 from cameo.training.precompute import Share, precompute
 from cameo.training.setup import load_pipeline, wrap_denoiser
@@ -115,7 +115,7 @@ def test_training_is_bit_identical_wherever_the_matches_come_from(
     for way, changes in ways.items():
         trainer = make_trainer(tmp_path / way, **settings, **changes)
         if way == "folder":
-            monkeypatch.setattr("cameo.training.correspondences.match_batch", no_matching)
+            monkeypatch.setattr("cameo.data.batches.match_batch", no_matching)
         history = trainer.train().history()
         assert all(entry["alignment_loss"] > 0 for entry in history)
         found[way] = history, [parameter.detach().clone() for parameter in trainer.trained]

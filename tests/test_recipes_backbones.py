@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 import cameo
 from cameo.backbone import get_backbone
 from cameo.config import CameoConfig
-from cameo.evaluation.validation import ValidationSettings
+from cameo.evaluation.denoising import ValidationSettings
 from cameo.training import setup
 from cameo.training.config import load_config, settings_file
 from cameo.training.setup import load_pipeline

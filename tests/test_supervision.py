@@ -17,9 +17,9 @@ from cameo import Correspondence
 from cameo.config import CameoConfig
 from cameo.correspondence.features import FeatureExtractor
 from cameo.data import collate
+from cameo.data.batches import match_batch
 from cameo.errors import DataError
 from cameo.training.config import CHANGEABLE, TrainingConfig
-from cameo.training.correspondences import match_batch
 from cameo.training.data import noisy_inputs, step_generator
 from cameo.training.setup import arms_of, load_pipeline, wrap_denoiser
 from cameo.training.supervision import (
@@ -102,7 +102,7 @@ def test_nothing_is_matched_once_the_alignment_is_off(
 
         return call
 
-    monkeypatch.setattr("cameo.training.correspondences.match_batch", counted("match", match_batch))
+    monkeypatch.setattr("cameo.data.batches.match_batch", counted("match", match_batch))
     monkeypatch.setattr(FeatureExtractor, "forward", counted("features", FeatureExtractor.forward))
     trainer = make_trainer(tmp_path, alignment_until=2, max_train_steps=4, **settings)
     monkeypatch.setattr(type(trainer.model), "capture", counted("capture", type(trainer.model).capture))

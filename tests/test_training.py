@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from cameo.data import collate
+from cameo.data.batches import match_batch, match_layers
 from cameo.errors import DataError
 from cameo.training.checkpoint import list_checkpoints
-from cameo.training.correspondences import match_batch, match_layers
 from cameo.training.data import StepSampler, build_dataset, noisy_inputs
 from cameo.training.processes import make_accelerator
 from cameo.training.setup import add_lora, load_pipeline, train_lora, wrap_denoiser, write_pictures

@@ -36,7 +36,8 @@ from omegaconf import OmegaConf
 
 from cameo.backbone import get_backbone
 from cameo.data import MultiViewDataset
-from cameo.evaluation.validation import ValidationSettings, sample_batches, validate
+from cameo.evaluation.denoising import ValidationSettings, sample_batches
+from cameo.evaluation.validation import validate
 from cameo.files import write_atomically
 from cameo.pipeline import MultiViewPipeline
 from cameo.probing import probe_layers

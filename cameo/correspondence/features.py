@@ -13,8 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cameo.errors import DataError, ShapeError, unknown_name
-from cameo.evaluation.metrics import WeightsUnavailable
+from cameo.errors import DataError, ShapeError, WeightsUnavailable, unknown_name
 from cameo.geometry.cameras import full_precision
 
 __all__ = ["FeatureExtractor"]

@@ -14,11 +14,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from cameo.data import MultiViewSample
-from cameo.errors import ShapeError
+from cameo.errors import ShapeError, WeightsUnavailable
 from cameo.evaluation.consistency import EpipolarPair, tsed, warp_error
-from cameo.evaluation.metrics import Fid, Lpips, WeightsUnavailable, psnr, ssim
+from cameo.evaluation.denoising import covisible_pixels, sample_batches
+from cameo.evaluation.metrics import Fid, Lpips, psnr, ssim
 from cameo.evaluation.settings import EvaluationSettings, Section
-from cameo.evaluation.validation import covisible_pixels, sample_batches
 from cameo.pipeline import MultiViewPipeline
 from cameo.probing.mode import generate_views
 from cameo.wrap import CameoModel

@@ -17,13 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cameo.errors import DataError, ShapeError, unknown_name
+from cameo.errors import DataError, ShapeError, WeightsUnavailable, unknown_name
+from cameo.evaluation.denoising import MAX_PSNR, psnr_of_error
 from cameo.geometry.cameras import at_least_float32
 
 __all__ = ["MAX_PSNR", "Fid", "Lpips", "WeightsUnavailable", "psnr", "psnr_of_error", "ssim"]
 
-# A perfect prediction has no PSNR; it counts as this many dB, a mean squared error of 1e-10.
-MAX_PSNR = 100.0
 # Side of the Gaussian window of SSIM in pixels, and how far it reaches to each side.
 SSIM_WINDOW = 11
 SSIM_REACH = SSIM_WINDOW // 2
@@ -35,10 +34,6 @@ TRUNKS = {
     "vgg": ("vgg16", "VGG16_Weights", 16),
     "squeeze": ("squeezenet1_1", "SqueezeNet1_1_Weights", 17),
 }
-
-
-class WeightsUnavailable(RuntimeError):  # noqa: N818 - a state of the machine, not a mistake
-    """The weights of a metric's network are neither on this machine nor reachable; the metric is to be skipped."""
 
 
 def psnr(images: Tensor, targets: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -74,16 +69,6 @@ def psnr(images: Tensor, targets: Tensor, mask: Tensor | None = None) -> Tensor:
     # Not a product with the mask: a value that is not finite outside of it must not count.
     total = torch.where(mask, squared, 0).sum(dim=(1, 2, 3))
     return psnr_of_error(total / (mask.sum(dim=(1, 2, 3)) * squared.shape[1]))
-
-
-def psnr_of_error(squared_error: Tensor) -> Tensor:
-    """Turn mean squared errors of images in [0, 1] into PSNR in dB, at most `MAX_PSNR`; NaN stays NaN.
-
-    Example:
-        >>> psnr_of_error(torch.tensor([0.01, 0.0], dtype=torch.float64)).tolist()
-        [20.0, 100.0]
-    """
-    return -10 * squared_error.clamp_min(10 ** (-MAX_PSNR / 10)).log10()
 
 
 def ssim(images: Tensor, targets: Tensor) -> Tensor:

@@ -12,9 +12,9 @@ import torch
 from torch.utils.data import Dataset
 
 from cameo.data import MultiViewSample
+from cameo.evaluation.denoising import DenoisingErrors, measure_denoising, sample_batches
 from cameo.evaluation.generated import SampledViews, consistency, novel_views, sample_targets
 from cameo.evaluation.settings import EvaluationSettings, Section
-from cameo.evaluation.validation import DenoisingErrors, measure_denoising, sample_batches
 from cameo.geometry.depth import is_measured
 from cameo.pipeline import MultiViewPipeline
 from cameo.probing import probe_layers

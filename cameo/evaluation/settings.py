@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cameo.errors import unknown_name
+from cameo.evaluation.denoising import ValidationSettings
 from cameo.evaluation.metrics import TRUNKS
-from cameo.evaluation.validation import ValidationSettings
 
 __all__ = ["EvaluationSettings", "Section"]
 

@@ -20,13 +20,13 @@ from cameo.attention.capture import AttentionSite
 from cameo.attention.self_view import self_view_only
 from cameo.backbone import core_module, get_backbone
 from cameo.data import MultiViewSample, collate
+from cameo.data.batches import layer_grids
 from cameo.errors import unknown_name
 from cameo.evaluation.compare import paired_bootstrap, scene_of
-from cameo.evaluation.validation import DenoisingErrors, ValidationSettings, measure_denoising
+from cameo.evaluation.denoising import DenoisingErrors, ValidationSettings, measure_denoising
 from cameo.model import CameoModel
 from cameo.pipeline import MultiViewPipeline
 from cameo.tables import markdown_table
-from cameo.training.correspondences import layer_grids
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -116,7 +116,7 @@ def perturb_layers(
 
     Raises:
         ValueError: for an unknown layer; if the samples are of one scene only.
-        DataError, CaptureError: as `cameo.evaluation.validation.validate` and `self_view_only`.
+        DataError, CaptureError: as `cameo.evaluation.denoising.measure_denoising` and `self_view_only`.
     """
     sites = _cross_view_sites(model)
     chosen = sites if layers is None else [_find(model, sites, layer) for layer in layers]

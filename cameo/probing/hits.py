@@ -8,17 +8,15 @@ or cell has samples of its own for each of them: B' = B, B h, B w or B h w.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from cameo.alignment import AlignmentHead
-from cameo.correspondence import Correspondence
 from cameo.errors import ShapeError
 from cameo.probing.truth import Pairs, Truth, token_distance
 
-__all__ = ["READOUTS", "Hits", "attention_maps", "count_hits", "view_maps"]
+__all__ = ["READOUTS", "attention_maps", "count_hits", "view_maps"]
 
 READOUTS = ("mean", "best_head", "through_head")
 # Entries of the logits that are held at once; the alignment head needs several times as many.
@@ -26,53 +24,6 @@ BLOCK_ENTRIES = 1 << 24
 
 Sizes = tuple[tuple[int, int], ...]
 Block = tuple[slice, slice, slice]
-
-
-@dataclass
-class Hits:
-    """How often attention looks at the right place, counted over as many calls as one likes.
-
-    Example:
-        >>> index = torch.full((1, 2, 2, 4), -1)
-        >>> index[0, 0, 1] = torch.tensor([0, 1, 2, 3])
-        >>> query = 9 * torch.eye(4).expand(1, 1, 2, 4, 4)  # each token looks at the token of its own place
-        >>> hits = Hits()
-        >>> hits.count(query, query, Correspondence(index, ((2, 2), (2, 2))), head=None, scale=1.0)
-        >>> hits.token["mean"].tolist(), hits.pairs
-        ([[4.0, 4.0]], 4)
-
-    - `token`: per readout `[R, 2]`, pairs whose most-attended token lies on and within one token of the true match.
-    - `view`: per readout `[R]`, queries whose most-attended view shows the same surface point.
-    - `pairs`: pairs behind `token`. `queries`: query tokens behind `view`.
-    - `chance`: hits that a view drawn at random among the others would have in `view`.
-    """
-
-    token: dict[str, Tensor] = field(default_factory=dict)
-    view: dict[str, Tensor] = field(default_factory=dict)
-    pairs: int = 0
-    queries: int = 0
-    chance: float = 0.0
-
-    def count(
-        self, query: Tensor, key: Tensor, correspondence: Correspondence, head: AlignmentHead | None, scale: float
-    ) -> None:
-        """Add the hits of one captured call; arguments as of `attention_maps`, a query per view of the keys.
-
-        A layer in which a query reaches one token of each view (SV3D's temporal layers) has no choice of tokens, only
-        one of views, and is counted in `view`; every other layer in `token`.
-        """
-        truth = Truth.plain(correspondence)
-        total = int(truth.pairs.sum())
-        if not total:
-            return
-        counted = {name: hits.sum((1, 2)) for name, hits in count_hits(query, key, truth, head, scale, (0, 1)).items()}
-        if truth.one_token:
-            self.view = {name: self.view.get(name, 0) + hits[:, 0] for name, hits in counted.items()}
-            self.queries += total
-            self.chance += float(truth.chance((0,)).sum())
-        else:
-            self.token = {name: self.token.get(name, 0) + hits for name, hits in counted.items()}
-            self.pairs += total
 
 
 def count_hits(

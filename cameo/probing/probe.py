@@ -12,12 +12,16 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from einops import rearrange
+from torch import nn
 
 from cameo.alignment import AlignmentHead
 from cameo.attention.capture import AttentionCapture, AttentionSite, CapturedAttention
 from cameo.backbone import backbones, core_module, get_backbone
-from cameo.errors import CaptureError, unknown_name
+from cameo.correspondence import Correspondence
+from cameo.data.batches import to_device
+from cameo.errors import CaptureError, ShapeError, unknown_name
+from cameo.evaluation.denoising import fixed_inputs
 from cameo.model import CameoModel, holder
 from cameo.pipeline import MultiViewPipeline
 from cameo.probing.mode import evaluation_mode, native_precision
@@ -98,13 +102,17 @@ def probe_layers(
     names = _Names()
     with evaluation_mode(subject.denoiser), _same_random_state(subject.device):
         for number, batch in enumerate(batches):
-            truths = BatchTruths(_moved(batch, subject.device), metric)
+            truths = BatchTruths(to_device(batch, subject.device), metric)
             first = names.add(batch)
             _seed_random_state(subject.device, seed + number)
             for level in levels:
                 make = functools.partial(subject.prepare, truths.batch, level, first)
                 for tally, seen in subject.forward(tallies, make):
-                    tally.count(seen, truths, columns, near, subject.head(tally.site))
+                    try:
+                        call = _joined(tally.site, seen, truths.match(tally.site))
+                        tally.count(call, truths, columns, near, subject.head(tally.site))
+                    except ShapeError as error:
+                        tally.reason = str(error)
             for tally in tallies:
                 tally.close_batch()
     if not names.samples:
@@ -194,8 +202,6 @@ class _Subject:
         """Arguments of the forward; `first` is the number of the batch's first sample."""
         if callable(self.given) and not hasattr(self.given, "training_inputs"):
             return self.given(batch, level)
-        from cameo.evaluation.validation import fixed_inputs  # needs the packages of training, this module does not
-
         pipeline = cast("MultiViewPipeline", self.given)
         inputs = fixed_inputs(pipeline, dict(batch), range(first, first + len(batch["images"])), level, self.seed)
         return inputs.args, inputs.kwargs
@@ -249,6 +255,16 @@ class _Names:
         return first
 
 
+def _joined(site: AttentionSite, seen: CapturedAttention, match: Correspondence) -> CapturedAttention:
+    """Calls of each view by itself as the call that they would be if the views were joined; others as they are."""
+    batch, tokens = site.layout.shape("query", batch=match.batch_size, sizes=match.sizes)
+    views = match.num_views
+    if (seen.query.shape[0], seen.query.shape[2] * views) != (batch * views, tokens):
+        return seen
+    query, key = (rearrange(part, "(b v) k n d -> b k (v n) d", v=views) for part in (seen.query, seen.key))
+    return CapturedAttention(query, key, seen.scale)
+
+
 def _recognised(core: nn.Module) -> str:
     """Name of the one adapter that recognises a denoiser."""
     found = []
@@ -284,10 +300,6 @@ def _known_levels(timesteps: Sequence[float]) -> tuple[float, ...]:
             f"timesteps: expected different levels in [0, 1], shares of the last time step, got {tuple(timesteps)}"
         )
     return levels
-
-
-def _moved(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
 
 
 def _seed_random_state(device: torch.device, seed: int) -> None:

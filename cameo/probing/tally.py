@@ -11,14 +11,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from cameo.alignment import AlignmentHead
 from cameo.attention.capture import AttentionSite, CapturedAttention
 from cameo.attention.layout import TokenLayout
 from cameo.correspondence import Correspondence
-from cameo.errors import DataError, ShapeError
+from cameo.data.batches import layer_grids
+from cameo.errors import DataError
 from cameo.model import CameoModel
 from cameo.probing.hits import count_hits
 from cameo.probing.listing import shown_grids
@@ -46,8 +46,7 @@ class BatchTruths:
 
     def sizes(self, site: AttentionSite) -> Sizes:
         """Token grid of each view in a layer."""
-        views, _, height, width = self.batch["images"].shape[1:]
-        return site.sizes(height, width, views)
+        return layer_grids(site, self.batch)
 
     def match(self, site: AttentionSite) -> Correspondence:
         """True matches at the token grids of a layer."""
@@ -72,7 +71,7 @@ class LayerTally:
     """The counts of one layer: of each finished batch, and by time step of the current one."""
 
     site: AttentionSite
-    reason: str | None
+    reason: str | None = None
     tokens: str = ""
     one_token: bool = False
     steps: list[dict[str, Tensor]] = field(default_factory=list)
@@ -87,13 +86,12 @@ class LayerTally:
         near: float | None,
         head: AlignmentHead | None,
     ) -> None:
-        """Add the hits of one captured call."""
-        match = truths.match(self.site)
-        try:
-            query, key, _ = CameoModel.split(self.site, _joined(self.site, seen, match), match)
-        except ShapeError as error:
-            self.reason = str(error)
-            return
+        """Add the hits of one captured call.
+
+        Raises:
+            ShapeError: if the call is not one of the views and tokens of the batch.
+        """
+        query, key, _ = CameoModel.split(self.site, seen, truths.match(self.site))
         truth = truths.truth(self.site)
         if not self.steps:
             self.one_token = truth.one_token
@@ -108,6 +106,20 @@ class LayerTally:
         if self.reason is None:
             self.hits.append(self.steps)
         self.steps = []
+
+    def totals(self) -> tuple[dict[str, Tensor], int, list[float]]:
+        """Hits of each head `[R, W]` per readout, pairs, and hits expected of uniform attention `[W]`, over all calls.
+
+        Where a query reaches one token of each view W is 1 and a pair is a query, see `count_hits`.
+        """
+        hits: dict[str, Tensor] = {}
+        pairs, chance = 0, torch.zeros(1, dtype=torch.float64)
+        for steps, (of_batch, expected, _) in zip([*self.hits, self.steps], self.truths, strict=False):
+            pairs += len(steps) * int(of_batch.sum())
+            chance = chance + len(steps) * expected.sum((0, 1))
+            for step in steps:
+                hits |= {name: hits.get(name, 0) + value.sum((1, 2)) for name, value in step.items()}
+        return hits, pairs, chance.tolist()
 
     def result(self, num_views: int) -> ProbedLayer:
         """Join the batches, and choose one of several heads."""
@@ -149,13 +161,3 @@ def _stacked(steps: list[dict[str, Tensor]], name: str, like: Tensor, chance: Te
     """Hits of a batch `[T, R, B, A, W]`; zeros where none of its samples has a pair."""
     nothing = like.new_zeros(len(like), *chance.shape)
     return torch.stack([step.get(name, nothing) for step in steps])
-
-
-def _joined(site: AttentionSite, seen: CapturedAttention, match: Correspondence) -> CapturedAttention:
-    """Calls of each view by itself as the call that they would be if the views were joined; others as they are."""
-    batch, tokens = site.layout.shape("query", batch=match.batch_size, sizes=match.sizes)
-    views = match.num_views
-    if (seen.query.shape[0], seen.query.shape[2] * views) != (batch * views, tokens):
-        return seen
-    query, key = (rearrange(part, "(b v) k n d -> b k (v n) d", v=views) for part in (seen.query, seen.key))
-    return CapturedAttention(query, key, seen.scale)

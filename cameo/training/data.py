@@ -10,17 +10,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
-from cameo.correspondence import DEPTH_TOLERANCE, Correspondence
+from cameo.correspondence import DEPTH_TOLERANCE
 from cameo.data import EmbeddedScenes, MultiViewDataset, RGBDSequence, SceneSource, collate, rig_views
+from cameo.data.batches import MatchedDataset
 from cameo.data.matches import MatchReader, Sizes
 from cameo.data.shards import RECIPE, check_settings
 from cameo.errors import DataError
 from cameo.pipeline import MultiViewPipeline, TrainingInputs
 from cameo.training.config import TrainingConfig
-from cameo.training.correspondences import MatchedDataset
 from cameo.training.stopping import leave_signals_to_parent
 from cameo.wrap import CameoModel
 
@@ -31,7 +30,6 @@ __all__ = [
     "noisy_inputs",
     "step_generator",
     "supervised_grids",
-    "to_device",
     "training_batches",
     "with_matches",
 ]
@@ -257,17 +255,6 @@ class _MissingMatches:
                 "settings of this run adds them",
                 stacklevel=3,
             )
-
-
-def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """Move the tensors of a batch, and its correspondences."""
-    return {name: _moved(value, device) for name, value in batch.items()}
-
-
-def _moved(value: Any, device: torch.device) -> Any:
-    if isinstance(value, Tensor | Correspondence):
-        return value.to(device)
-    return [_moved(one, device) for one in value] if isinstance(value, list) else value
 
 
 def step_generator(config: TrainingConfig, micro_step: int, process: int, *purpose: int) -> torch.Generator:

@@ -21,12 +21,12 @@ import torch
 from tqdm.auto import tqdm
 
 from cameo.data import MultiViewDataset, SceneSource, Views
+from cameo.data.batches import match_batch, to_device
 from cameo.data.matches import GridPair, MatchReader, MatchWriter, Sizes, view_checksum
 from cameo.data.shards import FORMAT_VERSION, check_settings, finish_share, is_finished, shard_files
 from cameo.errors import unknown_name
 from cameo.training.config import TrainingConfig, continued_settings
-from cameo.training.correspondences import match_batch
-from cameo.training.data import build_dataset, match_settings, supervised_grids, to_device
+from cameo.training.data import build_dataset, match_settings, supervised_grids
 
 __all__ = ["PAIRS", "Share", "Summary", "precompute"]
 

@@ -16,15 +16,17 @@ import cameo
 from cameo.backbone import get_backbone
 from cameo.config import CameoConfig
 from cameo.data import MultiViewDataset, collate
+from cameo.data.batches import to_device
+from cameo.evaluation.denoising import ValidationSettings
 from cameo.evaluation.pictures import attention_figure, comparison_figure, save_figure
-from cameo.evaluation.validation import ValidationSettings, validate
+from cameo.evaluation.validation import validate
 from cameo.hub.license import require_licence
 from cameo.pipeline import MultiViewPipeline, TrainingInputs
 from cameo.probing.mode import evaluation_mode, generate_views, native_precision
 from cameo.tables import markdown_table
 from cameo.training.checkpoint import find_checkpoint, list_checkpoints, refuse_used_folder
 from cameo.training.config import TrainingConfig
-from cameo.training.data import data_format, to_device
+from cameo.training.data import data_format
 from cameo.training.layer_choice import probe_for
 from cameo.training.processes import make_accelerator
 from cameo.training.records import TrainingResult

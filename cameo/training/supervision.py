@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from cameo.correspondence import Correspondence
 from cameo.correspondence.features import FeatureExtractor
 from cameo.data import MultiViewDataset, collate
+from cameo.data.batches import match_layers, to_device
 from cameo.pipeline import MultiViewPipeline, TrainingInputs
 from cameo.training.config import TrainingConfig
-from cameo.training.correspondences import match_layers
-from cameo.training.data import step_generator, to_device
+from cameo.training.data import step_generator
 from cameo.training.repa import FeatureAlignment, align_features
 from cameo.wrap import CameoModel
 

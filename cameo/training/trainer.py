@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from cameo.data import MultiViewDataset
+from cameo.data.batches import MatchedDataset, to_device
 from cameo.pipeline import MultiViewPipeline
 from cameo.training import checkpoint
 from cameo.training.config import TrainingConfig, continued_settings, save_config
-from cameo.training.correspondences import MatchedDataset
-from cameo.training.data import StepSampler, noisy_inputs, to_device, training_batches, with_matches
+from cameo.training.data import StepSampler, noisy_inputs, training_batches, with_matches
 from cameo.training.processes import log_pictures, make_accelerator, numbers_in, start_trackers
 from cameo.training.records import Records, TrainingResult
 from cameo.training.stopping import StopSignal

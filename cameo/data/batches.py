@@ -1,4 +1,4 @@
-"""Matches for training: from the geometry of a batch, or handed over by the loader with its samples."""
+"""Collated batches: on which device they are, and their matches, from their geometry or handed over by the loader."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from cameo.attention.capture import AttentionSite
@@ -13,10 +15,10 @@ from cameo.correspondence import Correspondence, GridSize
 from cameo.data.matches import MatchReader, Sizes
 from cameo.errors import DataError, unknown_name
 from cameo.geometry import unproject
+from cameo.model import CameoModel
 from cameo.scenes.views import MultiViewSample, collate
-from cameo.wrap import CameoModel
 
-__all__ = ["MatchedDataset", "layer_grids", "match_batch", "match_layers"]
+__all__ = ["MatchedDataset", "layer_grids", "match_batch", "match_layers", "to_device"]
 
 KINDS = ("depth", "point_map", "features")
 
@@ -88,6 +90,17 @@ def layer_grids(site: AttentionSite, batch: Mapping[str, Any]) -> tuple[tuple[in
     """
     views, _, height, width = batch["images"].shape[1:]
     return site.sizes(height, width, views)
+
+
+def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """Move the tensors of a batch, and its correspondences."""
+    return {name: _moved(value, device) for name, value in batch.items()}
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor | Correspondence):
+        return value.to(device)
+    return [_moved(one, device) for one in value] if isinstance(value, list) else value
 
 
 class MatchedDataset(Dataset[MultiViewSample]):

@@ -1,0 +1,278 @@
+"""Errors of a denoiser on fixed samples, noise and noise levels: what every comparison of models is measured with."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from cameo.attention.capture import AttentionCapture, AttentionSite
+from cameo.correspondence import Correspondence
+from cameo.data import MultiViewSample, collate
+from cameo.data.batches import to_device
+from cameo.errors import DataError
+from cameo.model import CameoModel
+from cameo.pipeline import MultiViewPipeline, TrainingInputs
+from cameo.probing.mode import evaluation_mode, native_precision
+
+__all__ = [
+    "MAX_PSNR",
+    "DenoisingErrors",
+    "DenoisingPass",
+    "ValidationSettings",
+    "covisible_pixels",
+    "denoising_passes",
+    "fixed_inputs",
+    "measure_denoising",
+    "psnr_of_error",
+    "sample_batches",
+]
+
+# A perfect prediction has no PSNR; it counts as this many dB, a mean squared error of 1e-10.
+MAX_PSNR = 100.0
+
+
+@dataclass(frozen=True)
+class ValidationSettings:
+    """Settings of `measure_denoising`; written into every result file.
+
+    Attributes:
+        num_samples: samples 0 .. n-1 of the validation set.
+        batch_size: samples per forward; does not change the result beyond rounding.
+        noise_levels: fractions of the last time step at which everything is measured.
+        high_noise: levels from here on count for the PSNR of the predicted clean image.
+        seed: of the noise, the same for every model that is compared.
+    """
+
+    num_samples: int = 32
+    batch_size: int = 8
+    noise_levels: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.9, 0.95, 1.0)
+    high_noise: float = 0.95
+    seed: int = 1234
+
+    @property
+    def high_levels(self) -> tuple[float, ...]:
+        """Levels that count for the PSNR of the predicted clean image."""
+        return tuple(level for level in self.noise_levels if level >= self.high_noise)
+
+
+def psnr_of_error(squared_error: Tensor) -> Tensor:
+    """Turn mean squared errors of images in [0, 1] into PSNR in dB, at most `MAX_PSNR`; NaN stays NaN.
+
+    Example:
+        >>> psnr_of_error(torch.tensor([0.01, 0.0], dtype=torch.float64)).tolist()
+        [20.0, 100.0]
+    """
+    return -10 * squared_error.clamp_min(10 ** (-MAX_PSNR / 10)).log10()
+
+
+def covisible_pixels(batch: MultiViewSample | dict[str, Any]) -> Tensor:
+    """Target pixels that some reference view sees, bool `[B, V, 1, H, W]`; False in reference views.
+
+    Without reference views (`num_reference_views=0`) no pixel is.
+
+    Raises:
+        DataError: if the batch has no depth.
+    """
+    if "depth" not in batch:
+        raise DataError(f"sample {batch.get('key', '?')}: has no depth, and evaluation takes the true matches from it")
+    depth: Tensor = batch["depth"]
+    height, width = depth.shape[-2:]
+    references = int(batch["num_reference_views"])
+    if not references:
+        return torch.zeros_like(depth, dtype=torch.bool)
+    match = Correspondence.from_depth(depth, batch["intrinsics"], batch["extrinsics"], size=(height, width))
+    seen = match.visible[:, :, :references].any(dim=2).unflatten(-1, (height, width))
+    seen[:, :references] = False
+    return seen[:, :, None]
+
+
+@dataclass(frozen=True)
+class DenoisingPass:
+    """One forward of the denoiser at a fixed noise level; what `denoising_passes` hands out.
+
+    - `batch`: collated samples number `indices` of the data; `level`: their noise level.
+    - `seen`: their covisible pixels, see `covisible_pixels`.
+    - `inputs`, `output`: of the denoiser. `captured`: queries and keys of the observed layers.
+    """
+
+    batch: dict[str, Any]
+    indices: range
+    seen: Tensor
+    level: float
+    inputs: TrainingInputs
+    output: Any
+    captured: AttentionCapture
+
+
+@dataclass
+class DenoisingErrors:
+    """Errors of the denoiser per noise level and sample.
+
+    Example:
+        >>> errors = DenoisingErrors(predict_from=0.95)
+        >>> errors.loss = {0.1: [0.5, 0.7], 1.0: [0.1, 0.3]}
+        >>> errors.squared = {1.0: [0.01, 0.1]}
+        >>> [round(value, 3) for value in errors.sample_losses((0.1, 1.0))], errors.sample_psnr(errors.squared, [1.0])
+        ([0.3, 0.5], [20.0, 10.0])
+
+    - `keys`: of the samples, in the order of every list below.
+    - `loss`: denoising loss by level.
+    - `squared`, `squared_covisible`: by level >= `predict_from`, mean squared error of the predicted clean image over
+      the pixels of the target views, and over those that a reference sees; NaN where a sample has none.
+    - `pixels`: covisible pixels over all samples and these levels. `references`: reference views of a sample.
+    """
+
+    predict_from: float
+    keys: list[str] = field(default_factory=list)
+    loss: dict[float, list[float]] = field(default_factory=dict)
+    squared: dict[float, list[float]] = field(default_factory=dict)
+    squared_covisible: dict[float, list[float]] = field(default_factory=dict)
+    pixels: int = 0
+    references: int = 0
+
+    def add(self, one: DenoisingPass, pipeline: MultiViewPipeline) -> None:
+        """Measure a forward; the levels of a batch come one after another, as `denoising_passes` has them."""
+        if len(self.loss.get(one.level, ())) == len(self.keys):  # the first level of a batch
+            self.keys += one.batch["key"]
+        self.references = int(one.batch["num_reference_views"])
+        losses = pipeline.denoising_loss(one.output, one.inputs)
+        self.loss.setdefault(one.level, []).extend(losses.double().tolist())
+        if one.level < self.predict_from:
+            return
+        squared = (pipeline.predict_clean(one.output, one.inputs) - one.batch["images"]).square()
+        # Not inputs.loss_views: a model may train views that are not asked for, or spare some that are.
+        targets = torch.ones_like(one.seen)
+        targets[:, : self.references] = False
+        self.squared.setdefault(one.level, []).extend(_per_sample(squared, targets))
+        self.squared_covisible.setdefault(one.level, []).extend(_per_sample(squared, one.seen))
+        self.pixels += int(one.seen.sum())
+
+    def sample_losses(self, levels: Sequence[float]) -> list[float]:
+        """Return the loss of each sample, mean over some levels."""
+        return torch.tensor([self.loss[level] for level in levels], dtype=torch.float64).mean(0).tolist()
+
+    @staticmethod
+    def sample_psnr(squared: Mapping[float, Sequence[float]], levels: Sequence[float]) -> list[float]:
+        """Return the PSNR of each sample in dB, mean over some levels of `squared` or `squared_covisible`.
+
+        NaN where a sample has no pixel.
+        """
+        errors = torch.tensor([squared[level] for level in levels], dtype=torch.float64)
+        return psnr_of_error(errors).mean(0).tolist()
+
+    def check(self, settings: ValidationSettings) -> None:
+        """Raise `ValueError` where the data or the noise levels leave nothing to measure."""
+        if not settings.high_levels:
+            raise ValueError(
+                f"validation settings: no target view at a noise level of high_noise={settings.high_noise} or more, so "
+                f"nothing can be measured; got noise_levels={settings.noise_levels}. Give some at and above high_noise"
+            )
+        if self.references and not self.pixels:
+            raise ValueError(
+                "validation data: no target pixel is seen by a reference view, so nothing can be measured. "
+                "Raise min_overlap, or take a rig in which views see each other's surface"
+            )
+
+
+def measure_denoising(
+    model: CameoModel,
+    pipeline: MultiViewPipeline,
+    data: Dataset[MultiViewSample],
+    settings: ValidationSettings,
+    *,
+    predict_from: float | None = None,
+    sites: Sequence[AttentionSite] = (),
+    observe: Callable[[DenoisingPass], None] | None = None,
+) -> DenoisingErrors:
+    """Measure loss and predicted clean images per sample; the model is left as it was.
+
+    Args:
+        model: wraps `pipeline.denoiser`.
+        pipeline: turns batches into inputs.
+        data: samples with depth.
+        settings: samples, noise levels and noise.
+        predict_from: noise level from which on clean images are predicted; default `settings.high_noise`.
+        sites: layers whose queries and keys are captured, for `observe`.
+        observe: is called after each forward, all levels of a batch one after another.
+
+    Raises:
+        DataError: if the samples carry no depth, or there are too few.
+        ValueError: if no target pixel is seen by a reference, where there is one, or no noise level is high.
+    """
+    errors = DenoisingErrors(settings.high_noise if predict_from is None else predict_from)
+    with evaluation_mode(model):
+        for one in denoising_passes(model, pipeline, data, settings, sites):
+            errors.add(one, pipeline)
+            if observe is not None:
+                observe(one)
+    errors.check(settings)
+    return errors
+
+
+def denoising_passes(
+    model: CameoModel,
+    pipeline: MultiViewPipeline,
+    data: Dataset[MultiViewSample],
+    settings: ValidationSettings,
+    sites: Sequence[AttentionSite] = (),
+) -> Iterator[DenoisingPass]:
+    """Run the denoiser on fixed samples and noise, all levels of a batch one after another.
+
+    The caller holds the model in `evaluation_mode`. `sites`: layers whose queries and keys are observed.
+    """
+    device = next(model.parameters()).device
+    for indices, batch in sample_batches(data, settings.num_samples, settings.batch_size, device):
+        seen = covisible_pixels(batch)
+        for level in settings.noise_levels:
+            inputs = fixed_inputs(pipeline, batch, indices, level, settings.seed)
+            with native_precision(model), model.capture(list(sites)) as captured:
+                output = model.base_model(*inputs.args, **inputs.kwargs)
+            yield DenoisingPass(batch, indices, seen, level, inputs, output, captured)
+
+
+def sample_batches(
+    data: Dataset[MultiViewSample], total: int, size: int, device: torch.device, *, setting: str = "num_samples"
+) -> Iterator[tuple[range, dict[str, Any]]]:
+    """Collate samples 0 .. total-1 of the data, each batch with the numbers of its samples.
+
+    `setting` is what `total` is called in an error.
+
+    Keys are made unique: where a sample shows the same views of a scene as an earlier one, `#2` stands behind its key.
+
+    Raises:
+        DataError: if the data has fewer samples.
+    """
+    if isinstance(data, Sized) and len(data) < total:
+        raise DataError(f"data: expected at least {setting}={total} samples, got {len(data)}; lower {setting}")
+    known: Counter[str] = Counter()
+    for start in range(0, total, size):
+        indices = range(start, min(start + size, total))
+        batch = to_device(collate([data[index] for index in indices]), device)
+        known.update(batch["key"])
+        for place, key in enumerate(batch["key"]):
+            earlier = known[key] - batch["key"][place:].count(key)
+            batch["key"][place] = key if not earlier else f"{key}#{earlier + 1}"
+        yield indices, batch
+
+
+def fixed_inputs(
+    pipeline: MultiViewPipeline, batch: dict[str, Any], indices: Sequence[int], level: float, seed: int
+) -> TrainingInputs:
+    """Noise a batch; time steps and noise depend on the sample's number and the level, not on the batch size."""
+    shape = pipeline.latent_shape(batch["images"].shape)[1:]
+    noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed + i)) for i in indices])
+    step = round(level * (pipeline.num_train_timesteps - 1))
+    return pipeline.training_inputs(batch, noise=noise, timesteps=torch.full((len(indices),), step))
+
+
+def _per_sample(squared: Tensor, mask: Tensor) -> list[float]:
+    """Mean squared error of each sample over the masked pixels; NaN for samples without any."""
+    total = torch.where(mask, squared, 0).sum(dim=(1, 2, 3, 4)).double()
+    count = (mask.sum(dim=(1, 2, 3, 4)) * squared.shape[2]).double()
+    return (total / count).tolist()
