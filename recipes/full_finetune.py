@@ -16,9 +16,10 @@ import sys
 from pathlib import Path
 
 from cameo.files import write_atomically
-from cameo.training.config import load_config, settings_file
+from cameo.training.config import TrainingConfig, load_config, settings_file
 from cameo.training.data import build_dataset
 from cameo.training.setup import (
+    begin_run,
     card_metrics,
     check_push,
     load_pipeline,
@@ -36,6 +37,12 @@ CONFIGS = Path(__file__).parent / "configs"
 def main(arguments: list[str]) -> None:
     """Train, validate, write the pipeline in diffusers layout, and push it if asked."""
     config = load_config(settings_file("full", CONFIGS, arguments), arguments)
+    with begin_run(config):
+        run(config)
+
+
+def run(config: TrainingConfig) -> None:
+    """Train one model, and write what came of it."""
     check_push(config)
     train, held_out = build_dataset(config, "train"), build_dataset(config, "validation")
     pipeline = load_pipeline(config)

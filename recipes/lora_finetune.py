@@ -7,7 +7,8 @@
     python recipes/lora_finetune.py push_to_hub=true hub_model_id=you/name   # and publish the adapter
     accelerate launch recipes/lora_finetune.py config=my.yaml                # several processes
 
-Every setting of `cameo.training.config.TrainingConfig` can be given as key=value.
+Every setting of `cameo.training.config.TrainingConfig` can be given as key=value. Without arguments this is a
+demonstration, which can be repeated: it replaces what it has left itself, and no run with settings of its own.
 """
 
 from __future__ import annotations
@@ -17,9 +18,17 @@ import sys
 from pathlib import Path
 
 from cameo.files import write_atomically
-from cameo.training.config import load_config, settings_file
+from cameo.training.config import TrainingConfig, load_config, settings_file
 from cameo.training.data import build_dataset
-from cameo.training.setup import arms_of, card_metrics, check_push, metrics_table, train_lora, write_pictures
+from cameo.training.setup import (
+    arms_of,
+    begin_run,
+    card_metrics,
+    check_push,
+    metrics_table,
+    train_lora,
+    write_pictures,
+)
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -27,8 +36,12 @@ CONFIGS = Path(__file__).parent / "configs"
 def main(arguments: list[str]) -> None:
     """Train, print what changed, write pictures and the adapter, and push it if asked."""
     config = load_config(settings_file("lora", CONFIGS, arguments), arguments)
-    if not arguments:  # the demonstration, which can be repeated; runs with settings of their own are never replaced
-        config.overwrite_output_dir = True
+    with begin_run(config, demonstration=not arguments):
+        run_arms(config)
+
+
+def run_arms(config: TrainingConfig) -> None:
+    """Train each run of the recipe, one after the other, and write what came of them."""
     check_push(config)
     arms = arms_of(config)
     train, held_out = build_dataset(config, "train"), build_dataset(config, "validation")
