@@ -69,7 +69,7 @@ def batch() -> dict[str, Any]:
 def small_runs_with_features(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Training runs of their own, on shared scenes; REPA's projector is narrow, its network knowingly untrained."""
     from cameo.training import repa
-    from tests.training_runs import fresh_accelerate, scene_cache
+    from tests.helpers.training_runs import fresh_accelerate, scene_cache
 
     monkeypatch.setenv("CAMEO_CACHE", scene_cache())
     monkeypatch.setattr(repa, "PROJECTOR_WIDTH", 64)

@@ -1,0 +1,548 @@
+"""The alignment loss against golden values, a dense version and closed forms."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cameo.alignment import AlignmentHead, alignment_loss, supervision_weights
+from cameo.correspondence import Correspondence
+from cameo.errors import ShapeError
+
+ASSETS = Path(__file__).parents[2] / "assets"
+Inputs = tuple[Tensor, Tensor, Correspondence]
+
+
+def relative_error(got: Tensor | None, expected: Tensor) -> float:
+    assert got is not None
+    return ((got.reshape(-1) - expected.reshape(-1)).abs().max() / expected.abs().max()).item()
+
+
+def make_inputs(
+    batch: int = 2,
+    heads: int = 3,
+    sizes: tuple[tuple[int, int], ...] = ((2, 3),) * 3,
+    dim: int = 4,
+    *,
+    visible: float = 0.6,
+    weighted: bool = False,
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
+) -> Inputs:
+    """Random queries, keys and matches; every token has a distance, as from point maps."""
+    generator = torch.Generator().manual_seed(seed)
+    views, tokens = len(sizes), max(h * w for h, w in sizes)
+    index = torch.full((batch, views, views, tokens), -1)
+    for i, (query_height, query_width) in enumerate(sizes):
+        for j, (height, width) in enumerate(sizes):
+            if i != j:
+                shape = (batch, query_height * query_width)
+                match = torch.randint(0, height * width, shape, generator=generator)
+                hidden = torch.rand(shape, generator=generator) > visible
+                index[:, i, j, : shape[1]] = match.masked_fill(hidden, -1)
+    weight = torch.rand(index.shape, generator=generator, dtype=torch.float64) if weighted else None
+    distance = torch.rand(index.shape, generator=generator, dtype=torch.float64)
+    shape = (batch, heads, views, tokens, dim)
+    query, key = (torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for _ in range(2))
+    return query.requires_grad_(), key.requires_grad_(), Correspondence(index, sizes, weight, distance)
+
+
+def make_head(heads: int = 3, **settings: Any) -> AlignmentHead:
+    torch.manual_seed(7)
+    return AlignmentHead(heads, **settings).double()
+
+
+def explicit_head(head: AlignmentHead, logits: Tensor) -> Tensor:
+    """[K, ...] -> [1 or K, ...] from the definition, with the heads moved to the last axis."""
+    if head.kind == "none":
+        return logits
+    if head.kind == "mean":
+        return logits.sum(0, keepdim=True) / logits.shape[0]
+    x = logits.movedim(0, -1)
+    for layer in head.hidden:
+        x = torch.einsum("...k,mk->...m", x, layer.weight) + layer.bias
+        x = x * 0.5 * (1 + torch.erf(x / 2**0.5))
+    return torch.einsum("...m,om->...o", x, head.output.weight).movedim(-1, 0)
+
+
+def dense_loss(
+    query: Tensor,
+    key: Tensor,
+    match: Correspondence,
+    head: AlignmentHead,
+    scale: float,
+    normalise: str = "per_view",
+    pairs: Tensor | None = None,
+) -> Tensor:
+    """Mean loss from the full [K, B, V, N, V, N] logits and dense one-hot targets."""
+    batch, _, views, tokens, _ = query.shape
+    logits = explicit_head(head, scale * torch.einsum("bkixd,bkjyd->kbixjy", query, key))
+    lengths = torch.tensor([h * w for h, w in match.sizes])
+    real = (torch.arange(tokens) < lengths[:, None]).expand(views, 1, views, tokens).transpose(0, 1)[0]
+    other = ~torch.eye(views, dtype=torch.bool)
+    if normalise == "per_view":
+        log_p = logits.masked_fill(~real[:, None], -torch.inf).log_softmax(-1)
+    else:
+        keys = other[:, None, :, None] & real[0]
+        log_p = logits.masked_fill(~keys, -torch.inf).flatten(-2).log_softmax(-1).unflatten(-1, (views, tokens))
+    wanted = match.visible if pairs is None else match.visible & pairs[None, :, :, None]
+    target = F.one_hot(match.index.clamp(min=0), tokens) * wanted[..., None]
+    weight = torch.ones(match.index.shape) if match.weight is None else match.weight
+    weight = weight.double() * wanted
+    nll = -(log_p.masked_fill(log_p == -torch.inf, 0).mean(0) * target.permute(0, 1, 3, 2, 4)).sum(-1)
+    assert nll.shape == (batch, views, tokens, views)
+    return (weight.transpose(2, 3) * nll).sum() / weight.sum()
+
+
+def gradients(loss: Tensor, query: Tensor, key: Tensor, head: nn.Module) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(loss, [query, key, *head.parameters()])
+
+
+class Golden:
+    """One file of published-method values; `distance` from the resampled point maps, by its own formula."""
+
+    def __init__(self, path: Path) -> None:
+        data = {name: torch.as_tensor(value) for name, value in np.load(path).items()}
+        views, (height, width) = data["index"].shape[1], data["size"].tolist()
+        index = torch.where(data["visible"], data["index"], -1)
+        index[:, range(views), range(views)] = -1
+        points = F.interpolate(data["point_map"].flatten(0, 1), (height, width), mode="bilinear")
+        points = points.unflatten(0, (-1, views)).flatten(3)
+        difference = points[:, :, None, :, :, None] - points[:, None, :, :, None, :]
+        distance = difference.square().sum(3).amin(-1).sqrt()
+        self.match = Correspondence(index, ((height, width),) * views, distance=distance)
+        self.query, self.key = (
+            data[name].unflatten(2, (views, height * width)).requires_grad_() for name in ("query", "key")
+        )
+        self.head = AlignmentHead(self.query.shape[1]).double()
+        with torch.no_grad():
+            self.head.hidden[0].weight.copy_(data["w1"])
+            self.head.hidden[0].bias.copy_(data["b1"])
+            self.head.output.weight.copy_(data["w2"])
+        self.data, self.scale = data, float(data["scale"])
+
+
+@pytest.fixture(params=["room_3views", "room_4views"])
+def scene(request: pytest.FixtureRequest) -> Golden:
+    asset = ASSETS / f"{request.param}.npz"
+    return Golden(asset if asset.exists() else request.getfixturevalue("golden")(request.param))
+
+
+# Worst values seen in float64: 3e-16 for the loss, 2e-15 for the gradients.
+def test_golden_paper(scene: Golden) -> None:
+    data, match = scene.data, scene.match
+    assert int(match.visible.sum()) == data["num_pairs"]
+    loss = alignment_loss(scene.query, scene.key, match, scene.head, scale=scene.scale)
+    loss.backward()
+    assert loss.item() == pytest.approx(data["loss_paper"].item(), rel=1e-9)
+    assert relative_error(scene.query.grad, data["grad_query_paper"]) < 1e-9
+    assert relative_error(scene.key.grad, data["grad_key_paper"]) < 1e-9
+    assert relative_error(scene.head.hidden[0].weight.grad, data["grad_w1_paper"]) < 1e-9
+    assert relative_error(scene.head.output.weight.grad, data["grad_w2_paper"]) < 1e-9
+
+
+# The published code adds 1e-8 to every probability; worst seen 3e-7 for the loss, 1.4e-6 for the gradients.
+def test_golden_released(scene: Golden) -> None:
+    data = scene.data
+    loss = alignment_loss(
+        scene.query,
+        scene.key,
+        scene.match,
+        scene.head,
+        scale=scene.scale,
+        reduction="released",
+        num_reference_views=int(data["cond_views"]),
+    )
+    loss.backward()
+    expected = data["loss_released_reference"] + data["loss_released_target"]
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert relative_error(scene.query.grad, data["grad_query_released"]) < 1e-5
+    assert relative_error(scene.key.grad, data["grad_key_released"]) < 1e-5
+
+
+PADDED = ((2, 3), (2, 3), (3, 4), (1, 2))
+
+
+@pytest.mark.parametrize("normalise", ["per_view", "all_views"])
+@pytest.mark.parametrize("sizes", [((2, 3),) * 3, PADDED], ids=["one grid", "four grids"])
+@pytest.mark.parametrize("settings", [{}, {"depth": 0}, {"depth": 2}, {"kind": "mean"}, {"kind": "none"}], ids=str)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_equals_the_dense_version(
+    normalise: str, sizes: tuple[tuple[int, int], ...], settings: dict[str, Any], weighted: bool
+) -> None:
+    query, key, match = make_inputs(sizes=sizes, weighted=weighted)
+    head = make_head(**settings)
+    got = alignment_loss(query, key, match, head, scale=0.3, normalise=normalise)
+    expected = dense_loss(query, key, match, head, 0.3, normalise)
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=0)
+    for one, other in zip(gradients(got, query, key, head), gradients(expected, query, key, head), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("normalise", ["per_view", "all_views"])
+def test_pairs_select_query_view_and_key_view(normalise: str) -> None:
+    query, key, match = make_inputs()
+    head, pairs = make_head(), torch.tensor([[0, 1, 0], [0, 0, 0], [1, 1, 0]]).bool()
+    got = alignment_loss(query, key, match, head, scale=0.3, pairs=pairs, normalise=normalise)
+    torch.testing.assert_close(got, dense_loss(query, key, match, head, 0.3, normalise, pairs), rtol=1e-12, atol=0)
+
+
+def test_released_equals_the_loops() -> None:
+    query, key, match = make_inputs(weighted=True)
+    head, references = make_head(), 1
+    assert match.distance is not None
+    assert match.weight is not None
+    total = torch.zeros((), dtype=torch.float64)
+    for half in (range(references), range(references, 3)):
+        numerator, denominator = torch.zeros((), dtype=torch.float64), 0.0
+        for b in range(2):
+            for i in half:
+                for x in range(6):
+                    nearest = min((j for j in range(3) if j != i), key=lambda j: match.distance[b, i, j, x])
+                    for j in range(3):
+                        target = int(match.index[b, i, j, x])
+                        if target < 0:
+                            continue
+                        weight = match.weight[b, i, j, x]
+                        denominator += float(weight)
+                        if j == nearest:
+                            logits = torch.stack([0.5 * key[b, k, j] @ query[b, k, i, x] for k in range(3)])
+                            numerator = numerator - weight * explicit_head(head, logits)[0].log_softmax(0)[target]
+        total = total + numerator / denominator
+    got = alignment_loss(query, key, match, head, reduction="released", num_reference_views=references)
+    torch.testing.assert_close(got, total, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("references", [0, 3])
+def test_released_counts_an_empty_half_as_zero(references: int) -> None:
+    query, key, match = make_inputs()
+    loss = alignment_loss(query, key, match, make_head(), reduction="released", num_reference_views=references)
+    nearest = supervision_weights(match, reduction="released", num_reference_views=references) > 0
+    only_nearest = Correspondence(torch.where(nearest, match.index, -1), match.sizes)
+    summed = alignment_loss(query, key, only_nearest, make_head(), reduction="sum")
+    torch.testing.assert_close(loss, summed / match.visible.sum(), rtol=1e-12, atol=0)
+    assert loss > 0
+
+
+def test_released_takes_the_nearest_view_before_visibility() -> None:
+    index = torch.full((1, 3, 3, 4), -1)
+    index[0, 0, 1] = 2
+    distance = torch.ones(1, 3, 3, 4)
+    distance[0, 0, 2, :3] = 0.5  # the nearest view of tokens 0 to 2 is view 2, where they are not visible
+    match = Correspondence(index, ((2, 2),) * 3, distance=distance)
+    weights = supervision_weights(match, reduction="released", num_reference_views=1)
+    assert weights[0, 0, 1].tolist() == [0, 0, 0, 0.25]
+    assert weights.sum() == 0.25
+
+
+@pytest.mark.parametrize("kind", ["mlp", "mean", "none"])
+def test_uniform_attention_gives_the_logarithm_of_the_keys(kind: str) -> None:
+    _, key, match = make_inputs(sizes=((2, 3),) * 4)
+    head = make_head(kind=kind)
+    query = torch.zeros_like(key)
+    loss = alignment_loss(query, key, match, head)
+    torch.testing.assert_close(loss, torch.tensor(6.0).double().log(), rtol=1e-12, atol=0)
+    loss = alignment_loss(query, key, match, head, normalise="all_views")
+    torch.testing.assert_close(loss, torch.tensor(18.0).double().log(), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("normalise", ["per_view", "all_views"])
+def test_gradcheck(normalise: str) -> None:
+    query, key, match = make_inputs(batch=1, sizes=((1, 3), (2, 2)), dim=2, weighted=True)
+    head = make_head()
+    names = [name for name, _ in head.named_parameters()]
+
+    def loss(query: Tensor, key: Tensor, *parameters: Tensor) -> Tensor:
+        module = make_head()
+        for name, parameter in zip(names, parameters, strict=True):
+            owner, _, leaf = name.rpartition(".")
+            delattr(module.get_submodule(owner), leaf)
+            setattr(module.get_submodule(owner), leaf, parameter)
+        return alignment_loss(query, key, match, module, normalise=normalise)
+
+    assert torch.autograd.gradcheck(loss, (query, key, *head.parameters()))
+
+
+def test_default_scale_and_sum() -> None:
+    query, key, match = make_inputs()
+    head = make_head()
+    mean = alignment_loss(query, key, match, head)
+    torch.testing.assert_close(mean, alignment_loss(query, key, match, head, scale=4**-0.5), rtol=1e-14, atol=0)
+    summed = alignment_loss(query, key, match, head, reduction="sum")
+    torch.testing.assert_close(summed, mean * match.visible.sum(), rtol=1e-12, atol=0)
+
+
+def test_order_of_samples_does_not_matter() -> None:
+    query, key, match = make_inputs(batch=3, weighted=True)
+    order = [2, 0, 1]
+    permuted = Correspondence.cat([match.select(b) for b in order])
+    head = make_head()
+    loss = alignment_loss(query[order], key[order], permuted, head)
+    torch.testing.assert_close(loss, alignment_loss(query, key, match, head), rtol=1e-12, atol=0)
+
+
+def test_weights_act_like_repetition() -> None:
+    query, key, match = make_inputs(batch=1)
+    twice = Correspondence.cat([match, match])
+    first_twice = torch.where(torch.arange(6) < 2, 2.0, 1.0).expand(match.index.shape)
+    weighted = Correspondence(match.index, match.sizes, first_twice)
+    once = twice.index.clone()
+    once[1, ..., 2:] = -1
+    head = make_head()
+    repeated = alignment_loss(
+        query.repeat(2, 1, 1, 1, 1), key.repeat(2, 1, 1, 1, 1), Correspondence(once, match.sizes), head
+    )
+    torch.testing.assert_close(alignment_loss(query, key, weighted, head), repeated, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("normalise", ["per_view", "all_views"])
+def test_what_is_not_supervised_cannot_matter(normalise: str) -> None:
+    query, key, match = make_inputs(batch=1, sizes=PADDED)
+    match.index[0, 3] = -1
+    head = make_head()
+    expected = alignment_loss(query, key, match, head, normalise=normalise)
+    expected_gradients = gradients(expected, query, key, head)
+    with torch.no_grad():
+        for v, (height, width) in enumerate(PADDED):
+            query[:, :, v, height * width :] = torch.nan
+            key[:, :, v, height * width :] = torch.inf
+        query[:, :, 3] = -torch.inf
+    got = alignment_loss(query, key, match, head, normalise=normalise)
+    assert torch.equal(got, expected)
+    for one, other in zip(gradients(got, query, key, head), expected_gradients, strict=True):
+        assert torch.equal(one, other)
+
+
+# bfloat16 holds 8 bits: an input rounded to 2^-9 moves a logit by about 1e-2. float16 holds 11.
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 2e-2), (torch.float16, 2e-3)])
+def test_half_precision_rounds_only_the_inputs(dtype: torch.dtype, tolerance: float) -> None:
+    query, key, match = make_inputs(sizes=((4, 4),) * 3, dim=16)
+    head = make_head()
+    exact = alignment_loss(query, key, match, head)
+    half_query, half_key = query.detach().to(dtype).requires_grad_(), key.detach().to(dtype).requires_grad_()
+    single = AlignmentHead(3)
+    single.load_state_dict(head.state_dict())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = alignment_loss(half_query, half_key, match, single)
+    assert loss.dtype == torch.float32
+    rounded = alignment_loss(half_query.double(), half_key.double(), match, head)
+    assert loss.item() == pytest.approx(rounded.item(), rel=1e-6)
+    assert loss.item() == pytest.approx(exact.item(), rel=tolerance)
+    got, wanted = gradients(loss, half_query, half_key, single), gradients(exact, query, key, head)
+    assert [gradient.dtype for gradient in got[:3]] == [dtype, dtype, torch.float32]
+    for one, other in zip(got, wanted, strict=True):
+        assert relative_error(one.double(), other) < 3 * tolerance
+
+
+def test_half_precision_head_is_read_in_float32() -> None:
+    query, key, match = make_inputs(dtype=torch.bfloat16)
+    head = make_head().bfloat16()
+    loss = alignment_loss(query, key, match, head)
+    wide = alignment_loss(query, key, match, make_head().bfloat16().float())
+    assert loss.dtype == torch.float32
+    assert torch.equal(loss, wide)
+
+
+@pytest.mark.parametrize("normalise", ["per_view", "all_views"])
+@pytest.mark.parametrize("poison", [0.0, torch.inf, torch.nan])
+@pytest.mark.parametrize("kind", ["mlp", "mean"])
+def test_nothing_visible_is_zero_with_a_graph(normalise: str, poison: float, kind: str) -> None:
+    query, key, match = make_inputs(visible=0.0)
+    with torch.no_grad():
+        query[0, 0, 0, 0, 0] = poison
+        key[0, 0, 0, 0, 0] = poison
+    head = make_head(kind=kind)
+    loss = alignment_loss(query, key, match, head, normalise=normalise)
+    assert loss.item() == 0
+    assert loss.dtype == torch.float64
+    for gradient in gradients(loss, query, key, head):
+        assert (gradient == 0).all()
+
+
+@pytest.mark.parametrize("why", ["pairs", "weight", "nearest view", "one view"])
+def test_nothing_supervised_is_zero_with_a_graph(why: str) -> None:
+    query, key, match = make_inputs(sizes=((2, 3),) if why == "one view" else ((2, 3),) * 3)
+    options: dict[str, Any] = {}
+    if why == "pairs":
+        options = {"pairs": torch.zeros(3, 3, dtype=torch.bool)}
+    if why == "weight":
+        match = Correspondence(match.index, match.sizes, torch.zeros(match.index.shape))
+    if why == "nearest view":  # view 1 is visible in view 0, but view 2 is nearer
+        index, distance = torch.full((2, 3, 3, 6), -1), torch.ones(2, 3, 3, 6)
+        index[:, 0, 1], distance[:, 0, 2] = 4, 0.5
+        match = Correspondence(index, match.sizes, distance=distance)
+        options = {"reduction": "released", "num_reference_views": 1}
+    head = make_head()
+    loss = alignment_loss(query, key, match, head, **options)
+    assert loss.item() == 0
+    assert all((gradient == 0).all() for gradient in gradients(loss, query, key, head))
+
+
+def test_non_finite_logits_of_supervised_queries_show() -> None:
+    query, key, match = make_inputs(visible=1.0)
+    with torch.no_grad():
+        query[0, 0, 0, 0, 0] = torch.nan
+    assert alignment_loss(query, key, match, make_head()).isnan()
+
+
+@pytest.mark.parametrize(
+    ("settings", "count"),
+    [({}, 12 * 3 + 12 + 12), ({"depth": 0}, 3), ({"depth": 2, "expansion": 2}, 18 + 6 + 36 + 6 + 6)],
+    ids=str,
+)
+def test_heads_have_the_parameters_of_their_formula(settings: dict[str, Any], count: int) -> None:
+    head = make_head(**settings)
+    assert sum(parameter.numel() for parameter in head.parameters()) == count
+    logits = torch.randn(3, 5, 7, dtype=torch.float64)
+    torch.testing.assert_close(head(logits), explicit_head(head, logits), rtol=1e-12, atol=1e-14)
+
+
+def test_heads_without_parameters() -> None:
+    logits = torch.randn(3, 5, 7)
+    assert torch.equal(AlignmentHead(3, "none")(logits), logits)
+    torch.testing.assert_close(AlignmentHead(3, "mean")(logits)[0], (logits[0] + logits[1] + logits[2]) / 3)
+    assert not list(AlignmentHead(3, "mean").parameters())
+    assert "num_heads=3, kind='mean'" in repr(AlignmentHead(3, "mean"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((3, "mpl"), "unknown head kind 'mpl': did you mean 'mlp'"),
+        ((0,), "num_heads: expected an integer of at least 1, got 0"),
+        ((3, "mlp", -1), "depth: expected an integer of at least 0"),
+        ((3, "mlp", 1, 0), "expansion: expected an integer of at least 1"),
+    ],
+)
+def test_head_errors(arguments: tuple[Any, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        AlignmentHead(*arguments)
+
+
+def test_head_refuses_another_head_count() -> None:
+    with pytest.raises(ShapeError, match=r"logits: expected \[3, \.\.\.\] .* got \[4, 2\]"):
+        AlignmentHead(3)(torch.zeros(4, 2))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"normalise": "views"}, "unknown normalise 'views'"),
+        ({"reduction": "none"}, "unknown reduction 'none'"),
+        ({"pairs": "al"}, "unknown pairs 'al': did you mean 'all'"),
+        (
+            {"pairs": torch.ones(3, 3)},
+            r'pairs: expected "all" or a bool tensor \[V, V\] = \[3, 3\], got torch.float',
+        ),
+        ({"pairs": torch.ones(2, 3).bool()}, r"got torch.bool \[2, 3\]"),
+        ({"pairs": [[True]]}, "got list"),
+        ({"reduction": "released"}, "num_reference_views: .* 0 to 3, got None"),
+        ({"reduction": "released", "num_reference_views": 4}, "0 to 3, got 4"),
+        (
+            {"reduction": "released", "normalise": "all_views", "num_reference_views": 1},
+            'for normalise="per_view"',
+        ),
+    ],
+)
+def test_option_errors(options: dict[str, Any], message: str) -> None:
+    query, key, match = make_inputs()
+    with pytest.raises(ValueError, match=message):
+        alignment_loss(query, key, match, make_head(), **options)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda q, k: (q[0], k[0]), r"query: expected \[B, K, V, N, D\].*TokenLayout"),
+        (lambda q, k: (q, k[..., :2]), r"key: expected the query's \[2, 3, 3, 6, 4\]"),
+        (lambda q, k: (q, k.float()), "key: expected the query's .* got .* of torch.float32"),
+        (lambda q, k: (q.long(), k.long()), "query: expected a floating-point tensor, got torch.int64"),
+        (lambda q, k: (q[:, :2], k[:, :2]), r"K = 3 heads.*Use AlignmentHead\(num_heads=2\)"),
+        (lambda q, k: (q.repeat(2, 1, 1, 1, 1), k.repeat(2, 1, 1, 1, 1)), "B = 2 .*Classifier-free guidance"),
+        (lambda q, k: (q[:, :, :2], k[:, :, :2]), r"V = 3 .*Correspondence\.take_views"),
+        (lambda q, k: (q[..., :5, :], k[..., :5, :]), r"N = 6 .*size=model\.token_grid"),
+        (lambda q, k: (q.to("meta"), k.to("meta")), r"query is on meta .* use correspondence\.to\('meta'\)"),
+    ],
+)
+def test_tensor_errors(change: Any, message: str) -> None:
+    query, key, match = make_inputs()
+    with pytest.raises(ValueError, match=message):
+        alignment_loss(*change(query, key), match, make_head())
+
+
+# Correspondence checks these itself, but on a GPU its values are not read: the loss must still refuse them.
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        (
+            (0, 0, 1, 2),
+            6,
+            r"index\[0, 0, 1, 2\]: expected -1, or a token of view 1 with grid \(2, 3\).* got 6",
+        ),
+        ((1, 2, 0, 0), -2, r"index\[1, 2, 0, 0\].* got -2"),
+        ((0, 1, 1, 0), 3, r"index\[0, 1, 1, 0\].* another view 1"),
+        ((0, 3, 0, 2), 0, r"index\[0, 3, 0, 2\].* view 3 with grid \(1, 2\)"),
+    ],
+)
+def test_matches_that_are_no_tokens(place: tuple[int, ...], value: int, message: str) -> None:
+    query, key, match = make_inputs(sizes=((2, 3), (2, 3), (2, 3), (1, 2)))
+    match.index[place] = value
+    with pytest.raises(ValueError, match=message):
+        alignment_loss(query, key, match, make_head())
+
+
+@pytest.mark.parametrize("value", [-0.5, torch.nan, torch.inf])
+def test_weights_that_are_no_weights(value: float) -> None:
+    query, key, match = make_inputs(weighted=True)
+    assert match.weight is not None
+    match.weight[0, 0, 1, 0] = value
+    with pytest.raises(ValueError, match=r"correspondence.weight: expected finite values of at least 0"):
+        alignment_loss(query, key, match, make_head())
+
+
+def test_released_needs_distances() -> None:
+    query, key, match = make_inputs()
+    without = Correspondence(match.index, match.sizes)
+    with pytest.raises(ValueError, match=r"correspondence.distance: .*from_point_maps"):
+        alignment_loss(query, key, without, make_head(), reduction="released", num_reference_views=1)
+
+
+def test_one_reachable_token_per_view_is_refused() -> None:
+    query, key, match = make_inputs(sizes=((1, 1),) * 3)
+    with pytest.raises(ValueError, match=r'a softmax per view is constant .* use normalise="all_views"'):
+        alignment_loss(query, key, match, make_head())
+    assert alignment_loss(query, key, match, make_head(), normalise="all_views") > 0
+
+
+def test_one_token_per_view_equals_a_loop() -> None:
+    """Temporal attention: one small softmax over the other views per cell and query view."""
+    torch.manual_seed(0)
+    cells, heads, views = 5, 3, 4
+    query, key = (torch.randn(cells, heads, views, 1, 6, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    index = torch.where(torch.rand(cells, views, views, 1) < 0.4, 0, -1)
+    index[:, range(views), range(views)] = -1
+    index[2] = -1  # a cell without a match
+    weight = torch.rand(index.shape, dtype=torch.float64)
+    head = AlignmentHead(heads).double()
+    match = Correspondence(index, ((1, 1),) * views, weight=weight)
+    loss = alignment_loss(query, key, match, head, scale=0.3, normalise="all_views")
+    total, expected = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    for cell in range(cells):
+        for i in range(views):
+            others = [j for j in range(views) if j != i]
+            logits = torch.stack([head(0.3 * (query[cell, :, i, 0] * key[cell, :, j, 0]).sum(-1))[0] for j in others])
+            for place, j in enumerate(others):
+                if index[cell, i, j, 0] == 0:
+                    expected = expected - weight[cell, i, j, 0] * logits.log_softmax(0)[place]
+                    total = total + weight[cell, i, j, 0]
+    torch.testing.assert_close(loss, expected / total, rtol=1e-12, atol=0)
+    gradients = [torch.autograd.grad(value, [query, key]) for value in (loss, expected / total)]
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-15)
+    assert not gradients[0][0][2].any()

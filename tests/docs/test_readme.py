@@ -1,0 +1,61 @@
+"""What the README says is so: its commands exist once each, its first example runs, its links lead somewhere."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from cameo.backbone import get_backbone
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_two_commands_install_and_run() -> None:
+    blocks = [block.strip() for block in re.findall(r"```bash\n(.*?)```", README, re.S)]
+    assert len(blocks) == 2
+    assert all(block.startswith("python3 -m venv") and "\n" not in block for block in blocks)
+    assert blocks[0].endswith("python recipes/lora_finetune.py")
+    assert blocks[1].endswith("python -m pytest")
+
+
+def test_first_example_runs(batch: dict[str, Any]) -> None:
+    pipeline = get_backbone("cat3d").build("tiny")
+    inputs = pipeline.training_inputs(batch, generator=torch.Generator().manual_seed(0))
+    names = {
+        "pipeline": pipeline,
+        "height": 64,
+        "width": 64,
+        "args": inputs.args,
+        "kwargs": inputs.kwargs,
+        "mse": F.mse_loss,
+        "target": inputs.target.flatten(0, 1),
+        **{name: batch[name] for name in ("depth", "intrinsics", "extrinsics")},
+    }
+    example = re.findall(r"```python\n(.*?)```", README, re.S)[0]
+    exec(example, names)
+    assert names["loss"].requires_grad
+    assert names["unet"] is pipeline.unet
+
+
+def test_links_lead_somewhere() -> None:
+    for page in [
+        ROOT / "README.md",
+        ROOT / "CONTRIBUTING.md",
+        *ROOT.glob("docs/*.md"),
+        *ROOT.glob("benchmarks/**/*.md"),
+    ]:
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_every_test_that_the_readme_names_exists() -> None:
+    code = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
+    named = re.findall(r"`(test_\w+)[\[`]", README)
+    assert len(set(named)) > 10
+    for name in named:
+        assert re.search(rf"def {name}\(", code), name
