@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 
+from tests.helpers.batches import make_batch
+
 REPOSITORY = Path(__file__).parent.parent
 # The suite is defined on the CPU; GPU checks are in benchmarks/gpu.
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
@@ -41,22 +43,6 @@ def golden() -> Callable[[str], Path]:
     """File of reference numbers, by name: from the repository, else from beside the real data."""
     assets = REPOSITORY / "tests" / "assets"
     return lambda name: assets / name if (assets / name).exists() else _found(_data_folder().parent / "golden", name)
-
-
-def make_batch(samples: int = 2, views: int = 3, size: int = 64, seed: int = 0) -> dict[str, Any]:
-    """A wall seen by cameras that stand side by side, with random pictures and exact depth."""
-    generator = torch.Generator().manual_seed(seed)
-    intrinsics = torch.tensor([[float(size), 0, size / 2], [0, float(size), size / 2], [0, 0, 1]])
-    extrinsics = torch.eye(4).repeat(samples, views, 1, 1)
-    extrinsics[:, :, 0, 3] = -0.25 * torch.arange(views)
-    return {
-        "images": torch.rand(samples, views, 3, size, size, generator=generator),
-        "intrinsics": intrinsics.expand(samples, views, 3, 3).clone(),
-        "extrinsics": extrinsics,
-        "depth": torch.full((samples, views, 1, size, size), 2.0),
-        "num_reference_views": 1,
-        "key": [f"wall-{index}" for index in range(samples)],
-    }
 
 
 @pytest.fixture

@@ -20,9 +20,8 @@ from cameo.config import CameoConfig
 from cameo.data.batches import match_layers
 from cameo.hub.license import find_licence
 from cameo.pipeline import MultiViewPipeline, TrainingInputs
-
-from . import backbone_checks as checks
-from .conftest import make_batch
+from tests.helpers import backbone_checks as checks
+from tests.helpers.batches import make_batch
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,9 @@ from cameo.adapters.cat3d.denoiser import JointDiT
 from cameo.adapters.cat3d.pipeline import CONDITION_CHANNELS, Cat3DPipeline, inflate
 from cameo.backbone import get_backbone
 from cameo.errors import ShapeError
-
-from .backbone_checks import build_pipeline, one_match
-from .conftest import make_batch
-from .test_cat3d import tiny_kl
+from tests.helpers.backbone_checks import build_pipeline, one_match
+from tests.helpers.batches import make_batch
+from tests.test_cat3d import tiny_kl
 
 
 @functools.cache

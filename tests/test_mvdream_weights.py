@@ -17,9 +17,8 @@ from cameo.adapters.mvdream.weights import convert_unet, noise_schedule
 from cameo.adapters.released import RELEASED
 from cameo.backbone import get_backbone
 from cameo.errors import DataError
-
-from .conftest import make_batch
-from .test_mvdream import (
+from tests.helpers.batches import make_batch
+from tests.test_mvdream import (
     PRESETS,
     SIZE,
     batch,

@@ -8,8 +8,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from cameo.adapters.common.unet_layers import checkpoints_reentrantly, default_layer_index, level_of, self_attentions
-
-from .zero123plus_models import stable_diffusion_unet
+from tests.helpers.zero123plus_models import stable_diffusion_unet
 
 PARTS = {"down_blocks": 6, "mid_block": 1, "up_blocks": 9}
 

@@ -31,7 +31,7 @@ from cameo.probing.truth import Truth
 from cameo.training.data import build_dataset
 from cameo.training.setup import load_pipeline, wrap_denoiser, write_pictures
 from cameo.wrap import CameoModel
-from tests.conftest import make_batch
+from tests.helpers.batches import make_batch
 from tests.helpers.training_runs import fresh_accelerate, make_config, scene_cache
 
 LEVELS = (0.5, 0.95, 1.0)

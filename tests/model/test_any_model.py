@@ -14,8 +14,7 @@ from torch import Tensor, nn
 import cameo
 from cameo import CameoModel, TokenLayout
 from cameo.errors import CaptureError, ShapeError
-
-from .models import (
+from tests.helpers.models import (
     GRID,
     SAMPLES,
     VIEWS,

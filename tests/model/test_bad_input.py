@@ -22,7 +22,7 @@ from cameo.geometry.cameras import check_cameras
 from cameo.training.config import load_config
 from cameo.training.data import build_dataset
 from cameo.training.setup import load_pipeline, wrap_denoiser
-from tests.conftest import make_batch
+from tests.helpers.batches import make_batch
 from tests.helpers.training_runs import fresh_accelerate, make_config, make_trainer, scene_cache
 from tests.recipes.test_recipes import write_sequence
 

@@ -31,12 +31,7 @@ from cameo.probing import ablation as perturbation
 from cameo.probing.ablation import Drop, LayerEffect, effects_figure, effects_table, perturb_layers
 from cameo.training.data import build_dataset
 from cameo.training.setup import load_pipeline
-
-from . import backbone_checks as checks
-from . import models
-from .conftest import make_batch
-from .test_backbones import TINY, Row, every_tiny
-from .test_capture import (  # noqa: F401 - a fixture
+from tests.attention.test_capture import (  # noqa: F401 - a fixture
     DIMENSION,
     HEADS,
     PLAIN,
@@ -46,7 +41,11 @@ from .test_capture import (  # noqa: F401 - a fixture
     sdpa,
     xformers_ops,
 )
-from .training_runs import make_config, scene_cache
+from tests.helpers import backbone_checks as checks
+from tests.helpers import models
+from tests.helpers.batches import make_batch
+from tests.helpers.training_runs import make_config, scene_cache
+from tests.test_backbones import TINY, Row, every_tiny
 
 KERNELS = [sdpa, *PLAIN, *WITH_XFORMERS]
 NO_VIEW, REFERENCE = -1, 99

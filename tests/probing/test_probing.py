@@ -36,12 +36,11 @@ from cameo.training.data import build_dataset
 from cameo.training.layer_choice import probe_for
 from cameo.training.setup import load_pipeline
 from cameo.wrap import CameoModel
-
-from . import backbone_checks as checks
-from .conftest import make_batch
-from .test_backbones import TINY, Row, every_tiny
-from .test_evaluation import ZERO123, Planted, joined, per_cell, plain_hits, tiled
-from .training_runs import RECIPES, make_config, scene_cache
+from tests.evaluation.test_evaluation import ZERO123, Planted, joined, per_cell, plain_hits, tiled
+from tests.helpers import backbone_checks as checks
+from tests.helpers.batches import make_batch
+from tests.helpers.training_runs import RECIPES, make_config, scene_cache
+from tests.test_backbones import TINY, Row, every_tiny
 
 LEVELS = (0.5, 1.0)
 CAT3D = TINY[0]

@@ -20,9 +20,8 @@ from cameo.evaluation.denoising import ValidationSettings
 from cameo.training import setup
 from cameo.training.config import load_config, settings_file
 from cameo.training.setup import load_pipeline
-
-from .test_recipes import write_sequence
-from .training_runs import RECIPES, fresh_accelerate, read_lines, scene_cache
+from tests.helpers.training_runs import RECIPES, fresh_accelerate, read_lines, scene_cache
+from tests.recipes.test_recipes import write_sequence
 
 SHORT = {
     "max_train_steps": 2,

@@ -24,7 +24,7 @@ from cameo.training.data import noisy_inputs
 from cameo.training.repa import FeatureAlignment, align_features
 from cameo.training.supervision import PROJECTOR_FILE
 from cameo.training.trainer import Trainer
-from tests.conftest import make_batch
+from tests.helpers.batches import make_batch
 from tests.helpers.training_runs import REPA, make_trainer
 
 pytestmark = pytest.mark.usefixtures("small_runs_with_features")

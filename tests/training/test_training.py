@@ -21,7 +21,7 @@ from cameo.training.data import StepSampler, build_dataset, noisy_inputs
 from cameo.training.processes import make_accelerator
 from cameo.training.setup import add_lora, load_pipeline, train_lora, wrap_denoiser, write_pictures
 from cameo.training.trainer import Trainer
-from tests.conftest import make_batch
+from tests.helpers.batches import make_batch
 from tests.helpers.training_runs import fresh_accelerate, make_config, make_trainer, scene_cache
 
 

@@ -12,8 +12,17 @@ from torch import Tensor, nn
 
 import cameo
 from cameo import CameoModel
+from tests.helpers.models import (
+    SAMPLES,
+    VIEWS,
+    add_lora,
+    check_bit_identical,
+    check_layout,
+    check_overfits,
+    frames,
+    next_view,
+)
 
-from ..models import SAMPLES, VIEWS, add_lora, check_bit_identical, check_layout, check_overfits, frames, next_view
 from .conftest import imports_from
 
 LATENT, GRID = (8, 16), (4, 8)  # of the layer below, at half the latent's resolution

@@ -31,8 +31,8 @@ from cameo.adapters.sv3d.convert import from_sgm, settings_from_sgm, to_sgm
 from cameo.adapters.sv3d.denoiser import SV3DUNet
 from cameo.backbone import get_backbone
 from cameo.errors import CaptureError, DataError
+from tests.helpers.models import add_lora, check_layout
 
-from ..models import add_lora, check_layout
 from .conftest import imports_from, xformers_by_sdpa
 
 SAMPLES, FRAMES, GRID = 2, 3, (3, 4)  # the token grid of the supervised layer
