@@ -20,17 +20,23 @@ from cameo.errors import ShapeError, unknown_name
 from cameo.kernels.operator import fused_alignment_loss
 from cameo.kernels.rows import Window, check_matches
 from cameo.kernels.triton_support import refusal as triton_refusal
+from cameo.layout import NORMALISATIONS
 
 if TYPE_CHECKING:
     from cameo.correspondence import Correspondence
 
-__all__ = ["AlignmentHead", "alignment_loss", "supervision_weights"]
+__all__ = ["AlignmentHead", "alignment_loss", "check_options", "supervision_weights"]
 
 HEAD_KINDS = ("mlp", "mean", "none")
-NORMALISATIONS = ("per_view", "all_views")
 REDUCTIONS = ("mean", "sum", "released")
 IMPLEMENTATIONS = ("auto", "reference", "chunked", "triton")
 GELUS = ("exact", "fast")
+CHOICES = {
+    "normalise": NORMALISATIONS,
+    "reduction": REDUCTIONS,
+    "implementation": IMPLEMENTATIONS,
+    "gelu": GELUS,
+}
 
 
 class AlignmentHead(nn.Module):
@@ -170,17 +176,7 @@ def alignment_loss(
 
     Source: arXiv 2512.03045.
     """
-    for name, value, known in (
-        ("normalise", normalise, NORMALISATIONS),
-        ("implementation", implementation, IMPLEMENTATIONS),
-        ("gelu", gelu, GELUS),
-    ):
-        if value not in known:
-            raise unknown_name(name, value, known)
-    if reduction == "released" and normalise != "per_view":
-        raise ValueError('reduction="released" is defined for normalise="per_view" only')
-    if not 0 <= softness < math.inf:
-        raise ValueError(f"softness: expected a finite number of tokens >= 0, got {softness}")
+    check_options(normalise=normalise, reduction=reduction, softness=softness, implementation=implementation, gelu=gelu)
     _check_tensors(query, key, correspondence, head)
     if normalise == "per_view" and max(height * width for height, width in correspondence.sizes) == 1:
         raise ValueError(
@@ -243,8 +239,7 @@ def supervision_weights(
 
     Source: arXiv 2512.03045 and the code released with it.
     """
-    if reduction not in REDUCTIONS:
-        raise unknown_name("reduction", reduction, REDUCTIONS)
+    _check_choice("reduction", reduction)
     visible = correspondence.visible & _pair_mask(pairs, correspondence)[None, :, :, None]
     weights = visible.to(dtype)
     if correspondence.weight is not None:
@@ -265,6 +260,28 @@ def supervision_weights(
     reference, target = weights[:, :count], weights[:, count:]
     halves = [reference / _nonzero(reference.sum()), target / _nonzero(target.sum())]
     return torch.cat(halves, dim=1) * nearest
+
+
+def check_options(*, normalise: str, reduction: str, softness: float, implementation: str, gelu: str) -> None:
+    """Raise `ValueError` for options that `alignment_loss` would refuse, whatever its tensors are.
+
+    Example:
+        >>> check_options(normalise="per_view", reduction="mean", softness=-1.0, implementation="auto", gelu="exact")
+        Traceback (most recent call last):
+        ValueError: softness: expected a finite number of tokens >= 0, got -1.0
+    """
+    named = {"normalise": normalise, "reduction": reduction, "implementation": implementation, "gelu": gelu}
+    for name, value in named.items():
+        _check_choice(name, value)
+    if reduction == "released" and normalise != "per_view":
+        raise ValueError('reduction="released" is defined for normalise="per_view" only')
+    if not 0 <= softness < math.inf:
+        raise ValueError(f"softness: expected a finite number of tokens >= 0, got {softness}")
+
+
+def _check_choice(name: str, value: str) -> None:
+    if value not in CHOICES[name]:
+        raise unknown_name(name, value, CHOICES[name])
 
 
 def _choose(implementation: str, query: Tensor, head: AlignmentHead, correspondence: Correspondence) -> str:

@@ -21,6 +21,7 @@ from cameo.errors import DataError
 from cameo.files import move_into_place, write_atomically
 from cameo.licence import find_licence, hub_id, require_licence
 from cameo.loading import load_base, read_adapter, read_full
+from cameo.model import CameoModel, attach
 from cameo.publish import explained_errors, file_names, upload, verify
 from cameo.weights import (
     ADAPTER_FORMATS,
@@ -31,7 +32,6 @@ from cameo.weights import (
     stale_files,
     write_weights,
 )
-from cameo.wrap import CameoModel, attach
 
 __all__ = ["from_pretrained", "local_folder", "push_to_hub", "save_pretrained"]
 

@@ -19,8 +19,8 @@ from cameo.data.batches import layer_grids, match_batch
 from cameo.evaluation.attention import attention_maps
 from cameo.evaluation.mode import evaluation_mode, native_precision
 from cameo.files import write_atomically
+from cameo.model import CameoModel
 from cameo.pipeline import TrainingInputs
-from cameo.wrap import CameoModel
 
 __all__ = ["attention_figure", "comparison_figure", "save_figure"]
 

@@ -18,10 +18,10 @@ from cameo.evaluation.denoising import DenoisingErrors, measure_denoising, sampl
 from cameo.evaluation.generated import SampledViews, consistency, novel_views, sample_targets
 from cameo.evaluation.settings import EvaluationSettings, Section
 from cameo.layer_probe import NEAR, LayerProbe
+from cameo.model import CameoModel
 from cameo.pipeline import MultiViewPipeline
 from cameo.probed_layer import ProbedLayer
 from cameo.probing import probe_layers
-from cameo.wrap import CameoModel
 
 __all__ = ["EvaluationSettings", "SampledViews", "Section", "evaluate", "sample_targets"]
 

@@ -26,8 +26,8 @@ from cameo.evaluation.mode import evaluation_mode, native_precision
 from cameo.evaluation.truth import fold_tokens
 from cameo.layout import TokenLayout
 from cameo.matching import resample_features
+from cameo.model import CameoModel
 from cameo.pipeline import MultiViewPipeline
-from cameo.wrap import CameoModel
 
 __all__ = ["FeatureAlignment", "align_features", "feature_tokens", "projector"]
 

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import nn
 
-import cameo
 from cameo.backbone import get_backbone
 from cameo.config import CameoConfig
 from cameo.data import MultiViewDataset, collate
@@ -22,6 +21,7 @@ from cameo.evaluation.mode import evaluation_mode, generate_views, native_precis
 from cameo.evaluation.pictures import attention_figure, comparison_figure, save_figure
 from cameo.evaluation.validation import validate
 from cameo.licence import require_licence
+from cameo.model import CameoModel
 from cameo.pipeline import MultiViewPipeline, TrainingInputs
 from cameo.tables import markdown_table
 from cameo.training.checkpoint import find_checkpoint, list_checkpoints, refuse_used_folder
@@ -31,7 +31,7 @@ from cameo.training.layer_choice import probe_for
 from cameo.training.processes import make_accelerator
 from cameo.training.records import TrainingResult
 from cameo.training.trainer import Trainer
-from cameo.wrap import CameoModel
+from cameo.wrap import wrap
 
 __all__ = [
     "LoraRun",
@@ -136,7 +136,7 @@ def wrap_denoiser(
             raise ValueError("layer=auto: needs dataset=, the training set on which the layers are probed; got None")
         probe = probe_for(pipeline, dataset, config)
     torch.manual_seed(config.seed)
-    model = cameo.wrap(
+    model = wrap(
         pipeline.denoiser,
         backbone=config.backbone,
         layer=layer,
