@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cameo.alignment import GELUS, IMPLEMENTATIONS, NORMALISATIONS, REDUCTIONS, AlignmentHead, alignment_loss
+from cameo.alignment import AlignmentHead, alignment_loss, check_options
 from cameo.attention.capture import AttentionCapture, AttentionSite, CapturedAttention
 from cameo.attention.layout import TokenLayout
 from cameo.backbone import core_module, find_site, get_backbone
@@ -20,7 +20,7 @@ from cameo.config import CameoConfig
 from cameo.correspondence import Correspondence
 from cameo.errors import CaptureError, ShapeError, unknown_name
 
-__all__ = ["CameoModel", "holder", "wrapped_bases"]
+__all__ = ["CameoModel", "attach", "check_plain", "holder", "wrapped_bases"]
 
 # Base modules and the CameoModel that holds each; weak on both sides, so dropping a wrapper without unwrap()
 # frees its base and lets it be wrapped again.
@@ -63,9 +63,13 @@ class CameoModel(nn.Module):
     ) -> None:
         super().__init__()
         _check_settings(config)
-        for name, value, known in (("implementation", implementation, IMPLEMENTATIONS), ("gelu", gelu, GELUS)):
-            if value not in known:
-                raise unknown_name(name, value, known)
+        check_options(
+            normalise=config.normalise,
+            reduction=config.reduction,
+            softness=config.softness,
+            implementation=implementation,
+            gelu=gelu,
+        )
         self.implementation, self.gelu = implementation, gelu
         self.base_model = base_model
         self.cameo_config = config
@@ -330,21 +334,46 @@ def wrapped_bases() -> list[nn.Module]:
     return [base for base in list(_held) if holder(base) is not None]
 
 
+def attach(model: nn.Module, config: CameoConfig, **options: str) -> CameoModel:
+    """Wrap `model` with the settings of a saved `CameoConfig`; `wrap` and `from_pretrained` both end here."""
+    check_plain(model)
+    return CameoModel(model, config, **options)
+
+
+def check_plain(model: nn.Module) -> None:
+    """Raise `ValueError` for a module that is wrapped already, compiled, or inside a DataParallel."""
+    _check_not_wrapped(model)
+    if hasattr(model, "_orig_mod"):
+        raise ValueError(
+            "model: is compiled by torch.compile. Wrap the plain module, cameo.wrap(model._orig_mod, ...), "
+            "and compile the result: forwards without a correspondence then run compiled, those with one "
+            "run eagerly."
+        )
+    if type(model) in (nn.DataParallel, nn.parallel.DistributedDataParallel):
+        raise ValueError(
+            f"model: is in {type(model).__name__}, which would not see the alignment head. Wrap the plain "
+            f"module, cameo.wrap(model.module, ...), and put the result in {type(model).__name__}."
+        )
+
+
+def _check_not_wrapped(model: nn.Module) -> None:
+    cure = "Call .unwrap() on that CameoModel first, or pass a list as layer= to supervise several layers."
+    for name, module in model.named_modules():
+        if isinstance(module, CameoModel) or holder(module) is not None:
+            where = f"its submodule {name!r}" if name else "this model"
+            raise ValueError(f"model: {where} is wrapped already. {cure}")
+    for base in wrapped_bases():
+        if any(module is model for module in base.modules()):
+            raise ValueError(f"model: is part of a {type(base).__name__} that is wrapped already. {cure}")
+
+
 def _check_settings(config: CameoConfig) -> None:
     """Refuse settings that the first forward would refuse, or would take in silence."""
     if not 0 <= config.weight < math.inf:
         raise ValueError(f"weight: expected a finite factor >= 0, got {config.weight}")
-    if not 0 <= config.softness < math.inf:
-        raise ValueError(f"softness: expected a finite number of tokens >= 0, got {config.softness}")
     for name, count, least in (("stride", config.stride, 1), ("kernel_call", config.kernel_call, 0)):
         if count is not None and (type(count) is not int or count < least):
             raise ValueError(f"{name}: expected an integer >= {least}, got {count!r}")
-    for name, value, known in (
-        ("normalise", config.normalise, NORMALISATIONS),
-        ("reduction", config.reduction, REDUCTIONS),
-    ):
-        if value not in known:
-            raise unknown_name(name, value, known)
     if config.reduction == "released" and config.num_reference_views is None:
         raise ValueError('num_reference_views: reduction="released" needs the number of clean views, got None')
     known_options = [name for name in inspect.signature(AlignmentHead).parameters if name != "num_heads"]

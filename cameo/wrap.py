@@ -12,7 +12,7 @@ from cameo.attention.layout import TokenLayout
 from cameo.backbone import backbones, core_module, find_site, get_backbone
 from cameo.config import CameoConfig
 from cameo.errors import unknown_name
-from cameo.model import CameoModel, holder, wrapped_bases
+from cameo.model import CameoModel, attach, check_plain
 
 if TYPE_CHECKING:
     from cameo.probing.result import LayerProbe
@@ -82,7 +82,7 @@ def wrap(
     if not isinstance(model, nn.Module):
         cure = "pass its denoiser (pipeline.unet)" if hasattr(model, "unet") else "pass the denoiser itself"
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}; {cure}")
-    _check_plain(model)
+    check_plain(model)
     choice = _probed_choice(layer, probe, backbone, inflate)
     layer = layer if choice is None else choice["layer"]
     options = {"kind": head} if isinstance(head, str) else dict(head)
@@ -136,12 +136,6 @@ def wrap(
     return attach(model, config, implementation=implementation, gelu=gelu)
 
 
-def attach(model: nn.Module, config: CameoConfig, **options: str) -> CameoModel:
-    """Wrap `model` with the settings of a saved `CameoConfig`; `wrap` and `from_pretrained` both end here."""
-    _check_plain(model)
-    return CameoModel(model, config, **options)
-
-
 def _probed_choice(
     layer: int | str | Sequence[int | str] | None, probe: LayerProbe | None, backbone: str | None, inflate: bool
 ) -> dict[str, Any] | None:
@@ -171,32 +165,6 @@ def _probed_choice(
             stacklevel=3,
         )
     return probe.choice()
-
-
-def _check_plain(model: nn.Module) -> None:
-    _check_not_wrapped(model)
-    if hasattr(model, "_orig_mod"):
-        raise ValueError(
-            "model: is compiled by torch.compile. Wrap the plain module, cameo.wrap(model._orig_mod, ...), "
-            "and compile the result: forwards without a correspondence then run compiled, those with one "
-            "run eagerly."
-        )
-    if type(model) in (nn.DataParallel, nn.parallel.DistributedDataParallel):
-        raise ValueError(
-            f"model: is in {type(model).__name__}, which would not see the alignment head. Wrap the plain "
-            f"module, cameo.wrap(model.module, ...), and put the result in {type(model).__name__}."
-        )
-
-
-def _check_not_wrapped(model: nn.Module) -> None:
-    cure = "Call .unwrap() on that CameoModel first, or pass a list as layer= to supervise several layers."
-    for name, module in model.named_modules():
-        if isinstance(module, CameoModel) or holder(module) is not None:
-            where = f"its submodule {name!r}" if name else "this model"
-            raise ValueError(f"model: {where} is wrapped already. {cure}")
-    for base in wrapped_bases():
-        if any(module is model for module in base.modules()):
-            raise ValueError(f"model: is part of a {type(base).__name__} that is wrapped already. {cure}")
 
 
 def _module_path(core: nn.Module, layer: int | str) -> str:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from cameo.alignment.head import AlignmentHead
-from cameo.alignment.loss import GELUS, IMPLEMENTATIONS, NORMALISATIONS, alignment_loss
-from cameo.alignment.supervision import REDUCTIONS, supervision_weights
+from cameo.alignment.loss import alignment_loss
+from cameo.alignment.options import GELUS, IMPLEMENTATIONS, NORMALISATIONS, REDUCTIONS, check_options
+from cameo.alignment.supervision import supervision_weights
 
 __all__ = [
     "GELUS",
@@ -13,5 +14,6 @@ __all__ = [
     "REDUCTIONS",
     "AlignmentHead",
     "alignment_loss",
+    "check_options",
     "supervision_weights",
 ]

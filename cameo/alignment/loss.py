@@ -6,7 +6,6 @@ dimension, i query view, j key view, x query token.
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,19 +13,16 @@ from torch import Tensor
 
 from cameo.alignment.head import AlignmentHead, is_sharded
 from cameo.alignment.operator import fused_alignment_loss
+from cameo.alignment.options import check_options
 from cameo.alignment.reference import reference_loss
 from cameo.alignment.supervision import supervision_weights
-from cameo.errors import ShapeError, unknown_name
+from cameo.errors import ShapeError
 from cameo.triton_support import refusal as triton_refusal
 
 if TYPE_CHECKING:
     from cameo.correspondence import Correspondence
 
-__all__ = ["GELUS", "IMPLEMENTATIONS", "NORMALISATIONS", "alignment_loss"]
-
-NORMALISATIONS = ("per_view", "all_views")
-IMPLEMENTATIONS = ("auto", "reference", "chunked", "triton")
-GELUS = ("exact", "fast")
+__all__ = ["alignment_loss"]
 
 
 def alignment_loss(
@@ -91,17 +87,7 @@ def alignment_loss(
 
     Source: arXiv 2512.03045.
     """
-    for name, value, known in (
-        ("normalise", normalise, NORMALISATIONS),
-        ("implementation", implementation, IMPLEMENTATIONS),
-        ("gelu", gelu, GELUS),
-    ):
-        if value not in known:
-            raise unknown_name(name, value, known)
-    if reduction == "released" and normalise != "per_view":
-        raise ValueError('reduction="released" is defined for normalise="per_view" only')
-    if not 0 <= softness < math.inf:
-        raise ValueError(f"softness: expected a finite number of tokens >= 0, got {softness}")
+    check_options(normalise=normalise, reduction=reduction, softness=softness, implementation=implementation, gelu=gelu)
     _check_tensors(query, key, correspondence, head)
     if normalise == "per_view" and max(height * width for height, width in correspondence.sizes) == 1:
         raise ValueError(

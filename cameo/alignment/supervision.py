@@ -11,14 +11,13 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from cameo.alignment.options import check_choice
 from cameo.errors import ShapeError, unknown_name
 
 if TYPE_CHECKING:
     from cameo.correspondence import Correspondence
 
-__all__ = ["REDUCTIONS", "supervision_weights"]
-
-REDUCTIONS = ("mean", "sum", "released")
+__all__ = ["supervision_weights"]
 
 
 def supervision_weights(
@@ -48,8 +47,7 @@ def supervision_weights(
 
     Source: arXiv 2512.03045 and the code released with it.
     """
-    if reduction not in REDUCTIONS:
-        raise unknown_name("reduction", reduction, REDUCTIONS)
+    check_choice("reduction", reduction)
     visible = correspondence.visible & _pair_mask(pairs, correspondence)[None, :, :, None]
     weights = visible.to(dtype)
     if correspondence.weight is not None:

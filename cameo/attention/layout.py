@@ -22,8 +22,10 @@ from cameo.errors import ShapeError, unknown_name
 if TYPE_CHECKING:
     from cameo.correspondence import Correspondence
 
-__all__ = ["TokenLayout"]
+__all__ = ["NORMALISATIONS", "TokenLayout"]
 
+# What the softmax of the alignment loss is taken over: the tokens of each other view, or those of all other views.
+NORMALISATIONS = ("per_view", "all_views")
 Sizes = tuple[tuple[int, int], ...]
 REACH: dict[Segment, str] = {(): "all", ("h",): "row", ("w",): "column", ("h", "w"): "cell"}
 
@@ -138,8 +140,8 @@ class TokenLayout:
             >>> TokenLayout("(b h w) v").refusal("all_views") is None
             True
         """
-        if normalise not in ("per_view", "all_views"):
-            raise unknown_name("normalise", normalise, ["per_view", "all_views"])
+        if normalise not in NORMALISATIONS:
+            raise unknown_name("normalise", normalise, NORMALISATIONS)
         if self.reach == "cell" and normalise == "per_view":
             constant = "a query reaches one token per view, so a softmax per view is constant"
             return f'{constant}; use normalise="all_views"'

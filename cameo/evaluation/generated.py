@@ -19,9 +19,9 @@ from cameo.evaluation.consistency import EpipolarPair, tsed, warp_error
 from cameo.evaluation.denoising import covisible_pixels, sample_batches
 from cameo.evaluation.metrics import Fid, Lpips, psnr, ssim
 from cameo.evaluation.settings import EvaluationSettings, Section
+from cameo.model import CameoModel
 from cameo.pipeline import MultiViewPipeline
 from cameo.probing.mode import generate_views
-from cameo.wrap import CameoModel
 
 __all__ = ["SampledViews", "consistency", "novel_views", "sample_targets"]
 

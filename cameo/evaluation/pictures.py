@@ -17,10 +17,10 @@ from torch import Tensor
 from cameo.correspondence import Correspondence
 from cameo.data.batches import layer_grids, match_batch
 from cameo.files import write_atomically
+from cameo.model import CameoModel
 from cameo.pipeline import TrainingInputs
 from cameo.probing.hits import attention_maps
 from cameo.probing.mode import evaluation_mode, native_precision
-from cameo.wrap import CameoModel
 
 __all__ = ["attention_figure", "comparison_figure", "save_figure"]
 

@@ -16,12 +16,12 @@ from cameo.evaluation.denoising import DenoisingErrors, measure_denoising, sampl
 from cameo.evaluation.generated import SampledViews, consistency, novel_views, sample_targets
 from cameo.evaluation.settings import EvaluationSettings, Section
 from cameo.geometry.depth import is_measured
+from cameo.model import CameoModel
 from cameo.pipeline import MultiViewPipeline
 from cameo.probing import probe_layers
 from cameo.probing.hits import READOUTS
 from cameo.probing.probed_layer import ProbedLayer
 from cameo.probing.result import NEAR, LayerProbe
-from cameo.wrap import CameoModel
 
 __all__ = ["EvaluationSettings", "SampledViews", "Section", "evaluate", "sample_targets"]
 

@@ -31,7 +31,7 @@ from cameo.hub.weights import (
     stale_files,
     write_weights,
 )
-from cameo.wrap import CameoModel, attach
+from cameo.model import CameoModel, attach
 
 __all__ = ["from_pretrained", "local_folder", "push_to_hub", "save_pretrained"]
 

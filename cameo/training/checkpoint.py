@@ -22,8 +22,8 @@ from cameo.backbone import core_module
 from cameo.errors import DataError
 from cameo.files import move_into_place
 from cameo.hub.weights import ADAPTER_FORMATS, HEAD_FILE, LORA_FILE, MODULE_FILE, PEFT_FILE, adapter_name, format_in
+from cameo.model import CameoModel
 from cameo.training.config import TrainingConfig
-from cameo.wrap import CameoModel
 
 __all__ = [
     "check_continues",

@@ -18,10 +18,10 @@ from cameo.data.batches import MatchedDataset
 from cameo.data.matches import MatchReader, Sizes
 from cameo.data.shards import RECIPE, check_settings
 from cameo.errors import DataError
+from cameo.model import CameoModel
 from cameo.pipeline import MultiViewPipeline, TrainingInputs
 from cameo.training.config import TrainingConfig
 from cameo.training.stopping import leave_signals_to_parent
-from cameo.wrap import CameoModel
 
 __all__ = [
     "StepSampler",

@@ -24,10 +24,10 @@ from cameo.correspondence.matching import resample_features
 from cameo.data.batches import layer_grids
 from cameo.data.matches import Sizes
 from cameo.errors import CaptureError
+from cameo.model import CameoModel
 from cameo.pipeline import MultiViewPipeline
 from cameo.probing.mode import evaluation_mode, native_precision
 from cameo.probing.truth import fold_tokens
-from cameo.wrap import CameoModel
 
 __all__ = ["FeatureAlignment", "align_features", "feature_tokens", "projector"]
 

@@ -18,12 +18,12 @@ from cameo.errors import DataError
 from cameo.evaluation.settings import EvaluationSettings
 from cameo.hub import from_pretrained, local_folder
 from cameo.hub.weights import ADAPTER_FORMATS, HEAD_FILE, format_in
+from cameo.model import CameoModel
 from cameo.pipeline import MultiViewPipeline
 from cameo.training.checkpoint import STATE_NAME
 from cameo.training.config import TrainingConfig, load_config, settings_file
 from cameo.training.data import build_dataset, match_settings
 from cameo.training.setup import base_name, load_pipeline, wrap_denoiser
-from cameo.wrap import CameoModel
 
 __all__ = ["Evaluated", "data_settings", "evaluation_settings", "load_evaluated", "split_settings"]
 

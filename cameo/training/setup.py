@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import nn
 
-import cameo
 from cameo.backbone import get_backbone
 from cameo.config import CameoConfig
 from cameo.data import MultiViewDataset, collate
@@ -22,6 +21,7 @@ from cameo.evaluation.denoising import ValidationSettings
 from cameo.evaluation.pictures import attention_figure, comparison_figure, save_figure
 from cameo.evaluation.validation import validate
 from cameo.hub.license import require_licence
+from cameo.model import CameoModel
 from cameo.pipeline import MultiViewPipeline, TrainingInputs
 from cameo.probing.mode import evaluation_mode, generate_views, native_precision
 from cameo.tables import markdown_table
@@ -34,7 +34,7 @@ from cameo.training.output_folder import WITHOUT_CAMEO, hold_folder, refuse_othe
 from cameo.training.processes import make_accelerator
 from cameo.training.records import TrainingResult
 from cameo.training.trainer import Trainer
-from cameo.wrap import CameoModel
+from cameo.wrap import wrap
 
 __all__ = [
     "LoraRun",
@@ -159,7 +159,7 @@ def wrap_denoiser(
             raise ValueError("layer=auto: needs dataset=, the training set on which the layers are probed; got None")
         probe = probe_for(pipeline, dataset, config)
     torch.manual_seed(config.seed)
-    model = cameo.wrap(
+    model = wrap(
         pipeline.denoiser,
         backbone=config.backbone,
         layer=layer,

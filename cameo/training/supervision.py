@@ -19,11 +19,11 @@ from cameo.correspondence import Correspondence
 from cameo.correspondence.features import FeatureExtractor
 from cameo.data import MultiViewDataset, collate
 from cameo.data.batches import match_layers, to_device
+from cameo.model import CameoModel
 from cameo.pipeline import MultiViewPipeline, TrainingInputs
 from cameo.training.config import TrainingConfig
 from cameo.training.data import step_generator
 from cameo.training.repa import FeatureAlignment, align_features
-from cameo.wrap import CameoModel
 
 __all__ = [
     "Supervision",

@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 
 from cameo.data import MultiViewDataset
 from cameo.data.batches import MatchedDataset, to_device
+from cameo.model import CameoModel
 from cameo.pipeline import MultiViewPipeline
 from cameo.training import checkpoint
 from cameo.training.config import TrainingConfig, continued_settings, save_config
@@ -27,7 +28,6 @@ from cameo.training.processes import log_pictures, make_accelerator, numbers_in,
 from cameo.training.records import Records, TrainingResult
 from cameo.training.stopping import StopSignal
 from cameo.training.supervision import Supervision
-from cameo.wrap import CameoModel
 
 __all__ = ["Trainer"]
 
