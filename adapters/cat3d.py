@@ -21,6 +21,12 @@ from cameo.layout import TokenLayout
 __all__ = ["BUNDLED", "Cat3D"]
 
 BUNDLED = "bundled:cat3d-transformer-tiny"
+# The whole way for a U-Net of one's own.
+INFLATE = (
+    "Before cameo.wrap: from cameo.adapters.cat3d_pipeline import inflate; inflate(unet, latent_stride=8), with the "
+    "image pixels per latent cell (8 for the VAE of Stable Diffusion, 1 without a VAE). In each forward: "
+    "cross_attention_kwargs={'num_views': V}. A Cat3DPipeline does both"
+)
 _WEIGHTS = Path(__file__).parent / "weights"
 
 
@@ -63,10 +69,7 @@ class Cat3D(Backbone):
     def explain_mismatch(self, model: nn.Module) -> str:
         """Name the missing blocks or the missing inflation."""
         if _attentions(model):
-            return (
-                f"the self-attentions of this {type(model).__name__} see one view at a time. "
-                "Call cameo.adapters.cat3d_pipeline.inflate(unet) first, or build a Cat3DPipeline around it"
-            )
+            return f"the self-attentions of this {type(model).__name__} see one view at a time. {INFLATE}"
         return (
             f"{type(model).__name__} has no modules named like "
             "down_blocks.0.attentions.0.transformer_blocks.0.attn1. Pass the U-Net itself (pipeline.unet), "
@@ -82,7 +85,7 @@ class Cat3D(Backbone):
             cells = model.config.patch_size if isinstance(model, JointDiT) else 2 ** level_of(model, path)
             stride = latent_stride * cells if latent_stride else None
             heads = int(attention.heads)  # type: ignore[arg-type]
-            found.append(AttentionSite(index, path, heads, layout, stride))
+            found.append(AttentionSite(index, path, heads, layout, stride, stride_cure=INFLATE))
         return found
 
     def default_layer(self, model: nn.Module) -> int:

@@ -239,7 +239,14 @@ class SV3D(Backbone):
         config = getattr(model, "config", None)
         latent_stride = (config or {}).get("latent_stride", RELEASED_STRIDE)
         return [
-            AttentionSite(index, path, int(module.heads), layout, latent_stride and latent_stride * 2**level)  # type: ignore[arg-type]
+            AttentionSite(
+                index,
+                path,
+                int(module.heads),  # type: ignore[arg-type]
+                layout,
+                latent_stride and latent_stride * 2**level,
+                stride_cure="before cameo.wrap call unet.register_to_config(latent_stride=8), as an SV3DPipeline does",
+            )
             for index, ((path, module), level) in enumerate(zip(layers.modules.items(), layers.levels, strict=True))
         ]
 

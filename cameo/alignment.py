@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from cameo.errors import ShapeError, unknown_name
+from cameo.errors import ShapeError, as_integer, unknown_name
 from cameo.kernels.operator import fused_alignment_loss
 from cameo.kernels.rows import Window, check_matches
 from cameo.kernels.triton_support import refusal as triton_refusal
@@ -62,10 +62,8 @@ class AlignmentHead(nn.Module):
         super().__init__()
         if kind not in HEAD_KINDS:
             raise unknown_name("head kind", kind, HEAD_KINDS)
-        counts = (("num_heads", num_heads, 1), ("depth", depth, 0), ("expansion", expansion, 1))
-        for name, value, least in counts:
-            if not isinstance(value, int) or value < least:
-                raise ValueError(f"{name}: expected an integer of at least {least}, got {value!r}")
+        num_heads, depth = as_integer("num_heads", num_heads, least=1), as_integer("depth", depth, least=0)
+        expansion = as_integer("expansion", expansion, least=1)
         self.num_heads, self.kind, self.depth, self.expansion = num_heads, kind, depth, expansion
         self.hidden = nn.ModuleList()
         self.output: nn.Linear | None = None
@@ -181,6 +179,8 @@ def alignment_loss(
         raise ValueError('reduction="released" is defined for normalise="per_view" only')
     if not 0 <= softness < math.inf:
         raise ValueError(f"softness: expected a finite number of tokens >= 0, got {softness}")
+    if scale is not None and not math.isfinite(scale):
+        raise ValueError(f"scale: expected a finite factor of q.k or None, got {scale}")
     _check_tensors(query, key, correspondence, head)
     if normalise == "per_view" and max(height * width for height, width in correspondence.sizes) == 1:
         raise ValueError(
@@ -430,11 +430,12 @@ def _pair_mask(pairs: str | Tensor, correspondence: Correspondence) -> Tensor:
 
 
 def _check_reference_views(count: int | None, views: int) -> int:
-    if not isinstance(count, int) or not 0 <= count <= views:
+    try:
+        return as_integer("num_reference_views", count, least=0, most=views)
+    except ValueError:
         raise ValueError(
             f'num_reference_views: reduction="released" needs a number of views, 0 to {views}, got {count!r}'
-        )
-    return count
+        ) from None
 
 
 def _check_like_index(argument: str, tensor: Tensor, correspondence: Correspondence) -> None:

@@ -6,6 +6,7 @@ An adapter is one module and one registration: the entry-point group `cameo.back
 
 from __future__ import annotations
 
+import operator
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import entry_points
@@ -192,7 +193,8 @@ def find_site(sites: Sequence[AttentionSite], layer: int | str) -> AttentionSite
         ValueError: if there is none, or the layer cannot be supervised; says why.
     """
     by_name: dict[str, AttentionSite] = {site.path: site for site in sites}
-    if isinstance(layer, int) and not isinstance(layer, bool):
+    if not isinstance(layer, str | bool) and hasattr(layer, "__index__"):
+        layer = operator.index(layer)
         if not 0 <= layer < len(sites):
             raise ValueError(
                 f"layer {layer} does not exist: this model has {len(sites)} cross-view attention layers, "
