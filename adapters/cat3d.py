@@ -11,7 +11,7 @@ from torch import nn
 
 from cameo.adapters.joint_dit import JointDiT, dit_attentions
 from cameo.adapters.presets import preset_values, unet_2d
-from cameo.adapters.released import licence_of, revision_of
+from cameo.adapters.released import licence_of, place_of, revision_of
 from cameo.adapters.unet_layers import default_layer_index, level_of, self_attentions
 from cameo.backbone import Backbone
 from cameo.capture import AttentionSite
@@ -150,7 +150,8 @@ class Cat3D(Backbone):
                 raise unknown_name("bundled weights", name_or_path, known)
             return Cat3DPipeline.from_pretrained(str(folder), **options)
         revision = revision or revision_of(name_or_path)
-        kind = DiffusionPipeline.load_config(name_or_path, revision=revision).get("_class_name")
+        index = DiffusionPipeline.load_config(name_or_path, revision=revision, **place_of(options))
+        kind = index.get("_class_name")
         if kind == "Cat3DPipeline":
             return Cat3DPipeline.from_pretrained(name_or_path, revision=revision, **options)
         if kind == "StableDiffusionPipeline":

@@ -14,7 +14,7 @@ from torch import nn
 
 from cameo.adapters import joined_frames
 from cameo.adapters.presets import block_settings, preset_values
-from cameo.adapters.released import licence_of, revision_of
+from cameo.adapters.released import licence_of, place_of, revision_of
 from cameo.adapters.sgm_video_unet import (
     checkpoint_hazard,
     resolution_levels,
@@ -205,10 +205,11 @@ class SV3D(Backbone):
         from cameo.adapters.sv3d_release import from_checkpoint, from_diffusers
 
         if Path(name_or_path).suffix == ".safetensors":
-            return from_checkpoint(name_or_path, **options)
+            components = {name: value for name, value in options.items() if name not in place_of(options)}
+            return from_checkpoint(name_or_path, **components)
         revision = revision or revision_of(name_or_path)
         try:
-            index = DiffusionPipeline.load_config(name_or_path, revision=revision)
+            index = DiffusionPipeline.load_config(name_or_path, revision=revision, **place_of(options))
         except OSError as error:
             raise DataError(
                 f"{name_or_path}: {error} A checkpoint of SGM is passed as a local file (sv3d_p.safetensors, "

@@ -92,7 +92,11 @@ class Backbone:
         raise NotImplementedError(f"backbone {self.name!r} only attaches; it has no presets to build")
 
     def load(self, name_or_path: str, *, revision: str | None = None, **options: Any) -> Any:
-        """Load the backbone's pipeline from a Hub id or a local folder."""
+        """Load the backbone's pipeline from a Hub id or a local folder.
+
+        `cameo.from_pretrained` passes `cache_dir` and `local_files_only` on where its caller gave them; they mean what
+        they mean to diffusers' `from_pretrained`.
+        """
         raise NotImplementedError(f"backbone {self.name!r} only attaches; load the model yourself")
 
     def licence(self, name_or_path: str | None) -> str | Mapping[str, str] | None:
