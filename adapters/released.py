@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
-__all__ = ["RELEASED", "Release", "licence_of", "revision_of"]
+__all__ = ["RELEASED", "Release", "licence_of", "place_of", "revision_of"]
 
 SV3D_LICENCE = {
     "license": "other",
@@ -93,3 +94,13 @@ def revision_of(name: str | None) -> str | None:
         '2da07e89919e1a130c9b5add1584c70c7aa065fd'
     """
     return RELEASED[name].revision if name in RELEASED else None
+
+
+def place_of(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the options of a `Backbone.load`, those that say where its files come from; every read of one takes them.
+
+    Example:
+        >>> place_of({"local_files_only": True, "torch_dtype": "auto"})
+        {'local_files_only': True}
+    """
+    return {name: options[name] for name in ("cache_dir", "local_files_only", "token") if name in options}

@@ -6,6 +6,7 @@ An adapter is one module and one registration: the entry-point group `cameo.back
 
 from __future__ import annotations
 
+import operator
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import entry_points
@@ -91,7 +92,11 @@ class Backbone:
         raise NotImplementedError(f"backbone {self.name!r} only attaches; it has no presets to build")
 
     def load(self, name_or_path: str, *, revision: str | None = None, **options: Any) -> Any:
-        """Load the backbone's pipeline from a Hub id or a local folder."""
+        """Load the backbone's pipeline from a Hub id or a local folder.
+
+        `cameo.from_pretrained` passes `cache_dir` and `local_files_only` on where its caller gave them; they mean what
+        they mean to diffusers' `from_pretrained`.
+        """
         raise NotImplementedError(f"backbone {self.name!r} only attaches; load the model yourself")
 
     def licence(self, name_or_path: str | None) -> str | Mapping[str, str] | None:
@@ -198,7 +203,8 @@ def find_site(sites: Sequence[AttentionSite], layer: int | str) -> AttentionSite
         ValueError: if there is none, or the layer cannot be supervised; says why.
     """
     by_name: dict[str, AttentionSite] = {site.path: site for site in sites}
-    if isinstance(layer, int) and not isinstance(layer, bool):
+    if not isinstance(layer, str | bool) and hasattr(layer, "__index__"):
+        layer = operator.index(layer)
         if not 0 <= layer < len(sites):
             raise ValueError(
                 f"layer {layer} does not exist: this model has {len(sites)} cross-view attention layers, "

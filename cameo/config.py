@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from cameo.errors import DataError, unknown_name
+from cameo.errors import DataError, as_integer, unknown_name
 from cameo.files import write_atomically
 
 __all__ = ["CONFIG_NAME", "CameoConfig"]
@@ -56,6 +57,37 @@ class CameoConfig:
     training: dict[str, Any] = field(default_factory=dict)
     cameo_version: str = ""
 
+    def check(self) -> None:
+        """Check types and ranges, and bring numbers of other libraries to plain ones, which JSON can hold.
+
+        Example:
+            >>> CameoConfig("cat3d", ["mid_block.attentions.0"], weight=-1.0).check()
+            Traceback (most recent call last):
+            ...
+            ValueError: weight: expected a finite factor >= 0, got -1.0
+
+        Raises:
+            ValueError: names the setting, what was expected and what came.
+        """
+        self.weight = finite("weight", self.weight, "factor")
+        self.softness = finite("softness", self.softness, "number of tokens")
+        for name, least in (("heads", 1), ("stride", 1), ("kernel_call", 0), ("num_reference_views", 0)):
+            if getattr(self, name) is not None:
+                setattr(self, name, as_integer(name, getattr(self, name), least=least))
+        for name, (kind, optional) in KINDS.items():
+            value = getattr(self, name)
+            if not isinstance(value, kind) and not (optional and value is None):
+                raise ValueError(f"{name}: expected {NAMES_OF_KINDS[kind]}, got {value!r}")
+        if not all(isinstance(path, str) for path in self.layers):
+            raise ValueError(f"layers: expected a list of module paths, got {self.layers!r}")
+        if self.backbone is not None:
+            for name in ("layout", "heads", "stride", "kernel_call"):
+                if getattr(self, name) is not None:
+                    raise ValueError(
+                        f"{name}: describes a model without an adapter, but backbone {self.backbone!r} knows it; got "
+                        f"{getattr(self, name)!r}. Leave one of them out"
+                    )
+
     def save(self, folder: str | Path) -> Path:
         """Write `cameo_config.json` into `folder` (temporary name, then rename) and return its path."""
         path = Path(folder) / CONFIG_NAME
@@ -93,8 +125,7 @@ class CameoConfig:
             0.02
 
         Raises:
-            ValueError: for an unknown key, naming the nearest; for a missing one; for layers that are not a
-                list.
+            ValueError: for an unknown key, naming the nearest; for a missing one; for a value that `check` refuses.
         """
         known = [entry.name for entry in fields(cls)]
         for name in values:
@@ -103,7 +134,45 @@ class CameoConfig:
         for name in ("backbone", "layers"):
             if name not in values:
                 raise ValueError(f"key {name!r} is missing")
-        layers = values["layers"]
-        if not isinstance(layers, list) or not all(isinstance(path, str) for path in layers):
-            raise ValueError(f"layers: expected a list of module paths, got {layers!r}")
-        return cls(**values)
+        config = cls(**values)
+        config.check()
+        return config
+
+
+# Type of each setting that is no number, and whether it may be None.
+KINDS: dict[str, tuple[type, bool]] = {
+    "backbone": (str, True),
+    "layers": (list, False),
+    "head": (dict, False),
+    "normalise": (str, False),
+    "reduction": (str, False),
+    "layout": (dict, True),
+    "inflate": (bool, False),
+    "base_model": (str, True),
+    "base_revision": (str, True),
+    "layer_choice": (dict, True),
+    "training": (dict, False),
+    "cameo_version": (str, False),
+}
+NAMES_OF_KINDS = {
+    str: "text",
+    list: "a list of module paths",
+    dict: "a mapping of names to values",
+    bool: "True or False",
+}
+
+
+def finite(name: str, value: object, what: str) -> float:
+    """Read a finite number of at least 0 of any numeric type; text and a bool are none.
+
+    Example:
+        >>> finite("weight", 1, "factor")
+        1.0
+    """
+    try:
+        number = math.nan if isinstance(value, bool | str) else float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        number = math.nan
+    if not 0 <= number < math.inf:
+        raise ValueError(f"{name}: expected a finite {what} >= 0, got {value!r}")
+    return number

@@ -6,7 +6,7 @@ import difflib
 import operator
 from collections.abc import Iterable
 
-__all__ = ["CaptureError", "DataError", "ShapeError", "WeightsUnavailable", "as_integer", "unknown_name"]
+__all__ = ["CaptureError", "DataError", "NoLossError", "ShapeError", "WeightsUnavailable", "as_integer", "unknown_name"]
 
 
 class ShapeError(ValueError):
@@ -24,6 +24,10 @@ class ShapeError(ValueError):
 
 class CaptureError(RuntimeError):
     """A supervised attention layer did not hand over usable queries and keys."""
+
+
+class NoLossError(AttributeError, RuntimeError):
+    """The latest forward computed no alignment loss; an AttributeError too, so that `hasattr` answers False."""
 
 
 class DataError(ValueError):

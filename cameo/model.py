@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,15 +15,18 @@ from cameo.alignment import AlignmentHead, alignment_loss, check_options
 from cameo.attention.capture import AttentionCapture, AttentionSite, CapturedAttention
 from cameo.attention.layout import TokenLayout
 from cameo.backbone import core_module, find_site, get_backbone
-from cameo.config import CameoConfig
+from cameo.config import CameoConfig, finite
 from cameo.correspondence import Correspondence
-from cameo.errors import CaptureError, ShapeError, unknown_name
+from cameo.errors import CaptureError, NoLossError, ShapeError, unknown_name
+from cameo.head_watch import HeadWatch
 
 __all__ = ["CameoModel", "attach", "check_plain", "holder", "wrapped_bases"]
 
 # Base modules and the CameoModel that holds each; weak on both sides, so dropping a wrapper without unwrap()
 # frees its base and lets it be wrapped again.
 _held: weakref.WeakKeyDictionary[nn.Module, weakref.ref[CameoModel]] = weakref.WeakKeyDictionary()
+
+NO_LOSS = "no alignment loss: call the model with correspondence= before reading alignment_loss"
 
 
 class CameoModel(nn.Module):
@@ -48,7 +50,8 @@ class CameoModel(nn.Module):
         alignment_heads: one `AlignmentHead` per supervised layer; trained with the model, dropped for
             inference.
         cameo_config: the settings, as saved to `cameo_config.json`.
-        weight: factor for the caller's loss, `loss + model.weight * model.alignment_loss`.
+        weight: factor for the caller's loss, `loss + model.weight * model.alignment_loss`; it is
+            `cameo_config.weight`, and may be set.
         implementation, gelu: how the loss is computed, see `cameo.alignment_loss`.
 
     A forward with a correspondence runs eagerly even where the model is compiled, one without runs compiled.
@@ -73,7 +76,6 @@ class CameoModel(nn.Module):
         self.implementation, self.gelu = implementation, gelu
         self.base_model = base_model
         self.cameo_config = config
-        self.weight = config.weight
         self._supervised = _resolve_sites(core_module(base_model), config)
         parameter = next(base_model.parameters(), None)
         device = parameter.device if parameter is not None else None
@@ -90,6 +92,7 @@ class CameoModel(nn.Module):
                 get_backbone(config.backbone).inflate(core_module(base_model), site.path)
         self._alignment_loss: Tensor | None = None
         self._num_supervised: Tensor | None = None
+        self._watch = HeadWatch()
         self._attached = True
         _held[base_model] = weakref.ref(self)
 
@@ -108,6 +111,7 @@ class CameoModel(nn.Module):
         Raises:
             CaptureError: if a supervised layer did not run, or its queries and keys carry no gradient in
                 training.
+            ValueError: if the correspondence has fewer views than `num_reference_views`.
             ShapeError: if the correspondence has another token grid, batch size or number of views than the
                 layer.
         """
@@ -125,6 +129,9 @@ class CameoModel(nn.Module):
     ) -> Any:
         matches = self._one_per_layer(correspondence)
         self._check_hazard()
+        trains = self.training and torch.is_grad_enabled()
+        if trains:
+            self._watch.look(self.alignment_heads, self.base_model)
         with self.capture() as captured:
             output = self.base_model(*args, **kwargs)
         losses, counts = [], []
@@ -135,6 +142,8 @@ class CameoModel(nn.Module):
             counts.append(count)
         self._alignment_loss = torch.stack(losses).mean()
         self._num_supervised = torch.stack(counts).sum()
+        if trains:
+            self._watch.follow(self._alignment_loss)
         return output
 
     def _layer_loss(
@@ -144,6 +153,11 @@ class CameoModel(nn.Module):
         self._check_graph(site, seen)
         query, key, local = self.split(site, seen, match)
         references = self.cameo_config.num_reference_views
+        if references is not None and references > match.num_views:
+            raise ValueError(
+                f"num_reference_views: expected at most {match.num_views}, the views of the correspondence, got "
+                f"{references}"
+            )
         if references is not None:  # the layout cut reference views without supervision away
             references = max(0, references - (match.num_views - local.num_views))
         loss = alignment_loss(
@@ -162,14 +176,27 @@ class CameoModel(nn.Module):
         return loss, local.visible.sum()
 
     @property
+    def weight(self) -> float:
+        """Factor of the alignment loss in the caller's loss: `cameo_config.weight`, the one that is saved.
+
+        Raises:
+            ValueError: on setting a value that is not a finite number of at least 0.
+        """
+        return self.cameo_config.weight
+
+    @weight.setter
+    def weight(self, value: float) -> None:
+        self.cameo_config.weight = finite("weight", value, "factor")
+
+    @property
     def alignment_loss(self) -> Tensor:
         """The alignment loss of the latest forward with a correspondence, mean over the layers, unweighted.
 
         Raises:
-            RuntimeError: if the latest forward had none.
+            NoLossError: if the latest forward had none; a RuntimeError, and an AttributeError for `hasattr`.
         """
         if self._alignment_loss is None:
-            raise RuntimeError("no alignment loss: call the model with correspondence= before reading alignment_loss")
+            raise NoLossError(NO_LOSS)
         return self._alignment_loss
 
     @property
@@ -305,11 +332,13 @@ class CameoModel(nn.Module):
         )
 
     def __getattr__(self, name: str) -> Any:
+        if name == "alignment_loss":  # Python asks here once the property has raised an AttributeError
+            raise NoLossError(NO_LOSS)
         try:
             return super().__getattr__(name)
         except AttributeError:
             base = self.__dict__.get("_modules", {}).get("base_model")
-            if base is None or name == "alignment_loss":
+            if base is None or isinstance(getattr(type(self), name, None), property):
                 raise
             return getattr(base, name)
 
@@ -318,7 +347,7 @@ class CameoModel(nn.Module):
         return {**self.__dict__, "_alignment_loss": None, "_num_supervised": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__({"_watch": HeadWatch(), **state})  # a model saved before it was watched has none
         if self._attached:
             _held[self.base_model] = weakref.ref(self)
 
@@ -369,11 +398,7 @@ def _check_not_wrapped(model: nn.Module) -> None:
 
 def _check_settings(config: CameoConfig) -> None:
     """Refuse settings that the first forward would refuse, or would take in silence."""
-    if not 0 <= config.weight < math.inf:
-        raise ValueError(f"weight: expected a finite factor >= 0, got {config.weight}")
-    for name, count, least in (("stride", config.stride, 1), ("kernel_call", config.kernel_call, 0)):
-        if count is not None and (type(count) is not int or count < least):
-            raise ValueError(f"{name}: expected an integer >= {least}, got {count!r}")
+    config.check()
     if config.reduction == "released" and config.num_reference_views is None:
         raise ValueError('num_reference_views: reduction="released" needs the number of clean views, got None')
     known_options = [name for name in inspect.signature(AlignmentHead).parameters if name != "num_heads"]
@@ -392,9 +417,12 @@ def _resolve_sites(core: nn.Module, config: CameoConfig) -> list[AttentionSite]:
     found = []
     for index, path in enumerate(config.layers):
         module = core.get_submodule(path)
-        given = (config.heads, getattr(module, "heads", None), getattr(module, "num_heads", None))
-        heads = next((count for count in given if isinstance(count, int)), None)
+        known = [getattr(module, name, None) for name in ("heads", "num_heads")]
+        own = next((count for count in known if isinstance(count, int)), None)
+        heads = own if config.heads is None else config.heads
         if heads is None:
             raise ValueError(f"layer {path!r}: the number of attention heads is not known; pass heads= to cameo.wrap")
+        if own is not None and heads != own:
+            raise ValueError(f"heads: layer {path!r} has {own} attention heads, got {heads}; leave heads= out")
         found.append(AttentionSite(index, path, heads, layout, stride=config.stride, kernel_call=config.kernel_call))
     return found

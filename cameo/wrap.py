@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -11,7 +12,7 @@ from torch import nn
 from cameo.attention.layout import TokenLayout
 from cameo.backbone import backbones, core_module, find_site, get_backbone
 from cameo.config import CameoConfig
-from cameo.errors import unknown_name
+from cameo.errors import as_integer, unknown_name
 from cameo.model import CameoModel, attach, check_plain
 
 if TYPE_CHECKING:
@@ -85,20 +86,24 @@ def wrap(
     check_plain(model)
     choice = _probed_choice(layer, probe, backbone, inflate)
     layer = layer if choice is None else choice["layer"]
+    if not isinstance(head, str | Mapping):
+        raise TypeError(f"head: expected its kind or the keyword arguments of AlignmentHead, got {head!r}")
+    if not isinstance(layout, str | TokenLayout | None):
+        raise TypeError(f"layout: expected a cameo.TokenLayout or a pattern such as 'b (v h w)', got {layout!r}")
     options = {"kind": head} if isinstance(head, str) else dict(head)
     config = CameoConfig(
         backbone=backbone,
         layers=[],
         head=options,
-        weight=float(weight),
+        weight=weight,
         normalise=normalise or "per_view",
         reduction=reduction,
         num_reference_views=num_reference_views,
         inflate=inflate,
-        softness=float(softness),
+        softness=softness,
         layer_choice=choice,
     )
-    wanted = [] if layer is None else [layer] if isinstance(layer, int | str) else list(layer)
+    wanted = _wanted_layers(layer)
     if layer is not None and not wanted:
         raise ValueError("layer: got an empty list; name at least one layer, or None for the backbone's default")
     core = core_module(model)
@@ -136,11 +141,24 @@ def wrap(
     return attach(model, config, implementation=implementation, gelu=gelu)
 
 
+def _wanted_layers(layer: object) -> list[int | str]:
+    """The layers that a caller names, with integers of any type as plain ones; what is no layer is refused later."""
+    if layer is None:
+        return []
+    if isinstance(layer, str) or not isinstance(layer, Iterable) or getattr(layer, "ndim", 1) == 0:
+        layer = [layer]  # a number of numpy or torch has no dimension
+    named = list(layer)
+    for place, one in enumerate(named):
+        with contextlib.suppress(ValueError):
+            named[place] = as_integer("layer", one)
+    return named
+
+
 def _probed_choice(
     layer: int | str | Sequence[int | str] | None, probe: LayerProbe | None, backbone: str | None, inflate: bool
 ) -> dict[str, Any] | None:
     """The evidence for `layer="auto"`; None for a layer that the caller names."""
-    if layer != "auto":
+    if not isinstance(layer, str) or layer != "auto":
         if probe is not None:
             raise ValueError(f'probe: is for layer="auto", got layer={layer!r}; leave one of them out')
         return None

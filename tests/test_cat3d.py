@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import functools
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -168,12 +169,32 @@ def test_several_transformer_blocks_in_one_attention_are_all_listed() -> None:
 
 def test_a_plain_unet_is_refused_and_the_cure_works() -> None:
     unet = stable_diffusion_unet()
-    with pytest.raises(
-        ValueError, match=r"see one view at a time\. Call cameo\.adapters\.cat3d_pipeline\.inflate\(unet\)"
-    ):
+    with pytest.raises(ValueError, match="see one view at a time") as refused:
         cameo.wrap(unet, "cat3d")
-    model = cameo.wrap(inflate(unet, latent_stride=8), "cat3d")
+    cure = re.search(r"Before cameo\.wrap: (.*?latent_stride=8\))", str(refused.value))
+    assert cure, refused.value
+    exec(cure[1], {"unet": unet})  # word for word what the message says
+    model = cameo.wrap(unet, "cat3d")
     assert len(model.sites) == 16
+    assert model.token_grid(64, 64) == (4, 4)
+    arguments = re.search(r"In each forward: cross_attention_kwargs=(\{.*?\})", str(refused.value))
+    assert arguments, refused.value
+    sample, context = torch.randn(2, 4, 8, 8), torch.zeros(2, 1, unet.config.cross_attention_dim)
+    index = torch.full((1, 2, 2, 16), -1)
+    index[0, 0, 1] = torch.arange(16)
+    match = cameo.Correspondence(index, (model.token_grid(64, 64),) * 2)
+    options = eval(arguments[1], {"V": 2})
+    model(sample, 0, context, cross_attention_kwargs=options, correspondence=match)
+    assert model.num_supervised == 16
+    with pytest.raises(ShapeError, match=r"Each of the 2 views was attended alone.*num_views.*\{'num_views': 2\}"):
+        model(sample, 0, context, correspondence=match)
+
+
+def test_each_message_on_the_way_names_the_whole_cure() -> None:
+    """Inflated without latent_stride, the token grid is not known; wrap takes no stride= of a backbone."""
+    model = cameo.wrap(inflate(stable_diffusion_unet()), "cat3d")
+    with pytest.raises(ValueError, match=r"pixels per token are not known; .*inflate\(unet, latent_stride=8\)"):
+        model.token_grid(64, 64)
 
 
 # Joint attention

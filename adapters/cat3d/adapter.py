@@ -12,7 +12,7 @@ from torch import nn
 from cameo.adapters.cat3d.denoiser import JointDiT, dit_attentions
 from cameo.adapters.common.presets import preset_values, unet_2d
 from cameo.adapters.common.unet_layers import default_layer_index, level_of, self_attentions
-from cameo.adapters.released import licence_of, revision_of
+from cameo.adapters.released import licence_of, place_of, revision_of
 from cameo.attention.capture import AttentionSite
 from cameo.attention.layout import TokenLayout
 from cameo.backbone import Backbone
@@ -22,6 +22,12 @@ __all__ = ["BUNDLED", "Cat3D"]
 
 BUNDLED = "bundled:cat3d-transformer-tiny"
 _WEIGHTS = Path(__file__).parents[1] / "weights"
+# The whole way for a U-Net of one's own.
+INFLATE = (
+    "Before cameo.wrap: from cameo.adapters.cat3d.pipeline import inflate; inflate(unet, latent_stride=8), with the "
+    "image pixels per latent cell (8 for the VAE of Stable Diffusion, 1 without a VAE). In each forward: "
+    "cross_attention_kwargs={'num_views': V}. A Cat3DPipeline does both"
+)
 
 
 class Cat3D(Backbone):
@@ -63,10 +69,7 @@ class Cat3D(Backbone):
     def explain_mismatch(self, model: nn.Module) -> str:
         """Name the missing blocks or the missing inflation."""
         if _attentions(model):
-            return (
-                f"the self-attentions of this {type(model).__name__} see one view at a time. "
-                "Call cameo.adapters.cat3d.pipeline.inflate(unet) first, or build a Cat3DPipeline around it"
-            )
+            return f"the self-attentions of this {type(model).__name__} see one view at a time. {INFLATE}"
         return (
             f"{type(model).__name__} has no modules named like "
             "down_blocks.0.attentions.0.transformer_blocks.0.attn1. Pass the U-Net itself (pipeline.unet), "
@@ -82,7 +85,7 @@ class Cat3D(Backbone):
             cells = model.config.patch_size if isinstance(model, JointDiT) else 2 ** level_of(model, path)
             stride = latent_stride * cells if latent_stride else None
             heads = int(attention.heads)  # type: ignore[arg-type]
-            found.append(AttentionSite(index, path, heads, layout, stride))
+            found.append(AttentionSite(index, path, heads, layout, stride, stride_cure=INFLATE))
         return found
 
     def default_layer(self, model: nn.Module) -> int:
@@ -147,7 +150,8 @@ class Cat3D(Backbone):
                 raise unknown_name("bundled weights", name_or_path, known)
             return Cat3DPipeline.from_pretrained(str(folder), **options)
         revision = revision or revision_of(name_or_path)
-        kind = DiffusionPipeline.load_config(name_or_path, revision=revision).get("_class_name")
+        index = DiffusionPipeline.load_config(name_or_path, revision=revision, **place_of(options))
+        kind = index.get("_class_name")
         if kind == "Cat3DPipeline":
             return Cat3DPipeline.from_pretrained(name_or_path, revision=revision, **options)
         if kind == "StableDiffusionPipeline":

@@ -24,6 +24,12 @@ LDM_ATTENTION = re.compile(
     r"\.transformer_blocks\.\d+\.attn1"
 )
 LATENT_STRIDE = 8  # of the only autoencoder that the releases use
+# The whole way for a U-Net of one's own.
+PREPARE = (
+    "Before cameo.wrap: from cameo.adapters.mvdream_unet import prepare; prepare(unet, image_view=False, "
+    "latent_stride=8), with image_view=True for ImageDream. In each forward: "
+    "cross_attention_kwargs={'num_views': V}. An MVDreamPipeline does both"
+)
 
 
 class MVDream(Backbone):
@@ -79,10 +85,7 @@ class MVDream(Backbone):
 
         kind = type(model).__name__
         if self_attentions(model) and embeds_cameras(model):
-            return (
-                f"the self-attentions of this {kind} see one view at a time. Build an MVDreamPipeline around it, or "
-                "call cameo.adapters.mvdream.denoiser.prepare(unet, image_view=False) first"
-            )
+            return f"the self-attentions of this {kind} see one view at a time. {PREPARE}"
         if self_attentions(model):
             return (
                 f"this {kind} has no camera embedding (class_embed_type='projection', 16 inputs). "
@@ -114,7 +117,7 @@ class MVDream(Backbone):
             latent_stride = getattr(attention.processor, "latent_stride", None)
             stride = latent_stride * 2 ** level_of(model, path) if latent_stride else None
             heads = int(attention.heads)
-            found.append(AttentionSite(index, path, heads, _layout(model), stride))
+            found.append(AttentionSite(index, path, heads, _layout(model), stride, stride_cure=PREPARE))
         return found
 
     def default_layer(self, model: nn.Module) -> int:

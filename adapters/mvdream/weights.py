@@ -14,6 +14,7 @@ from torch import Tensor
 from cameo.adapters.mvdream.convert import from_ldm, unet_config, unet_part
 from cameo.adapters.mvdream.denoiser import ImageDreamUNet
 from cameo.adapters.mvdream.pipeline import MVDreamPipeline
+from cameo.adapters.released import place_of
 from cameo.errors import DataError, unknown_name
 
 __all__ = ["convert_unet", "load_pipeline", "noise_schedule"]
@@ -91,7 +92,7 @@ def load_pipeline(
     """
     path = Path(name_or_path)
     if weights is not None or path.suffix in CHECKPOINTS:
-        file = path if weights is None else _file(name_or_path, weights, revision)
+        file = path if weights is None else _file(name_or_path, weights, revision, place_of(options))
         heads = {"num_heads": num_heads, "num_head_channels": num_head_channels}
         return _from_checkpoint(file, stable_diffusion, image_encoder, heads, options)
     for name, value in (
@@ -103,7 +104,7 @@ def load_pipeline(
         if value is not None:
             raise ValueError(f"{name}: is for an original checkpoint (.pt); {name_or_path} brings its own")
     try:
-        index = DiffusionPipeline.load_config(name_or_path, revision=revision)
+        index = DiffusionPipeline.load_config(name_or_path, revision=revision, **place_of(options))
     except OSError as error:
         raise DataError(
             f"{name_or_path}: {error} If it holds original checkpoints, name one of them and where the other "
@@ -113,7 +114,7 @@ def load_pipeline(
     if kind == "MVDreamPipeline" and unet[1] in ("UNet2DConditionModel", "ImageDreamUNet"):
         return MVDreamPipeline.from_pretrained(name_or_path, revision=revision, **options)
     if kind == "MVDreamPipeline" and unet[1] == "MultiViewUNetModel":
-        return _from_port(_folder(name_or_path, revision), index, options)
+        return _from_port(_folder(name_or_path, revision, place_of(options)), index, options)
     raise DataError(
         f"{name_or_path}: holds a {kind} with a {unet[1]}; mvdream loads an MVDreamPipeline, its diffusers port "
         "(MultiViewUNetModel), or an original checkpoint (.pt)"
@@ -182,7 +183,7 @@ def _text(name: str, revision: str | None, options: Mapping[str, Any]) -> dict[s
 
     return {
         "text_encoder": CLIPTextModel.from_pretrained(name, subfolder="text_encoder", revision=revision, **options),
-        "tokenizer": CLIPTokenizer.from_pretrained(name, subfolder="tokenizer", revision=revision),
+        "tokenizer": CLIPTokenizer.from_pretrained(name, subfolder="tokenizer", revision=revision, **place_of(options)),
     }
 
 
@@ -191,7 +192,7 @@ def _vision(name: str, options: Mapping[str, Any], *, subfolders: tuple[str, str
 
     return {
         "image_encoder": CLIPVisionModel.from_pretrained(name, subfolder=subfolders[0], **options),
-        "feature_extractor": CLIPImageProcessor.from_pretrained(name, subfolder=subfolders[1]),
+        "feature_extractor": CLIPImageProcessor.from_pretrained(name, subfolder=subfolders[1], **place_of(options)),
     }
 
 
@@ -204,7 +205,7 @@ def _in_precision(unet: UNet2DConditionModel, options: Mapping[str, Any]) -> UNe
 def _split(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Options of our pipeline, and those of the components' `from_pretrained`."""
     for name in options:
-        if name not in (*OURS, "torch_dtype"):
+        if name not in (*OURS, "torch_dtype", *place_of(options)):
             raise unknown_name("option of mvdream", name, (*OURS, "torch_dtype"))
     return {name: options[name] for name in OURS if name in options}, {
         name: value for name, value in options.items() if name not in OURS
@@ -222,17 +223,17 @@ def _read(file: Path) -> Mapping[str, Tensor]:
     return unet_part(state)
 
 
-def _file(name_or_path: str, weights: str, revision: str | None) -> Path:
+def _file(name_or_path: str, weights: str, revision: str | None, place: Mapping[str, Any]) -> Path:
     if Path(name_or_path).is_dir():
         return Path(name_or_path) / weights
     from huggingface_hub import hf_hub_download
 
-    return Path(hf_hub_download(name_or_path, weights, revision=revision))
+    return Path(hf_hub_download(name_or_path, weights, revision=revision, **place))
 
 
-def _folder(name_or_path: str, revision: str | None) -> Path:
+def _folder(name_or_path: str, revision: str | None, place: Mapping[str, Any]) -> Path:
     if Path(name_or_path).is_dir():
         return Path(name_or_path)
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(name_or_path, revision=revision, allow_patterns=PORT_FILES))
+    return Path(snapshot_download(name_or_path, revision=revision, allow_patterns=PORT_FILES, **place))

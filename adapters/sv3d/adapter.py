@@ -15,7 +15,7 @@ from torch import nn
 from cameo.adapters.common import joined_frames
 from cameo.adapters.common.presets import block_settings, preset_values
 from cameo.adapters.common.unet_layers import level_of, self_attentions
-from cameo.adapters.released import licence_of, revision_of
+from cameo.adapters.released import licence_of, place_of, revision_of
 from cameo.adapters.sv3d.layers import (
     checkpoint_hazard,
     resolution_levels,
@@ -205,10 +205,11 @@ class SV3D(Backbone):
         from cameo.adapters.sv3d.weights import from_checkpoint, from_diffusers
 
         if Path(name_or_path).suffix == ".safetensors":
-            return from_checkpoint(name_or_path, **options)
+            components = {name: value for name, value in options.items() if name not in place_of(options)}
+            return from_checkpoint(name_or_path, **components)
         revision = revision or revision_of(name_or_path)
         try:
-            index = DiffusionPipeline.load_config(name_or_path, revision=revision)
+            index = DiffusionPipeline.load_config(name_or_path, revision=revision, **place_of(options))
         except OSError as error:
             raise DataError(
                 f"{name_or_path}: {error} A checkpoint of SGM is passed as a local file (sv3d_p.safetensors, "
@@ -239,7 +240,14 @@ class SV3D(Backbone):
         config = getattr(model, "config", None)
         latent_stride = (config or {}).get("latent_stride", RELEASED_STRIDE)
         return [
-            AttentionSite(index, path, int(module.heads), layout, latent_stride and latent_stride * 2**level)  # type: ignore[arg-type]
+            AttentionSite(
+                index,
+                path,
+                int(module.heads),  # type: ignore[arg-type]
+                layout,
+                latent_stride and latent_stride * 2**level,
+                stride_cure="before cameo.wrap call unet.register_to_config(latent_stride=8), as an SV3DPipeline does",
+            )
             for index, ((path, module), level) in enumerate(zip(layers.modules.items(), layers.levels, strict=True))
         ]
 

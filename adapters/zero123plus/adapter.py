@@ -10,7 +10,7 @@ from torch import nn
 
 from cameo.adapters.common.presets import preset_values, unet_2d
 from cameo.adapters.common.unet_layers import checkpoints_reentrantly, default_layer_index, level_of, self_attentions
-from cameo.adapters.released import licence_of, revision_of
+from cameo.adapters.released import licence_of, place_of, revision_of
 from cameo.attention.capture import AttentionSite
 from cameo.attention.layout import TokenLayout
 from cameo.backbone import Backbone
@@ -168,7 +168,7 @@ class Zero123Plus(Backbone):
         from cameo.adapters.zero123plus.pipeline import Zero123PlusPipeline
 
         revision = revision or revision_of(name_or_path)
-        settings = DiffusionPipeline.load_config(name_or_path, revision=revision)
+        settings = DiffusionPipeline.load_config(name_or_path, revision=revision, **place_of(options))
         kind = settings.get("_class_name")
         if kind != "Zero123PlusPipeline":
             raise DataError(f"{name_or_path}: holds a {kind}; zero123plus starts from a Zero123PlusPipeline")

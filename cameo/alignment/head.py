@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cameo.errors import ShapeError, unknown_name
+from cameo.errors import ShapeError, as_integer, unknown_name
 
 __all__ = ["HEAD_KINDS", "AlignmentHead", "is_sharded"]
 
@@ -47,10 +47,8 @@ class AlignmentHead(nn.Module):
         super().__init__()
         if kind not in HEAD_KINDS:
             raise unknown_name("head kind", kind, HEAD_KINDS)
-        counts = (("num_heads", num_heads, 1), ("depth", depth, 0), ("expansion", expansion, 1))
-        for name, value, least in counts:
-            if not isinstance(value, int) or value < least:
-                raise ValueError(f"{name}: expected an integer of at least {least}, got {value!r}")
+        num_heads, depth = as_integer("num_heads", num_heads, least=1), as_integer("depth", depth, least=0)
+        expansion = as_integer("expansion", expansion, least=1)
         self.num_heads, self.kind, self.depth, self.expansion = num_heads, kind, depth, expansion
         self.hidden = nn.ModuleList()
         self.output: nn.Linear | None = None

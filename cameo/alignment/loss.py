@@ -6,6 +6,7 @@ dimension, i query view, j key view, x query token.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -88,6 +89,8 @@ def alignment_loss(
     Source: arXiv 2512.03045.
     """
     check_options(normalise=normalise, reduction=reduction, softness=softness, implementation=implementation, gelu=gelu)
+    if scale is not None and not math.isfinite(scale):
+        raise ValueError(f"scale: expected a finite factor of q.k or None, got {scale}")
     _check_tensors(query, key, correspondence, head)
     if normalise == "per_view" and max(height * width for height, width in correspondence.sizes) == 1:
         raise ValueError(

@@ -12,7 +12,7 @@ from einops import rearrange
 from torch import Tensor
 
 from cameo.alignment.options import check_choice
-from cameo.errors import ShapeError, unknown_name
+from cameo.errors import ShapeError, as_integer, unknown_name
 
 if TYPE_CHECKING:
     from cameo.correspondence import Correspondence
@@ -102,11 +102,12 @@ def _pair_mask(pairs: str | Tensor, correspondence: Correspondence) -> Tensor:
 
 
 def _check_reference_views(count: int | None, views: int) -> int:
-    if not isinstance(count, int) or not 0 <= count <= views:
+    try:
+        return as_integer("num_reference_views", count, least=0, most=views)
+    except ValueError:
         raise ValueError(
             f'num_reference_views: reduction="released" needs a number of views, 0 to {views}, got {count!r}'
-        )
-    return count
+        ) from None
 
 
 def _check_like_index(argument: str, tensor: Tensor, correspondence: Correspondence) -> None:

@@ -12,7 +12,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from cameo.attention.kernel_calls import CallWatcher, KernelCall, join_slices
 from cameo.attention.layout import TokenLayout
-from cameo.errors import CaptureError
+from cameo.errors import CaptureError, as_integer
 
 __all__ = ["AttentionCapture", "AttentionSite", "CapturedAttention"]
 
@@ -41,6 +41,7 @@ class AttentionSite:
         reference_size: height and width in pixels at which a view with a token grid of its own is encoded.
         kernel_call: which of the attention kernel calls of the module mixes the views, counted from 0; None
             where there is one.
+        stride_cure: what to do where `stride` is not known.
     """
 
     index: int
@@ -51,6 +52,7 @@ class AttentionSite:
     unsupported: str | None = None
     reference_size: tuple[int, int] | None = None
     kernel_call: int | None = None
+    stride_cure: str = field(default="pass stride= to cameo.wrap", compare=False, repr=False)
 
     def sizes(self, height: int, width: int, num_views: int) -> tuple[tuple[int, int], ...]:
         """Token grid `(h, w)` of each view for images of `height` x `width` pixels, in correspondence order.
@@ -61,12 +63,12 @@ class AttentionSite:
             ((32, 32), (20, 20))
 
         Raises:
-            ValueError: if the image pixels per token are not known.
+            ValueError: if the image pixels per token are not known, or a size is no integer of at least 1.
         """
         if self.stride is None:
-            raise ValueError(
-                f"layer {self.path!r}: the image pixels per token are not known; pass stride= to cameo.wrap"
-            )
+            raise ValueError(f"layer {self.path!r}: the image pixels per token are not known; {self.stride_cure}")
+        height, width = as_integer("height", height, least=1), as_integer("width", width, least=1)
+        num_views = as_integer("num_views", num_views, least=1)
         images = [(height, width)] * num_views
         if self.reference_size is not None:
             for view in self.layout.views_with_own_grid(num_views):

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cameo.attention.axes import first_position, num_positions, position_of, take_segment
 from cameo.attention.pattern import RESERVED, Pattern, Segment, check_pair
-from cameo.errors import ShapeError, unknown_name
+from cameo.errors import ShapeError, as_integer, unknown_name
 
 if TYPE_CHECKING:
     from cameo.correspondence import Correspondence
@@ -75,16 +75,13 @@ class TokenLayout:
         **lengths: int,
     ) -> None:
         self.query, self.key = query, query if key is None else key
-        self.unsupervised_views, self.references_last, self.lengths = unsupervised_views, references_last, lengths
-        for name, count in (("unsupervised_views", unsupervised_views), ("references_last", references_last)):
-            if not isinstance(count, int) or count < 0:
-                raise ValueError(f"{name}: expected an integer >= 0, got {count!r}")
+        self.unsupervised_views = as_integer("unsupervised_views", unsupervised_views, least=0)
+        self.references_last = as_integer("references_last", references_last, least=0)
         for name, length in lengths.items():
             if name in RESERVED:
                 raise ValueError(f"{name}={length!r}: batch and sizes tell how long axis {name} is; leave it out")
-            if not isinstance(length, int) or length < 1:
-                raise ValueError(f"{name}: expected a length of at least 1, got {length!r}")
-        self._query, self._key = Pattern(self.query, lengths), Pattern(self.key, lengths)
+        self.lengths = {name: as_integer(name, length, least=1) for name, length in lengths.items()}
+        self._query, self._key = Pattern(self.query, self.lengths), Pattern(self.key, self.lengths)
         check_pair(self._query, self._key)
         if self._key.extra and unsupervised_views:
             raise self._key.error("unsupervised_views cannot go with views that have their own grid")
@@ -342,8 +339,14 @@ class TokenLayout:
         attention_batch, _, tokens, _ = tensor.shape
         if (attention_batch, tokens) == expected:
             return
-        cure = f"The correspondence has {batch} samples; give the model the same number"
-        if tokens != expected[1]:
+        cure, views = f"The correspondence has {batch} samples; give the model the same number", len(sizes)
+        if views > 1 and (attention_batch, tokens * views) == (expected[0] * views, expected[1]):
+            cure = (
+                f"Each of the {views} views was attended alone: the layer did not join them. Likely cause: num_views "
+                "was forgotten, which tells a forward how many views a sample has; for a U-Net of backbone 'cat3d' or "
+                f"'mvdream' it is cross_attention_kwargs={{'num_views': {views}}}"
+            )
+        elif tokens != expected[1]:
             cure = (
                 "The correspondence has another token grid or number of views than this layer; "
                 "use size=model.token_grid(height, width)"

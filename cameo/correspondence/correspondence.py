@@ -5,6 +5,7 @@ Axes: B samples, V views, H W image pixels, h w token grid, N = h*w tokens per v
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -49,8 +50,10 @@ class Correspondence:
 
     Raises:
         ShapeError: the tensors and ``sizes`` do not fit together.
-        ValueError: an index outside the target view's grid, a match of a view with itself, or a negative
-            weight (values are only read on the CPU: reading them on a GPU would stall a training step).
+        TypeError: a field that is no tensor, such as an array of numpy.
+        ValueError: an index outside the target view's grid, a match of a view with itself, a weight that is negative
+            or not finite, or a distance that is negative or NaN (values are only read on the CPU: reading them on a
+            GPU would stall a training step).
     """
 
     index: Tensor
@@ -59,6 +62,9 @@ class Correspondence:
     distance: Tensor | None = None
 
     def __post_init__(self) -> None:
+        for name, tensor in (("index", self.index), ("weight", self.weight), ("distance", self.distance)):
+            if not isinstance(tensor, Tensor) and (tensor is not None or name == "index"):
+                raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}. Cure: torch.from_numpy")
         if self.index.ndim != 4 or self.index.shape[1] != self.index.shape[2]:
             raise ShapeError("index", expected="[B, V, V, N]", got=self.index.shape)
         if self.index.dtype != torch.int64:
@@ -91,8 +97,10 @@ class Correspondence:
                 raise ValueError("index: matches tokens that are padding. Cure: set them to -1")
         if int(torch.diagonal(index, dim1=1, dim2=2).max()) >= 0:
             raise ValueError("index: matches a view with itself. Cure: set index[:, i, i] to -1")
-        if self.weight is not None and not bool(self.weight.min() >= 0):
-            raise ValueError("weight: holds negative or NaN values. Cure: use 0 to leave a match out")
+        if self.weight is not None and not all(0 <= limit.item() < math.inf for limit in self.weight.aminmax()):
+            raise ValueError("weight: holds negative or NaN values, or infinite ones. Cure: use 0 to leave a match out")
+        if self.distance is not None and not self.distance.min().item() >= 0:
+            raise ValueError("distance: holds negative or NaN values. Cure: use inf where there is no measurement")
 
     @property
     def visible(self) -> Tensor:

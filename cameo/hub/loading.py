@@ -25,8 +25,8 @@ class BaseNeededError(ValueError):
     """The saved files neither hold nor name a whole model; the caller has to pass `base_model=`."""
 
 
-def load_base(config: CameoConfig) -> nn.Module:
-    """Load the base denoiser that a configuration names.
+def load_base(config: CameoConfig, **place: Any) -> nn.Module:
+    """Load the base denoiser that a configuration names; `place` is passed on to `Backbone.load`.
 
     Raises:
         BaseNeededError: if it names none that can be loaded.
@@ -42,7 +42,7 @@ def load_base(config: CameoConfig) -> nn.Module:
     if hub_id(name) is None and ":" not in name and not Path(name).exists():
         raise DataError(f"base {name!r}: no such folder any more; load the base yourself and pass base_model=")
     try:
-        denoiser: nn.Module = get_backbone(config.backbone).load(name, revision=config.base_revision).denoiser
+        denoiser: nn.Module = get_backbone(config.backbone).load(name, revision=config.base_revision, **place).denoiser
     except NotImplementedError as error:
         raise BaseNeededError(f"{error} and pass it as base_model=") from error
     except OSError as error:
@@ -145,8 +145,10 @@ def without_adapter(model: nn.Module) -> nn.Module:
     return core
 
 
-def read_full(folder: Path, form: str, config: CameoConfig, base: nn.Module | None) -> nn.Module:
+def read_full(folder: Path, form: str, config: CameoConfig, base: nn.Module | None, **place: Any) -> nn.Module:
     """Load a full model: into `base` in place, or as a new module where files and backbone tell its class.
+
+    A base that is needed for its class is read from `place`, see `load_base`.
 
     Raises:
         BaseNeededError: if they do not tell.
@@ -167,7 +169,7 @@ def read_full(folder: Path, form: str, config: CameoConfig, base: nn.Module | No
         # The files do not bring the class, or not the backbone's attention; the base model does.
         if backbone is None:
             raise BaseNeededError(f"{folder}: {MODULE_FILE} holds weights only; pass the module as base_model=")
-        base = backbone.build(preset).denoiser if preset else load_base(config)
+        base = backbone.build(preset).denoiser if preset else load_base(config, **place)
     if base is None:
         return loaded
     return _copy_into(base, load_file(str(folder / MODULE_FILE)) if form == "module" else loaded.state_dict(), folder)

@@ -54,12 +54,12 @@ def save_pretrained(
 
     Example:
         >>> import tempfile, cameo
-        >>> from torch import nn
-        >>> net = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2)})
-        >>> model = cameo.wrap(net, layer="attention", layout="b (v h w)")
+        >>> from cameo.backbone import get_backbone
+        >>> pipeline = get_backbone("cat3d").build("transformer-tiny", blocks=2)
+        >>> model = cameo.wrap(pipeline.denoiser, backbone="cat3d")
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     sorted(path.name for path in save_pretrained(model, f"{folder}/rooms").iterdir())
-        ['README.md', 'cameo_config.json', 'model.safetensors']
+        ['README.md', 'cameo_config.json', 'config.json', 'diffusion_pytorch_model.safetensors']
 
     The format follows the model: a diffusers LoRA or PEFT adapter is written alone, a full model in
     diffusers' layout (see `cameo.hub.weights`). Everything is written beside `folder` first and moved in file by
@@ -109,12 +109,12 @@ def from_pretrained(
 
     Example:
         >>> import tempfile, cameo
-        >>> from torch import nn
-        >>> net = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2)})
-        >>> model = cameo.wrap(net, layer="attention", layout="b (v h w)")
+        >>> from cameo.backbone import get_backbone
+        >>> denoiser = get_backbone("cat3d").build("transformer-tiny", blocks=2).denoiser
+        >>> model = cameo.wrap(denoiser, backbone="cat3d")
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     again = cameo.from_pretrained(model.save_pretrained(folder), base_model=model.unwrap())
-        >>> again.unwrap() is net
+        >>> again.unwrap() is denoiser
         True
 
     Args:
@@ -124,8 +124,8 @@ def from_pretrained(
         revision: branch, tag or commit of `name_or_path`.
         token: for a private repository; default `HF_TOKEN` or the token of `hf auth login`. The base, another
             repository, is always read with the default.
-        cache_dir: where downloads are kept.
-        local_files_only: use what is in the cache, without network.
+        cache_dir: where downloads are kept, those of the base too.
+        local_files_only: use what is in the cache, without network, for the base too.
         is_trainable: whether the parameters of a loaded adapter take gradients. Its base never does; a full
             model always does.
 
@@ -139,11 +139,14 @@ def from_pretrained(
     folder = local_folder(str(name_or_path), revision, token, cache_dir, local_files_only)
     config = CameoConfig.load(folder)
     form = format_in(folder)
+    # The base is another repository, which the token of this one need not open.
+    place: dict[str, Any] = {"cache_dir": cache_dir} if cache_dir is not None else {}
+    place |= {"local_files_only": True} if local_files_only else {}
     if form in ADAPTER_FORMATS:
-        base = load_base(config) if base_model is None else base_model
+        base = load_base(config, **place) if base_model is None else base_model
         module = read_adapter(folder, form, base, is_trainable=is_trainable)
     else:
-        module = read_full(folder, form, config, base_model)
+        module = read_full(folder, form, config, base_model, **place)
         # What is trained from here on starts from these weights, no longer from the base of that training.
         is_local = Path(name_or_path).is_dir()
         config = replace(config, base_model=str(name_or_path), base_revision=None if is_local else folder.name)

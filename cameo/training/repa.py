@@ -23,7 +23,7 @@ from cameo.backbone import core_module
 from cameo.correspondence.matching import resample_features
 from cameo.data.batches import layer_grids
 from cameo.data.matches import Sizes
-from cameo.errors import CaptureError
+from cameo.errors import CaptureError, NoLossError
 from cameo.model import CameoModel
 from cameo.pipeline import MultiViewPipeline
 from cameo.probing.mode import evaluation_mode, native_precision
@@ -33,6 +33,7 @@ __all__ = ["FeatureAlignment", "align_features", "feature_tokens", "projector"]
 
 # Width of the projector, as in the released code of REPA.
 PROJECTOR_WIDTH = 2048
+NO_LOSS = "no alignment loss: call the model with features= before reading alignment_loss"
 
 
 class FeatureAlignment(nn.Module):
@@ -70,11 +71,16 @@ class FeatureAlignment(nn.Module):
         """The loss of the latest forward with features, unweighted.
 
         Raises:
-            RuntimeError: if the latest forward had none.
+            NoLossError: if the latest forward had none.
         """
         if self._alignment_loss is None:
-            raise RuntimeError("no alignment loss: call the model with features= before reading alignment_loss")
+            raise NoLossError(NO_LOSS)
         return self._alignment_loss
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "alignment_loss":  # Python asks here once the property has raised an AttributeError
+            raise NoLossError(NO_LOSS)
+        return super().__getattr__(name)
 
     def grids(self, batch: Mapping[str, Any]) -> list[Sizes]:
         """Return the token grids of the views of a batch, for each supervised layer."""

@@ -280,7 +280,7 @@ def test_a_reference_without_loss_stands_first_in_the_correspondence_and_is_cut_
 @pytest.mark.parametrize(
     ("pattern", "settings", "message"),
     [
-        ("b (v h w)", {"references_last": -1}, "references_last: expected an integer >= 0, got -1"),
+        ("b (v h w)", {"references_last": -1}, "references_last: expected an integer of at least 0, got -1"),
         ("b (v h w)", {"references_last": 2, "unsupervised_views": 1}, "expected 0 or references_last=2, got 1"),
         ("b (v h w + h' w')", {"references_last": 2}, "expected 0 or the 1 views that have their own grid"),
     ],
@@ -393,11 +393,11 @@ def test_refusal_names_the_reason() -> None:
         ({"query": "b (v h w + h' w')", "unsupervised_views": 1}, "unsupervised_views cannot go with"),
         (
             {"query": "b (v h w)", "unsupervised_views": -1},
-            "unsupervised_views: expected an integer >= 0, got -1",
+            "unsupervised_views: expected an integer of at least 0, got -1",
         ),
         ({"query": "b (v h w)", "v": 4}, "batch and sizes tell how long axis v is"),
         ({"query": "b (v h w)", "t": 4}, r'TokenLayout\("b \(v h w\)", t=4\): no axis is called t'),
-        ({"query": "b (t + v h w)", "t": 0}, "t: expected a length of at least 1, got 0"),
+        ({"query": "b (t + v h w)", "t": 0}, "t: expected an integer of at least 1, got 0"),
         ({"query": None}, "write"),
     ],
 )

@@ -646,11 +646,11 @@ def test_a_copy_of_an_unwrapped_model_can_be_wrapped() -> None:
         ({"backbone": "cat3d", "inflate": True}, ValueError, "inflate=True: 'cat3d' has no layer that sees one view"),
         ({**DESCRIBED, "inflate": True}, ValueError, "inflate=True needs an adapter"),
         ({"backbone": "cat3d", "kernel_call": 0}, ValueError, r"kernel_call= describe a model .*'cat3d' knows them"),
-        ({**DESCRIBED, "kernel_call": -1}, ValueError, "kernel_call: expected an integer >= 0, got -1"),
-        ({**DESCRIBED, "kernel_call": "1"}, ValueError, "kernel_call: expected an integer >= 0, got '1'"),
-        ({**DESCRIBED, "kernel_call": True}, ValueError, "kernel_call: expected an integer >= 0, got True"),
-        ({**DESCRIBED, "stride": 0}, ValueError, "stride: expected an integer >= 1, got 0"),
-        ({**DESCRIBED, "stride": -8}, ValueError, "stride: expected an integer >= 1, got -8"),
+        ({**DESCRIBED, "kernel_call": -1}, ValueError, "kernel_call: expected an integer of at least 0, got -1"),
+        ({**DESCRIBED, "kernel_call": "1"}, ValueError, "kernel_call: expected an integer of at least 0, got '1'"),
+        ({**DESCRIBED, "kernel_call": True}, ValueError, "kernel_call: expected an integer of at least 0, got True"),
+        ({**DESCRIBED, "stride": 0}, ValueError, "stride: expected an integer of at least 1, got 0"),
+        ({**DESCRIBED, "stride": -8}, ValueError, "stride: expected an integer of at least 1, got -8"),
     ],
 )
 def test_what_wrap_refuses(options: dict[str, Any], error: type[Exception], message: str) -> None:
