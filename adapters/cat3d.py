@@ -65,7 +65,9 @@ class Cat3D(Backbone):
         if _attentions(model):
             return (
                 f"the self-attentions of this {type(model).__name__} see one view at a time. "
-                "Call cameo.adapters.cat3d_pipeline.inflate(unet) first, or build a Cat3DPipeline around it"
+                "Call cameo.adapters.cat3d_pipeline.inflate(unet, latent_stride=8) first, where latent_stride is the "
+                'number of image pixels per latent cell, and pass cross_attention_kwargs={"num_views": V} to each '
+                "forward; or build a Cat3DPipeline around it, which does both"
             )
         return (
             f"{type(model).__name__} has no modules named like "

@@ -65,7 +65,9 @@ class AttentionSite:
         """
         if self.stride is None:
             raise ValueError(
-                f"layer {self.path!r}: the image pixels per token are not known; pass stride= to cameo.wrap"
+                f"layer {self.path!r}: the image pixels per token are not known. With backbone= give the image "
+                "pixels per latent cell where the views are joined, as in inflate(unet, latent_stride=8); with "
+                "layout= pass stride= to cameo.wrap"
             )
         images = [(height, width)] * num_views
         if self.reference_size is not None:

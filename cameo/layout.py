@@ -340,8 +340,15 @@ class TokenLayout:
         attention_batch, _, tokens, _ = tensor.shape
         if (attention_batch, tokens) == expected:
             return
+        views = len(sizes)
         cure = f"The correspondence has {batch} samples; give the model the same number"
-        if tokens != expected[1]:
+        if views > 1 and (attention_batch, tokens * views) == (expected[0] * views, expected[1]):
+            cure = (
+                "Each view was taken as a sample of its own. Tell the model the number of views in this forward: "
+                f'cross_attention_kwargs={{"num_views": {views}}} for a U-Net or transformer of diffusers whose views '
+                "were joined by inflate"
+            )
+        elif tokens != expected[1]:
             cure = (
                 "The correspondence has another token grid or number of views than this layer; "
                 "use size=model.token_grid(height, width)"

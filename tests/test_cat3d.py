@@ -170,7 +170,8 @@ def test_several_transformer_blocks_in_one_attention_are_all_listed() -> None:
 def test_a_plain_unet_is_refused_and_the_cure_works() -> None:
     unet = stable_diffusion_unet()
     with pytest.raises(
-        ValueError, match=r"see one view at a time\. Call cameo\.adapters\.cat3d_pipeline\.inflate\(unet\)"
+        ValueError,
+        match=r"see one view at a time\. Call cameo\.adapters\.cat3d_pipeline\.inflate\(unet, latent_stride=8\)",
     ):
         cameo.wrap(unet, "cat3d")
     model = cameo.wrap(inflate(unet, latent_stride=8), "cat3d")

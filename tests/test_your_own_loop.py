@@ -123,3 +123,17 @@ def test_weight_and_loss_belong_to_the_module_inside_ddp() -> None:
         assert Accelerator().unwrap_model(outer) is model
     with pytest.raises(ValueError, match="Wrap the plain module"):
         cameo.wrap(DistributedDataParallel(attention()), layer="attention", layout="b (v h w)")
+
+
+@pytest.mark.parametrize(
+    ("forgotten", "instead", "cure"),
+    [
+        ("inflate(unet, latent_stride=latent_stride)", "pass", r"inflate\(unet, latent_stride=8\)"),
+        ("inflate(unet, latent_stride=latent_stride)", "inflate(unet)", r"inflate\(unet, latent_stride=8\)"),
+        ('{"num_views": views}', "{}", r'cross_attention_kwargs=\{"num_views": 3\}'),
+    ],
+)
+def test_errors_lead_back_to_the_page(forgotten: str, instead: str, cure: str) -> None:
+    assert forgotten in STEP_BY_STEP
+    with pytest.raises(ValueError, match=cure):
+        exec(STEP_BY_STEP.replace(forgotten, instead), {})
