@@ -37,13 +37,15 @@ class CameoModel(nn.Module):
         >>> from cameo.backbone import get_backbone
         >>> adapter = get_backbone("cat3d")
         >>> model = wrap(adapter.build("tiny").unet, backbone="cat3d")
+        >>> optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)  # after wrap: it holds the alignment head too
         >>> args, kwargs = adapter.example_inputs(model.base_model)
         >>> height, width = model.token_grid(32, 32)
         >>> index = torch.full((1, 2, 2, height * width), -1)
         >>> index[0, 0, 1] = torch.arange(height * width)  # token x of view 0 matches token x of view 1
         >>> match = Correspondence(index, sizes=((height, width),) * 2)
         >>> out = model(*args, **kwargs, correspondence=match)
-        >>> (model.weight * model.alignment_loss).backward()
+        >>> (out.sample.square().mean() + model.weight * model.alignment_loss).backward()
+        >>> optimizer.step()
 
     Attributes:
         base_model: the module that was wrapped; unknown attributes of `CameoModel` are looked up there.
@@ -55,8 +57,10 @@ class CameoModel(nn.Module):
         implementation, gelu: how the loss is computed, see `cameo.alignment_loss`.
 
     A forward with a correspondence runs eagerly even where the model is compiled, one without runs compiled.
-    Under `DistributedDataParallel` keep `find_unused_parameters=False`, and give every step a correspondence
-    (an empty one has loss 0 with a graph), since the heads get their gradient from the alignment loss alone.
+    Under `DistributedDataParallel` call the outer module, and read `weight`, `alignment_loss` and `token_grid` from
+    this one: `accelerator.unwrap_model(outer)`, or `outer.module`. Keep `find_unused_parameters=False`, and give every
+    step a correspondence (an empty one has loss 0 with a graph), since the heads get their gradient from the alignment
+    loss alone.
     Under FSDP2 (`fully_shard`) call backward on the sum with the model's own loss: parameters are gathered, and
     gradients averaged, when a gradient enters at the model's output, and that of the alignment loss alone does not.
     """

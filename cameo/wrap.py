@@ -44,11 +44,17 @@ def wrap(
     """Attach CAMEO to `model` in place: the returned module holds `model` itself, not a copy.
 
     Example:
+        >>> import torch
         >>> from cameo.backbone import get_backbone
         >>> unet = get_backbone("cat3d").build("tiny").unet
         >>> model = wrap(unet, backbone="cat3d")
+        >>> optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)  # after wrap, which adds the alignment head
         >>> model.unwrap() is unet
         True
+
+    Build the optimizer after `wrap`: one that was built before does not hold the parameters of the alignment head, and
+    the head stays as it was initialized. `recipes/minimal_loop.py` is a whole training loop, `docs/your_own_loop.md`
+    adds CAMEO to a script that exists.
 
     Args:
         model: the denoiser of a multi-view diffusion model, before or after LoRA was added to it.

@@ -57,7 +57,10 @@ class JointViewAttnProcessor:
 def inflate(unet: Denoiser, *, use_xformers: bool = False, latent_stride: int | None = None) -> Denoiser:
     """Let every self-attention of a U-Net or `JointDiT` attend across views, in place; the weights stay as they are.
 
-    `latent_stride` (image pixels per latent cell side) tells the layers their token grid for an image size.
+    `latent_stride` (image pixels per latent cell side, 8 for the VAE of Stable Diffusion) tells the layers their token
+    grid for an image size, which `CameoModel.token_grid` needs. Each forward then takes the number of views of a
+    sample, in `cross_attention_kwargs`; without it every view is a sample of its own. `docs/your_own_loop.md` shows
+    the steps from here to a training loop.
 
     Example:
         >>> import torch
@@ -66,7 +69,11 @@ def inflate(unet: Denoiser, *, use_xformers: bool = False, latent_stride: int | 
         ...     down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",),
         ...     cross_attention_dim=8, attention_head_dim=4)
         >>> context = torch.zeros(6, 1, 8)
-        >>> out = inflate(unet)(torch.zeros(6, 4, 8, 8), 0, context, cross_attention_kwargs={"num_views": 3})
+        >>> views = {"num_views": 3}
+        >>> out = inflate(unet, latent_stride=8)(torch.zeros(6, 4, 8, 8), 0, context, cross_attention_kwargs=views)
+        >>> import cameo
+        >>> cameo.wrap(unet, backbone="cat3d").token_grid(64, 64)
+        (8, 8)
     """
     unet.set_attn_processor(
         {

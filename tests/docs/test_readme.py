@@ -27,18 +27,21 @@ def test_first_example_runs(batch: dict[str, Any]) -> None:
     pipeline = get_backbone("cat3d").build("tiny")
     inputs = pipeline.training_inputs(batch, generator=torch.Generator().manual_seed(0))
     names = {
+        "torch": torch,
         "pipeline": pipeline,
+        "loader": [batch],
         "height": 64,
         "width": 64,
         "args": inputs.args,
         "kwargs": inputs.kwargs,
         "mse": F.mse_loss,
         "target": inputs.target.flatten(0, 1),
-        **{name: batch[name] for name in ("depth", "intrinsics", "extrinsics")},
     }
     example = re.findall(r"```python\n(.*?)```", README, re.S)[0]
     exec(example, names)
     assert names["loss"].requires_grad
+    optimized = {id(one) for group in names["optimizer"].param_groups for one in group["params"]}
+    assert {id(one) for one in names["model"].alignment_heads.parameters()} <= optimized
     assert names["unet"] is pipeline.unet
 
 

@@ -688,7 +688,7 @@ def test_head_options(head: Any) -> None:
 def test_token_grid() -> None:
     model = cameo.wrap(unet(), "cat3d")
     assert model.token_grid(64, 96) == (8, 12)
-    with pytest.raises(ValueError, match=r"pass stride= to cameo\.wrap"):
+    with pytest.raises(ValueError, match=r"with layout= pass stride= to cameo\.wrap"):
         toy().token_grid(64, 64)
     assert toy(stride=16).token_grid(64, 50) == (4, 4)
 
