@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from cameo.choices import GELUS, HEAD_KINDS, IMPLEMENTATIONS, NORMALISATIONS, REDUCTIONS
 from cameo.errors import ShapeError, unknown_name
 from cameo.kernels.operator import fused_alignment_loss
 from cameo.kernels.rows import Window, check_matches
@@ -25,12 +26,6 @@ if TYPE_CHECKING:
     from cameo.correspondence import Correspondence
 
 __all__ = ["AlignmentHead", "alignment_loss", "supervision_weights"]
-
-HEAD_KINDS = ("mlp", "mean", "none")
-NORMALISATIONS = ("per_view", "all_views")
-REDUCTIONS = ("mean", "sum", "released")
-IMPLEMENTATIONS = ("auto", "reference", "chunked", "triton")
-GELUS = ("exact", "fast")
 
 
 class AlignmentHead(nn.Module):

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cameo.alignment import GELUS, IMPLEMENTATIONS, NORMALISATIONS, REDUCTIONS, AlignmentHead, alignment_loss
+from cameo.alignment import AlignmentHead, alignment_loss
 from cameo.backbone import core_module, find_site, get_backbone
 from cameo.capture import AttentionCapture, AttentionSite, CapturedAttention
+from cameo.choices import GELUS, IMPLEMENTATIONS, NORMALISATIONS, REDUCTIONS
 from cameo.config import CameoConfig
 from cameo.correspondence import Correspondence
 from cameo.errors import CaptureError, ShapeError, unknown_name

@@ -37,7 +37,7 @@ FULL: dict[str, Any] = {
     "max_train_steps": 13,
     "checkpointing_steps": 2,
     "validation_steps": 8,
-    "weight": 0.1,
+    "loss_weight": 0.1,
     "use_ema": True,
     "ema_decay": 0.9,
     "learning_rate": 1e-3,

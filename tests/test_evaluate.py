@@ -455,7 +455,7 @@ def test_data_settings_are_those_that_decide_the_samples() -> None:
     base = TrainingConfig()
     for change in ({"resolution": 32}, {"data_seed": 1}, {"num_validation_scenes": 8}, {"max_overlap": 0.8}):
         assert data_settings(replace(base, **change)) != data_settings(base)
-    for change in ({"learning_rate": 1.0}, {"layer": 3}, {"seed": 5}, {"weight": 0.0}, {"num_scenes": 3}):
+    for change in ({"learning_rate": 1.0}, {"layer": 3}, {"seed": 5}, {"loss_weight": 0.0}, {"num_scenes": 3}):
         assert data_settings(replace(base, **change)) == data_settings(base)
 
 
@@ -552,7 +552,7 @@ def test_checkpoints_with_an_average_say_that_they_hold_other_weights(runs: Any)
 
 
 def test_a_head_that_no_loss_trained_is_not_read(tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path, max_train_steps=1, weight=0.0)
+    trainer = make_trainer(tmp_path, max_train_steps=1, loss_weight=0.0)
     trainer.train()
     assert not load_evaluated([], CONFIGS, checkpoint=str(tmp_path / "checkpoint-1")).trained_head
 

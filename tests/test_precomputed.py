@@ -132,10 +132,10 @@ def test_a_run_may_go_on_with_matches_from_elsewhere(tmp_path: Path) -> None:
 
 
 def test_training_without_cameo_reads_no_matches(tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path, weight=0.0, precomputed_correspondence="no/such/folder", max_train_steps=1)
+    trainer = make_trainer(tmp_path, loss_weight=0.0, precomputed_correspondence="no/such/folder", max_train_steps=1)
     assert trainer.train().step == 1
-    with pytest.raises(ValueError, match=r"weight=0 trains without CAMEO.*give the weight"):
-        fill(config_for(tmp_path, weight=0.0))
+    with pytest.raises(ValueError, match=r"loss_weight=0 trains without CAMEO.*give the loss_weight"):
+        fill(config_for(tmp_path, loss_weight=0.0))
 
 
 # What is in the folder
