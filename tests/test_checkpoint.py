@@ -169,7 +169,8 @@ def test_runs_that_cannot_go_on_end_with_an_error(uninterrupted: dict[str, Recip
         for message, (folder, changes) in cases.items()
     }
     for message, run in runs.items():
-        assert run.wait() == 1, (message, run.output)
+        assert run.wait() == 2, (message, run.output)
+        assert "Traceback" not in run.output
         assert message in run.output
     assert (whole / "metrics.jsonl").read_text() == before
 

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import shutil
+import sys
 import types
 import warnings
 from collections.abc import Iterator
@@ -426,13 +427,15 @@ def test_settings_that_make_no_sense(change: dict[str, Any], message: str) -> No
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"num_samples": "many"}, "num_samples: expected int, got 'many'"),
-        ({"num_samples": "1.5"}, "num_samples: expected int, got '1.5'"),
-        ({"noise_levels": "0.5"}, "noise_levels: expected list or tuple, got '0.5'"),
-        ({"noise_levels": "[high]"}, r"noise_levels: expected different levels between 0 and 1, got \('high',\)"),
+        ({"num_samples": "many"}, "num_samples: expected a whole number, got 'many'"),
+        ({"num_samples": "1.5"}, "num_samples: expected a whole number, got '1.5'"),
+        ({"noise_levels": "0.5"}, r"noise_levels: expected one at or above high_noise=0.95, got \(0.5,\)"),
+        ({"noise_levels": "[high]"}, r"noise_levels: expected a list \[a, b\], got '\[high\]'"),
         ({"noise_levels": "[]"}, r"noise_levels: expected different levels between 0 and 1, got \(\)"),
-        ({"lpips": "3"}, "lpips: expected str or null, got '3'"),
-        ({"fid": "1"}, "fid: expected bool, got '1'"),
+        ({"noise_levels": "[0.5, 1.5]"}, r"noise_levels: expected a share in \[0, 1\], got 1.5"),
+        ({"noise_bands": "[0.5]"}, r"noise_bands: expected a list \[a, b\], got '\[0.5\]'"),
+        ({"lpips": "3"}, "unknown lpips '3': Known: alex, squeeze, vgg"),
+        ({"fid": "often"}, "fid: expected true or false, got 'often'"),
     ],
 )
 def test_settings_of_the_wrong_type(given: dict[str, str], message: str) -> None:
@@ -601,6 +604,7 @@ def recipe() -> types.ModuleType:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
 
@@ -661,7 +665,14 @@ def test_recipe_names_the_nearest_setting() -> None:
         recipe().main(["num_sample=3"])
 
 
-@pytest.mark.parametrize("option", ["output", "--checkpoint", "checkpoint_revision"])
-def test_recipe_does_not_pass_over_an_option_without_a_value(option: str) -> None:
-    with pytest.raises(ValueError, match=f"override '{option}': expected key=value"):
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("output", "argument 'output': expected key=value"),
+        ("--checkpoint", "--checkpoint: expected a value after it"),
+        ("checkpoint_revision", "argument 'checkpoint_revision': expected key=value"),
+    ],
+)
+def test_recipe_does_not_pass_over_an_option_without_a_value(option: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         recipe().main([option])

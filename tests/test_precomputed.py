@@ -375,8 +375,8 @@ def test_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     assert ": 0 pairs of views written" in capsys.readouterr().out
     for wrong, message in {
         "pairs=few": "unknown pairs 'few'.*Known: all, auto, drawn",
-        "training_processes=0": "training_processes: expected a whole number of at least 1, got 0",
-        "shard_megabytes=big": "shard_megabytes: expected a whole number of at least 1, got big",
+        "training_processes=0": "training_processes: expected at least 1, got 0",
+        "shard_megabytes=big": "shard_megabytes: expected a whole number, got 'big'",
         "pears=all": "unknown setting 'pears'",
     }.items():
         with pytest.raises(ValueError, match=message):

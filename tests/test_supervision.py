@@ -273,7 +273,7 @@ def test_a_resumed_run_keeps_its_supervision(tmp_path: Path) -> None:
         ({"alignment_until": 0}, r"alignment_until: expected at least 1, got 0"),
         ({"alignment_min_noise": 1.0}, r"alignment_min_noise: expected a share in \[0, 1\), got 1.0"),
         ({"geometry_noise": -0.1}, r"geometry_noise: expected a share in \[0, 1\), got -0.1"),
-        ({"geometry_noise": math.nan}, r"geometry_noise: expected a share in \[0, 1\), got nan"),
+        ({"geometry_noise": math.nan}, r"geometry_noise: expected a finite number, got nan"),
         ({"feature_size": 0}, r"feature_size: expected at least 1, got 0"),
         ({"correspondence_control": "other_scene", "train_batch_size": 1}, r"give train_batch_size=2 or more"),
         ({"geometry_noise": 0.1, "correspondence": "point_map"}, r"geometry_noise=0.1: .*give correspondence=depth"),
