@@ -421,7 +421,7 @@ def test_interpolations_are_used_resolved_and_written_as_typed(interpolated: Pat
     start_trackers(Accelerator(), config)
     saved = tmp_path / "saved.yaml"
     save_config(config, saved)
-    texts = [saved.read_text(), json.dumps(continued_settings(config)), to_yaml(seen)]
+    texts = [saved.read_text(), json.dumps([continued_settings(config), seen, shown_settings(config)])]
     assert all("topsecret" not in text for text in texts)
     assert "${oc.env:CAMEO_TEST_SECRET}" in texts[0]
     assert load_config(saved) == config

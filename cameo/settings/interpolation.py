@@ -123,7 +123,9 @@ def comparable(value: Any) -> Any:
 
 def _as_typed(value: Any) -> Any:
     if isinstance(value, Interpolated):
-        return value
+        text = InterpolatedText(value.source)
+        text.source = value.source
+        return text
     if isinstance(value, Mapping):
         return {name: _as_typed(one) for name, one in value.items()}
     return [_as_typed(one) for one in value] if isinstance(value, list | tuple) else value
