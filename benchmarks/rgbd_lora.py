@@ -15,7 +15,7 @@ import platform
 import sys
 import tempfile
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from matplotlib.figure import Figure
 
 from cameo.evaluation.pictures import save_figure
 from cameo.files import write_atomically
+from cameo.settings import shown_settings
 from cameo.tables import markdown_table
 from cameo.training.config import TrainingConfig, load_config
 from cameo.training.data import build_dataset
@@ -45,9 +46,9 @@ ROWS = {
 
 def run(config: TrainingConfig, seed: int, arm: str) -> dict[str, Any]:
     """Train one arm with one seed and return its validations."""
-    weight = config.weight if ARMS[arm] is None else ARMS[arm]
+    weight = config.loss_weight if ARMS[arm] is None else ARMS[arm]
     with tempfile.TemporaryDirectory() as folder:
-        settings = replace(config, seed=seed, weight=weight, output_dir=folder, report_to="none")
+        settings = replace(config, seed=seed, loss_weight=weight, output_dir=folder, report_to="none")
         train, held_out = build_dataset(settings, "train"), build_dataset(settings, "validation")
         start = time.time()
         finished = train_lora(settings, train, held_out)
@@ -61,7 +62,7 @@ def run(config: TrainingConfig, seed: int, arm: str) -> dict[str, Any]:
         else torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "seconds": round(time.time() - start, 1),
-        "settings": {k: v for k, v in asdict(config).items() if k not in ("output_dir", "train_data_dir", "hub_token")},
+        "settings": {k: v for k, v in shown_settings(config).items() if k not in ("output_dir", "train_data_dir")},
         "validations": finished.validations,
         "losses": [[entry["step"], entry["loss"], entry["alignment_loss"]] for entry in history[9::10]],
     }

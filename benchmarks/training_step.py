@@ -165,7 +165,7 @@ class Trained:
             matches = match_layers(self.model, self.batch, kind=matches_from)
             output = self.model(*inputs.args, correspondence=matches, **inputs.kwargs)
             parts.append(self.pipeline.denoising_loss(output, inputs).mean())
-            parts.append(self.config.weight * self.model.alignment_loss)
+            parts.append(self.config.loss_weight * self.model.alignment_loss)
 
     def dense(self) -> None:
         """A step with the dense form of the released loss on the same queries and keys."""
@@ -180,7 +180,7 @@ class Trained:
             nearest = supervision_weights(local, reduction="released", num_reference_views=references) > 0
             with torch.autocast(self.device.type, enabled=False):
                 loss = dense_loss(query, key, local.index, nearest, head_function(head), references)
-            parts.append(self.config.weight * loss)
+            parts.append(self.config.loss_weight * loss)
 
     @contextmanager
     def _step(self) -> Iterator[tuple[Any, list[Tensor]]]:

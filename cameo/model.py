@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from cameo.alignment import AlignmentHead, alignment_loss, check_options
+from cameo.alignment.head_watch import HeadWatch
 from cameo.attention.capture import AttentionCapture, AttentionSite, CapturedAttention
 from cameo.attention.layout import TokenLayout
 from cameo.backbone import core_module, find_site, get_backbone
 from cameo.config import CameoConfig, finite
 from cameo.correspondence import Correspondence
 from cameo.errors import CaptureError, NoLossError, ShapeError, unknown_name
-from cameo.head_watch import HeadWatch
 
 __all__ = ["CameoModel", "attach", "check_plain", "holder", "wrapped_bases"]
 

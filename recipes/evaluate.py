@@ -10,7 +10,8 @@ A checkpoint is a saved adapter or pipeline, a `checkpoint-N` of a run, or the i
 (`checkpoint_revision=`). Its data is the validation set of its run (`config.yaml` beside it), else that of the
 backbone's settings file; every setting of `cameo.training.config.TrainingConfig` can be given as key=value and wins.
 What is measured, on how many samples and with how many sampling steps are the settings of
-`cameo.evaluation.settings.EvaluationSettings`, given the same way.
+`cameo.evaluation.settings.EvaluationSettings`, given the same way. --help lists all of them, --print-config prints
+those that a run would use.
 Without GPU and with the default settings a small model takes minutes; num_sampled=0 leaves out what needs sampling.
 
 Written to `output` (default `outputs/evaluation`): result.json, table.md, denoising.png, attention.png, scenes.png,
@@ -19,48 +20,89 @@ samples.png; with --compare table.md and comparison.png (default `outputs/compar
 
 from __future__ import annotations
 
-import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from cameo.evaluation.compare import comparison_figure, comparison_table, name_results
-from cameo.evaluation.pictures import save_figure
-from cameo.evaluation.protocol import evaluate, sample_targets
-from cameo.evaluation.report import result_table, write_result
+from cameo.evaluation.settings import EvaluationSettings
 from cameo.files import write_atomically
-from cameo.training.data import build_dataset
-from cameo.training.runs import data_settings, evaluation_settings, load_evaluated, split_settings
+from cameo.settings import Settings, run_recipe, setting, split_arguments, typed_values
+from cameo.training.config import TrainingConfig
+from cameo.training.run_settings import evaluation_settings, run_settings
 
 CONFIGS = Path(__file__).parent / "configs"
-OPTIONS = ("checkpoint", "checkpoint_revision", "output")
+
+
+@dataclass
+class Options(Settings):
+    """What is evaluated or compared, and where the result goes."""
+
+    # Saved adapter or pipeline, checkpoint-N of a run, or id of a Hub repository. null, the default, evaluates the base
+    # that the settings name.
+    checkpoint: str | None = setting(None, path=True)
+    # Branch, tag or commit of checkpoint on the Hub. null, the default, is the main branch.
+    checkpoint_revision: str | None = setting(None)
+    # Folder of the result. null, the default, is outputs/evaluation, or outputs/comparison with --compare.
+    output: str | None = setting(None, path=True)
+    # Whether results are set side by side instead: --compare FOLDER FOLDER ..., the first is what the others are
+    # compared with. false by default.
+    compare: bool = setting(False)
+    # Folders of the results that --compare sets side by side.
+    results: list[str] = setting(factory=list, positional=True)
+
+    def check(self) -> None:
+        """Refuse settings that contradict each other."""
+        if self.results and not self.compare:
+            raise ValueError(
+                f"argument {self.results[0]!r}: expected key=value, for example checkpoint=outputs/run/adapter; "
+                "results are compared with --compare"
+            )
+
+
+def read(arguments: list[str]) -> tuple[Options, dict[str, Any], dict[str, Any]]:
+    """Read the options, and sort the other settings into those of the evaluation and those of the training."""
+    options, evaluation, settings = split_arguments(arguments, Options, EvaluationSettings, TrainingConfig)
+    return Options(**typed_values(Options, options)), evaluation, settings
+
+
+def read_all(arguments: list[str]) -> tuple[Any, ...]:
+    """Read the settings that a run would use, for --print-config."""
+    options, evaluation, settings = read(arguments)
+    if options.compare:
+        return (options,)
+    folder = None
+    if options.checkpoint is not None:
+        folder = Path(options.checkpoint)
+        if not folder.is_dir():
+            from cameo.hub import local_folder
+
+            folder = local_folder(options.checkpoint, options.checkpoint_revision)
+    config, _ = run_settings(settings, CONFIGS, folder)
+    return options, evaluation_settings(evaluation, config), config
 
 
 def main(arguments: list[str]) -> None:
     """Evaluate or compare; prints the table."""
-    options, others = {}, []
-    for argument in arguments:
-        name, equals, value = argument.lstrip("-").partition("=")
-        if name in OPTIONS and equals:
-            options[name] = value
-        else:
-            others.append(argument)
-    if "--compare" in others:
-        others.remove("--compare")
-        compare(others, Path(options.get("output", "outputs/comparison")))
+    options, evaluation, settings = read(arguments)
+    if options.compare:
+        compare(options.results, Path(options.output or "outputs/comparison"))
         return
-    evaluation, others = split_settings(others)
-    run = load_evaluated(
-        others, CONFIGS, checkpoint=options.get("checkpoint"), revision=options.get("checkpoint_revision")
-    )
-    settings = evaluation_settings(evaluation, run.config)
+    from cameo.evaluation.protocol import evaluate, sample_targets
+    from cameo.evaluation.report import result_table, write_result
+    from cameo.training.data import build_dataset
+    from cameo.training.runs import data_settings, load_evaluated
+
+    run = load_evaluated(settings, CONFIGS, checkpoint=options.checkpoint, revision=options.checkpoint_revision)
+    measured = evaluation_settings(evaluation, run.config)
     data = build_dataset(run.config, "validation")
     sampled = None
-    if settings.num_sampled and run.config.num_reference_views:
-        sampled = sample_targets(run.model, run.pipeline, data, settings)
-    result = evaluate(run.model, run.pipeline, data, settings, sampled=sampled, trained_head=run.trained_head)
+    if measured.num_sampled and run.config.num_reference_views:
+        sampled = sample_targets(run.model, run.pipeline, data, measured)
+    result = evaluate(run.model, run.pipeline, data, measured, sampled=sampled, trained_head=run.trained_head)
     result["data"] |= data_settings(run.config)
     result["run"] = run.facts
-    output = Path(options.get("output", "outputs/evaluation"))
-    name = options.get("checkpoint", run.config.backbone)
+    output = Path(options.output or "outputs/evaluation")
+    name = options.checkpoint or run.config.backbone
     files = write_result(result, output, sampled=sampled, name=name)
     print(f"\n{result_table(result, name=name)}\n")
     print(f"{', '.join(file.name for file in files)} in {output}")
@@ -68,6 +110,9 @@ def main(arguments: list[str]) -> None:
 
 def compare(paths: list[str], output: Path) -> None:
     """Set result files side by side; the first one is what the others are compared with."""
+    from cameo.evaluation.compare import comparison_figure, comparison_table, name_results
+    from cameo.evaluation.pictures import save_figure
+
     results = name_results(paths)
     table = comparison_table(results)
     print(f"\n{table}\n")
@@ -77,4 +122,4 @@ def compare(paths: list[str], output: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_recipe(main, read_all, [Options, EvaluationSettings, TrainingConfig], about=__doc__)

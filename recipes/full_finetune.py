@@ -1,48 +1,56 @@
 """Train all weights of a multi-view diffusion model, from a preset or from released weights, with or without CAMEO.
 
-    python recipes/full_finetune.py                                          # small base model on embedded rooms
-    python recipes/full_finetune.py weight=0.1 train_data_dir=path/to/rgbd   # an RGB-D sequence, or a mesh folder
-    python recipes/full_finetune.py backbone=mvdream                         # or zero123plus, sv3d
-    python recipes/full_finetune.py resume_from_checkpoint=latest            # go on with an interrupted run
-    accelerate launch recipes/full_finetune.py config=my.yaml                # several processes
+    python recipes/full_finetune.py                                              # small base model on embedded rooms
+    python recipes/full_finetune.py loss_weight=0.1 train_data_dir=path/to/rgbd  # an RGB-D sequence, or a mesh folder
+    python recipes/full_finetune.py backbone=mvdream                             # or zero123plus, sv3d
+    python recipes/full_finetune.py resume_from_checkpoint=latest                # go on with an interrupted run
+    accelerate launch recipes/full_finetune.py config=my.yaml                    # several processes
 
-Every setting of `cameo.training.config.TrainingConfig` can be given as key=value.
+Every setting of `cameo.training.config.TrainingConfig` can be given as key=value; --help lists them with what they
+mean, --print-config prints those that a run would use.
 """
 
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 from cameo.files import write_atomically
+from cameo.settings import run_recipe
 from cameo.training.config import TrainingConfig, load_config, settings_file
-from cameo.training.data import build_dataset
-from cameo.training.setup import (
-    begin_run,
-    card_metrics,
-    check_push,
-    load_pipeline,
-    metrics_table,
-    to_run_device,
-    validation_callback,
-    wrap_denoiser,
-    write_pictures,
-)
-from cameo.training.trainer import Trainer
 
 CONFIGS = Path(__file__).parent / "configs"
 
 
+def read(arguments: list[str]) -> TrainingConfig:
+    """Read the settings file of the backbone, and the settings of the command line over it."""
+    return load_config(settings_file("full", CONFIGS, arguments), arguments)
+
+
 def main(arguments: list[str]) -> None:
     """Train, validate, write the pipeline in diffusers layout, and push it if asked."""
-    config = load_config(settings_file("full", CONFIGS, arguments), arguments)
+    config = read(arguments)
+    from cameo.training.setup import begin_run
+
     with begin_run(config):
         run(config)
 
 
 def run(config: TrainingConfig) -> None:
     """Train one model, and write what came of it."""
+    from cameo.training.data import build_dataset
+    from cameo.training.setup import (
+        card_metrics,
+        check_push,
+        load_pipeline,
+        metrics_table,
+        to_run_device,
+        validation_callback,
+        wrap_denoiser,
+        write_pictures,
+    )
+    from cameo.training.trainer import Trainer
+
     check_push(config)
     train, held_out = build_dataset(config, "train"), build_dataset(config, "validation")
     pipeline = load_pipeline(config)
@@ -59,19 +67,19 @@ def run(config: TrainingConfig) -> None:
     if not accelerator.is_main_process:
         return
     output = Path(config.output_dir)
-    name = "with CAMEO" if config.weight else "without CAMEO"
+    name = "with CAMEO" if config.loss_weight else "without CAMEO"
     pictures = write_pictures({name: model}, pipeline, held_out, config, output / "pictures")
     write_atomically(output / "validation.json", json.dumps({name: result.validations}, indent=2) + "\n")
     table = metrics_table({f"step {entry['step']}": entry for entry in result.validations[-3:]})
     print(f"\n{table}\n")
     write_atomically(output / "table.md", table + "\n")
     facts = {"pipeline": pipeline, "metrics": card_metrics(result.validations[-1]), "pictures": pictures}
-    folder = model.save_pretrained(output / "model", licence=config.hub_licence, **facts)
+    folder = model.save_pretrained(output / "model", licence=config.hub_license, **facts)
     print(f"model in {folder}, pictures in {output / 'pictures'}, losses in {result.metrics}")
     if config.push_to_hub:
-        hub = {"token": config.hub_token, "private": config.hub_private, "licence": config.hub_licence}
+        hub = {"token": config.hub_token, "private": config.hub_private, "licence": config.hub_license}
         print(f"pushed to {model.push_to_hub(str(config.hub_model_id), **hub, **facts)}")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_recipe(main, lambda arguments: [read(arguments)], [TrainingConfig], about=__doc__)

@@ -7,41 +7,42 @@
     python recipes/lora_finetune.py push_to_hub=true hub_model_id=you/name   # and publish the adapter
     accelerate launch recipes/lora_finetune.py config=my.yaml                # several processes
 
-Every setting of `cameo.training.config.TrainingConfig` can be given as key=value. Without arguments this is a
-demonstration, which can be repeated: it replaces what it has left itself, and no run with settings of its own.
+Every setting of `cameo.training.config.TrainingConfig` can be given as key=value; --help lists them with what they
+mean, --print-config prints those that a run would use. Without arguments this is a demonstration, which can be
+repeated: it replaces what it has left itself, and no run with settings of its own.
 """
 
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 from cameo.files import write_atomically
+from cameo.settings import run_recipe
 from cameo.training.config import TrainingConfig, load_config, settings_file
-from cameo.training.data import build_dataset
-from cameo.training.setup import (
-    arms_of,
-    begin_run,
-    card_metrics,
-    check_push,
-    metrics_table,
-    train_lora,
-    write_pictures,
-)
 
 CONFIGS = Path(__file__).parent / "configs"
 
 
+def read(arguments: list[str]) -> TrainingConfig:
+    """Read the settings file of the backbone, and the settings of the command line over it."""
+    return load_config(settings_file("lora", CONFIGS, arguments), arguments)
+
+
 def main(arguments: list[str]) -> None:
     """Train, print what changed, write pictures and the adapter, and push it if asked."""
-    config = load_config(settings_file("lora", CONFIGS, arguments), arguments)
+    config = read(arguments)
+    from cameo.training.setup import begin_run
+
     with begin_run(config, demonstration=not arguments):
         run_arms(config)
 
 
 def run_arms(config: TrainingConfig) -> None:
     """Train each run of the recipe, one after the other, and write what came of them."""
+    from cameo.training.data import build_dataset
+    from cameo.training.setup import arms_of, card_metrics, check_push, metrics_table, train_lora, write_pictures
+
     check_push(config)
     arms = arms_of(config)
     train, held_out = build_dataset(config, "train"), build_dataset(config, "validation")
@@ -70,12 +71,12 @@ def run_arms(config: TrainingConfig) -> None:
     print(f"\n{table}\n")
     write_atomically(output / "table.md", table + "\n")
     facts = {"metrics": card_metrics(run.validations[-1]), "pictures": pictures}
-    adapter = run.model.save_pretrained(output / "adapter", licence=config.hub_licence, **facts)
+    adapter = run.model.save_pretrained(output / "adapter", licence=config.hub_license, **facts)
     print(f"adapter in {adapter}, pictures in {output / 'pictures'}, losses in {run.result.metrics}")
     if config.push_to_hub:
-        hub = {"token": config.hub_token, "private": config.hub_private, "licence": config.hub_licence}
+        hub = {"token": config.hub_token, "private": config.hub_private, "licence": config.hub_license}
         print(f"pushed to {run.model.push_to_hub(str(config.hub_model_id), **hub, **facts)}")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_recipe(main, lambda arguments: [read(arguments)], [TrainingConfig], about=__doc__)

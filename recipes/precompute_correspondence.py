@@ -4,13 +4,8 @@
     python recipes/lora_finetune.py             config=my.yaml precomputed_correspondence=matches
     accelerate launch recipes/precompute_correspondence.py config=my.yaml precomputed_correspondence=matches
 
-Settings are those of the training, so its settings file serves both. Besides them:
-
-    pairs=drawn               the pairs of views that the samples of this run have, for scenes of many views
-    pairs=all                 all pairs of every scene, for runs of any length and seed; auto (the default) takes all
-                              where scenes have at most 16 views
-    training_processes=8      how many processes will train; without it as many as compute the matches
-    shard_megabytes=128       size that no file exceeds
+Settings are those of the training, so its settings file serves both, and a few besides; --help lists all of them,
+--print-config prints those that a run would use.
 
 What is written stays: a run that was interrupted goes on and has lost ten minutes at most, a longer training adds to
 the folder, and where all is there nothing is done. Processes share the scenes by their number in the environment and
@@ -19,31 +14,46 @@ need not run at the same time.
 
 from __future__ import annotations
 
-import sys
+from dataclasses import dataclass
 from pathlib import Path
 
-from cameo.training.config import load_config, settings_file
-from cameo.training.precompute import Share, precompute
+from cameo.settings import Settings, run_recipe, setting, split_arguments, typed_values
+from cameo.training.config import TrainingConfig, load_config, settings_file
 
 CONFIGS = Path(__file__).parent / "configs"
-OPTIONS = ("pairs", "training_processes", "shard_megabytes")
+
+
+@dataclass
+class Options(Settings):
+    """Which matches are computed, and how they are written."""
+
+    # Pairs of views: drawn, those that the samples of this run have, for scenes of many views; all pairs of every
+    # scene, for runs of any length and seed; auto, the default, takes all where scenes have at most 16 views.
+    pairs: str = setting("auto", choices=("auto", "drawn", "all"))
+    # How many processes will train, >= 1. null, the default, is as many as compute the matches.
+    training_processes: int | None = setting(None, at_least=1)
+    # Size in megabytes that no file exceeds, >= 1. 128 by default.
+    shard_megabytes: int = setting(128, at_least=1)
+
+
+def read(arguments: list[str]) -> tuple[Options, TrainingConfig]:
+    """Read the options, and the settings of the training."""
+    options, settings = split_arguments(arguments, Options, TrainingConfig)
+    config = load_config(settings_file("lora", CONFIGS, settings), settings)
+    return Options(**typed_values(Options, options)), config
 
 
 def main(arguments: list[str]) -> None:
     """Fill the folder, and say how much was written and what is still to be done."""
-    options, settings = {}, []
-    for argument in arguments:
-        name, equals, value = argument.lstrip("-").partition("=")
-        if name in OPTIONS and equals:
-            options[name] = value
-        else:
-            settings.append(argument)
-    config, share = load_config(settings_file("lora", CONFIGS, settings), settings), Share.from_environment()
+    options, config = read(arguments)
+    from cameo.training.precompute import Share, precompute
+
+    share = Share.from_environment()
     done = precompute(
         config,
-        pairs=options.get("pairs", "auto"),
-        training_processes=_whole_number(options, "training_processes", share.num_processes),
-        shard_bytes=_whole_number(options, "shard_megabytes", 128) << 20,
+        pairs=options.pairs,
+        training_processes=options.training_processes or share.num_processes,
+        shard_bytes=options.shard_megabytes << 20,
         share=share,
     )
     folder = config.precomputed_correspondence
@@ -59,12 +69,5 @@ def main(arguments: list[str]) -> None:
         print(f"still to be done by process {', '.join(map(str, done.waiting))} of {share.num_processes}")
 
 
-def _whole_number(options: dict[str, str], name: str, default: int) -> int:
-    value = options.get(name, str(default))
-    if not value.isdecimal() or int(value) < 1:
-        raise ValueError(f"{name}: expected a whole number of at least 1, got {value}")
-    return int(value)
-
-
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_recipe(main, read, [Options, TrainingConfig], about=__doc__)

@@ -7,10 +7,11 @@
     python recipes/probe_layers.py --list backbone=zero123plus                       # only list the layers
     python recipes/probe_layers.py --list backbone=mvdream pretrained_model_name_or_path=path/to/model
 
-Settings are those of the training recipes. Probed are `num_validation_samples` samples of the validation set; with
-`inflate=true` the layers that see one view each, as if they were joined. A checkpoint is what `recipes/evaluate.py`
-takes (`checkpoint_revision=` for a Hub repository). `--perturb` validates the model with the attention of one layer at
-a time cut to its own view.
+Settings are those of the training recipes, and a few besides; --help lists all of them, --print-config prints those
+that a run would use. Probed are `num_validation_samples` samples of the validation set; with `inflate=true` the layers
+that see one view each, as if they were joined. A checkpoint is what `recipes/evaluate.py` takes
+(`checkpoint_revision=` for a Hub repository). `--perturb` validates the model with the attention of one layer at a time
+cut to its own view.
 
 Written to `output` (default `outputs/probe`): probe.json, for `cameo.wrap(layer="auto", probe=LayerProbe.load(...))`,
 table.md and heat_map.png; with --perturb also perturbation.png. With --list nothing is written, and `resolution` and
@@ -19,42 +20,78 @@ table.md and heat_map.png; with --perturb also perturbation.png. With --list not
 
 from __future__ import annotations
 
-import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-import cameo
-from cameo.backbone import get_backbone
-from cameo.evaluation.denoising import ValidationSettings, sample_batches
-from cameo.evaluation.pictures import save_figure
 from cameo.files import write_atomically
-from cameo.model import CameoModel
-from cameo.pipeline import MultiViewPipeline
-from cameo.probing.ablation import effects_figure, effects_table, perturb_layers
-from cameo.probing.listing import layer_table
+from cameo.settings import Settings, run_recipe, setting, split_arguments, typed_values
 from cameo.training.config import TrainingConfig, load_config, settings_file
-from cameo.training.data import build_dataset
-from cameo.training.runs import evaluation_settings, load_evaluated
-from cameo.training.setup import load_pipeline
+
+if TYPE_CHECKING:
+    from cameo import CameoModel
+    from cameo.pipeline import MultiViewPipeline
 
 CONFIGS = Path(__file__).parent / "configs"
-OPTIONS = ("checkpoint", "checkpoint_revision", "layers", "timesteps", "output")
-FLAGS = ("--list", "--perturb")
+
+
+@dataclass
+class Options(Settings):
+    """What is probed, and where the result goes."""
+
+    # Saved adapter or pipeline, checkpoint-N of a run, or id of a Hub repository. null, the default, probes the base
+    # that the settings name.
+    checkpoint: str | None = setting(None, path=True)
+    # Branch, tag or commit of checkpoint on the Hub. null, the default, is the main branch.
+    checkpoint_revision: str | None = setting(None)
+    # Layers to probe, by index in execution order or module path: 0,2. null, the default, probes all.
+    layers: tuple[int | str, ...] | None = setting(None)
+    # Noise levels at which the layers are probed, shares of the last time step in [0, 1]: 0.5,1.0. By default from
+    # little noise to pure noise, as `cameo.probe_layers` has them.
+    timesteps: tuple[float, ...] = setting((0.1, 0.3, 0.5, 0.7, 0.9, 1.0), share="[0, 1]")
+    # Folder of the result. outputs/probe by default.
+    output: str = setting("outputs/probe", path=True)
+    # Whether the model is also validated with each layer cut to its own view, to see what it is needed for. false by
+    # default: one validation for each layer.
+    perturb: bool = setting(False)
+    # Whether the layers are only listed, with what can be supervised; nothing is measured or written. false by default.
+    list: bool = setting(False)
+
+
+def read(arguments: list[str]) -> tuple[Options, dict[str, Any]]:
+    """Read the options, and leave the settings of the training as they were typed."""
+    options, settings = split_arguments(arguments, Options, TrainingConfig)
+    if options.get("list", "false") != "false" and (unused := sorted(options.keys() - {"list"})):
+        raise ValueError(f"--list: only lists the layers; leave out {', '.join(unused)}")
+    return Options(**typed_values(Options, options)), settings
+
+
+def read_all(arguments: list[str]) -> tuple[Options, TrainingConfig]:
+    """Read the settings that a run would use, for --print-config."""
+    from cameo.training.run_settings import run_settings
+
+    options, settings = read(arguments)
+    folder = None if options.checkpoint is None else Path(options.checkpoint)
+    if folder is not None and not folder.is_dir():
+        from cameo.hub import local_folder
+
+        folder = local_folder(str(options.checkpoint), options.checkpoint_revision)
+    return options, run_settings(settings, CONFIGS, folder)[0]
 
 
 def main(arguments: list[str]) -> None:
     """Probe the layers, or list them; prints a table."""
-    flags = {argument for argument in arguments if argument in FLAGS}
-    given = dict(argument.lstrip("-").partition("=")[::2] for argument in arguments if argument not in FLAGS)
-    options = {name: value for name, value in given.items() if name in OPTIONS}
-    settings = [f"{name}={value}" for name, value in given.items() if name not in OPTIONS]
-    if "--list" in flags:
-        if unused := sorted(flags - {"--list"} | options.keys()):
-            raise SystemExit(f"--list: only lists the layers; leave out {', '.join(unused)}")
+    options, settings = read(arguments)
+    if options.list:
         list_layers(read_settings(settings))
         return
+    import cameo
+    from cameo.evaluation.pictures import save_figure
+    from cameo.probing.ablation import effects_figure, effects_table, perturb_layers
+    from cameo.probing.denoising import ValidationSettings, sample_batches
+    from cameo.training.data import build_dataset
+    from cameo.training.run_settings import evaluation_settings
+
     pipeline, wrapped, config = load_model(options, settings)
     data = build_dataset(config, "validation")
     device = next(pipeline.denoiser.parameters()).device
@@ -62,16 +99,17 @@ def main(arguments: list[str]) -> None:
     probe = cameo.probe_layers(
         wrapped or pipeline,
         (batch for _, batch in batches),
-        **read_numbers(options),
+        options.timesteps,
+        layers=options.layers,
         prepare=pipeline,
         backbone=config.backbone,
         inflate=config.inflate,
         metric=evaluation_settings({}, config).metric_depth,
     )
-    output = Path(options.get("output", "outputs/probe"))
+    output = Path(options.output)
     files = [probe.save(output / "probe.json"), save_figure(probe.heat_map(), output / "heat_map.png")]
     table = probe.table()
-    if "--perturb" in flags:
+    if options.perturb:
         model = wrapped or cameo.wrap(pipeline.denoiser, config.backbone)  # which layer it supervises does not matter
         checked = ValidationSettings(num_samples=config.num_validation_samples, batch_size=config.train_batch_size)
         # Layers that were probed as if they were joined mix no views yet; then those that do are cut.
@@ -91,16 +129,20 @@ def main(arguments: list[str]) -> None:
 
 
 def load_model(
-    options: dict[str, str], settings: list[str]
+    options: Options, settings: dict[str, Any]
 ) -> tuple[MultiViewPipeline, CameoModel | None, TrainingConfig]:
     """Load the pipeline; with a checkpoint whose alignment head is trained, also the model that holds it."""
-    if "checkpoint" not in options:
+    if options.checkpoint is None:
+        import torch
+
+        from cameo.training.setup import load_pipeline
+
         config = read_settings(settings)
         pipeline: Any = load_pipeline(config)
         return pipeline.to("cuda") if torch.cuda.is_available() else pipeline, None, config
-    run = load_evaluated(
-        settings, CONFIGS, checkpoint=options["checkpoint"], revision=options.get("checkpoint_revision")
-    )
+    from cameo.training.runs import load_evaluated
+
+    run = load_evaluated(settings, CONFIGS, checkpoint=options.checkpoint, revision=options.checkpoint_revision)
     run.pipeline.denoiser = run.model.base_model
     if run.trained_head:
         return run.pipeline, run.model, run.config
@@ -108,26 +150,19 @@ def load_model(
     return run.pipeline, None, run.config
 
 
-def read_settings(settings: list[str]) -> TrainingConfig:
+def read_settings(settings: dict[str, Any]) -> TrainingConfig:
     """Read the settings file of the backbone, with the settings of the command line in place of its own."""
-    if any(setting.startswith("pretrained_model_name_or_path=") for setting in settings):
-        settings = ["preset=null", *settings]  # that of the settings file
+    if "pretrained_model_name_or_path" in settings:
+        settings = {"preset": "null", **settings}  # that of the settings file
     return load_config(settings_file("lora", CONFIGS, settings), settings)
-
-
-def read_numbers(options: dict[str, str]) -> dict[str, Any]:
-    """Read `layers` and `timesteps`, lists with commas."""
-    numbers: dict[str, Any] = {}
-    if "layers" in options:
-        names = options["layers"].split(",")
-        numbers["layers"] = [int(name) if name.isdecimal() else name for name in names]
-    if "timesteps" in options:
-        numbers["timesteps"] = [float(level) for level in options["timesteps"].split(",")]
-    return numbers
 
 
 def list_layers(config: TrainingConfig) -> None:
     """Print the layers in which the views meet."""
+    from cameo.backbone import get_backbone
+    from cameo.probing.listing import layer_table
+    from cameo.training.setup import load_pipeline
+
     denoiser = load_pipeline(config).denoiser
     size = {"height": config.resolution, "width": config.resolution, "num_views": config.num_views}
     print(f"{config.backbone}: {type(denoiser).__name__}, {config.num_views} views of {config.resolution} px\n")
@@ -135,4 +170,4 @@ def list_layers(config: TrainingConfig) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_recipe(main, read_all, [Options, TrainingConfig], about=__doc__)

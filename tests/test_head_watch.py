@@ -13,7 +13,7 @@ from torch import nn
 
 import cameo
 from cameo import Correspondence
-from cameo.head_watch import PATIENCE
+from cameo.alignment.head_watch import PATIENCE
 from tests.helpers.models import GRID, JointModel, frames, next_view
 
 ENOUGH = PATIENCE + 3

@@ -3,7 +3,7 @@
     python benchmarks/convergence/study.py --preset tiny                             # CPU smoke version, all backbones
     python benchmarks/convergence/study.py --preset small --subjects cat3d --minutes 9.5   # a piece of the GPU version
     python benchmarks/convergence/study.py --preset tiny --subjects rgbd_room --data path/to/sequence
-    python benchmarks/convergence/study.py --preset tiny --subjects cat3d --arms weight=0.02 softness=1.0 --seeds 0
+    python benchmarks/convergence/study.py --preset tiny --subjects cat3d --arms loss_weight=0.02 softness=1.0 --seeds 0
 
 Trains each subject of `<preset>.yaml` from scratch in each arm with each seed, and validates on the way. A finished run
 is kept in `benchmarks/results/convergence/<preset>/<subject>/<arm>-<seed>.json` and not repeated; an unfinished one is
@@ -27,22 +27,22 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 
 from cameo.backbone import get_backbone
 from cameo.data import MultiViewDataset
-from cameo.evaluation.denoising import ValidationSettings, sample_batches
 from cameo.evaluation.validation import validate
 from cameo.files import write_atomically
 from cameo.pipeline import MultiViewPipeline
 from cameo.probing import probe_layers
 from cameo.probing.ablation import perturb_layers
+from cameo.probing.denoising import ValidationSettings, sample_batches
 from cameo.probing.result import LayerProbe
+from cameo.settings import current_names, read_yaml, shown_settings, split_arguments, typed_values
 from cameo.training.checkpoint import list_checkpoints
 from cameo.training.config import TrainingConfig
 from cameo.training.data import build_dataset
@@ -55,15 +55,17 @@ HERE = Path(__file__).parent
 RESULTS = HERE.parent / "results" / "convergence"
 SUBJECTS = ("cat3d", "mvdream", "zero123plus", "sv3d", "cat3d_transformer")
 ARMS = ("none", "cameo", "wrong_layer", "other_scene", "random", "repa")
-UNSAVED = ("output_dir", "train_data_dir", "hub_token")
+UNSAVED = ("output_dir", "train_data_dir")
 
 
 def settings_of(preset: str, subject: str, data: str | None) -> dict[str, Any]:
     """Return the training settings of a subject, without those of an arm."""
-    file = OmegaConf.to_container(OmegaConf.load(HERE / f"{preset}.yaml"), resolve=True)
+    file = read_yaml(HERE / f"{preset}.yaml")
     if subject not in file["subjects"]:
         raise SystemExit(f"--subjects {subject}: expected some of {', '.join(file['subjects'])}")
-    settings = {**file["common"], **file["subjects"][subject]}
+    typed = {**file["common"], **file["subjects"][subject]}
+    validation = typed_values(ValidationSettings, typed.pop("validation"))
+    settings = {**typed_values(TrainingConfig, current_names(TrainingConfig, typed)), "validation": validation}
     if settings.get("data_format") == "rgbd":
         if data is None:
             raise SystemExit(f"--subjects {subject}: needs --data, the folder of an RGB-D sequence")
@@ -74,7 +76,7 @@ def settings_of(preset: str, subject: str, data: str | None) -> dict[str, Any]:
 def arm_settings(arm: str, probe: LayerProbe | None) -> dict[str, Any]:
     """Return what an arm changes; `none` needs no probe."""
     if arm == "none":
-        return {"weight": 0.0}
+        return {"loss_weight": 0.0}
     if probe is None:
         raise SystemExit(f"--arms {arm}: its layer comes from the arm none with seed 0; run that first")
     ranked = [entry.path for entry in probe.ranking]
@@ -94,13 +96,21 @@ def free_arm(arm: str, ranked: Sequence[str]) -> dict[str, Any]:
     """Read `key=value,key=value`; `layers=3` means the best three, `rank=2` the layer on that place of the ranking."""
     if "=" not in arm:
         raise SystemExit(f"--arms {arm}: expected one of {', '.join(ARMS)} or key=value[,key=value]")
-    values = OmegaConf.to_container(OmegaConf.from_dotlist(arm.split(",")))
-    assert isinstance(values, dict)
-    if "layers" in values:
-        values["layer"] = list(ranked[: values.pop("layers")])
-    if "rank" in values:
-        values["layer"] = ranked[values.pop("rank")]
-    return {str(name): value for name, value in values.items()}
+    ranking, settings = split_arguments(arm.split(","), Ranking, TrainingConfig)
+    chosen, values = typed_values(Ranking, ranking), typed_values(TrainingConfig, settings)
+    if "layers" in chosen:
+        values["layer"] = list(ranked[: chosen["layers"]])
+    if "rank" in chosen:
+        values["layer"] = ranked[chosen["rank"]]
+    return values
+
+
+@dataclass
+class Ranking:
+    """What an arm may say of its layer: the best `layers`, or the one on place `rank` of the ranking, from 0."""
+
+    layers: int = 1
+    rank: int = 0
 
 
 class Clock:
@@ -218,7 +228,7 @@ def run_and_keep(options: argparse.Namespace, subject: str, arm: str, seed: int,
         "device": torch.cuda.get_device_name() if cuda else f"{platform.machine()} CPU",
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "settings": {name: value for name, value in asdict(config).items() if name not in UNSAVED},
+        "settings": {name: value for name, value in shown_settings(config).items() if name not in UNSAVED},
         "validation_settings": asdict(validation),
     }
     write_atomically(result_path(options.preset, subject, arm, seed), json.dumps({**facts, **record}) + "\n")

@@ -1,17 +1,26 @@
 """The alignment loss: its definition, its readable reference, and its fast forms."""
 
-from __future__ import annotations
+from typing import TYPE_CHECKING
 
-from cameo.alignment.head import AlignmentHead
-from cameo.alignment.loss import alignment_loss
-from cameo.alignment.options import GELUS, IMPLEMENTATIONS, NORMALISATIONS, REDUCTIONS, check_options
-from cameo.alignment.supervision import supervision_weights
+from cameo.lazy import load_on_use
+
+if TYPE_CHECKING:
+    from cameo.alignment.head import AlignmentHead
+    from cameo.alignment.loss import alignment_loss
+    from cameo.alignment.options import check_options
+    from cameo.alignment.supervision import supervision_weights
+else:
+    __getattr__, __dir__ = load_on_use(
+        __name__,
+        {
+            "AlignmentHead": "cameo.alignment.head",
+            "alignment_loss": "cameo.alignment.loss",
+            "check_options": "cameo.alignment.options",
+            "supervision_weights": "cameo.alignment.supervision",
+        },
+    )
 
 __all__ = [
-    "GELUS",
-    "IMPLEMENTATIONS",
-    "NORMALISATIONS",
-    "REDUCTIONS",
     "AlignmentHead",
     "alignment_loss",
     "check_options",

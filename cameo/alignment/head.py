@@ -11,11 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cameo.choices import HEAD_KINDS
 from cameo.errors import ShapeError, as_integer, unknown_name
 
-__all__ = ["HEAD_KINDS", "AlignmentHead", "is_sharded"]
-
-HEAD_KINDS = ("mlp", "mean", "none")
+__all__ = ["AlignmentHead", "is_sharded"]
 
 
 class AlignmentHead(nn.Module):

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import math
 
-from cameo.attention.layout import NORMALISATIONS
+from cameo.choices import GELUS, IMPLEMENTATIONS, NORMALISATIONS, REDUCTIONS
 from cameo.errors import unknown_name
 
-__all__ = ["GELUS", "IMPLEMENTATIONS", "NORMALISATIONS", "REDUCTIONS", "check_choice", "check_options"]
+__all__ = ["check_choice", "check_options"]
 
-REDUCTIONS = ("mean", "sum", "released")
-IMPLEMENTATIONS = ("auto", "reference", "chunked", "triton")
-GELUS = ("exact", "fast")
 CHOICES = {
     "normalise": NORMALISATIONS,
     "reduction": REDUCTIONS,

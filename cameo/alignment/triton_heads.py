@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cameo.choices import GELUS
 from cameo.errors import ShapeError, unknown_name
 from cameo.triton_support import DTYPES, INSTALL_TRITON, MAX_HEADS, interpreted, refusal
 
@@ -39,8 +40,6 @@ except ImportError as error:
     raise ImportError(f"cameo.alignment.triton_heads needs Triton: {INSTALL_TRITON}") from error
 
 __all__ = ["GELUS", "HeadPlan", "mlp_rows", "refusal", "softmax_rows", "softmax_tile"]
-
-GELUS = ("exact", "fast")
 
 # Chunks of hidden units unrolled, and stages of loading ahead; all give the same bits.
 SCORES_CONFIGURATIONS = ((8, 1), (1, 1), (8, 3))

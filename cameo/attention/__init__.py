@@ -1,1 +1,24 @@
 """What the axes of an attention call mean, and how its queries and keys are seen."""
+
+from typing import TYPE_CHECKING
+
+from cameo.lazy import load_on_use
+
+if TYPE_CHECKING:
+    from cameo.attention.capture import AttentionCapture, AttentionSite
+    from cameo.attention.layout import TokenLayout
+else:
+    __getattr__, __dir__ = load_on_use(
+        __name__,
+        {
+            "AttentionCapture": "cameo.attention.capture",
+            "AttentionSite": "cameo.attention.capture",
+            "TokenLayout": "cameo.attention.layout",
+        },
+    )
+
+__all__ = [
+    "AttentionCapture",
+    "AttentionSite",
+    "TokenLayout",
+]

@@ -1,8 +1,20 @@
 """Which tokens of different views show the same surface point, and the ways of finding out."""
 
-from __future__ import annotations
+from typing import TYPE_CHECKING
 
-from cameo.correspondence.correspondence import DEPTH_TOLERANCE, Correspondence, GridSize
+from cameo.lazy import load_on_use
+
+if TYPE_CHECKING:
+    from cameo.correspondence.correspondence import DEPTH_TOLERANCE, Correspondence, GridSize
+else:
+    __getattr__, __dir__ = load_on_use(
+        __name__,
+        {
+            "DEPTH_TOLERANCE": "cameo.correspondence.correspondence",
+            "Correspondence": "cameo.correspondence.correspondence",
+            "GridSize": "cameo.correspondence.correspondence",
+        },
+    )
 
 __all__ = [
     "DEPTH_TOLERANCE",

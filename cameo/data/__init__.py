@@ -2,12 +2,35 @@
 
 from __future__ import annotations
 
-from cameo.data.overlap import view_overlap
-from cameo.data.rgbd import RGBDSequence
-from cameo.data.sampling import MultiViewDataset
-from cameo.scenes.embedded import EmbeddedScenes
-from cameo.scenes.rigs import RIGS, Rig, rig_cameras, rig_views
-from cameo.scenes.views import MultiViewSample, SceneSource, Views, collate
+from typing import TYPE_CHECKING
+
+from cameo.lazy import load_on_use
+
+if TYPE_CHECKING:
+    from cameo.data.overlap import view_overlap
+    from cameo.data.rgbd import RGBDSequence
+    from cameo.data.sampling import MultiViewDataset
+    from cameo.scenes.embedded import EmbeddedScenes
+    from cameo.scenes.rigs import RIGS, Rig, rig_cameras, rig_views
+    from cameo.scenes.views import MultiViewSample, SceneSource, Views, collate
+else:
+    __getattr__, __dir__ = load_on_use(
+        __name__,
+        {
+            "RIGS": "cameo.scenes.rigs",
+            "EmbeddedScenes": "cameo.scenes.embedded",
+            "MultiViewDataset": "cameo.data.sampling",
+            "MultiViewSample": "cameo.scenes.views",
+            "RGBDSequence": "cameo.data.rgbd",
+            "Rig": "cameo.scenes.rigs",
+            "SceneSource": "cameo.scenes.views",
+            "Views": "cameo.scenes.views",
+            "collate": "cameo.scenes.views",
+            "rig_cameras": "cameo.scenes.rigs",
+            "rig_views": "cameo.scenes.rigs",
+            "view_overlap": "cameo.data.overlap",
+        },
+    )
 
 __all__ = [
     "RIGS",

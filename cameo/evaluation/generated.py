@@ -16,11 +16,11 @@ from torch.utils.data import Dataset
 from cameo.data import MultiViewSample
 from cameo.errors import ShapeError, WeightsUnavailable
 from cameo.evaluation.consistency import EpipolarPair, tsed, warp_error
-from cameo.evaluation.denoising import covisible_pixels, sample_batches
 from cameo.evaluation.metrics import Fid, Lpips, psnr, ssim
 from cameo.evaluation.settings import EvaluationSettings, Section
 from cameo.model import CameoModel
 from cameo.pipeline import MultiViewPipeline
+from cameo.probing.denoising import covisible_pixels, sample_batches
 from cameo.probing.mode import generate_views
 
 __all__ = ["SampledViews", "consistency", "novel_views", "sample_targets"]

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from cameo.errors import DataError, ShapeError, WeightsUnavailable, unknown_name
-from cameo.evaluation.denoising import MAX_PSNR, psnr_of_error
 from cameo.geometry.cameras import at_least_float32
+from cameo.probing.denoising import MAX_PSNR, psnr_of_error
 
 __all__ = ["MAX_PSNR", "Fid", "Lpips", "WeightsUnavailable", "psnr", "psnr_of_error", "ssim"]
 

@@ -12,13 +12,13 @@ import torch
 from torch.utils.data import Dataset
 
 from cameo.data import MultiViewSample
-from cameo.evaluation.denoising import DenoisingErrors, measure_denoising, sample_batches
 from cameo.evaluation.generated import SampledViews, consistency, novel_views, sample_targets
 from cameo.evaluation.settings import EvaluationSettings, Section
 from cameo.geometry.depth import is_measured
 from cameo.model import CameoModel
 from cameo.pipeline import MultiViewPipeline
 from cameo.probing import probe_layers
+from cameo.probing.denoising import DenoisingErrors, measure_denoising, sample_batches
 from cameo.probing.hits import READOUTS
 from cameo.probing.probed_layer import ProbedLayer
 from cameo.probing.result import NEAR, LayerProbe

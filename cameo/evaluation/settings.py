@@ -5,93 +5,86 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from cameo.errors import unknown_name
-from cameo.evaluation.denoising import ValidationSettings
-from cameo.evaluation.metrics import TRUNKS
+from cameo.choices import LPIPS_TRUNKS
+from cameo.settings import Settings, setting
+
+if TYPE_CHECKING:
+    from cameo.probing.denoising import ValidationSettings
 
 __all__ = ["EvaluationSettings", "Section"]
 
-LAYERS = ("supervised", "all", "none")
-
 
 @dataclass(frozen=True)
-class EvaluationSettings:
-    """Settings of `evaluate`; written into every result file, and equal in results that are compared.
+class EvaluationSettings(Settings):
+    """Evaluation: what is measured, on how many samples. Written into every result file, equal where results compare.
 
     Example:
         >>> EvaluationSettings(num_sampled=0).num_samples  # everything that needs no sampling
         32
 
-    Attributes:
-        num_samples: samples 0 .. n-1 of the data, for `denoising` and `attention`.
-        batch_size: samples per forward; does not change the result beyond rounding.
-        noise_seed: of all noise, the same for every model that is compared; sample i has noise of its own.
-        noise_levels: fractions of the last time step at which the denoising is measured.
-        high_noise: levels from here on count for the PSNR of the predicted clean image.
-        noise_bands: (a, b): levels < a are low noise, levels > b high, the others mid.
-        attention_layers: layers whose attention is measured: the supervised ones, all, or none.
-        attention_levels: noise levels of `attention`.
-        metric_depth: whether depth and cameras are in metres; attention within 2 cm of the match is counted too then.
-        num_sampled: samples 0 .. n-1 of the data whose target views are generated; 0 = none.
-        num_inference_steps, guidance_scale: of the sampler.
-        lpips: trunk of LPIPS (alex, vgg, squeeze), or None to leave it out.
-        fid: whether to compute FID; its value depends on the number of images and is noise with few.
-        consistency: whether to measure how the generated views fit each other.
-        epipolar_threshold, epipolar_matches: a pair of views is consistent if the median symmetric epipolar distance
-            of at least this many SIFT matches lies below this many pixels.
-
     Raises:
         ValueError: for a value out of range; names the setting.
     """
 
-    num_samples: int = 32
-    batch_size: int = 8
-    noise_seed: int = 1234
-    noise_levels: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.9, 0.95, 1.0)
-    high_noise: float = 0.95
-    noise_bands: tuple[float, float] = (0.33, 0.67)
-    attention_layers: str = "supervised"
-    attention_levels: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.9, 1.0)
-    metric_depth: bool = False
-    num_sampled: int = 8
-    num_inference_steps: int = 25
-    guidance_scale: float = 1.0
-    lpips: str | None = "alex"
-    fid: bool = False
-    consistency: bool = True
-    epipolar_threshold: float = 2.0
-    epipolar_matches: int = 10
+    # Samples 0 .. n-1 of the data for the denoising and the attention, >= 1. 32 by default, as in the validations.
+    num_samples: int = setting(32, at_least=1)
+    # Samples per forward, >= 1; does not change the result beyond rounding. 8 by default.
+    batch_size: int = setting(8, at_least=1)
+    # Seed of all noise, >= 0, the same for every model that is compared; each sample has noise of its own. 1234 by
+    # default, as in the validations.
+    noise_seed: int = setting(1234, at_least=0)
+    # Noise levels at which the denoising is measured, shares of the last time step in [0, 1], all different. By default
+    # denser at the end, where the target is seen through the attention alone.
+    noise_levels: tuple[float, ...] = setting((0.1, 0.3, 0.5, 0.7, 0.9, 0.95, 1.0), share="[0, 1]")
+    # Noise level in [0, 1] from which on levels count for the PSNR of the predicted clean image. 0.95 by default.
+    high_noise: float = setting(0.95, share="[0, 1]")
+    # Two rising levels (a, b): below a is low noise, above b high, the others mid. Thirds by default.
+    noise_bands: tuple[float, float] = setting((0.33, 0.67), share="[0, 1]")
+    # Layers whose attention is measured: the supervised ones (the default), all, or none.
+    attention_layers: str = setting("supervised", choices=("supervised", "all", "none"))
+    # Noise levels at which the attention is measured, shares of the last time step in [0, 1], all different.
+    attention_levels: tuple[float, ...] = setting((0.1, 0.3, 0.5, 0.7, 0.9, 1.0), share="[0, 1]")
+    # Whether depth and cameras are in meters, so that attention within 2 cm of the match is counted too. The recipes
+    # switch it on for data that is known to be; false by default.
+    metric_depth: bool = setting(False)
+    # Samples 0 .. n-1 of the data whose target views are generated, >= 0; 0 leaves out what needs sampling. 8 by
+    # default: sampling is the slowest part.
+    num_sampled: int = setting(8, at_least=0)
+    # Steps of the sampler, >= 1. 25 by default, as in the pictures of a training.
+    num_inference_steps: int = setting(25, at_least=1)
+    # Factor of classifier-free guidance, >= 0. 1, the default, is without guidance.
+    guidance_scale: float = setting(1.0, at_least=0)
+    # Network behind LPIPS, or null to leave it out. alex by default, as most papers have it.
+    lpips: str | None = setting("alex", choices=LPIPS_TRUNKS)
+    # Whether FID is computed. false by default: with few images its value is noise.
+    fid: bool = setting(False)
+    # Whether it is measured how the generated views fit each other, true by default.
+    consistency: bool = setting(True)
+    # A pair of views is consistent if the median symmetric epipolar distance of its matches is less pixels than this,
+    # > 0. 2 by default.
+    epipolar_threshold: float = setting(2.0, above=0)
+    # SIFT matches that a pair of views must have to be counted, >= 1. 10 by default.
+    epipolar_matches: int = setting(10, at_least=1)
 
-    def __post_init__(self) -> None:
-        for name in ("num_samples", "batch_size", "num_inference_steps", "epipolar_matches"):
-            if not getattr(self, name) >= 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        for name in ("num_sampled", "noise_seed", "guidance_scale"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name}: expected at least 0, got {getattr(self, name)}")
+    def check(self) -> None:
+        """Refuse settings that contradict each other."""
         for name in ("noise_levels", "attention_levels", "noise_bands"):
-            levels = tuple(getattr(self, name))
-            known = all(isinstance(level, int | float) and 0 <= level <= 1 for level in levels)
-            if not levels or not known or len(set(levels)) < len(levels):
+            levels = getattr(self, name)
+            if not levels or len(set(levels)) < len(levels):
                 raise ValueError(f"{name}: expected different levels between 0 and 1, got {levels}")
-            object.__setattr__(self, name, levels)  # a list of a settings file
-        if len(self.noise_bands) != 2 or not self.noise_bands[0] < self.noise_bands[1]:
+        if not self.noise_bands[0] < self.noise_bands[1]:
             raise ValueError(f"noise_bands: expected two rising levels, got {self.noise_bands}")
         if max(self.noise_levels) < self.high_noise:
             raise ValueError(
                 f"noise_levels: expected one at or above high_noise={self.high_noise}, got {self.noise_levels}"
             )
-        if self.attention_layers not in LAYERS:
-            raise unknown_name("attention_layers", self.attention_layers, LAYERS)
-        if self.lpips is not None and self.lpips not in TRUNKS:
-            raise unknown_name("lpips", self.lpips, TRUNKS)
-        if not self.epipolar_threshold > 0:
-            raise ValueError(f"epipolar_threshold: expected pixels > 0, got {self.epipolar_threshold}")
 
     def validation(self) -> ValidationSettings:
         """Return the part that the denoising is measured with."""
+        from cameo.probing.denoising import ValidationSettings  # needs torch
+
         return ValidationSettings(
             self.num_samples, self.batch_size, self.noise_levels, self.high_noise, seed=self.noise_seed
         )

@@ -15,9 +15,9 @@ from typing import Any
 from torch.utils.data import Dataset
 
 from cameo.data import MultiViewSample
-from cameo.evaluation.denoising import DenoisingErrors, DenoisingPass, ValidationSettings, measure_denoising
 from cameo.model import CameoModel
 from cameo.pipeline import MultiViewPipeline
+from cameo.probing.denoising import DenoisingErrors, DenoisingPass, ValidationSettings, measure_denoising
 from cameo.probing.tally import BatchTruths, LayerTally
 
 __all__ = ["validate"]

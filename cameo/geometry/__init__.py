@@ -1,23 +1,48 @@
 """Cameras, rays, depth and orbits."""
 
-from __future__ import annotations
+from typing import TYPE_CHECKING
 
-from cameo.geometry.cameras import check_cameras
-from cameo.geometry.orbits import estimate_up, orbit_centre, spherical_angles
-from cameo.geometry.projection import (
-    as_grid,
-    camera_rays,
-    cell_centres,
-    crop_intrinsics,
-    invert_extrinsics,
-    pixel_grid,
-    plucker_rays,
-    project,
-    relative_extrinsics,
-    resize_intrinsics,
-    to_pixels,
-    unproject,
-)
+from cameo.lazy import load_on_use
+
+if TYPE_CHECKING:
+    from cameo.geometry.cameras import check_cameras
+    from cameo.geometry.orbits import estimate_up, orbit_centre, spherical_angles
+    from cameo.geometry.projection import (
+        as_grid,
+        camera_rays,
+        cell_centres,
+        crop_intrinsics,
+        invert_extrinsics,
+        pixel_grid,
+        plucker_rays,
+        project,
+        relative_extrinsics,
+        resize_intrinsics,
+        to_pixels,
+        unproject,
+    )
+else:
+    __getattr__, __dir__ = load_on_use(
+        __name__,
+        {
+            "as_grid": "cameo.geometry.projection",
+            "camera_rays": "cameo.geometry.projection",
+            "cell_centres": "cameo.geometry.projection",
+            "check_cameras": "cameo.geometry.cameras",
+            "crop_intrinsics": "cameo.geometry.projection",
+            "estimate_up": "cameo.geometry.orbits",
+            "invert_extrinsics": "cameo.geometry.projection",
+            "orbit_centre": "cameo.geometry.orbits",
+            "pixel_grid": "cameo.geometry.projection",
+            "plucker_rays": "cameo.geometry.projection",
+            "project": "cameo.geometry.projection",
+            "relative_extrinsics": "cameo.geometry.projection",
+            "resize_intrinsics": "cameo.geometry.projection",
+            "spherical_angles": "cameo.geometry.orbits",
+            "to_pixels": "cameo.geometry.projection",
+            "unproject": "cameo.geometry.projection",
+        },
+    )
 
 __all__ = [
     "as_grid",

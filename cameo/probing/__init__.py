@@ -1,9 +1,20 @@
 """Where the attention of a model looks, layer by layer."""
 
-from __future__ import annotations
+from typing import TYPE_CHECKING
 
-from cameo.probing.probe import probe_layers
-from cameo.probing.result import LayerProbe
+from cameo.lazy import load_on_use
+
+if TYPE_CHECKING:
+    from cameo.probing.probe import probe_layers
+    from cameo.probing.result import LayerProbe
+else:
+    __getattr__, __dir__ = load_on_use(
+        __name__,
+        {
+            "LayerProbe": "cameo.probing.result",
+            "probe_layers": "cameo.probing.probe",
+        },
+    )
 
 __all__ = [
     "LayerProbe",

@@ -23,9 +23,9 @@ from cameo.data import MultiViewSample, collate
 from cameo.data.batches import layer_grids
 from cameo.errors import unknown_name
 from cameo.evaluation.compare import paired_bootstrap, scene_of
-from cameo.evaluation.denoising import DenoisingErrors, ValidationSettings, measure_denoising
 from cameo.model import CameoModel
 from cameo.pipeline import MultiViewPipeline
+from cameo.probing.denoising import DenoisingErrors, ValidationSettings, measure_denoising
 from cameo.tables import markdown_table
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ def perturb_layers(
 
     Raises:
         ValueError: for an unknown layer; if the samples are of one scene only.
-        DataError, CaptureError: as `cameo.evaluation.denoising.measure_denoising` and `self_view_only`.
+        DataError, CaptureError: as `cameo.probing.denoising.measure_denoising` and `self_view_only`.
     """
     sites = _cross_view_sites(model)
     chosen = sites if layers is None else [_find(model, sites, layer) for layer in layers]

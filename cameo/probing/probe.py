@@ -21,9 +21,9 @@ from cameo.backbone import backbones, core_module, get_backbone
 from cameo.correspondence import Correspondence
 from cameo.data.batches import to_device
 from cameo.errors import CaptureError, ShapeError, unknown_name
-from cameo.evaluation.denoising import fixed_inputs
 from cameo.model import CameoModel, holder
 from cameo.pipeline import MultiViewPipeline
+from cameo.probing.denoising import fixed_inputs
 from cameo.probing.mode import evaluation_mode, native_precision
 from cameo.probing.result import NEAR, LayerProbe, known_within
 from cameo.probing.tally import BatchTruths, LayerTally

@@ -23,6 +23,7 @@ from cameo.errors import DataError
 from cameo.files import move_into_place
 from cameo.hub.weights import ADAPTER_FORMATS, HEAD_FILE, LORA_FILE, MODULE_FILE, PEFT_FILE, adapter_name, format_in
 from cameo.model import CameoModel
+from cameo.settings import current_names
 from cameo.training.config import TrainingConfig
 
 __all__ = [
@@ -133,7 +134,8 @@ def check_continues(checkpoint: Path, settings: Mapping[str, Any], max_train_ste
     state = read_state(checkpoint)
     now = json.loads(json.dumps(dict(settings)))  # tuples come back from JSON as lists
     # A setting that is younger than the checkpoint had its default.
-    then = {name: getattr(TrainingConfig, name, None) for name in now} | state["settings"]
+    then = {name: getattr(TrainingConfig, name, None) for name in now}
+    then |= current_names(TrainingConfig, state["settings"], warn=False)
     differing = sorted(name for name in now.keys() | then.keys() if now.get(name) != then.get(name))
     if differing:
         shown = ", ".join(f"{name}: {then.get(name)} -> {now.get(name)}" for name in differing)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,7 @@ from cameo.correspondence import DEPTH_TOLERANCE
 from cameo.data import EmbeddedScenes, MultiViewDataset, RGBDSequence, SceneSource, collate, rig_views
 from cameo.data.batches import MatchedDataset
 from cameo.data.matches import MatchReader, Sizes
+from cameo.data.settings import data_format
 from cameo.data.shards import RECIPE, check_settings
 from cameo.errors import DataError
 from cameo.model import CameoModel
@@ -26,6 +26,7 @@ from cameo.training.stopping import leave_signals_to_parent
 __all__ = [
     "StepSampler",
     "build_dataset",
+    "data_format",
     "match_settings",
     "noisy_inputs",
     "step_generator",
@@ -34,7 +35,6 @@ __all__ = [
     "with_matches",
 ]
 
-MESH_ENDINGS = (".glb", ".obj", ".ply")
 ENDLESS = 2**40
 
 
@@ -66,26 +66,18 @@ def build_dataset(config: TrainingConfig, split: str) -> MultiViewDataset:
     )
 
 
-def data_format(config: TrainingConfig) -> str:
-    """Return the `data_format` of a run, with `auto` resolved.
-
-    Raises:
-        DataError: if `train_data_dir` is no folder.
-    """
-    if config.data_format != "auto":
-        return config.data_format
-    if config.train_data_dir:
-        return _detect(Path(config.train_data_dir))
-    return "objects" if config.camera_rig else "scenes"
-
-
 def _source(config: TrainingConfig, split: str, form: str, rig: str | None) -> SceneSource:
     size = (config.resolution, config.resolution)
     if form == "rgbd":
         if not config.train_data_dir:
             raise DataError("data_format=rgbd needs train_data_dir=, the folder of the sequence")
-        calibration = {"intrinsics": config.intrinsics, "depth_scale": config.depth_scale}
-        return RGBDSequence(config.train_data_dir, size=size, split=split, **calibration)
+        return RGBDSequence(
+            config.train_data_dir,
+            size=size,
+            split=split,
+            intrinsics=config.intrinsics,
+            depth_scale=config.depth_scale,
+        )
     if form == "meshes" and not config.train_data_dir:
         raise DataError("data_format=meshes needs train_data_dir=, a folder of .glb, .obj or .ply files")
     return EmbeddedScenes(
@@ -98,14 +90,6 @@ def _source(config: TrainingConfig, split: str, form: str, rig: str | None) -> S
         seed=config.data_seed,
         mesh_dir=config.train_data_dir if form == "meshes" else None,
     )
-
-
-def _detect(folder: Path) -> str:
-    if not folder.is_dir():
-        raise DataError(f"train_data_dir={folder}: no such folder")
-    if any(path.suffix.lower() in MESH_ENDINGS for path in folder.rglob("*")):
-        return "meshes"
-    return "rgbd"
 
 
 def match_settings(config: TrainingConfig) -> dict[str, Any]:

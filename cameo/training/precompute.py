@@ -129,8 +129,10 @@ def precompute(
     folder = config.precomputed_correspondence
     if folder is None:
         raise ValueError("precomputed_correspondence: expected the folder to write to, got none")
-    if not config.weight:
-        raise ValueError("weight=0 trains without CAMEO, which reads no matches; give the weight of the training")
+    if not config.loss_weight:
+        raise ValueError(
+            "loss_weight=0 trains without CAMEO, which reads no matches; give the loss_weight of the training"
+        )
     if pairs not in PAIRS:
         raise unknown_name("pairs", pairs, PAIRS)
     if training_processes < 1:

@@ -13,6 +13,7 @@ from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs,
 from PIL import Image
 
 from cameo.errors import unknown_name
+from cameo.settings import shown_settings
 from cameo.training.config import TrainingConfig
 from cameo.training.launch import Launch
 
@@ -60,10 +61,10 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
 
 
 def start_trackers(accelerator: Accelerator, config: TrainingConfig) -> None:
-    """Open the run in its tracker, with all plain settings but the Hub token."""
+    """Open the run in its tracker, with all plain settings but secrets."""
     if config.report_to == "none":
         return
-    plain = {k: v for k, v in vars(config).items() if isinstance(v, int | float | str) and k != "hub_token"}
+    plain = {name: value for name, value in shown_settings(config).items() if isinstance(value, int | float | str)}
     accelerator.init_trackers(config.tracker_project_name, config=plain)
 
 

@@ -4,34 +4,31 @@ from __future__ import annotations
 
 import platform
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 
 from cameo.backbone import get_backbone
 from cameo.config import CONFIG_NAME, CameoConfig
 from cameo.errors import DataError
-from cameo.evaluation.settings import EvaluationSettings
 from cameo.hub import from_pretrained, local_folder
 from cameo.hub.weights import ADAPTER_FORMATS, HEAD_FILE, format_in
 from cameo.model import CameoModel
 from cameo.pipeline import MultiViewPipeline
+from cameo.settings import split_arguments
 from cameo.training.checkpoint import STATE_NAME
-from cameo.training.config import TrainingConfig, load_config, settings_file
+from cameo.training.config import TrainingConfig
 from cameo.training.data import build_dataset, match_settings
+from cameo.training.run_settings import RUN_SETTINGS, evaluation_settings, run_settings
 from cameo.training.setup import base_name, load_pipeline, wrap_denoiser
 
-__all__ = ["Evaluated", "data_settings", "evaluation_settings", "load_evaluated", "split_settings"]
+__all__ = ["Evaluated", "data_settings", "evaluation_settings", "load_evaluated"]
 
 INDEX = "model_index.json"
-RUN_SETTINGS = "config.yaml"
-EVALUATION = tuple(entry.name for entry in fields(EvaluationSettings))
 SAVED = ("layer", "head")  # what a saved model brings along
-METRIC = ("scenes", "bare_rooms", "rgbd")
 # What of a run's settings decides which samples it is validated on.
 DATA = ("resolution", "data_format", "camera_rig", "views_per_scene", "intrinsics", "depth_scale")
 
@@ -55,50 +52,6 @@ class Evaluated:
     facts: dict[str, Any]
 
 
-def split_settings(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]]:
-    """Split `key=value` arguments into those of `EvaluationSettings` and all others.
-
-    Example:
-        >>> split_settings(["num_sampled=4", "backbone=cat3d", "num_inference_steps=10"])
-        ({'num_sampled': '4', 'num_inference_steps': '10'}, ['backbone=cat3d'])
-    """
-    evaluation, others = {}, []
-    for argument in arguments:
-        name, equals, value = argument.lstrip("-").partition("=")
-        if name in EVALUATION and equals:
-            evaluation[name] = value
-        else:
-            others.append(argument)
-    return evaluation, others
-
-
-def evaluation_settings(given: dict[str, str], config: TrainingConfig) -> EvaluationSettings:
-    """Read the settings of the evaluation; `metric_depth` is on where the data is known to be in metres.
-
-    Example:
-        >>> settings = evaluation_settings({"num_sampled": "4", "lpips": "null"}, TrainingConfig())
-        >>> settings.num_sampled, settings.lpips, settings.metric_depth
-        (4, None, True)
-
-    Raises:
-        ValueError: for a value of the wrong type or out of range; names the setting.
-    """
-    values: dict[str, Any] = {"metric_depth": match_settings(config)["data_format"] in METRIC}
-    types = get_type_hints(EvaluationSettings)
-    for name, text in given.items():
-        value = OmegaConf.to_container(OmegaConf.from_dotlist([f"{name}={text}"]))[name]
-        expected = types[name]
-        kinds = get_args(expected) if getattr(expected, "__origin__", None) is not tuple else (list, tuple)
-        kinds = kinds or (expected,)
-        if float in kinds and type(value) is int:
-            value = float(value)
-        if type(value) not in kinds:
-            shown = " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)
-            raise ValueError(f"{name}: expected {shown}, got {text!r}")
-        values[name] = value
-    return EvaluationSettings(**values)
-
-
 def data_settings(config: TrainingConfig) -> dict[str, Any]:
     """Return what decides the validation samples of a run; equal in results that can be compared."""
     known = match_settings(config)
@@ -113,7 +66,11 @@ def data_settings(config: TrainingConfig) -> dict[str, Any]:
 
 
 def load_evaluated(
-    arguments: Sequence[str], configs: str | Path, *, checkpoint: str | None = None, revision: str | None = None
+    arguments: Sequence[str] | Mapping[str, Any],
+    configs: str | Path,
+    *,
+    checkpoint: str | None = None,
+    revision: str | None = None,
 ) -> Evaluated:
     """Load a model and its pipeline from command-line settings, on the GPU where there is one.
 
@@ -123,7 +80,8 @@ def load_evaluated(
     The supervised layers and heads are those of `cameo_config.json`; with `layer=auto` too nothing is probed again.
 
     Args:
-        arguments: `key=value` settings of `TrainingConfig`; they win over those of the run.
+        arguments: `key=value` settings of `TrainingConfig`, or what `cameo.settings.split_arguments` made of them; they
+            win over those of the run.
         configs: folder of the settings files.
         checkpoint: folder of a saved adapter or pipeline, a `checkpoint-N`, or the id of a Hub repository.
         revision: of the Hub repository.
@@ -134,12 +92,19 @@ def load_evaluated(
             not fit.
     """
     folder = None if checkpoint is None else local_folder(checkpoint, revision)
-    config, of_run = _settings(folder, arguments, Path(configs))
+    given = dict(arguments) if isinstance(arguments, Mapping) else split_arguments(arguments, TrainingConfig)[0]
+    config, of_run = run_settings(given, configs, folder)
+    if folder is not None and config.use_ema and of_run and (folder / STATE_NAME).is_file():
+        warnings.warn(
+            f"{folder}: its weights are those of the last step, not the averaged ones of use_ema=true; evaluate what "
+            "the finished run saved to measure these",
+            stacklevel=2,
+        )
     if folder is None:
         pipeline = load_pipeline(config)
         model, trained_head = _wrapped(pipeline, config), False
     elif (folder / CONFIG_NAME).is_file():
-        for name in (argument.lstrip("-").partition("=")[0] for argument in arguments):
+        for name in given:
             if name in SAVED:
                 raise ValueError(
                     f"{name}: checkpoint={checkpoint} has its own in {CONFIG_NAME}; leave it out. attention_layers=all "
@@ -177,28 +142,6 @@ def load_evaluated(
         "torch": torch.__version__,
     }
     return Evaluated(model, pipeline, config, trained_head, facts)
-
-
-def _settings(folder: Path | None, arguments: Sequence[str], configs: Path) -> tuple[TrainingConfig, bool]:
-    """Settings of the run, and whether they are its own."""
-    given = {argument.lstrip("-").partition("=")[0] for argument in arguments}
-    overrides = list(arguments)
-    if "pretrained_model_name_or_path" in given and "preset" not in given:
-        overrides.insert(0, "preset=null")  # that of the settings file
-    if folder is not None and "config" not in given:
-        for place in (folder, folder.absolute().parent):
-            if (place / RUN_SETTINGS).is_file():
-                config = load_config(place / RUN_SETTINGS, overrides)
-                if config.use_ema and (folder / STATE_NAME).is_file():
-                    warnings.warn(
-                        f"{folder}: its weights are those of the last step, not the averaged ones of use_ema=true; "
-                        "evaluate what the finished run saved to measure these",
-                        stacklevel=3,
-                    )
-                return config, True
-        if (folder / CONFIG_NAME).is_file() and "backbone" not in given:
-            overrides.append(f"backbone={CameoConfig.load(folder).backbone}")
-    return load_config(settings_file("lora", configs, overrides), overrides), "config" in given
 
 
 def _wrapped(pipeline: MultiViewPipeline, config: TrainingConfig) -> CameoModel:

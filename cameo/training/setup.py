@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -17,12 +17,12 @@ from cameo.backbone import get_backbone
 from cameo.config import CameoConfig
 from cameo.data import MultiViewDataset, collate
 from cameo.data.batches import to_device
-from cameo.evaluation.denoising import ValidationSettings
 from cameo.evaluation.pictures import attention_figure, comparison_figure, save_figure
 from cameo.evaluation.validation import validate
 from cameo.hub.license import require_licence
 from cameo.model import CameoModel
 from cameo.pipeline import MultiViewPipeline, TrainingInputs
+from cameo.probing.denoising import ValidationSettings
 from cameo.probing.mode import evaluation_mode, generate_views, native_precision
 from cameo.tables import markdown_table
 from cameo.training.checkpoint import find_checkpoint, list_checkpoints, refuse_used_folder
@@ -150,7 +150,8 @@ def wrap_denoiser(
         DataError: if there is no checkpoint to resume from.
         ValueError: for `layer=auto` without a data set.
     """
-    layer, probe, chosen = config.layer, None, None
+    layer: int | str | Sequence[int | str] | None = config.layer
+    probe = chosen = None
     if layer == "auto" and config.resume_from_checkpoint:
         saved = CameoConfig.load(find_checkpoint(config.output_dir, config.resume_from_checkpoint))
         layer, chosen = saved.layers, saved.layer_choice
@@ -165,8 +166,8 @@ def wrap_denoiser(
         layer=layer,
         probe=probe,
         head=config.head,
-        weight=config.weight if config.supervision == "cameo" else 0.0,
-        normalise=config.normalise,
+        weight=config.loss_weight if config.supervision == "cameo" else 0.0,
+        normalise=config.normalize,
         softness=config.softness,
         implementation=config.alignment_implementation,
         reduction=config.reduction,
@@ -195,10 +196,10 @@ def wrap_denoiser(
 def _supervision_facts(config: TrainingConfig) -> dict[str, Any]:
     """What a model card has to tell of a supervision other than plain CAMEO from depth."""
     facts: dict[str, Any] = {}
-    if config.supervision == "repa" and config.weight:
-        facts["supervision"] = f"REPA, weight {config.weight}, features of {config.feature_model}"
+    if config.supervision == "repa" and config.loss_weight:
+        facts["supervision"] = f"REPA, weight {config.loss_weight}, features of {config.feature_model}"
     names = ("correspondence", "correspondence_control", "geometry_noise") if config.uses_matches else ()
-    timing = ("weight_schedule", "alignment_until", "alignment_min_noise") if config.weight else ()
+    timing = ("weight_schedule", "alignment_until", "alignment_min_noise") if config.loss_weight else ()
     for name in (*names, *timing):
         if getattr(config, name) != getattr(TrainingConfig, name):
             facts[name.replace("_", " ")] = getattr(config, name)
@@ -291,8 +292,8 @@ def arms_of(config: TrainingConfig) -> dict[str, TrainingConfig]:
     """
     with_it = f"with {config.supervision.upper()}"
     if not config.compare_without_cameo:
-        return {with_it if config.weight else "without CAMEO": config}
-    without = replace(config, weight=0.0, compare_without_cameo=False)
+        return {with_it if config.loss_weight else "without CAMEO": config}
+    without = replace(config, loss_weight=0.0, compare_without_cameo=False)
     without.output_dir = str(Path(config.output_dir) / WITHOUT_CAMEO)
     arms = {"without CAMEO": without, with_it: config}
     if config.resume_from_checkpoint is None:
@@ -327,9 +328,9 @@ def check_push(config: TrainingConfig) -> None:
     adapter, name = get_backbone(config.backbone), base_name(config)
     base = CameoConfig(config.backbone, [], base_model=name, base_revision=config.revision or adapter.revision(name))
     try:
-        require_licence(base, config.hub_licence, backbone=adapter, token=config.hub_token)
+        require_licence(base, config.hub_license, backbone=adapter, token=config.hub_token)
     except ValueError as error:
-        raise ValueError(f"push_to_hub=true: {error}; here as hub_licence=. Nothing was trained yet") from error
+        raise ValueError(f"push_to_hub=true: {error}; here as hub_license=. Nothing was trained yet") from error
 
 
 def base_name(config: TrainingConfig) -> str:

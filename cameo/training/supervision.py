@@ -81,7 +81,7 @@ class Supervision:
     @property
     def num_supervised(self) -> int:
         """Number of matches, or of tokens with features, behind the latest alignment loss."""
-        return self.module.num_supervised if self.config.weight else 0
+        return self.module.num_supervised if self.config.loss_weight else 0
 
     def arguments(
         self, batch: Mapping[str, Any], inputs: TrainingInputs, micro_step: int, process: int = 0
@@ -117,17 +117,17 @@ def alignment_weight(config: TrainingConfig, step: int) -> float:
     """Return the factor of the alignment loss at a step, counted from 0; 0 from `alignment_until` on.
 
     Example:
-        >>> config = TrainingConfig(weight=0.1, weight_schedule="linear", alignment_until=75, max_train_steps=100)
+        >>> config = TrainingConfig(loss_weight=0.1, weight_schedule="linear", alignment_until=75, max_train_steps=100)
         >>> [round(alignment_weight(config, step), 3) for step in (0, 50, 74, 75)]
         [0.1, 0.05, 0.026, 0.0]
     """
     if config.alignment_until is not None and step >= config.alignment_until:
         return 0.0
     if config.weight_schedule == "constant":
-        return config.weight
+        return config.loss_weight
     done = step / config.max_train_steps
     share = 1 - done if config.weight_schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
-    return config.weight * share
+    return config.loss_weight * share
 
 
 def training_matches(

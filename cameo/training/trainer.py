@@ -167,7 +167,7 @@ class Trainer:
             total=config.max_train_steps,
             initial=self.step,
             unit="it",
-            desc=config.supervision.upper() if config.weight else "without CAMEO",
+            desc=config.supervision.upper() if config.loss_weight else "without CAMEO",
             disable=not accelerator.is_main_process,
         )
         self.prepared.train()
@@ -234,7 +234,7 @@ class Trainer:
         denoising = self.pipeline.denoising_loss(output, inputs).mean()
         if not supervised:
             nothing = torch.zeros_like(denoising)
-            if self.config.weight:  # DistributedDataParallel waits for a gradient of every parameter
+            if self.config.loss_weight:  # DistributedDataParallel waits for a gradient of every parameter
                 nothing = nothing + sum(parameter.sum() * 0 for parameter in self.supervision.heads.parameters())
             return denoising + nothing, denoising, nothing
         alignment = self.supervision.module.alignment_loss

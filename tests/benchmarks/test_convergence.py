@@ -20,7 +20,7 @@ from tests.recipes.test_recipes import write_sequence
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 SETTINGS = """
 common: {resolution: 16, num_scenes: 4, num_validation_scenes: 2, views_per_scene: 3, train_batch_size: 2, num_views: 2,
-  max_train_steps: 4, validation_steps: 2, checkpointing_steps: 2, report_to: none, weight: 0.1, min_overlap: 0.0,
+  max_train_steps: 4, validation_steps: 2, checkpointing_steps: 2, report_to: none, loss_weight: 0.1, min_overlap: 0.0,
   max_overlap: 1.0, data_format: bare_rooms, feature_model: test_vit.r160_in1k, feature_pretrained: false,
   feature_size: 32, validation: {num_samples: 2, batch_size: 2, noise_levels: [0.5, 1.0]}}
 subjects:
@@ -118,7 +118,7 @@ def small_study(scripts: SimpleNamespace, tmp_path_factory: pytest.TempPathFacto
 
 
 def test_every_arm_runs_once_and_leaves_a_whole_record(small_study: Any, capsys: pytest.CaptureFixture) -> None:
-    arms = [*small_study.study.ARMS, "weight=0.3,softness=0.5", "layers=2"]
+    arms = [*small_study.study.ARMS, "loss_weight=0.3,softness=0.5", "layers=2"]
     small_study.main("--seeds", "0", "--arms", *arms)
     assert "the same command" not in capsys.readouterr().out
     records = {arm: json.loads((small_study.folder / f"results/trial/cat3d/{arm}-0.json").read_text()) for arm in arms}
@@ -128,7 +128,7 @@ def test_every_arm_runs_once_and_leaves_a_whole_record(small_study: Any, capsys:
     ranking = [layer["path"] for layer in records["none"]["probe"]["layers"]]
     assert {records["cameo"]["layer"], records["wrong_layer"]["layer"]} < set(ranking)
     assert records["cameo"]["layer"] != records["wrong_layer"]["layer"]
-    assert records["weight=0.3,softness=0.5"]["settings"]["weight"] == 0.3
+    assert records["loss_weight=0.3,softness=0.5"]["settings"]["loss_weight"] == 0.3
     assert len(records["layers=2"]["settings"]["layer"]) == 2
     assert len(records["cameo"]["effects"]) == len(ranking)
     finals = {arm: record["losses"] or record["validations"][-1]["loss"] for arm, record in records.items()}

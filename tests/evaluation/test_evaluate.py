@@ -8,6 +8,7 @@ import json
 import math
 import os
 import shutil
+import sys
 import types
 import warnings
 from collections.abc import Iterator
@@ -24,10 +25,10 @@ from cameo.attention.layout import TokenLayout
 from cameo.data import EmbeddedScenes, MultiViewDataset, collate
 from cameo.errors import DataError, WeightsUnavailable
 from cameo.evaluation.consistency import EpipolarPair
-from cameo.evaluation.denoising import covisible_pixels, sample_batches
 from cameo.evaluation.protocol import EvaluationSettings, Section, evaluate, sample_targets
 from cameo.evaluation.report import attention_figure, result_table, write_result
 from cameo.evaluation.validation import validate
+from cameo.probing.denoising import covisible_pixels, sample_batches
 from cameo.probing.mode import evaluation_mode
 from cameo.training.config import TrainingConfig, load_config, save_config
 from cameo.training.data import build_dataset
@@ -426,13 +427,15 @@ def test_settings_that_make_no_sense(change: dict[str, Any], message: str) -> No
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"num_samples": "many"}, "num_samples: expected int, got 'many'"),
-        ({"num_samples": "1.5"}, "num_samples: expected int, got '1.5'"),
-        ({"noise_levels": "0.5"}, "noise_levels: expected list or tuple, got '0.5'"),
-        ({"noise_levels": "[high]"}, r"noise_levels: expected different levels between 0 and 1, got \('high',\)"),
+        ({"num_samples": "many"}, "num_samples: expected a whole number, got 'many'"),
+        ({"num_samples": "1.5"}, "num_samples: expected a whole number, got '1.5'"),
+        ({"noise_levels": "0.5"}, r"noise_levels: expected one at or above high_noise=0.95, got \(0.5,\)"),
+        ({"noise_levels": "[high]"}, r"noise_levels: expected a list \[a, b\], got '\[high\]'"),
         ({"noise_levels": "[]"}, r"noise_levels: expected different levels between 0 and 1, got \(\)"),
-        ({"lpips": "3"}, "lpips: expected str or null, got '3'"),
-        ({"fid": "1"}, "fid: expected bool, got '1'"),
+        ({"noise_levels": "[0.5, 1.5]"}, r"noise_levels: expected a share in \[0, 1\], got 1.5"),
+        ({"noise_bands": "[0.5]"}, r"noise_bands: expected a list \[a, b\], got '\[0.5\]'"),
+        ({"lpips": "3"}, "unknown lpips '3': Known: alex, squeeze, vgg"),
+        ({"fid": "often"}, "fid: expected true or false, got 'often'"),
     ],
 )
 def test_settings_of_the_wrong_type(given: dict[str, str], message: str) -> None:
@@ -455,7 +458,7 @@ def test_data_settings_are_those_that_decide_the_samples() -> None:
     base = TrainingConfig()
     for change in ({"resolution": 32}, {"data_seed": 1}, {"num_validation_scenes": 8}, {"max_overlap": 0.8}):
         assert data_settings(replace(base, **change)) != data_settings(base)
-    for change in ({"learning_rate": 1.0}, {"layer": 3}, {"seed": 5}, {"weight": 0.0}, {"num_scenes": 3}):
+    for change in ({"learning_rate": 1.0}, {"layer": 3}, {"seed": 5}, {"loss_weight": 0.0}, {"num_scenes": 3}):
         assert data_settings(replace(base, **change)) == data_settings(base)
 
 
@@ -552,7 +555,7 @@ def test_checkpoints_with_an_average_say_that_they_hold_other_weights(runs: Any)
 
 
 def test_a_head_that_no_loss_trained_is_not_read(tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path, max_train_steps=1, weight=0.0)
+    trainer = make_trainer(tmp_path, max_train_steps=1, loss_weight=0.0)
     trainer.train()
     assert not load_evaluated([], CONFIGS, checkpoint=str(tmp_path / "checkpoint-1")).trained_head
 
@@ -601,6 +604,7 @@ def recipe() -> types.ModuleType:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
 
@@ -661,7 +665,14 @@ def test_recipe_names_the_nearest_setting() -> None:
         recipe().main(["num_sample=3"])
 
 
-@pytest.mark.parametrize("option", ["output", "--checkpoint", "checkpoint_revision"])
-def test_recipe_does_not_pass_over_an_option_without_a_value(option: str) -> None:
-    with pytest.raises(ValueError, match=f"override '{option}': expected key=value"):
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("output", "argument 'output': expected key=value"),
+        ("--checkpoint", "--checkpoint: expected a value after it"),
+        ("checkpoint_revision", "argument 'checkpoint_revision': expected key=value"),
+    ],
+)
+def test_recipe_does_not_pass_over_an_option_without_a_value(option: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         recipe().main([option])

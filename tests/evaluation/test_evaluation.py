@@ -20,11 +20,11 @@ from cameo.attention.layout import TokenLayout
 from cameo.correspondence import Correspondence
 from cameo.data import EmbeddedScenes, MultiViewDataset, collate
 from cameo.errors import DataError
-from cameo.evaluation.denoising import ValidationSettings, covisible_pixels
 from cameo.evaluation.pictures import attention_figure, comparison_figure, save_figure
 from cameo.evaluation.validation import validate
 from cameo.model import holder
 from cameo.pipeline import TrainingInputs
+from cameo.probing.denoising import ValidationSettings, covisible_pixels
 from cameo.probing.hits import attention_maps, count_hits
 from cameo.probing.mode import evaluation_mode
 from cameo.probing.truth import Truth

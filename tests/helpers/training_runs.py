@@ -41,6 +41,7 @@ SETTINGS: dict[str, Any] = {
     "num_views": 2,
     "train_batch_size": 2,
     "learning_rate": 1e-2,
+    "loss_weight": 0.1,  # these models are small and get a few steps
     "num_validation_samples": 2,
     "num_validation_images": 1,
     "num_inference_steps": 2,

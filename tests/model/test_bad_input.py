@@ -16,9 +16,9 @@ import cameo
 from cameo.backbone import get_backbone
 from cameo.data import EmbeddedScenes, MultiViewDataset, RGBDSequence, Views, collate
 from cameo.data.batches import match_batch
-from cameo.evaluation.denoising import ValidationSettings
 from cameo.evaluation.validation import validate
 from cameo.geometry.cameras import check_cameras
+from cameo.probing.denoising import ValidationSettings
 from cameo.training.config import load_config
 from cameo.training.data import build_dataset
 from cameo.training.setup import load_pipeline, wrap_denoiser

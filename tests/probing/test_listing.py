@@ -94,5 +94,5 @@ def test_the_command_lists_the_layers_of_a_model_in_a_folder(
 
 
 def test_the_command_refuses_what_listing_does_not_use() -> None:
-    with pytest.raises(SystemExit, match="only lists the layers; leave out --perturb, layers"):
+    with pytest.raises(ValueError, match="only lists the layers; leave out layers, perturb"):
         runpy.run_path(str(RECIPE))["main"](["--list", "--perturb", "layers=1", "backbone=cat3d"])

@@ -25,9 +25,9 @@ from cameo.backbone import core_module, get_backbone
 from cameo.config import CameoConfig
 from cameo.data import EmbeddedScenes, MultiViewDataset, collate
 from cameo.errors import DataError, ShapeError
-from cameo.evaluation.denoising import ValidationSettings
 from cameo.evaluation.validation import validate
 from cameo.hub.card import CardFacts, model_card
+from cameo.probing.denoising import ValidationSettings
 from cameo.probing.hits import attention_maps, count_hits
 from cameo.probing.probed_layer import ProbedLayer
 from cameo.probing.truth import ANGLE_BINS, Truth, angle_bins, surface_points, view_angles

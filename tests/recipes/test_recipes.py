@@ -166,11 +166,11 @@ def test_two_processes_train_one_adapter_and_resume(tmp_path: Path) -> None:
 def test_arms_of_a_comparison(tmp_path: Path) -> None:
     config = make_config(tmp_path)
     assert arms_of(config) == {"with CAMEO": config}
-    assert list(arms_of(make_config(tmp_path, weight=0.0))) == ["without CAMEO"]
+    assert list(arms_of(make_config(tmp_path, loss_weight=0.0))) == ["without CAMEO"]
     both = arms_of(make_config(tmp_path, compare_without_cameo=True))
-    assert {name: (arm.weight, arm.output_dir) for name, arm in both.items()} == {
+    assert {name: (arm.loss_weight, arm.output_dir) for name, arm in both.items()} == {
         "without CAMEO": (0.0, str(tmp_path / "without_cameo")),
-        "with CAMEO": (config.weight, str(tmp_path)),
+        "with CAMEO": (config.loss_weight, str(tmp_path)),
     }
     resumed = {"compare_without_cameo": True, "resume_from_checkpoint": "latest"}
     with pytest.raises(DataError, match="holds no complete checkpoint-N"):
@@ -199,9 +199,9 @@ def test_push_without_token_is_refused_before_the_training(tmp_path: Path, monke
 def test_push_without_licence_is_refused_before_the_training(tmp_path: Path) -> None:
     settings = {"push_to_hub": True, "hub_model_id": "me/rooms", "hub_token": "hf_secret", "preset": None}
     config = make_config(tmp_path, pretrained_model_name_or_path=str(tmp_path), **settings)
-    with pytest.raises(ValueError, match=r"no licence is known.*hub_licence=. Nothing was trained yet"):
+    with pytest.raises(ValueError, match=r"no licence is known.*hub_license=. Nothing was trained yet"):
         check_push(config)
-    config.hub_licence = "openrail"
+    config.hub_license = "openrail"
     check_push(config)
 
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 import cameo
 from cameo.backbone import get_backbone
 from cameo.config import CameoConfig
-from cameo.evaluation.denoising import ValidationSettings
+from cameo.probing.denoising import ValidationSettings
 from cameo.training import setup
 from cameo.training.config import load_config, settings_file
 from cameo.training.setup import load_pipeline
@@ -109,7 +109,7 @@ def test_lora_on_an_rgbd_sequence(name: str, tmp_path: Path, monkeypatch: pytest
 def test_all_weights_from_scratch_with_cameo(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     backbone, changes = RUNS[name]
     inflate = {"inflate": "true"} if name == "sv3d" else {}
-    run("full", backbone, tmp_path, monkeypatch, **{"weight": 0.1, "lr_warmup_steps": 1, **changes, **inflate})
+    run("full", backbone, tmp_path, monkeypatch, **{"loss_weight": 0.1, "lr_warmup_steps": 1, **changes, **inflate})
     check_finite(tmp_path)
     pipeline = get_backbone(backbone).load(str(tmp_path / "model"))
     assert get_backbone(backbone).recognises(pipeline.denoiser)

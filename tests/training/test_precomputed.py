@@ -132,10 +132,10 @@ def test_a_run_may_go_on_with_matches_from_elsewhere(tmp_path: Path) -> None:
 
 
 def test_training_without_cameo_reads_no_matches(tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path, weight=0.0, precomputed_correspondence="no/such/folder", max_train_steps=1)
+    trainer = make_trainer(tmp_path, loss_weight=0.0, precomputed_correspondence="no/such/folder", max_train_steps=1)
     assert trainer.train().step == 1
-    with pytest.raises(ValueError, match=r"weight=0 trains without CAMEO.*give the weight"):
-        fill(config_for(tmp_path, weight=0.0))
+    with pytest.raises(ValueError, match=r"loss_weight=0 trains without CAMEO.*give the loss_weight"):
+        fill(config_for(tmp_path, loss_weight=0.0))
 
 
 # What is in the folder
@@ -375,8 +375,8 @@ def test_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     assert ": 0 pairs of views written" in capsys.readouterr().out
     for wrong, message in {
         "pairs=few": "unknown pairs 'few'.*Known: all, auto, drawn",
-        "training_processes=0": "training_processes: expected a whole number of at least 1, got 0",
-        "shard_megabytes=big": "shard_megabytes: expected a whole number of at least 1, got big",
+        "training_processes=0": "training_processes: expected at least 1, got 0",
+        "shard_megabytes=big": "shard_megabytes: expected a whole number, got 'big'",
         "pears=all": "unknown setting 'pears'",
     }.items():
         with pytest.raises(ValueError, match=message):

@@ -72,14 +72,14 @@ def test_the_repa_loss_is_minus_the_mean_cosine(tmp_path: Path) -> None:
 
 
 def test_repa_trains_lora_and_projector_and_leaves_heads_and_noise(tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path / "repa", max_train_steps=8, weight=1.0, rank=16, **REPA)
+    trainer = make_trainer(tmp_path / "repa", max_train_steps=8, loss_weight=1.0, rank=16, **REPA)
     heads = [parameter.detach().clone() for parameter in trainer.model.alignment_heads.parameters()]
     projector = [parameter.detach().clone() for parameter in trainer.supervision.heads.parameters()]
     found = history(trainer)
     assert found[-1]["alignment_loss"] < found[0]["alignment_loss"] - 0.3
     assert all(map(torch.equal, heads, trainer.model.alignment_heads.parameters()))
     assert not any(map(torch.equal, projector, trainer.supervision.heads.parameters()))
-    plain = history(make_trainer(tmp_path / "plain", max_train_steps=2, weight=0.0))
+    plain = history(make_trainer(tmp_path / "plain", max_train_steps=2, loss_weight=0.0))
     assert found[0]["loss"] == plain[0]["loss"]
     assert found[1]["loss"] != plain[1]["loss"]  # the gradient reaches the model
     published = trainer.model.save_pretrained(tmp_path / "published")
@@ -101,9 +101,9 @@ def test_repa_takes_several_layers_and_checkpointed_blocks(tmp_path: Path) -> No
 
 
 def test_repa_without_weight_is_a_run_without(tmp_path: Path) -> None:
-    repa_free = make_trainer(tmp_path / "repa", weight=0.0, max_train_steps=2, **REPA)
+    repa_free = make_trainer(tmp_path / "repa", loss_weight=0.0, max_train_steps=2, **REPA)
     assert repa_free.supervision.features is None
-    plain = make_trainer(tmp_path / "plain", weight=0.0, max_train_steps=2)
+    plain = make_trainer(tmp_path / "plain", loss_weight=0.0, max_train_steps=2)
     assert history(repa_free) == history(plain)
 
 

@@ -54,7 +54,7 @@ def trained_values(trainer: Trainer) -> list[Tensor]:
 
 
 def test_steps_are_those_of_a_plain_loop(tmp_path: Path) -> None:
-    settings = {"gradient_accumulation_steps": 2, "max_train_steps": 3, "max_grad_norm": 0.5, "weight": 0.3}
+    settings = {"gradient_accumulation_steps": 2, "max_train_steps": 3, "max_grad_norm": 0.5, "loss_weight": 0.3}
     trainer = make_trainer(tmp_path, **settings, lr_scheduler="linear")
     history = trainer.train().history()
 
@@ -98,7 +98,7 @@ def same_noise(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("same_noise")
 def test_alignment_loss_falls_below_half_when_overfitting_with_lora_only(tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path, max_train_steps=30, weight=1.0, rank=16, num_views=3, condition_dropout=0.0)
+    trainer = make_trainer(tmp_path, max_train_steps=30, loss_weight=1.0, rank=16, num_views=3, condition_dropout=0.0)
     frozen = {n: p.detach().clone() for n, p in trainer.model.base_model.named_parameters() if not p.requires_grad}
     trainer.dataset = Changed(trainer.dataset)
     history = trainer.train().history()
@@ -113,7 +113,7 @@ def test_weight_zero_needs_no_geometry_and_leaves_the_heads(tmp_path: Path) -> N
         del sample["depth"]
         return sample
 
-    trainer = make_trainer(tmp_path, weight=0.0, max_train_steps=2)
+    trainer = make_trainer(tmp_path, loss_weight=0.0, max_train_steps=2)
     trainer.dataset = Changed(trainer.dataset, without_depth)
     heads = [parameter.detach().clone() for parameter in trainer.model.alignment_heads.parameters()]
     history = trainer.train().history()
@@ -125,15 +125,17 @@ def test_weight_zero_needs_no_geometry_and_leaves_the_heads(tmp_path: Path) -> N
 
 
 def test_cameo_changes_the_loss_that_trains_but_not_the_noise(tmp_path: Path) -> None:
-    plain = make_trainer(tmp_path / "plain", weight=0.0, max_train_steps=3).train().history()
-    aligned = make_trainer(tmp_path / "aligned", weight=0.5, max_train_steps=3).train().history()
+    plain = make_trainer(tmp_path / "plain", loss_weight=0.0, max_train_steps=3).train().history()
+    aligned = make_trainer(tmp_path / "aligned", loss_weight=0.5, max_train_steps=3).train().history()
     assert plain[0]["loss"] == aligned[0]["loss"]
     assert plain[2]["loss"] != aligned[2]["loss"]
 
 
 @pytest.mark.usefixtures("same_noise")
 def test_bf16_trains_validates_and_keeps_lora_in_float32(tmp_path: Path) -> None:
-    config = make_config(tmp_path, mixed_precision="bf16", max_train_steps=20, weight=1.0, rank=16, learning_rate=2e-2)
+    config = make_config(
+        tmp_path, mixed_precision="bf16", max_train_steps=20, loss_weight=1.0, rank=16, learning_rate=2e-2
+    )
     train, held_out = Changed(build_dataset(config, "train")), build_dataset(config, "validation")
     run = train_lora(config, train, held_out)
     history = run.result.history()
@@ -248,10 +250,10 @@ def test_validation_sees_averaged_weights_and_shifts_nothing(tmp_path: Path) -> 
 
 def test_two_trainings_in_one_process_do_not_touch_each_other(tmp_path: Path) -> None:
     first = make_trainer(tmp_path / "first", max_train_steps=3, report_to="tensorboard")
-    second = make_trainer(tmp_path / "second", max_train_steps=3, report_to="tensorboard", weight=0.0)
+    second = make_trainer(tmp_path / "second", max_train_steps=3, report_to="tensorboard", loss_weight=0.0)
     first_losses, second_losses = losses(first), losses(second)
     assert losses(make_trainer(tmp_path / "again", max_train_steps=3)) == first_losses
-    assert losses(make_trainer(tmp_path / "once more", max_train_steps=3, weight=0.0)) == second_losses
+    assert losses(make_trainer(tmp_path / "once more", max_train_steps=3, loss_weight=0.0)) == second_losses
     for name in ("first", "second"):
         assert list((tmp_path / name / "logs").rglob("events.out.tfevents.*"))
 

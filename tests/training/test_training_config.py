@@ -7,7 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
-from omegaconf import OmegaConf
+import yaml
 
 from cameo.errors import DataError
 from cameo.training.checkpoint import check_continues
@@ -34,10 +34,10 @@ def file(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_shipped_settings_load(path: Path) -> None:
     config = load_config(path)
-    given = OmegaConf.load(path)
+    given = yaml.safe_load(path.read_text())
     assert given
     for name, value in given.items():
-        assert getattr(config, str(name)) == value
+        assert getattr(config, name) == value
 
 
 @pytest.mark.parametrize("recipe", ["lora", "full"])
@@ -80,9 +80,10 @@ def test_config_override_replaces_the_file(file: Path, tmp_path: Path) -> None:
     ("override", "message"),
     [
         ("learning_rat=1", r"unknown setting 'learning_rat': did you mean 'learning_rate'\?"),
-        ("learning_rate", r"override 'learning_rate': expected key=value"),
-        ("rank=four", r"run.yaml with rank=four: .*'four'.*Integer[\s\S]*rank"),
-        ("use_ema=maybe", r"'maybe'.*bool[\s\S]*use_ema"),
+        ("learning_rate", r"argument 'learning_rate': expected key=value"),
+        ("rank=four", r"^rank: expected a whole number, got 'four'$"),
+        ("rank=", r"^rank: expected a whole number, got null$"),
+        ("use_ema=maybe", r"use_ema: expected true or false, got 'maybe'"),
         ("mixed_precision=fp61", r"unknown mixed_precision 'fp61': did you mean 'fp16'"),
         ("lr_scheduler=cosin", r"unknown lr_scheduler 'cosin': did you mean 'cosine'"),
         ("data_format=tum", r"unknown data_format 'tum': .*rgbd"),
@@ -96,14 +97,14 @@ def test_config_override_replaces_the_file(file: Path, tmp_path: Path) -> None:
         ("num_reference_views=3", r"num_reference_views=3: expected fewer than num_views=3"),
         ("seed=-1", r"seed: expected at least 0, got -1"),
         ("learning_rate=-1", r"learning_rate: expected at least 0"),
-        ("learning_rate=nan", r"learning_rate: expected at least 0, got nan"),
+        ("learning_rate=nan", r"learning_rate: expected a finite number, got nan"),
         ("max_grad_norm=0", r"max_grad_norm: expected a number > 0"),
         ("lora_dropout=1", r"lora_dropout: expected a share in \[0, 1\)"),
-        ("weight=-0.1", r"weight: expected at least 0, got -0.1"),
+        ("loss_weight=-0.1", r"loss_weight: expected at least 0, got -0.1"),
         ("lr_warmup_steps=5", r"lr_warmup_steps has no effect .*constant_with_warmup"),
         ("pretrained_model_name_or_path=x", r"pretrained_model_name_or_path and preset: give one"),
         ("push_to_hub=true", r"push_to_hub=true needs hub_model_id=your-name/your-model"),
-        ("rank=[", r"not valid YAML"),
+        ("layer=[", r"layer: not valid YAML"),
         ("camera_rig=zero123", r"unknown camera_rig 'zero123': did you mean 'zero123plus-v1.2'"),
         ("num_reference_views=-1", r"num_reference_views: expected at least 0, got -1"),
     ],
@@ -164,8 +165,8 @@ def test_a_checkpoint_of_before_a_setting_existed_continues_with_its_default(tmp
 
 
 def test_comparison_without_weight_is_refused(file: Path) -> None:
-    with pytest.raises(ValueError, match="compare_without_cameo=true needs weight > 0"):
-        load_config(file, ["compare_without_cameo=true", "weight=0"])
+    with pytest.raises(ValueError, match="compare_without_cameo=true needs loss_weight > 0"):
+        load_config(file, ["compare_without_cameo=true", "loss_weight=0"])
 
 
 def test_unusable_files_are_named(tmp_path: Path) -> None:
@@ -179,7 +180,7 @@ def test_unusable_files_are_named(tmp_path: Path) -> None:
 
 
 def test_saved_settings_load_again_without_the_token(file: Path, tmp_path: Path) -> None:
-    config = load_config(file, ["hub_token=hf_secret", "layer=mid_block.attentions.0", "weight=0"])
+    config = load_config(file, ["hub_token=hf_secret", "layer=mid_block.attentions.0", "loss_weight=0"])
     save_config(config, tmp_path / "saved.yaml")
     assert "hf_secret" not in (tmp_path / "saved.yaml").read_text()
     again = load_config(tmp_path / "saved.yaml")
@@ -206,5 +207,5 @@ def test_a_resumed_run_may_change_only_what_does_not_change_the_training() -> No
     known = {entry.name for entry in fields(TrainingConfig)}
     assert known >= CHANGEABLE
     assert kept.keys() == known - CHANGEABLE
-    assert {"seed", "train_batch_size", "learning_rate", "weight", "rank", "num_views", "layer"} <= kept.keys()
+    assert {"seed", "train_batch_size", "learning_rate", "loss_weight", "rank", "num_views", "layer"} <= kept.keys()
     assert "hf_secret" not in str(kept)

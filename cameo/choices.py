@@ -1,0 +1,24 @@
+"""Names that settings choose from; they stand here so that settings can be read without torch."""
+
+from __future__ import annotations
+
+__all__ = [
+    "GELUS",
+    "HEAD_KINDS",
+    "IMPLEMENTATIONS",
+    "LPIPS_TRUNKS",
+    "NORMALISATIONS",
+    "REDUCTIONS",
+    "RIG_NAMES",
+]
+
+# Of the alignment head and loss, see `cameo.AlignmentHead` and `cameo.alignment_loss`.
+HEAD_KINDS = ("mlp", "mean", "none")
+NORMALISATIONS = ("per_view", "all_views")
+REDUCTIONS = ("mean", "sum", "released")
+IMPLEMENTATIONS = ("auto", "reference", "chunked", "triton")
+GELUS = ("exact", "fast")
+# Of `cameo.data.RIGS`.
+RIG_NAMES = ("zero123plus-v1.1", "zero123plus-v1.2", "mvdream", "imagedream", "sv3d-orbit", "sv3d-dynamic")
+# Networks behind LPIPS, of `cameo.evaluation.metrics`.
+LPIPS_TRUNKS = ("alex", "vgg", "squeeze")

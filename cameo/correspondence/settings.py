@@ -1,0 +1,31 @@
+"""Settings of the image features that supervise in place of geometry."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cameo.settings import Settings, setting
+
+__all__ = ["FeatureSettings"]
+
+
+@dataclass
+class FeatureSettings(Settings):
+    """Image features, for supervision=repa and correspondence=features."""
+
+    # Vision transformer of timm, by its name there. DINOv2 ViT-S/14 by default: REPA uses DINOv2, and the small one
+    # costs least.
+    feature_model: str = setting("vit_small_patch14_dinov2.lvd142m")
+    # File with the weights of feature_model, for a machine without network. null, the default, takes those of the Hub.
+    feature_checkpoint: str | None = setting(None, path=True, changeable=True)
+    # Whether the features are pretrained, true by default; false draws random weights, which is a control.
+    feature_pretrained: bool = setting(True)
+    # Side in pixels of the images that feature_model sees, >= 1. null, the default, takes the model's own.
+    feature_size: int | None = setting(None, at_least=1)
+
+    def check(self) -> None:
+        """Refuse settings that contradict each other."""
+        if self.feature_checkpoint is not None and not self.feature_pretrained:
+            raise ValueError(
+                f"feature_pretrained=false: random weights, and feature_checkpoint={self.feature_checkpoint}; give one"
+            )

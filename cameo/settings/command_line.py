@@ -1,0 +1,175 @@
+"""One command line for all recipes: `key=value`, `--key=value`, `--key value`, `--help`, `--print-config`."""
+
+from __future__ import annotations
+
+import linecache
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from cameo.errors import DataError, unknown_name
+from cameo.settings.convert import FALSE, TRUE, members, setting_fields, types_of
+from cameo.settings.fields import current_names
+from cameo.settings.files import to_yaml
+from cameo.settings.help import help_text
+from cameo.settings.interpolation import shown_settings
+from cameo.settings.text import Typed, merged
+
+__all__ = ["CONFIG", "run_recipe", "split_arguments"]
+
+CONFIG = "config"  # the settings file; every recipe takes it
+HELP, PRINT = ("--help", "-h"), ("--print-config", "--print_config")
+KEY = re.compile(r"(?:--)?([A-Za-z_][\w-]*)((?:\.[\w-]+)*)")
+# What a user can cause; anything else is a fault of the program.
+MISTAKES = (ValueError, ImportError, OSError, FloatingPointError)
+
+
+def split_arguments(arguments: Sequence[str], *kinds: type) -> tuple[dict[str, Typed], ...]:
+    """Sort arguments by the dataclass that has the setting, the first one where several have it; values stay text.
+
+    `config=file.yaml` goes to the last. Of a setting that is given twice the last value counts; those of a mapping are
+    merged (`preset_options.heads=4`).
+
+    Example:
+        >>> from dataclasses import dataclass
+        >>> @dataclass
+        ... class Options:
+        ...     output: str = "out"
+        ...     perturb: bool = False
+        >>> @dataclass
+        ... class Run:
+        ...     seed: int = 0
+        >>> split_arguments(["--output", "here", "--perturb", "seed=1", "config=my.yaml"], Options, Run)
+        ({'output': 'here', 'perturb': 'true'}, {'seed': '1', 'config': 'my.yaml'})
+
+    Raises:
+        ValueError: for an unknown setting, naming the nearest; for an argument that is no `key=value`.
+    """
+    owners = {name: place for place, kind in reversed(list(enumerate(kinds))) for name in _names(kind)}
+    owners.setdefault(CONFIG, len(kinds) - 1)
+    found: list[dict[str, Typed]] = [{} for _ in kinds]
+    loose = next(
+        ((place, name) for place, kind in enumerate(kinds) for name in _positional(kind)),
+        None,
+    )
+    waiting = list(arguments)
+    while waiting:
+        argument = waiting.pop(0)
+        key, equals, value = argument.partition("=")
+        match = KEY.fullmatch(key)
+        named = match is not None and (equals or argument.startswith("--"))
+        if loose and not (named and match and match[1].replace("-", "_") in owners) and not argument.startswith("--"):
+            place, name = loose
+            found[place].setdefault(name, []).append(argument)
+            continue
+        if not named or match is None:
+            raise ValueError(_not_a_setting(argument, arguments, kinds))
+        name = match[1].replace("-", "_")
+        if name not in owners:
+            raise unknown_name("setting", name, owners)
+        kind = kinds[owners[name]]
+        if not equals:
+            value = _following(name, kind, waiting)
+        typed: Typed = value
+        for inner in reversed(match[2].split(".")[1:]):
+            typed = {inner: typed}
+        given = {name: typed} if name == CONFIG else current_names(kind, {name: typed})
+        found[owners[name]] = merged(found[owners[name]], given)
+    return tuple(found)
+
+
+def _names(kind: type) -> list[str]:
+    return [*setting_fields(kind), *getattr(kind, "renamed", {})]
+
+
+def _positional(kind: type) -> list[str]:
+    return [name for name, entry in setting_fields(kind).items() if entry.metadata.get("positional")]
+
+
+def _following(name: str, kind: type, waiting: list[str]) -> str:
+    """Return the value of `--name value`; a setting that is true or false needs none."""
+    if bool in members(types_of(kind).get(name)):
+        follows = bool(waiting) and waiting[0].lower() in TRUE + FALSE
+        return waiting.pop(0) if follows else "true"
+    if not waiting or waiting[0].startswith("--"):
+        raise ValueError(f"--{name}: expected a value after it, as in {name}=value")
+    return waiting.pop(0)
+
+
+def _not_a_setting(argument: str, arguments: Sequence[str], kinds: Sequence[type]) -> str:
+    """Say that an argument is no setting, and do not show it where it could be a secret."""
+    place = list(arguments).index(argument)
+    before = arguments[place - 1].lstrip("-").partition("=")[0] if place else ""
+    secret = any(before == name and entry.metadata.get("secret") for kind in kinds for name, entry in _fields(kind))
+    shown = f"number {place + 1}" if secret or argument.startswith("hf_") else repr(argument)
+    return f"argument {shown}: expected key=value, for example max_train_steps=100; --help lists all settings"
+
+
+def _fields(kind: type) -> list[tuple[str, Any]]:
+    return list(setting_fields(kind).items())
+
+
+def run_recipe(
+    main: Callable[[list[str]], None],
+    read: Callable[[list[str]], Sequence[Any]],
+    kinds: Sequence[type],
+    *,
+    about: str,
+    arguments: Sequence[str] | None = None,
+) -> None:
+    """Run a recipe: answer `--help` and `--print-config`, and tell a user's mistake in one paragraph, exit status 2.
+
+    Args:
+        main: the recipe; gets the arguments.
+        read: reads the arguments into settings, which `--print-config` prints; should import nothing slow.
+        kinds: dataclasses of the settings, for `--help`.
+        about: what the recipe does, its module's docstring.
+        arguments: of the command line; None takes those of this process.
+
+    Raises:
+        SystemExit: with status 2 for a user's mistake. Any other exception is a fault of the program and is passed on.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        if not set(HELP).isdisjoint(given):
+            print(help_text(about, kinds))
+        elif not set(PRINT).isdisjoint(given):
+            values: dict[str, Any] = {}
+            for settings in read([argument for argument in given if argument not in PRINT]):
+                values |= {name: value for name, value in shown_settings(settings).items() if name not in values}
+            print(to_yaml(values), end="")
+        else:
+            read(given)  # so that a mistake is told before anything slow is imported
+            main(given)
+    except MISTAKES as error:
+        if not _is_of_user(error):
+            raise
+        print(f"{Path(sys.argv[0]).name}: {_paragraph(error)}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def _is_of_user(error: BaseException) -> bool:
+    """Tell whether an error was raised on purpose, by a `raise` of this library or a recipe, with a cure for the user.
+
+    The same kind of error out of another library, or out of an expression, is a fault of the program.
+    """
+    if isinstance(error, DataError):
+        return True
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    if trace is None:
+        return False
+    code, module = trace.tb_frame.f_code, str(trace.tb_frame.f_globals.get("__name__"))
+    line = linecache.getline(code.co_filename, trace.tb_lineno).lstrip()
+    return (module == "__main__" or module.split(".")[0] == "cameo") and line.startswith("raise")
+
+
+def _paragraph(error: BaseException) -> str:
+    """Return the message on one line; of an error in a data worker without the traceback of the worker."""
+    text = str(error)
+    if "Original Traceback" in text:
+        text = text.rpartition(f"{type(error).__name__}: ")[2]
+    return " ".join(text.split())

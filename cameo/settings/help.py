@@ -1,0 +1,82 @@
+"""`--help`: the settings of a recipe by component, each with the comment above its field."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import json
+import textwrap
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from cameo.settings.convert import describe, setting_fields, types_of
+
+__all__ = ["comments", "components", "help_text"]
+
+WIDTH = 100
+USAGE = (
+    "Settings are given as key=value, --key=value or --key value, lists as [a,b] or a,b, mappings as {a: 1} or "
+    "key.a=1, none as null. config=FILE names a YAML file of settings, over which those of the command line win; "
+    "${oc.env:NAME} in it is the environment variable NAME. --print-config prints the settings that a run would use."
+)
+
+
+def help_text(about: str, kinds: Sequence[type]) -> str:
+    """Return the help of a recipe: what it does, how settings are given, and the settings by component."""
+    parts = [about.strip(), textwrap.fill(USAGE, WIDTH)]
+    shown: set[str] = set()
+    for kind in kinds:
+        for component in components(kind):
+            known = comments(component)
+            entries = [
+                _entry(kind, name, known.get(name, ""))
+                for name in vars(component).get("__annotations__", {})
+                if name in setting_fields(kind) and name not in shown
+            ]
+            shown |= setting_fields(component).keys()
+            if entries:
+                title = (inspect.getdoc(component) or component.__name__).split("\n")[0].rstrip(".")
+                parts.append("\n".join([title, "-" * len(title), *entries]))
+    return "\n\n".join(parts)
+
+
+def components(kind: type) -> Iterator[type]:
+    """List the dataclasses that a dataclass of settings is composed of, in the order of their settings."""
+    return (one for one in reversed(kind.__mro__) if dataclasses.is_dataclass(one))
+
+
+def comments(kind: type) -> dict[str, str]:
+    """Return the comment above each field of a dataclass, on one line.
+
+    Example:
+        >>> from cameo.data.settings import DataSettings
+        >>> comments(DataSettings)["num_views"][:15]
+        'Views per sampl'
+    """
+    lines = textwrap.dedent(inspect.getsource(kind)).splitlines()
+    body = ast.parse("\n".join(lines)).body[0]
+    assert isinstance(body, ast.ClassDef)
+    found = {}
+    for node in body.body:
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            first = node.lineno - 1
+            while lines[first - 1].lstrip().startswith("#"):
+                first -= 1
+            found[node.target.id] = " ".join(line.strip().lstrip("# ") for line in lines[first : node.lineno - 1])
+    return found
+
+
+def _entry(kind: type, name: str, comment: str) -> str:
+    entry = setting_fields(kind)[name]
+    choices = entry.metadata.get("choices")
+    type_ = types_of(kind)[name]
+    values = ", ".join(choices) if choices else describe(type_)
+    if choices and type(None) in getattr(type_, "__args__", ()):
+        values += " or null"
+    default: Any = entry.default if entry.default is not dataclasses.MISSING else None
+    if entry.default_factory is not dataclasses.MISSING:
+        default = entry.default_factory()
+    shown = default if isinstance(default, str) else json.dumps(default)
+    head = f"  {name}={shown}  ({values})"
+    return "\n".join([head, textwrap.fill(comment, WIDTH, initial_indent="      ", subsequent_indent="      ")])
