@@ -26,6 +26,7 @@ from cameo.adapters.zero123plus.denoiser import (
 )
 from cameo.backbone import get_backbone
 from cameo.errors import CaptureError, ShapeError
+from cameo.memory import align_module
 from tests.helpers import zero123plus_models as parts
 from tests.helpers.zero123plus_models import SIZE, batch, pipeline
 
@@ -417,6 +418,7 @@ def test_it_is_saved_as_a_plain_unet(tmp_path: Path) -> None:
     unet.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["_class_name"] == "UNet2DConditionModel"
     again = UNet2DConditionModel.from_pretrained(tmp_path)
+    align_module(again)  # diffusers leaves tensors where the file holds them, which shows in the last bits
     assert type(again) is UNet2DConditionModel
     ReferenceUNet.from_unet(again, latent_stride=4, reference_size=(REFERENCE, REFERENCE))
     assert torch.equal(run(again), run(unet))

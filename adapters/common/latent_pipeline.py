@@ -14,6 +14,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from cameo.errors import ShapeError
+from cameo.memory import align_module
 from cameo.pipeline import TrainingInputs
 
 __all__ = ["LatentPipeline", "reference_views", "vae_stride"]
@@ -28,6 +29,15 @@ class LatentPipeline(DiffusionPipeline):
     """
 
     _optional_components = ["vae"]  # noqa: RUF012 - diffusers concatenates lists
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """Load a pipeline as diffusers does; on a CPU its output is that of the one that was saved, bit for bit."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        for component in loaded.components.values():
+            if isinstance(component, nn.Module):
+                align_module(component)
+        return loaded
 
     @property
     def denoiser(self) -> nn.Module:

@@ -15,6 +15,7 @@ from cameo.config import CameoConfig
 from cameo.errors import DataError
 from cameo.hub.license import hub_id
 from cameo.hub.weights import LORA_FILE, MODULE_FILE, PEFT_CONFIG, PEFT_FILE, adapter_layers
+from cameo.memory import align, align_module
 
 __all__ = ["ADAPTER", "BaseNeededError", "load_base", "read_adapter", "read_full", "without_adapter"]
 
@@ -87,6 +88,7 @@ def read_adapter(folder: Path, form: str, base: nn.Module, *, is_trainable: bool
         _restore(path, loaded, inner)
     for name, parameter in loaded.named_parameters():
         parameter.requires_grad_(is_trainable and f".{ADAPTER}" in name)
+    align(parameter for name, parameter in loaded.named_parameters() if f".{ADAPTER}" in name)
     return loaded
 
 
@@ -212,6 +214,7 @@ def _from_class(kind: Any, folder: Path) -> nn.Module:
     problems = [*report["missing_keys"], *report["unexpected_keys"], *map(str, report["mismatched_keys"])]
     if problems:
         raise DataError(f"{folder}: the weights do not fit {kind.__name__}: {problems[:3]}")
+    align_module(model)
     return _in_stored_precision(folder, model)
 
 

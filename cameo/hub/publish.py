@@ -16,6 +16,7 @@ from cameo.config import CameoConfig
 from cameo.errors import DataError
 from cameo.hub.loading import ADAPTER, BaseNeededError, load_base, without_adapter
 from cameo.hub.weights import ADAPTER_FORMATS, adapter_layers, adapter_name, format_in, stale_files
+from cameo.memory import placed_like
 
 __all__ = ["explained_errors", "file_names", "upload", "verify"]
 
@@ -82,12 +83,12 @@ def _loaded_names(base: nn.Module) -> Callable[[str], str]:
 
 
 def _align_precision(again: nn.Module, base: nn.Module) -> None:
-    """Give the loaded model the devices, precisions and trainable parameters of the trained one."""
+    """Give the loaded model the devices, precisions, places in memory and trainable parameters of the trained one."""
     trained, loaded = core_module(base), core_module(again)
     twins, loaded_name = {**dict(loaded.named_parameters()), **dict(loaded.named_buffers())}, _loaded_names(base)
     for name, tensor in [*trained.named_parameters(), *trained.named_buffers()]:
         if (twin := twins.get(loaded_name(name))) is not None:
-            twin.data = twin.data.to(tensor)
+            twin.data = placed_like(twin.data.to(tensor), tensor)
             # PyTorch chooses the matrix product of some layouts by whether the weight takes a gradient.
             twin.requires_grad_(tensor.requires_grad)
 

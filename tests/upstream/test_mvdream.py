@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -57,13 +58,17 @@ def randomise(model: nn.Module) -> nn.Module:
 
 @pytest.fixture
 def build(
-    checkout: Callable[..., Path], missing: Callable[..., ModuleType], request: pytest.FixtureRequest
+    checkout: Callable[..., Path],
+    missing: Callable[..., ModuleType],
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
 ) -> Callable[..., nn.Module]:
     """`build(kind, **settings)`: a narrow U-Net of one of `KINDS`, of the class that the repository defines."""
 
     def make(kind: str, **settings: Any) -> nn.Module:
         if kind == "mvdream-einsum":
-            missing("xformers.none")  # `import xformers.ops` finds nothing, as where it is not installed
+            for name in ("xformers", "xformers.ops"):  # `import` finds nothing, whether or not it is installed
+                monkeypatch.setitem(sys.modules, name, None)
         else:
             request.getfixturevalue("xformers")
         missing("pkg_resources")
