@@ -17,11 +17,11 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from cameo.backbone import core_module, get_backbone
+from cameo.bootstrap import paired_bootstrap, scene_of
 from cameo.capture import AttentionSite
 from cameo.data import MultiViewSample, collate
 from cameo.data.batches import layer_grids
 from cameo.errors import unknown_name
-from cameo.evaluation.compare import paired_bootstrap, scene_of
 from cameo.evaluation.denoising import DenoisingErrors, ValidationSettings, measure_denoising
 from cameo.model import CameoModel
 from cameo.pipeline import MultiViewPipeline

@@ -17,6 +17,7 @@ from torch import nn
 
 from cameo.alignment import AlignmentHead
 from cameo.backbone import backbones, core_module, get_backbone
+from cameo.bootstrap import scene_of
 from cameo.capture import AttentionCapture, AttentionSite, CapturedAttention
 from cameo.correspondence import Correspondence
 from cameo.data.batches import to_device
@@ -24,9 +25,10 @@ from cameo.errors import CaptureError, ShapeError, unknown_name
 from cameo.evaluation.denoising import fixed_inputs
 from cameo.evaluation.mode import evaluation_mode, native_precision
 from cameo.evaluation.truth import ANGLE_BINS
-from cameo.layer_probe import NEAR, LayerProbe, known_within
+from cameo.layer_probe import LayerProbe
 from cameo.model import CameoModel, holder
 from cameo.pipeline import MultiViewPipeline
+from cameo.probe_result import NEAR, known_within
 from cameo.probe_tally import BatchTruths, LayerTally
 
 __all__ = ["LayerProbe", "probe_layers"]
@@ -246,8 +248,6 @@ class _Names:
 
     def add(self, batch: Mapping[str, Any]) -> int:
         """Take the names of a batch, and return the number of its first sample."""
-        from cameo.evaluation.compare import scene_of
-
         first, count = len(self.samples), len(batch["images"])
         keys = batch.get("key") or [f"sample {number}" for number in range(first, first + count)]
         self.samples += map(str, keys)

@@ -20,9 +20,9 @@ import cameo
 from cameo import CameoModel, TokenLayout, perturbation, probe_layers
 from cameo.adapters.cat3d import BUNDLED
 from cameo.adapters.joined_frames import deflate
+from cameo.bootstrap import paired_bootstrap
 from cameo.capture import AttentionCapture, AttentionSite
 from cameo.errors import CaptureError
-from cameo.evaluation.compare import paired_bootstrap
 from cameo.evaluation.denoising import ValidationSettings, sample_batches
 from cameo.evaluation.validation import validate
 from cameo.perturbation import Drop, LayerEffect, effects_figure, effects_table, perturb_layers

@@ -17,9 +17,10 @@ from cameo.evaluation.attention import READOUTS
 from cameo.evaluation.denoising import DenoisingErrors, measure_denoising, sample_batches
 from cameo.evaluation.generated import SampledViews, consistency, novel_views, sample_targets
 from cameo.evaluation.settings import EvaluationSettings, Section
-from cameo.layer_probe import NEAR, LayerProbe
+from cameo.layer_probe import LayerProbe
 from cameo.model import CameoModel
 from cameo.pipeline import MultiViewPipeline
+from cameo.probe_result import NEAR
 from cameo.probed_layer import ProbedLayer
 from cameo.probing import probe_layers
 
