@@ -14,10 +14,10 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from cameo.cameras import at_least_float32, full_precision
+from cameo.cameras import at_least_float32, full_precision, invert_extrinsics
 from cameo.correspondence import Correspondence
 from cameo.depth import read_depth
-from cameo.geometry import camera_rays, cell_centres, invert_extrinsics
+from cameo.geometry import camera_rays, cell_centres
 from cameo.layout import TokenLayout
 
 __all__ = ["ANGLE_BINS", "Pairs", "Truth", "angle_bins", "surface_points", "token_distance", "view_angles"]
