@@ -25,9 +25,8 @@ from cameo.capture import AttentionCapture, AttentionSite
 from cameo.errors import CaptureError
 from cameo.evaluation.denoising import ValidationSettings, sample_batches
 from cameo.evaluation.validation import validate
-from cameo.perturbation import Drop, LayerEffect, effects_figure, effects_table, perturb_layers
+from cameo.perturbation import Drop, LayerEffect, effects_figure, effects_table, perturb_layers, self_view_only
 from cameo.pipeline import TrainingInputs
-from cameo.self_view import self_view_only
 from cameo.training.data import build_dataset
 from cameo.training.setup import load_pipeline
 

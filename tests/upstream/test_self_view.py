@@ -6,7 +6,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from cameo.self_view import self_view_only
+from cameo.perturbation import self_view_only
 
 from .. import backbone_checks as checks
 from .test_matrix import KINDS, build, published, sgm, subject  # noqa: F401 - fixtures
