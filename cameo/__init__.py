@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from cameo import moved
 from cameo.lazy import load_on_use
+from cameo.version import __version__
 
 if TYPE_CHECKING:
     from cameo.alignment import AlignmentHead, alignment_loss
@@ -40,8 +41,6 @@ else:
     )
 
 moved.install()
-
-__version__ = "0.1.0"
 
 __all__ = [
     "AlignmentHead",

@@ -70,7 +70,7 @@ MOVED: dict[str, str | tuple[str, ...]] = {
     "cameo.kernels.triton_heads": "cameo.alignment.triton_heads",
     "cameo.kernels.triton_nearest": "cameo.correspondence.triton_nearest",
     "cameo.kernels.triton_support": "cameo.triton_support",
-    "cameo.layer_probe": "cameo.probing.result",
+    "cameo.layer_probe": "cameo.probing.layer_probe",
     "cameo.layout": "cameo.attention.layout",
     "cameo.licence": "cameo.hub.license",
     "cameo.listing": "cameo.probing.listing",

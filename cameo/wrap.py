@@ -16,7 +16,7 @@ from cameo.errors import as_integer, unknown_name
 from cameo.model import CameoModel, attach, check_plain
 
 if TYPE_CHECKING:
-    from cameo.probing.result import LayerProbe
+    from cameo.probing.layer_probe import LayerProbe
 
 __all__ = ["CameoModel", "attach", "wrap"]
 

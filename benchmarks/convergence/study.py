@@ -41,7 +41,7 @@ from cameo.pipeline import MultiViewPipeline
 from cameo.probing import probe_layers
 from cameo.probing.ablation import perturb_layers
 from cameo.probing.denoising import ValidationSettings, sample_batches
-from cameo.probing.result import LayerProbe
+from cameo.probing.layer_probe import LayerProbe
 from cameo.settings import current_names, read_yaml, shown_settings, split_arguments, typed_values
 from cameo.training.checkpoint import list_checkpoints
 from cameo.training.config import TrainingConfig

@@ -1,27 +1,22 @@
 """Take queries and keys where the attention kernel receives them, and leave the kernel running.
 
-Hooks stand on the supervised attention modules for the length of one forward; while such a module runs, its
-calls of the attention kernel are observed (see `cameo.attention.kernel_calls`). Nothing is replaced, so the output
-stays bit-identical, and nothing is left behind: a recomputation under gradient checkpointing or a deepcopy
-meets no hook.
+The supervised attention modules are watched for the length of one forward (see `cameo.attention.watched_layers`).
+Nothing is replaced, so the output stays bit-identical, and nothing is left behind: a recomputation under gradient checkpointing
+or a deepcopy meets no hook.
 """
 
 from __future__ import annotations
 
-import sys
-import threading
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import Any
 
-import torch
 from einops import rearrange
 from torch import Tensor, nn
 
 from cameo.attention.kernel_calls import CallWatcher, KernelCall, join_slices
 from cameo.attention.layout import TokenLayout
+from cameo.attention.watched_layers import WatchedLayers
 from cameo.errors import CaptureError, as_integer
 
 __all__ = ["AttentionCapture", "AttentionSite", "CapturedAttention"]
@@ -89,6 +84,7 @@ class AttentionCapture:
     """Observe the kernel calls of `sites` during one forward of `model`.
 
     Example:
+        >>> import torch
         >>> class Attention(nn.Module):
         ...     def forward(self, x):
         ...         return nn.functional.scaled_dot_product_attention(x, x, x)
@@ -110,45 +106,32 @@ class AttentionCapture:
     """
 
     def __init__(self, model: nn.Module, sites: Iterable[AttentionSite]) -> None:
-        self._model = model
-        self._sites = list(sites)
-        self._cleanup = ExitStack()
-        self._thread = 0
-        self._open: list[tuple[str, CallWatcher]] = []
-        self._ran: dict[str, str] = {}  # to the function that hid the kernel, or nothing
+        self._sites = by_path = {site.path: site for site in sites}
         self._captured: dict[str, CapturedAttention] = {}
         self._taken: set[str] = set()
+        captured = self._captured
+
+        def keep(path: str, watcher: CallWatcher) -> None:  # no method: a cycle would hold the calls until collected
+            call = captured_call(by_path[path], watcher)
+            if call is not None:
+                captured[path] = call
+
+        self._layers = WatchedLayers(model, by_path, CallWatcher, keep)
 
     def __enter__(self) -> AttentionCapture:
-        self._thread = threading.get_ident()
         self._captured.clear()
-        self._ran.clear()
         self._taken.clear()
-        with ExitStack() as stack:
-            for site in self._sites:
-                module = self._model.get_submodule(site.path)
-                for hook in (
-                    module.register_forward_pre_hook(self._opener(site)),
-                    # prepended, so that of two blocks on one layer the inner one closes first
-                    module.register_forward_hook(self._closer(site), always_call=True, prepend=True),
-                ):
-                    stack.callback(hook.remove)
-            if any(_compiled(self._model, site.path) for site in self._sites):
-                stack.enter_context(torch.compiler.set_stance("force_eager"))
-            self._cleanup = stack.pop_all()  # without this line, an error above removes the hooks again
+        self._layers.__enter__()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: TracebackType | BaseException | None) -> None:
-        self._cleanup.close()
-        while self._open:  # an exception that runs no hooks, such as KeyboardInterrupt
-            self._open.pop()[1].__exit__(None, None, None)
+    def __exit__(self, kind: type[BaseException] | None, *rest: Any) -> None:
+        self._layers.__exit__(kind, *rest)
         if kind is not None:
             self._captured.clear()
-            self._ran.clear()
             return
-        for site in self._sites:
-            if site.path not in self._taken:
-                self._require(site.path)
+        for path in self._sites:
+            if path not in self._taken:
+                self._require(path)
 
     def __getitem__(self, path: str) -> CapturedAttention:
         return self._require(path)
@@ -164,37 +147,18 @@ class AttentionCapture:
         if path not in self._captured:
             if path in self._taken:
                 raise CaptureError(f"layer {path!r}: take() handed its call over already; keep what it returned")
-            site = {site.path: site for site in self._sites}[path]
-            raise CaptureError(_missing(site, self._ran.get(path)))
+            raise CaptureError(self._layers.explain_no_call(path))
         return self._captured[path]
 
-    def _watcher(self, site: AttentionSite) -> CallWatcher:
-        return CallWatcher(site.path)
 
-    def _opener(self, site: AttentionSite) -> Callable[[nn.Module, Any], None]:
-        def open_watcher(module: nn.Module, _: Any) -> None:
-            if threading.get_ident() != self._thread:
-                return
-            watcher = self._watcher(site)
-            watcher.__enter__()
-            self._open.append((site.path, watcher))
+def captured_call(site: AttentionSite, watcher: CallWatcher) -> CapturedAttention | None:
+    """Return the call of a layer that mixes the views, of those that a watcher saw; None if it saw none.
 
-        return open_watcher
-
-    def _closer(self, site: AttentionSite) -> Callable[[nn.Module, Any, Any], None]:
-        def close_watcher(module: nn.Module, _: Any, output: Any) -> None:
-            if threading.get_ident() != self._thread or not self._open or self._open[-1][0] != site.path:
-                return
-            watcher = self._open.pop()[1]
-            watcher.__exit__(None, None, None)
-            if output is None and sys.exc_info()[0] is not None:
-                return  # the module raised: its own error is the one to show
-            calls = join_slices(watcher.calls)
-            self._ran[site.path] = watcher.hidden_kernel
-            if calls:
-                self._captured[site.path] = _per_head(site, _choose(site, calls))
-
-        return close_watcher
+    Raises:
+        CaptureError: if there are several and the site does not say which, or the heads are not those of the site.
+    """
+    calls = join_slices(watcher.calls)
+    return _per_head(site, _choose(site, calls)) if calls else None
 
 
 def _choose(site: AttentionSite, calls: list[KernelCall]) -> KernelCall:
@@ -229,32 +193,3 @@ def _per_head(site: AttentionSite, call: KernelCall) -> CapturedAttention:
             f"{list(query.shape)} and {list(key.shape)} for [AB, K, L, D]"
         )
     return CapturedAttention(query, key, call.scale)
-
-
-def _compiled(model: nn.Module, path: str) -> bool:
-    """Whether the layer, a module around it or a part of it was compiled in place."""
-    names = path.split(".") if path else []
-    chain = [model.get_submodule(".".join(names[:count])) for count in range(len(names) + 1)]
-    chain += chain[-1].modules()
-    return any(getattr(module, "_compiled_call_impl", None) is not None for module in chain)
-
-
-def _missing(site: AttentionSite, hidden_kernel: str | None) -> str:
-    if hidden_kernel is None:
-        return (
-            f"layer {site.path!r} did not run in this forward. Likely causes: the model skips it for these "
-            "arguments, calls its forward() directly, or the module was replaced after cameo.wrap (unwrap "
-            "and wrap again)."
-        )
-    if hidden_kernel:
-        return (
-            f"layer {site.path!r} runs {hidden_kernel}, which keeps its queries and keys to itself. Replace "
-            "it by a module with projections of its own that calls F.scaled_dot_product_attention."
-        )
-    return (
-        f"layer {site.path!r} ran, but no attention kernel was seen in it. Known are "
-        "F.scaled_dot_product_attention, xformers.ops.memory_efficient_attention (looked up in xformers.ops "
-        "at the call, not imported by name) and a query-key product followed by a softmax. Likely causes: "
-        "layer= names a module that is not the attention itself, or the model uses another fused kernel "
-        "(switch its attention processor or backend to SDPA)."
-    )

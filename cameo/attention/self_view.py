@@ -14,15 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cameo.attention.capture import AttentionCapture, AttentionSite
+from cameo.attention.capture import AttentionSite, captured_call
 from cameo.attention.kernel_calls import CallWatcher
 from cameo.attention.layout import TokenLayout
 from cameo.attention.pattern import Pattern
-from cameo.backbone import core_module
+from cameo.attention.watched_layers import WatchedLayers
 from cameo.errors import CaptureError
-from cameo.model import CameoModel
 
-__all__ = ["self_view_only"]
+__all__ = ["cut_other_views"]
 
 Sizes = tuple[tuple[int, int], ...]
 SDPA_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale")
@@ -31,8 +30,10 @@ MASKS = ("attn_mask", "attn_bias", "is_causal")
 
 
 @contextmanager
-def self_view_only(model: nn.Module, site: AttentionSite, sizes: Sizes) -> Iterator[None]:
+def cut_other_views(module: nn.Module, site: AttentionSite, sizes: Sizes) -> Iterator[None]:
     """Cut one layer's view of the other views: inside the block its queries see the keys of their own view only.
+
+    What `cameo.probing.ablation.self_view_only` does, for the plain module in which the site's path is looked up.
 
     Example:
         >>> class Attention(nn.Module):
@@ -41,36 +42,22 @@ def self_view_only(model: nn.Module, site: AttentionSite, sizes: Sizes) -> Itera
         >>> model = nn.Sequential(Attention())
         >>> site = AttentionSite(0, "0", heads=1, layout=TokenLayout("b (v h w)"))
         >>> x = torch.randn(1, 1, 8, 4)  # two views of 2 x 2 tokens
-        >>> with self_view_only(model, site, sizes=((2, 2), (2, 2))):
+        >>> with cut_other_views(model, site, sizes=((2, 2), (2, 2))):
         ...     cut = model(x)
         >>> torch.equal(cut, torch.cat([model(x[:, :, :4]), model(x[:, :, 4:])], dim=2))
         True
-
-    - Where each query reaches one token per view (temporal layers), it sees itself alone.
-    - Keys that no query belongs to, such as Zero123++'s reference image, are seen by none. Its write pass, in which
-      the reference looks at itself, stays as it is.
-    - Tokens of no view, such as text, are seen by all, and see all.
-
-    The kernel is the model's own, called once per view; in explicit attention the logits of other views become -inf
-    before the softmax. Weights and modules are not touched: outside the block the output is what it was, bit for bit.
-    Only the thread that entered the block is affected. An `AttentionCapture` opened inside the block sees the queries
-    and keys of all views. Meant for measuring: a backward pass through checkpointed layers would recompute the layer
-    whole once the block is left.
-
-    Args:
-        model: a `CameoModel`, or the model that holds the site.
-        site: one of the adapter's sites, or of `CameoModel.sites`.
-        sizes: token grid `(h, w)` of each view, as `site.sizes(height, width, num_views)`.
-
-    Raises:
-        CaptureError: in the forward, if a call has other numbers of tokens than `sizes` say, is masked, or the module
-            calls the kernel several times without `site.kernel_call`; on leaving the block, if the layer did not run,
-            or runs a kernel that is not known (see `AttentionCapture`).
-        ValueError: if the sizes do not fit the layout.
     """
-    base = model.base_model if isinstance(model, CameoModel) else model
-    with _SelfViewOnly(core_module(base), site, sizes):
+    cut = _Cut(site, sizes)
+    layers = WatchedLayers(module, [site.path], lambda _: _Cutter(site, cut.parts), cut.done)
+    with layers:
         yield
+    if not cut.was_called:
+        raise CaptureError(layers.explain_no_call(site.path))
+    if not cut.has_parts:
+        raise CaptureError(
+            f"layer {site.path!r} ran, but in none of its calls did one view look at another, so there was nothing to "
+            "cut"
+        )
 
 
 @dataclass(frozen=True)
@@ -93,29 +80,21 @@ class _Part:
         return (slice(None) if self.rows is None else self.rows[:, None]), tokens
 
 
-class _SelfViewOnly(AttentionCapture):
-    """Replaces, not only observes, the calls of one site."""
+class _Cut:
+    """Who sees whom in the calls of a layer."""
 
-    def __init__(self, model: nn.Module, site: AttentionSite, sizes: Sizes) -> None:
-        super().__init__(model, [site])
+    def __init__(self, site: AttentionSite, sizes: Sizes) -> None:
         self._site, self._sizes = site, tuple(sizes)
         self._layout, self._grids = _in_attention_order(site.layout, self._sizes)
         self._parts: dict[tuple[int, int, torch.device], list[_Part]] = {}
         self._lengths = tuple(self._layout.shape(of, batch=1, sizes=self._grids)[1] for of in ("query", "key"))
         own = site.layout.views_with_own_grid(len(self._sizes))
         self._alone = {self._sizes[view][0] * self._sizes[view][1] for view in own}
-        self._cut = False
+        self.was_called = self.has_parts = False
 
-    def __exit__(self, kind: type[BaseException] | None, *rest: Any) -> None:
-        super().__exit__(kind, *rest)
-        if kind is None and not self._cut:
-            raise CaptureError(
-                f"layer {self._site.path!r} ran, but in none of its calls did one view look at another, so there was "
-                "nothing to cut"
-            )
-
-    def _watcher(self, site: AttentionSite) -> CallWatcher:
-        return _Cutter(site, self.parts)
+    def done(self, path: str, watcher: CallWatcher) -> None:
+        """Check the calls of a run as a capture does: which of several is meant must be known."""
+        self.was_called |= captured_call(self._site, watcher) is not None
 
     def parts(self, like: Tensor, length: int, key_length: int) -> list[_Part] | None:
         """Who sees whom in a call whose queries or logits are `like`, or None if the call is one view's own.
@@ -139,7 +118,7 @@ class _SelfViewOnly(AttentionCapture):
                 self._parts[call] = _who_sees_whom(self._layout, self._grids, *call)
             except ValueError as error:
                 raise CaptureError(f"layer {self._site.path!r}: {error}") from error
-        self._cut = True
+        self.has_parts = True
         return self._parts[call]
 
 

@@ -15,16 +15,13 @@ from torch import Tensor
 from cameo.correspondence.matching import match_depth, match_features, match_point_maps
 from cameo.errors import ShapeError
 from cameo.geometry import as_grid
-from cameo.geometry.cameras import check_depth, check_matrices, same_views, warn_of_another_image_size
+from cameo.geometry.cameras import check_depth, warn_of_another_image_size
+from cameo.geometry.visibility import DEPTH_TOLERANCE
 
 __all__ = ["Correspondence", "GridSize"]
 
 # One (h, w) or int for all views, or one (h, w) per view.
 GridSize = int | tuple[int, int] | Sequence[tuple[int, int]]
-
-# Share of the depth by which a projected point may miss the depth seen there; its choice is measured in
-# benchmarks/correspondence_accuracy.md.
-DEPTH_TOLERANCE = 0.02
 
 
 @dataclass(frozen=True, eq=False)
@@ -274,11 +271,9 @@ class Correspondence:
             ValueError: missing or unusable cameras (see :func:`cameo.geometry.check_cameras`), a wrong size
                 or tolerance.
         """
+        check_depth(depth, intrinsics, extrinsics, check_values=check_values)
         if check_values:
-            check_depth(depth, intrinsics, extrinsics)
             warn_of_another_image_size(intrinsics, depth.shape[-2:])
-        else:
-            _check_shapes(depth, intrinsics, extrinsics)
         if not 0 < depth_tolerance < 1:
             raise ValueError(f"depth_tolerance: expected a share between 0 and 1, got {depth_tolerance}")
         sizes = _grid_per_view(size, depth.shape[1])
@@ -337,15 +332,3 @@ def _grid_per_view(size: GridSize, views: int) -> tuple[tuple[int, int], ...]:
             raise ShapeError("size", expected=f"(h, w), or one (h, w) for each of {views} views", got=str(size))
         return tuple(as_grid("size", grid) for grid in size)
     return (as_grid("size", size),) * views
-
-
-def _check_shapes(depth: Tensor, intrinsics: Tensor, extrinsics: Tensor) -> None:
-    if not isinstance(depth, Tensor) or depth.ndim != 5 or depth.shape[2] != 1:
-        got = depth.shape if isinstance(depth, Tensor) else type(depth).__name__
-        raise ShapeError("depth", expected="[B, V, 1, H, W]", got=got)
-    check_matrices("intrinsics", intrinsics, 3)
-    check_matrices("extrinsics", extrinsics, 4)
-    same_views("depth", depth, intrinsics)
-    if extrinsics.shape[:2] != intrinsics.shape[:2]:
-        batch, views = intrinsics.shape[:2]
-        raise ShapeError("extrinsics", expected=f"[{batch}, {views}, 4, 4] as the intrinsics", got=extrinsics.shape)

@@ -15,9 +15,10 @@ from einops import einsum, rearrange
 from torch import Tensor
 
 from cameo.correspondence.nearest import cycle_consistent, match_tokens
-from cameo.geometry import camera_rays, cell_centres, invert_extrinsics, to_pixels
-from cameo.geometry.cameras import full_precision
+from cameo.geometry import camera_rays, cell_centres
+from cameo.geometry.cameras import full_precision, invert_extrinsics, most_exact
 from cameo.geometry.depth import read_depth
+from cameo.geometry.visibility import look_up
 
 __all__ = ["match_depth", "match_features", "match_point_maps", "resample_features"]
 
@@ -63,13 +64,12 @@ def match_depth(
     # Axis j leads: the points of all views are looked up in view j together.
     point = einsum(pose[..., :3, :3], surface, "b j i r c, b i n c -> b j i n r") + pose[..., None, :3, 3]
     point = rearrange(point, "b j i n c -> b j (i n) c")
-    xy, z = to_pixels(point, intrinsics)
-    seen = read_depth(depth, xy)
-    token = _token_at(xy, sizes, depth.shape[-2:])
+    found = look_up(point, intrinsics, lambda xy, _: read_depth(depth, xy), depth_tolerance)
+    token = _token_at(found.xy, sizes, depth.shape[-2:])
     measured = torch.gather(centre_depth, -1, token.clamp(min=0)).isfinite()
-    visible = measured & (token >= 0) & ((z - seen).abs() <= depth_tolerance * seen)
+    visible = measured & (token >= 0) & found.visible
     # The surface that is seen there lies on the same ray, so it is the point scaled to that depth.
-    apart = ((seen / z)[..., None] * point - point).norm(dim=-1)
+    apart = ((found.surface / found.z)[..., None] * point - point).norm(dim=-1)
     index = rearrange(torch.where(visible, token, -1), "b j (i n) -> b i j n", i=views)
     distance = rearrange(torch.where(apart.isfinite(), apart, math.inf), "b j (i n) -> b i j n", i=views)
     own = torch.eye(views, dtype=torch.bool, device=depth.device)[..., None]
@@ -197,11 +197,8 @@ def _padded_centres(sizes: Sizes, depth: Tensor) -> Tensor:
 
 
 def _relative_poses(extrinsics: Tensor) -> Tensor:
-    """Transform from camera i to camera j, ``[B, j, i, 4, 4]``.
-
-    In double precision where there is any, so that a world origin far away costs no accuracy.
-    """
-    exact = extrinsics if extrinsics.device.type == "mps" else extrinsics.double()
+    """Transform from camera i to camera j, ``[B, j, i, 4, 4]``, as exact as the device can have it."""
+    exact = most_exact(extrinsics)
     return exact[:, :, None] @ invert_extrinsics(exact)[:, None]
 
 

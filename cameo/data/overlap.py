@@ -6,13 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cameo.geometry import project, unproject
+from cameo.geometry import transform, unproject
+from cameo.geometry.visibility import DEPTH_TOLERANCE, look_up
 from cameo.scenes.views import Views
 
 __all__ = ["view_overlap"]
 
-# Depth may differ by this share from what the pixels around the reprojected point show.
-DEPTH_TOLERANCE = 0.02
 # Reprojected points per call; bounds the memory for long sequences.
 POINTS_PER_CALL = 2**20
 
@@ -39,26 +38,30 @@ def view_overlap(views: Views, *, grid: int = 16) -> Tensor:
     depth = views.depth.float()
     rows = ((torch.arange(grid) + 0.5) * (height / grid)).long()
     columns = ((torch.arange(grid) + 0.5) * (width / grid)).long()
-    cameras = views.intrinsics[None].float(), views.extrinsics[None].float()
-    raster = unproject(depth[None], *cameras)[0][:, :, rows[:, None], columns].flatten(2).mT
+    intrinsics, extrinsics = views.intrinsics[None].float(), views.extrinsics[None].float()
+    raster = unproject(depth[None], intrinsics, extrinsics)[0][:, :, rows[:, None], columns].flatten(2).mT
     measured = raster.isfinite().all(-1)
     points = torch.where(measured[..., None], raster, 0.0)
 
     valid = torch.isfinite(depth) & (depth > 0)
-    nearest = -F.max_pool2d(torch.where(valid, -depth, -torch.inf), 3, 1, 1) * (1 - DEPTH_TOLERANCE)
-    farthest = F.max_pool2d(torch.where(valid, depth, 0.0), 3, 1, 1) * (1 + DEPTH_TOLERANCE)
+    nearest = -F.max_pool2d(torch.where(valid, -depth, -torch.inf), 3, 1, 1)
+    farthest = F.max_pool2d(torch.where(valid, depth, 0.0), 3, 1, 1)
     nearest, farthest = nearest.flatten(1), farthest.flatten(1)
+
+    def surface_at(xy: Tensor, z: Tensor) -> Tensor:
+        """Of the depths in the 3x3 pixels the one that is nearest to the point's own."""
+        inside = (z > 0) & (xy >= 0).all(-1) & (xy[..., 0] < width) & (xy[..., 1] < height)
+        pixel = torch.where(inside[..., None], xy, 0.0).long()
+        index = (pixel[..., 1] * width + pixel[..., 0])[0]
+        surface = z.clamp(nearest.gather(1, index), farthest.gather(1, index))
+        return torch.where(inside, surface, torch.nan)
 
     shown = []
     for part in range(0, count, max(1, POINTS_PER_CALL // (count * grid**2))):
         chosen = slice(part, part + max(1, POINTS_PER_CALL // (count * grid**2)))
-        flat = points[chosen].flatten(0, 1)
-        xy, z = (tensor[0] for tensor in project(flat.expand(1, count, -1, 3), *cameras))
-        inside = (z > 0) & (xy >= 0).all(-1) & (xy[..., 0] < width) & (xy[..., 1] < height)
-        pixel = torch.where(inside[..., None], xy, 0.0).long()
-        index = pixel[..., 1] * width + pixel[..., 0]
-        agrees = inside & (z >= nearest.gather(1, index)) & (z <= farthest.gather(1, index))
-        agrees = agrees.unflatten(1, (-1, grid**2)) & measured[chosen]
+        flat = points[chosen].flatten(0, 1).expand(1, count, -1, 3)
+        found = look_up(transform(flat, extrinsics), intrinsics, surface_at, DEPTH_TOLERANCE)
+        agrees = found.visible[0].unflatten(1, (-1, grid**2)) & measured[chosen]
         shown.append(agrees.sum(-1).T)
     share = torch.cat(shown) / measured.sum(-1, keepdim=True).clamp(min=1)
     return share.float().fill_diagonal_(1.0)

@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from numpy.typing import ArrayLike
 
 from cameo.errors import DataError
 from cameo.evaluation.report import SECTIONS, describe, is_of_data, number
+from cameo.probing.bootstrap import paired_bootstrap, scene_of
 from cameo.tables import markdown_table
 
 __all__ = [
@@ -30,78 +30,14 @@ __all__ = [
     "comparison_table",
     "load_result",
     "name_results",
-    "paired_bootstrap",
-    "scene_of",
 ]
 
 FEW_SCENES = 10
 TITLE_WIDTH = 46  # characters above a panel
-# Entries of resampled differences that are held at once.
-BLOCK_ENTRIES = 1 << 22
 # Settings that do not change what is measured.
 FREE_SETTINGS = frozenset({"batch_size"})
 # The same pixels decoded or rendered on another machine may differ in their last bits.
 SAME_SAMPLE = 1e-3
-
-
-def paired_bootstrap(
-    a: ArrayLike, b: ArrayLike, *, resamples: int = 10_000, seed: int = 0, confidence: float = 0.95
-) -> tuple[float, float, float]:
-    """Return the mean of `b - a` and the interval that holds it, by drawing pairs anew.
-
-    Example:
-        >>> paired_bootstrap([1.0, 2.0, 3.0], [2.0, 3.0, 4.0])
-        (1.0, 1.0, 1.0)
-        >>> difference, low, high = paired_bootstrap([1.0, 2.0, 3.0, 4.0], [1.5, 3.5, 3.5, 6.0])
-        >>> difference, low < difference < high
-        (1.125, True)
-
-    The percentile interval (Efron and Tibshirani 1993, chapter 13). With few pairs it is too narrow: of intervals
-    that claim 95 % some 90 % hold the truth at 10 pairs and some 94 % at 50, with normal differences.
-
-    Args:
-        a, b: values of the same units (scenes) in the same order, `[n]`, n at least 2.
-        resamples: how often n pairs are drawn with replacement.
-        seed: the same seed gives the same interval.
-        confidence: share of intervals that shall hold the true mean difference.
-
-    Raises:
-        ValueError: for different lengths, fewer than two pairs, values that are not finite, or a share or number
-            out of range.
-    """
-    left, right = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
-    if left.ndim != 1 or left.shape != right.shape:
-        raise ValueError(f"a, b: expected values of the same units, [n] and [n], got {left.shape} and {right.shape}")
-    if len(left) < 2:
-        raise ValueError(f"a, b: expected at least 2 pairs, got {len(left)}; one scene says nothing about others")
-    if not (np.isfinite(left).all() and np.isfinite(right).all()):
-        raise ValueError("a, b: expected finite values, got NaN or infinity; leave out the units without a value")
-    if resamples < 1 or not 0 < confidence < 1:
-        raise ValueError(
-            f"resamples, confidence: expected at least 1 and a share between 0 and 1, got {resamples} and {confidence}"
-        )
-    difference = right - left
-    generator, count = np.random.default_rng(seed), len(difference)
-    block = max(1, BLOCK_ENTRIES // count)
-    means = np.concatenate(
-        [
-            difference[generator.integers(count, size=(min(block, resamples - start), count))].mean(axis=1)
-            for start in range(0, resamples, block)
-        ]
-    )
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(means, [tail, 1 - tail])
-    return float(difference.mean()), float(low), float(high)
-
-
-def scene_of(key: str) -> str:
-    """Return the scene of a sample's key, which names its views after the last slash.
-
-    Example:
-        >>> scene_of("rooms-validation-3/0-4-2"), scene_of("wall")
-        ('rooms-validation-3', 'wall')
-    """
-    return key.rpartition("/")[0] or key
 
 
 @dataclass(frozen=True)

@@ -16,13 +16,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cameo.correspondence import DEPTH_TOLERANCE
 from cameo.errors import ShapeError
 from cameo.evaluation.keypoints import find_keypoints, match_descriptors
 from cameo.evaluation.metrics import psnr_of_error
-from cameo.geometry import invert_extrinsics, project, relative_extrinsics, unproject
-from cameo.geometry.cameras import at_least_float32, check_cameras, check_depth, full_precision
+from cameo.geometry import relative_extrinsics, transform, unproject
+from cameo.geometry.cameras import (
+    at_least_float32,
+    camera_centers,
+    check_cameras,
+    check_depth,
+    full_precision,
+    invert_extrinsics,
+    most_exact,
+)
 from cameo.geometry.depth import sample_depth
+from cameo.geometry.visibility import DEPTH_TOLERANCE, look_up
 from cameo.probing.truth import view_angles
 
 __all__ = ["EpipolarPair", "WarpedPair", "symmetric_epipolar_distance", "tsed", "warp_error"]
@@ -298,13 +306,13 @@ def _seen_from(
     depth, intrinsics, extrinsics = geometry
     depth = depth.to(at_least_float32(depth))
     # Relative to the view, so that a world origin far away costs no accuracy.
-    pose = relative_extrinsics(extrinsics.double(), reference=view).to(depth)
+    pose = relative_extrinsics(most_exact(extrinsics), reference=view).to(depth)
     intrinsics = intrinsics.to(depth)
     own = slice(view, view + 1)
     points = unproject(depth[:, own], intrinsics[:, own], pose[:, own]).flatten(3).mT
-    xy, z = project(points.expand(-1, len(others), -1, -1), intrinsics[:, others], pose[:, others])
-    seen = sample_depth(depth[:, others], xy)
-    return xy[0], ((z - seen).abs() <= tolerance * seen)[0]
+    in_camera = transform(points.expand(-1, len(others), -1, -1), pose[:, others])
+    found = look_up(in_camera, intrinsics[:, others], lambda xy, _: sample_depth(depth[:, others], xy), tolerance)
+    return found.xy[0], found.visible[0]
 
 
 def _warped_errors(
@@ -325,8 +333,8 @@ def _warped_errors(
 
 def _same_centre(extrinsics: Tensor) -> bool:
     """Whether two cameras `[2, 4, 4]` stand at one point, as far as their poses are exact."""
-    centres = invert_extrinsics(extrinsics.double())[:, :3, 3]
-    return bool((centres[0] - centres[1]).norm() <= SAME_CENTRE * centres.norm(dim=-1).max())
+    centers = camera_centers(extrinsics.double())
+    return bool((centers[0] - centers[1]).norm() <= SAME_CENTRE * centers.norm(dim=-1).max())
 
 
 def _fundamental_matrix(intrinsics: Tensor, extrinsics: Tensor) -> Tensor:

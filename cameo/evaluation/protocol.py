@@ -20,8 +20,9 @@ from cameo.pipeline import MultiViewPipeline
 from cameo.probing import probe_layers
 from cameo.probing.denoising import DenoisingErrors, measure_denoising, sample_batches
 from cameo.probing.hits import READOUTS
+from cameo.probing.layer_probe import LayerProbe
 from cameo.probing.probed_layer import ProbedLayer
-from cameo.probing.result import NEAR, LayerProbe
+from cameo.probing.result import NEAR
 
 __all__ = ["EvaluationSettings", "SampledViews", "Section", "evaluate", "sample_targets"]
 

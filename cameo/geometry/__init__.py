@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         relative_extrinsics,
         resize_intrinsics,
         to_pixels,
+        transform,
         unproject,
     )
 else:
@@ -40,6 +41,7 @@ else:
             "resize_intrinsics": "cameo.geometry.projection",
             "spherical_angles": "cameo.geometry.orbits",
             "to_pixels": "cameo.geometry.projection",
+            "transform": "cameo.geometry.projection",
             "unproject": "cameo.geometry.projection",
         },
     )
@@ -60,5 +62,6 @@ __all__ = [
     "resize_intrinsics",
     "spherical_angles",
     "to_pixels",
+    "transform",
     "unproject",
 ]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cameo.errors import ShapeError
 
-__all__ = ["check_cameras", "check_depth", "full_precision"]
+__all__ = ["camera_centers", "check_cameras", "check_depth", "full_precision", "invert_extrinsics"]
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
@@ -75,7 +75,9 @@ def full_precision(function: Callable[Parameters, Result]) -> Callable[Parameter
 
 
 @full_precision
-def check_cameras(intrinsics: Tensor, extrinsics: Tensor, *, batch: int | None = None) -> None:
+def check_cameras(
+    intrinsics: Tensor, extrinsics: Tensor, *, batch: int | None = None, check_values: bool = True
+) -> None:
     """Raise unless these are usable pinhole cameras.
 
     Example:
@@ -86,6 +88,7 @@ def check_cameras(intrinsics: Tensor, extrinsics: Tensor, *, batch: int | None =
         intrinsics: ``[B, V, 3, 3]`` in pixels.
         extrinsics: ``[B, V, 4, 4]`` world-to-camera.
         batch: the number of samples they must have, if known.
+        check_values: whether to look at the numbers as well; on a GPU the host waits for that.
 
     Raises:
         ShapeError: a wrong shape or number of samples or views.
@@ -104,7 +107,11 @@ def check_cameras(intrinsics: Tensor, extrinsics: Tensor, *, batch: int | None =
         )
     if batch is not None and intrinsics.shape[0] != batch:
         raise ShapeError("intrinsics", expected=f"[{batch}, V, 3, 3]", got=intrinsics.shape)
-    k, e = intrinsics.detach(), extrinsics.detach()
+    if check_values:
+        _check_camera_values(intrinsics.detach(), extrinsics.detach())
+
+
+def _check_camera_values(k: Tensor, e: Tensor) -> None:
     tolerance = max(ROTATION_TOLERANCE, 4 * torch.finfo(e.dtype).eps)
     k, e = k.to(at_least_float32(k)), e.to(at_least_float32(e))
     rotation = e[..., :3, :3]
@@ -147,15 +154,18 @@ def warn_of_another_image_size(intrinsics: Tensor, image_size: Sequence[int]) ->
         )
 
 
-def check_depth(depth: Tensor, intrinsics: Tensor, extrinsics: Tensor) -> None:
-    """Raise unless ``depth [B, V, 1, H, W]`` is floating point and belongs to these usable cameras."""
+def check_depth(depth: Tensor, intrinsics: Tensor, extrinsics: Tensor, *, check_values: bool = True) -> None:
+    """Raise unless ``depth [B, V, 1, H, W]`` is floating point and belongs to these usable cameras.
+
+    `check_values`: see :func:`check_cameras`.
+    """
     if not isinstance(depth, Tensor):
         raise TypeError(f"depth: expected a tensor [B, V, 1, H, W], got {type(depth).__name__}")
     if depth.ndim != 5 or depth.shape[2] != 1:
         raise ShapeError("depth", expected="[B, V, 1, H, W]", got=depth.shape)
     if not depth.is_floating_point():
         raise ValueError(f"depth: expected floating point in world units, got {depth.dtype}. Cure: scale it")
-    check_cameras(intrinsics, extrinsics, batch=depth.shape[0])
+    check_cameras(intrinsics, extrinsics, check_values=check_values)
     same_views("depth", depth, intrinsics)
 
 
@@ -180,6 +190,30 @@ def check_matrices(name: str, matrices: Tensor, rank: int) -> None:
         raise ShapeError(name, expected=f"[B, V, {rank}, {rank}]", got=matrices.shape)
     if not matrices.is_floating_point():
         raise ValueError(f"{name}: expected floating point, got {matrices.dtype}. Cure: convert with .float()")
+
+
+def invert_extrinsics(extrinsics: Tensor) -> Tensor:
+    """Invert rigid transforms ``[..., 4, 4]``."""
+    rotation = extrinsics[..., :3, :3].mT
+    top = torch.cat([rotation, -rotation @ extrinsics[..., :3, 3:]], dim=-1)
+    return torch.cat([top, extrinsics[..., 3:, :]], dim=-2)
+
+
+def camera_centers(extrinsics: Tensor) -> Tensor:
+    """Return where cameras ``[..., 4, 4]`` stand, ``[..., 3]`` in world coordinates.
+
+    Example:
+        >>> extrinsics = torch.eye(4)
+        >>> extrinsics[:3, 3] = torch.tensor([0.0, -3.0, 1.0])
+        >>> camera_centers(extrinsics).tolist()
+        [0.0, 3.0, -1.0]
+    """
+    return invert_extrinsics(extrinsics)[..., :3, 3]
+
+
+def most_exact(extrinsics: Tensor) -> Tensor:
+    """In double precision where there is any, so that a world origin far away costs no accuracy."""
+    return extrinsics.to(at_least_float32(extrinsics)) if extrinsics.device.type == "mps" else extrinsics.double()
 
 
 def at_least_float32(tensor: Tensor) -> torch.dtype:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cameo.errors import ShapeError
-from cameo.geometry.cameras import at_least_float32, check_matrices, full_precision
+from cameo.geometry.cameras import at_least_float32, camera_centers, check_matrices, full_precision, most_exact
 from cameo.geometry.depth import is_measured
 
 __all__ = ["estimate_up", "orbit_centre", "spherical_angles"]
@@ -52,8 +52,8 @@ def orbit_centre(extrinsics: Tensor, depth: Tensor | None = None) -> Tensor:
     """
     check_matrices("extrinsics", extrinsics, 4)
     ahead = _median_depth(extrinsics, depth)
-    exact = _exact(extrinsics)
-    centre, axis = _centres(exact), exact[..., 2, :3]
+    exact = most_exact(extrinsics)
+    centre, axis = camera_centers(exact), exact[..., 2, :3]
     prior = (centre + ahead.to(exact)[..., None] * axis).mean(1)
     across = torch.eye(3, dtype=exact.dtype, device=exact.device) - axis[..., :, None] * axis[..., None, :]
     # The mean squared distance of a point from the axes is quadratic in it; `bend` is its curvature, whose eigenvalue
@@ -101,7 +101,7 @@ def spherical_angles(extrinsics: Tensor, centre: Tensor, up: Tensor) -> tuple[Te
     for name, tensor in (("centre", centre), ("up", up)):
         if tuple(tensor.shape) != (extrinsics.shape[0], 3):
             raise ShapeError(name, expected=f"[{extrinsics.shape[0]}, 3]", got=tensor.shape)
-    exact = _exact(extrinsics)
+    exact = most_exact(extrinsics)
     up = up.to(exact)
     length = up.norm(dim=-1, keepdim=True)
     if not ((length > 0) & length.isfinite()).all():
@@ -112,7 +112,7 @@ def spherical_angles(extrinsics: Tensor, centre: Tensor, up: Tensor) -> tuple[Te
     zero = zero - (zero * up).sum(-1, keepdim=True) * up
     zero = zero / zero.norm(dim=-1, keepdim=True)
     frame = torch.stack([zero, torch.linalg.cross(up, zero), up], dim=1)
-    offset = _centres(exact) - centre.to(exact)[:, None]
+    offset = camera_centers(exact) - centre.to(exact)[:, None]
     x, y, z = (offset @ frame.mT).unbind(-1)
     azimuth = torch.rad2deg(torch.atan2(y, x)) % 360
     elevation = torch.rad2deg(torch.atan2(z, torch.hypot(x, y)))
@@ -149,11 +149,6 @@ def estimate_up(extrinsics: Tensor) -> Tensor:
     return direction / direction.norm(dim=-1, keepdim=True)
 
 
-def _exact(extrinsics: Tensor) -> Tensor:
-    """In double precision where there is any, so that a world origin far away costs no accuracy."""
-    return extrinsics.to(at_least_float32(extrinsics)) if extrinsics.device.type == "mps" else extrinsics.double()
-
-
 def _median_depth(extrinsics: Tensor, depth: Tensor | None) -> Tensor:
     """Median of the measured depth per view ``[B, V]``, taken on at most some 64 x 64 pixels."""
     if depth is None:
@@ -167,8 +162,3 @@ def _median_depth(extrinsics: Tensor, depth: Tensor | None) -> Tensor:
     median = few.nanmedian(dim=-1).values
     whole = median.nanmedian(dim=-1, keepdim=True).values
     return torch.where(median.isnan(), whole, median).nan_to_num(nan=1.0)
-
-
-def _centres(extrinsics: Tensor) -> Tensor:
-    """Camera centres ``[B, V, 3]`` in world coordinates."""
-    return -(extrinsics[..., :3, :3].mT @ extrinsics[..., :3, 3:])[..., 0]

@@ -20,6 +20,7 @@ from cameo.geometry.cameras import (
     check_depth,
     check_matrices,
     full_precision,
+    invert_extrinsics,
     same_views,
 )
 from cameo.geometry.depth import is_measured
@@ -99,8 +100,7 @@ def unproject(depth: Tensor, intrinsics: Tensor, extrinsics: Tensor) -> Tensor:
     grid = pixel_grid(height, width, dtype=depth.dtype, device=depth.device)
     ray = camera_rays(rearrange(grid, "h w c -> (h w) c"), intrinsics.to(depth))
     in_camera = ray * rearrange(safe, "b v 1 h w -> b v (h w) 1")
-    rotation, centre = _camera_to_world(extrinsics.to(depth))
-    world = einsum(rotation, in_camera, "b v r c, b v m c -> b v m r") + centre[..., None, :]
+    world = transform(in_camera, invert_extrinsics(extrinsics.to(depth)))
     world = rearrange(world, "b v (h w) c -> b v c h w", h=height)
     return torch.where(measured, world, torch.full_like(world, math.nan))
 
@@ -133,9 +133,7 @@ def project(points: Tensor, intrinsics: Tensor, extrinsics: Tensor) -> tuple[Ten
     check_cameras(intrinsics, extrinsics)
     same_views("points", points, intrinsics)
     points = points.to(at_least_float32(points))
-    extrinsics = extrinsics.to(points)
-    in_camera = einsum(extrinsics[..., :3, :3], points, "b v r c, b v m c -> b v m r")
-    return to_pixels(in_camera + extrinsics[..., None, :3, 3], intrinsics.to(points))
+    return to_pixels(transform(points, extrinsics.to(points)), intrinsics.to(points))
 
 
 @full_precision
@@ -166,10 +164,10 @@ def plucker_rays(intrinsics: Tensor, extrinsics: Tensor, image_size: tuple[int, 
     extrinsics = extrinsics.to(at_least_float32(extrinsics))
     grid = cell_centres(size, image_size, dtype=extrinsics.dtype, device=extrinsics.device)
     ray = camera_rays(rearrange(grid, "h w c -> (h w) c"), intrinsics.to(extrinsics))
-    rotation, centre = _camera_to_world(extrinsics)
-    direction = einsum(rotation, ray, "b v r c, b v m c -> b v m r")
+    pose = invert_extrinsics(extrinsics)
+    direction = einsum(pose[..., :3, :3], ray, "b v r c, b v m c -> b v m r")
     direction = direction / direction.norm(dim=-1, keepdim=True)
-    moment = torch.linalg.cross(centre[..., None, :].expand_as(direction), direction)
+    moment = torch.linalg.cross(pose[..., None, :3, 3].expand_as(direction), direction)
     return rearrange(torch.cat([direction, moment], dim=-1), "b v (h w) c -> b v c h w", h=size[0])
 
 
@@ -258,6 +256,12 @@ def camera_rays(xy: Tensor, intrinsics: Tensor) -> Tensor:
     return homogeneous @ torch.linalg.inv_ex(intrinsics).inverse.mT
 
 
+@full_precision
+def transform(points: Tensor, pose: Tensor) -> Tensor:
+    """Move points ``[B, V, M, 3]`` by rigid transforms ``[B, V, 4, 4]``, such as extrinsics or their inverse."""
+    return einsum(pose[..., :3, :3], points, "b v r c, b v m c -> b v m r") + pose[..., None, :3, 3]
+
+
 def to_pixels(in_camera: Tensor, intrinsics: Tensor) -> tuple[Tensor, Tensor]:
     """Project camera-frame points ``[B, V, M, 3]``; xy is NaN behind the camera."""
     z = in_camera[..., 2]
@@ -265,18 +269,6 @@ def to_pixels(in_camera: Tensor, intrinsics: Tensor) -> tuple[Tensor, Tensor]:
     front = (z > 0)[..., None]
     xy = image[..., :2] / torch.where(front, z[..., None], 1)
     return torch.where(front, xy, math.nan), z
-
-
-def invert_extrinsics(extrinsics: Tensor) -> Tensor:
-    """Invert rigid transforms ``[..., 4, 4]``."""
-    rotation = extrinsics[..., :3, :3].mT
-    top = torch.cat([rotation, -rotation @ extrinsics[..., :3, 3:]], dim=-1)
-    return torch.cat([top, extrinsics[..., 3:, :]], dim=-2)
-
-
-def _camera_to_world(extrinsics: Tensor) -> tuple[Tensor, Tensor]:
-    inverse = invert_extrinsics(extrinsics)
-    return inverse[..., :3, :3], inverse[..., :3, 3]
 
 
 def as_grid(name: str, size: object) -> tuple[int, int]:

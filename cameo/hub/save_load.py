@@ -32,6 +32,7 @@ from cameo.hub.weights import (
     write_weights,
 )
 from cameo.model import CameoModel, attach
+from cameo.version import __version__
 
 __all__ = ["from_pretrained", "local_folder", "push_to_hub", "save_pretrained"]
 
@@ -248,8 +249,6 @@ def _stage(
     """Write the files of a save into an empty folder."""
     import diffusers
     from safetensors.torch import save_file
-
-    from cameo import __version__
 
     base, core = model.base_model, core_module(model.base_model)
     config = replace(model.cameo_config, cameo_version=__version__)

@@ -5,13 +5,13 @@ from typing import TYPE_CHECKING
 from cameo.lazy import load_on_use
 
 if TYPE_CHECKING:
+    from cameo.probing.layer_probe import LayerProbe
     from cameo.probing.probe import probe_layers
-    from cameo.probing.result import LayerProbe
 else:
     __getattr__, __dir__ = load_on_use(
         __name__,
         {
-            "LayerProbe": "cameo.probing.result",
+            "LayerProbe": "cameo.probing.layer_probe",
             "probe_layers": "cameo.probing.probe",
         },
     )

@@ -9,22 +9,24 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+from torch import nn
 from torch.utils.data import Dataset
 
 from cameo.attention.capture import AttentionSite
-from cameo.attention.self_view import self_view_only
+from cameo.attention.self_view import cut_other_views
 from cameo.backbone import core_module, get_backbone
 from cameo.data import MultiViewSample, collate
 from cameo.data.batches import layer_grids
 from cameo.errors import unknown_name
-from cameo.evaluation.compare import paired_bootstrap, scene_of
 from cameo.model import CameoModel
 from cameo.pipeline import MultiViewPipeline
+from cameo.probing.bootstrap import paired_bootstrap, scene_of
 from cameo.probing.denoising import DenoisingErrors, ValidationSettings, measure_denoising
 from cameo.tables import markdown_table
 
@@ -35,6 +37,7 @@ __all__ = ["Drop", "LayerEffect", "effects_figure", "effects_table", "perturb_la
 
 # Title and digits of each metric in a table.
 METRICS = {"psnr_covisible": ("PSNR covisible (dB)", 2), "psnr_all": ("PSNR all (dB)", 2), "loss": ("loss", 4)}
+Sizes = tuple[tuple[int, int], ...]
 Values = dict[str, dict[str, float]]  # metric to scene to value
 
 
@@ -75,6 +78,51 @@ class LayerEffect:
     drop_psnr_all: Drop | None = None
     per_scene: Values = field(default_factory=dict)
     reason: str | None = None
+
+
+@contextmanager
+def self_view_only(model: nn.Module, site: AttentionSite, sizes: Sizes) -> Iterator[None]:
+    """Cut one layer's view of the other views: inside the block its queries see the keys of their own view only.
+
+    Example:
+        >>> import torch
+        >>> from cameo.attention.layout import TokenLayout
+        >>> class Attention(nn.Module):
+        ...     def forward(self, x):
+        ...         return nn.functional.scaled_dot_product_attention(x, x, x)
+        >>> model = nn.Sequential(Attention())
+        >>> site = AttentionSite(0, "0", heads=1, layout=TokenLayout("b (v h w)"))
+        >>> x = torch.randn(1, 1, 8, 4)  # two views of 2 x 2 tokens
+        >>> with self_view_only(model, site, sizes=((2, 2), (2, 2))):
+        ...     cut = model(x)
+        >>> torch.equal(cut, torch.cat([model(x[:, :, :4]), model(x[:, :, 4:])], dim=2))
+        True
+
+    - Where each query reaches one token per view (temporal layers), it sees itself alone.
+    - Keys that no query belongs to, such as Zero123++'s reference image, are seen by none. Its write pass, in which
+      the reference looks at itself, stays as it is.
+    - Tokens of no view, such as text, are seen by all, and see all.
+
+    The kernel is the model's own, called once per view; in explicit attention the logits of other views become -inf
+    before the softmax. Weights and modules are not touched: outside the block the output is what it was, bit for bit.
+    Only the thread that entered the block is affected. An `AttentionCapture` opened inside the block sees the queries
+    and keys of all views. Meant for measuring: a backward pass through checkpointed layers would recompute the layer
+    whole once the block is left.
+
+    Args:
+        model: a `CameoModel`, or the model that holds the site.
+        site: one of the adapter's sites, or of `CameoModel.sites`.
+        sizes: token grid `(h, w)` of each view, as `site.sizes(height, width, num_views)`.
+
+    Raises:
+        CaptureError: in the forward, if a call has other numbers of tokens than `sizes` say, is masked, or the module
+            calls the kernel several times without `site.kernel_call`; on leaving the block, if the layer did not run,
+            or runs a kernel that is not known (see `AttentionCapture`).
+        ValueError: if the sizes do not fit the layout.
+    """
+    base = model.base_model if isinstance(model, CameoModel) else model
+    with cut_other_views(core_module(base), site, sizes):
+        yield
 
 
 def perturb_layers(

@@ -42,6 +42,7 @@ def count_hits(
         >>> index = torch.full((1, 2, 2, 4), -1)
         >>> index[0, 0, 1] = torch.tensor([0, 1, 2, 3])
         >>> query = 9 * torch.eye(4).expand(1, 1, 2, 4, 4)  # each token looks at the token of its own place
+        >>> from cameo import Correspondence
         >>> truth = Truth.plain(Correspondence(index, ((2, 2), (2, 2))))
         >>> count_hits(query, query, truth, None, 1.0, within=(0, 1))["mean"].tolist()
         [[[[4.0, 4.0]]]]

@@ -23,9 +23,11 @@ from cameo.data.batches import to_device
 from cameo.errors import CaptureError, ShapeError, unknown_name
 from cameo.model import CameoModel, holder
 from cameo.pipeline import MultiViewPipeline
+from cameo.probing.bootstrap import scene_of
 from cameo.probing.denoising import fixed_inputs
+from cameo.probing.layer_probe import LayerProbe
 from cameo.probing.mode import evaluation_mode, native_precision
-from cameo.probing.result import NEAR, LayerProbe, known_within
+from cameo.probing.result import NEAR, known_within
 from cameo.probing.tally import BatchTruths, LayerTally
 from cameo.probing.truth import ANGLE_BINS
 
@@ -246,8 +248,6 @@ class _Names:
 
     def add(self, batch: Mapping[str, Any]) -> int:
         """Take the names of a batch, and return the number of its first sample."""
-        from cameo.evaluation.compare import scene_of
-
         first, count = len(self.samples), len(batch["images"])
         keys = batch.get("key") or [f"sample {number}" for number in range(first, first + count)]
         self.samples += map(str, keys)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from cameo.errors import unknown_name
-from cameo.probing.result import NEAR, LayerProbe, RankedLayer
+from cameo.probing.result import NEAR, ProbeResult, RankedLayer
 from cameo.tables import markdown_table
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ PANEL = 2.6  # inches, width of a panel
 SHOWN = {"mean": "mean of the heads", "best_head": "best head", "through_head": "through the alignment head"}
 
 
-def probe_table(probe: LayerProbe, columns: Mapping[str, Mapping[str, str]]) -> str:
+def probe_table(probe: ProbeResult, columns: Mapping[str, Mapping[str, str]]) -> str:
     """Format what `LayerProbe.table` shows."""
     limits = [f"within {limit} token{'' if limit == 1 else 's'}" for limit in probe.within if limit != NEAR]
     header = ["rank", "layer", "module", "tokens", "skill within 1 [95 %]", "behind the first [95 %]", *limits]
@@ -48,7 +48,7 @@ def probe_table(probe: LayerProbe, columns: Mapping[str, Mapping[str, str]]) -> 
     return "\n\n".join(parts)
 
 
-def _row(probe: LayerProbe, number: int, place: RankedLayer, through: bool) -> list[str]:
+def _row(probe: ProbeResult, number: int, place: RankedLayer, through: bool) -> list[str]:
     layer = probe.layer(place.path)
     cells = layer.reach == "cell"
     row = [str(number), str(place.index), place.path, layer.tokens]
@@ -70,7 +70,7 @@ def _row(probe: LayerProbe, number: int, place: RankedLayer, through: bool) -> l
     return row
 
 
-def _caption(probe: LayerProbe) -> str:
+def _caption(probe: ProbeResult) -> str:
     counted = max((probe.pairs(place.path) for place in probe.ranking), default=0)
     levels = ", ".join(f"{level:g}" for level in probe.timesteps)
     text = (
@@ -87,7 +87,7 @@ def _caption(probe: LayerProbe) -> str:
     return text
 
 
-def probe_figure(probe: LayerProbe, *, within: int | str, readout: str, kind: str) -> Figure:
+def probe_figure(probe: ProbeResult, *, within: int | str, readout: str, kind: str) -> Figure:
     """Draw what `LayerProbe.heat_map` shows."""
     from matplotlib.figure import Figure
 

@@ -10,27 +10,26 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Self
 
 import numpy as np
 
 from cameo.errors import DataError, unknown_name
 from cameo.files import write_atomically
+from cameo.probing.bootstrap import bootstrap_interval
 from cameo.probing.probed_layer import ProbedLayer
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-__all__ = ["NEAR", "LayerProbe", "RankedLayer", "known_within"]
+__all__ = ["NEAR", "ProbeResult", "RankedLayer", "known_within"]
 
 NEAR = "2cm"
 FORMAT = 1
-RESAMPLES = 10_000
 RULE = (
     "highest skill within 1 token of the mean over heads, averaged over the time steps; "
     "skill = (precision - chance) / (1 - chance)"
 )
 KINDS = ("precision", "chance", "skill")
+
+Interval = tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -49,39 +48,16 @@ class RankedLayer:
     index: int
     path: str
     skill: float
-    interval: tuple[float, float] | None
-    behind: tuple[float, float] | None
+    interval: Interval | None
+    behind: Interval | None
     supervisable: bool
 
 
 @dataclass(frozen=True, eq=False)
-class LayerProbe:
-    """How precisely the attention of each layer finds the true match, by time step, angle between views and scene.
+class ProbeResult:
+    """Counts of all probed layers, the figures made of them, and the ranking; `cameo.LayerProbe` also shows them.
 
-    Made by `cameo.probe_layers`; `cameo.wrap(..., layer="auto", probe=probe)` takes the best layer from it.
-
-    Example:
-        >>> counts = {"pairs": np.array([[10]]), "chance": np.array([[[2.0]]])}  # one sample, one bin, one distance
-        >>> layers = [
-        ...     ProbedLayer(number, path, "all", "8 x 8", hits={"mean": np.array([[[[hits]]]])}, **counts)
-        ...     for number, (path, hits) in enumerate({"down.attn1": 2, "up.attn1": 6}.items())
-        ... ]
-        >>> probe = LayerProbe(tuple(layers), (1.0,), ((0.0, 180.0),), (1,), ("room",), ("room/0-1",))
-        >>> probe.best, probe.precision("up.attn1"), probe.chance("up.attn1"), probe.skill("up.attn1")
-        ('up.attn1', 0.6, 0.2, 0.5)
-
-    Attributes:
-        layers: what was counted of each layer, in execution order.
-        timesteps: levels, fractions of the last diffusion time step in [0, 1].
-        angle_bins: degrees between the optical axes of the two views.
-        within: distances in tokens; the last one may be "2cm", in the world, for data in metres.
-        scenes: scene of each sample, S names; the samples of a scene count together.
-        samples: key of each sample.
-        backbone: name of the adapter, or None.
-        inflate: whether the layers are those that `inflate=True` joins.
-        seed: of the noise.
-
-    A probe is written and read with `save` and `load`.
+    The attributes are described there.
     """
 
     layers: tuple[ProbedLayer, ...]
@@ -153,19 +129,25 @@ class LayerProbe:
         found = [(layer, self.skill(layer.path)) for layer in self.layers if layer.reason is None]
         ranked = [(layer, skill) for layer, skill in found if skill is not None]
         ranked.sort(key=lambda entry: -entry[1])  # stable: of equals the first in execution order
-        drawn = [self._resampled_skill(layer) for layer, _ in ranked]
-        several = len(self.scene_names) > 1
+        intervals = self._intervals([layer for layer, _ in ranked])
         return tuple(
-            RankedLayer(
-                layer.index,
-                layer.path,
-                skill,
-                _interval(values) if several else None,
-                _interval(drawn[0] - values) if several and place else None,
-                layer.unsupervised is None,
-            )
-            for place, ((layer, skill), values) in enumerate(zip(ranked, drawn, strict=True))
+            RankedLayer(layer.index, layer.path, skill, interval, behind, layer.unsupervised is None)
+            for (layer, skill), (interval, behind) in zip(ranked, intervals, strict=True)
         )
+
+    def _intervals(self, ranked: Sequence[ProbedLayer]) -> list[tuple[Interval | None, Interval | None]]:
+        """Of each layer the interval of its skill, and of how far it is behind the first."""
+        if not ranked or len(self.scene_names) < 2:
+            return [(None, None)] * len(ranked)
+
+        def skills(*drawn: np.ndarray, axis: int) -> np.ndarray:
+            skill = _skill(*(part.sum(axis) for part in drawn))  # [layers, resamples]
+            return np.concatenate([skill, skill[:1] - skill])
+
+        sums = (np.stack(parts) for parts in zip(*map(self._sums, ranked), strict=True))  # [layers, scenes]
+        low, high = bootstrap_interval(skills, *sums)
+        found = [(float(start), float(end)) for start, end in zip(low, high, strict=True)]
+        return list(zip(found[: len(ranked)], [None, *found[len(ranked) + 1 :]], strict=True))
 
     @property
     def best(self) -> str:
@@ -211,22 +193,6 @@ class LayerProbe:
             ],
         }
 
-    def table(self, *, columns: Mapping[str, Mapping[str, str]] | None = None) -> str:
-        """Format the ranking as a Markdown table, best layer first; below it the layers without a place, and why.
-
-        Args:
-            columns: further columns, from title to the text of each layer by path.
-        """
-        from cameo.probing.report import probe_table
-
-        return probe_table(self, columns or {})
-
-    def heat_map(self, *, within: int | str = 1, readout: str = "mean", kind: str = "skill") -> Figure:
-        """Draw layers x time steps, one panel for all pairs and one per angle bin."""
-        from cameo.probing.report import probe_figure
-
-        return probe_figure(self, within=within, readout=readout, kind=kind)
-
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         values = {entry.name: getattr(self, entry.name) for entry in fields(self)}
@@ -236,7 +202,7 @@ class LayerProbe:
         return {"format": FORMAT, **values, **lists, "angle_bins": bins, "layers": layers}
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> LayerProbe:
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """Undo `to_dict`.
 
         Raises:
@@ -260,7 +226,7 @@ class LayerProbe:
         return Path(path)
 
     @classmethod
-    def load(cls, path: str | Path) -> LayerProbe:
+    def load(cls, path: str | Path) -> Self:
         """Read what `save` wrote.
 
         Raises:
@@ -333,18 +299,6 @@ class LayerProbe:
         numbers = [self.scene_names.index(scene) for scene in self.scenes]
         return np.bincount(numbers, weights=values, minlength=len(self.scene_names))
 
-    @cached_property
-    def _resamples(self) -> np.ndarray:
-        """How often each scene is drawn, `[RESAMPLES, scenes]`."""
-        count = len(self.scene_names)
-        return np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), size=RESAMPLES)
-
-    def _resampled_skill(self, layer: ProbedLayer) -> np.ndarray:
-        """Skill of a layer in scenes drawn with replacement, the same ones for every layer."""
-        hits, chance, pairs = (self._resamples @ part for part in self._sums(layer))
-        room = pairs - chance
-        return np.divide(hits - chance, room, out=np.full(RESAMPLES, np.nan), where=room > 0)
-
 
 def _share(kind: str, hits: float, chance: float, pairs: float) -> float | None:
     if kind not in KINDS:
@@ -354,10 +308,10 @@ def _share(kind: str, hits: float, chance: float, pairs: float) -> float | None:
     return float((hits if kind == "precision" else chance) / pairs) if pairs else None
 
 
-def _interval(values: np.ndarray) -> tuple[float, float]:
-    """95 % interval of resampled values; scenes without a pair, drawn alone, give none."""
-    low, high = np.nanquantile(values, (0.025, 0.975))
-    return float(low), float(high)
+def _skill(hits: np.ndarray, chance: np.ndarray, pairs: np.ndarray) -> np.ndarray:
+    """Skill of counts, NaN where uniform attention would hit every pair, or where there is none."""
+    room = pairs - chance
+    return np.divide(hits - chance, room, out=np.full(room.shape, np.nan), where=room > 0)
 
 
 def known_within(within: Sequence[int]) -> tuple[int, ...]:

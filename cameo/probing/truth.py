@@ -16,8 +16,8 @@ from torch import Tensor
 
 from cameo.attention.layout import TokenLayout
 from cameo.correspondence import Correspondence
-from cameo.geometry import camera_rays, cell_centres, invert_extrinsics
-from cameo.geometry.cameras import at_least_float32, full_precision
+from cameo.geometry import camera_rays, cell_centres
+from cameo.geometry.cameras import at_least_float32, full_precision, invert_extrinsics
 from cameo.geometry.depth import read_depth
 
 __all__ = ["ANGLE_BINS", "Pairs", "Truth", "angle_bins", "surface_points", "token_distance", "view_angles"]

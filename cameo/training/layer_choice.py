@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 from cameo.data import MultiViewSample, collate
 from cameo.pipeline import MultiViewPipeline
 from cameo.probing import probe_layers
-from cameo.probing.result import LayerProbe
+from cameo.probing.layer_probe import LayerProbe
 from cameo.training.config import TrainingConfig
 
 __all__ = ["PROBED_SAMPLES", "probe_for"]

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import gc
 import sys
 import threading
 import types
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -422,6 +424,20 @@ def test_a_softmax_that_is_not_the_attention_is_left_alone(x: Tensor) -> None:
 
 
 # Nothing is left behind
+
+
+def test_the_calls_are_free_with_the_capture(x: Tensor) -> None:
+    """Without a garbage collection, which may be long in coming."""
+    with AttentionCapture(model := make(sdpa), [site()]) as captured:
+        model(x)
+    query = weakref.ref(captured[site().path].query)
+    assert query() is not None
+    gc.disable()
+    try:
+        del captured
+        assert query() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("error", [RuntimeError("inside"), KeyboardInterrupt()], ids=["exception", "interrupt"])

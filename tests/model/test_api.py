@@ -29,6 +29,7 @@ HEAVY = [
     "omegaconf",
     "peft",
     "safetensors",
+    "scipy",
     "timm",
     "torchvision",
     "transformers",

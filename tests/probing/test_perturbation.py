@@ -21,13 +21,12 @@ from cameo import CameoModel, TokenLayout, probe_layers
 from cameo.adapters.cat3d import BUNDLED
 from cameo.adapters.common.joined_frames import deflate
 from cameo.attention.capture import AttentionCapture, AttentionSite
-from cameo.attention.self_view import self_view_only
 from cameo.errors import CaptureError
-from cameo.evaluation.compare import paired_bootstrap
 from cameo.evaluation.validation import validate
 from cameo.pipeline import TrainingInputs
 from cameo.probing import ablation as perturbation
-from cameo.probing.ablation import Drop, LayerEffect, effects_figure, effects_table, perturb_layers
+from cameo.probing.ablation import Drop, LayerEffect, effects_figure, effects_table, perturb_layers, self_view_only
+from cameo.probing.bootstrap import paired_bootstrap
 from cameo.probing.denoising import ValidationSettings, sample_batches
 from cameo.training.data import build_dataset
 from cameo.training.setup import load_pipeline

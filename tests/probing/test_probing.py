@@ -463,17 +463,19 @@ def test_ranking_is_by_skill_and_says_what_it_cannot_tell_apart() -> None:
 
 
 def test_the_interval_is_that_of_scenes_drawn_anew() -> None:
-    """Against scipy's bootstrap of the same ratio."""
-    from scipy.stats import bootstrap
-
-    hits = np.random.default_rng(0).integers(20, 90, size=12)
-    probe = made_probe(list(hits), scenes=tuple("abcdefghijkl"))
-
-    def skill(values: np.ndarray, axis: int = -1) -> np.ndarray:
-        return (values.mean(axis=axis) / 100 - 0.2) / 0.8
-
-    expected = bootstrap((hits,), skill, method="percentile", n_resamples=10_000, rng=np.random.default_rng(1))
-    assert probe.ranking[0].interval == pytest.approx(tuple(expected.confidence_interval), abs=0.01)
+    """Against a plain loop over the same drawn scenes; those of a layer and of the first one are drawn together."""
+    first, second = np.random.default_rng(0).integers(20, 90, size=(2, 12))
+    first = first + 20
+    probe = made_probe(list(first), list(second), scenes=tuple("abcdefghijkl"))
+    generator, skills = np.random.default_rng(0), []
+    for _ in range(10_000):
+        drawn = generator.integers(12, size=12)
+        skills.append([(hits[drawn].sum() / 1200 - 0.2) / 0.8 for hits in (first, second)])
+    behind = [one - two for one, two in skills]
+    expected = [np.quantile(values, (0.025, 0.975)) for values in (*zip(*skills, strict=True), behind)]
+    found = [probe.ranking[0].interval, probe.ranking[1].interval, probe.ranking[1].behind]
+    assert [place.index for place in probe.ranking] == [0, 1]
+    np.testing.assert_allclose(found, expected, atol=1e-12)
 
 
 def test_samples_of_one_scene_count_together() -> None:

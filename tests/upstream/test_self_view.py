@@ -6,7 +6,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from cameo.attention.self_view import self_view_only
+from cameo.probing.ablation import self_view_only
 from tests.helpers import backbone_checks as checks
 
 from .test_matrix import KINDS, build, published, sgm, subject  # noqa: F401 - fixtures

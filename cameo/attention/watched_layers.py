@@ -1,0 +1,134 @@
+"""Watch the kernel calls of chosen layers while they run, and leave nothing behind.
+
+Hooks stand on the layers for the length of a `with` block. While such a layer runs, a watcher of
+`cameo.attention.kernel_calls` is open; what it has seen is handed over when the layer returns.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import nn
+
+from cameo.attention.kernel_calls import CallWatcher
+
+__all__ = ["WatchedLayers"]
+
+
+class WatchedLayers:
+    """Open a watcher whenever one of some layers runs, in the thread that entered the block.
+
+    Example:
+        >>> class Attention(nn.Module):
+        ...     def forward(self, x):
+        ...         return nn.functional.scaled_dot_product_attention(x, x, x)
+        >>> model = nn.Sequential(Attention())
+        >>> with WatchedLayers(model, ["0"], CallWatcher, lambda path, seen: print(path, len(seen.calls))):
+        ...     _ = model(torch.zeros(1, 2, 12, 4))
+        0 1
+
+    Compiled parts of the model that hold a layer run eagerly inside the block, since a compiled graph hides its
+    kernel calls.
+
+    Args:
+        model: the module in which the paths are looked up.
+        paths: dotted module paths of the layers.
+        watch: makes the watcher of one run of a layer, `watch(path)`.
+        done: takes it once the layer has returned, `done(path, watcher)`. Not called where the layer raised.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        paths: Iterable[str],
+        watch: Callable[[str], CallWatcher],
+        done: Callable[[str, CallWatcher], None],
+    ) -> None:
+        self._model, self._paths = model, list(paths)
+        self._watch, self._done = watch, done
+        self._cleanup = ExitStack()
+        self._thread = 0
+        self._open: list[tuple[str, CallWatcher]] = []
+        self._ran: dict[str, str] = {}  # to the function that hid the kernel, or nothing
+
+    def __enter__(self) -> WatchedLayers:
+        self._thread = threading.get_ident()
+        self._ran.clear()
+        with ExitStack() as stack:
+            for path in self._paths:
+                module = self._model.get_submodule(path)
+                for hook in (
+                    module.register_forward_pre_hook(self._opener(path)),
+                    # prepended, so that of two blocks on one layer the inner one closes first
+                    module.register_forward_hook(self._closer(path), always_call=True, prepend=True),
+                ):
+                    stack.callback(hook.remove)
+            if any(_compiled(self._model, path) for path in self._paths):
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
+            self._cleanup = stack.pop_all()  # without this line, an error above removes the hooks again
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        self._cleanup.close()
+        while self._open:  # an exception that runs no hooks, such as KeyboardInterrupt
+            self._open.pop()[1].__exit__(None, None, None)
+        if kind is not None:
+            self._ran.clear()
+
+    def explain_no_call(self, path: str) -> str:
+        """Say why no kernel call of a layer was seen."""
+        hidden_kernel = self._ran.get(path)
+        if hidden_kernel is None:
+            return (
+                f"layer {path!r} did not run in this forward. Likely causes: the model skips it for these "
+                "arguments, calls its forward() directly, or the module was replaced after cameo.wrap (unwrap "
+                "and wrap again)."
+            )
+        if hidden_kernel:
+            return (
+                f"layer {path!r} runs {hidden_kernel}, which keeps its queries and keys to itself. Replace "
+                "it by a module with projections of its own that calls F.scaled_dot_product_attention."
+            )
+        return (
+            f"layer {path!r} ran, but no attention kernel was seen in it. Known are "
+            "F.scaled_dot_product_attention, xformers.ops.memory_efficient_attention (looked up in xformers.ops "
+            "at the call, not imported by name) and a query-key product followed by a softmax. Likely causes: "
+            "layer= names a module that is not the attention itself, or the model uses another fused kernel "
+            "(switch its attention processor or backend to SDPA)."
+        )
+
+    def _opener(self, path: str) -> Callable[[nn.Module, Any], None]:
+        def open_watcher(module: nn.Module, _: Any) -> None:
+            if threading.get_ident() != self._thread:
+                return
+            watcher = self._watch(path)
+            watcher.__enter__()
+            self._open.append((path, watcher))
+
+        return open_watcher
+
+    def _closer(self, path: str) -> Callable[[nn.Module, Any, Any], None]:
+        def close_watcher(module: nn.Module, _: Any, output: Any) -> None:
+            if threading.get_ident() != self._thread or not self._open or self._open[-1][0] != path:
+                return
+            watcher = self._open.pop()[1]
+            watcher.__exit__(None, None, None)
+            if output is None and sys.exc_info()[0] is not None:
+                return  # the module raised: its own error is the one to show
+            self._ran[path] = watcher.hidden_kernel
+            self._done(path, watcher)
+
+        return close_watcher
+
+
+def _compiled(model: nn.Module, path: str) -> bool:
+    """Whether the layer, a module around it or a part of it was compiled in place."""
+    names = path.split(".") if path else []
+    chain = [model.get_submodule(".".join(names[:count])) for count in range(len(names) + 1)]
+    chain += chain[-1].modules()
+    return any(getattr(module, "_compiled_call_impl", None) is not None for module in chain)

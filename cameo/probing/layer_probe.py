@@ -1,0 +1,63 @@
+"""`cameo.LayerProbe`: what a probe of a model's layers found, as numbers, table and picture.
+
+Axes: S samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from cameo.probing.report import probe_figure, probe_table
+from cameo.probing.result import ProbeResult
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["LayerProbe"]
+
+
+@dataclass(frozen=True, eq=False)
+class LayerProbe(ProbeResult):
+    """How precisely the attention of each layer finds the true match, by time step, angle between views and scene.
+
+    Made by `cameo.probe_layers`; `cameo.wrap(..., layer="auto", probe=probe)` takes the best layer from it.
+
+    Example:
+        >>> import numpy as np
+        >>> from cameo.probing.probed_layer import ProbedLayer
+        >>> counts = {"pairs": np.array([[10]]), "chance": np.array([[[2.0]]])}  # one sample, one bin, one distance
+        >>> layers = [
+        ...     ProbedLayer(number, path, "all", "8 x 8", hits={"mean": np.array([[[[hits]]]])}, **counts)
+        ...     for number, (path, hits) in enumerate({"down.attn1": 2, "up.attn1": 6}.items())
+        ... ]
+        >>> probe = LayerProbe(tuple(layers), (1.0,), ((0.0, 180.0),), (1,), ("room",), ("room/0-1",))
+        >>> probe.best, probe.precision("up.attn1"), probe.chance("up.attn1"), probe.skill("up.attn1")
+        ('up.attn1', 0.6, 0.2, 0.5)
+
+    Attributes:
+        layers: what was counted of each layer, in execution order.
+        timesteps: levels, fractions of the last diffusion time step in [0, 1].
+        angle_bins: degrees between the optical axes of the two views.
+        within: distances in tokens; the last one may be "2cm", in the world, for data in metres.
+        scenes: scene of each sample, S names; the samples of a scene count together.
+        samples: key of each sample.
+        backbone: name of the adapter, or None.
+        inflate: whether the layers are those that `inflate=True` joins.
+        seed: of the noise.
+
+    A probe is written and read with `save` and `load`.
+    """
+
+    def table(self, *, columns: Mapping[str, Mapping[str, str]] | None = None) -> str:
+        """Format the ranking as a Markdown table, best layer first; below it the layers without a place, and why.
+
+        Args:
+            columns: further columns, from title to the text of each layer by path.
+        """
+        return probe_table(self, columns or {})
+
+    def heat_map(self, *, within: int | str = 1, readout: str = "mean", kind: str = "skill") -> Figure:
+        """Draw layers x time steps, one panel for all pairs and one per angle bin."""
+        return probe_figure(self, within=within, readout=readout, kind=kind)
