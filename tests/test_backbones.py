@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 import cameo
-from cameo.adapters.released import RELEASED
 from cameo.backbone import get_backbone
 from cameo.config import CameoConfig
 from cameo.licence import find_licence
@@ -116,8 +115,8 @@ def test_every_backbone_and_preset_has_a_row() -> None:
 @every_row
 def test_recognises_its_own_and_refuses_others(row: Row) -> None:
     adapter, denoiser = get_backbone(row.backbone), _built(row).denoiser
-    assert adapter.recognises(denoiser)
-    assert not adapter.recognises(nn.Linear(2, 2))
+    assert adapter.recognizes(denoiser)
+    assert not adapter.recognizes(nn.Linear(2, 2))
     assert "Linear" in adapter.explain_mismatch(nn.Linear(2, 2))
     sites = adapter.sites(denoiser)
     assert [site.index for site in sites] == list(range(len(sites)))
@@ -266,7 +265,7 @@ def test_a_saved_pipeline_loads_again(row: Row, tmp_path: Path) -> None:
     pipeline, adapter = row.pipeline(), get_backbone(row.backbone)
     pipeline.save_pretrained(str(tmp_path))
     again = adapter.load(str(tmp_path))
-    assert adapter.recognises(again.denoiser)
+    assert adapter.recognizes(again.denoiser)
     with torch.no_grad():
         inputs = (found := row.inputs(pipeline.denoiser)).args, found.kwargs
         assert checks.same(checks.run(again.denoiser, inputs), checks.run(pipeline.denoiser, inputs))
@@ -279,22 +278,22 @@ def test_a_saved_pipeline_loads_again(row: Row, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("backbone", "licences"),
+    ("backbone", "licenses"),
     [
-        ("cat3d", {"openrail++"}),
+        ("cat3d", {"apache-2.0", "openrail++"}),
         ("zero123plus", {"openrail", "cc-by-nc-4.0"}),
         ("mvdream", {"openrail"}),
         ("sv3d", {"other"}),
     ],
     ids=["cat3d", "zero123plus", "mvdream", "sv3d"],
 )
-def test_licences_of_the_releases(backbone: str, licences: set[str]) -> None:
+def test_licenses_of_the_releases(backbone: str, licenses: set[str]) -> None:
     adapter = get_backbone(backbone)
-    names = [name for name, release in RELEASED.items() if release.backbone == backbone]
+    names = list(adapter.released)
     found = [find_licence(CameoConfig(backbone, [], base_model=name), None, backbone=adapter) for name in names]
-    assert {one["license"] for one in found} == licences
+    assert {one["license"] for one in found} == licenses
     assert all(one.get("license_name") for one in found if one["license"] == "other")
-    assert [adapter.revision(name) for name in names] == [RELEASED[name].revision for name in names]
-    assert adapter.licence("preset:tiny") == "apache-2.0"
-    assert adapter.licence("somebody/else") is None
+    assert [adapter.revision(name) for name in names] == [release.revision for release in adapter.released.values()]
+    assert adapter.license("preset:tiny") == "apache-2.0"
+    assert adapter.license("somebody/else") is None
     assert adapter.revision("somebody/else") is None

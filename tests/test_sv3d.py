@@ -34,10 +34,10 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 import cameo
 from cameo import Correspondence
 from cameo.adapters.common import joined_frames
-from cameo.adapters.released import RELEASED
+from cameo.adapters.common.noise_schedules import edm_euler
 from cameo.adapters.sv3d.convert import from_sgm, to_sgm
 from cameo.adapters.sv3d.denoiser import SV3DUNet
-from cameo.adapters.sv3d.pipeline import SV3DPipeline, edm_scheduler, triangle_scale
+from cameo.adapters.sv3d.pipeline import SV3DPipeline, triangle_scale
 from cameo.backbone import get_backbone
 from cameo.errors import DataError, ShapeError
 
@@ -124,7 +124,7 @@ def latent_pipeline(kind: type = AutoencoderKL) -> SV3DPipeline:
     """The released components, but small: a VAE, an image encoder, eight input channels."""
     torch.manual_seed(0)
     unet = SV3DUNet(**TWO_LEVELS)
-    return SV3DPipeline(unet, edm_scheduler(), vae=tiny_vae(kind), image_encoder=tiny_clip())
+    return SV3DPipeline(unet, edm_euler(), vae=tiny_vae(kind), image_encoder=tiny_clip())
 
 
 def executed(model: nn.Module, kind: str) -> list[str]:
@@ -202,12 +202,12 @@ def test_other_models_are_not_recognised() -> None:
     adapter = get_backbone("sv3d")
     other = get_backbone("cat3d").build("tiny").unet
     assert isinstance(other, UNet2DConditionModel)
-    assert not adapter.recognises(other)
+    assert not adapter.recognizes(other)
     with pytest.raises(
         ValueError, match=r"UNet2DConditionModel has no modules named like .*temporal_transformer_blocks"
     ):
         cameo.wrap(other, "sv3d")
-    assert adapter.hazard(plain_unet()) is None
+    assert adapter.unsupported(plain_unet()) is None
 
 
 @BOTH
@@ -509,13 +509,13 @@ def test_the_camera_of_one_frame_changes_the_output() -> None:
 
 def test_a_plain_unet_becomes_ours_and_shares_its_weights() -> None:
     plain = plain_unet(1280).eval()
-    built = SV3DPipeline(plain, edm_scheduler(), vae=tiny_vae())
+    built = SV3DPipeline(plain, edm_euler(), vae=tiny_vae())
     assert isinstance(built.unet, SV3DUNet)
     assert built.unet.conv_in.weight is plain.conv_in.weight
     assert not built.unet.training
     assert built.unet.config.latent_stride == 4
     with pytest.raises(ValueError, match=r"expected addition_time_embed_dim \(SV3D_u\) or 5 times .*got 768 with 256"):
-        SV3DPipeline(plain_unet(768), edm_scheduler(), vae=tiny_vae())
+        SV3DPipeline(plain_unet(768), edm_euler(), vae=tiny_vae())
 
 
 # Noise levels, targets, frames
@@ -718,10 +718,10 @@ def test_a_folder_of_checkpoints_asks_for_the_file(tmp_path: Path) -> None:
 
 def test_licences_and_revisions_are_those_of_the_table() -> None:
     adapter = get_backbone("sv3d")
-    assert adapter.licence("preset:tiny") == "apache-2.0"
-    assert adapter.licence("chenguolin/sv3d-diffusers")["license_name"] == "sv3d-nc-community"
-    assert adapter.revision("chenguolin/sv3d-diffusers") == RELEASED["chenguolin/sv3d-diffusers"].revision
-    assert (adapter.licence("someone/else"), adapter.revision("someone/else")) == (None, None)
+    assert adapter.license("preset:tiny") == "apache-2.0"
+    assert adapter.license("chenguolin/sv3d-diffusers")["license_name"] == "sv3d-nc-community"
+    assert adapter.revision("chenguolin/sv3d-diffusers") == "cf4c88acda116901e1e21aa9afa61976a21363f8"
+    assert (adapter.license("someone/else"), adapter.revision("someone/else")) == (None, None)
 
 
 def test_guidance_is_largest_in_the_middle() -> None:
@@ -847,9 +847,9 @@ def test_what_the_pipeline_refuses() -> None:
     with pytest.raises(ValueError, match=r"scheduler: expected an EulerDiscreteScheduler .*got 'epsilon' and None"):
         SV3DPipeline(unet, DDIMScheduler())
     with pytest.raises(ValueError, match=r"unet: expected 8 input and 4 output channels .*got 96 and 48"):
-        SV3DPipeline(unet, edm_scheduler(), vae=tiny_vae())
+        SV3DPipeline(unet, edm_euler(), vae=tiny_vae())
     with pytest.raises(ValueError, match=r"image_encoder: expected embeddings of 32 channels.*got 8"):
-        SV3DPipeline(unet, edm_scheduler(), image_encoder=tiny_clip(8))
+        SV3DPipeline(unet, edm_euler(), image_encoder=tiny_clip(8))
     with pytest.raises(ShapeError, match="images: expected height and width divisible by 8"):
         pipeline().training_inputs(batch(size=36))
 

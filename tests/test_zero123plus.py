@@ -16,14 +16,11 @@ from torch.utils.checkpoint import checkpoint
 
 import cameo
 from cameo import Correspondence
+from cameo.adapters.common.noise_schedules import linear_ddpm
 from cameo.adapters.common.unet_layers import checkpoints_reentrantly
-from cameo.adapters.zero123plus.denoiser import (
-    ReferenceAttnProcessor,
-    ReferenceUNet,
-    keep_references,
-    noise_schedule,
-    set_reference_processors,
-)
+from cameo.adapters.zero123plus import keep_references, set_reference_processors
+from cameo.adapters.zero123plus.denoiser import ReferenceUNet
+from cameo.adapters.zero123plus.layers import ReferenceAttnProcessor
 from cameo.backbone import get_backbone
 from cameo.errors import CaptureError, ShapeError
 
@@ -112,10 +109,10 @@ def test_other_models_are_refused_with_the_cure() -> None:
     plain = parts.two_level_unet()
     with pytest.raises(ValueError, match=r"read no reference image.*set_reference_processors\(unet\)"):
         cameo.wrap(plain, "zero123plus")
-    assert not ADAPTER.recognises(get_backbone("cat3d").build("tiny").unet)
-    assert not ADAPTER.recognises(nn.Linear(2, 2))
+    assert not ADAPTER.recognizes(get_backbone("cat3d").build("tiny").unet)
+    assert not ADAPTER.recognizes(nn.Linear(2, 2))
     assert "Pass the U-Net (pipeline.unet)" in ADAPTER.explain_mismatch(nn.Linear(2, 2))
-    assert ADAPTER.recognises(set_reference_processors(plain))
+    assert ADAPTER.recognizes(set_reference_processors(plain))
 
 
 # Reference attention
@@ -272,7 +269,7 @@ def gradients(unet: nn.Module) -> dict[str, Tensor]:
 def test_checkpointed_gradients_are_exact() -> None:
     plain, recomputed = pipeline().unet, pipeline().unet
     recomputed.enable_gradient_checkpointing()
-    assert ADAPTER.hazard(recomputed) is None
+    assert ADAPTER.unsupported(recomputed) is None
     before, after = gradients(plain), gradients(recomputed)
     assert before.keys() == after.keys() == dict(plain.named_parameters()).keys()
     assert all(torch.equal(after[name], gradient) for name, gradient in before.items())
@@ -280,15 +277,15 @@ def test_checkpointed_gradients_are_exact() -> None:
 
 def test_reentrant_checkpointing_is_noticed() -> None:
     unet = pipeline().unet
-    assert ADAPTER.hazard(unet) is None
+    assert ADAPTER.unsupported(unet) is None
     assert not checkpoints_reentrantly(unet)
     unet.enable_gradient_checkpointing(functools.partial(checkpoint, use_reentrant=False))
-    assert ADAPTER.hazard(unet) is None
+    assert ADAPTER.unsupported(unet) is None
     unet.enable_gradient_checkpointing(functools.partial(checkpoint, use_reentrant=True))
     with pytest.raises(CaptureError, match=r"reentrant.*Call unet\.enable_gradient_checkpointing\(\) without"):
         gradients(unet)
     unet.disable_gradient_checkpointing()
-    assert ADAPTER.hazard(unet) is None
+    assert ADAPTER.unsupported(unet) is None
 
 
 class PublishedProcessor(nn.Module):
@@ -323,7 +320,7 @@ class PublishedWrapper(nn.Module):
     def forward(self, sample: Tensor, timestep: Tensor, context: Tensor, *, cross_attention_kwargs: Any) -> Any:
         stored: dict[str, Tensor] = {}
         given = cross_attention_kwargs
-        noisy = noise_schedule().add_noise(given["cond_lat"], given["cond_noise"], timestep)
+        noisy = linear_ddpm().add_noise(given["cond_lat"], given["cond_noise"], timestep)
         self.unet(noisy, timestep, context, cross_attention_kwargs={"mode": "w", "ref_dict": stored})
         reading = {"mode": "r", "ref_dict": stored, "is_cfg_guidance": False}
         return self.unet(sample, timestep, context, cross_attention_kwargs=reading)
@@ -335,7 +332,7 @@ def published() -> PublishedWrapper:
 
 def test_the_published_wrapper_is_recognised() -> None:
     wrapper = published()
-    assert ADAPTER.recognises(wrapper)
+    assert ADAPTER.recognizes(wrapper)
     model = cameo.wrap(wrapper, "zero123plus")
     assert [site.index for site in model.supervised_sites] == [10]
     assert model.supervised_sites[0].path == "unet.up_blocks.2.attentions.0.transformer_blocks.0.attn1"
@@ -375,8 +372,8 @@ def test_published_processors_lose_their_references_and_the_cure_works() -> None
     wrapper = published()
     wrapper.unet.enable_gradient_checkpointing()
     assert keep_references(wrapper) is wrapper
-    assert ADAPTER.recognises(wrapper)
-    assert ADAPTER.hazard(wrapper) is None
+    assert ADAPTER.recognizes(wrapper)
+    assert ADAPTER.unsupported(wrapper) is None
     found = published_gradients(wrapper)
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], gradient) for name, gradient in expected.items())

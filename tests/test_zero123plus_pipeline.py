@@ -15,9 +15,9 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 
 import cameo
-from cameo.adapters.common.images import from_canvas, to_canvas
-from cameo.adapters.zero123plus.cameras import pose_error, same_poses
-from cameo.adapters.zero123plus.denoiser import ReferenceUNet, noise_schedule
+from cameo.adapters.common.noise_schedules import linear_ddpm
+from cameo.adapters.zero123plus.cameras import from_canvas, pose_error, same_poses, to_canvas
+from cameo.adapters.zero123plus.denoiser import ReferenceUNet
 from cameo.adapters.zero123plus.pipeline import Zero123PlusPipeline
 from cameo.backbone import get_backbone
 from cameo.errors import DataError, ShapeError
@@ -329,7 +329,7 @@ class Denoiser(nn.Module):
         if self.clean is None:
             seen = reference.flatten(1).any(1)[:, None, None, None]
             return (torch.where(seen, 0.1, 0.3).expand_as(sample),)
-        alpha = noise_schedule().alphas_cumprod[timesteps.long()][:, None, None, None]
+        alpha = linear_ddpm().alphas_cumprod[timesteps.long()][:, None, None, None]
         drawn = (sample - alpha.sqrt() * self.clean) / (1 - alpha).sqrt()
         return (alpha.sqrt() * drawn - (1 - alpha).sqrt() * self.clean,)
 
@@ -339,7 +339,7 @@ class Denoiser(nn.Module):
 def test_a_perfect_denoiser_recovers_the_images(steps: int, kind: str) -> None:
     built, given = pipeline(), batch()
     if kind == "ddim":
-        built.scheduler = DDIMScheduler.from_config(noise_schedule().config, timestep_spacing="trailing")
+        built.scheduler = DDIMScheduler.from_config(linear_ddpm().config, timestep_spacing="trailing")
     clean = built.encode(given["images"])
     built.denoiser = oracle = Denoiser(built, to_canvas(clean[:, 1:]))
     sampled = built.sample(given, num_inference_steps=steps, generator=torch.Generator().manual_seed(0))
@@ -499,9 +499,9 @@ def test_what_the_pipeline_refuses(changed: dict[str, Any], message: str) -> Non
 
 
 def test_licences() -> None:
-    assert ADAPTER.licence("preset:tiny") == "apache-2.0"
-    assert ADAPTER.licence("someone/else") is None
-    assert ADAPTER.licence(None) is None
+    assert ADAPTER.license("preset:tiny") == "apache-2.0"
+    assert ADAPTER.license("someone/else") is None
+    assert ADAPTER.license(None) is None
 
 
 def test_the_autoencoder_is_the_one_of_the_releases() -> None:
