@@ -20,7 +20,7 @@ from peft import LoraConfig
 
 import cameo
 from cameo.backbone import get_backbone
-from tests.backbone_checks import build_pipeline
+from tests.helpers.backbone_checks import build_pipeline
 from tests.hub_server import READ_TOKEN, WRONG_TOKEN
 
 # A LoRA of each is pushed: its backbone, its preset and the options of `cameo.wrap`.

@@ -19,8 +19,8 @@ from cameo.config import CameoConfig
 from cameo.licence import find_licence
 from cameo.pipeline import MultiViewPipeline, TrainingInputs
 from cameo.training.correspondences import match_layers
+from tests.helpers import backbone_checks as checks
 
-from . import backbone_checks as checks
 from .conftest import make_batch
 
 

@@ -19,7 +19,7 @@ from cameo.attention_calls import CallWatcher
 from cameo.backbone import get_backbone
 from cameo.errors import CaptureError
 from cameo.kernels import sweep
-from tests.backbone_checks import Operators, random_matches
+from tests.helpers.backbone_checks import Operators, random_matches
 from tests.memory import memory_of
 from tests.test_wrap import unet
 

@@ -23,8 +23,8 @@ from cameo.adapters.common.latent_pipeline import vae_stride
 from cameo.adapters.common.noise_schedules import ddim
 from cameo.backbone import get_backbone
 from cameo.errors import DataError, ShapeError
+from tests.helpers.backbone_checks import one_match
 
-from .backbone_checks import one_match
 from .conftest import make_batch
 
 SIZE = 32

@@ -17,7 +17,7 @@ import cameo
 from cameo import AlignmentHead, Correspondence, TokenLayout, alignment_loss
 from cameo.alignment import supervision_weights
 from cameo.backbone import get_backbone
-from tests import backbone_checks as checks
+from tests.helpers import backbone_checks as checks
 from tests.models import VIEWS, JointModel, RowModel, frames, next_view
 from tests.test_backbones import TINY, Row
 from tests.test_wrap import UNET_MATCHES, inputs, unet

@@ -21,8 +21,8 @@ from cameo.adapters.common.joint_views import inflate
 from cameo.adapters.common.noise_schedules import ddim
 from cameo.backbone import get_backbone
 from cameo.errors import ShapeError
+from tests.helpers.backbone_checks import build_pipeline, one_match
 
-from .backbone_checks import build_pipeline, one_match
 from .conftest import make_batch
 from .test_cat3d import tiny_kl
 

@@ -29,8 +29,8 @@ from cameo.pipeline import TrainingInputs
 from cameo.self_view import self_view_only
 from cameo.training.data import build_dataset
 from cameo.training.setup import load_pipeline
+from tests.helpers import backbone_checks as checks
 
-from . import backbone_checks as checks
 from . import models
 from .conftest import make_batch
 from .test_backbones import TINY, Row, every_tiny

@@ -35,8 +35,8 @@ from cameo.training.data import build_dataset
 from cameo.training.layer_choice import probe_for
 from cameo.training.setup import load_pipeline
 from cameo.wrap import CameoModel
+from tests.helpers import backbone_checks as checks
 
-from . import backbone_checks as checks
 from .conftest import make_batch
 from .test_backbones import TINY, Row, every_tiny
 from .test_evaluation import ZERO123, Planted, joined, per_cell, plain_hits, tiled

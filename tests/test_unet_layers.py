@@ -14,8 +14,7 @@ from cameo.adapters.common.unet_layers import (
     levels_of,
     self_attentions,
 )
-
-from .zero123plus_models import stable_diffusion_unet
+from tests.helpers.zero123plus_models import stable_diffusion_unet
 
 PARTS = {"down_blocks": 6, "mid_block": 1, "up_blocks": 9}
 

@@ -23,9 +23,8 @@ from cameo.adapters.zero123plus.denoiser import ReferenceUNet
 from cameo.adapters.zero123plus.layers import ReferenceAttnProcessor
 from cameo.backbone import get_backbone
 from cameo.errors import CaptureError, ShapeError
-
-from . import zero123plus_models as parts
-from .zero123plus_models import SIZE, batch, pipeline
+from tests.helpers import zero123plus_models as parts
+from tests.helpers.zero123plus_models import SIZE, batch, pipeline
 
 REFERENCE = parts.REFERENCE
 ADAPTER = get_backbone("zero123plus")

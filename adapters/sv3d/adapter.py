@@ -34,7 +34,7 @@ LICENSE = {
 class SV3D(Backbone):
     """An orbit around an object, from one image: all frames denoised together, the conditioning frame last.
 
-    Recognises diffusers' `UNetSpatioTemporalConditionModel`, `SV3DUNet` and SGM's `VideoUNet`. The layers are the
+    Recognizes diffusers' `UNetSpatioTemporalConditionModel`, `SV3DUNet` and SGM's `VideoUNet`. The layers are the
     temporal attentions, which see one token of each frame; `inflate=True` offers the spatial ones instead and joins
     the frames in them.
 

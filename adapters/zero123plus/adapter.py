@@ -33,7 +33,7 @@ class Zero123Plus(Backbone):
     from these six, also to the reference, are supervised; the reference asks for none. Each layer runs twice in a
     forward, over the reference and over the canvas; the second run counts.
 
-    Recognised are `ReferenceUNet`, the published `RefOnlyNoisedUNet`, and a U-Net with the processors of
+    Recognized are `ReferenceUNet`, the published `RefOnlyNoisedUNet`, and a U-Net with the processors of
     `set_reference_processors`. Presets: `tiny` (pixel space, 32 px views, CPU), `small` (pixel space, 128 px views,
     one GPU).
     """

@@ -223,7 +223,7 @@ class Zero123PlusPipeline(LatentPipeline):
             noise: `[B, 7, C, h, w]`; default standard normal. The entry of view 0 seeds the noise on the reference,
                 whose grid is another.
             condition_dropout: probability of replacing a sample's reference by zeros and its context by the empty
-                prompt, for classifier-free guidance. Zeros as guidance has them, a mid grey after normalisation;
+                prompt, for classifier-free guidance. Zeros as guidance has them, a mid grey after normalization;
                 InstantMesh takes black images, and drops whole batches.
 
         Raises:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from .. import backbone_checks as checks
+from tests.helpers import backbone_checks as checks
+
 from . import test_mvdream as mvdream
 from . import test_sv3d as sv3d
 from . import test_zero123plus as zero123plus

@@ -7,8 +7,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from cameo.self_view import self_view_only
+from tests.helpers import backbone_checks as checks
 
-from .. import backbone_checks as checks
 from .test_matrix import KINDS, build, published, sgm, subject  # noqa: F401 - fixtures
 
 

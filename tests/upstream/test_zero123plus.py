@@ -23,8 +23,7 @@ from cameo.adapters.zero123plus.denoiser import ReferenceUNet
 from cameo.adapters.zero123plus.pipeline import Zero123PlusPipeline
 from cameo.backbone import get_backbone
 from cameo.errors import CaptureError
-
-from .. import zero123plus_models as parts
+from tests.helpers import zero123plus_models as parts
 
 ADAPTER = get_backbone("zero123plus")
 TILE, REFERENCE = (4, 4), (8, 8)  # tokens of layer 10 for the inputs below
