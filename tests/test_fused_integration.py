@@ -18,8 +18,8 @@ from cameo import AlignmentHead, Correspondence, TokenLayout, alignment_loss
 from cameo.alignment import supervision_weights
 from cameo.backbone import get_backbone
 from tests.helpers import backbone_checks as checks
+from tests.helpers.backbone_rows import TINY, Row
 from tests.models import VIEWS, JointModel, RowModel, frames, next_view
-from tests.test_backbones import TINY, Row
 from tests.test_wrap import UNET_MATCHES, inputs, unet
 
 GRIDS = ((2, 3), (3, 3), (2, 3))

@@ -26,8 +26,7 @@ from cameo import CameoModel, Correspondence
 from cameo.adapters.zero123plus.pipeline import Zero123PlusPipeline
 from cameo.backbone import get_backbone
 from cameo.data.rigs import rig_cameras
-
-from .conftest import make_batch
+from tests.conftest import make_batch
 
 Place = tuple[int, int, int]  # view, row, column
 WIDTH, TOKENS = 16, 5  # of the context

@@ -23,9 +23,8 @@ from cameo.adapters.common.latent_pipeline import vae_stride
 from cameo.adapters.common.noise_schedules import ddim
 from cameo.backbone import get_backbone
 from cameo.errors import DataError, ShapeError
+from tests.conftest import make_batch
 from tests.helpers.backbone_checks import one_match
-
-from .conftest import make_batch
 
 SIZE = 32
 NARROW: dict[str, Any] = {"block_out_channels": (16, 32), "heads": 2, "norm_num_groups": 8, "image_size": SIZE}

@@ -18,8 +18,7 @@ import cameo
 from cameo import CameoModel
 from cameo.adapters.hunyuan_dit import MultiViewHunyuanAttnProcessor, join_views
 from cameo.errors import ShapeError
-
-from .models import (
+from tests.models import (
     GRID,
     SAMPLES,
     VIEWS,

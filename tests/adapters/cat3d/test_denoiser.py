@@ -1,4 +1,4 @@
-"""The diffusion transformer of `cat3d`, beside what tests/test_backbones.py asks of every preset."""
+"""The diffusion transformer of `cat3d`, beside what tests/adapters/test_backbones.py asks of every preset."""
 
 from __future__ import annotations
 
@@ -21,10 +21,9 @@ from cameo.adapters.common.joint_views import inflate
 from cameo.adapters.common.noise_schedules import ddim
 from cameo.backbone import get_backbone
 from cameo.errors import ShapeError
+from tests.adapters.cat3d.test_pipeline import tiny_kl
+from tests.conftest import make_batch
 from tests.helpers.backbone_checks import build_pipeline, one_match
-
-from .conftest import make_batch
-from .test_cat3d import tiny_kl
 
 
 @functools.cache

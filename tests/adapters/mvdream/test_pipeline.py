@@ -34,10 +34,9 @@ from cameo.adapters.mvdream.denoiser import CameraEmbedding, ImageDreamUNet, pre
 from cameo.adapters.mvdream.pipeline import MVDreamPipeline
 from cameo.backbone import get_backbone
 from cameo.errors import CaptureError, ShapeError
-
-from .conftest import make_batch
-from .models import Attention, add_lora, check_overfits
-from .test_mvdream_cameras import UP, ring
+from tests.adapters.mvdream.test_cameras import UP, ring
+from tests.conftest import make_batch
+from tests.models import Attention, add_lora, check_overfits
 
 SIZE = 32
 NARROW: dict[str, Any] = {"block_out_channels": (16, 32), "heads": 2, "norm_num_groups": 8, "image_size": SIZE}

@@ -17,9 +17,7 @@ from cameo.adapters.mvdream.denoiser import ImageDreamUNet, prepare
 from cameo.adapters.mvdream.weights import convert_unet
 from cameo.backbone import get_backbone
 from cameo.errors import DataError
-
-from .conftest import make_batch
-from .test_mvdream import (
+from tests.adapters.mvdream.test_pipeline import (
     PRESETS,
     SIZE,
     batch,
@@ -31,6 +29,7 @@ from .test_mvdream import (
     tiny_kl,
     with_image_tokens,
 )
+from tests.conftest import make_batch
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -21,10 +21,9 @@ from cameo.adapters.zero123plus.denoiser import ReferenceUNet
 from cameo.adapters.zero123plus.pipeline import Zero123PlusPipeline
 from cameo.backbone import get_backbone
 from cameo.errors import DataError, ShapeError
+from tests.conftest import make_batch
 from tests.helpers import zero123plus_models as parts
 from tests.helpers.zero123plus_models import SIZE, batch, pipeline
-
-from .conftest import make_batch
 
 REFERENCE = parts.REFERENCE
 ADAPTER = get_backbone("zero123plus")

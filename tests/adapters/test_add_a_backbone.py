@@ -14,7 +14,7 @@ import pytest
 
 import cameo
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "add_a_backbone.md").read_text(encoding="utf-8")
 
 

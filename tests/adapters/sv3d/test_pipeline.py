@@ -40,9 +40,8 @@ from cameo.adapters.sv3d.denoiser import SV3DUNet
 from cameo.adapters.sv3d.pipeline import SV3DPipeline, triangle_scale
 from cameo.backbone import get_backbone
 from cameo.errors import DataError, ShapeError
-
-from .conftest import make_batch
-from .models import GRID, SAMPLES, VIEWS, add_lora, check_layout, next_view
+from tests.conftest import make_batch
+from tests.models import GRID, SAMPLES, VIEWS, add_lora, check_layout, next_view
 
 SIZE = 32
 NARROW: dict[str, Any] = {"block_out_channels": (32, 32), "heads": 2, "embed_dim": 16}
