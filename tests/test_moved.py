@@ -15,6 +15,7 @@ import torch
 
 from cameo.backbone import get_backbone
 from cameo.moved import MOVED, MOVED_NAMES
+from tests.helpers.mvdream_models import with_image_tokens
 
 # Modules some of whose names are elsewhere today; the others are the very modules of today.
 SPLIT = {name.rpartition(".")[0] for name in MOVED_NAMES}
@@ -73,15 +74,16 @@ def test_a_pickle_with_an_old_path_loads() -> None:
     ("backbone", "preset", "old", "new"),
     [
         ("cat3d", "transformer-tiny", ["cameo.adapters.joint_dit", "JointDiT"], "cameo.adapters.cat3d.denoiser"),
+        ("mvdream", None, ["cameo.adapters.mvdream_unet", "ImageDreamUNet"], "cameo.adapters.mvdream.denoiser"),
         ("sv3d", "tiny", ["cameo.adapters.sv3d_unet", "SV3DUNet"], "cameo.adapters.sv3d.denoiser"),
     ],
-    ids=["cat3d", "sv3d"],
+    ids=["cat3d", "mvdream", "sv3d"],
 )
 def test_a_pipeline_saved_with_an_old_path_loads(
-    backbone: str, preset: str, old: list[str], new: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    backbone: str, preset: str | None, old: list[str], new: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     adapter = get_backbone(backbone)
-    saved = adapter.build(preset)
+    saved = adapter.build(preset) if preset else with_image_tokens()
     saved.save_pretrained(tmp_path)
     index = json.loads((tmp_path / "model_index.json").read_text())
     assert index["unet"] == [new, old[1]]  # what is written today

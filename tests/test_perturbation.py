@@ -30,10 +30,10 @@ from cameo.self_view import self_view_only
 from cameo.training.data import build_dataset
 from cameo.training.setup import load_pipeline
 from tests.helpers import backbone_checks as checks
+from tests.helpers.backbone_rows import TINY, Row, every_tiny
 
 from . import models
 from .conftest import make_batch
-from .test_backbones import TINY, Row, every_tiny
 from .test_capture import (  # noqa: F401 - a fixture
     DIMENSION,
     HEADS,

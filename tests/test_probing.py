@@ -36,9 +36,9 @@ from cameo.training.layer_choice import probe_for
 from cameo.training.setup import load_pipeline
 from cameo.wrap import CameoModel
 from tests.helpers import backbone_checks as checks
+from tests.helpers.backbone_rows import TINY, Row, every_tiny
 
 from .conftest import make_batch
-from .test_backbones import TINY, Row, every_tiny
 from .test_evaluation import ZERO123, Planted, joined, per_cell, plain_hits, tiled
 from .training_runs import RECIPES, make_config, scene_cache
 

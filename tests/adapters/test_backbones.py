@@ -17,10 +17,7 @@ from cameo.licence import find_licence
 from cameo.pipeline import MultiViewPipeline
 from cameo.training.correspondences import match_layers
 from tests.helpers import backbone_checks as checks
-from tests.helpers.backbone_rows import ROWS, TINY, Row
-
-every_row = pytest.mark.parametrize("row", ROWS, ids=str)
-every_tiny = pytest.mark.parametrize("row", TINY, ids=str)
+from tests.helpers.backbone_rows import ROWS, Row, every_row, every_tiny
 
 
 def test_every_backbone_and_preset_has_a_row() -> None:
@@ -31,7 +28,7 @@ def test_every_backbone_and_preset_has_a_row() -> None:
 
 @every_row
 def test_recognises_its_own_and_refuses_others(row: Row) -> None:
-    adapter, denoiser = get_backbone(row.backbone), _built(row).denoiser
+    adapter, denoiser = get_backbone(row.backbone), row.pipeline().denoiser
     assert adapter.recognizes(denoiser)
     assert not adapter.recognizes(nn.Linear(2, 2))
     assert "Linear" in adapter.explain_mismatch(nn.Linear(2, 2))

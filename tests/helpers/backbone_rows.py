@@ -7,6 +7,7 @@ import functools
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
@@ -14,7 +15,7 @@ from cameo.pipeline import TrainingInputs
 from tests.conftest import make_batch
 from tests.helpers import backbone_checks as checks
 
-__all__ = ["ROWS", "TINY", "Row"]
+__all__ = ["ROWS", "TINY", "Row", "every_row", "every_tiny"]
 
 
 @dataclass(frozen=True)
@@ -95,3 +96,5 @@ SMALL = [
     Row("sv3d", "small", views=3, references=1, size=32, grids=((4, 4),) * 3),
 ]
 ROWS = [*TINY, *SMALL]
+every_row = pytest.mark.parametrize("row", ROWS, ids=str)
+every_tiny = pytest.mark.parametrize("row", TINY, ids=str)

@@ -444,7 +444,7 @@ def test_own_unet_computes_the_same(sgm: SimpleNamespace, numbers: int, layout: 
 
 
 def test_a_checkpoint_file_becomes_a_pipeline(sgm: SimpleNamespace, tmp_path: Path) -> None:
-    from tests.adapters.sv3d.test_pipeline import tiny_vae
+    from tests.helpers.sv3d_models import tiny_vae
 
     model, adapter = build(sgm), get_backbone("sv3d")
     state = {f"model.diffusion_model.{name}": value for name, value in model.state_dict().items()}

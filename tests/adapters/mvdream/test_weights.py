@@ -17,7 +17,8 @@ from cameo.adapters.mvdream.denoiser import ImageDreamUNet, prepare
 from cameo.adapters.mvdream.weights import convert_unet
 from cameo.backbone import get_backbone
 from cameo.errors import DataError
-from tests.adapters.mvdream.test_pipeline import (
+from tests.conftest import make_batch
+from tests.helpers.mvdream_models import (
     PRESETS,
     SIZE,
     batch,
@@ -29,7 +30,6 @@ from tests.adapters.mvdream.test_pipeline import (
     tiny_kl,
     with_image_tokens,
 )
-from tests.conftest import make_batch
 
 
 @pytest.mark.parametrize("preset", PRESETS)
