@@ -23,7 +23,7 @@ SELF_ATTENTION = re.compile(r"blocks\.\d+\.attn1\.processor")
 class MultiViewHunyuanAttnProcessor:
     """Attention processor in which the tokens of `num_views` consecutive images attend to each other.
 
-    The attention itself is diffusers' `HunyuanAttnProcessor2_0`: query and key are normalised, then rotated by the
+    The attention itself is diffusers' `HunyuanAttnProcessor2_0`: query and key are normalized, then rotated by the
     position in their own image, so a token meets the same cell of another view at distance zero. The number of views
     is a setting of the processor, because the transformer hands no arguments of the caller down to it.
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from cameo import moved
 from cameo.lazy import load_on_use
-from cameo.version import __version__
+from cameo.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from cameo.alignment import AlignmentHead, alignment_loss

@@ -6,9 +6,11 @@ An adapter is one module and one registration: the entry-point group `cameo.back
 
 from __future__ import annotations
 
+import functools
 import operator
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import Any, ClassVar
 
@@ -17,10 +19,31 @@ from torch import nn
 from cameo.attention.capture import AttentionSite
 from cameo.errors import unknown_name
 
-__all__ = ["Backbone", "backbones", "core_module", "get_backbone", "register_backbone"]
+__all__ = ["Backbone", "Release", "backbones", "core_module", "get_backbone", "register_backbone"]
 
 ENTRY_POINT_GROUP = "cameo.backbones"
+RENAMED_METHODS = {"hazard": "unsupported", "licence": "license", "recognises": "recognizes"}  # old name: new name
 _registry: dict[str, type[Backbone]] = {}
+
+
+@dataclass(frozen=True)
+class Release:
+    """Weights that somebody published, as a backbone's `released` lists them by Hub id.
+
+    Example:
+        >>> Release("openrail++", revision="bb2154823665391b4fb29b0b9cf82a198964ee05").license
+        'openrail++'
+
+    Attributes:
+        license: identifier of the Hub, or the front-matter entries `license`, `license_name` and `license_link` for a
+            license that has no identifier.
+        revision: commit that is loaded where the caller names none; None takes the newest.
+        holds: what the repository holds, for readers of the table.
+    """
+
+    license: str | Mapping[str, str]
+    revision: str | None = None
+    holds: str = ""
 
 
 class Backbone:
@@ -29,29 +52,49 @@ class Backbone:
     Example:
         >>> from cameo import TokenLayout
         >>> class Joint(Backbone):
-        ...     def recognises(self, model):
+        ...     def recognizes(self, model):
         ...         return hasattr(model, "joint_attention")
         ...     def sites(self, model):
         ...         return [AttentionSite(0, "joint_attention", heads=8, layout=TokenLayout("b (v h w)"))]
         ...     def default_layer(self, model):
         ...         return 0
 
-    *Attach*: recognise a model by its structure, list its cross-view attention layers, give their token
+    *Attach*: recognize a model by its structure, list its cross-view attention layers, give their token
     layout. *Train and sample*: build the backbone's pipeline from a preset or a released checkpoint. An
     adapter that only attaches leaves the second part out; its methods then raise `NotImplementedError` with
     the backbone's name.
+
+    Attributes:
+        name: what users write as `backbone=`; set by the registration.
+        presets: values of `build` for models with fresh weights, by the preset's name.
+        preset_license: license of a model that was trained from a preset; None leaves it to the user.
+        released: published weights that `load` reads, by Hub id. `license` and `revision` answer from this table.
+        pipeline_tag: task on the Hub, for the model card.
     """
 
     name: ClassVar[str]
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    preset_license: ClassVar[str | None] = None
+    released: ClassVar[Mapping[str, Release]] = {}
     pipeline_tag: ClassVar[str] = "image-to-3d"
 
-    def recognises(self, model: nn.Module) -> bool:
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Let a method that overrides an old name count as the new one, and keep the old names callable."""
+        super().__init_subclass__(**options)
+        for old, new in RENAMED_METHODS.items():
+            overriding = vars(next(kind for kind in cls.__mro__ if {old, new} & vars(kind).keys()))
+            if new not in overriding:
+                warnings.warn(f"{cls.__qualname__}.{old} is now called {new}; rename it", FutureWarning, stacklevel=2)
+                setattr(cls, new, overriding[old])
+            elif old not in overriding:
+                setattr(cls, old, _under_old_name(old, overriding[new]))
+
+    def recognizes(self, model: nn.Module) -> bool:
         """Tell whether `model` has the structure this adapter knows."""
-        raise NotImplementedError(f"backbone {self.name!r} does not say which models it recognises")
+        raise NotImplementedError(f"backbone {self.name!r} does not say which models it recognizes")
 
     def explain_mismatch(self, model: nn.Module) -> str:
-        """Say what is missing in a model that is not recognised, and the cure."""
+        """Say what is missing in a model that is not recognized, and the cure."""
         return f"{type(model).__name__} does not have the structure of backbone {self.name!r}"
 
     def sites(self, model: nn.Module) -> list[AttentionSite]:
@@ -72,14 +115,14 @@ class Backbone:
     def inflate(self, model: nn.Module, path: str) -> None:
         """Let the layer at `path`, one of `inflatable`, attend across views, in place; its weights stay as they are.
 
-        Doing it twice is doing it once.
+        A second call for the same layer changes nothing.
         """
         raise NotImplementedError(f"backbone {self.name!r} has no layers to inflate")
 
-    def hazard(self, model: nn.Module) -> str | None:
-        """Say why training `model` with an alignment loss would fail or train nothing as it is now, and the cure.
+    def unsupported(self, model: nn.Module) -> str | None:
+        """Say why `model`, as it is now, cannot be trained with an alignment loss, and the cure; None if it can.
 
-        Asked before every training forward with a correspondence; None if nothing is wrong.
+        Asked before every training forward with a correspondence.
         """
         return None
 
@@ -99,16 +142,35 @@ class Backbone:
         """
         raise NotImplementedError(f"backbone {self.name!r} only attaches; load the model yourself")
 
-    def licence(self, name_or_path: str | None) -> str | Mapping[str, str] | None:
-        """Return the licence of released weights this adapter knows, else None.
+    def license(self, name_or_path: str | None) -> str | Mapping[str, str] | None:
+        """Return the license of a preset or of weights in `released`, None for others.
 
         An identifier of the Hub, or front-matter entries `license`, `license_name`, `license_link`.
         """
-        return None
+        name = name_or_path or ""
+        if name.startswith("preset:"):
+            return self.preset_license
+        return self.released[name].license if name in self.released else None
 
     def revision(self, name_or_path: str | None) -> str | None:
-        """Return the revision at which `load` reads released weights when the caller names none."""
-        return None
+        """Return the commit at which `load` reads weights in `released` when the caller names none."""
+        name = name_or_path or ""
+        return self.released[name].revision if name in self.released else None
+
+
+def _under_old_name(old: str, method: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `method` under its old name, with a warning at each call."""
+
+    @functools.wraps(method)
+    def renamed(*args: Any, **kwargs: Any) -> Any:
+        warnings.warn(f"Backbone.{old} is now called {method.__name__}", FutureWarning, stacklevel=2)
+        return method(*args, **kwargs)
+
+    return renamed
+
+
+for _old, _new in RENAMED_METHODS.items():
+    setattr(Backbone, _old, _under_old_name(_old, vars(Backbone)[_new]))
 
 
 def register_backbone(name: str) -> Callable[[type[Backbone]], type[Backbone]]:

@@ -320,7 +320,7 @@ class CameoModel(nn.Module):
     def _check_hazard(self) -> None:
         if self.cameo_config.backbone is None or not (self.training and torch.is_grad_enabled()):
             return
-        if hazard := get_backbone(self.cameo_config.backbone).hazard(core_module(self.base_model)):
+        if hazard := get_backbone(self.cameo_config.backbone).unsupported(core_module(self.base_model)):
             raise CaptureError(hazard)
 
     def _check_graph(self, site: AttentionSite, seen: CapturedAttention) -> None:

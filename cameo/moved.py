@@ -1,7 +1,7 @@
 """Modules under the names they had in earlier releases, so that old imports, pickles and saved pipelines work.
 
-A saved `model_index.json` names the module of each class in it, as a pickle does. `MOVED` is the whole table; nothing
-else in this project knows an old name.
+A saved `model_index.json` names the module of each class in it, as a pickle does. The two tables are plain data, and
+nothing else in this project knows an old name.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-__all__ = ["MOVED", "install"]
+__all__ = ["MOVED", "MOVED_NAMES", "install", "place_today"]
 
-# Old name: new name, or the new names of the parts where the contents of a module are in several places today.
-MOVED: dict[str, str | tuple[str, ...]] = {
+# Old name of a module: its name today.
+MOVED: dict[str, str] = {
     "cameo.adapters.cat3d_pipeline": "cameo.adapters.cat3d.pipeline",
     "cameo.adapters.joined_frames": "cameo.adapters.common.joined_frames",
     "cameo.adapters.joint_dit": "cameo.adapters.cat3d.denoiser",
@@ -89,6 +89,29 @@ MOVED: dict[str, str | tuple[str, ...]] = {
 }
 
 
+# Old name of something that is not in the module that `MOVED` names: where it is today.
+MOVED_NAMES: dict[str, str] = {
+    "cameo.adapters.cat3d_pipeline.JointViewAttnProcessor": "cameo.adapters.common.joint_views.JointViewAttnProcessor",
+    "cameo.adapters.mvdream_loading.noise_schedule": "cameo.adapters.common.noise_schedules.ddim",
+    "cameo.adapters.sgm_video_unet.checkpoint_hazard": "cameo.adapters.sv3d.layers.reentrant_checkpointing",
+    "cameo.adapters.sv3d_pipeline.edm_scheduler": "cameo.adapters.common.noise_schedules.edm_euler",
+    "cameo.adapters.zero123plus_images.by_canvas": "cameo.adapters.zero123plus.cameras.by_canvas",
+    "cameo.adapters.zero123plus_images.from_canvas": "cameo.adapters.zero123plus.cameras.from_canvas",
+    "cameo.adapters.zero123plus_images.to_canvas": "cameo.adapters.zero123plus.cameras.to_canvas",
+    "cameo.adapters.zero123plus_unet.RELEASED_REFERENCE_SIZE": (
+        "cameo.adapters.zero123plus.layers.RELEASED_REFERENCE_SIZE"
+    ),
+    "cameo.adapters.zero123plus_unet.ReferenceAttnProcessor": (
+        "cameo.adapters.zero123plus.layers.ReferenceAttnProcessor"
+    ),
+    "cameo.adapters.zero123plus_unet.check_references": "cameo.adapters.zero123plus.layers.check_references",
+    "cameo.adapters.zero123plus_unet.is_published": "cameo.adapters.zero123plus.layers.is_published",
+    "cameo.adapters.zero123plus_unet.keep_references": "cameo.adapters.zero123plus.convert.keep_references",
+    "cameo.adapters.zero123plus_unet.noise_schedule": "cameo.adapters.common.noise_schedules.linear_ddpm",
+    "cameo.adapters.zero123plus_unet.reads_references": "cameo.adapters.zero123plus.layers.reads_references",
+}
+
+
 class _MovedFinder(MetaPathFinder, Loader):
     """Finds the modules of `MOVED`."""
 
@@ -98,22 +121,32 @@ class _MovedFinder(MetaPathFinder, Loader):
         return ModuleSpec(fullname, self) if fullname in MOVED else None
 
     def exec_module(self, module: ModuleType) -> None:
-        """Put the module that `MOVED` names in place of the empty `module`."""
+        """Put today's module in the place of the empty `module`, or let this one find today's names."""
         old, new = module.__name__, MOVED[module.__name__]
-        parts = (new,) if isinstance(new, str) else new
-        warnings.warn(f"{old} is now {' and '.join(parts)}; import it from there", FutureWarning, stacklevel=2)
-        homes = [importlib.import_module(part) for part in parts]
-        if len(homes) == 1:
-            sys.modules[old] = homes[0]  # the very same module, which the import system then hands out
+        warnings.warn(f"{old} is now {new}; import it from there", FutureWarning, stacklevel=2)
+        if not any(name.rpartition(".")[0] == old for name in MOVED_NAMES):
+            sys.modules[old] = importlib.import_module(new)  # the very same module, which Python then hands out
             return
 
         def find(name: str) -> Any:
-            for home in homes:
-                if hasattr(home, name):
-                    return getattr(home, name)
-            raise AttributeError(f"module {old!r} has no attribute {name!r}; it is now {' and '.join(parts)}")
+            place, renamed = place_today(old, name)
+            return getattr(importlib.import_module(place), renamed)
 
-        module.__getattr__ = find  # type: ignore[method-assign]
+        vars(module)["__getattr__"] = find
+
+
+def place_today(module: str, name: str) -> tuple[str, str]:
+    """Return the module in which something is today, and its name there; what did not move stays as it is.
+
+    Example:
+        >>> place_today("cameo.adapters.joint_dit", "JointDiT")
+        ('cameo.adapters.cat3d.denoiser', 'JointDiT')
+        >>> place_today("diffusers", "DDIMScheduler")
+        ('diffusers', 'DDIMScheduler')
+    """
+    if moved := MOVED_NAMES.get(f"{module}.{name}"):
+        module, _, name = moved.rpartition(".")
+    return MOVED.get(module, module), name
 
 
 def install() -> None:

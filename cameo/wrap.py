@@ -133,7 +133,7 @@ def wrap(
                 f"{backbone!r} knows them"
             )
         adapter = get_backbone(backbone)
-        if not adapter.recognises(core):
+        if not adapter.recognizes(core):
             raise ValueError(f"backbone {backbone!r} does not fit: {adapter.explain_mismatch(core)}")
         sites = adapter.inflatable(core) if inflate else adapter.sites(core)
         if inflate and not sites:

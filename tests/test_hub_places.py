@@ -65,7 +65,7 @@ def test_a_backbone_without_such_options_still_loads(tmp_path: Path, monkeypatch
     assert cameo.from_pretrained(model.save_pretrained(tmp_path)).base_model is pipeline.denoiser
 
 
-@pytest.mark.parametrize("module", ["cameo.hub", "cameo.model"])
+@pytest.mark.parametrize("module", ["cameo.hub.save_load", "cameo.model"])
 def test_examples_wrap_what_can_be_supervised(module: str, monkeypatch: pytest.MonkeyPatch) -> None:
     models: list[cameo.CameoModel] = []
     wrap = cameo.wrap

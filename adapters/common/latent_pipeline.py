@@ -5,6 +5,7 @@ Axes: B samples, V views (reference views first), C channels, H W image pixels, 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from cameo.errors import ShapeError
 from cameo.memory import align_module
+from cameo.moved import place_today
 from cameo.pipeline import TrainingInputs
 
 __all__ = ["LatentPipeline", "reference_views", "vae_stride"]
@@ -37,6 +39,27 @@ class LatentPipeline(DiffusionPipeline):
         for component in loaded.components.values():
             if isinstance(component, nn.Module):
                 align_module(component)
+        return loaded
+
+    @classmethod
+    def load_config(cls, *args: Any, **options: Any) -> Any:
+        """Read `model_index.json` as diffusers does; the classes that an earlier release named are those of today.
+
+        diffusers takes a component's class from a module that is imported already, and never imports one by its name.
+        """
+        loaded = super().load_config(*args, **options)
+        config = loaded[0] if isinstance(loaded, tuple) else loaded
+        for component, saved in config.items():
+            if isinstance(saved, list) and len(saved) == 2 and None not in saved:
+                today = list(place_today(*saved))
+                if today != saved:
+                    warnings.warn(
+                        f"model_index.json: {component} is a {'.'.join(saved)}, which is now {'.'.join(today)}; "
+                        "save the pipeline again to write the new name",
+                        FutureWarning,
+                        stacklevel=2,
+                    )
+                    config[component] = today
         return loaded
 
     @property

@@ -7,14 +7,15 @@ layers run; nor is the order of `attn_processors`.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["checkpoints_reentrantly", "default_layer_index", "level_of", "self_attentions"]
+__all__ = ["checkpoints_reentrantly", "default_layer_index", "level_of", "levels_of", "self_attentions"]
 
+UP_BLOCKS = {"up_blocks", "output_blocks"}
 ORDER = {"down_blocks": 0, "mid_block": 1, "up_blocks": 2}
 PLACE = re.compile(r"(?:.+\.)?(down_blocks|mid_block|up_blocks)(?:\.(\d+))?\.attentions\.(\d+)\.(\w+)\.(\d+)\.attn1")
 
@@ -66,24 +67,28 @@ def level_of(model: nn.Module, path: str) -> int:
     return {"down_blocks": block, "mid_block": coarsest, "up_blocks": coarsest - block}[part]
 
 
-def default_layer_index(model: nn.Module, paths: Iterable[str]) -> int:
+def levels_of(model: nn.Module, paths: Iterable[str]) -> dict[str, int]:
+    """Return `level_of` for several layers, by path."""
+    return {path: level_of(model, path) for path in paths}
+
+
+def default_layer_index(levels: Mapping[str, int]) -> int:
     """Position of the first attention of the up block one level below full resolution, or of the last layer.
 
     In the shape of Stable Diffusion 2.1 this is layer 10 of 16, the best of those that the paper compares.
 
     Example:
-        >>> from cameo.backbone import get_backbone
-        >>> unet = get_backbone("cat3d").build("tiny").unet
-        >>> paths = list(self_attentions(unet))
-        >>> paths[default_layer_index(unet, paths)]
-        'up_blocks.0.attentions.0.transformer_blocks.0.attn1'
+        >>> default_layer_index({"down_blocks.1.attn1": 1, "mid_block.attn1": 1, "up_blocks.0.attn1": 1})
+        2
+
+    Args:
+        levels: how often the latents were halved at each attention, by its path, in execution order. The paths have
+            the block names of diffusers or those of the original ldm code, for which `up_blocks` is `output_blocks`.
     """
-    paths = list(paths)
-    for index, path in enumerate(paths):
-        match = PLACE.fullmatch(path)
-        if match and match[1] == "up_blocks" and level_of(model, path) == 1:
+    for index, (path, level) in enumerate(levels.items()):
+        if level == 1 and UP_BLOCKS & set(path.split(".")):
             return index
-    return len(paths) - 1
+    return len(levels) - 1
 
 
 def checkpoints_reentrantly(model: nn.Module) -> bool:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-import re
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -11,22 +9,30 @@ import torch
 from torch import nn
 
 from cameo.adapters.common.presets import preset_values, unet_2d
-from cameo.adapters.common.unet_layers import default_layer_index, level_of, self_attentions
-from cameo.adapters.released import licence_of, revision_of
-from cameo.attention.capture import AttentionSite
-from cameo.attention.layout import TokenLayout
-from cameo.backbone import Backbone
-
-__all__ = ["MVDream", "disable_checkpointing", "set_image_view"]
-
-LDM_ATTENTION = re.compile(
-    r"(?P<prefix>(?:.+\.)?)(?:(?P<part>input_blocks|output_blocks)\.(?P<block>\d+)|middle_block)\.1"
-    r"\.transformer_blocks\.\d+\.attn1"
+from cameo.adapters.common.unet_layers import default_layer_index, self_attentions
+from cameo.adapters.mvdream.cameras import CAMERA_CHANNELS
+from cameo.adapters.mvdream.layers import (
+    attends_to_text,
+    checkpointed_blocks,
+    context_channels,
+    embeds_cameras,
+    find_attentions,
+    find_levels,
+    has_image_view,
+    joins_views,
+    ldm_unet,
+    token_layout,
 )
+from cameo.attention.capture import AttentionSite
+from cameo.backbone import Backbone, Release
+
+__all__ = ["MVDream"]
+
 LATENT_STRIDE = 8  # of the only autoencoder that the releases use
+
 # The whole way for a U-Net of one's own.
 PREPARE = (
-    "Before cameo.wrap: from cameo.adapters.mvdream_unet import prepare; prepare(unet, image_view=False, "
+    "Before cameo.wrap: from cameo.adapters.mvdream.denoiser import prepare; prepare(unet, image_view=False, "
     "latent_stride=8), with image_view=True for ImageDream. In each forward: "
     "cross_attention_kwargs={'num_views': V}. An MVDreamPipeline does both"
 )
@@ -68,21 +74,27 @@ class MVDream(Backbone):
             "norm_num_groups": 32,
         },
     }
+    preset_license = "apache-2.0"
+    released: ClassVar[Mapping[str, Release]] = {
+        "ashawkey/mvdream-sd2.1-diffusers": Release(
+            "openrail", holds="MVDream on Stable Diffusion 2.1, diffusers layout"
+        ),
+        "ashawkey/imagedream-ipmv-diffusers": Release(
+            "openrail", holds="ImageDream with pixel controller, diffusers layout"
+        ),
+        "MVDream/MVDream": Release(
+            "openrail",
+            revision="d14ac9d78c48c266005729f2d5633f6c265da467",
+            holds="MVDream, original checkpoints",
+        ),
+    }
 
-    def recognises(self, model: nn.Module) -> bool:
+    def recognizes(self, model: nn.Module) -> bool:
         """Whether the self-attentions join the views and the model embeds 16 numbers of camera per view."""
-        if _ldm_attentions(model):
-            return True
-        from cameo.adapters.mvdream.denoiser import embeds_cameras
-
-        attentions = self_attentions(model)
-        joined = [getattr(getattr(one, "processor", None), "join", False) for one in attentions.values()]
-        return bool(joined) and all(joined) and embeds_cameras(model)
+        return joins_views(model) and (ldm_unet(model) is not None or embeds_cameras(model))
 
     def explain_mismatch(self, model: nn.Module) -> str:
         """Name the missing camera embedding, inflation or blocks."""
-        from cameo.adapters.mvdream.denoiser import embeds_cameras
-
         kind = type(model).__name__
         if self_attentions(model) and embeds_cameras(model):
             return f"the self-attentions of this {kind} see one view at a time. {PREPARE}"
@@ -99,44 +111,27 @@ class MVDream(Backbone):
 
     def sites(self, model: nn.Module) -> list[AttentionSite]:
         """All self-attentions in execution order."""
-        if attentions := _ldm_attentions(model):
-            levels = _ldm_levels(model, attentions)
-            return [
-                AttentionSite(
-                    index,
-                    path,
-                    int(attention.heads),
-                    _layout(_ldm_unet(model, path)),
-                    LATENT_STRIDE * 2 ** levels[path],
-                    unsupported=_text_instead_of_views(model, path),
-                )
-                for index, (path, attention) in enumerate(attentions.items())
-            ]
+        unet, levels = ldm_unet(model), find_levels(model)
+        layout = token_layout(model if unet is None else unet)
         found = []
-        for index, (path, attention) in enumerate(self_attentions(model).items()):
-            latent_stride = getattr(attention.processor, "latent_stride", None)
-            stride = latent_stride * 2 ** level_of(model, path) if latent_stride else None
-            heads = int(attention.heads)
-            found.append(AttentionSite(index, path, heads, _layout(model), stride, stride_cure=PREPARE))
+        for index, (path, attention) in enumerate(find_attentions(model).items()):
+            latent_stride = LATENT_STRIDE if unet is not None else getattr(attention.processor, "latent_stride", None)
+            stride = latent_stride and latent_stride * 2 ** levels[path]
+            reason = attends_to_text(model, path) if unet is not None else None
+            found.append(
+                AttentionSite(
+                    index, path, int(attention.heads), layout, stride, unsupported=reason, stride_cure=PREPARE
+                )
+            )
         return found
 
     def default_layer(self, model: nn.Module) -> int:
         """First attention of the up block one level below full resolution (in the releases: 10 of 16)."""
-        attentions = _ldm_attentions(model)
-        if not attentions:
-            return default_layer_index(model, self_attentions(model))
-        levels = _ldm_levels(model, attentions)
-        wanted = (
-            index for index, path in enumerate(attentions) if levels[path] == 1 and "output_blocks" in path.split(".")
-        )
-        return next(wanted, len(attentions) - 1)
+        return default_layer_index(find_levels(model))
 
-    def hazard(self, model: nn.Module) -> str | None:
+    def unsupported(self, model: nn.Module) -> str | None:
         """Name the blocks of the original code that would recompute themselves without a graph."""
-        if hasattr(model, "down_blocks") or not _ldm_attentions(model):  # diffusers checkpoints without harm
-            return None
-        blocks = [name for name, module in model.named_modules() if _checkpoints(module)]
-        if not blocks:
+        if not (blocks := checkpointed_blocks(model)):
             return None
         return (
             f"{len(blocks)} blocks of this {type(model).__name__} ({blocks[0]}, ...) are checkpointed by the code's "
@@ -153,23 +148,23 @@ class MVDream(Backbone):
         def normal(*shape: int) -> torch.Tensor:
             return torch.randn(shape, generator=generator).to(like)
 
-        attentions = _ldm_attentions(model)
-        unet: Any = _ldm_unet(model, next(iter(attentions))) if attentions else model
-        views = 3 if _has_image_view(unet) else 2
+        original = ldm_unet(model)
+        unet: Any = model if original is None else original
+        views = 3 if has_image_view(unet) else 2
         timesteps = torch.full((views,), 500, device=like.device)
         cameras = normal(views, 16)
         if views == 3:
             cameras[-1] = 0
-        if not attentions:
+        if original is None:
             side = 2 ** max(3, len(unet.down_blocks) - 1)
             kwargs: dict[str, Any] = {"class_labels": cameras, "cross_attention_kwargs": {"num_views": views}}
             if unet.config.encoder_hid_dim_type == "ip_image_proj":
                 kwargs["added_cond_kwargs"] = {"image_embeds": [normal(views, 1, 3, unet.config.encoder_hid_dim)]}
             context = torch.zeros(views, 1, unet.config.cross_attention_dim).to(like)
             return (normal(views, unet.config.in_channels, side, side), timesteps, context), kwargs
-        side = 2 ** max(3, max(_ldm_levels(model, attentions).values()))
+        side = 2 ** max(3, max(find_levels(model).values()))
         # The port hands the time steps' precision on.
-        args = (normal(views, unet.in_channels, side, side), timesteps, normal(views, 5, _context_channels(unet)))
+        args = (normal(views, unet.in_channels, side, side), timesteps, normal(views, 5, context_channels(unet)))
         kwargs = {"camera": cameras, "num_frames": views}
         if getattr(unet, "image_embed", None) is not None:
             kwargs["ip"] = normal(views, 3, unet.image_embed.proj_in.in_features)
@@ -186,9 +181,8 @@ class MVDream(Backbone):
                 (per resolution, finest first), `layers_per_block`, `heads`, `norm_num_groups`, `cross_attention_dim`,
                 `prediction_type`, `prompt`, `single_image_share`, `condition`.
         """
-        from cameo.adapters.mvdream.cameras import CAMERA_CHANNELS
+        from cameo.adapters.common.noise_schedules import ddim
         from cameo.adapters.mvdream.pipeline import MVDreamPipeline
-        from cameo.adapters.mvdream.weights import noise_schedule
 
         values = preset_values(
             self,
@@ -211,7 +205,7 @@ class MVDream(Backbone):
             projection_class_embeddings_input_dim=CAMERA_CHANNELS,
         )
         settings = {name: values[name] for name in ("patch_size", "condition", "prompt", "single_image_share")}
-        return MVDreamPipeline(unet, noise_schedule(values["prediction_type"]), **settings)
+        return MVDreamPipeline(unet, ddim(values["prediction_type"]), **settings)
 
     def load(self, name_or_path: str, *, revision: str | None = None, **options: Any) -> Any:
         """Load a saved `MVDreamPipeline`, a release in the layout of the diffusers port, or an original checkpoint.
@@ -222,7 +216,7 @@ class MVDream(Backbone):
 
         Args:
             name_or_path: Hub id, folder or file.
-            revision: commit, tag or branch of a Hub id; default the one in `cameo.adapters.released`.
+            revision: commit, tag or branch of a Hub id; default the one in `released`.
             **options: `weights` and `stable_diffusion` (see above), `num_heads` or `num_head_channels` of an original
                 checkpoint that is not of the released shape, `image_encoder` (Hub id or folder of ImageDream's CLIP
                 encoder, for an original checkpoint), `prompt`, `single_image_share`, `torch_dtype`.
@@ -232,118 +226,4 @@ class MVDream(Backbone):
         """
         from cameo.adapters.mvdream.weights import load_pipeline
 
-        return load_pipeline(name_or_path, revision=revision or revision_of(name_or_path), **options)
-
-    def licence(self, name_or_path: str | None) -> str | Mapping[str, str] | None:
-        """Licence of presets and of the releases listed in `cameo.adapters.released`."""
-        return licence_of(name_or_path)
-
-    def revision(self, name_or_path: str | None) -> str | None:
-        """Revision of the releases listed in `cameo.adapters.released`."""
-        return revision_of(name_or_path)
-
-
-def set_image_view(unet: nn.Module, present: bool) -> nn.Module:
-    """Say whether the last view of an ImageDream U-Net's attention is the image prompt, in place; returns the U-Net.
-
-    Example:
-        >>> from cameo.backbone import get_backbone
-        >>> adapter = get_backbone("mvdream")
-        >>> unet = adapter.build("imagedream-tiny").unet
-        >>> adapter.sites(unet)[0].layout.references_last
-        1
-        >>> adapter.sites(set_image_view(unet, False))[0].layout
-        TokenLayout("b (v h w)")
-
-    Only the model's caller knows: the original code takes the image as the argument `ip_img`, and the variant
-    "ipmv-local", which is called without it, has the same layers. Say it before `cameo.wrap`, and again for a base
-    model that is loaded anew.
-    """
-    attentions = _ldm_attentions(unet)
-    inner: Any = _ldm_unet(unet, next(iter(attentions))) if attentions else unet
-    inner.image_view = present
-    return unet
-
-
-def disable_checkpointing(model: nn.Module) -> nn.Module:
-    """Switch the original code's gradient checkpointing off, in place; returns the same model.
-
-    Example:
-        >>> block = nn.Module()
-        >>> block.use_checkpoint = True
-        >>> disable_checkpointing(block).use_checkpoint
-        False
-    """
-    for module in model.modules():
-        for name in ("checkpoint", "use_checkpoint"):
-            if getattr(module, name, None) is True:
-                setattr(module, name, False)
-    return model
-
-
-def _layout(unet: nn.Module) -> TokenLayout:
-    if _has_image_view(unet):
-        return TokenLayout("b (v h w)", unsupervised_views=1, references_last=1)
-    return TokenLayout("b (v h w)")
-
-
-def _has_image_view(unet: nn.Module) -> bool:
-    said = getattr(unet, "image_view", None)
-    return getattr(unet, "image_embed", None) is not None if said is None else bool(said)
-
-
-def _ldm_attentions(model: nn.Module) -> dict[str, Any]:
-    """Self-attentions of the original code; they are registered in execution order."""
-    return {
-        path: module
-        for path, module in model.named_modules()
-        if LDM_ATTENTION.fullmatch(path)
-        and all(hasattr(module, name) for name in ("to_q", "to_k", "to_v", "heads"))
-        and _takes_views(model.get_submodule(path.rpartition(".")[0]))
-    }
-
-
-def _takes_views(block: nn.Module) -> bool:
-    """Whether a transformer block is three-dimensional: it is told the number of views and joins them itself."""
-    return "num_frames" in inspect.signature(type(block).forward).parameters
-
-
-def _ldm_unet(model: nn.Module, path: str) -> nn.Module:
-    match = LDM_ATTENTION.fullmatch(path)
-    assert match is not None
-    return model.get_submodule(match["prefix"].rstrip("."))
-
-
-def _ldm_levels(model: nn.Module, attentions: Mapping[str, nn.Module]) -> dict[str, int]:
-    """How often the latents were halved at each attention."""
-    unet: Any = _ldm_unet(model, next(iter(attentions)))
-    resampled = {
-        part: [any(type(module).__name__ == kind for module in block.modules()) for block in getattr(unet, part)]
-        for part, kind in (("input_blocks", "Downsample"), ("output_blocks", "Upsample"))
-    }
-    coarsest, levels = sum(resampled["input_blocks"]), {}
-    for path in attentions:
-        match = LDM_ATTENTION.fullmatch(path)
-        assert match is not None
-        part, block = match["part"], int(match["block"] or 0)
-        before = sum(resampled[part][:block]) if part else 0
-        levels[path] = before if part == "input_blocks" else coarsest - before
-    return levels
-
-
-def _text_instead_of_views(model: nn.Module, path: str) -> str | None:
-    block = model.get_submodule(path.rpartition(".")[0])
-    if getattr(block, "disable_self_attn", False):
-        return "its self-attention is disabled, so it attends to the text"
-    return None
-
-
-def _context_channels(unet: nn.Module) -> int:
-    path = next(name for name, _ in unet.named_modules() if name.endswith("attn2.to_k"))
-    return int(unet.get_submodule(path).in_features)  # type: ignore[arg-type]
-
-
-def _checkpoints(module: nn.Module) -> bool:
-    """Whether a block of the original code runs through its `CheckpointFunction`; the U-Net's own flag does nothing."""
-    in_attention = getattr(module, "checkpoint", None) is True and hasattr(module, "attn1")
-    return in_attention or (getattr(module, "use_checkpoint", None) is True and hasattr(module, "emb_layers"))
+        return load_pipeline(name_or_path, revision=revision or self.revision(name_or_path), **options)

@@ -16,12 +16,13 @@ from diffusers.models.embeddings import (
     MultiIPAdapterImageProjection,
     TimestepEmbedding,
 )
-from torch import Tensor, nn
+from torch import Tensor
 
 from cameo.adapters.common.joint_views import JointViewAttnProcessor
 from cameo.adapters.mvdream.cameras import CAMERA_CHANNELS
+from cameo.adapters.mvdream.layers import embeds_cameras
 
-__all__ = ["CameraEmbedding", "ImageDreamUNet", "embeds_cameras", "prepare"]
+__all__ = ["CameraEmbedding", "ImageDreamUNet", "prepare"]
 
 
 class CameraEmbedding(TimestepEmbedding):
@@ -152,14 +153,3 @@ def prepare(
     unet.set_attn_processor(processors)
     unet.image_view = image_view
     return unet
-
-
-def embeds_cameras(model: nn.Module) -> bool:
-    """Whether a diffusers U-Net has the camera embedding of MVDream.
-
-    Example:
-        >>> embeds_cameras(nn.Linear(2, 2))
-        False
-    """
-    first = getattr(getattr(model, "class_embedding", None), "linear_1", None)
-    return getattr(first, "in_features", None) == CAMERA_CHANNELS

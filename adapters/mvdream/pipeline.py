@@ -13,8 +13,10 @@ from diffusers import DDIMScheduler, UNet2DConditionModel
 from einops import rearrange, repeat
 from torch import Tensor
 
+from cameo.adapters.common.images import process
 from cameo.adapters.common.joint_views import check_joined
 from cameo.adapters.common.latent_pipeline import LatentPipeline
+from cameo.adapters.common.sampler import sample_latents
 from cameo.adapters.mvdream.cameras import camera_vectors
 from cameo.adapters.mvdream.denoiser import ImageDreamUNet, prepare
 from cameo.errors import unknown_name
@@ -206,6 +208,7 @@ class MVDreamPipeline(LatentPipeline):
             guidance_scale: classifier-free guidance, away from an empty text and an image of zero latents and tokens;
                 1 switches it off. The release uses 7.5 with a text and 5 with an image.
             generator: the same seed gives the same views.
+            progress: whether to show a progress bar.
 
         Returns:
             Images in [0, 1], `[B, V - R, 3, H, W]`.
@@ -217,26 +220,31 @@ class MVDreamPipeline(LatentPipeline):
         shape = self.latent_shape(images.shape)[2:]
         reference = self.encode(images[:, :references]) if references else images.new_zeros(samples, 0, *shape)
         cameras = self._cameras(batch, references)
-        nothing, everything = (torch.full((samples,), drop, device=images.device) for drop in (True, False))
-        context = self._context(self._texts(batch, samples), images.device)
-        branches = [(reference, context, self._image_tokens(images[:, :references], everything))]
+        tokens = self._image_tokens(images[:, :references])
+        conditions = [(reference, self._context(self._texts(batch, samples), images.device), tokens)]
         if guidance_scale != 1:
-            empty = self._context([""] * samples, images.device)
-            branches.append((torch.zeros_like(reference), empty, self._image_tokens(images[:, :references], nothing)))
-        latents = self.normal((samples, views - references, *shape), generator, images)
-        self.scheduler.set_timesteps(num_inference_steps, device=images.device)
-        steps = self.progress_bar(self.scheduler.timesteps) if progress else self.scheduler.timesteps
-        for timestep in steps:
-            targets = self.scheduler.scale_model_input(latents, timestep)
-            predictions = []
-            for given, context, tokens in branches:
-                noisy = torch.cat([given, targets], dim=1).to(self.unet_dtype)
+            no_text, no_tokens = self._context([""] * samples, images.device), tokens
+            if tokens is not None:
+                no_tokens = torch.zeros_like(tokens)
+            conditions.append((torch.zeros_like(reference), no_text, no_tokens))
+
+        def predict(latents: Tensor, timestep: Tensor) -> list[Tensor]:
+            outputs = []
+            for given, context, tokens in conditions:
+                noisy = torch.cat([given, latents], dim=1).to(self.unet_dtype)
                 args, kwargs = self._unet_arguments(noisy, cameras, timestep.expand(samples), context, tokens)
-                predictions.append(self._views(self.unet(*args, **kwargs), samples)[:, references:].to(latents))
-            prediction = predictions[0]
-            if guidance_scale != 1:
-                prediction = predictions[1] + guidance_scale * (predictions[0] - predictions[1])
-            latents = self.scheduler.step(prediction, timestep, latents).prev_sample
+                outputs.append(self._views(self.unet(*args, **kwargs), samples)[:, references:])
+            return outputs
+
+        latents = sample_latents(
+            self.scheduler,
+            self.normal((samples, views - references, *shape), generator, images),
+            predict,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            generator=generator,
+            progress_bar=self.progress_bar if progress else None,
+        )
         return self.decode(latents)
 
     def prediction(self, output: Any, inputs: TrainingInputs) -> Tensor:
@@ -316,16 +324,14 @@ class MVDreamPipeline(LatentPipeline):
         return self.text_encoder(ids.input_ids.to(self.text_encoder.device))[0]
 
     @torch.no_grad()
-    def _image_tokens(self, references: Tensor, blank: Tensor) -> Tensor | None:
+    def _image_tokens(self, references: Tensor, dropped: Tensor | None = None) -> Tensor | None:
         """Tokens `[B, M, channels]` of the image encoder's last layer but one; zeros for dropped images."""
         if self.image_encoder is None:
             return None
-        pixels = self.feature_extractor(
-            [(image * 255).round().byte().cpu() for image in references[:, 0]], return_tensors="pt"
-        ).pixel_values
+        pixels = process(self.feature_extractor, references[:, 0])
         weight = next(self.image_encoder.parameters())
         tokens = self.image_encoder(pixels.to(weight), output_hidden_states=True).hidden_states[-2]
-        return tokens.masked_fill(blank[:, None, None], 0)
+        return tokens if dropped is None else tokens.masked_fill(dropped[:, None, None], 0)
 
 
 def _check_pairs(condition: str, reads_tokens: bool, **components: Any) -> None:

@@ -11,36 +11,19 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
 
+from cameo.adapters.common.noise_schedules import ddim
+from cameo.adapters.common.places import place_of
 from cameo.adapters.mvdream.convert import from_ldm, unet_config, unet_part
 from cameo.adapters.mvdream.denoiser import ImageDreamUNet
 from cameo.adapters.mvdream.pipeline import MVDreamPipeline
-from cameo.adapters.released import place_of
 from cameo.errors import DataError, unknown_name
 
-__all__ = ["convert_unet", "load_pipeline", "noise_schedule"]
+__all__ = ["convert_unet", "load_pipeline"]
 
 CHECKPOINTS = (".pt", ".pth", ".ckpt", ".safetensors")
 PORT_FILES = ["*.json", "*.txt", "*.safetensors", "*.bin"]  # never its Python files
 PORT_UNET = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 OURS = ("prompt", "single_image_share")
-
-
-def noise_schedule(prediction_type: str = "epsilon") -> DDIMScheduler:
-    """Stable Diffusion's noise schedule as MVDream and ImageDream are trained and sampled with it.
-
-    Example:
-        >>> round(float(noise_schedule().alphas_cumprod[-1]), 4)  # the last step is not pure noise
-        0.0047
-    """
-    return DDIMScheduler(
-        beta_schedule="scaled_linear",
-        beta_start=0.00085,
-        beta_end=0.012,
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-        prediction_type=prediction_type,
-    )
 
 
 def convert_unet(
@@ -175,7 +158,7 @@ def _from_checkpoint(
     elif image_encoder is not None:
         raise ValueError(f"image_encoder: {file.name} has no image tokens; leave it out")
     condition = "image" if isinstance(unet, ImageDreamUNet) else "text"
-    return MVDreamPipeline(unet, noise_schedule(), **parts, condition=condition, **ours)
+    return MVDreamPipeline(unet, ddim(), **parts, condition=condition, **ours)
 
 
 def _text(name: str, revision: str | None, options: Mapping[str, Any]) -> dict[str, Any]:

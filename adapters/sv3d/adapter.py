@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -14,38 +10,33 @@ from torch import nn
 
 from cameo.adapters.common import joined_frames
 from cameo.adapters.common.presets import block_settings, preset_values
-from cameo.adapters.common.unet_layers import level_of, self_attentions
-from cameo.adapters.released import licence_of, place_of, revision_of
+from cameo.adapters.common.unet_layers import default_layer_index
 from cameo.adapters.sv3d.layers import (
-    checkpoint_hazard,
-    resolution_levels,
-    use_non_reentrant_checkpointing,
-    video_attentions,
+    embedding_width,
+    find_attentions,
+    find_levels,
+    reentrant_checkpointing,
+    token_layout,
+    token_strides,
 )
 from cameo.attention.capture import AttentionSite
-from cameo.attention.layout import TokenLayout
-from cameo.backbone import Backbone
-from cameo.errors import DataError
+from cameo.backbone import Backbone, Release
 
-__all__ = ["SV3D", "use_non_reentrant_checkpointing"]
+__all__ = ["SV3D"]
 
-TEMPORAL, JOINED = "(b h w) v", "b (v h w)"
-SVD_NUMBERS = 3  # frame rate, motion bucket, noise on the condition image: 256 features each
-RELEASED_STRIDE = 8  # of Stable Diffusion's VAE, the one that all released weights were trained with
+LICENSE = {
+    "license": "other",
+    "license_name": "sv3d-nc-community",
+    "license_link": "https://huggingface.co/stabilityai/sv3d",
+}
 
-
-@dataclass(frozen=True)
-class _Layers:
-    """Attentions of one kind in execution order, and how often the latents were halved there."""
-
-    modules: dict[str, nn.Module]
-    levels: list[int]
+STRIDE_CURE = "before cameo.wrap call unet.register_to_config(latent_stride=8), as an SV3DPipeline does"
 
 
 class SV3D(Backbone):
     """An orbit around an object, from one image: all frames denoised together, the conditioning frame last.
 
-    Recognises diffusers' `UNetSpatioTemporalConditionModel`, `SV3DUNet` and SGM's `VideoUNet`. The layers are the
+    Recognizes diffusers' `UNetSpatioTemporalConditionModel`, `SV3DUNet` and SGM's `VideoUNet`. The layers are the
     temporal attentions, which see one token of each frame; `inflate=True` offers the spatial ones instead and joins
     the frames in them.
 
@@ -75,10 +66,17 @@ class SV3D(Backbone):
             "embed_dim": 128,
         },
     }
+    preset_license = "apache-2.0"
+    released: ClassVar[Mapping[str, Release]] = {
+        "chenguolin/sv3d-diffusers": Release(
+            LICENSE, revision="cf4c88acda116901e1e21aa9afa61976a21363f8", holds="SV3D_p, diffusers layout"
+        ),
+        "stabilityai/sv3d": Release(LICENSE, holds="SV3D_p and SV3D_u, original checkpoints (gated)"),
+    }
 
-    def recognises(self, model: nn.Module) -> bool:
+    def recognizes(self, model: nn.Module) -> bool:
         """Whether the model has temporal attentions beside its spatial ones, under the names of diffusers or SGM."""
-        return bool(self._layers(model, temporal=True).modules)
+        return bool(find_attentions(model, temporal=True))
 
     def explain_mismatch(self, model: nn.Module) -> str:
         """Name the modules that are missing."""
@@ -91,11 +89,11 @@ class SV3D(Backbone):
 
     def sites(self, model: nn.Module) -> list[AttentionSite]:
         """List the temporal attentions in execution order; a query sees its own cell in every frame."""
-        return self._sites(model, temporal=True)
+        return _sites(model, temporal=True)
 
     def inflatable(self, model: nn.Module) -> list[AttentionSite]:
         """List the spatial self-attentions in execution order, with their layout once the frames are joined."""
-        return self._sites(model, temporal=False)
+        return _sites(model, temporal=False)
 
     def inflate(self, model: nn.Module, path: str) -> None:
         """Join the frames in a spatial self-attention; an `SV3DUNet` keeps that in its config."""
@@ -112,17 +110,13 @@ class SV3D(Backbone):
             left = [other for other in config["joined_layers"] if other != path]
             model.register_to_config(joined_layers=left)  # type: ignore[operator]
 
-    def hazard(self, model: nn.Module) -> str | None:
-        """SGM's reentrant gradient checkpointing, which hides the attention's queries from the loss."""
-        return checkpoint_hazard(model)
+    def unsupported(self, model: nn.Module) -> str | None:
+        """Name SGM's reentrant gradient checkpointing, which hides the attention's queries from the loss."""
+        return reentrant_checkpointing(model)
 
     def default_layer(self, model: nn.Module) -> int:
         """First attention of the up block one level below full resolution (10 in the released size)."""
-        layers = self._layers(model, temporal=True)
-        for index, (path, level) in enumerate(zip(layers.modules, layers.levels, strict=True)):
-            if level == 1 and re.search(r"\b(up_blocks|output_blocks)\b", path):
-                return index
-        return len(layers.levels) - 1
+        return default_layer_index(find_levels(model, temporal=True))
 
     def example_inputs(self, model: nn.Module, *, seed: int = 0) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """One sample of three frames with 8x8 latent cells.
@@ -133,7 +127,7 @@ class SV3D(Backbone):
         generator = torch.Generator().manual_seed(seed)
         parameter = next(model.parameters())
         if hasattr(model, "input_blocks"):
-            features = _embedding_width(model)
+            features = embedding_width(model)
             context = next(m for n, m in model.named_modules() if n.endswith(".attn2.to_k")).in_features
             shapes: tuple[tuple[int, ...], ...] = ((3, int(model.in_channels), 8, 8), (3, 1, context), (3, features))  # type: ignore[arg-type]
             sample, context, numbers = (torch.randn(shape, generator=generator).to(parameter) for shape in shapes)
@@ -144,7 +138,7 @@ class SV3D(Backbone):
         if not hasattr(model, "down_blocks") or config is None:
             raise ValueError(f"model: expected the U-Net itself, got {type(model).__name__} around it")
         counted = len(model.frame_features) if hasattr(model, "frame_features") else None  # type: ignore[arg-type]
-        ids = (1, 3, counted) if counted else (1, _embedding_width(model) // config.addition_time_embed_dim)
+        ids = (1, 3, counted) if counted else (1, embedding_width(model) // config.addition_time_embed_dim)
         shapes = ((1, 3, config.in_channels, 8, 8), (1, 1, config.cross_attention_dim), ids)
         sample, context, numbers = (torch.randn(shape, generator=generator).to(parameter) for shape in shapes)
         return (sample, torch.tensor([0.5]).to(parameter), context, numbers), {}
@@ -158,8 +152,9 @@ class SV3D(Backbone):
                 `attention_levels` (per resolution, finest first), `layers_per_block`, `heads`, `embed_dim` (Fourier
                 features of one number), `camera` (False: without angles, as SV3D_u), `noise_mean`, `noise_deviation`.
         """
+        from cameo.adapters.common.noise_schedules import edm_euler
         from cameo.adapters.sv3d.denoiser import SV3DUNet
-        from cameo.adapters.sv3d.pipeline import SV3DPipeline, edm_scheduler
+        from cameo.adapters.sv3d.pipeline import SV3DPipeline
 
         values = preset_values(self, preset, options, patch_size=4, camera=True, noise_mean=0.7, noise_deviation=1.6)
         blocks = block_settings(values, "SpatioTemporal")
@@ -181,7 +176,7 @@ class SV3D(Backbone):
         )
         return SV3DPipeline(
             unet,
-            edm_scheduler(),
+            edm_euler(),
             patch_size=values["patch_size"],
             noise_mean=values["noise_mean"],
             noise_deviation=values["noise_deviation"],
@@ -193,85 +188,23 @@ class SV3D(Backbone):
         Args:
             name_or_path: Hub id or folder of an `SV3DPipeline` or of a conversion of SV3D to diffusers
                 (chenguolin/sv3d-diffusers); or a local `.safetensors` file (stabilityai/sv3d).
-            revision: commit, tag or branch of a Hub id; default the one in `cameo.adapters.released`.
+            revision: commit, tag or branch of a Hub id; default the one in `released`.
             **options: passed to `from_pretrained`; for a checkpoint file the components `vae` and `image_encoder`.
 
         Raises:
             DataError: for a folder that holds something else, or nothing that can be read.
         """
-        from diffusers import DiffusionPipeline
+        from cameo.adapters.sv3d.weights import load_pipeline
 
-        from cameo.adapters.sv3d.pipeline import SV3DPipeline
-        from cameo.adapters.sv3d.weights import from_checkpoint, from_diffusers
-
-        if Path(name_or_path).suffix == ".safetensors":
-            components = {name: value for name, value in options.items() if name not in place_of(options)}
-            return from_checkpoint(name_or_path, **components)
-        revision = revision or revision_of(name_or_path)
-        try:
-            index = DiffusionPipeline.load_config(name_or_path, revision=revision, **place_of(options))
-        except OSError as error:
-            raise DataError(
-                f"{name_or_path}: {error} A checkpoint of SGM is passed as a local file (sv3d_p.safetensors, "
-                "downloaded from stabilityai/sv3d), with vae="
-            ) from error
-        if index.get("_class_name") == "SV3DPipeline":
-            return SV3DPipeline.from_pretrained(name_or_path, revision=revision, **options)
-        if "SpatioTemporal" in json.dumps(index.get("unet")):
-            return from_diffusers(name_or_path, index, revision=revision, **options)
-        raise DataError(
-            f"{name_or_path}: holds a {index.get('_class_name')} with the U-Net {index.get('unet')}; sv3d starts from "
-            "an SV3DPipeline, or a pipeline with an SV3DUNetSpatioTemporalConditionModel"
-        )
-
-    def licence(self, name_or_path: str | None) -> str | Mapping[str, str] | None:
-        """Licence of the releases listed in `cameo.adapters.released`, and of presets."""
-        return licence_of(name_or_path)
-
-    def revision(self, name_or_path: str | None) -> str | None:
-        """Revision of the releases listed in `cameo.adapters.released`."""
-        return revision_of(name_or_path)
-
-    def _sites(self, model: nn.Module, *, temporal: bool) -> list[AttentionSite]:
-        layers = self._layers(model, temporal=temporal)
-        if not layers.modules:
-            return []
-        layout = TokenLayout(TEMPORAL if temporal else JOINED, references_last=int(not _is_svd(model)))
-        config = getattr(model, "config", None)
-        latent_stride = (config or {}).get("latent_stride", RELEASED_STRIDE)
-        return [
-            AttentionSite(
-                index,
-                path,
-                int(module.heads),  # type: ignore[arg-type]
-                layout,
-                latent_stride and latent_stride * 2**level,
-                stride_cure="before cameo.wrap call unet.register_to_config(latent_stride=8), as an SV3DPipeline does",
-            )
-            for index, ((path, module), level) in enumerate(zip(layers.modules.items(), layers.levels, strict=True))
-        ]
-
-    @staticmethod
-    def _layers(model: nn.Module, *, temporal: bool) -> _Layers:
-        modules = self_attentions(model, blocks="temporal_transformer_blocks")
-        if modules:
-            modules = modules if temporal else self_attentions(model)
-            return _Layers(modules, [level_of(model, path) for path in modules])
-        modules = video_attentions(model, "time_stack" if temporal else "transformer_blocks")
-        return _Layers(modules, resolution_levels(model, list(modules)))
+        return load_pipeline(name_or_path, revision=revision or self.revision(name_or_path), **options)
 
 
-def _embedding_width(model: nn.Module) -> int:
-    """Number of features that enter the added embedding."""
-    for path, module in model.named_modules():
-        if isinstance(module, nn.Linear) and re.search(
-            r"(^|\.)(label_emb\.0\.0|add_embedding\.linear_1)(\.base_layer)?$", path
-        ):
-            return module.in_features
-    return 0
-
-
-def _is_svd(model: nn.Module) -> bool:
-    """Whether the added embedding takes the three numbers of Stable Video Diffusion, the conditioning frame first."""
-    each = (getattr(model, "config", None) or {}).get("addition_time_embed_dim", 256)
-    return _embedding_width(model) == SVD_NUMBERS * each
+def _sites(model: nn.Module, *, temporal: bool) -> list[AttentionSite]:
+    attentions = find_attentions(model, temporal=temporal)
+    if not attentions:
+        return []
+    layout, strides = token_layout(model, temporal=temporal), token_strides(model, temporal=temporal)
+    return [
+        AttentionSite(index, path, int(attention.heads), layout, strides[path], stride_cure=STRIDE_CURE)
+        for index, (path, attention) in enumerate(attentions.items())
+    ]

@@ -17,11 +17,12 @@ from torch import Tensor
 
 from cameo.adapters.common.joint_views import JointViewAttnProcessor
 from cameo.adapters.common.latent_pipeline import LatentPipeline, reference_views
+from cameo.adapters.common.sampler import sample_latents
+from cameo.adapters.sv3d.cameras import orbit_angles
 from cameo.adapters.sv3d.denoiser import SV3DUNet
-from cameo.geometry import estimate_up, orbit_centre, spherical_angles
 from cameo.pipeline import TrainingInputs
 
-__all__ = ["SV3DPipeline", "edm_scheduler", "triangle_scale"]
+__all__ = ["SV3DPipeline", "triangle_scale"]
 
 CONDITION_NOISE = 1e-5  # as published: next to nothing, but the U-Net was trained to be told
 CLIP_MEAN, CLIP_DEVIATION = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -51,13 +52,12 @@ class SV3DPipeline(LatentPipeline):
     drawn from, so uniform time steps give that distribution. Its parameters for SV3D are not published; the defaults
     are those that public fine-tuning codes of Stable Video Diffusion take from its paper.
 
-    Camera angles are measured about the point that the cameras look at, and the `up` of the batch (estimated where it
-    has none): polar angle `90 - elevation`, azimuth relative to the reference view. That the azimuth grows
-    counter-clockwise seen from above is this library's convention and was not compared with the released weights.
+    Camera angles are those of `cameo.adapters.sv3d.cameras.orbit_angles`, with the `up` of the batch, or an estimate
+    where it has none.
 
     Args:
         unet: `SV3DUNet`; a `UNetSpatioTemporalConditionModel` with SV3D's embedding becomes one and shares its weights.
-        scheduler: for sampling, see `edm_scheduler`.
+        scheduler: for sampling, see `cameo.adapters.common.noise_schedules.edm_euler`.
         vae: `AutoencoderKL` or `AutoencoderKLTemporalDecoder`; None works on pixels, folded into channels.
         image_encoder: `CLIPVisionModelWithProjection`; None gives the cross-attention zeros.
         patch_size: side of the pixel blocks that become one latent cell, without a VAE.
@@ -84,7 +84,7 @@ class SV3DPipeline(LatentPipeline):
             raise ValueError(
                 "scheduler: expected an EulerDiscreteScheduler with prediction_type='v_prediction' and "
                 f"timestep_type='continuous', got {settings.prediction_type!r} and {settings.get('timestep_type')!r}; "
-                "use cameo.adapters.sv3d.pipeline.edm_scheduler()"
+                "use cameo.adapters.common.noise_schedules.edm_euler()"
             )
         if type(unet) is UNetSpatioTemporalConditionModel:
             unet = SV3DUNet.from_plain(unet)
@@ -145,11 +145,8 @@ class SV3DPipeline(LatentPipeline):
         noise = torch.full_like(extrinsics[..., 0, 0], CONDITION_NOISE)
         if len(self.unet.frame_features) == 1:
             return noise[..., None]
-        up = batch["up"] if batch.get("up") is not None else estimate_up(extrinsics)
-        azimuth, elevation, _ = spherical_angles(extrinsics, orbit_centre(extrinsics), up.to(extrinsics))
-        azimuth = (azimuth - azimuth[:, :1]) % 360
-        azimuth = torch.where(azimuth > 360 - 1e-3, 0, azimuth)  # no full turn by rounding
-        return _frames(torch.stack([noise, torch.deg2rad(90 - elevation), torch.deg2rad(azimuth)], dim=-1))
+        polar, azimuth = orbit_angles(extrinsics, batch.get("up"))
+        return _frames(torch.stack([noise, polar, azimuth], dim=-1))
 
     def image_embedding(self, images: Tensor) -> Tensor:
         """Embed images `[B, 3, H, W]` in [0, 1] for the cross-attention, `[B, 1, D]`."""
@@ -254,24 +251,27 @@ class SV3DPipeline(LatentPipeline):
         _one_reference(batch, views)
         images: Tensor = batch["images"][:, :1]
         self.check_images(images)
-        latents = self.normal((samples, views, *self.latent_shape(images.shape)[2:]), generator, images)
+        noise = self.normal((samples, views, *self.latent_shape(images.shape)[2:]), generator, images)
         shown, context = self._condition(images[:, 0], generator)
         conditions = [(shown, context)]
         if guidance_scale != 1:
             conditions.append((torch.zeros_like(shown), torch.zeros_like(context)))
         numbers = self.camera_numbers(batch)
-        scale = triangle_scale(views, guidance_scale).to(latents)[:, None, None, None]
-        self.scheduler.set_timesteps(num_inference_steps, device=images.device)
-        latents = latents * self.scheduler.init_noise_sigma
-        steps = self.progress_bar(self.scheduler.timesteps) if progress else self.scheduler.timesteps
-        for timestep in steps:
-            frames = self.scheduler.scale_model_input(latents, timestep).to(self.unet_dtype)
-            arguments = [self._unet_arguments(frames, timestep.expand(samples), *one, numbers) for one in conditions]
-            predictions = [self.unet(*args).sample.to(latents) for args in arguments]
-            prediction = predictions[0]
-            if guidance_scale != 1:
-                prediction = predictions[1] + scale * (predictions[0] - predictions[1])
-            latents = self.scheduler.step(prediction, timestep, latents).prev_sample
+
+        def predict(latents: Tensor, timestep: Tensor) -> list[Tensor]:
+            frames, level = latents.to(self.unet_dtype), timestep.expand(samples)
+            arguments = [self._unet_arguments(frames, level, *condition, numbers) for condition in conditions]
+            return [self.unet(*args).sample for args in arguments]
+
+        latents = sample_latents(
+            self.scheduler,
+            noise,
+            predict,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=triangle_scale(views, guidance_scale).to(noise)[:, None, None, None],
+            generator=generator,
+            progress_bar=self.progress_bar if progress else None,
+        )
         return self.decode(latents[:, :-1])
 
     def _condition(self, reference: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
@@ -287,29 +287,6 @@ class SV3DPipeline(LatentPipeline):
         """Arguments of the U-Net for frames `[B, T, C, h, w]` that are scaled to its input."""
         shown = repeat(shown, "b c h w -> b t c h w", t=frames.shape[1]).to(frames)
         return torch.cat([frames, shown], dim=2), level, context.to(frames), numbers  # numbers embedded in float32
-
-
-def edm_scheduler(*, sigma_min: float = 0.002, sigma_max: float = 700.0) -> EulerDiscreteScheduler:
-    """Return Euler steps through EDM's noise levels (rho 7), with the range of the release.
-
-    Example:
-        >>> scheduler = edm_scheduler()
-        >>> scheduler.set_timesteps(3)
-        >>> [round(level, 3) for level in scheduler.sigmas.tolist()]
-        [700.0, 15.59, 0.002, 0.0]
-    """
-    return EulerDiscreteScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        prediction_type="v_prediction",
-        timestep_type="continuous",
-        timestep_spacing="leading",  # with it the first noise is scaled by sqrt(sigma_max^2 + 1), as published
-        steps_offset=1,
-        use_karras_sigmas=True,
-        sigma_min=sigma_min,
-        sigma_max=sigma_max,
-    )
 
 
 def triangle_scale(frames: int, largest: float) -> Tensor:

@@ -1,19 +1,49 @@
-"""Released weights of SV3D: conversions to diffusers' folder layout, and SGM's checkpoint files."""
+"""Load SV3D: our own pipelines, conversions of the release to diffusers' folder layout, and SGM's checkpoint files."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
 
+from cameo.adapters.common.noise_schedules import edm_euler
+from cameo.adapters.common.places import place_of
 from cameo.adapters.sv3d.convert import from_sgm, read_sgm_checkpoint, settings_from_sgm
 from cameo.adapters.sv3d.denoiser import SV3DUNet
-from cameo.adapters.sv3d.pipeline import SV3DPipeline, edm_scheduler
+from cameo.adapters.sv3d.pipeline import SV3DPipeline
 from cameo.errors import DataError
 
-__all__ = ["from_checkpoint", "from_diffusers"]
+__all__ = ["from_checkpoint", "from_diffusers", "load_pipeline"]
+
+
+def load_pipeline(name_or_path: str, *, revision: str | None = None, **options: Any) -> SV3DPipeline:
+    """Load a pipeline; see `SV3D.load` for the arguments.
+
+    Example:
+        >>> load_pipeline("chenguolin/sv3d-diffusers", torch_dtype=torch.float16)  # doctest: +SKIP
+    """
+    if Path(name_or_path).suffix == ".safetensors":
+        components = {name: value for name, value in options.items() if name not in place_of(options)}
+        return from_checkpoint(name_or_path, **components)
+    try:
+        index = diffusers.DiffusionPipeline.load_config(name_or_path, revision=revision, **place_of(options))
+    except OSError as error:
+        raise DataError(
+            f"{name_or_path}: {error} A checkpoint of SGM is passed as a local file (sv3d_p.safetensors, "
+            "downloaded from stabilityai/sv3d), with vae="
+        ) from error
+    if index.get("_class_name") == "SV3DPipeline":
+        return SV3DPipeline.from_pretrained(name_or_path, revision=revision, **options)
+    if "SpatioTemporal" in json.dumps(index.get("unet")):
+        return from_diffusers(name_or_path, index, revision=revision, **options)
+    raise DataError(
+        f"{name_or_path}: holds a {index.get('_class_name')} with the U-Net {index.get('unet')}; sv3d starts from "
+        "an SV3DPipeline, or a pipeline with an SV3DUNetSpatioTemporalConditionModel"
+    )
 
 
 def from_diffusers(
@@ -38,7 +68,7 @@ def from_diffusers(
         encoder = CLIPVisionModelWithProjection.from_pretrained(name_or_path, subfolder="image_encoder", **place)
     return SV3DPipeline(
         SV3DUNet.from_pretrained(name_or_path, subfolder="unet", **place),
-        edm_scheduler(),
+        edm_euler(),
         vae=getattr(diffusers, kind).from_pretrained(name_or_path, subfolder="vae", **place),
         image_encoder=encoder,
     )
@@ -74,4 +104,4 @@ def from_checkpoint(
     unet.load_state_dict(from_sgm(weights, settings), assign=True)
     if torch_dtype is not None:
         unet.to(torch_dtype)
-    return SV3DPipeline(unet.eval(), edm_scheduler(), vae=vae, image_encoder=image_encoder)
+    return SV3DPipeline(unet.eval(), edm_euler(), vae=vae, image_encoder=image_encoder)

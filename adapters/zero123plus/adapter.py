@@ -9,16 +9,21 @@ import torch
 from torch import nn
 
 from cameo.adapters.common.presets import preset_values, unet_2d
-from cameo.adapters.common.unet_layers import checkpoints_reentrantly, default_layer_index, level_of, self_attentions
-from cameo.adapters.released import licence_of, place_of, revision_of
+from cameo.adapters.common.unet_layers import checkpoints_reentrantly, default_layer_index
+from cameo.adapters.zero123plus.layers import (
+    LAYOUT,
+    find_attentions,
+    find_levels,
+    is_published,
+    latent_stride,
+    reads_references,
+    reference_size,
+    unet_name,
+)
 from cameo.attention.capture import AttentionSite
-from cameo.attention.layout import TokenLayout
-from cameo.backbone import Backbone
-from cameo.errors import DataError
+from cameo.backbone import Backbone, Release
 
 __all__ = ["Zero123Plus"]
-
-LATENT_STRIDE = 8  # of Stable Diffusion's VAE, on which the releases are built
 
 
 class Zero123Plus(Backbone):
@@ -28,7 +33,7 @@ class Zero123Plus(Backbone):
     from these six, also to the reference, are supervised; the reference asks for none. Each layer runs twice in a
     forward, over the reference and over the canvas; the second run counts.
 
-    Recognised are `ReferenceUNet`, the published `RefOnlyNoisedUNet`, and a U-Net with the processors of
+    Recognized are `ReferenceUNet`, the published `RefOnlyNoisedUNet`, and a U-Net with the processors of
     `set_reference_processors`. Presets: `tiny` (pixel space, 32 px views, CPU), `small` (pixel space, 128 px views,
     one GPU).
     """
@@ -53,21 +58,26 @@ class Zero123Plus(Backbone):
             "layers_per_block": 2,
         },
     }
+    preset_license = "apache-2.0"
+    released: ClassVar[Mapping[str, Release]] = {
+        "sudo-ai/zero123plus-v1.1": Release("openrail", holds="Zero123++ v1.1"),
+        "sudo-ai/zero123plus-v1.2": Release(
+            "cc-by-nc-4.0", revision="2da07e89919e1a130c9b5add1584c70c7aa065fd", holds="Zero123++ v1.2"
+        ),
+    }
 
-    def recognises(self, model: nn.Module) -> bool:
+    def recognizes(self, model: nn.Module) -> bool:
         """Whether all self-attentions of a U-Net with SD's block names read references."""
-        from cameo.adapters.zero123plus.denoiser import reads_references
-
-        found = self._attentions(model).values()
+        found = find_attentions(model).values()
         return bool(found) and all(reads_references(getattr(attention, "processor", None)) for attention in found)
 
     def explain_mismatch(self, model: nn.Module) -> str:
         """Name the missing blocks or the missing processors."""
-        if self._attentions(model):
+        if find_attentions(model):
             return (
                 f"the self-attentions of this {type(model).__name__} read no reference image. Build a "
                 "Zero123PlusPipeline around the U-Net, call pipeline.prepare() on the published pipeline, or "
-                "cameo.adapters.zero123plus.denoiser.set_reference_processors(unet)"
+                "cameo.adapters.zero123plus.set_reference_processors(unet)"
             )
         return (
             f"{type(model).__name__} has no modules named like "
@@ -77,31 +87,27 @@ class Zero123Plus(Backbone):
 
     def sites(self, model: nn.Module) -> list[AttentionSite]:
         """All self-attentions in execution order: down, mid, up; 16 in the releases."""
-        layout = TokenLayout("b (r h c w)", key="b (r h c w + h' w')", references_last=1, r=3, c=2)
+        levels = find_levels(model)
         found = []
-        for index, (path, attention) in enumerate(self._attentions(model).items()):
-            processor = attention.processor
-            stride = getattr(processor, "latent_stride", LATENT_STRIDE) * 2 ** level_of(model, path)
-            heads = int(attention.heads)  # type: ignore[arg-type]
-            size = _reference_size(processor)
-            found.append(AttentionSite(index, path, heads, layout, stride, reference_size=size))
+        for index, (path, attention) in enumerate(find_attentions(model).items()):
+            stride = latent_stride(attention.processor) * 2 ** levels[path]
+            size = reference_size(attention.processor)
+            found.append(AttentionSite(index, path, int(attention.heads), LAYOUT, stride, reference_size=size))
         return found
 
     def default_layer(self, model: nn.Module) -> int:
         """First attention of the up block one level below full resolution: 10 of 16 in the releases."""
-        return default_layer_index(model, self._attentions(model))
+        return default_layer_index(find_levels(model))
 
-    def hazard(self, model: nn.Module) -> str | None:
-        """Gradient checkpointing with the published processors, or with a reentrant function."""
-        from cameo.adapters.zero123plus.denoiser import is_published
-
+    def unsupported(self, model: nn.Module) -> str | None:
+        """Name gradient checkpointing with the published processors, or with a reentrant function."""
         if not any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
             return None
-        if any(is_published(getattr(attention, "processor", None)) for attention in self._attentions(model).values()):
+        if any(is_published(getattr(attention, "processor", None)) for attention in find_attentions(model).values()):
             return (
                 "gradient checkpointing: the published attention processors remove a reference when they read it, so "
                 "the recomputation in the backward would end in a KeyError. Call "
-                "cameo.adapters.zero123plus.denoiser.keep_references(model), or disable gradient checkpointing"
+                "cameo.adapters.zero123plus.keep_references(model), or disable gradient checkpointing"
             )
         if checkpoints_reentrantly(model):
             return (
@@ -115,12 +121,11 @@ class Zero123Plus(Backbone):
         """One sample of 8x8 latent cells per view, with its reference at the size that the layers expect."""
         from cameo.adapters.zero123plus.denoiser import ReferenceUNet
 
-        unet = model.get_submodule(self._prefix(model))
+        unet = model.get_submodule(unet_name(model))
         config, parameter = unet.config, next(unet.parameters())
         generator = torch.Generator().manual_seed(seed)
-        processor = next(iter(self._attentions(model).values())).processor
-        stride = getattr(processor, "latent_stride", LATENT_STRIDE)
-        height, width = (side // stride for side in _reference_size(processor))
+        processor = next(iter(find_attentions(model).values())).processor
+        height, width = (side // latent_stride(processor) for side in reference_size(processor))
         channels = int(config.in_channels)  # type: ignore[union-attr,arg-type]
 
         def draw(*shape: int) -> torch.Tensor:
@@ -146,68 +151,26 @@ class Zero123Plus(Backbone):
                 `block_out_channels`, `attention_levels` (per resolution, finest first), `layers_per_block`, `heads`,
                 `norm_num_groups`.
         """
+        from cameo.adapters.common.noise_schedules import linear_euler_ancestral
         from cameo.adapters.zero123plus.pipeline import Zero123PlusPipeline
 
         values = preset_values(self, preset, options, patch_size=4, layers_per_block=1, norm_num_groups=32)
         cell = values["image_size"] // values["patch_size"]
         unet = unet_2d(values, sample_size=(3 * cell, 2 * cell))
-        return Zero123PlusPipeline(
-            unet, euler_ancestral(), reference_size=values["reference_size"], patch_size=values["patch_size"]
-        )
+        sizes = {name: values[name] for name in ("reference_size", "patch_size")}
+        return Zero123PlusPipeline(unet, linear_euler_ancestral(), **sizes)
 
     def load(self, name_or_path: str, *, revision: str | None = None, **options: Any) -> Any:
         """Load a saved `Zero123PlusPipeline` or a release; code in the repository is not run.
 
         Args:
             name_or_path: Hub id or folder in diffusers layout.
-            revision: commit, tag or branch of a Hub id; default the one in `cameo.adapters.released`.
+            revision: commit, tag or branch of a Hub id; default the one in `released`.
             **options: passed to `from_pretrained`, such as `torch_dtype` or another `unet`.
+
+        Raises:
+            DataError: for a folder or repository that holds something else.
         """
-        from diffusers import DiffusionPipeline
+        from cameo.adapters.zero123plus.weights import load_pipeline
 
-        from cameo.adapters.zero123plus.pipeline import Zero123PlusPipeline
-
-        revision = revision or revision_of(name_or_path)
-        settings = DiffusionPipeline.load_config(name_or_path, revision=revision, **place_of(options))
-        kind = settings.get("_class_name")
-        if kind != "Zero123PlusPipeline":
-            raise DataError(f"{name_or_path}: holds a {kind}; zero123plus starts from a Zero123PlusPipeline")
-        pipeline = Zero123PlusPipeline.from_pretrained(name_or_path, revision=revision, **options)
-        # A release: its instructions set this spacing after loading.
-        if "reference_size" not in settings and "scheduler" not in options:
-            pipeline.scheduler = type(pipeline.scheduler).from_config(
-                pipeline.scheduler.config, timestep_spacing="trailing"
-            )
-        return pipeline
-
-    def licence(self, name_or_path: str | None) -> str | Mapping[str, str] | None:
-        """Licence of the releases listed in `cameo.adapters.released`."""
-        return licence_of(name_or_path)
-
-    def revision(self, name_or_path: str | None) -> str | None:
-        """Revision of the releases listed in `cameo.adapters.released`."""
-        return revision_of(name_or_path)
-
-    @staticmethod
-    def _prefix(model: nn.Module) -> str:
-        """Name of the U-Net in the published wrapper, or nothing for a U-Net."""
-        return "" if self_attentions(model) else "unet"
-
-    def _attentions(self, model: nn.Module) -> dict[str, nn.Module]:
-        return self_attentions(model, prefix=self._prefix(model))
-
-
-def euler_ancestral() -> Any:
-    """Sampler of the releases, with the spacing of time steps that their instructions set."""
-    from diffusers import EulerAncestralDiscreteScheduler
-
-    from cameo.adapters.zero123plus.denoiser import noise_schedule
-
-    settings = noise_schedule().config
-    return EulerAncestralDiscreteScheduler.from_config(settings, timestep_spacing="trailing")
-
-
-def _reference_size(processor: Any) -> tuple[int, int]:
-    from cameo.adapters.zero123plus.denoiser import RELEASED_REFERENCE_SIZE
-
-    return getattr(processor, "reference_size", RELEASED_REFERENCE_SIZE)
+        return load_pipeline(name_or_path, revision=revision or self.revision(name_or_path), **options)

@@ -1,17 +1,24 @@
-"""Whether the cameras of a batch are the fixed poses that a Zero123++ release generates.
+"""Where Zero123++'s six views are: at fixed poses around the object, and at fixed places in a canvas of 3 x 2 views.
 
-The network is told no cameras: where its six views are, it has learnt. The poses themselves are in `cameo.scenes.rigs`.
+The network is told no cameras: where its views are, it has learned. The poses themselves are in `cameo.scenes.rigs`.
+
+Axes: B samples, C channels, H W image pixels, h w cells of one view.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
+from einops import rearrange
 from torch import Tensor
 
 from cameo.errors import ShapeError, unknown_name
 from cameo.geometry import spherical_angles
 
-__all__ = ["RIG_NAMES", "pose_error", "same_poses"]
+__all__ = ["NUM_VIEWS", "RIG_NAMES", "by_canvas", "from_canvas", "pose_error", "same_poses", "to_canvas"]
 
+NUM_VIEWS = 7  # the reference and the six tiles
 RIG_NAMES = ("zero123plus-v1.1", "zero123plus-v1.2")
 
 
@@ -57,3 +64,31 @@ def pose_error(extrinsics: Tensor, rig: str, *, up: Tensor | None = None) -> flo
 def same_poses(extrinsics: Tensor, *, up: Tensor | None = None, tolerance: float = 2.0) -> str | None:
     """Name of the release whose poses these cameras have within `tolerance` degrees, or None."""
     return next((rig for rig in RIG_NAMES if pose_error(extrinsics, rig, up=up) <= tolerance), None)
+
+
+def to_canvas(views: Tensor) -> Tensor:
+    """Lay six views `[B, 6, C, h, w]` out in three rows of two, `[B, C, 3h, 2w]`.
+
+    Example:
+        >>> to_canvas(torch.arange(6).reshape(1, 6, 1, 1, 1))[0, 0].tolist()
+        [[0, 1], [2, 3], [4, 5]]
+    """
+    return rearrange(views, "b (r c) k h w -> b k (r h) (c w)", r=3, c=2)
+
+
+def from_canvas(canvas: Tensor) -> Tensor:
+    """Cut a canvas `[B, C, 3h, 2w]` into its six views `[B, 6, C, h, w]`.
+
+    Example:
+        >>> from_canvas(torch.arange(6).reshape(1, 1, 3, 2)).flatten().tolist()
+        [0, 1, 2, 3, 4, 5]
+    """
+    return rearrange(canvas, "b k (r h) (c w) -> b (r c) k h w", r=3, c=2)
+
+
+def by_canvas(function: Callable[[Tensor], Tensor], views: Tensor) -> Tensor:
+    """Apply `function` to `[B, V, ...]`, where the last six of six or seven views are one image."""
+    if views.shape[1] not in (6, 7):
+        return function(views)
+    targets = from_canvas(function(to_canvas(views[:, -6:])[:, None])[:, 0])
+    return targets if views.shape[1] == 6 else torch.cat([function(views[:, :1]), targets], dim=1)

@@ -14,194 +14,13 @@ from typing import Any
 
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
-from diffusers.models.attention_processor import Attention, AttnProcessor2_0, XFormersAttnProcessor
-from torch import Tensor, nn
+from torch import Tensor
 
-from cameo.adapters.common.unet_layers import self_attentions
+from cameo.adapters.common.noise_schedules import linear_ddpm
+from cameo.adapters.zero123plus.layers import CURE, set_reference_processors
 from cameo.errors import ShapeError
 
-__all__ = [
-    "RELEASED_REFERENCE_SIZE",
-    "ReferenceAttnProcessor",
-    "ReferenceUNet",
-    "check_references",
-    "keep_references",
-    "noise_schedule",
-    "set_reference_processors",
-]
-
-RELEASED_REFERENCE_SIZE = (512, 512)  # height and width in pixels at which the releases encode the reference image
-_CURE = "cameo.adapters.zero123plus.denoiser.set_reference_processors(unet)"
-
-
-class ReferenceAttnProcessor:
-    """Attention processor that stores its tokens (`mode="w"`) or reads the stored ones (`mode="r"`).
-
-    The published processor removes a reference when it reads it, so that the recomputation under gradient
-    checkpointing finds none. This one leaves it there, which makes checkpointed gradients exact.
-
-    Args:
-        name: key of this layer in `ref_dict`.
-        reads: False for text cross-attention, which takes the arguments and ignores them.
-        kernel: processor that attends; default PyTorch's scaled dot-product attention.
-        use_xformers: attend by xformers on CUDA; it has no CPU kernel.
-        latent_stride: image pixels per latent cell, to tell the token grid for an image size.
-        reference_size: height and width in pixels at which the reference image is encoded.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        *,
-        reads: bool,
-        kernel: Any = None,
-        use_xformers: bool = False,
-        latent_stride: int = 8,
-        reference_size: tuple[int, int] = RELEASED_REFERENCE_SIZE,
-    ) -> None:
-        self.name, self.reads = name, reads
-        self.latent_stride, self.reference_size = latent_stride, reference_size
-        self._kernel = AttnProcessor2_0() if kernel is None else kernel
-        self._cuda_kernel = XFormersAttnProcessor() if use_xformers else None
-
-    def __call__(
-        self,
-        attn: Attention,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        mode: str | None = None,
-        ref_dict: dict[str, Tensor] | None = None,
-        is_cfg_guidance: bool = False,
-    ) -> Tensor:
-        """Attend; `mode` and `ref_dict` come from `cross_attention_kwargs`."""
-        kernel = self._cuda_kernel if self._cuda_kernel is not None and hidden_states.is_cuda else self._kernel
-        if not self.reads:
-            return kernel(attn, hidden_states, encoder_hidden_states, attention_mask)
-        if is_cfg_guidance:
-            raise ValueError("is_cfg_guidance: expected False, as in the published pipeline; double the batch instead")
-        tokens = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        if ref_dict is None or mode not in ("w", "r"):
-            raise ValueError(
-                f"cross_attention_kwargs: expected mode 'w' or 'r' and a ref_dict, got mode={mode!r}. Run the U-Net "
-                "over the reference with mode='w', then over the canvas with mode='r' and the same ref_dict"
-            )
-        if mode == "w":
-            ref_dict[self.name] = tokens
-        elif self.name not in ref_dict:
-            raise ValueError(
-                f"cross_attention_kwargs['ref_dict']: holds no reference for {self.name}; run the U-Net over the "
-                "reference image with mode='w' first"
-            )
-        else:
-            tokens = torch.cat([tokens, ref_dict[self.name]], dim=1)
-        return kernel(attn, hidden_states, tokens, attention_mask)
-
-
-def set_reference_processors(
-    unet: UNet2DConditionModel,
-    *,
-    latent_stride: int = 8,
-    reference_size: tuple[int, int] = RELEASED_REFERENCE_SIZE,
-    use_xformers: bool = False,
-) -> UNet2DConditionModel:
-    """Let the self-attentions of `unet` store and read references, in place; the weights stay as they are.
-
-    The caller then runs both passes; `ReferenceUNet` does it by itself.
-
-    Example:
-        >>> unet = UNet2DConditionModel(
-        ...     sample_size=8, block_out_channels=(32,), layers_per_block=1, norm_num_groups=8,
-        ...     down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",),
-        ...     cross_attention_dim=8, attention_head_dim=4)
-        >>> context, references = torch.zeros(1, 1, 8), {}
-        >>> writing, reading = ({"mode": mode, "ref_dict": references} for mode in "wr")
-        >>> _ = set_reference_processors(unet)(torch.zeros(1, 4, 8, 8), 0, context, cross_attention_kwargs=writing)
-        >>> unet(torch.zeros(1, 4, 12, 8), 0, context, cross_attention_kwargs=reading).sample.shape
-        torch.Size([1, 4, 12, 8])
-    """
-    unet.set_attn_processor(
-        {
-            name: ReferenceAttnProcessor(
-                name,
-                reads=name.endswith("attn1.processor"),
-                use_xformers=use_xformers,
-                latent_stride=latent_stride,
-                reference_size=reference_size,
-            )
-            for name in unet.attn_processors
-        }
-    )
-    return unet
-
-
-def keep_references(model: nn.Module) -> nn.Module:
-    """Let a published `RefOnlyNoisedUNet` be trained with gradient checkpointing, in place.
-
-    Its attention processors are replaced by `ReferenceAttnProcessor`, which keeps the references for the
-    recomputation; the kernels, the weights and the output stay. Takes the wrapper or the U-Net in it.
-
-    Raises:
-        ValueError: if there is no published processor to replace.
-    """
-    processors = {
-        path: module.processor
-        for path, module in model.named_modules()
-        if isinstance(module, Attention) and is_published(module.processor)
-    }
-    if not processors:
-        raise ValueError(
-            f"model: {type(model).__name__} holds no reference-only processors of the published pipeline "
-            "(RefOnlyNoisedUNet, pipeline.unet after pipeline.prepare())"
-        )
-    for path, processor in processors.items():
-        ours = ReferenceAttnProcessor(processor.name or path, reads=processor.enabled, kernel=processor.chained_proc)
-        model.get_submodule(path).set_processor(ours)  # type: ignore[operator]
-    return model
-
-
-def is_published(processor: Any) -> bool:
-    """Whether this is a reference-only attention processor of the published pipeline, by its structure."""
-    return hasattr(processor, "chained_proc") and hasattr(processor, "enabled")
-
-
-def reads_references(processor: Any) -> bool:
-    """Whether this processor, ours or published, appends references to its keys."""
-    return (isinstance(processor, ReferenceAttnProcessor) and processor.reads) or (
-        is_published(processor) and bool(processor.enabled)
-    )
-
-
-def check_references(unet: nn.Module) -> None:
-    """Refuse a U-Net whose self-attentions do not read references any more.
-
-    Raises:
-        RuntimeError: names the layer and the cure. diffusers' switches for xformers, attention slicing and the like
-            replace the attention processors, and with them the sight of the reference.
-    """
-    for path, module in self_attentions(unet).items():
-        processor = getattr(module, "processor", None)
-        if not reads_references(processor):
-            raise RuntimeError(
-                f"the self-attention {path} sees no reference: its processor is {type(processor).__name__}, set after "
-                f"the pipeline was built. Call {_CURE} to bring the references back"
-            )
-
-
-def noise_schedule() -> DDPMScheduler:
-    """Noise levels of the releases: v-prediction, linear betas, no zero terminal SNR.
-
-    Example:
-        >>> round(float(noise_schedule().alphas_cumprod[-1]), 5)
-        0.00158
-    """
-    return DDPMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="linear",
-        clip_sample=False,
-        prediction_type="v_prediction",
-    )
+__all__ = ["ReferenceUNet"]
 
 
 class ReferenceUNet(UNet2DConditionModel):
@@ -220,7 +39,7 @@ class ReferenceUNet(UNet2DConditionModel):
         torch.Size([1, 48, 24, 16])
 
     Attributes:
-        noise_scheduler: noise levels of the reference; None is `noise_schedule()`.
+        noise_scheduler: noise levels of the reference; None is `linear_ddpm()`.
     """
 
     noise_scheduler: DDPMScheduler | None = None
@@ -302,7 +121,7 @@ class ReferenceUNet(UNet2DConditionModel):
         if not references:
             raise RuntimeError(
                 "no self-attention stored its reference: the attention processors were replaced. Call "
-                f"{_CURE} to bring them back"
+                f"{CURE} to bring them back"
             )
         down, mid = down_block_res_samples, mid_block_res_sample
         return super().forward(
@@ -319,7 +138,7 @@ class ReferenceUNet(UNet2DConditionModel):
     def noised(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Latents `[B, C, h, w]` at time steps `[B]`; between the levels, linear in sigma as Euler samplers are."""
         if self.noise_scheduler is None:
-            self.noise_scheduler = noise_schedule()
+            self.noise_scheduler = linear_ddpm()
         scheduler = self.noise_scheduler
         if not timesteps.is_floating_point():
             # Half precision would round the small noise of the first levels away.

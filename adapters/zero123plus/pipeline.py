@@ -18,24 +18,18 @@ import torch.nn.functional as F
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from torch import Tensor
 
-from cameo.adapters.common.images import (
-    by_canvas,
-    from_canvas,
-    image_processor,
-    process,
-    processor_side,
-    to_canvas,
-)
+from cameo.adapters.common.images import image_processor, process, processor_side
 from cameo.adapters.common.latent_pipeline import LatentPipeline, reference_views
+from cameo.adapters.common.sampler import sample_latents
 from cameo.adapters.common.unet_layers import self_attentions
-from cameo.adapters.zero123plus.cameras import same_poses
-from cameo.adapters.zero123plus.denoiser import ReferenceUNet, check_references, set_reference_processors
+from cameo.adapters.zero123plus.cameras import NUM_VIEWS, by_canvas, from_canvas, same_poses, to_canvas
+from cameo.adapters.zero123plus.denoiser import ReferenceUNet
+from cameo.adapters.zero123plus.layers import check_references, set_reference_processors
 from cameo.errors import ShapeError
 from cameo.pipeline import TrainingInputs
 
 __all__ = ["Zero123PlusPipeline"]
 
-NUM_VIEWS = 7
 IMAGE_MEAN, IMAGE_STD = 0.5, 0.8  # of the releases, against the usual 0.5 and 0.5 of [-1, 1]
 LATENT_SHIFT, LATENT_SCALE = 0.22, 0.75
 # The releases do not multiply the reference's latents by 0.18215, so it outweighs the noise for longer: 5 times in the
@@ -181,7 +175,7 @@ class Zero123PlusPipeline(LatentPipeline):
         """
         size = self.config.reference_size
         if self.feature_extractor_vae is not None:
-            pixels = process(self.feature_extractor_vae, images)
+            pixels = process(self.feature_extractor_vae, images).to(images)
         else:
             pixels = images * 2 - 1
             if pixels.shape[-2:] != (size, size):
@@ -229,7 +223,7 @@ class Zero123PlusPipeline(LatentPipeline):
             noise: `[B, 7, C, h, w]`; default standard normal. The entry of view 0 seeds the noise on the reference,
                 whose grid is another.
             condition_dropout: probability of replacing a sample's reference by zeros and its context by the empty
-                prompt, for classifier-free guidance. Zeros as guidance has them, a mid grey after normalisation;
+                prompt, for classifier-free guidance. Zeros as guidance has them, a mid grey after normalization;
                 InstantMesh takes black images, and drops whole batches.
 
         Raises:
@@ -302,19 +296,23 @@ class Zero123PlusPipeline(LatentPipeline):
         height, width = (side // self.latent_stride for side in image.shape[-2:])
         dtype = self.unet_dtype
         reference, context = reference.to(dtype), context.to(dtype)
-        self.scheduler.set_timesteps(num_inference_steps, device=image.device)
-        shape = (samples, self.latent_channels, 3 * height, 2 * width)
-        latents = self.normal(shape, generator, image) * self.scheduler.init_noise_sigma
-        for timestep in self.progress_bar(self.scheduler.timesteps) if progress else self.scheduler.timesteps:
-            noisy = self.scheduler.scale_model_input(latents, timestep)
-            noisy = torch.cat([noisy, noisy]) if guided else noisy
+
+        def predict(latents: Tensor, timestep: Tensor) -> list[Tensor]:
+            noisy = (torch.cat([latents, latents]) if guided else latents).to(dtype)
             given = {"cond_lat": reference, "cond_noise": self.normal(reference.shape, generator, reference)}
-            args = noisy.to(dtype), timestep.expand(len(noisy)), context
-            predicted = self.unet(*args, cross_attention_kwargs=given, return_dict=False)[0].to(latents)
-            if guided:
-                unconditional, conditional = predicted.chunk(2)
-                predicted = unconditional + guidance_scale * (conditional - unconditional)
-            latents = self.scheduler.step(predicted, timestep, latents, generator=generator).prev_sample
+            args = noisy, timestep.expand(len(noisy)), context
+            predicted = self.unet(*args, cross_attention_kwargs=given, return_dict=False)[0]
+            return list(predicted.chunk(2)[::-1]) if guided else [predicted]
+
+        latents = sample_latents(
+            self.scheduler,
+            self.normal((samples, self.latent_channels, 3 * height, 2 * width), generator, image),
+            predict,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            generator=generator,
+            progress_bar=self.progress_bar if progress else None,
+        )
         return super().decode(latents[:, None])[:, 0]
 
     def _check_batch(self, batch: Mapping[str, Any], images: Tensor, *, sampling: bool = False) -> None:

@@ -1,8 +1,8 @@
 """Take queries and keys where the attention kernel receives them, and leave the kernel running.
 
 The supervised attention modules are watched for the length of one forward (see `cameo.attention.watched_layers`).
-Nothing is replaced, so the output stays bit-identical, and nothing is left behind: a recomputation under gradient checkpointing
-or a deepcopy meets no hook.
+Nothing is replaced, so the output stays bit-identical, and nothing is left behind: a recomputation under gradient
+checkpointing or a deepcopy meets no hook.
 """
 
 from __future__ import annotations

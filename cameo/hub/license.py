@@ -61,7 +61,7 @@ def find_licence(
     else:
         found = _licence_of_base(config, online=online, token=token)
         if not found.get("license") and backbone is not None:
-            known = backbone.licence(config.base_model)
+            known = backbone.license(config.base_model)
             found = known if isinstance(known, Mapping) else {"license": known}
     entries = {key: str(found[key]) for key in ("license", "license_name", "license_link") if found.get(key)}
     if entries.get("license") == "other" and "license_name" not in entries:

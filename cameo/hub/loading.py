@@ -166,7 +166,7 @@ def read_full(folder: Path, form: str, config: CameoConfig, base: nn.Module | No
     elif form == "diffusers":
         loaded = _read_diffusers(folder, base)
     if base is None and form != "pipeline":
-        if form == "diffusers" and (backbone is None or backbone.recognises(loaded)):
+        if form == "diffusers" and (backbone is None or backbone.recognizes(loaded)):
             return loaded
         # The files do not bring the class, or not the backbone's attention; the base model does.
         if backbone is None:

@@ -171,7 +171,7 @@ class _Subject:
         name = backbone or (config.backbone if config else None) or getattr(pipeline, "backbone", None)
         name = name or _recognised(core)
         adapter = get_backbone(name)
-        if not adapter.recognises(core):
+        if not adapter.recognizes(core):
             raise ValueError(f"backbone {name!r} does not fit: {adapter.explain_mismatch(core)}")
         inflate = inflate or bool(config and config.inflate)
         sites = adapter.inflatable(core) if inflate else adapter.sites(core)
@@ -270,7 +270,7 @@ def _recognised(core: nn.Module) -> str:
     found = []
     for name in backbones():
         try:
-            if get_backbone(name).recognises(core):
+            if get_backbone(name).recognizes(core):
                 found.append(name)
         except NotImplementedError:  # an adapter that does not say
             continue

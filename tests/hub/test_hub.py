@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import cameo
-from cameo.adapters.cat3d.pipeline import inflate
+from cameo.adapters.common.joint_views import inflate
 from cameo.backbone import get_backbone
 from cameo.config import CONFIG_NAME, CameoConfig
 from cameo.errors import DataError
@@ -577,7 +577,7 @@ class TestCard:
 class TestLicence:
     def test_order(self, tmp_path):
         class Known(cameo.backbone.Backbone):
-            def licence(self, name_or_path):
+            def license(self, name_or_path):
                 return "openrail"
 
         config = CameoConfig(None, [], base_model=str(tmp_path))

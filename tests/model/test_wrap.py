@@ -756,7 +756,7 @@ def registry(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 
 class ToyBackbone(Backbone):
-    def recognises(self, model: nn.Module) -> bool:
+    def recognizes(self, model: nn.Module) -> bool:
         return isinstance(model, Toy)
 
     def sites(self, model: nn.Module) -> list[AttentionSite]:

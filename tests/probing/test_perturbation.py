@@ -42,9 +42,9 @@ from tests.attention.test_capture import (  # noqa: F401 - a fixture
 )
 from tests.helpers import backbone_checks as checks
 from tests.helpers import models
+from tests.helpers.backbone_rows import TINY, Row, every_tiny
 from tests.helpers.batches import make_batch
 from tests.helpers.training_runs import make_config, scene_cache
-from tests.test_backbones import TINY, Row, every_tiny
 
 KERNELS = [sdpa, *PLAIN, *WITH_XFORMERS]
 NO_VIEW, REFERENCE = -1, 99

@@ -38,9 +38,9 @@ from cameo.training.setup import load_pipeline
 from cameo.wrap import CameoModel
 from tests.evaluation.test_evaluation import ZERO123, Planted, joined, per_cell, plain_hits, tiled
 from tests.helpers import backbone_checks as checks
+from tests.helpers.backbone_rows import TINY, Row, every_tiny
 from tests.helpers.batches import make_batch
 from tests.helpers.training_runs import RECIPES, make_config, scene_cache
-from tests.test_backbones import TINY, Row, every_tiny
 
 LEVELS = (0.5, 1.0)
 CAT3D = TINY[0]

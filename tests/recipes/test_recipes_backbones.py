@@ -112,4 +112,4 @@ def test_all_weights_from_scratch_with_cameo(name: str, tmp_path: Path, monkeypa
     run("full", backbone, tmp_path, monkeypatch, **{"loss_weight": 0.1, "lr_warmup_steps": 1, **changes, **inflate})
     check_finite(tmp_path)
     pipeline = get_backbone(backbone).load(str(tmp_path / "model"))
-    assert get_backbone(backbone).recognises(pipeline.denoiser)
+    assert get_backbone(backbone).recognizes(pipeline.denoiser)

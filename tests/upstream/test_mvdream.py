@@ -24,9 +24,8 @@ from cameo.adapters.mvdream.denoiser import ImageDreamUNet, prepare
 from cameo.adapters.mvdream.weights import convert_unet
 from cameo.backbone import get_backbone
 from cameo.errors import CaptureError
-
-from ..test_mvdream import check_match_in_images, executed
-from ..test_mvdream_cameras import orbit
+from tests.helpers.mvdream_models import check_match_in_images, executed
+from tests.helpers.orbits import orbit
 
 HEAD_CHANNELS = 16
 SETTINGS: dict[str, Any] = {

@@ -128,7 +128,7 @@ def executed(model: nn.Module, kind: str) -> list[str]:
 
 def test_layers_in_the_order_they_run(sgm: SimpleNamespace) -> None:
     adapter, model = get_backbone("sv3d"), build(sgm, num_res_blocks=2)
-    assert adapter.recognises(model)
+    assert adapter.recognizes(model)
     sites, spatial = adapter.sites(model), adapter.inflatable(model)
     assert [site.path for site in spatial] == executed(model, "transformer_blocks")
     assert [site.path for site in sites] == executed(model, "time_stack")
@@ -332,7 +332,7 @@ def test_reentrant_checkpointing_is_refused_and_the_cure_works(sgm: SimpleNamesp
     plain, model = build(sgm), build(sgm, use_checkpoint=True)
     model.load_state_dict(plain.state_dict())
     adapter = get_backbone("sv3d")
-    assert adapter.hazard(plain) is None
+    assert adapter.unsupported(plain) is None
     torch.manual_seed(5)
     expected = gradients(plain, cameo.wrap(plain, "sv3d", inflate=inflate).train())
     torch.manual_seed(5)  # the same alignment head
@@ -344,7 +344,7 @@ def test_reentrant_checkpointing_is_refused_and_the_cure_works(sgm: SimpleNamesp
     changed = use_non_reentrant_checkpointing(model)
     assert {"sgm.modules.attention", "sgm.modules.video_attention"} < set(changed)
     assert use_non_reentrant_checkpointing(model) == []
-    assert adapter.hazard(model) is None
+    assert adapter.unsupported(model) is None
     found = gradients(model, wrapped)
     assert found.keys() == expected.keys()
     for name, gradient in expected.items():
@@ -356,10 +356,10 @@ def test_a_function_of_others_is_not_judged(sgm: SimpleNamespace) -> None:
     model = build(sgm, use_checkpoint=True)
     for module in (sgm.attention, sgm.video_attention):
         module.checkpoint = functools.partial(torch.utils.checkpoint.checkpoint, use_reentrant=True)
-    assert get_backbone("sv3d").hazard(model) is not None
+    assert get_backbone("sv3d").unsupported(model) is not None
     for module in (sgm.attention, sgm.video_attention):
         module.checkpoint = lambda function, *args: function(*args)
-    assert get_backbone("sv3d").hazard(model) is None
+    assert get_backbone("sv3d").unsupported(model) is None
 
 
 # LoRA and copies
@@ -444,7 +444,7 @@ def test_own_unet_computes_the_same(sgm: SimpleNamespace, numbers: int, layout: 
 
 
 def test_a_checkpoint_file_becomes_a_pipeline(sgm: SimpleNamespace, tmp_path: Path) -> None:
-    from ..test_sv3d import tiny_vae
+    from tests.helpers.sv3d_models import tiny_vae
 
     model, adapter = build(sgm), get_backbone("sv3d")
     state = {f"model.diffusion_model.{name}": value for name, value in model.state_dict().items()}

@@ -18,7 +18,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 import cameo
-from cameo.adapters.zero123plus.denoiser import ReferenceUNet, keep_references
+from cameo.adapters.zero123plus import keep_references
+from cameo.adapters.zero123plus.denoiser import ReferenceUNet
 from cameo.adapters.zero123plus.pipeline import Zero123PlusPipeline
 from cameo.backbone import get_backbone
 from cameo.errors import CaptureError
@@ -144,7 +145,7 @@ def test_gradient_checkpointing_fails_and_the_cure_is_exact(published: ModuleTyp
         gradients(theirs)
     theirs = keep_references(wrapper(published))
     theirs.unet.enable_gradient_checkpointing()
-    assert ADAPTER.recognises(theirs)
+    assert ADAPTER.recognizes(theirs)
     found = gradients(theirs)
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], gradient) for name, gradient in expected.items())

@@ -7,7 +7,13 @@ from diffusers import UNetSpatioTemporalConditionModel
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from cameo.adapters.common.unet_layers import checkpoints_reentrantly, default_layer_index, level_of, self_attentions
+from cameo.adapters.common.unet_layers import (
+    checkpoints_reentrantly,
+    default_layer_index,
+    level_of,
+    levels_of,
+    self_attentions,
+)
 from tests.helpers.zero123plus_models import stable_diffusion_unet
 
 PARTS = {"down_blocks": 6, "mid_block": 1, "up_blocks": 9}
@@ -20,8 +26,8 @@ def test_layers_are_listed_down_mid_up() -> None:
     assert paths[10] == "up_blocks.2.attentions.0.transformer_blocks.0.attn1"
     assert all(unet.get_submodule(path) is module for path, module in self_attentions(unet).items())
     assert [level_of(unet, path) for path in paths] == [0, 0, 1, 1, 2, 2, 3, 2, 2, 2, 1, 1, 1, 0, 0, 0]
-    assert default_layer_index(unet, paths) == 10
-    assert default_layer_index(unet, paths[:10]) == 9  # there is none at that level: the last
+    assert default_layer_index(levels_of(unet, paths)) == 10
+    assert default_layer_index(levels_of(unet, paths[:10])) == 9  # there is none at that level: the last
 
 
 def test_layers_of_a_unet_inside_another_module() -> None:
@@ -32,7 +38,7 @@ def test_layers_of_a_unet_inside_another_module() -> None:
         assert len(paths) == 16
         assert paths[6] == f"{prefix}.mid_block.attentions.0.transformer_blocks.0.attn1"
         assert [level_of(model, path) for path in paths[5:8]] == [2, 3, 2]
-        assert default_layer_index(model, paths) == 10
+        assert default_layer_index(levels_of(model, paths)) == 10
     assert not self_attentions(model)  # a prefix is asked for
     assert not self_attentions(model, prefix="other")
 

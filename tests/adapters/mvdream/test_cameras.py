@@ -1,37 +1,15 @@
+"""The 16 numbers by which MVDream is told a camera."""
+
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from cameo.adapters.mvdream.cameras import camera_vectors
 from cameo.errors import ShapeError
-
-
-def orbit(
-    azimuth: float, elevation: float, distance: float = 1.0, centre: tuple[float, float, float] = (0, 0, 0)
-) -> Tensor:
-    """World-to-camera matrix that looks at `centre`; azimuth 0 is -y, 90 is +x, z is up."""
-    a, e = math.radians(azimuth), math.radians(elevation)
-    backward = torch.tensor([math.sin(a) * math.cos(e), -math.cos(a) * math.cos(e), math.sin(e)], dtype=torch.float64)
-    right = torch.tensor([math.cos(a), math.sin(a), 0.0], dtype=torch.float64)
-    down = torch.linalg.cross(-backward, right)
-    world_to_camera = torch.eye(4, dtype=torch.float64)
-    world_to_camera[:3, :3] = torch.stack([right, down, -backward])
-    world_to_camera[:3, 3] = -world_to_camera[:3, :3] @ (
-        torch.tensor(centre, dtype=torch.float64) + distance * backward
-    )
-    return world_to_camera
-
-
-def ring(*azimuths: float, **options: Any) -> Tensor:
-    return torch.stack([orbit(azimuth, **options) for azimuth in azimuths])[None]
-
-
-UP = torch.tensor([[0.0, 0.0, 1.0]], dtype=torch.float64)
+from tests.helpers.orbits import UP, ring
 
 
 def test_camera_numbers_by_hand() -> None:

@@ -1,4 +1,4 @@
-"""The diffusion transformer of `cat3d`, beside what tests/test_backbones.py asks of every preset."""
+"""The diffusion transformer of `cat3d`, beside what tests/adapters/test_backbones.py asks of every preset."""
 
 from __future__ import annotations
 
@@ -14,14 +14,16 @@ from einops import rearrange
 from torch import Tensor
 
 import cameo
-from cameo.adapters.cat3d.adapter import noise_schedule
+from cameo.adapters.cat3d.cameras import CONDITION_CHANNELS
 from cameo.adapters.cat3d.denoiser import JointDiT
-from cameo.adapters.cat3d.pipeline import CONDITION_CHANNELS, Cat3DPipeline, inflate
+from cameo.adapters.cat3d.pipeline import Cat3DPipeline
+from cameo.adapters.common.joint_views import inflate
+from cameo.adapters.common.noise_schedules import ddim
 from cameo.backbone import get_backbone
 from cameo.errors import ShapeError
+from tests.conftest import make_batch
 from tests.helpers.backbone_checks import build_pipeline, one_match
-from tests.helpers.batches import make_batch
-from tests.test_cat3d import tiny_kl
+from tests.helpers.cat3d_models import tiny_kl
 
 
 @functools.cache
@@ -115,7 +117,7 @@ def test_a_match_reaches_its_token_and_the_keys_of_its_view() -> None:
 
 def test_latents_of_an_autoencoder_in_patches() -> None:
     model = dit(in_channels=4 + CONDITION_CHANNELS)
-    built = Cat3DPipeline(model, noise_schedule(), vae=tiny_kl())
+    built = Cat3DPipeline(model, ddim("v_prediction", zero_terminal_snr=True, whole_range=True), vae=tiny_kl())
     assert built.size_multiple == 16
     sites = get_backbone("cat3d").sites(built.unet)
     assert [(site.path, site.stride) for site in sites] == [(f"transformer_blocks.{i}.attn1", 16) for i in range(2)]
@@ -132,8 +134,10 @@ def test_separated_views_are_noticed_and_joined_again() -> None:
     with pytest.raises(ValueError, match=r"processor: expected one for each of .*got \[\]"):
         built.unet.set_attn_processor({})
     built.unet.set_attn_processor(AttnProcessor2_0())
-    assert not get_backbone("cat3d").recognises(built.unet)
-    with pytest.raises(ValueError, match=r"self-attentions of this JointDiT see one view at a time.*inflate\(unet\)"):
+    assert not get_backbone("cat3d").recognizes(built.unet)
+    with pytest.raises(
+        ValueError, match=r"self-attentions of this JointDiT see one view at a time.*inflate\(unet, latent_stride=8\)"
+    ):
         cameo.wrap(built.unet, "cat3d")
     with pytest.raises(RuntimeError, match=r"transformer_blocks\.0\.attn1 sees one view at a time"):
         built.training_inputs(batch)
@@ -170,4 +174,4 @@ def test_what_build_refuses() -> None:
     with pytest.raises(ValueError, match=r"heads: expected a divisor of the width 16, got 3"):
         adapter.build("transformer-tiny", width=16, heads=3)
     with pytest.raises(ValueError, match=r"unet: expected 11 input and 4 output channels .*got 4 and 4"):
-        Cat3DPipeline(dit(), noise_schedule(), vae=tiny_kl())
+        Cat3DPipeline(dit(), ddim("v_prediction", zero_terminal_snr=True, whole_range=True), vae=tiny_kl())

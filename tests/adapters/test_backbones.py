@@ -1,10 +1,7 @@
-"""One table of all registered backbones and presets, and the checks that each of them has to pass."""
+"""The checks that every registered backbone and preset has to pass."""
 
 from __future__ import annotations
 
-import copy
-import functools
-from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -14,96 +11,13 @@ import torch
 from torch import Tensor, nn
 
 import cameo
-from cameo.adapters.released import RELEASED
 from cameo.backbone import get_backbone
 from cameo.config import CameoConfig
 from cameo.data.batches import match_layers
 from cameo.hub.license import find_licence
-from cameo.pipeline import MultiViewPipeline, TrainingInputs
+from cameo.pipeline import MultiViewPipeline
 from tests.helpers import backbone_checks as checks
-from tests.helpers.batches import make_batch
-
-
-@dataclass(frozen=True)
-class Row:
-    """One preset, with the batch that its backbone takes.
-
-    `grids` are the token grids of the supervised layer, written out by hand; `learning_rate` is that of the batch that
-    is repeated for LoRA.
-    """
-
-    backbone: str
-    preset: str
-    views: int
-    references: int
-    size: int
-    grids: checks.Grids
-    wrap: dict[str, Any] = field(default_factory=dict, hash=False)
-    options: dict[str, Any] = field(default_factory=dict, hash=False)
-    learning_rate: float = 2e-2
-
-    def __str__(self) -> str:
-        way = "-inflated" if self.wrap.get("inflate") else ""
-        return f"{self.backbone}-{self.preset}{way}"
-
-    def batch(self, samples: int = 1) -> dict[str, Any]:
-        found = make_batch(samples=samples, views=self.views, size=self.size)
-        return {**found, "num_reference_views": self.references}
-
-    def pipeline(self) -> Any:
-        return copy.deepcopy(_built(self))
-
-    def inputs(self, denoiser: nn.Module) -> TrainingInputs:
-        pipeline = _built(self)
-        return pipeline.training_inputs(
-            self.batch(),
-            generator=torch.Generator().manual_seed(5),
-            timesteps=torch.tensor([pipeline.num_train_timesteps // 2]),
-        )
-
-    def subject(self) -> checks.Subject:
-        return checks.Subject(
-            self.backbone,
-            build=lambda: self.pipeline().denoiser,
-            inputs=lambda denoiser: ((found := self.inputs(denoiser)).args, found.kwargs),
-            grids=self.grids,
-            wrap=self.wrap,
-        )
-
-
-@functools.cache
-def _built(row: Row) -> Any:
-    return checks.build_pipeline(row.backbone, row.preset, **row.options)
-
-
-TINY = [
-    Row("cat3d", "tiny", views=3, references=1, size=64, grids=((8, 8),) * 3),
-    Row("cat3d", "transformer-tiny", views=3, references=1, size=32, grids=((8, 8),) * 3, learning_rate=5e-3),
-    Row("zero123plus", "tiny", views=7, references=1, size=32, grids=((6, 6), *((4, 4),) * 6)),
-    Row("mvdream", "tiny", views=4, references=0, size=32, grids=((4, 4),) * 4),
-    Row("mvdream", "imagedream-tiny", views=5, references=1, size=32, grids=((4, 4),) * 5),
-    Row("sv3d", "tiny", views=5, references=1, size=32, grids=((4, 4),) * 5),
-    Row("sv3d", "tiny", views=5, references=1, size=32, grids=((4, 4),) * 5, wrap={"inflate": True}),
-]
-SMALL = [
-    Row("cat3d", "small", views=2, references=1, size=32, grids=((4, 4),) * 2),
-    Row("cat3d", "transformer-small", views=2, references=1, size=16, grids=((4, 4),) * 2),
-    Row(
-        "zero123plus",
-        "small",
-        views=7,
-        references=1,
-        size=32,
-        grids=((6, 6), *((4, 4),) * 6),
-        options={"reference_size": 48},
-    ),
-    Row("mvdream", "small", views=2, references=0, size=32, grids=((4, 4),) * 2),
-    Row("mvdream", "imagedream-small", views=3, references=1, size=32, grids=((4, 4),) * 3),
-    Row("sv3d", "small", views=3, references=1, size=32, grids=((4, 4),) * 3),
-]
-ROWS = [*TINY, *SMALL]
-every_row = pytest.mark.parametrize("row", ROWS, ids=str)
-every_tiny = pytest.mark.parametrize("row", TINY, ids=str)
+from tests.helpers.backbone_rows import ROWS, Row, every_row, every_tiny
 
 
 def test_every_backbone_and_preset_has_a_row() -> None:
@@ -114,9 +28,9 @@ def test_every_backbone_and_preset_has_a_row() -> None:
 
 @every_row
 def test_recognises_its_own_and_refuses_others(row: Row) -> None:
-    adapter, denoiser = get_backbone(row.backbone), _built(row).denoiser
-    assert adapter.recognises(denoiser)
-    assert not adapter.recognises(nn.Linear(2, 2))
+    adapter, denoiser = get_backbone(row.backbone), row.pipeline().denoiser
+    assert adapter.recognizes(denoiser)
+    assert not adapter.recognizes(nn.Linear(2, 2))
     assert "Linear" in adapter.explain_mismatch(nn.Linear(2, 2))
     sites = adapter.sites(denoiser)
     assert [site.index for site in sites] == list(range(len(sites)))
@@ -265,7 +179,7 @@ def test_a_saved_pipeline_loads_again(row: Row, tmp_path: Path) -> None:
     pipeline, adapter = row.pipeline(), get_backbone(row.backbone)
     pipeline.save_pretrained(str(tmp_path))
     again = adapter.load(str(tmp_path))
-    assert adapter.recognises(again.denoiser)
+    assert adapter.recognizes(again.denoiser)
     with torch.no_grad():
         inputs = (found := row.inputs(pipeline.denoiser)).args, found.kwargs
         assert checks.same(checks.run(again.denoiser, inputs), checks.run(pipeline.denoiser, inputs))
@@ -278,22 +192,22 @@ def test_a_saved_pipeline_loads_again(row: Row, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("backbone", "licences"),
+    ("backbone", "licenses"),
     [
-        ("cat3d", {"openrail++"}),
+        ("cat3d", {"apache-2.0", "openrail++"}),
         ("zero123plus", {"openrail", "cc-by-nc-4.0"}),
         ("mvdream", {"openrail"}),
         ("sv3d", {"other"}),
     ],
     ids=["cat3d", "zero123plus", "mvdream", "sv3d"],
 )
-def test_licences_of_the_releases(backbone: str, licences: set[str]) -> None:
+def test_licenses_of_the_releases(backbone: str, licenses: set[str]) -> None:
     adapter = get_backbone(backbone)
-    names = [name for name, release in RELEASED.items() if release.backbone == backbone]
+    names = list(adapter.released)
     found = [find_licence(CameoConfig(backbone, [], base_model=name), None, backbone=adapter) for name in names]
-    assert {one["license"] for one in found} == licences
+    assert {one["license"] for one in found} == licenses
     assert all(one.get("license_name") for one in found if one["license"] == "other")
-    assert [adapter.revision(name) for name in names] == [RELEASED[name].revision for name in names]
-    assert adapter.licence("preset:tiny") == "apache-2.0"
-    assert adapter.licence("somebody/else") is None
+    assert [adapter.revision(name) for name in names] == [release.revision for release in adapter.released.values()]
+    assert adapter.license("preset:tiny") == "apache-2.0"
+    assert adapter.license("somebody/else") is None
     assert adapter.revision("somebody/else") is None

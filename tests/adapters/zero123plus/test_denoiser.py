@@ -1,3 +1,5 @@
+"""Zero123++'s U-Net, which sees a reference."""
+
 from __future__ import annotations
 
 import copy
@@ -15,133 +17,23 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import cameo
-from cameo import Correspondence
 from cameo.adapters.common.unet_layers import checkpoints_reentrantly
-from cameo.adapters.zero123plus.denoiser import (
-    ReferenceAttnProcessor,
-    ReferenceUNet,
-    keep_references,
-    noise_schedule,
-    set_reference_processors,
-)
-from cameo.backbone import get_backbone
+from cameo.adapters.zero123plus import set_reference_processors
+from cameo.adapters.zero123plus.denoiser import ReferenceUNet
+from cameo.adapters.zero123plus.layers import ReferenceAttnProcessor
 from cameo.errors import CaptureError, ShapeError
 from cameo.memory import align_module
 from tests.helpers import zero123plus_models as parts
 from tests.helpers.zero123plus_models import SIZE, batch, pipeline
+from tests.helpers.zero123plus_published import ADAPTER, PublishedWrapper
 
 REFERENCE = parts.REFERENCE
-ADAPTER = get_backbone("zero123plus")
 
 
 def run(unet: nn.Module) -> Tensor:
     args, kwargs = ADAPTER.example_inputs(unet)
     with torch.no_grad():
         return unet(*args, **kwargs).sample
-
-
-# The layers
-
-
-def test_layers_of_stable_diffusion() -> None:
-    unet = ReferenceUNet.from_unet(parts.stable_diffusion_unet(), reference_size=(128, 128))
-    order: list[str] = []
-    for name, module in unet.named_modules():
-        if name.endswith("attn1"):
-            module.register_forward_pre_hook(lambda *_, name=name: order.append(name))
-    model = cameo.wrap(unet, "zero123plus")
-    sites = model.sites
-    args, kwargs = ADAPTER.example_inputs(unet)  # tiles of 64 x 64 pixels
-    with model.capture(sites) as captured, torch.no_grad():
-        model(*args, **kwargs)
-    assert order == [site.path for site in sites] * 2
-    assert [site.index for site in sites] == list(range(16))
-    assert sites[10].path == "up_blocks.2.attentions.0.transformer_blocks.0.attn1"
-    assert ADAPTER.default_layer(unet) == 10
-    assert [site.index for site in model.supervised_sites] == [10]
-    assert [site.stride for site in sites] == [8, 8, 16, 16, 32, 32, 64, 32, 32, 32, 16, 16, 16, 8, 8, 8]
-    for site in sites:
-        assert site.stride is not None
-        tile, reference = (64 // site.stride) ** 2, (128 // site.stride) ** 2
-        seen = captured[site.path]
-        assert seen.query.shape[:3] == (1, site.heads, 6 * tile)
-        assert seen.key.shape[:3] == (1, site.heads, 6 * tile + reference)
-        grids = site.sizes(64, 64, 7)
-        assert [height * width for height, width in grids] == [reference] + [tile] * 6
-
-
-def test_layers_at_the_released_size() -> None:
-    sites = ADAPTER.sites(ReferenceUNet.from_unet(parts.stable_diffusion_unet()))
-    assert sites[10].sizes(320, 320, 7) == ((32, 32),) + ((20, 20),) * 6
-    assert sites[10].layout.shape("query", batch=2, sizes=sites[10].sizes(320, 320, 7)) == (2, 2400)
-    assert sites[10].layout.shape("key", batch=2, sizes=sites[10].sizes(320, 320, 7)) == (2, 3424)
-    assert sites[6].sizes(320, 320, 7) == ((8, 8),) + ((5, 5),) * 6
-
-
-def test_what_the_pipeline_does_is_what_the_layers_expect() -> None:
-    built = pipeline()
-    model = cameo.wrap(built.unet, "zero123plus")
-    assert model.token_grids(SIZE, SIZE, 7) == ((6, 6),) + ((4, 4),) * 6
-    inputs = built.training_inputs(batch())
-    with model.capture(model.sites) as captured:
-        model(*inputs.args, **inputs.kwargs)
-    for site in model.sites:
-        sizes = site.sizes(SIZE, SIZE, 7)
-        for of, tensor in (("query", captured[site.path].query), ("key", captured[site.path].key)):
-            attention_batch, tokens = site.layout.shape(of, batch=2, sizes=sizes)
-            assert (tensor.shape[0], tensor.shape[2]) == (attention_batch, tokens)
-
-
-def test_the_second_run_of_a_layer_is_the_one_that_counts() -> None:
-    unet = pipeline().unet
-    model = cameo.wrap(unet, "zero123plus")
-    (site,) = model.supervised_sites
-    seen: list[Tensor] = []
-    unet.get_submodule(f"{site.path}.to_q").register_forward_hook(lambda _, __, output: seen.append(output))
-    args, kwargs = ADAPTER.example_inputs(unet)
-    with model.capture() as captured, torch.no_grad():
-        model(*args, **kwargs)
-    writing, reading = seen
-    assert writing.shape[1] == 6 * 6
-    assert reading.shape[1] == 12 * 8
-    query = captured[site.path].query.transpose(1, 2).flatten(2)
-    assert torch.equal(query, reading)
-
-
-def test_other_models_are_refused_with_the_cure() -> None:
-    plain = parts.two_level_unet()
-    with pytest.raises(ValueError, match=r"read no reference image.*set_reference_processors\(unet\)"):
-        cameo.wrap(plain, "zero123plus")
-    assert not ADAPTER.recognises(get_backbone("cat3d").build("tiny").unet)
-    assert not ADAPTER.recognises(nn.Linear(2, 2))
-    assert "Pass the U-Net (pipeline.unet)" in ADAPTER.explain_mismatch(nn.Linear(2, 2))
-    assert ADAPTER.recognises(set_reference_processors(plain))
-
-
-# Reference attention
-
-
-def test_the_processor_is_a_softmax_over_own_and_stored_tokens() -> None:
-    unet = set_reference_processors(parts.two_level_unet())
-    path = ADAPTER.sites(unet)[0].path
-    attention = unet.get_submodule(path)
-    own, stored = torch.randn(2, 12, 8), torch.randn(2, 9, 8)
-    references: dict[str, Tensor] = {}
-    attention(stored, mode="w", ref_dict=references)
-    assert list(references) == [f"{path}.processor"]
-    for _ in range(2):  # a reference can be read again
-        output = attention(own, mode="r", ref_dict=references)
-    query, key, value = (
-        layer(tokens).unflatten(-1, (attention.heads, -1)).transpose(1, 2)
-        for layer, tokens in (
-            (attention.to_q, own),
-            (attention.to_k, torch.cat([own, stored], dim=1)),
-            (attention.to_v, torch.cat([own, stored], dim=1)),
-        )
-    )
-    weights = (query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5).softmax(-1)
-    expected = attention.to_out[0]((weights @ value).transpose(1, 2).flatten(2))
-    torch.testing.assert_close(output, expected)
 
 
 def test_the_canvas_sees_the_reference() -> None:
@@ -235,30 +127,6 @@ def test_running_both_passes_by_hand_is_the_same() -> None:
     assert torch.isfinite(run(plain)).all()
 
 
-# What a match reaches
-
-
-@pytest.mark.parametrize(("query", "key"), parts.MATCHES)
-def test_a_match_reaches_its_token_and_the_keys_of_its_view(query: parts.Place, key: parts.Place) -> None:
-    unet = pipeline().unet
-    model = cameo.wrap(unet, "zero123plus", head="mean")
-    parts.check_reach(model, *ADAPTER.example_inputs(unet), query=query, key=key, tile=(4, 4), reference=(6, 6))
-
-
-def test_the_reference_asks_for_no_matches() -> None:
-    unet = pipeline().unet
-    model = cameo.wrap(unet, "zero123plus", head="mean")
-    index = torch.full((1, 7, 7, 36), -1)
-    index[0, 0, 3, :] = 2
-    args, kwargs = ADAPTER.example_inputs(unet)
-    model(*args, **kwargs, correspondence=Correspondence(index, ((6, 6),) + ((4, 4),) * 6))
-    assert model.num_supervised == 0
-    assert model.alignment_loss == 0
-
-
-# Gradient checkpointing
-
-
 def gradients(unet: nn.Module) -> dict[str, Tensor]:
     model = cameo.wrap(unet, "zero123plus", head="mean").train()
     args, kwargs = ADAPTER.example_inputs(unet)
@@ -272,7 +140,7 @@ def gradients(unet: nn.Module) -> dict[str, Tensor]:
 def test_checkpointed_gradients_are_exact() -> None:
     plain, recomputed = pipeline().unet, pipeline().unet
     recomputed.enable_gradient_checkpointing()
-    assert ADAPTER.hazard(recomputed) is None
+    assert ADAPTER.unsupported(recomputed) is None
     before, after = gradients(plain), gradients(recomputed)
     assert before.keys() == after.keys() == dict(plain.named_parameters()).keys()
     assert all(torch.equal(after[name], gradient) for name, gradient in before.items())
@@ -280,121 +148,15 @@ def test_checkpointed_gradients_are_exact() -> None:
 
 def test_reentrant_checkpointing_is_noticed() -> None:
     unet = pipeline().unet
-    assert ADAPTER.hazard(unet) is None
+    assert ADAPTER.unsupported(unet) is None
     assert not checkpoints_reentrantly(unet)
     unet.enable_gradient_checkpointing(functools.partial(checkpoint, use_reentrant=False))
-    assert ADAPTER.hazard(unet) is None
+    assert ADAPTER.unsupported(unet) is None
     unet.enable_gradient_checkpointing(functools.partial(checkpoint, use_reentrant=True))
     with pytest.raises(CaptureError, match=r"reentrant.*Call unet\.enable_gradient_checkpointing\(\) without"):
         gradients(unet)
     unet.disable_gradient_checkpointing()
-    assert ADAPTER.hazard(unet) is None
-
-
-class PublishedProcessor(nn.Module):
-    """Structure and behaviour of the published processor: a reference is gone once it was read."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__()
-        self.name, self.enabled, self.chained_proc = name, name.endswith("attn1.processor"), AttnProcessor2_0()
-
-    def forward(
-        self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Any = None, attention_mask: Any = None,
-        mode: str = "w", ref_dict: Any = None, is_cfg_guidance: bool = False,
-    ) -> Tensor:  # fmt: skip
-        tokens = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        if self.enabled and mode == "w":
-            ref_dict[self.name] = tokens
-        elif self.enabled:
-            tokens = torch.cat([tokens, ref_dict.pop(self.name)], dim=1)
-        return self.chained_proc(attn, hidden_states, tokens, attention_mask)
-
-    __call__ = forward
-
-
-class PublishedWrapper(nn.Module):
-    """Structure of the published `RefOnlyNoisedUNet`."""
-
-    def __init__(self, unet: UNet2DConditionModel) -> None:
-        super().__init__()
-        self.unet = unet
-        unet.set_attn_processor({name: PublishedProcessor(name) for name in unet.attn_processors})
-
-    def forward(self, sample: Tensor, timestep: Tensor, context: Tensor, *, cross_attention_kwargs: Any) -> Any:
-        stored: dict[str, Tensor] = {}
-        given = cross_attention_kwargs
-        noisy = noise_schedule().add_noise(given["cond_lat"], given["cond_noise"], timestep)
-        self.unet(noisy, timestep, context, cross_attention_kwargs={"mode": "w", "ref_dict": stored})
-        reading = {"mode": "r", "ref_dict": stored, "is_cfg_guidance": False}
-        return self.unet(sample, timestep, context, cross_attention_kwargs=reading)
-
-
-def published() -> PublishedWrapper:
-    return PublishedWrapper(parts.stable_diffusion_unet())
-
-
-def test_the_published_wrapper_is_recognised() -> None:
-    wrapper = published()
-    assert ADAPTER.recognises(wrapper)
-    model = cameo.wrap(wrapper, "zero123plus")
-    assert [site.index for site in model.supervised_sites] == [10]
-    assert model.supervised_sites[0].path == "unet.up_blocks.2.attentions.0.transformer_blocks.0.attn1"
-    assert model.token_grids(320, 320, 7) == ((32, 32),) + ((20, 20),) * 6
-    ours = ReferenceUNet.from_unet(parts.stable_diffusion_unet())
-    args, kwargs = small_inputs(wrapper)
-    with torch.no_grad():
-        assert torch.equal(ours(*args, **kwargs).sample, model(*args, **kwargs).sample)
-
-
-def small_inputs(model: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Example inputs with a reference of 64 pixels instead of 512, which would take long."""
-    args, kwargs = ADAPTER.example_inputs(model)
-    given = kwargs["cross_attention_kwargs"]
-    assert given["cond_lat"].shape[-2:] == (64, 64)
-    return args, {"cross_attention_kwargs": {name: value[:, :, :8, :8] for name, value in given.items()}}
-
-
-def published_gradients(wrapper: nn.Module) -> dict[str, Tensor]:
-    model = cameo.wrap(wrapper, "zero123plus", head="mean").train()
-    args, kwargs = small_inputs(wrapper)
-    match = parts.random_matches(((4, 4),) * 7)
-    output = model(*args, **kwargs, correspondence=match).sample
-    (output.square().mean() + model.alignment_loss).backward()
-    return {name: one.grad for name, one in wrapper.named_parameters() if one.grad is not None}
-
-
-def test_published_processors_lose_their_references_and_the_cure_works() -> None:
-    expected = published_gradients(published())
-    wrapper = published()
-    wrapper.unet.enable_gradient_checkpointing()
-    args, kwargs = small_inputs(wrapper)
-    with pytest.raises(KeyError, match=r"attn1\.processor"):  # what would happen
-        wrapper(*args, **kwargs).sample.sum().backward()
-    with pytest.raises(CaptureError, match=r"KeyError\. Call .*keep_references\(model\)"):
-        published_gradients(wrapper)
-    wrapper = published()
-    wrapper.unet.enable_gradient_checkpointing()
-    assert keep_references(wrapper) is wrapper
-    assert ADAPTER.recognises(wrapper)
-    assert ADAPTER.hazard(wrapper) is None
-    found = published_gradients(wrapper)
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], gradient) for name, gradient in expected.items())
-    with pytest.raises(ValueError, match="holds no reference-only processors"):
-        keep_references(wrapper)
-
-
-def test_the_cure_keeps_the_kernels() -> None:
-    wrapper = published()
-    attention = wrapper.unet.mid_block.attentions[0].transformer_blocks[0].attn1
-    attention.processor.chained_proc = lambda attn, hidden_states, tokens, mask: hidden_states * tokens.shape[1]
-    args, kwargs = small_inputs(wrapper)
-    with torch.no_grad():
-        before = wrapper(*args, **kwargs).sample
-        assert torch.equal(keep_references(wrapper)(*args, **kwargs).sample, before)
-
-
-# The class
+    assert ADAPTER.unsupported(unet) is None
 
 
 def test_a_unet_becomes_a_reference_unet_in_place() -> None:

@@ -11,14 +11,14 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import save_file
 
 import cameo
+from cameo.adapters.common.noise_schedules import ddim
 from cameo.adapters.mvdream.convert import from_ldm, to_ldm, unet_config
 from cameo.adapters.mvdream.denoiser import ImageDreamUNet, prepare
-from cameo.adapters.mvdream.weights import convert_unet, noise_schedule
-from cameo.adapters.released import RELEASED
+from cameo.adapters.mvdream.weights import convert_unet
 from cameo.backbone import get_backbone
 from cameo.errors import DataError
-from tests.helpers.batches import make_batch
-from tests.test_mvdream import (
+from tests.conftest import make_batch
+from tests.helpers.mvdream_models import (
     PRESETS,
     SIZE,
     batch,
@@ -129,7 +129,7 @@ def test_what_the_converter_refuses() -> None:
 def write_port(folder: Path, unet: UNet2DConditionModel, **settings: Any) -> None:
     """A folder in the layout of the diffusers port, whose U-Net class lives in a file of the repository."""
     tokens = isinstance(unet, ImageDreamUNet)
-    noise_schedule().save_pretrained(folder / "scheduler")
+    ddim().save_pretrained(folder / "scheduler")
     tiny_kl().save_pretrained(folder / "vae")
     for name in ("text_encoder", "tokenizer", *(("image_encoder", "feature_extractor") if tokens else ())):
         encoders()[name].save_pretrained(folder / name)
@@ -240,11 +240,11 @@ def test_a_folder_of_checkpoints_asks_for_the_file(tmp_path: Path) -> None:
 
 def test_licences_and_revisions() -> None:
     adapter = get_backbone("mvdream")
-    assert adapter.revision("MVDream/MVDream") == RELEASED["MVDream/MVDream"].revision
+    assert adapter.revision("MVDream/MVDream") == "d14ac9d78c48c266005729f2d5633f6c265da467"
     assert adapter.revision("someone/else") is None
-    assert adapter.licence("preset:tiny") == "apache-2.0"
-    assert adapter.licence("someone/else") is None
-    assert adapter.licence(None) is None
+    assert adapter.license("preset:tiny") == "apache-2.0"
+    assert adapter.license("someone/else") is None
+    assert adapter.license(None) is None
 
 
 def test_image_tokens_matter_and_survive_saving(tmp_path: Path) -> None:

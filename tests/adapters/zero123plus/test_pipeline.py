@@ -1,54 +1,27 @@
+"""Images, contexts, training inputs, losses and sampling of Zero123++."""
+
 from __future__ import annotations
 
-import copy
 import functools
-import json
-import warnings
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers import DDIMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 
 import cameo
-from cameo.adapters.common.images import from_canvas, to_canvas
-from cameo.adapters.zero123plus.cameras import pose_error, same_poses
-from cameo.adapters.zero123plus.denoiser import ReferenceUNet, noise_schedule
+from cameo.adapters.common.noise_schedules import linear_ddpm
+from cameo.adapters.zero123plus.cameras import to_canvas
+from cameo.adapters.zero123plus.denoiser import ReferenceUNet
 from cameo.adapters.zero123plus.pipeline import Zero123PlusPipeline
-from cameo.backbone import get_backbone
-from cameo.errors import DataError, ShapeError
+from cameo.errors import ShapeError
+from tests.conftest import make_batch
 from tests.helpers import zero123plus_models as parts
-from tests.helpers.batches import make_batch
 from tests.helpers.zero123plus_models import SIZE, batch, pipeline
-
-REFERENCE = parts.REFERENCE
-ADAPTER = get_backbone("zero123plus")
-
-
-@functools.cache
-def _released() -> Zero123PlusPipeline:
-    return Zero123PlusPipeline(**parts.components(), ramping_coefficients=parts.RAMP)
-
-
-def released() -> Zero123PlusPipeline:
-    return copy.deepcopy(_released())
-
-
-# Images, latents, context
-
-
-def test_views_lie_row_by_row_in_the_canvas() -> None:
-    views = torch.arange(2 * 6 * 3 * 2 * 2).reshape(2, 6, 3, 2, 2)
-    canvas = to_canvas(views)
-    assert canvas.shape == (2, 3, 6, 4)
-    for view in range(6):
-        top, left = 2 * (view // 2), 2 * (view % 2)
-        assert torch.equal(canvas[:, :, top : top + 2, left : left + 2], views[:, view])
-    assert torch.equal(from_canvas(canvas), views)
+from tests.helpers.zero123plus_released import REFERENCE, released
 
 
 def test_latents_are_scaled_as_in_the_releases() -> None:
@@ -118,9 +91,6 @@ def test_the_context_is_the_empty_prompt_and_the_ramped_image() -> None:
             line.context(images)
     assert not pipeline().context(images).any()
     assert pipeline().context(images).shape == (2, 1, 8)
-
-
-# Training inputs
 
 
 def test_training_inputs() -> None:
@@ -269,48 +239,6 @@ def test_images_of_another_kind() -> None:
         pipeline().training_inputs({**given, "images": (given["images"] * 255).byte()})
 
 
-# Poses
-
-
-@pytest.mark.parametrize(("rig", "other"), [("v1.1", "v1.2"), ("v1.2", "v1.1")])
-def test_the_poses_of_the_releases(rig: str, other: str) -> None:
-    extrinsics = batch(rig=f"zero123plus-{rig}")["extrinsics"]
-    assert pose_error(extrinsics, f"zero123plus-{rig}") < 0.01
-    assert pose_error(extrinsics, f"zero123plus-{other}") == pytest.approx(10, abs=0.01)  # of elevation
-    assert same_poses(extrinsics) == f"zero123plus-{rig}"
-    swapped = extrinsics[:, [0, 2, 1, 3, 4, 5, 6]]
-    assert pose_error(swapped, f"zero123plus-{rig}") == pytest.approx(60, abs=0.01)
-    assert same_poses(swapped) is None
-    mirrored = extrinsics[:, [0, 6, 5, 4, 3, 2, 1]]
-    assert same_poses(mirrored) is None
-    lying = extrinsics @ torch.tensor([[1.0, 0, 0, 0], [0, 0, -1, 0], [0, 1, 0, 0], [0, 0, 0, 1]]).inverse()
-    assert same_poses(lying) is None
-    assert same_poses(lying, up=torch.tensor([[0.0, -1.0, 0.0]] * 2)) == f"zero123plus-{rig}"
-
-
-def test_bad_poses_are_refused() -> None:
-    with pytest.raises(ValueError, match="unknown rig of zero123plus 'mvdream'"):
-        pose_error(torch.eye(4).expand(1, 7, 4, 4), "mvdream")
-    with pytest.raises(ShapeError, match=r"extrinsics: expected \[B, 7, 4, 4\], got \[1, 6, 4, 4\]"):
-        pose_error(torch.eye(4).expand(1, 6, 4, 4), "zero123plus-v1.2")
-
-
-def test_poses_of_no_release_are_warned_about_once() -> None:
-    built = pipeline()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        built.training_inputs(batch())
-    built = pipeline()
-    with pytest.warns(UserWarning, match="learns the poses of its data"):
-        built.training_inputs(make_batch(views=7, size=SIZE))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        built.training_inputs(make_batch(views=7, size=SIZE))
-
-
-# Sampling
-
-
 class Denoiser(nn.Module):
     """Stands in for the U-Net: knows the canvas, or answers a constant that tells whether it saw a reference."""
 
@@ -328,7 +256,7 @@ class Denoiser(nn.Module):
         if self.clean is None:
             seen = reference.flatten(1).any(1)[:, None, None, None]
             return (torch.where(seen, 0.1, 0.3).expand_as(sample),)
-        alpha = noise_schedule().alphas_cumprod[timesteps.long()][:, None, None, None]
+        alpha = linear_ddpm().alphas_cumprod[timesteps.long()][:, None, None, None]
         drawn = (sample - alpha.sqrt() * self.clean) / (1 - alpha).sqrt()
         return (alpha.sqrt() * drawn - (1 - alpha).sqrt() * self.clean,)
 
@@ -338,7 +266,7 @@ class Denoiser(nn.Module):
 def test_a_perfect_denoiser_recovers_the_images(steps: int, kind: str) -> None:
     built, given = pipeline(), batch()
     if kind == "ddim":
-        built.scheduler = DDIMScheduler.from_config(noise_schedule().config, timestep_spacing="trailing")
+        built.scheduler = DDIMScheduler.from_config(linear_ddpm().config, timestep_spacing="trailing")
     clean = built.encode(given["images"])
     built.denoiser = oracle = Denoiser(built, to_canvas(clean[:, 1:]))
     sampled = built.sample(given, num_inference_steps=steps, generator=torch.Generator().manual_seed(0))
@@ -402,110 +330,6 @@ def test_guidance_of_a_release_drops_the_image_embedding_too() -> None:
         text = built.text_encoder(torch.tensor([[0, 1, 1, 1, 1]])).last_hidden_state
         torch.testing.assert_close(context[:1], text)
         torch.testing.assert_close(context[1:], built.context(given["images"][:, 0]))
-
-
-# Weights
-
-
-def test_save_and_load(tmp_path: Path) -> None:
-    built, given = pipeline(), batch()
-    built.unet = built.unet  # what a training does; diffusers notes the class anew
-    built.save_pretrained(tmp_path)
-    index = json.loads((tmp_path / "model_index.json").read_text())
-    assert index["unet"] == ["diffusers", "UNet2DConditionModel"]
-    assert index["_class_name"] == "Zero123PlusPipeline"
-    again = ADAPTER.load(str(tmp_path))
-    assert again.config.reference_size == REFERENCE
-    assert again.config.patch_size == 4
-    assert again.scheduler.config.timestep_spacing == "trailing"
-    drawn = [
-        one.sample(given, num_inference_steps=2, generator=torch.Generator().manual_seed(0)) for one in (built, again)
-    ]
-    assert torch.equal(*drawn)
-    assert cameo.wrap(again.unet, "zero123plus").token_grids(SIZE, SIZE, 7)[0] == (6, 6)
-
-
-def test_load_a_release_and_save_it_complete(tmp_path: Path) -> None:
-    built = ADAPTER.load(str(parts.write_release(tmp_path / "release")))
-    assert type(built) is Zero123PlusPipeline
-    assert built.config.ramping_coefficients == parts.RAMP
-    assert built.config.reference_size == REFERENCE  # of its own extractor
-    assert built.scheduler.config.timestep_spacing == "trailing"
-    assert built.scheduler.config.prediction_type == "v_prediction"
-    assert cameo.wrap(built.unet, "zero123plus").token_grids(SIZE, SIZE, 7) == ((3, 3),) + ((2, 2),) * 6
-    given = batch(samples=1)
-
-    def draw(one: Zero123PlusPipeline) -> Tensor:
-        settings = {"num_inference_steps": 2, "guidance_scale": 4.0}
-        return one.sample(given, **settings, generator=torch.Generator().manual_seed(0))
-
-    first = draw(built)
-    assert torch.equal(draw(_released_trailing()), first)
-    built.save_pretrained(tmp_path / "saved")
-    assert torch.equal(draw(ADAPTER.load(str(tmp_path / "saved"))), first)
-    written = json.loads((tmp_path / "saved" / "model_index.json").read_text())
-    expected = json.loads((tmp_path / "release" / "model_index.json").read_text())
-    assert {name: written[name] for name in expected if name != "_diffusers_version"} == {
-        name: value for name, value in expected.items() if name != "_diffusers_version"
-    }
-
-
-def _released_trailing() -> Zero123PlusPipeline:
-    built = released()
-    built.scheduler = parts.sampler(timestep_spacing="trailing")
-    return built
-
-
-def test_missing_extractors_are_made(tmp_path: Path) -> None:
-    settings = {name: part for name, part in parts.components().items() if not name.startswith("feature_extractor")}
-    made = Zero123PlusPipeline(**settings, ramping_coefficients=parts.RAMP, reference_size=REFERENCE)
-    images = torch.rand(2, 3, SIZE, SIZE)
-    with torch.no_grad():
-        assert torch.equal(made.reference_latents(images), released().reference_latents(images))
-        assert torch.equal(made.context(images), released().context(images))
-    assert Zero123PlusPipeline(**settings).config.reference_size == 512
-
-
-def test_what_load_refuses(tmp_path: Path) -> None:
-    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
-    with pytest.raises(DataError, match="holds a FluxPipeline; zero123plus starts from a Zero123PlusPipeline"):
-        ADAPTER.load(str(tmp_path))
-
-
-def test_what_build_refuses() -> None:
-    with pytest.raises(ValueError, match=r"unknown preset of zero123plus 'tinny': did you mean 'tiny'\?"):
-        ADAPTER.build("tinny")
-    with pytest.raises(ValueError, match=r"unknown option of zero123plus 'head': did you mean 'heads'\?"):
-        ADAPTER.build("tiny", head=2)
-    with pytest.raises(ValueError, match=r"attention_levels: expected one flag per width \(16, 32, 32\)"):
-        ADAPTER.build("tiny", block_out_channels=(16, 32, 32))
-    with pytest.raises(ValueError, match="reference_size: expected a multiple of 8 pixels, got 50"):
-        ADAPTER.build("tiny", reference_size=50)
-
-
-@pytest.mark.parametrize(
-    ("changed", "message"),
-    [
-        ({"unet": parts.two_level_unet(in_channels=8)}, "unet: expected 4 input and output channels, got 8 and 4"),
-        ({"unet": parts.two_level_unet(cross_attention_dim=8)}, "encoder: expected embeddings of width 8.*got 16"),
-        ({"tokenizer": None}, "text_encoder and tokenizer: expected both or none"),
-    ],
-    ids=["channels", "width", "tokenizer"],
-)
-def test_what_the_pipeline_refuses(changed: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        Zero123PlusPipeline(**{**parts.components(), **changed})
-
-
-def test_licences() -> None:
-    assert ADAPTER.licence("preset:tiny") == "apache-2.0"
-    assert ADAPTER.licence("someone/else") is None
-    assert ADAPTER.licence(None) is None
-
-
-def test_the_autoencoder_is_the_one_of_the_releases() -> None:
-    assert isinstance(released().vae, AutoencoderKL)
-    assert released().latent_stride == 8
 
 
 def test_training_lowers_both_losses_on_the_batch() -> None:

@@ -1,0 +1,18 @@
+"""Of the options of a `Backbone.load`, those that say where its files come from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+__all__ = ["place_of"]
+
+
+def place_of(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the options of a `Backbone.load`, those that say where its files come from; every read of one takes them.
+
+    Example:
+        >>> place_of({"local_files_only": True, "torch_dtype": "auto"})
+        {'local_files_only': True}
+    """
+    return {name: options[name] for name in ("cache_dir", "local_files_only", "token") if name in options}

@@ -1,0 +1,200 @@
+"""Where the views meet in Zero123++: self-attentions that store the reference's tokens, or read them beside their own.
+
+Known are the processors of this library and those of the published pipeline, by their structure.
+
+Axes: B samples, h w latent cells of one view; the canvas is six views in three rows of two. The reference has a grid
+of its own.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0, XFormersAttnProcessor
+from torch import Tensor, nn
+
+from cameo.adapters.common.unet_layers import levels_of, self_attentions
+from cameo.attention.layout import TokenLayout
+
+__all__ = [
+    "LAYOUT",
+    "RELEASED_REFERENCE_SIZE",
+    "ReferenceAttnProcessor",
+    "check_references",
+    "find_attentions",
+    "find_levels",
+    "is_published",
+    "latent_stride",
+    "reads_references",
+    "reference_size",
+    "set_reference_processors",
+    "unet_name",
+]
+
+# Of the canvas the queries, and the keys with those of the reference behind them.
+LAYOUT = TokenLayout("b (r h c w)", key="b (r h c w + h' w')", references_last=1, r=3, c=2)
+RELEASED_STRIDE = 8  # of Stable Diffusion's VAE, on which the releases are built
+RELEASED_REFERENCE_SIZE = (512, 512)  # height and width in pixels at which the releases encode the reference image
+CURE = "cameo.adapters.zero123plus.set_reference_processors(unet)"
+
+
+def find_attentions(model: nn.Module) -> dict[str, Any]:
+    """List the self-attentions of a U-Net, or of the U-Net in the published wrapper, by path, in execution order.
+
+    Example:
+        >>> from cameo.backbone import get_backbone
+        >>> list(find_attentions(get_backbone("zero123plus").build("tiny").unet))[0]
+        'down_blocks.1.attentions.0.transformer_blocks.0.attn1'
+    """
+    return self_attentions(model, prefix=unet_name(model))
+
+
+def find_levels(model: nn.Module) -> dict[str, int]:
+    """How often the latents were halved at each of these attentions, by path."""
+    return levels_of(model, find_attentions(model))
+
+
+def unet_name(model: nn.Module) -> str:
+    """Name of the U-Net in the published wrapper, or nothing for a U-Net."""
+    return "" if self_attentions(model) else "unet"
+
+
+def latent_stride(processor: Any) -> int:
+    """Image pixels per latent cell side, as a processor of ours knows it; otherwise that of the releases."""
+    return getattr(processor, "latent_stride", RELEASED_STRIDE)
+
+
+def reference_size(processor: Any) -> tuple[int, int]:
+    """Height and width in pixels at which the reference is encoded; for a published processor those of the releases."""
+    return getattr(processor, "reference_size", RELEASED_REFERENCE_SIZE)
+
+
+class ReferenceAttnProcessor:
+    """Attention processor that stores its tokens (`mode="w"`) or reads the stored ones (`mode="r"`).
+
+    The published processor removes a reference when it reads it, so that the recomputation under gradient
+    checkpointing finds none. This one leaves it there, which makes checkpointed gradients exact.
+
+    Args:
+        name: key of this layer in `ref_dict`.
+        reads: False for text cross-attention, which takes the arguments and ignores them.
+        kernel: processor that attends; default PyTorch's scaled dot-product attention.
+        use_xformers: attend by xformers on CUDA; it has no CPU kernel.
+        latent_stride: image pixels per latent cell, to tell the token grid for an image size.
+        reference_size: height and width in pixels at which the reference image is encoded.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        reads: bool,
+        kernel: Any = None,
+        use_xformers: bool = False,
+        latent_stride: int = 8,
+        reference_size: tuple[int, int] = RELEASED_REFERENCE_SIZE,
+    ) -> None:
+        self.name, self.reads = name, reads
+        self.latent_stride, self.reference_size = latent_stride, reference_size
+        self._kernel = AttnProcessor2_0() if kernel is None else kernel
+        self._cuda_kernel = XFormersAttnProcessor() if use_xformers else None
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        mode: str | None = None,
+        ref_dict: dict[str, Tensor] | None = None,
+        is_cfg_guidance: bool = False,
+    ) -> Tensor:
+        """Attend; `mode` and `ref_dict` come from `cross_attention_kwargs`."""
+        kernel = self._cuda_kernel if self._cuda_kernel is not None and hidden_states.is_cuda else self._kernel
+        if not self.reads:
+            return kernel(attn, hidden_states, encoder_hidden_states, attention_mask)
+        if is_cfg_guidance:
+            raise ValueError("is_cfg_guidance: expected False, as in the published pipeline; double the batch instead")
+        tokens = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        if ref_dict is None or mode not in ("w", "r"):
+            raise ValueError(
+                f"cross_attention_kwargs: expected mode 'w' or 'r' and a ref_dict, got mode={mode!r}. Run the U-Net "
+                "over the reference with mode='w', then over the canvas with mode='r' and the same ref_dict"
+            )
+        if mode == "w":
+            ref_dict[self.name] = tokens
+        elif self.name not in ref_dict:
+            raise ValueError(
+                f"cross_attention_kwargs['ref_dict']: holds no reference for {self.name}; run the U-Net over the "
+                "reference image with mode='w' first"
+            )
+        else:
+            tokens = torch.cat([tokens, ref_dict[self.name]], dim=1)
+        return kernel(attn, hidden_states, tokens, attention_mask)
+
+
+def set_reference_processors(
+    unet: UNet2DConditionModel,
+    *,
+    latent_stride: int = 8,
+    reference_size: tuple[int, int] = RELEASED_REFERENCE_SIZE,
+    use_xformers: bool = False,
+) -> UNet2DConditionModel:
+    """Let the self-attentions of `unet` store and read references, in place; the weights stay as they are.
+
+    The caller then runs both passes; `ReferenceUNet` does it by itself.
+
+    Example:
+        >>> unet = UNet2DConditionModel(
+        ...     sample_size=8, block_out_channels=(32,), layers_per_block=1, norm_num_groups=8,
+        ...     down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",),
+        ...     cross_attention_dim=8, attention_head_dim=4)
+        >>> context, references = torch.zeros(1, 1, 8), {}
+        >>> writing, reading = ({"mode": mode, "ref_dict": references} for mode in "wr")
+        >>> _ = set_reference_processors(unet)(torch.zeros(1, 4, 8, 8), 0, context, cross_attention_kwargs=writing)
+        >>> unet(torch.zeros(1, 4, 12, 8), 0, context, cross_attention_kwargs=reading).sample.shape
+        torch.Size([1, 4, 12, 8])
+    """
+    unet.set_attn_processor(
+        {
+            name: ReferenceAttnProcessor(
+                name,
+                reads=name.endswith("attn1.processor"),
+                use_xformers=use_xformers,
+                latent_stride=latent_stride,
+                reference_size=reference_size,
+            )
+            for name in unet.attn_processors
+        }
+    )
+    return unet
+
+
+def is_published(processor: Any) -> bool:
+    """Whether this is a reference-only attention processor of the published pipeline, by its structure."""
+    return hasattr(processor, "chained_proc") and hasattr(processor, "enabled")
+
+
+def reads_references(processor: Any) -> bool:
+    """Whether this processor, ours or published, appends references to its keys."""
+    return (isinstance(processor, ReferenceAttnProcessor) and processor.reads) or (
+        is_published(processor) and bool(processor.enabled)
+    )
+
+
+def check_references(unet: nn.Module) -> None:
+    """Refuse a U-Net whose self-attentions do not read references any more.
+
+    Raises:
+        RuntimeError: names the layer and the cure. diffusers' switches for xformers, attention slicing and the like
+            replace the attention processors, and with them the sight of the reference.
+    """
+    for path, module in find_attentions(unet).items():
+        processor = getattr(module, "processor", None)
+        if not reads_references(processor):
+            raise RuntimeError(
+                f"the self-attention {path} sees no reference: its processor is {type(processor).__name__}, set after "
+                f"the pipeline was built. Call {CURE} to bring the references back"
+            )

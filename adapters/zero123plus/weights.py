@@ -1,0 +1,32 @@
+"""Load Zero123++: our own pipelines and the releases, whose folders have the same components."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from diffusers import DiffusionPipeline
+
+from cameo.adapters.common.places import place_of
+from cameo.adapters.zero123plus.pipeline import Zero123PlusPipeline
+from cameo.errors import DataError
+
+__all__ = ["load_pipeline"]
+
+
+def load_pipeline(name_or_path: str, *, revision: str | None = None, **options: Any) -> Zero123PlusPipeline:
+    """Load a pipeline; see `Zero123Plus.load` for the arguments.
+
+    Example:
+        >>> load_pipeline("sudo-ai/zero123plus-v1.2", torch_dtype=torch.float16)  # doctest: +SKIP
+    """
+    settings = DiffusionPipeline.load_config(name_or_path, revision=revision, **place_of(options))
+    kind = settings.get("_class_name")
+    if kind != "Zero123PlusPipeline":
+        raise DataError(f"{name_or_path}: holds a {kind}; zero123plus starts from a Zero123PlusPipeline")
+    pipeline = Zero123PlusPipeline.from_pretrained(name_or_path, revision=revision, **options)
+    # A release: its instructions set this spacing after loading.
+    if "reference_size" not in settings and "scheduler" not in options:
+        pipeline.scheduler = type(pipeline.scheduler).from_config(
+            pipeline.scheduler.config, timestep_spacing="trailing"
+        )
+    return pipeline

@@ -1,0 +1,176 @@
+"""The layers of MVDream and ImageDream, and the checkpointing of the original code."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from diffusers.models.attention_processor import AttnProcessor2_0
+from einops import rearrange
+from torch import Tensor, nn
+
+import cameo
+from cameo import Correspondence, TokenLayout
+from cameo.adapters.mvdream import disable_checkpointing, set_image_view
+from cameo.adapters.mvdream.denoiser import prepare
+from cameo.backbone import get_backbone
+from cameo.errors import CaptureError
+from tests.helpers.models import Attention
+from tests.helpers.mvdream_models import NARROW, PRESETS, SIZE, batch, check_match_in_images, executed, pipeline, seeded
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_match_reaches_its_token_and_the_keys_of_its_view(preset: str) -> None:
+    built, views = pipeline(preset), 3
+    model = cameo.wrap(built.unet, "mvdream", head="mean")
+    noisy = torch.randn(2 * views, built.unet.config.in_channels, 8, 12)
+    context, cameras = torch.zeros(2 * views, 1, 8), torch.randn(2 * views, 16)
+
+    def run(match: Correspondence) -> None:
+        kwargs = {"class_labels": cameras, "cross_attention_kwargs": {"num_views": views}}
+        model(noisy, torch.full((2 * views,), 500), context, **kwargs, correspondence=match)
+
+    path = model.supervised_sites[0].path.removesuffix(".transformer_blocks.0.attn1")
+    shift = built.num_reference_views  # the image prompt, first in the batch, is the last view of the attention
+    check_match_in_images(
+        model,
+        run,
+        built.unet.get_submodule(path),
+        views=views,
+        grid=(4, 6),
+        attention_view=lambda view: (view - shift) % views,
+    )
+
+
+@pytest.mark.parametrize("pair", [(0, 1), (1, 0), (0, 2), (2, 0)])
+def test_the_image_prompt_carries_no_loss(pair: tuple[int, int]) -> None:
+    built = pipeline("imagedream-tiny")
+    model = cameo.wrap(built.unet, "mvdream")
+    inputs = built.training_inputs(batch(built), generator=seeded())
+    index = torch.full((2, 3, 3, 16), -1)
+    index[:, pair[0], pair[1]] = torch.arange(16)
+    model(*inputs.args, **inputs.kwargs, correspondence=Correspondence(index, ((4, 4),) * 3))
+    assert model.num_supervised == 0
+    assert model.alignment_loss.item() == 0
+    index[:, 1, 2] = torch.arange(16)
+    model(*inputs.args, **inputs.kwargs, correspondence=Correspondence(index, ((4, 4),) * 3))
+    assert model.num_supervised == 2 * 16
+    captured: list[Tensor] = []
+    attention = built.unet.get_submodule(model.supervised_sites[0].path)
+    hooks = [
+        layer.register_forward_hook(lambda *call: (call[-1].retain_grad(), captured.append(call[-1]))[0])
+        for layer in (attention.to_q, attention.to_k)
+    ]
+    model(*inputs.args, **inputs.kwargs, correspondence=Correspondence(index, ((4, 4),) * 3))
+    model.alignment_loss.backward()
+    for tensor in captured:
+        gradient = rearrange(tensor.grad, "b (v n) c -> b v n c", v=3)
+        assert gradient[:, :2].any()
+        assert not gradient[:, 2].any()
+    for hook in hooks:
+        hook.remove()
+
+
+@pytest.mark.parametrize("preset", [*PRESETS, "small", "imagedream-small"])
+def test_layers_of_the_presets(preset: str) -> None:
+    widths = {"block_out_channels": (16, 32, 32)[: 2 + ("small" in preset)]}
+    built = get_backbone("mvdream").build(preset, **{**NARROW, **widths})
+    adapter = get_backbone("mvdream")
+    args, kwargs = adapter.example_inputs(built.unet)
+    sites = adapter.sites(built.unet)
+    assert [site.path for site in sites] == executed(built.unet, args, kwargs)
+    views = 3 if "image" in preset else 2
+    image_view = {"unsupervised_views": 1, "references_last": 1} if "image" in preset else {}
+    model = cameo.wrap(built.unet, "mvdream")
+    with model.capture(sites) as captured:
+        model(*args, **kwargs)
+    for site in sites:
+        assert site.layout == TokenLayout("b (v h w)", **image_view)
+        assert captured[site.path].query.shape[2] == views * (8 * 4 // site.stride) ** 2
+    default = sites[adapter.default_layer(built.unet)]
+    assert default.path == f"up_blocks.{len(widths['block_out_channels']) - 2}.attentions.0.transformer_blocks.0.attn1"
+    assert model.supervised_sites == [default]
+    assert model.token_grid(SIZE, SIZE) == (4, 4)
+
+
+def test_other_models_are_refused_and_the_cure_works() -> None:
+    adapter = get_backbone("mvdream")
+    cat3d = get_backbone("cat3d").build("tiny", **NARROW).unet
+    assert not adapter.recognizes(cat3d)
+    with pytest.raises(ValueError, match=r"has no camera embedding .*use backbone 'cat3d'"):
+        cameo.wrap(cat3d, "mvdream")
+    with pytest.raises(ValueError, match=r"Linear has neither MVDream's blocks .* nor those of diffusers"):
+        cameo.wrap(nn.Linear(2, 2), "mvdream")
+    unet = pipeline().unet
+    unet.set_attn_processor(AttnProcessor2_0())
+    with pytest.raises(ValueError, match=r"see one view at a time.*mvdream\.denoiser\.prepare"):
+        cameo.wrap(unet, "mvdream")
+    assert len(cameo.wrap(prepare(unet, image_view=False), "mvdream").sites) == 4
+    with pytest.raises(ValueError, match=r"unet: has no camera embedding; expected .*input_dim=16"):
+        prepare(cat3d, image_view=False)
+
+
+def test_the_image_view_can_be_switched_off() -> None:
+    unet = pipeline("imagedream-tiny").unet
+    adapter = get_backbone("mvdream")
+    assert adapter.sites(set_image_view(unet, False))[0].layout == TokenLayout("b (v h w)")
+    for again in (copy.deepcopy(unet), pickle.loads(pickle.dumps(unet))):
+        assert adapter.sites(again)[0].layout == TokenLayout("b (v h w)")
+        assert adapter.sites(set_image_view(again, True))[0].layout.references_last == 1
+
+
+class CheckpointedBlock(nn.Module):
+    """Has the names of the original's transformer block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn1, self.checkpoint = Attention(4, heads=2), True
+
+    def forward(self, x: Tensor, context: Tensor | None = None, num_frames: int = 1) -> Tensor:
+        return self.attn1(x)
+
+
+class CheckpointedUNet(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        transformer = nn.Module()
+        transformer.transformer_blocks = nn.ModuleList([CheckpointedBlock()])
+        self.input_blocks = nn.ModuleList([nn.ModuleList([nn.Identity()])])
+        self.middle_block = nn.ModuleList([nn.Identity(), transformer, nn.Identity()])
+        self.output_blocks = nn.ModuleList()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.middle_block[1].transformer_blocks[0](x)
+
+
+def test_the_originals_checkpointing_is_refused_with_a_cure_that_works() -> None:
+    unet, adapter = CheckpointedUNet(), get_backbone("mvdream")
+    assert adapter.recognizes(unet)
+    model = cameo.wrap(unet, "mvdream", layer=0)
+    nothing = Correspondence(torch.full((1, 2, 2, 4), -1), ((2, 2),) * 2)
+    with pytest.raises(CaptureError, match=r"1 blocks of this CheckpointedUNet .*Call .*disable_checkpointing"):
+        model(torch.zeros(1, 8, 4), correspondence=nothing)
+    assert adapter.unsupported(disable_checkpointing(unet)) is None
+    model(torch.zeros(1, 8, 4), correspondence=nothing)
+
+
+def test_our_form_has_no_such_hazard_and_checkpoints() -> None:
+    built = pipeline()
+    given = batch(built)
+    inputs = built.training_inputs(given, generator=seeded())
+    index = torch.full((2, 3, 3, 16), -1)
+    index[:, 0, 1] = torch.arange(16)
+    gradients = []
+    for checkpointed in (False, True):
+        unet = copy.deepcopy(built.unet)
+        if checkpointed:
+            unet.enable_gradient_checkpointing()
+        torch.manual_seed(0)
+        model = cameo.wrap(unet, "mvdream")
+        model(*inputs.args, **inputs.kwargs, correspondence=Correspondence(index, ((4, 4),) * 3))
+        model.alignment_loss.backward()
+        gradients.append(unet.conv_in.weight.grad)
+    assert gradients[0].any()
+    torch.testing.assert_close(*gradients)
