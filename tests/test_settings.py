@@ -19,6 +19,7 @@ import yaml
 import cameo
 from cameo import choices
 from cameo.errors import DataError
+from cameo.evaluation.run_settings import run_settings
 from cameo.evaluation.settings import EvaluationSettings
 from cameo.settings import Settings, run_recipe, setting, shown_settings, split_arguments, to_yaml, typed_values
 from cameo.settings.help import comments, components, help_text
@@ -455,6 +456,18 @@ def test_interpolations_of_a_file_beside_a_checkpoint_are_left_as_text(interpola
         ),
     ):
         load_config(interpolated, interpolate=False)
+
+
+def test_the_settings_found_beside_a_checkpoint_are_not_resolved(interpolated: Path) -> None:
+    adapter = interpolated.parent / "adapter"
+    adapter.mkdir()
+    interpolated.rename(interpolated.parent / "config.yaml")
+    with pytest.warns(UserWarning, match="left as text"):
+        config, of_run = run_settings({"max_train_steps": "1"}, ROOT / "recipes" / "configs", adapter)
+    assert of_run
+    assert config.revision == "${oc.env:CAMEO_TEST_SECRET}"
+    named = {"config": str(interpolated.parent / "config.yaml")}  # by the user, who has looked at it
+    assert run_settings(named, ROOT / "recipes" / "configs", adapter)[0].revision == TOKEN
 
 
 @pytest.mark.parametrize(

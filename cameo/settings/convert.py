@@ -16,7 +16,14 @@ from cameo.settings.text import Quoted, Typed, guess, is_null, parse_yaml
 __all__ = ["describe", "members", "null_is_none", "setting_fields", "typed_values", "types_of"]
 
 TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
-WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", dict: "{key: value}"}
+WORDS = {
+    bool: ("true", "false"),
+    int: ("a whole number",),
+    float: ("a number",),
+    str: ("a text",),
+    dict: ("{key: value}",),
+    type(None): ("null",),
+}
 
 
 def setting_fields(kind: type) -> dict[str, Field[Any]]:
@@ -51,8 +58,8 @@ def describe(expected: Any) -> str:
         >>> describe(int | list[str] | None), describe(tuple[float, float])
         ('a whole number, a list [a, b] or null', 'a list [a, b]')
     """
-    words = [WORDS.get(get_origin(one) or one, "a list [a, b]") for one in members(expected) if one is not type(None)]
-    words = list(dict.fromkeys(words)) + ["null"] * (type(None) in members(expected))
+    kinds = [get_origin(one) or one for one in members(expected)]
+    words = [word for kind in kinds for word in WORDS.get(kind, ("a list [a, b]",))]
     return " or ".join(filter(None, (", ".join(words[:-1]), words[-1])))
 
 
