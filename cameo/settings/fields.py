@@ -46,7 +46,7 @@ def setting(
         ...     loss_weight: float = setting(0.02, at_least=0)
         >>> Loss(loss_weight=-1)
         Traceback (most recent call last):
-        ValueError: loss_weight: expected at least 0, got -1
+        ValueError: loss_weight: expected at least 0, got -1.0
 
     Args:
         default: value of who does not give one; `factory` makes one that can change, as a list.
