@@ -101,6 +101,7 @@ def test_the_home_folder_in_paths(file: Path, monkeypatch: pytest.MonkeyPatch) -
     for config in (
         load_config(write(file, text)),
         load_config(write(file, "seed: 1\n"), [f"{name}={value}" for name, value in given.items()]),
+        TrainingConfig(**given),
     ):
         for name, value in given.items():
             assert getattr(config, name) == value.replace("~", "/home/me")

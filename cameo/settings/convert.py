@@ -6,7 +6,6 @@ import functools
 import types
 from collections.abc import Iterable, Mapping
 from dataclasses import Field, fields
-from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from cameo.errors import unknown_name
@@ -114,7 +113,7 @@ def _shown(typed: Typed, entry: Field[Any]) -> str:
 
 
 def _value(typed: Typed, expected: Any, entry: Field[Any]) -> Any:
-    """Convert the text of a setting, with what its metadata says about null and paths."""
+    """Convert the text of a setting, with what its metadata says about null."""
     alternatives = members(expected)
     if is_null(typed):
         if type(None) in alternatives:
@@ -122,10 +121,7 @@ def _value(typed: Typed, expected: Any, entry: Field[Any]) -> Any:
         if null_is_none(entry):
             return "none"
         raise _WrongTypeError
-    value = marked(_convert(typed, alternatives), typed)
-    if entry.metadata.get("path") and isinstance(value, str) and value.startswith("~"):
-        return marked(str(Path(value).expanduser()), typed)
-    return value
+    return marked(_convert(typed, alternatives), typed)
 
 
 def _convert(typed: Typed, alternatives: Iterable[Any]) -> Any:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, get_args, get_origin
 
 from cameo.errors import unknown_name
 from cameo.settings.convert import describe, members, null_is_none, setting_fields, types_of
-from cameo.settings.interpolation import Interpolated
+from cameo.settings.interpolation import Interpolated, marked
 
 __all__ = ["Settings", "current_names", "renamed_settings", "setting"]
 
@@ -158,6 +158,8 @@ def _checked(value: Any, expected: Any, entry: Field[Any]) -> Any:
         raise ValueError(f"{name}: expected {describe(expected)}, got {shown}") from None
     if value is None:
         return None
+    if facts.get("path") and isinstance(value, str) and value.startswith("~"):
+        value = marked(os.path.expanduser(value), value)  # noqa: PTH111 - pathlib raises where there is no such user
     for number in value if isinstance(value, list | tuple) else [value]:
         if isinstance(number, Real) and not isinstance(number, bool):
             _check_number(number, entry)
