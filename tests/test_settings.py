@@ -25,6 +25,7 @@ from cameo.settings.help import comments, components, help_text
 from cameo.training.checkpoint import check_continues
 from cameo.training.config import RENAMED, TrainingConfig, continued_settings, load_config, save_config
 from cameo.training.processes import start_trackers
+from cameo.training.run_settings import run_settings
 
 ROOT = Path(__file__).parent.parent
 RECIPES = ("lora_finetune", "full_finetune", "evaluate", "probe_layers", "precompute_correspondence")
@@ -100,6 +101,7 @@ def test_the_home_folder_in_paths(file: Path, monkeypatch: pytest.MonkeyPatch) -
     for config in (
         load_config(write(file, text)),
         load_config(write(file, "seed: 1\n"), [f"{name}={value}" for name, value in given.items()]),
+        TrainingConfig(**given),
     ):
         for name, value in given.items():
             assert getattr(config, name) == value.replace("~", "/home/me")
@@ -455,6 +457,18 @@ def test_interpolations_of_a_file_beside_a_checkpoint_are_left_as_text(interpola
         ),
     ):
         load_config(interpolated, interpolate=False)
+
+
+def test_the_settings_found_beside_a_checkpoint_are_not_resolved(interpolated: Path) -> None:
+    adapter = interpolated.parent / "adapter"
+    adapter.mkdir()
+    interpolated.rename(interpolated.parent / "config.yaml")
+    with pytest.warns(UserWarning, match="left as text"):
+        config, of_run = run_settings({"max_train_steps": "1"}, ROOT / "recipes" / "configs", adapter)
+    assert of_run
+    assert config.revision == "${oc.env:CAMEO_TEST_SECRET}"
+    named = {"config": str(interpolated.parent / "config.yaml")}  # by the user, who has looked at it
+    assert run_settings(named, ROOT / "recipes" / "configs", adapter)[0].revision == TOKEN
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,7 @@ def split_arguments(arguments: Sequence[str], *kinds: type) -> tuple[dict[str, T
         key, equals, value = argument.partition("=")
         match = KEY.fullmatch(key)
         named = match is not None and (equals or argument.startswith("--"))
-        if loose and not (named and match and match[1].replace("-", "_") in owners) and not argument.startswith("--"):
+        if loose and not named and not argument.startswith("--"):
             place, name = loose
             found[place].setdefault(name, []).append(argument)
             continue

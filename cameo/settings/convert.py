@@ -6,7 +6,6 @@ import functools
 import types
 from collections.abc import Iterable, Mapping
 from dataclasses import Field, fields
-from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from cameo.errors import unknown_name
@@ -16,7 +15,14 @@ from cameo.settings.text import Quoted, Typed, guess, is_null, parse_yaml
 __all__ = ["describe", "members", "null_is_none", "setting_fields", "typed_values", "types_of"]
 
 TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
-WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", dict: "{key: value}"}
+WORDS = {
+    bool: ("true", "false"),
+    int: ("a whole number",),
+    float: ("a number",),
+    str: ("a text",),
+    dict: ("{key: value}",),
+    type(None): ("null",),
+}
 
 
 def setting_fields(kind: type) -> dict[str, Field[Any]]:
@@ -51,8 +57,8 @@ def describe(expected: Any) -> str:
         >>> describe(int | list[str] | None), describe(tuple[float, float])
         ('a whole number, a list [a, b] or null', 'a list [a, b]')
     """
-    words = [WORDS.get(get_origin(one) or one, "a list [a, b]") for one in members(expected) if one is not type(None)]
-    words = list(dict.fromkeys(words)) + ["null"] * (type(None) in members(expected))
+    kinds = [get_origin(one) or one for one in members(expected)]
+    words = [word for kind in kinds for word in WORDS.get(kind, ("a list [a, b]",))]
     return " or ".join(filter(None, (", ".join(words[:-1]), words[-1])))
 
 
@@ -107,7 +113,7 @@ def _shown(typed: Typed, entry: Field[Any]) -> str:
 
 
 def _value(typed: Typed, expected: Any, entry: Field[Any]) -> Any:
-    """Convert the text of a setting, with what its metadata says about null and paths."""
+    """Convert the text of a setting, with what its metadata says about null."""
     alternatives = members(expected)
     if is_null(typed):
         if type(None) in alternatives:
@@ -115,10 +121,7 @@ def _value(typed: Typed, expected: Any, entry: Field[Any]) -> Any:
         if null_is_none(entry):
             return "none"
         raise _WrongTypeError
-    value = marked(_convert(typed, alternatives), typed)
-    if entry.metadata.get("path") and isinstance(value, str) and value.startswith("~"):
-        return marked(str(Path(value).expanduser()), typed)
-    return value
+    return marked(_convert(typed, alternatives), typed)
 
 
 def _convert(typed: Typed, alternatives: Iterable[Any]) -> Any:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, get_args, get_origin
 
 from cameo.errors import unknown_name
 from cameo.settings.convert import describe, members, null_is_none, setting_fields, types_of
-from cameo.settings.interpolation import Interpolated
+from cameo.settings.interpolation import Interpolated, marked
 
 __all__ = ["Settings", "current_names", "renamed_settings", "setting"]
 
@@ -46,7 +46,7 @@ def setting(
         ...     loss_weight: float = setting(0.02, at_least=0)
         >>> Loss(loss_weight=-1)
         Traceback (most recent call last):
-        ValueError: loss_weight: expected at least 0, got -1
+        ValueError: loss_weight: expected at least 0, got -1.0
 
     Args:
         default: value of who does not give one; `factory` makes one that can change, as a list.
@@ -158,6 +158,8 @@ def _checked(value: Any, expected: Any, entry: Field[Any]) -> Any:
         raise ValueError(f"{name}: expected {describe(expected)}, got {shown}") from None
     if value is None:
         return None
+    if facts.get("path") and isinstance(value, str) and value.startswith("~"):
+        value = marked(os.path.expanduser(value), value)  # noqa: PTH111 - pathlib raises where there is no such user
     for number in value if isinstance(value, list | tuple) else [value]:
         if isinstance(number, Real) and not isinstance(number, bool):
             _check_number(number, entry)

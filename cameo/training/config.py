@@ -122,7 +122,7 @@ def load_config(
     Example:
         >>> import tempfile, pathlib
         >>> file = pathlib.Path(tempfile.mkdtemp()) / "run.yaml"
-        >>> _ = file.write_text("preset: tiny\nmax_train_steps: 10\n")
+        >>> _ = file.write_text("preset: tiny\\nmax_train_steps: 10\\n")
         >>> load_config(file, ["learning_rate=1e-3"]).learning_rate
         0.001
 
