@@ -317,7 +317,6 @@ def test_a_finished_folder_is_left_alone(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(cameo.training.precompute, "build_dataset", no_matching)
     again = fill(config)
     assert (again.num_pairs, again.num_kept) == (0, None)
-    assert again.seconds < 1
     assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "matches").iterdir()} == before
 
 
