@@ -29,6 +29,7 @@ from cameo.evaluation.protocol import evaluate, sample_targets
 from cameo.evaluation.report import result_table, write_result
 from cameo.evaluation.runs import data_settings, evaluation_settings, load_evaluated, split_settings
 from cameo.training.data import build_dataset
+from cameo.training.launch import Launch
 
 CONFIGS = Path(__file__).parent / "configs"
 OPTIONS = ("checkpoint", "checkpoint_revision", "output")
@@ -36,6 +37,7 @@ OPTIONS = ("checkpoint", "checkpoint_revision", "output")
 
 def main(arguments: list[str]) -> None:
     """Evaluate or compare; prints the table."""
+    Launch.from_environment().refuse_several_processes("recipes/evaluate.py")
     options, others = {}, []
     for argument in arguments:
         name, equals, value = argument.lstrip("-").partition("=")

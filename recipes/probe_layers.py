@@ -37,6 +37,7 @@ from cameo.perturbation import effects_figure, effects_table, perturb_layers
 from cameo.pipeline import MultiViewPipeline
 from cameo.training.config import TrainingConfig, load_config, settings_file
 from cameo.training.data import build_dataset
+from cameo.training.launch import Launch
 from cameo.training.setup import load_pipeline
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -46,6 +47,7 @@ FLAGS = ("--list", "--perturb")
 
 def main(arguments: list[str]) -> None:
     """Probe the layers, or list them; prints a table."""
+    Launch.from_environment().refuse_several_processes("recipes/probe_layers.py")
     flags = {argument for argument in arguments if argument in FLAGS}
     given = dict(argument.lstrip("-").partition("=")[::2] for argument in arguments if argument not in FLAGS)
     options = {name: value for name, value in given.items() if name in OPTIONS}
