@@ -5,7 +5,8 @@
     python recipes/lora_finetune.py backbone=zero123plus                     # or mvdream, sv3d: settings in configs/
     python recipes/lora_finetune.py resume_from_checkpoint=latest            # go on with an interrupted run
     python recipes/lora_finetune.py push_to_hub=true hub_model_id=you/name   # and publish the adapter
-    accelerate launch recipes/lora_finetune.py config=my.yaml                # several processes
+    accelerate launch recipes/lora_finetune.py config=my.yaml            # several GPUs
+    torchrun --nproc_per_node 2 recipes/lora_finetune.py config=my.yaml  # several processes on CPUs
 
 Every setting of `cameo.training.config.TrainingConfig` can be given as key=value; --help lists them with what they
 mean, --print-config prints those that a run would use. Without arguments this is a demonstration, which can be

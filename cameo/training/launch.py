@@ -135,6 +135,14 @@ class Launch:
         self._check_settings(config)
         self._check_devices()
 
+    def refuse_several_processes(self, recipe: str) -> None:
+        """Raise `ValueError` where each of several processes would do the whole work of a recipe."""
+        if self.num_processes > 1:
+            raise ValueError(
+                f"{recipe} runs as one process, and {self.num_processes} were launched, which would all write the same "
+                f"files; start it with python {recipe}"
+            )
+
     def _check_settings(self, config: TrainingConfig) -> None:
         """Refuse variables that disagree with a setting; a precision of "no" is no request and yields."""
         for name, setting in SAME_AS_SETTING.items():
@@ -145,7 +153,7 @@ class Launch:
                 raise ValueError(
                     f"the launcher asks for {name}={asked} (--{name.removeprefix('ACCELERATE_').lower()}), and the "
                     f"settings of the run say {setting}={given}. Give {setting}={asked} to the recipe, or launch "
-                    "without the request"
+                    "without the request (it may also stand in the file of accelerate config)"
                 )
 
     def _check_devices(self) -> None:

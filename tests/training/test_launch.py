@@ -6,6 +6,7 @@ The variables are those that the launchers export for the command line above the
 from __future__ import annotations
 
 import os
+import runpy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 from cameo.training.config import TrainingConfig
 from cameo.training.launch import Launch
 from cameo.training.processes import make_accelerator
-from tests.helpers.training_runs import fresh_accelerate, make_config
+from tests.helpers.training_runs import RECIPES, fresh_accelerate, make_config
 
 # accelerate launch
 ACCELERATE = {
@@ -154,6 +155,17 @@ def test_what_the_trainer_does_not_do_is_refused(variable: str, value: str, mess
     check({**ACCELERATE, variable: "false" if value == "true" else "NO"})
     with pytest.raises(ValueError, match=rf"the launcher asks for {message}.*does not support"):
         check({**ACCELERATE, variable: value})
+
+
+@pytest.mark.parametrize("recipe", ["evaluate.py", "probe_layers.py"])
+def test_a_recipe_of_one_process_is_not_run_twice(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in TORCHRUN.items():
+        monkeypatch.setenv(name, value)
+    main = runpy.run_path(str(RECIPES / recipe))["main"]
+    with pytest.raises(
+        ValueError, match=rf"recipes/{recipe} runs as one process, and 2 were launched, .*start it with"
+    ):
+        main(["backbone=cat3d"])
 
 
 @pytest.mark.usefixtures("_clean_environment")
