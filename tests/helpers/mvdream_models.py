@@ -29,11 +29,7 @@ from cameo.backbone import get_backbone
 from tests.helpers.batches import make_batch
 
 SIZE = 32
-
-
 NARROW: dict[str, Any] = {"block_out_channels": (16, 32), "heads": 2, "norm_num_groups": 8, "image_size": SIZE}
-
-
 PRESETS = ("tiny", "imagedream-tiny")
 
 

@@ -24,11 +24,7 @@ from tests.helpers.batches import make_batch
 from tests.helpers.models import GRID, SAMPLES, VIEWS
 
 SIZE = 32
-
-
 NARROW: dict[str, Any] = {"block_out_channels": (32, 32), "heads": 2, "embed_dim": 16}
-
-
 BOTH = pytest.mark.parametrize("inflate", [False, True])
 
 

@@ -1,4 +1,4 @@
-"""Zero123++'s U-Net in a forward of its own."""
+"""The published wrapper of Zero123++'s U-Net and its attention processor, by their structure."""
 
 from __future__ import annotations
 

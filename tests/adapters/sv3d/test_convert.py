@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from diffusers import (
-    UNetSpatioTemporalConditionModel,
-)
+from diffusers import UNetSpatioTemporalConditionModel
 
 from cameo.adapters.sv3d.convert import from_sgm, to_sgm
 from cameo.errors import DataError

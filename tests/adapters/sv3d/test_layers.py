@@ -7,9 +7,7 @@ import math
 
 import pytest
 import torch
-from diffusers import (
-    UNet2DConditionModel,
-)
+from diffusers import UNet2DConditionModel
 from einops import rearrange
 from torch import Tensor, nn
 

@@ -9,9 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import (
-    DDIMScheduler,
-)
+from diffusers import DDIMScheduler
 from torch import Tensor
 
 import cameo
