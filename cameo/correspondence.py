@@ -15,7 +15,7 @@ from cameo.cameras import check_depth
 from cameo.errors import ShapeError
 from cameo.geometry import as_grid
 from cameo.matching import match_depth, match_features, match_point_maps
-from cameo.visibility import DEPTH_TOLERANCE
+from cameo.visibility import DEPTH_TOLERANCE, check_tolerance
 
 __all__ = ["Correspondence", "GridSize"]
 
@@ -264,8 +264,7 @@ class Correspondence:
                 or tolerance.
         """
         check_depth(depth, intrinsics, extrinsics, check_values=check_values)
-        if not 0 < depth_tolerance < 1:
-            raise ValueError(f"depth_tolerance: expected a share between 0 and 1, got {depth_tolerance}")
+        check_tolerance(depth_tolerance)
         sizes = _grid_per_view(size, depth.shape[1])
         index, distance = match_depth(depth, intrinsics, extrinsics, sizes, depth_tolerance)
         return cls(index, sizes, distance=distance)

@@ -31,7 +31,7 @@ from cameo.evaluation.keypoints import find_keypoints, match_descriptors
 from cameo.evaluation.metrics import psnr_of_error
 from cameo.evaluation.truth import view_angles
 from cameo.geometry import relative_extrinsics, transform, unproject
-from cameo.visibility import DEPTH_TOLERANCE, look_up
+from cameo.visibility import DEPTH_TOLERANCE, check_tolerance, look_up
 
 __all__ = ["EpipolarPair", "WarpedPair", "symmetric_epipolar_distance", "tsed", "warp_error"]
 
@@ -139,8 +139,7 @@ def warp_error(
     _check_images("images", images, depth.shape[:2], depth.shape[-2:])
     if truth is not None:
         _check_images("truth", truth, depth.shape[:2], depth.shape[-2:])
-    if not 0 < depth_tolerance < 1:
-        raise ValueError(f"depth_tolerance: expected a share between 0 and 1, got {depth_tolerance}")
+    check_tolerance(depth_tolerance)
     chosen = _chosen_pairs(pairs, depth.shape[1])
     angles = view_angles(extrinsics)
     found = []

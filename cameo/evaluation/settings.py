@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cameo.errors import unknown_name
-from cameo.evaluation.denoising import ValidationSettings
+from cameo.evaluation.denoising import ValidationSettings, check_levels
 from cameo.evaluation.metrics import TRUNKS
 
 __all__ = ["EvaluationSettings", "Section"]
@@ -73,9 +73,7 @@ class EvaluationSettings:
                 raise ValueError(f"{name}: expected at least 0, got {getattr(self, name)}")
         for name in ("noise_levels", "attention_levels", "noise_bands"):
             levels = tuple(getattr(self, name))
-            known = all(isinstance(level, int | float) and 0 <= level <= 1 for level in levels)
-            if not levels or not known or len(set(levels)) < len(levels):
-                raise ValueError(f"{name}: expected different levels between 0 and 1, got {levels}")
+            check_levels(name, levels)
             object.__setattr__(self, name, levels)  # a list of a settings file
         if len(self.noise_bands) != 2 or not self.noise_bands[0] < self.noise_bands[1]:
             raise ValueError(f"noise_bands: expected two rising levels, got {self.noise_bands}")
