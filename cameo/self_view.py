@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cameo.attention_calls import CallWatcher
+from cameo.attention_calls import XFORMERS_ARGUMENTS, CallWatcher
 from cameo.capture import AttentionSite, captured_call
 from cameo.errors import CaptureError
 from cameo.layout import TokenLayout
@@ -25,7 +25,6 @@ __all__ = ["cut_other_views"]
 
 Sizes = tuple[tuple[int, int], ...]
 SDPA_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale")
-XFORMERS_ARGUMENTS = ("query", "key", "value", "attn_bias", "p", "scale")
 MASKS = ("attn_mask", "attn_bias", "is_causal")
 
 
