@@ -25,6 +25,7 @@ PRODUCTS = {
     "baddbmm": ("input", "batch1", "batch2"),
     "einsum": ("equation", "operands"),
 }
+XFORMERS_ARGUMENTS = ("query", "key", "value", "attn_bias", "p", "scale")
 SAMPLED_ROWS, SAMPLED_VALUES = 64, 2**22  # what is looked at to measure the scale of explicit attention
 
 
@@ -113,7 +114,7 @@ class CallWatcher(TorchFunctionMode):
             output = original(*args, **kwargs)
         finally:
             self._muted = muted
-        given = dict(zip(("query", "key", "value", "attn_bias", "p", "scale"), args, strict=False)) | kwargs
+        given = dict(zip(XFORMERS_ARGUMENTS, args, strict=False)) | kwargs
         if given.get("attn_bias") is not None:
             raise CaptureError(
                 f"layer {self.layer!r} adds a bias to its attention; only unmasked layers can be supervised"

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from cameo.attention.capture import AttentionSite, captured_call
-from cameo.attention.kernel_calls import CallWatcher
+from cameo.attention.kernel_calls import XFORMERS_ARGUMENTS, CallWatcher
 from cameo.attention.layout import TokenLayout
 from cameo.attention.pattern import Pattern
 from cameo.attention.watched_layers import WatchedLayers
@@ -25,7 +25,6 @@ __all__ = ["cut_other_views"]
 
 Sizes = tuple[tuple[int, int], ...]
 SDPA_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale")
-XFORMERS_ARGUMENTS = ("query", "key", "value", "attn_bias", "p", "scale")
 MASKS = ("attn_mask", "attn_bias", "is_causal")
 
 

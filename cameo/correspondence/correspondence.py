@@ -16,7 +16,7 @@ from cameo.correspondence.matching import match_depth, match_features, match_poi
 from cameo.errors import ShapeError
 from cameo.geometry import as_grid
 from cameo.geometry.cameras import check_depth, warn_of_another_image_size
-from cameo.geometry.visibility import DEPTH_TOLERANCE
+from cameo.geometry.visibility import DEPTH_TOLERANCE, check_tolerance
 
 __all__ = ["Correspondence", "GridSize"]
 
@@ -274,8 +274,7 @@ class Correspondence:
         check_depth(depth, intrinsics, extrinsics, check_values=check_values)
         if check_values:
             warn_of_another_image_size(intrinsics, depth.shape[-2:])
-        if not 0 < depth_tolerance < 1:
-            raise ValueError(f"depth_tolerance: expected a share between 0 and 1, got {depth_tolerance}")
+        check_tolerance(depth_tolerance)
         sizes = _grid_per_view(size, depth.shape[1])
         index, distance = match_depth(depth, intrinsics, extrinsics, sizes, depth_tolerance)
         return cls(index, sizes, distance=distance)

@@ -30,7 +30,7 @@ from cameo.geometry.cameras import (
     most_exact,
 )
 from cameo.geometry.depth import sample_depth
-from cameo.geometry.visibility import DEPTH_TOLERANCE, look_up
+from cameo.geometry.visibility import DEPTH_TOLERANCE, check_tolerance, look_up
 from cameo.probing.truth import view_angles
 
 __all__ = ["EpipolarPair", "WarpedPair", "symmetric_epipolar_distance", "tsed", "warp_error"]
@@ -139,8 +139,7 @@ def warp_error(
     _check_images("images", images, depth.shape[:2], depth.shape[-2:])
     if truth is not None:
         _check_images("truth", truth, depth.shape[:2], depth.shape[-2:])
-    if not 0 < depth_tolerance < 1:
-        raise ValueError(f"depth_tolerance: expected a share between 0 and 1, got {depth_tolerance}")
+    check_tolerance(depth_tolerance)
     chosen = _chosen_pairs(pairs, depth.shape[1])
     angles = view_angles(extrinsics)
     found = []

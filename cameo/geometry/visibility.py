@@ -13,11 +13,17 @@ from torch import Tensor
 from cameo.geometry.cameras import full_precision
 from cameo.geometry.projection import to_pixels
 
-__all__ = ["DEPTH_TOLERANCE", "Sighting", "look_up"]
+__all__ = ["DEPTH_TOLERANCE", "Sighting", "check_tolerance", "look_up"]
 
 # Share of the depth by which a projected point may miss the depth seen there; its choice is measured in
 # benchmarks/correspondence_accuracy.md.
 DEPTH_TOLERANCE = 0.02
+
+
+def check_tolerance(depth_tolerance: float) -> None:
+    """Raise `ValueError` unless this is a share of the depth."""
+    if not 0 < depth_tolerance < 1:
+        raise ValueError(f"depth_tolerance: expected a share between 0 and 1, got {depth_tolerance}")
 
 
 class Sighting(NamedTuple):

@@ -25,6 +25,7 @@ __all__ = [
     "DenoisingErrors",
     "DenoisingPass",
     "ValidationSettings",
+    "check_levels",
     "covisible_pixels",
     "denoising_passes",
     "fixed_inputs",
@@ -59,6 +60,19 @@ class ValidationSettings:
     def high_levels(self) -> tuple[float, ...]:
         """Levels that count for the PSNR of the predicted clean image."""
         return tuple(level for level in self.noise_levels if level >= self.high_noise)
+
+
+def check_levels(name: str, levels: Sequence[Any]) -> None:
+    """Raise `ValueError` unless these are different noise levels, shares of the last time step.
+
+    Example:
+        >>> check_levels("timesteps", (0.5, 2))
+        Traceback (most recent call last):
+        ValueError: timesteps: expected different levels in [0, 1], shares of the last time step, got (0.5, 2)
+    """
+    are_shares = all(isinstance(level, int | float) and 0 <= level <= 1 for level in levels)
+    if not levels or not are_shares or len(set(levels)) < len(levels):
+        raise ValueError(f"{name}: expected different levels in [0, 1], shares of the last time step, got {levels}")
 
 
 def psnr_of_error(squared_error: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from cameo.errors import CaptureError, ShapeError, unknown_name
 from cameo.model import CameoModel, holder
 from cameo.pipeline import MultiViewPipeline
 from cameo.probing.bootstrap import scene_of
-from cameo.probing.denoising import fixed_inputs
+from cameo.probing.denoising import check_levels, fixed_inputs
 from cameo.probing.layer_probe import LayerProbe
 from cameo.probing.mode import evaluation_mode, native_precision
 from cameo.probing.result import NEAR, known_within
@@ -97,7 +97,8 @@ def probe_layers(
         DataError: if a batch carries no depth.
         ValueError: for an unknown backbone, layer, level or distance, without batches, or if no layer can be probed.
     """
-    levels = _known_levels(timesteps)
+    levels = tuple(map(float, timesteps))
+    check_levels("timesteps", levels)
     subject = _Subject.of(model, backbone, prepare, inflate, seed)
     tallies = [LayerTally(site, subject.refusal(site)) for site in _chosen(subject.sites, layers)]
     columns, near = known_within(within), NEAR_METRES if metric else None
@@ -291,15 +292,6 @@ def _chosen(sites: Sequence[AttentionSite], layers: Sequence[int | str] | None) 
         if layer not in known:
             raise unknown_name("layers", str(layer), map(str, known))
     return sorted({known[layer].index: known[layer] for layer in layers}.values(), key=lambda site: site.index)
-
-
-def _known_levels(timesteps: Sequence[float]) -> tuple[float, ...]:
-    levels = tuple(float(level) for level in timesteps)
-    if not levels or not all(0 <= level <= 1 for level in levels) or len(set(levels)) < len(levels):
-        raise ValueError(
-            f"timesteps: expected different levels in [0, 1], shares of the last time step, got {tuple(timesteps)}"
-        )
-    return levels
 
 
 def _seed_random_state(device: torch.device, seed: int) -> None:

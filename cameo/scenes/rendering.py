@@ -11,6 +11,9 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+import torch
+
+from cameo.geometry.cameras import camera_centers
 
 __all__ = ["Surface", "TriangleScene", "cast_views", "dot", "render"]
 
@@ -133,7 +136,8 @@ def _rays(pixels: Array, intrinsics: Array, extrinsics: Array) -> tuple[Array, A
     """Rays of one view through `pixels` `[P, 3]`, scaled so that their parameter is the z-depth."""
     rotation = extrinsics[:3, :3]
     directions = pixels @ (np.linalg.inv(intrinsics).T @ rotation)
-    return np.broadcast_to(-extrinsics[:3, 3] @ rotation, directions.shape), directions
+    origin = camera_centers(torch.from_numpy(extrinsics)).numpy()
+    return np.broadcast_to(origin, directions.shape), directions
 
 
 def cast_views(
