@@ -21,12 +21,13 @@ from cameo.card import CardFacts, Metrics, Pictures, copy_pictures, model_card
 from cameo.config import CONFIG_NAME, CameoConfig, write_atomically
 from cameo.errors import DataError
 from cameo.licence import find_licence, hub_id, require_licence
-from cameo.loading import load_base, read_adapter, read_full
+from cameo.loading import check_numbers, load_base, read_adapter, read_full
 from cameo.publish import explained_errors, file_names, upload, verify
 from cameo.weights import (
     ADAPTER_FORMATS,
     HEAD_FILE,
     adapter_settings,
+    check_readable,
     component_name,
     format_in,
     stale_files,
@@ -140,6 +141,7 @@ def from_pretrained(
     folder = local_folder(str(name_or_path), revision, token, cache_dir, local_files_only)
     config = CameoConfig.load(folder)
     form = format_in(folder)
+    check_readable(folder, form)
     # The base is another repository, which the token of this one need not open.
     place: dict[str, Any] = {"cache_dir": cache_dir} if cache_dir is not None else {}
     place |= {"local_files_only": True} if local_files_only else {}
@@ -367,8 +369,10 @@ def _read_head(model: CameoModel, folder: Path) -> None:
 
     path = folder / HEAD_FILE
     if path.is_file():
+        state = load_file(str(path))
+        check_numbers(path, state)
         try:
-            model.alignment_heads.load_state_dict(load_file(str(path)))
+            model.alignment_heads.load_state_dict(state)
         except RuntimeError as error:
             raise DataError(f"{path}: does not fit the head in {CONFIG_NAME}: {error}") from error
     elif any(True for _ in model.alignment_heads.parameters()):
