@@ -44,11 +44,15 @@ def wrap(
     """Attach CAMEO to `model` in place: the returned module holds `model` itself, not a copy.
 
     Example:
+        >>> import torch
         >>> from cameo.backbone import get_backbone
         >>> unet = get_backbone("cat3d").build("tiny").unet
         >>> model = wrap(unet, backbone="cat3d")
+        >>> optimizer = torch.optim.AdamW(model.parameters())  # after wrap, so that it holds the head too
         >>> model.unwrap() is unet
         True
+
+    An optimizer that was built before never trains the head; the first training steps notice it and warn.
 
     Args:
         model: the denoiser of a multi-view diffusion model, before or after LoRA was added to it.
