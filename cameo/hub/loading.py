@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from cameo.backbone import core_module, get_backbone
-from cameo.config import CameoConfig
+from cameo.config import CONFIG_NAME, CameoConfig
 from cameo.errors import DataError
 from cameo.hub.license import hub_id
-from cameo.hub.weights import LORA_FILE, MODULE_FILE, PEFT_CONFIG, PEFT_FILE, adapter_layers
+from cameo.hub.weights import LORA_FILE, MODULE_FILE, PEFT_CONFIG, PEFT_FILE, adapter_layers, check_readable
 from cameo.memory import align, align_module
 
 __all__ = ["ADAPTER", "BaseNeededError", "load_base", "read_adapter", "read_full", "without_adapter"]
@@ -36,12 +37,14 @@ def load_base(config: CameoConfig, **place: Any) -> nn.Module:
     """
     name = config.base_model
     if name is None or name.startswith("preset:"):
-        reason = "does not name its base" if name is None else f"was trained on fresh weights ({name}), not saved here"
-        raise BaseNeededError(f"this adapter {reason}; pass the base as base_model=")
+        reason = "names no base" if name is None else f"names fresh weights as base ({name}), which are not saved here"
+        raise BaseNeededError(f"{CONFIG_NAME} {reason}; pass the base as base_model=")
     if config.backbone is None:
         raise BaseNeededError(f"no backbone can load the base {name!r}; load it yourself and pass base_model=")
     if hub_id(name) is None and ":" not in name and not Path(name).exists():
         raise DataError(f"base {name!r}: no such folder any more; load the base yourself and pass base_model=")
+    if Path(name).is_dir():
+        check_readable(Path(name), "pipeline")
     try:
         denoiser: nn.Module = get_backbone(config.backbone).load(name, revision=config.base_revision, **place).denoiser
     except NotImplementedError as error:
@@ -71,6 +74,7 @@ def read_adapter(folder: Path, form: str, base: nn.Module, *, is_trainable: bool
         if not needed.is_file():
             raise DataError(f"{needed}: no such file; the saved adapter is incomplete")
     stored = load_file(str(path))
+    check_numbers(path, stored)
     prefix = "base_model.model" if form == "peft" else next(iter(stored), "").split(".")[0]
     inner = {key.removeprefix(f"{prefix}."): value for key, value in stored.items()}
     _check_fit(path, inner, base)
@@ -133,6 +137,13 @@ def _restore(path: Path, loaded: nn.Module, stored: dict[str, Tensor]) -> None:
         raise ValueError(f"base_model: {path} did not load whole into this {type(loaded).__name__}: {wrong[:3]}")
 
 
+def check_numbers(place: Path, state: Mapping[str, Tensor]) -> None:
+    """Raise a DataError that names the first of some saved weights that holds a NaN."""
+    for key, value in state.items():
+        if value.is_floating_point() and value.isnan().any():
+            raise DataError(f"{place}: {key} holds NaN, so the training had diverged. Load an earlier checkpoint")
+
+
 def without_adapter(model: nn.Module) -> nn.Module:
     """Return a deep copy of the base model as it was before an adapter was added."""
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -157,6 +168,12 @@ def read_full(folder: Path, form: str, config: CameoConfig, base: nn.Module | No
         DataError: if a file is missing or incomplete.
         ValueError: if names or shapes differ from `base`.
     """
+    loaded = _read_whole(folder, form, config, base, **place)
+    check_numbers(folder, loaded.state_dict())
+    return loaded
+
+
+def _read_whole(folder: Path, form: str, config: CameoConfig, base: nn.Module | None, **place: Any) -> nn.Module:
     from safetensors.torch import load_file
 
     backbone = None if config.backbone is None else get_backbone(config.backbone)
@@ -174,7 +191,9 @@ def read_full(folder: Path, form: str, config: CameoConfig, base: nn.Module | No
         base = backbone.build(preset).denoiser if preset else load_base(config, **place)
     if base is None:
         return loaded
-    return _copy_into(base, load_file(str(folder / MODULE_FILE)) if form == "module" else loaded.state_dict(), folder)
+    state = load_file(str(folder / MODULE_FILE)) if form == "module" else loaded.state_dict()
+    check_numbers(folder, state)  # before the base is changed
+    return _copy_into(base, state, folder)
 
 
 def _read_pipeline(folder: Path, backbone: Any) -> nn.Module:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
+import re
 import shutil
 import tempfile
 import uuid
@@ -20,12 +22,13 @@ from cameo.errors import DataError
 from cameo.files import move_into_place, write_atomically
 from cameo.hub.card import CardFacts, Metrics, Pictures, copy_pictures, model_card
 from cameo.hub.license import find_licence, hub_id, require_licence
-from cameo.hub.loading import load_base, read_adapter, read_full
+from cameo.hub.loading import check_numbers, load_base, read_adapter, read_full
 from cameo.hub.publish import explained_errors, file_names, upload, verify
 from cameo.hub.weights import (
     ADAPTER_FORMATS,
     HEAD_FILE,
     adapter_settings,
+    check_readable,
     component_name,
     format_in,
     stale_files,
@@ -140,6 +143,7 @@ def from_pretrained(
     folder = local_folder(str(name_or_path), revision, token, cache_dir, local_files_only)
     config = CameoConfig.load(folder)
     form = format_in(folder)
+    check_readable(folder, form)
     # The base is another repository, which the token of this one need not open.
     place: dict[str, Any] = {"cache_dir": cache_dir} if cache_dir is not None else {}
     place |= {"local_files_only": True} if local_files_only else {}
@@ -252,12 +256,14 @@ def _stage(
 
     base, core = model.base_model, core_module(model.base_model)
     config = replace(model.cameo_config, cameo_version=__version__)
-    if on_hub and config.base_model is not None and Path(config.base_model).exists():
+    if on_hub and config.base_model is not None and not _others_can_load(config.base_model):
         logger.warning(
             "base model %s is a local folder: others have to pass base_model= to load this", config.base_model
         )
         config.base_model = config.base_revision = None
     form = write_weights(base, folder, config=config, pipeline=pipeline)
+    if on_hub:
+        _forget_local_names(folder)
     config.save(folder)
     head = {key: value.contiguous() for key, value in model.alignment_heads.state_dict().items()}
     if include_head and head:
@@ -280,6 +286,21 @@ def _stage(
     if backbone is not None:
         card.pipeline_tag = backbone.pipeline_tag
     write_atomically(folder / "README.md", model_card(card))
+
+
+def _others_can_load(name: str) -> bool:
+    """Whether a base's name means the same elsewhere, by its form: a folder that is gone is still a path of ours."""
+    return hub_id(name) is not None or re.fullmatch(r"[a-z]{2,}:[\w.-]+", name) is not None
+
+
+def _forget_local_names(folder: Path) -> None:
+    """Take the folders that its parts were loaded from out of what diffusers writes beside the weights."""
+    for path in folder.rglob("*.json"):
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        name = settings.get("_name_or_path") if isinstance(settings, dict) else None
+        if name and not _others_can_load(name):
+            del settings["_name_or_path"]
+            path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _adapter_facts(base: nn.Module) -> dict[str, Any]:
@@ -348,8 +369,10 @@ def _read_head(model: CameoModel, folder: Path) -> None:
 
     path = folder / HEAD_FILE
     if path.is_file():
+        state = load_file(str(path))
+        check_numbers(path, state)
         try:
-            model.alignment_heads.load_state_dict(load_file(str(path)))
+            model.alignment_heads.load_state_dict(state)
         except RuntimeError as error:
             raise DataError(f"{path}: does not fit the head in {CONFIG_NAME}: {error}") from error
     elif any(True for _ in model.alignment_heads.parameters()):

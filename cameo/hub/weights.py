@@ -24,7 +24,7 @@ from cameo.backbone import core_module
 from cameo.config import CONFIG_NAME, CameoConfig
 from cameo.errors import DataError
 
-__all__ = ["ADAPTER_FORMATS", "HEAD_FILE", "format_in", "format_of", "stale_files", "write_weights"]
+__all__ = ["ADAPTER_FORMATS", "HEAD_FILE", "check_readable", "format_in", "format_of", "stale_files", "write_weights"]
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 PEFT_CONFIG, PEFT_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -89,6 +89,28 @@ def format_in(folder: Path) -> str:
         raise DataError(f"{folder}: holds weights of several formats ({files}); save again into an empty folder")
     expected = ", ".join(patterns[0] for patterns in FILES.values())
     raise DataError(f"{folder}: no weights; expected one of {expected}")
+
+
+def check_readable(folder: Path, form: str) -> None:
+    """Open each file of a format, and the head, as far as is needed to see that it is whole.
+
+    A changed value inside of a file is not seen: the formats hold no checksums.
+
+    Raises:
+        DataError: names the first file that is damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    for pattern in (*FILES[form], HEAD_FILE):
+        for path in sorted(folder.glob(pattern)):
+            try:
+                if path.suffix == ".json":
+                    json.loads(path.read_text(encoding="utf-8"))
+                else:
+                    with safe_open(str(path), "pt") as file:
+                        file.keys()
+            except (SafetensorError, ValueError, OSError) as error:
+                raise DataError(f"{path}: damaged or cut short ({error}). Save, copy or download it again") from error
 
 
 def formats_among(names: Iterable[str]) -> list[str]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -219,3 +221,34 @@ def test_records_skip_a_line_that_was_not_finished(tmp_path: Path) -> None:
     assert [entry["step"] for entry in records.read()] == [1, 2, 3, 4]
     records.keep_until(0)
     assert records.read() == []
+
+
+@pytest.mark.parametrize("crash", [False, True])
+def test_a_checkpoint_is_whole_before_it_has_its_name(
+    crash: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Power may fail between any two steps: what is called checkpoint-N must hold its state file from the start."""
+    staged = checkpoint.staging_folder(tmp_path, 3)
+    (staged / "weights.safetensors").write_bytes(b"weights")
+    appeared: list[list[str]] = []
+
+    def watching(move: Callable[..., None]) -> Callable[..., None]:
+        def run(source: Any, target: Any, *args: Any, **kwargs: Any) -> None:
+            if Path(target).name == "checkpoint-3":
+                appeared.append(sorted(path.name for path in Path(source).iterdir()))
+                if crash:
+                    raise OSError("the power is gone")
+            move(source, target, *args, **kwargs)
+
+        return run
+
+    for name in ("rename", "replace"):
+        monkeypatch.setattr(os, name, watching(getattr(os, name)))
+    if crash:
+        with pytest.raises(OSError, match="the power is gone"):
+            checkpoint.publish_checkpoint(staged, 3, {"settings": {}})
+        assert checkpoint.list_checkpoints(tmp_path) == []
+        assert not (tmp_path / "checkpoint-3").exists()
+    else:
+        assert checkpoint.publish_checkpoint(staged, 3, {"settings": {}}) == tmp_path / "checkpoint-3"
+    assert appeared == [["trainer_state.json", "weights.safetensors"]]

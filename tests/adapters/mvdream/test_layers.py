@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 
 import pytest
 import torch
@@ -105,9 +106,17 @@ def test_other_models_are_refused_and_the_cure_works() -> None:
         cameo.wrap(nn.Linear(2, 2), "mvdream")
     unet = pipeline().unet
     unet.set_attn_processor(AttnProcessor2_0())
-    with pytest.raises(ValueError, match=r"see one view at a time.*mvdream\.denoiser\.prepare"):
+    with pytest.raises(ValueError, match="see one view at a time") as refused:
         cameo.wrap(unet, "mvdream")
-    assert len(cameo.wrap(prepare(unet, image_view=False), "mvdream").sites) == 4
+    cure = re.search(r"Before cameo\.wrap: (.*?latent_stride=8\))", str(refused.value))
+    assert cure, refused.value
+    exec(cure[1], {"unet": unet})  # word for word what the message says
+    model = cameo.wrap(unet, "mvdream")
+    assert len(model.sites) == 4
+    assert model.token_grid(64, 64) == (4, 4)
+    without = cameo.wrap(prepare(model.unwrap(), image_view=False), "mvdream")
+    with pytest.raises(ValueError, match=r"pixels per token are not known; .*latent_stride=8"):
+        without.token_grid(64, 64)
     with pytest.raises(ValueError, match=r"unet: has no camera embedding; expected .*input_dim=16"):
         prepare(cat3d, image_view=False)
 

@@ -97,7 +97,7 @@ def test_the_readme_names_what_a_checkpoint_holds_beside_safetensors(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CAMEO_CACHE", scene_cache())
-    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
     assert "Only safetensors" not in readme
     with fresh_accelerate():
         make_trainer(tmp_path, max_train_steps=1, checkpointing_steps=1).train()
