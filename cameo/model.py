@@ -18,6 +18,7 @@ from cameo.capture import AttentionCapture, AttentionSite, CapturedAttention
 from cameo.config import CameoConfig
 from cameo.correspondence import Correspondence
 from cameo.errors import CaptureError, ShapeError, unknown_name
+from cameo.head_watch import HeadWatch
 from cameo.layout import TokenLayout
 
 __all__ = ["CameoModel", "holder", "wrapped_bases"]
@@ -90,6 +91,7 @@ class CameoModel(nn.Module):
                 get_backbone(config.backbone).inflate(core_module(base_model), site.path)
         self._alignment_loss: Tensor | None = None
         self._num_supervised: Tensor | None = None
+        self._head_watch = HeadWatch()
         self._attached = True
         _held[base_model] = weakref.ref(self)
 
@@ -125,6 +127,8 @@ class CameoModel(nn.Module):
     ) -> Any:
         matches = self._one_per_layer(correspondence)
         self._check_hazard()
+        if self.training and torch.is_grad_enabled():
+            self._head_watch.look(self.base_model, self.alignment_heads)
         with self.capture() as captured:
             output = self.base_model(*args, **kwargs)
         losses, counts = [], []
@@ -315,7 +319,7 @@ class CameoModel(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # A computed loss is part of a graph and cannot be copied (EMA deep-copies the model during training).
-        return {**self.__dict__, "_alignment_loss": None, "_num_supervised": None}
+        return {**self.__dict__, "_alignment_loss": None, "_num_supervised": None, "_head_watch": HeadWatch()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
