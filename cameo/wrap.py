@@ -53,8 +53,8 @@ def wrap(
         True
 
     Build the optimizer after `wrap`: one that was built before does not hold the parameters of the alignment head, and
-    the head stays as it was initialized. `recipes/minimal_loop.py` is a whole training loop, `docs/your_own_loop.md`
-    adds CAMEO to a script that exists.
+    the head stays as it was initialized, which a warning says after three steps. `recipes/minimal_loop.py` is a whole
+    training loop, `docs/your_own_loop.md` adds CAMEO to a script that exists.
 
     Args:
         model: the denoiser of a multi-view diffusion model, before or after LoRA was added to it.
