@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import yaml
+from omegaconf import OmegaConf
 
 import cameo
 from cameo import choices
@@ -23,6 +24,7 @@ from cameo.evaluation.run_settings import run_settings
 from cameo.evaluation.settings import EvaluationSettings
 from cameo.settings import Settings, run_recipe, setting, shown_settings, split_arguments, to_yaml, typed_values
 from cameo.settings.help import comments, components, help_text
+from cameo.settings.text import guess, parse_yaml
 from cameo.training.checkpoint import check_continues
 from cameo.training.config import RENAMED, TrainingConfig, continued_settings, load_config, save_config
 from cameo.training.processes import start_trackers
@@ -293,6 +295,8 @@ def test_written_values_are_read_back_by_every_reader() -> None:
         "deep": {"a": {"b": [1]}},
     }
     assert yaml.safe_load(to_yaml(values)) == values
+    assert OmegaConf.to_container(OmegaConf.create(to_yaml(values))) == values  # for it 1e3 is a number
+    assert guess(parse_yaml(to_yaml(values))) == values
 
 
 # 5. Old names
