@@ -84,6 +84,9 @@ def read_all(arguments: list[str]) -> tuple[Any, ...]:
 def main(arguments: list[str]) -> None:
     """Evaluate or compare; prints the table."""
     options, evaluation, settings = read(arguments)
+    from cameo.training.launch import Launch
+
+    Launch.from_environment().refuse_several_processes("recipes/evaluate.py")
     if options.compare:
         compare(options.results, Path(options.output or "outputs/comparison"))
         return

@@ -4,7 +4,8 @@
     python recipes/full_finetune.py loss_weight=0.1 train_data_dir=path/to/rgbd  # an RGB-D sequence, or a mesh folder
     python recipes/full_finetune.py backbone=mvdream                             # or zero123plus, sv3d
     python recipes/full_finetune.py resume_from_checkpoint=latest                # go on with an interrupted run
-    accelerate launch recipes/full_finetune.py config=my.yaml                    # several processes
+    accelerate launch recipes/full_finetune.py config=my.yaml                    # several GPUs
+    torchrun --nproc_per_node 2 recipes/full_finetune.py config=my.yaml          # several processes on CPUs
 
 Every setting of `cameo.training.config.TrainingConfig` can be given as key=value; --help lists them with what they
 mean, --print-config prints those that a run would use.
@@ -30,6 +31,14 @@ def read(arguments: list[str]) -> TrainingConfig:
 def main(arguments: list[str]) -> None:
     """Train, validate, write the pipeline in diffusers layout, and push it if asked."""
     config = read(arguments)
+    from cameo.training.setup import begin_run
+
+    with begin_run(config):
+        run(config)
+
+
+def run(config: TrainingConfig) -> None:
+    """Train one model, and write what came of it."""
     from cameo.training.data import build_dataset
     from cameo.training.setup import (
         card_metrics,

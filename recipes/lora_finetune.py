@@ -5,10 +5,12 @@
     python recipes/lora_finetune.py backbone=zero123plus                     # or mvdream, sv3d: settings in configs/
     python recipes/lora_finetune.py resume_from_checkpoint=latest            # go on with an interrupted run
     python recipes/lora_finetune.py push_to_hub=true hub_model_id=you/name   # and publish the adapter
-    accelerate launch recipes/lora_finetune.py config=my.yaml                # several processes
+    accelerate launch recipes/lora_finetune.py config=my.yaml            # several GPUs
+    torchrun --nproc_per_node 2 recipes/lora_finetune.py config=my.yaml  # several processes on CPUs
 
 Every setting of `cameo.training.config.TrainingConfig` can be given as key=value; --help lists them with what they
-mean, --print-config prints those that a run would use.
+mean, --print-config prints those that a run would use. Without arguments this is a demonstration, which can be
+repeated: it replaces what it has left itself, and no run with settings of its own.
 """
 
 from __future__ import annotations
@@ -31,11 +33,17 @@ def read(arguments: list[str]) -> TrainingConfig:
 def main(arguments: list[str]) -> None:
     """Train, print what changed, write pictures and the adapter, and push it if asked."""
     config = read(arguments)
+    from cameo.training.setup import begin_run
+
+    with begin_run(config, demonstration=not arguments):
+        run_arms(config)
+
+
+def run_arms(config: TrainingConfig) -> None:
+    """Train each run of the recipe, one after the other, and write what came of them."""
     from cameo.training.data import build_dataset
     from cameo.training.setup import arms_of, card_metrics, check_push, metrics_table, train_lora, write_pictures
 
-    if not arguments:  # the demonstration, which can be repeated; runs with settings of their own are never replaced
-        config.overwrite_output_dir = True
     check_push(config)
     arms = arms_of(config)
     train, held_out = build_dataset(config, "train"), build_dataset(config, "validation")

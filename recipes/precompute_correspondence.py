@@ -2,7 +2,7 @@
 
     python recipes/precompute_correspondence.py config=my.yaml precomputed_correspondence=matches
     python recipes/lora_finetune.py             config=my.yaml precomputed_correspondence=matches
-    accelerate launch recipes/precompute_correspondence.py config=my.yaml precomputed_correspondence=matches
+    torchrun --nproc_per_node 2 recipes/precompute_correspondence.py config=my.yaml precomputed_correspondence=matches
 
 Settings are those of the training, so its settings file serves both, and a few besides; --help lists all of them,
 --print-config prints those that a run would use.

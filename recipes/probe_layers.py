@@ -82,6 +82,9 @@ def read_all(arguments: list[str]) -> tuple[Options, TrainingConfig]:
 def main(arguments: list[str]) -> None:
     """Probe the layers, or list them; prints a table."""
     options, settings = read(arguments)
+    from cameo.training.launch import Launch
+
+    Launch.from_environment().refuse_several_processes("recipes/probe_layers.py")
     if options.list:
         list_layers(read_settings(settings))
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -148,7 +149,10 @@ def test_runs_that_cannot_go_on_end_with_an_error(uninterrupted: dict[str, Recip
     whole = finished(uninterrupted["lora"])
     before = (whole / "metrics.jsonl").read_text()
     cases = {
-        "holds no complete checkpoint-N; leave the setting out": (tmp_path, {"resume_from_checkpoint": "latest"}),
+        "holds no complete checkpoint-N; leave the setting out": (
+            tmp_path / "empty",
+            {"resume_from_checkpoint": "latest"},
+        ),
         "resume_from_checkpoint=checkpoint-99: not a complete checkpoint folder; in": (
             whole,
             {"resume_from_checkpoint": "checkpoint-99"},
@@ -164,15 +168,17 @@ def test_runs_that_cannot_go_on_end_with_an_error(uninterrupted: dict[str, Recip
             {"resume_from_checkpoint": "checkpoint-12"},
         ),
     }
-    runs = {
-        message: RecipeProcess("lora_finetune", folder, **{**LORA, **changes})
-        for message, (folder, changes) in cases.items()
-    }
+    runs = {}
+    for number, (message, (folder, changes)) in enumerate(cases.items()):
+        if folder == whole:  # a copy for each, since two runs may not work in one folder
+            folder = shutil.copytree(whole, tmp_path / f"copy-{number}")
+        runs[message] = RecipeProcess("lora_finetune", folder, **{**LORA, **changes})
     for message, run in runs.items():
         assert run.wait() == 2, (message, run.output)
         assert "Traceback" not in run.output
         assert message in run.output
-    assert (whole / "metrics.jsonl").read_text() == before
+        if run.output_dir.name != "empty":
+            assert (run.output_dir / "metrics.jsonl").read_text() == before
 
 
 def test_checkpoint_of_another_model_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

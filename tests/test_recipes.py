@@ -124,15 +124,15 @@ def free_port() -> int:
 
 
 def two_processes(out: Path, **settings: Any) -> list[RecipeProcess]:
-    """What torchrun starts; `accelerate launch --cpu --num_processes 2` starts one process without mpirun."""
+    """What `torchrun --nproc_per_node 2` starts, with the variables that it sets."""
     together = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    together["ACCELERATE_USE_CPU"] = "true"
     return [
         RecipeProcess("lora_finetune", out, environment={**together, "RANK": rank, "LOCAL_RANK": rank}, **settings)
         for rank in "01"
     ]
 
 
+@pytest.mark.slow
 def test_two_processes_train_one_adapter_and_resume(tmp_path: Path) -> None:
     settings = {"max_train_steps": 5, "gradient_accumulation_steps": 2, "lora_dropout": 0.1}
     whole, out = tmp_path / "whole", tmp_path / "out"

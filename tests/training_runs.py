@@ -164,6 +164,23 @@ class RecipeProcess:
         return self.log.read_text() if self.log.exists() else ""
 
 
+def run_in_process(script: str, arguments: list[str], folder: Path, *, timeout: float = 300) -> tuple[int, str]:
+    """Run a script in a folder, in a process of its own; returns the exit code and what it printed."""
+    log = Path(tempfile.mkdtemp(dir=scene_cache())) / "output.log"
+    process = _server().Process(target=_run_in_folder, args=(script, arguments, str(log), str(folder)))
+    process.start()
+    process.join(timeout)
+    if process.exitcode is None:
+        process.kill()
+        pytest.fail(f"{script} {' '.join(arguments)}: still running after {timeout} s; output:\n{log.read_text()}")
+    return process.exitcode, log.read_text()
+
+
+def _run_in_folder(script: str, arguments: list[str], log: str, folder: str) -> None:
+    os.chdir(folder)
+    _run_recipe(script, arguments, log, {"CAMEO_CACHE": scene_cache()}, None, None)
+
+
 @functools.cache
 def _server() -> Any:
     context = multiprocessing.get_context("forkserver")

@@ -38,6 +38,8 @@ __all__ = [
 ]
 
 NAME = re.compile(r"checkpoint-(\d+)")
+# What a killed process may leave: a checkpoint that was being written or removed, and what save_pretrained stages.
+LEFTOVER = re.compile(r"\.checkpoint-\d+\.(partial|removed)|\.\.checkpoint-\d+\.partial\.[0-9a-f]{8}\.tmp")
 STATE_NAME = "trainer_state.json"
 
 
@@ -112,8 +114,9 @@ def prune_checkpoints(output_dir: str | Path, limit: int | None) -> None:
         for path in found[: max(len(found) - limit, 0)]:
             # Renamed first: a process killed while deleting leaves nothing that looks like a checkpoint.
             path.rename(path.with_name(f".{path.name}.removed"))
-    for leftover in Path(output_dir).glob(".*checkpoint-*"):  # also what save_pretrained stages beside it
-        shutil.rmtree(leftover)
+    for leftover in Path(output_dir).glob(".*checkpoint-*"):
+        if LEFTOVER.fullmatch(leftover.name) and leftover.is_dir() and not leftover.is_symlink():
+            shutil.rmtree(leftover)
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:

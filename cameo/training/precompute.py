@@ -27,6 +27,7 @@ from cameo.errors import unknown_name
 from cameo.training.config import TrainingConfig, continued_settings
 from cameo.training.correspondences import match_batch
 from cameo.training.data import build_dataset, match_settings, supervised_grids, to_device
+from cameo.training.launch import Launch
 
 __all__ = ["PAIRS", "Share", "Summary", "precompute"]
 
@@ -35,13 +36,6 @@ PAIRS = ("auto", "drawn", "all")
 FEW_VIEWS = 16
 # Views of a long scene are matched in blocks of so many, two blocks with each other at a time.
 BLOCK = 8
-# Variables in which launchers say which process of how many this is: torchrun and accelerate, then those of MPI.
-RANKS = (
-    ("RANK", "WORLD_SIZE"),
-    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
-    ("PMI_RANK", "PMI_SIZE"),
-    ("MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE"),
-)
 
 
 @dataclass(frozen=True)
@@ -63,10 +57,8 @@ class Share:
     @classmethod
     def from_environment(cls) -> Share:
         """Read what `accelerate launch`, `torchrun` or MPI have set; without any of them there is one process."""
-        for process, count in RANKS:
-            if process in os.environ and count in os.environ:
-                return cls(int(os.environ[process]), int(os.environ[count]))
-        return cls()
+        launch = Launch.from_environment()
+        return cls(launch.process, launch.num_processes)
 
     def owns(self, number: int) -> bool:
         """Tell whether a scene or unit is this process's."""
@@ -300,6 +292,6 @@ def _write(
 
 def _device() -> torch.device:
     """The GPU of this process where there is one: what training computes on it is then the same."""
-    if not torch.cuda.is_available():
+    if not torch.cuda.is_available() or Launch.from_environment().asks_for_cpu:
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())

@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
+from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs, ProjectConfiguration
 from PIL import Image
 
 from cameo.errors import unknown_name
 from cameo.settings import shown_settings
 from cameo.training.config import TrainingConfig
+from cameo.training.launch import Launch
 
 __all__ = ["log_pictures", "make_accelerator", "numbers_in", "start_trackers"]
 
@@ -23,10 +24,11 @@ PATIENCE = timedelta(hours=6)
 
 
 def make_accelerator(config: TrainingConfig) -> Accelerator:
-    """Create the accelerator of a run; the trainer accumulates gradients itself.
+    """Create the accelerator of a run, with the processes that were launched for it.
 
     Raises:
-        ValueError: for an unknown tracker, or a precision that the device does not have.
+        ValueError: for an unknown tracker, a precision that the device does not have, or a launcher that asks for
+            what the run does not do (see `Launch.check`).
         ImportError: if the tracker's package is not installed.
     """
     from accelerate.tracking import get_available_trackers
@@ -40,13 +42,19 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
         raise ImportError(
             f"report_to={config.report_to}: not installed; pip install {config.report_to}, or report_to=none"
         )
+    launch = Launch.from_environment()
+    launch.check(config)
     output = Path(config.output_dir)
     accelerator = Accelerator(
+        cpu=launch.needs_cpu,
         mixed_precision=config.mixed_precision,
         log_with=None if config.report_to == "none" else config.report_to,
         project_config=ProjectConfiguration(project_dir=str(output), logging_dir=str(output / config.logging_dir)),
         kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+        # The trainer accumulates by itself; without this accelerate divides the loss by a variable of the launcher.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
     )
+    launch.check_came(accelerator, config)
     if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":  # accelerate would ignore it
         raise ValueError("mixed_precision=fp16 needs a GPU; on the CPU use mixed_precision=bf16 or no")
     return accelerator

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,7 +25,9 @@ from cameo.pipeline import MultiViewPipeline, TrainingInputs
 from cameo.training.checkpoint import find_checkpoint, list_checkpoints, refuse_used_folder
 from cameo.training.config import TrainingConfig
 from cameo.training.data import data_format, to_device
+from cameo.training.launch import Launch
 from cameo.training.layer_choice import probe_for
+from cameo.training.output_folder import WITHOUT_CAMEO, hold_folder, refuse_other_runs
 from cameo.training.processes import make_accelerator
 from cameo.training.records import TrainingResult
 from cameo.training.trainer import Trainer
@@ -35,6 +38,7 @@ __all__ = [
     "add_lora",
     "arms_of",
     "base_name",
+    "begin_run",
     "card_metrics",
     "check_push",
     "load_pipeline",
@@ -61,6 +65,25 @@ class LoraRun:
     def validations(self) -> list[dict[str, Any]]:
         """What was measured, each entry with its `step`; that of step 0 is the base before the training."""
         return self.result.validations
+
+
+@contextmanager
+def begin_run(config: TrainingConfig, *, demonstration: bool = False) -> Iterator[None]:
+    """Check what was launched and keep other runs out of the output folder, before anything is computed or deleted.
+
+    The demonstration, a recipe without arguments, can be repeated: it may replace what it has left itself, in the
+    folders of both runs of a comparison, and nothing else.
+
+    Raises:
+        DataError: if another run is writing to the folder, or the demonstration would replace another run.
+        ValueError: if the launcher asks for what the run would not do.
+    """
+    Launch.from_environment().check(config)
+    with hold_folder(config.output_dir):
+        if demonstration:
+            config.overwrite_output_dir = True
+            refuse_other_runs(arms_of(config))
+        yield
 
 
 def load_pipeline(config: TrainingConfig) -> MultiViewPipeline:
@@ -268,7 +291,7 @@ def arms_of(config: TrainingConfig) -> dict[str, TrainingConfig]:
     if not config.compare_without_cameo:
         return {with_it if config.loss_weight else "without CAMEO": config}
     without = replace(config, loss_weight=0.0, compare_without_cameo=False)
-    without.output_dir = str(Path(config.output_dir) / "without_cameo")
+    without.output_dir = str(Path(config.output_dir) / WITHOUT_CAMEO)
     arms = {"without CAMEO": without, with_it: config}
     if config.resume_from_checkpoint is None:
         if not config.overwrite_output_dir:

@@ -22,6 +22,7 @@ from cameo.training import checkpoint
 from cameo.training.config import TrainingConfig, continued_settings, save_config
 from cameo.training.correspondences import MatchedDataset
 from cameo.training.data import StepSampler, noisy_inputs, to_device, training_batches, with_matches
+from cameo.training.output_folder import hold_folder
 from cameo.training.processes import log_pictures, make_accelerator, numbers_in, start_trackers
 from cameo.training.records import Records, TrainingResult
 from cameo.training.stopping import StopSignal
@@ -105,10 +106,15 @@ class Trainer:
 
         Raises:
             DataError: if told to resume and there is nothing to resume from, the output folder holds the
-                checkpoints of an earlier run, or the folder of precomputed matches is not one of this run.
+                checkpoints of an earlier run or another process is writing there, or the folder of precomputed
+                matches is not one of this run.
             ValueError: if told to resume with other settings than the run had.
             FloatingPointError: if a loss or a gradient is not finite; nothing is saved from that step on.
         """
+        with hold_folder(self.output_dir):
+            return self._train()
+
+    def _train(self) -> TrainingResult:
         dataset = with_matches(self.dataset, self.model, self.config, num_processes=self.accelerator.num_processes)
         self._start()
         try:
