@@ -87,6 +87,9 @@ def main(arguments: list[str]) -> None:
 
     Launch.from_environment().refuse_several_processes("recipes/evaluate.py")
     options, evaluation, settings = read(arguments)
+    from cameo.training.launch import Launch
+
+    Launch.from_environment().refuse_several_processes("recipes/evaluate.py")
     if options.compare:
         compare(options.results, Path(options.output or "outputs/comparison"))
         return

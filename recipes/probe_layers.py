@@ -85,6 +85,9 @@ def main(arguments: list[str]) -> None:
 
     Launch.from_environment().refuse_several_processes("recipes/probe_layers.py")
     options, settings = read(arguments)
+    from cameo.training.launch import Launch
+
+    Launch.from_environment().refuse_several_processes("recipes/probe_layers.py")
     if options.list:
         list_layers(read_settings(settings))
         return

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from cameo.errors import DataError
+from cameo.settings import current_names, shown_settings
 from cameo.training.checkpoint import list_checkpoints, read_state
 from cameo.training.config import TrainingConfig, continued_settings, load_config
 from cameo.training.launch import Launch
@@ -124,14 +125,14 @@ def _other_run(folder: Path, config: TrainingConfig) -> str | None:
     if not file.is_file():
         return "holds files, and no config.yaml that says of which run"
     try:
-        found = vars(load_config(file))
+        found = shown_settings(load_config(file, interpolate=False))
     except ValueError as error:
         return f"holds a run whose settings cannot be read ({error})"
-    if differing := _differing(found, vars(config)):
+    if differing := _differing(found, shown_settings(config)):
         return f"holds a run with settings of its own ({differing})"
     for checkpoint in list_checkpoints(folder):
         try:
-            state = read_state(checkpoint)["settings"]
+            state = current_names(TrainingConfig, read_state(checkpoint)["settings"], warn=False)
         except (ValueError, KeyError) as error:
             return f"holds {checkpoint.name}, whose settings cannot be read ({error!r})"
         then = {name: value for name, value in state.items() if name != "processes"}
