@@ -77,7 +77,7 @@ class Case:
 
     def match(self, selection: str) -> Correspondence:
         """Matches of a row selection."""
-        return self.every if selection == "all" else self.visible
+        return self.every if selection == "all" else self.matched
 
     def options(self, selection: str) -> dict[str, Any]:
         """Arguments of `cameo.alignment_loss` for a row selection."""
@@ -144,9 +144,9 @@ def make_case(setting: Setting, device: torch.device | str = "cpu") -> Case:
         (torch.Size([1, 2, 3, 16, 64]), 96)
     """
     points = torch.cat([_points(setting, turn=37.0 * sample) for sample in range(setting.batch)]).to(device)
-    visible = Correspondence.from_point_maps(points, size=setting.tokens)
+    visible = Correspondence.from_point_maps(points, token_grid=setting.tokens)
     # No way back is too long: every token keeps its nearest neighbour in every other view.
-    every = Correspondence.from_point_maps(points, size=setting.tokens, cycle_threshold=2.0 * setting.tokens)
+    every = Correspondence.from_point_maps(points, token_grid=setting.tokens, cycle_threshold=2.0 * setting.tokens)
     generator = torch.Generator().manual_seed(0)
     shape = (setting.batch, setting.heads, setting.views, setting.tokens**2, setting.dimension)
     query, key = (

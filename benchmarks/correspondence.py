@@ -189,7 +189,7 @@ def forms(setting: Setting, tokens: Tensor, scene: Mapping[str, Tensor]) -> dict
     if importlib.util.find_spec("pykeops"):
         runs["KeOps"] = partial(by_keops, tokens)
     size = setting.tokens
-    runs[PROJECTION] = lambda: Correspondence.from_depth(**scene, size=size, check_values=False)
+    runs[PROJECTION] = lambda: Correspondence.from_depth(**scene, token_grid=size, check_values=False)
     return runs
 
 

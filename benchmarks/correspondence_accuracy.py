@@ -188,7 +188,7 @@ def by_depth(tolerance: float = DEPTH_TOLERANCE, noise: float = 0.0) -> Matcher:
             depth.float(),
             room.intrinsics_at(depth.shape[-1]).float(),
             room.extrinsics.float(),
-            size=tokens,
+            token_grid=tokens,
             depth_tolerance=tolerance,
         )
 
@@ -200,7 +200,7 @@ def by_points(max_distance: float | None = None) -> Matcher:
 
     def match(room: Room, depth: Tensor, tokens: int) -> Correspondence:
         points = unproject(depth, room.intrinsics_at(depth.shape[-1]), room.extrinsics)
-        return Correspondence.from_point_maps(points.float(), size=tokens, max_distance=max_distance)
+        return Correspondence.from_point_maps(points.float(), token_grid=tokens, max_distance=max_distance)
 
     return match
 

@@ -64,15 +64,15 @@ class Score:
 
     def add(self, found: Correspondence, truth: Correspondence) -> None:
         """Count a batch; all views have the same square grid."""
-        ((side, _),) = set(truth.sizes)
-        both = found.visible & truth.visible
+        ((side, _),) = set(truth.token_grids)
+        both = found.matched & truth.matched
         there, true = found.index[both], truth.index[both]
         rows, columns = (there // side - true // side).abs(), (there % side - true % side).abs()
         apart = torch.maximum(rows, columns)
         pairs = truth.num_views * (truth.num_views - 1)
         self.tokens += truth.batch_size * pairs * side * side
-        self.visible += int(truth.visible.sum())
-        self.matched += int(found.visible.sum())
+        self.matched += int(truth.matched.sum())
+        self.matched += int(found.matched.sum())
         self.judged += int(both.sum())
         self.hits = tuple(old + int((apart <= k).sum()) for old, k in zip(self.hits, WITHIN, strict=True))
         reach = [3 - (place == 0).int() - (place == side - 1).int() for place in (true // side, true % side)]
@@ -87,7 +87,7 @@ class Score:
         cells = [name, f"{threshold:g}", share(self.matched, self.tokens)]
         cells += [share(hit, self.judged) for hit in self.hits]
         cells += [share(self.chance, self.judged), share(self.matched - self.judged, self.matched)]
-        return [*cells, share(self.hits[1], self.visible)]
+        return [*cells, share(self.hits[1], self.matched)]
 
 
 def colours(grid: int) -> Features:
@@ -126,7 +126,7 @@ def measure(options: argparse.Namespace, device: torch.device) -> list[list[str]
     data = build_dataset(config, "validation")
     batches = [to_device(collate([data[index]]), device) for index in range(options.samples)]
     truths = [
-        Correspondence.from_depth(batch["depth"], batch["intrinsics"], batch["extrinsics"], size=options.grid)
+        Correspondence.from_depth(batch["depth"], batch["intrinsics"], batch["extrinsics"], token_grid=options.grid)
         for batch in batches
     ]
     rows = []
@@ -135,7 +135,7 @@ def measure(options: argparse.Namespace, device: torch.device) -> list[list[str]
         for threshold in options.cycle_thresholds:
             score = Score()
             for one, truth in zip(seen, truths, strict=True):
-                found = Correspondence.from_features(one, size=options.grid, cycle_threshold=threshold)
+                found = Correspondence.from_features(one, token_grid=options.grid, cycle_threshold=threshold)
                 score.add(found, truth)
             rows.append(score.row(name, threshold))
     return rows

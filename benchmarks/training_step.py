@@ -1,4 +1,4 @@
-"""What the alignment adds to a training step at released sizes: seconds and peak memory, measured side by side.
+"""What the alignment adds to a training step at released token_grids: seconds and peak memory, measured side by side.
 
     python benchmarks/training_step.py [--device cuda] [--backbone cat3d] [--gates] [--again]
 
@@ -174,8 +174,8 @@ class Trained:
             with self.model.capture() as captured:
                 output = self.model.base_model(*inputs.args, **inputs.kwargs)
             parts.append(self.pipeline.denoising_loss(output, inputs).mean())
-            (site,), (head,) = self.model.supervised_sites, self.model.alignment_heads
-            query, key, local = self.model.split(site, captured[site.path], matches)
+            (layer,), (head,) = self.model.supervised_layers, self.model.alignment_heads
+            query, key, local = self.model.split(layer, captured[layer.path], matches)
             references = max(1, self.config.num_reference_views)
             nearest = supervision_weights(local, reduction="released", num_reference_views=references) > 0
             with torch.autocast(self.device.type, enabled=False):
@@ -207,7 +207,7 @@ def measure_kind(kind: Kind, options: argparse.Namespace) -> dict[str, Any]:
     device = torch.device(options.device)
     config = settings(kind, options.width, options.resolution, options.batch)
     trained = Trained(kind, config, device)
-    (site,) = trained.model.supervised_sites
+    (layer,) = trained.model.supervised_layers
     steps = trained.steps() if kind.joined else {WITHOUT: trained.without}
     left_out, peaks = {}, {}
     for name, step in list(steps.items()):
@@ -223,9 +223,9 @@ def measure_kind(kind: Kind, options: argparse.Namespace) -> dict[str, Any]:
         "kind": kind.name,
         "steps": {name: {**summary(found), "peak_bytes": peaks[name]} for name, found in seconds.items()},
         "left_out": left_out,
-        "layer": site.path,
-        "heads": site.heads,
-        "grid": site.sizes(config.resolution, config.resolution, config.num_views)[-1],
+        "layer": layer.path,
+        "heads": layer.heads,
+        "grid": layer.token_grids(config.resolution, config.resolution, config.num_views)[-1],
         "parameters": _count(trained.model),
         **{name: getattr(config, name) for name in ("resolution", "num_views", "train_batch_size", "mixed_precision")},
     }
@@ -296,7 +296,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, help="results file")
     options = parser.parse_args(arguments)
     if options.output is None and (options.width, options.resolution, options.batch) != (1.0, None, None):
-        parser.error("--width, --resolution and --batch try other sizes: they need an --output beside the results")
+        parser.error(
+            "--width, --resolution and --batch try other token_grids: they need an --output beside the results"
+        )
     device = torch.device(options.device)
     path = options.output or ROOT / "benchmarks" / "results" / f"training_step_{device.type}.json"
     results = Results(path, device, again=options.again)

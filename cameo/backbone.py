@@ -16,13 +16,13 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from cameo.attention.capture import AttentionSite
+from cameo.attention.capture import AttentionLayer
 from cameo.errors import unknown_name
+from cameo.renamed import METHODS
 
 __all__ = ["Backbone", "Release", "backbones", "core_module", "get_backbone", "register_backbone"]
 
 ENTRY_POINT_GROUP = "cameo.backbones"
-RENAMED_METHODS = {"hazard": "unsupported", "licence": "license", "recognises": "recognizes"}  # old name: new name
 _registry: dict[str, type[Backbone]] = {}
 
 
@@ -54,8 +54,8 @@ class Backbone:
         >>> class Joint(Backbone):
         ...     def recognizes(self, model):
         ...         return hasattr(model, "joint_attention")
-        ...     def sites(self, model):
-        ...         return [AttentionSite(0, "joint_attention", heads=8, layout=TokenLayout("b (v h w)"))]
+        ...     def attention_layers(self, model):
+        ...         return [AttentionLayer(0, "joint_attention", heads=8, layout=TokenLayout("b (v h w)"))]
         ...     def default_layer(self, model):
         ...         return 0
 
@@ -81,7 +81,7 @@ class Backbone:
     def __init_subclass__(cls, **options: Any) -> None:
         """Let a method that overrides an old name count as the new one, and keep the old names callable."""
         super().__init_subclass__(**options)
-        for old, new in RENAMED_METHODS.items():
+        for old, new in METHODS.items():
             overriding = vars(next(kind for kind in cls.__mro__ if {old, new} & vars(kind).keys()))
             if new not in overriding:
                 warnings.warn(f"{cls.__qualname__}.{old} is now called {new}; rename it", FutureWarning, stacklevel=2)
@@ -97,7 +97,7 @@ class Backbone:
         """Say what is missing in a model that is not recognized, and the cure."""
         return f"{type(model).__name__} does not have the structure of backbone {self.name!r}"
 
-    def sites(self, model: nn.Module) -> list[AttentionSite]:
+    def attention_layers(self, model: nn.Module) -> list[AttentionLayer]:
         """List the cross-view attention layers of `model` in execution order."""
         raise NotImplementedError(f"backbone {self.name!r} does not list its layers")
 
@@ -105,7 +105,7 @@ class Backbone:
         """Return the index of the layer supervised when the caller names none."""
         raise NotImplementedError(f"backbone {self.name!r} has no default layer; pass layer=")
 
-    def inflatable(self, model: nn.Module) -> list[AttentionSite]:
+    def inflatable_layers(self, model: nn.Module) -> list[AttentionLayer]:
         """List self-attention layers that see one view each and that `inflate` can join, in execution order.
 
         Their layouts are those of the joined layers. `default_layer` counts in this list as well.
@@ -113,7 +113,7 @@ class Backbone:
         return []
 
     def inflate(self, model: nn.Module, path: str) -> None:
-        """Let the layer at `path`, one of `inflatable`, attend across views, in place; its weights stay as they are.
+        """Let the layer at `path`, one of `inflatable_layers`, attend across views, in place; its weights stay.
 
         A second call for the same layer changes nothing.
         """
@@ -169,7 +169,7 @@ def _under_old_name(old: str, method: Callable[..., Any]) -> Callable[..., Any]:
     return renamed
 
 
-for _old, _new in RENAMED_METHODS.items():
+for _old, _new in METHODS.items():
     setattr(Backbone, _old, _under_old_name(_old, vars(Backbone)[_new]))
 
 
@@ -258,25 +258,28 @@ def core_module(model: nn.Module) -> nn.Module:
     return unwrapped if isinstance(unwrapped, nn.Module) else model
 
 
-def find_site(sites: Sequence[AttentionSite], layer: int | str) -> AttentionSite:
-    """Pick the site with an index or a dotted module path.
+def find_layer(attention_layers: Sequence[AttentionLayer], layer: int | str) -> AttentionLayer:
+    """Pick the attention_layer with an index or a dotted module path.
 
     Raises:
         ValueError: if there is none, or the layer cannot be supervised; says why.
     """
-    by_name: dict[str, AttentionSite] = {site.path: site for site in sites}
+    by_name: dict[str, AttentionLayer] = {attention_layer.path: attention_layer for attention_layer in attention_layers}
     if not isinstance(layer, str | bool) and hasattr(layer, "__index__"):
         layer = operator.index(layer)
-        if not 0 <= layer < len(sites):
+        if not 0 <= layer < len(attention_layers):
             raise ValueError(
-                f"layer {layer} does not exist: this model has {len(sites)} cross-view attention layers, "
-                f"0 to {len(sites) - 1} in execution order: " + ", ".join(f"{s.index} {s.path}" for s in sites)
+                f"layer {layer} does not exist: this model has {len(attention_layers)} cross-view attention layers, "
+                f"0 to {len(attention_layers) - 1} in execution order: "
+                + ", ".join(f"{s.index} {s.path}" for s in attention_layers)
             )
-        site = sites[layer]
+        attention_layer = attention_layers[layer]
     elif isinstance(layer, str) and layer in by_name:
-        site = by_name[layer]
+        attention_layer = by_name[layer]
     else:
         raise unknown_name("layer", layer, by_name)
-    if site.unsupported:
-        raise ValueError(f"layer {layer!r} ({site.path}) cannot be supervised: {site.unsupported}")
-    return site
+    if attention_layer.unsupported:
+        raise ValueError(
+            f"layer {layer!r} ({attention_layer.path}) cannot be supervised: {attention_layer.unsupported}"
+        )
+    return attention_layer

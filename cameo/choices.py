@@ -7,14 +7,14 @@ __all__ = [
     "HEAD_KINDS",
     "IMPLEMENTATIONS",
     "LPIPS_TRUNKS",
-    "NORMALISATIONS",
+    "NORMALIZATIONS",
     "REDUCTIONS",
     "RIG_NAMES",
 ]
 
 # Of the alignment head and loss, see `cameo.AlignmentHead` and `cameo.alignment_loss`.
 HEAD_KINDS = ("mlp", "mean", "none")
-NORMALISATIONS = ("per_view", "all_views")
+NORMALIZATIONS = ("per_view", "all_views")
 REDUCTIONS = ("mean", "sum", "released")
 IMPLEMENTATIONS = ("auto", "reference", "chunked", "triton")
 GELUS = ("exact", "fast")

@@ -11,12 +11,15 @@ from typing import Any
 
 from cameo.errors import DataError, as_integer, unknown_name
 from cameo.files import write_atomically
+from cameo.renamed import CONFIG_KEYS, old_attributes, old_fields, rename_keys
 
 __all__ = ["CONFIG_NAME", "CameoConfig"]
 
 CONFIG_NAME = "cameo_config.json"
 
 
+@old_attributes
+@old_fields
 @dataclass
 class CameoConfig:
     """What `cameo.wrap` was told, plus where the base weights came from.
@@ -26,7 +29,7 @@ class CameoConfig:
         layers: dotted module paths of the supervised layers.
         head: keyword arguments of `AlignmentHead` but the number of heads.
         weight: factor of the alignment loss in the training loss.
-        normalise, reduction, num_reference_views, softness: see `cameo.alignment_loss`.
+        normalize, reduction, num_reference_views, softness: see `cameo.alignment_loss`.
         layout: keyword arguments of `TokenLayout`; only without a backbone.
         heads, stride, kernel_call: see `cameo.wrap`; only without a backbone.
         inflate: whether the supervised layers saw one view each before CAMEO joined the views in them; loading
@@ -42,7 +45,7 @@ class CameoConfig:
     layers: list[str]
     head: dict[str, Any] = field(default_factory=lambda: {"kind": "mlp"})
     weight: float = 0.02
-    normalise: str = "per_view"
+    normalize: str = "per_view"
     reduction: str = "mean"
     num_reference_views: int | None = None
     softness: float = 0.0
@@ -127,6 +130,7 @@ class CameoConfig:
         Raises:
             ValueError: for an unknown key, naming the nearest; for a missing one; for a value that `check` refuses.
         """
+        values = rename_keys(values, CONFIG_KEYS, CONFIG_NAME)
         known = [entry.name for entry in fields(cls)]
         for name in values:
             if name not in known:
@@ -144,7 +148,7 @@ KINDS: dict[str, tuple[type, bool]] = {
     "backbone": (str, True),
     "layers": (list, False),
     "head": (dict, False),
-    "normalise": (str, False),
+    "normalize": (str, False),
     "reduction": (str, False),
     "layout": (dict, True),
     "inflate": (bool, False),

@@ -13,12 +13,14 @@ from torch import Tensor, nn
 
 from cameo.alignment import AlignmentHead, alignment_loss, check_options
 from cameo.alignment.head_watch import HeadWatch
-from cameo.attention.capture import AttentionCapture, AttentionSite, CapturedAttention
+from cameo.attention.capture import AttentionCapture, AttentionLayer, CapturedAttention
 from cameo.attention.layout import TokenLayout
-from cameo.backbone import core_module, find_site, get_backbone
+from cameo.backbone import core_module, find_layer, get_backbone
 from cameo.config import CameoConfig, finite
 from cameo.correspondence import Correspondence
 from cameo.errors import CaptureError, NoLossError, ShapeError, unknown_name
+from cameo.geometry.grids import TokenGrids
+from cameo.renamed import old_attributes
 
 __all__ = ["CameoModel", "attach", "check_plain", "holder", "wrapped_bases"]
 
@@ -29,6 +31,7 @@ _held: weakref.WeakKeyDictionary[nn.Module, weakref.ref[CameoModel]] = weakref.W
 NO_LOSS = "no alignment loss: call the model with correspondence= before reading alignment_loss"
 
 
+@old_attributes
 class CameoModel(nn.Module):
     """A wrapped model: calls like the model, and computes the alignment loss on the way.
 
@@ -42,7 +45,7 @@ class CameoModel(nn.Module):
         >>> height, width = model.token_grid(32, 32)
         >>> index = torch.full((1, 2, 2, height * width), -1)
         >>> index[0, 0, 1] = torch.arange(height * width)  # token x of view 0 matches token x of view 1
-        >>> match = Correspondence(index, sizes=((height, width),) * 2)
+        >>> match = Correspondence(index, token_grids=((height, width),) * 2)
         >>> out = model(*args, **kwargs, correspondence=match)
         >>> (out.sample.square().mean() + model.weight * model.alignment_loss).backward()
         >>> optimizer.step()
@@ -71,7 +74,7 @@ class CameoModel(nn.Module):
         super().__init__()
         _check_settings(config)
         check_options(
-            normalise=config.normalise,
+            normalize=config.normalize,
             reduction=config.reduction,
             softness=config.softness,
             implementation=implementation,
@@ -80,20 +83,20 @@ class CameoModel(nn.Module):
         self.implementation, self.gelu = implementation, gelu
         self.base_model = base_model
         self.cameo_config = config
-        self._supervised = _resolve_sites(core_module(base_model), config)
+        self._supervised = _resolve_layers(core_module(base_model), config)
         parameter = next(base_model.parameters(), None)
         device = parameter.device if parameter is not None else None
         self.alignment_heads = nn.ModuleList(
-            AlignmentHead(site.heads, **config.head).to(device) for site in self._supervised
+            AlignmentHead(layer.heads, **config.head).to(device) for layer in self._supervised
         )
-        for site in self._supervised:
-            if reason := site.layout.refusal(config.normalise):
+        for layer in self._supervised:
+            if reason := layer.layout.refusal(config.normalize):
                 raise ValueError(
-                    f"layer {site.path!r} cannot be supervised with normalise={config.normalise!r}: {reason}"
+                    f"layer {layer.path!r} cannot be supervised with normalize={config.normalize!r}: {reason}"
                 )
         if config.backbone is not None and config.inflate:  # last, so that a refused model stays as it was
-            for site in self._supervised:
-                get_backbone(config.backbone).inflate(core_module(base_model), site.path)
+            for layer in self._supervised:
+                get_backbone(config.backbone).inflate(core_module(base_model), layer.path)
         self._alignment_loss: Tensor | None = None
         self._num_supervised: Tensor | None = None
         self._watch = HeadWatch()
@@ -139,9 +142,9 @@ class CameoModel(nn.Module):
         with self.capture() as captured:
             output = self.base_model(*args, **kwargs)
         losses, counts = [], []
-        for site, head, match in zip(self._supervised, self.alignment_heads, matches, strict=True):
+        for layer, head, match in zip(self._supervised, self.alignment_heads, matches, strict=True):
             assert isinstance(head, AlignmentHead)
-            loss, count = self._layer_loss(site, captured.take(site.path), match, head)
+            loss, count = self._layer_loss(layer, captured.take(layer.path), match, head)
             losses.append(loss)
             counts.append(count)
         self._alignment_loss = torch.stack(losses).mean()
@@ -151,11 +154,11 @@ class CameoModel(nn.Module):
         return output
 
     def _layer_loss(
-        self, site: AttentionSite, seen: CapturedAttention, match: Correspondence, head: AlignmentHead
+        self, layer: AttentionLayer, seen: CapturedAttention, match: Correspondence, head: AlignmentHead
     ) -> tuple[Tensor, Tensor]:
         """Alignment loss of one layer, and the number of its matches."""
-        self._check_graph(site, seen)
-        query, key, local = self.split(site, seen, match)
+        self._check_graph(layer, seen)
+        query, key, local = self.split(layer, seen, match)
         references = self.cameo_config.num_reference_views
         if references is not None and references > match.num_views:
             raise ValueError(
@@ -170,14 +173,14 @@ class CameoModel(nn.Module):
             local,
             head,
             scale=seen.scale,
-            normalise=self.cameo_config.normalise,
+            normalize=self.cameo_config.normalize,
             reduction=self.cameo_config.reduction,
             num_reference_views=references,
             softness=self.cameo_config.softness,
             implementation=self.implementation,
             gelu=self.gelu,
         )
-        return loss, local.visible.sum()
+        return loss, local.matched.sum()
 
     @property
     def weight(self) -> float:
@@ -209,15 +212,15 @@ class CameoModel(nn.Module):
         return 0 if self._num_supervised is None else int(self._num_supervised)
 
     @property
-    def sites(self) -> list[AttentionSite]:
+    def attention_layers(self) -> list[AttentionLayer]:
         """All cross-view attention layers of the model in execution order."""
         if self.cameo_config.backbone is None:
             return list(self._supervised)
         adapter, core = get_backbone(self.cameo_config.backbone), core_module(self.base_model)
-        return adapter.inflatable(core) if self.cameo_config.inflate else adapter.sites(core)
+        return adapter.inflatable_layers(core) if self.cameo_config.inflate else adapter.attention_layers(core)
 
     @property
-    def supervised_sites(self) -> list[AttentionSite]:
+    def supervised_layers(self) -> list[AttentionLayer]:
         """The layers that carry the alignment loss."""
         return list(self._supervised)
 
@@ -226,16 +229,16 @@ class CameoModel(nn.Module):
 
         Raises:
             ValueError: if the stride is not known, several layers with different grids are supervised (then ask
-                each of `supervised_sites`), or the views of a layer have different grids (then see `token_grids`).
+                each of `supervised_layers`), or the views of a layer have different grids (then see `token_grids`).
         """
-        if any(site.reference_size is not None for site in self._supervised):
+        if any(layer.reference_size is not None for layer in self._supervised):
             raise ValueError(
                 "token_grid: the reference view has a token grid of its own; use "
                 "size=model.token_grids(height, width, num_views)"
             )
         return self.token_grids(height, width, 1)[0]
 
-    def token_grids(self, height: int, width: int, num_views: int) -> tuple[tuple[int, int], ...]:
+    def token_grids(self, height: int, width: int, num_views: int) -> TokenGrids:
         """Return the token grid `(h, w)` of each view in the supervised layer, in correspondence order.
 
         Where the reference view is encoded at a size of its own (Zero123++: 512 px), so is its grid; `height` and
@@ -243,34 +246,34 @@ class CameoModel(nn.Module):
 
         Raises:
             ValueError: if the stride is not known, or several layers with different grids are supervised (then ask
-                each of `supervised_sites`).
+                each of `supervised_layers`).
         """
-        grids = {site.sizes(height, width, num_views) for site in self._supervised}
+        grids = {layer.token_grids(height, width, num_views) for layer in self._supervised}
         if len(grids) > 1:
             raise ValueError(
                 "token_grid: the supervised layers have different grids, with "
-                + ", ".join(f"{site.path}: {site.stride}" for site in self._supervised)
+                + ", ".join(f"{layer.path}: {layer.stride}" for layer in self._supervised)
                 + " pixels per token; build one Correspondence per layer"
             )
         return grids.pop()
 
-    def capture(self, sites: Sequence[AttentionSite] | None = None) -> AttentionCapture:
-        """Observe queries and keys of `sites` (default: the supervised ones) inside a `with` block."""
-        return AttentionCapture(core_module(self.base_model), self._supervised if sites is None else sites)
+    def capture(self, layers: Sequence[AttentionLayer] | None = None) -> AttentionCapture:
+        """Observe queries and keys of `attention_layers` (default: the supervised ones) inside a `with` block."""
+        return AttentionCapture(core_module(self.base_model), self._supervised if layers is None else layers)
 
     @staticmethod
     def split(
-        site: AttentionSite, seen: CapturedAttention, match: Correspondence
+        layer: AttentionLayer, seen: CapturedAttention, match: Correspondence
     ) -> tuple[Tensor, Tensor, Correspondence]:
         """Bring a captured call and its matches into the form of the core: `[B, K, V, N, D]`."""
         match = match.to(seen.query.device)
         try:
-            query = site.layout.split_query(seen.query, batch=match.batch_size, sizes=match.sizes)
-            key = site.layout.split_key(seen.key, batch=match.batch_size, sizes=match.sizes)
+            query = layer.layout.split_query(seen.query, batch=match.batch_size, token_grids=match.token_grids)
+            key = layer.layout.split_key(seen.key, batch=match.batch_size, token_grids=match.token_grids)
         except ShapeError as error:
-            error.args = (f"layer {site.path!r} with {site.layout!r}: {error}",)
+            error.args = (f"layer {layer.path!r} with {layer.layout!r}: {error}",)
             raise
-        return query, key, site.layout.localise(match)
+        return query, key, layer.layout.localize(match)
 
     def unwrap(self) -> nn.Module:
         """Give back the very same module, as it was; the alignment heads stay with this object.
@@ -323,13 +326,13 @@ class CameoModel(nn.Module):
         if hazard := get_backbone(self.cameo_config.backbone).unsupported(core_module(self.base_model)):
             raise CaptureError(hazard)
 
-    def _check_graph(self, site: AttentionSite, seen: CapturedAttention) -> None:
+    def _check_graph(self, layer: AttentionLayer, seen: CapturedAttention) -> None:
         if not (self.training and torch.is_grad_enabled()):
             return
         if seen.query.requires_grad or seen.key.requires_grad:
             return
         raise CaptureError(
-            f"queries and keys of layer {site.path!r} carry no gradient, so the alignment loss could train "
+            f"queries and keys of layer {layer.path!r} carry no gradient, so the alignment loss could train "
             "nothing but its head. Likely causes: reentrant gradient checkpointing (use "
             "use_reentrant=False), or every parameter before this layer is frozen (add LoRA or unfreeze "
             "before the forward). To measure without training call model.eval() or use torch.no_grad()."
@@ -411,11 +414,11 @@ def _check_settings(config: CameoConfig) -> None:
             raise unknown_name("head option", name, known_options)
 
 
-def _resolve_sites(core: nn.Module, config: CameoConfig) -> list[AttentionSite]:
+def _resolve_layers(core: nn.Module, config: CameoConfig) -> list[AttentionLayer]:
     if config.backbone is not None:
         adapter = get_backbone(config.backbone)
-        sites = adapter.inflatable(core) if config.inflate else adapter.sites(core)
-        return [find_site(sites, path) for path in config.layers]
+        layers = adapter.inflatable_layers(core) if config.inflate else adapter.attention_layers(core)
+        return [find_layer(layers, path) for path in config.layers]
     assert config.layout is not None
     layout = TokenLayout(**config.layout)
     found = []
@@ -428,5 +431,5 @@ def _resolve_sites(core: nn.Module, config: CameoConfig) -> list[AttentionSite]:
             raise ValueError(f"layer {path!r}: the number of attention heads is not known; pass heads= to cameo.wrap")
         if own is not None and heads != own:
             raise ValueError(f"heads: layer {path!r} has {own} attention heads, got {heads}; leave heads= out")
-        found.append(AttentionSite(index, path, heads, layout, stride=config.stride, kernel_call=config.kernel_call))
+        found.append(AttentionLayer(index, path, heads, layout, stride=config.stride, kernel_call=config.kernel_call))
     return found

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from cameo.attention.layout import TokenLayout
-from cameo.backbone import backbones, core_module, find_site, get_backbone
+from cameo.backbone import backbones, core_module, find_layer, get_backbone
 from cameo.config import CameoConfig
 from cameo.errors import as_integer, unknown_name
 from cameo.model import CameoModel, attach, check_plain
+from cameo.renamed import old_keywords
 
 if TYPE_CHECKING:
     from cameo.probing.layer_probe import LayerProbe
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["CameoModel", "attach", "wrap"]
 
 
+@old_keywords
 def wrap(
     model: nn.Module,
     backbone: str | None = None,
@@ -30,7 +32,7 @@ def wrap(
     head: str | Mapping[str, Any] = "mlp",
     weight: float = CameoConfig.weight,
     layout: TokenLayout | str | None = None,
-    normalise: str | None = None,
+    normalize: str | None = None,
     reduction: str = CameoConfig.reduction,
     num_reference_views: int | None = None,
     heads: int | None = None,
@@ -67,7 +69,7 @@ def wrap(
             `{"kind": "mlp", "depth": 2}`.
         weight: factor of the alignment loss; kept as `model.weight` for the caller's training loop.
         layout: token layout of the layers, for a model without an adapter.
-        normalise: see `cameo.alignment_loss`; None is "per_view", or "all_views" if the layers let a query see
+        normalize: see `cameo.alignment_loss`; None is "per_view", or "all_views" if the layers let a query see
             one token per view.
         reduction, num_reference_views: see `cameo.alignment_loss`.
         heads: attention heads, for a model without an adapter whose attention module has no
@@ -102,7 +104,7 @@ def wrap(
         layers=[],
         head=options,
         weight=weight,
-        normalise=normalise or "per_view",
+        normalize=normalize or "per_view",
         reduction=reduction,
         num_reference_views=num_reference_views,
         inflate=inflate,
@@ -135,13 +137,16 @@ def wrap(
         adapter = get_backbone(backbone)
         if not adapter.recognizes(core):
             raise ValueError(f"backbone {backbone!r} does not fit: {adapter.explain_mismatch(core)}")
-        sites = adapter.inflatable(core) if inflate else adapter.sites(core)
-        if inflate and not sites:
+        attention_layers = adapter.inflatable_layers(core) if inflate else adapter.attention_layers(core)
+        if inflate and not attention_layers:
             raise ValueError(f"inflate=True: {backbone!r} has no layer that sees one view each and could be inflated")
-        chosen = [find_site(sites, one) for one in wanted or [adapter.default_layer(core)]]
-        config.layers, layouts = [site.path for site in chosen], [site.layout for site in chosen]
-    if normalise is None and all(one.reach == "cell" for one in layouts):
-        config.normalise = "all_views"
+        chosen = [find_layer(attention_layers, one) for one in wanted or [adapter.default_layer(core)]]
+        config.layers, layouts = (
+            [attention_layer.path for attention_layer in chosen],
+            [attention_layer.layout for attention_layer in chosen],
+        )
+    if normalize is None and all(one.reach == "cell" for one in layouts):
+        config.normalize = "all_views"
     if len(set(config.layers)) != len(config.layers):
         raise ValueError(f"layer: the same layer is named twice in {wanted}")
     return attach(model, config, implementation=implementation, gelu=gelu)

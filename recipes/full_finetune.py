@@ -75,10 +75,10 @@ def run(config: TrainingConfig) -> None:
     print(f"\n{table}\n")
     write_atomically(output / "table.md", table + "\n")
     facts = {"pipeline": pipeline, "metrics": card_metrics(result.validations[-1]), "pictures": pictures}
-    folder = model.save_pretrained(output / "model", licence=config.hub_license, **facts)
+    folder = model.save_pretrained(output / "model", license=config.hub_license, **facts)
     print(f"model in {folder}, pictures in {output / 'pictures'}, losses in {result.metrics}")
     if config.push_to_hub:
-        hub = {"token": config.hub_token, "private": config.hub_private, "licence": config.hub_license}
+        hub = {"token": config.hub_token, "private": config.hub_private, "license": config.hub_license}
         print(f"pushed to {model.push_to_hub(str(config.hub_model_id), **hub, **facts)}")
 
 

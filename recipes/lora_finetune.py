@@ -72,10 +72,10 @@ def run_arms(config: TrainingConfig) -> None:
     print(f"\n{table}\n")
     write_atomically(output / "table.md", table + "\n")
     facts = {"metrics": card_metrics(run.validations[-1]), "pictures": pictures}
-    adapter = run.model.save_pretrained(output / "adapter", licence=config.hub_license, **facts)
+    adapter = run.model.save_pretrained(output / "adapter", license=config.hub_license, **facts)
     print(f"adapter in {adapter}, pictures in {output / 'pictures'}, losses in {run.result.metrics}")
     if config.push_to_hub:
-        hub = {"token": config.hub_token, "private": config.hub_private, "licence": config.hub_license}
+        hub = {"token": config.hub_token, "private": config.hub_private, "license": config.hub_license}
         print(f"pushed to {run.model.push_to_hub(str(config.hub_model_id), **hub, **facts)}")
 
 

@@ -61,7 +61,9 @@ def main(folder: str | Path = "outputs/minimal-loop", num_scenes: int = 16, num_
         batch = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
 
         # Correspondence. For each token of a view, the token of every other view that shows the same surface point.
-        match = cameo.Correspondence.from_depth(batch["depth"], batch["intrinsics"], batch["extrinsics"], size=size)
+        match = cameo.Correspondence.from_depth(
+            batch["depth"], batch["intrinsics"], batch["extrinsics"], token_grid=size
+        )
 
         # Forward. The pipeline draws timesteps and noise; the output is exactly that of the denoiser.
         inputs = pipeline.training_inputs(batch)

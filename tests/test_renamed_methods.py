@@ -8,12 +8,13 @@ from torch import nn
 
 import cameo
 from cameo import backbone
-from cameo.attention.capture import AttentionSite
+from cameo.attention.capture import AttentionLayer
 from cameo.attention.layout import TokenLayout
-from cameo.backbone import RENAMED_METHODS, Backbone, get_backbone
+from cameo.backbone import Backbone, get_backbone
 from cameo.config import CameoConfig
 from cameo.errors import CaptureError
-from cameo.hub.license import find_licence
+from cameo.hub.license import find_license
+from cameo.renamed import METHODS
 from tests.helpers.models import Attention
 
 
@@ -37,17 +38,20 @@ def old_adapter() -> type[Backbone]:
             def recognises(self, model: nn.Module) -> bool:
                 return isinstance(model, Joint)
 
-            def sites(self, model: nn.Module) -> list[AttentionSite]:
-                return [AttentionSite(0, "attention", heads=2, layout=TokenLayout("b (v h w)"))]
+            def sites(self, model: nn.Module) -> list[AttentionLayer]:
+                return [AttentionLayer(0, "attention", heads=2, layout=TokenLayout("b (v h w)"))]
 
             def hazard(self, model: nn.Module) -> str | None:
                 return "it is recomputed" if model.recomputed else super().hazard(model)
+
+            def inflatable(self, model: nn.Module) -> list[AttentionLayer]:
+                return []
 
             def licence(self, name_or_path: str | None) -> str | None:
                 return "mit" if name_or_path == "me/model" else super().licence(name_or_path)
 
     messages = sorted(str(warning.message).rpartition("Old.")[2] for warning in warned)
-    assert messages == [f"{old} is now called {new}; rename it" for old, new in sorted(RENAMED_METHODS.items())]
+    assert messages == [f"{old} is now called {new}; rename it" for old, new in sorted(METHODS.items())]
     assert {warning.filename for warning in warned} == {__file__}
     return Old
 
@@ -76,7 +80,7 @@ def test_overrides_under_old_names_are_asked(old: Backbone) -> None:
     with pytest.raises(CaptureError, match="it is recomputed"):
         model(tokens, correspondence=matches)
     config = CameoConfig("old", [], base_model="me/model")
-    assert find_licence(config, None, backbone=old) == {"license": "mit"}
+    assert find_license(config, None, backbone=old) == {"license": "mit"}
 
 
 def test_an_override_reaches_its_base_class_by_the_old_name(old: Backbone) -> None:
@@ -87,7 +91,7 @@ def test_an_override_reaches_its_base_class_by_the_old_name(old: Backbone) -> No
 @pytest.mark.parametrize("name", ["cat3d", "mvdream", "sv3d", "zero123plus"])
 def test_old_names_can_be_called(name: str) -> None:
     adapter = get_backbone(name)
-    for old, new in RENAMED_METHODS.items():
+    for old, new in METHODS.items():
         argument = "preset:tiny" if new == "license" else nn.Linear(1, 1)
         with pytest.warns(FutureWarning, match=f"{old} is now called {new}"):
             assert getattr(adapter, old)(argument) == getattr(adapter, new)(argument)

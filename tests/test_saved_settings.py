@@ -12,9 +12,10 @@ import pytest
 
 import cameo
 from cameo.errors import DataError
+from cameo.renamed import SETTINGS as RENAMED
 from cameo.settings import shown_settings, to_yaml
 from cameo.training.checkpoint import check_continues
-from cameo.training.config import RENAMED, TrainingConfig, continued_settings, load_config, save_config
+from cameo.training.config import TrainingConfig, continued_settings, load_config, save_config
 from cameo.training.processes import start_trackers
 from cameo.training.run_settings import run_settings
 
@@ -50,7 +51,7 @@ def test_old_names_are_accepted_everywhere(file: Path, tmp_path: Path) -> None:
     for way in ways:
         with pytest.warns(FutureWarning, match="the setting weight is now called loss_weight"):
             config = way()
-        assert [getattr(config, name) for name in RENAMED.values()] == list(values.values())
+        assert {old: getattr(config, new) for old, new in RENAMED.items()} == values
     for old, new in RENAMED.items():
         with pytest.warns(FutureWarning, match=f"the setting {old} is now called {new}"):
             assert getattr(config, old) == getattr(config, new)

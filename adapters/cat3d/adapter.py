@@ -12,7 +12,7 @@ from cameo.adapters.cat3d.cameras import CONDITION_CHANNELS
 from cameo.adapters.cat3d.denoiser import JointDiT, joint_dit
 from cameo.adapters.cat3d.layers import LAYOUT, default_layer, find_attentions, joins_views, token_stride
 from cameo.adapters.common.presets import preset_values, unet_2d
-from cameo.attention.capture import AttentionSite
+from cameo.attention.capture import AttentionLayer
 from cameo.backbone import Backbone, Release
 
 __all__ = ["BUNDLED", "Cat3D"]
@@ -80,10 +80,10 @@ class Cat3D(Backbone):
             "a UNet2DConditionModel with cross-attention blocks or a cameo.adapters.cat3d.denoiser.JointDiT"
         )
 
-    def sites(self, model: nn.Module) -> list[AttentionSite]:
+    def attention_layers(self, model: nn.Module) -> list[AttentionLayer]:
         """All self-attentions in execution order: of a U-Net down, mid, up."""
         return [
-            AttentionSite(index, path, int(attention.heads), LAYOUT, token_stride(model, path), stride_cure=INFLATE)
+            AttentionLayer(index, path, int(attention.heads), LAYOUT, token_stride(model, path), stride_cure=INFLATE)
             for index, (path, attention) in enumerate(find_attentions(model).items())
         ]
 

@@ -48,7 +48,7 @@ def inflate(model: nn.Module, path: str) -> None:
         >>> from cameo.backbone import get_backbone
         >>> adapter = get_backbone("sv3d")
         >>> unet = adapter.build("tiny").unet
-        >>> path = adapter.inflatable(unet)[0].path
+        >>> path = adapter.inflatable_layers(unet)[0].path
         >>> inflate(unet, path)
         >>> is_inflated(unet, path), deflate(unet, path), is_inflated(unet, path)
         (True, None, False)

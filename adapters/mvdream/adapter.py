@@ -23,7 +23,7 @@ from cameo.adapters.mvdream.layers import (
     ldm_unet,
     token_layout,
 )
-from cameo.attention.capture import AttentionSite
+from cameo.attention.capture import AttentionLayer
 from cameo.backbone import Backbone, Release
 
 __all__ = ["MVDream"]
@@ -109,7 +109,7 @@ class MVDream(Backbone):
             "model.model.diffusion_model of the original code"
         )
 
-    def sites(self, model: nn.Module) -> list[AttentionSite]:
+    def attention_layers(self, model: nn.Module) -> list[AttentionLayer]:
         """All self-attentions in execution order."""
         unet, levels = ldm_unet(model), find_levels(model)
         layout = token_layout(model if unet is None else unet)
@@ -119,7 +119,7 @@ class MVDream(Backbone):
             stride = latent_stride and latent_stride * 2 ** levels[path]
             reason = attends_to_text(model, path) if unet is not None else None
             found.append(
-                AttentionSite(
+                AttentionLayer(
                     index, path, int(attention.heads), layout, stride, unsupported=reason, stride_cure=PREPARE
                 )
             )

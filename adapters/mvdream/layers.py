@@ -101,9 +101,9 @@ def set_image_view(unet: nn.Module, present: bool) -> nn.Module:
         >>> from cameo.backbone import get_backbone
         >>> adapter = get_backbone("mvdream")
         >>> unet = adapter.build("imagedream-tiny").unet
-        >>> adapter.sites(unet)[0].layout.references_last
+        >>> adapter.attention_layers(unet)[0].layout.references_last
         1
-        >>> adapter.sites(set_image_view(unet, False))[0].layout
+        >>> adapter.attention_layers(set_image_view(unet, False))[0].layout
         TokenLayout("b (v h w)")
 
     Only the model's caller knows: the original code takes the image as the argument `ip_img`, and the variant

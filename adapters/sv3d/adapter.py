@@ -19,7 +19,7 @@ from cameo.adapters.sv3d.layers import (
     token_layout,
     token_strides,
 )
-from cameo.attention.capture import AttentionSite
+from cameo.attention.capture import AttentionLayer
 from cameo.backbone import Backbone, Release
 
 __all__ = ["SV3D"]
@@ -87,13 +87,13 @@ class SV3D(Backbone):
             "UNetSpatioTemporalConditionModel or a VideoUNet"
         )
 
-    def sites(self, model: nn.Module) -> list[AttentionSite]:
+    def attention_layers(self, model: nn.Module) -> list[AttentionLayer]:
         """List the temporal attentions in execution order; a query sees its own cell in every frame."""
-        return _sites(model, temporal=True)
+        return _attention_layers(model, temporal=True)
 
-    def inflatable(self, model: nn.Module) -> list[AttentionSite]:
+    def inflatable_layers(self, model: nn.Module) -> list[AttentionLayer]:
         """List the spatial self-attentions in execution order, with their layout once the frames are joined."""
-        return _sites(model, temporal=False)
+        return _attention_layers(model, temporal=False)
 
     def inflate(self, model: nn.Module, path: str) -> None:
         """Join the frames in a spatial self-attention; an `SV3DUNet` keeps that in its config."""
@@ -199,12 +199,12 @@ class SV3D(Backbone):
         return load_pipeline(name_or_path, revision=revision or self.revision(name_or_path), **options)
 
 
-def _sites(model: nn.Module, *, temporal: bool) -> list[AttentionSite]:
+def _attention_layers(model: nn.Module, *, temporal: bool) -> list[AttentionLayer]:
     attentions = find_attentions(model, temporal=temporal)
     if not attentions:
         return []
     layout, strides = token_layout(model, temporal=temporal), token_strides(model, temporal=temporal)
     return [
-        AttentionSite(index, path, int(attention.heads), layout, strides[path], stride_cure=STRIDE_CURE)
+        AttentionLayer(index, path, int(attention.heads), layout, strides[path], stride_cure=STRIDE_CURE)
         for index, (path, attention) in enumerate(attentions.items())
     ]

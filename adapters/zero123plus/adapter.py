@@ -20,7 +20,7 @@ from cameo.adapters.zero123plus.layers import (
     reference_size,
     unet_name,
 )
-from cameo.attention.capture import AttentionSite
+from cameo.attention.capture import AttentionLayer
 from cameo.backbone import Backbone, Release
 
 __all__ = ["Zero123Plus"]
@@ -85,14 +85,14 @@ class Zero123Plus(Backbone):
             "RefOnlyNoisedUNet around it"
         )
 
-    def sites(self, model: nn.Module) -> list[AttentionSite]:
+    def attention_layers(self, model: nn.Module) -> list[AttentionLayer]:
         """All self-attentions in execution order: down, mid, up; 16 in the releases."""
         levels = find_levels(model)
         found = []
         for index, (path, attention) in enumerate(find_attentions(model).items()):
             stride = latent_stride(attention.processor) * 2 ** levels[path]
             size = reference_size(attention.processor)
-            found.append(AttentionSite(index, path, int(attention.heads), LAYOUT, stride, reference_size=size))
+            found.append(AttentionLayer(index, path, int(attention.heads), LAYOUT, stride, reference_size=size))
         return found
 
     def default_layer(self, model: nn.Module) -> int:
@@ -157,8 +157,8 @@ class Zero123Plus(Backbone):
         values = preset_values(self, preset, options, patch_size=4, layers_per_block=1, norm_num_groups=32)
         cell = values["image_size"] // values["patch_size"]
         unet = unet_2d(values, sample_size=(3 * cell, 2 * cell))
-        sizes = {name: values[name] for name in ("reference_size", "patch_size")}
-        return Zero123PlusPipeline(unet, linear_euler_ancestral(), **sizes)
+        token_grids = {name: values[name] for name in ("reference_size", "patch_size")}
+        return Zero123PlusPipeline(unet, linear_euler_ancestral(), **token_grids)
 
     def load(self, name_or_path: str, *, revision: str | None = None, **options: Any) -> Any:
         """Load a saved `Zero123PlusPipeline` or a release; code in the repository is not run.

@@ -147,8 +147,8 @@ def run(
     pipeline.denoiser.requires_grad_(True)
     if config.inflate:  # all of them in all arms: inflation alone changes a model
         adapter = get_backbone(config.backbone)
-        for site in adapter.inflatable(pipeline.denoiser):
-            adapter.inflate(pipeline.denoiser, site.path)
+        for layer in adapter.inflatable_layers(pipeline.denoiser):
+            adapter.inflate(pipeline.denoiser, layer.path)
     model = wrap_denoiser(pipeline, config, train)
     trainer = Trainer(model, pipeline, train, config, on_validation=lambda model, step: measure(model, step))
     clock = Clock(trainer.validations.read())
@@ -173,7 +173,7 @@ def run(
         return None
     history = result.history()
     record = {
-        "layer": model.supervised_sites[0].path,
+        "layer": model.supervised_layers[0].path,
         "parameters": sum(parameter.numel() for parameter in pipeline.denoiser.parameters()),
         "validations": result.validations,
         "losses": [[entry["step"], entry["loss"], entry["alignment_loss"]] for entry in history[9::10]],

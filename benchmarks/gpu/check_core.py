@@ -55,7 +55,7 @@ def loss_and_gradient(device: str, dtype: torch.dtype, use_xformers: bool = Fals
     steps = torch.tensor([500, 900])
     inputs = pipeline.training_inputs(data, generator=torch.Generator().manual_seed(0), timesteps=steps)
     match = cameo.Correspondence.from_depth(
-        data["depth"], data["intrinsics"], data["extrinsics"], size=model.token_grid(64, 64)
+        data["depth"], data["intrinsics"], data["extrinsics"], token_grid=model.token_grid(64, 64)
     )
     half = dtype in (torch.bfloat16, torch.float16)
     with torch.autocast(torch.device(device).type, dtype=dtype if half else None, enabled=half):
@@ -101,7 +101,10 @@ def matches(device: str) -> torch.Tensor:
     data = {k: v.to(device) for k, v in batch().items() if isinstance(v, torch.Tensor)}
     cameras = data["depth"], data["intrinsics"], data["extrinsics"]
     points = unproject(*cameras) + 1e-3 * data["images"]  # no two points alike
-    found = cameo.Correspondence.from_depth(*cameras, size=32), cameo.Correspondence.from_point_maps(points, size=32)
+    found = (
+        cameo.Correspondence.from_depth(*cameras, token_grid=32),
+        cameo.Correspondence.from_point_maps(points, token_grid=32),
+    )
     return torch.stack([one.index.cpu() for one in found])
 
 

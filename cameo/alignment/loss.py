@@ -18,6 +18,7 @@ from cameo.alignment.options import check_options
 from cameo.alignment.reference import reference_loss
 from cameo.alignment.supervision import supervision_weights
 from cameo.errors import ShapeError
+from cameo.renamed import old_keywords
 from cameo.triton_support import refusal as triton_refusal
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["alignment_loss"]
 
 
+@old_keywords
 def alignment_loss(
     query: Tensor,
     key: Tensor,
@@ -34,7 +36,7 @@ def alignment_loss(
     *,
     scale: float | None = None,
     pairs: str | Tensor = "all",
-    normalise: str = "per_view",
+    normalize: str = "per_view",
     reduction: str = "mean",
     num_reference_views: int | None = None,
     softness: float = 0.0,
@@ -47,7 +49,7 @@ def alignment_loss(
         >>> from cameo import Correspondence
         >>> index = torch.full((1, 2, 2, 16), -1)
         >>> index[0, 0, 1], index[0, 1, 0] = torch.arange(16), torch.arange(16)
-        >>> match = Correspondence(index=index, sizes=((4, 4), (4, 4)))
+        >>> match = Correspondence(index=index, token_grids=((4, 4), (4, 4)))
         >>> query = key = torch.zeros(1, 8, 2, 16, 32)
         >>> loss = alignment_loss(query, key, match, AlignmentHead(8))   # uniform attention: log(16)
         >>> round(loss.item(), 4)
@@ -68,7 +70,7 @@ def alignment_loss(
         head: joins the K heads.
         scale: what the layer multiplies q.k by; None is D ** -0.5.
         pairs: "all", or bool [V, V] (query view, key view): which ordered pairs are supervised.
-        normalise: "per_view": softmax over the keys of view j. "all_views": one softmax over the keys of all
+        normalize: "per_view": softmax over the keys of view j. "all_views": one softmax over the keys of all
             views but the query's own.
         reduction: "mean": sum(w * loss) / sum(w), with w = 1 unless the correspondence has a weight.
             "sum": sum(w * loss). "released": as the authors' released code, see `supervision_weights`.
@@ -88,14 +90,14 @@ def alignment_loss(
 
     Source: arXiv 2512.03045.
     """
-    check_options(normalise=normalise, reduction=reduction, softness=softness, implementation=implementation, gelu=gelu)
+    check_options(normalize=normalize, reduction=reduction, softness=softness, implementation=implementation, gelu=gelu)
     if scale is not None and not math.isfinite(scale):
         raise ValueError(f"scale: expected a finite factor of q.k or None, got {scale}")
     _check_tensors(query, key, correspondence, head)
-    if normalise == "per_view" and max(height * width for height, width in correspondence.sizes) == 1:
+    if normalize == "per_view" and max(height * width for height, width in correspondence.token_grids) == 1:
         raise ValueError(
             "a query reaches one token per view, so a softmax per view is constant and trains nothing; "
-            'use normalise="all_views"'
+            'use normalize="all_views"'
         )
     chosen = _choose(implementation, query, head, correspondence)
     # One rounding of the inputs is all that half precision costs: everything below is float32 or float64.
@@ -109,7 +111,7 @@ def alignment_loss(
     )
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     if chosen == "reference":
-        return reference_loss(query, key, correspondence, weights, head, scale, normalise, softness)
+        return reference_loss(query, key, correspondence, weights, head, scale, normalize, softness)
     return fused_alignment_loss(
         query,
         key,
@@ -117,8 +119,8 @@ def alignment_loss(
         weights,
         [weight.to(dtype) for weight in head.weights()],
         kind=head.kind,
-        sizes=correspondence.sizes,
-        normalise=normalise,
+        token_grids=correspondence.token_grids,
+        normalize=normalize,
         softness=float(softness),
         scale=float(scale),
         implementation=chosen,
@@ -129,11 +131,11 @@ def alignment_loss(
 def _choose(implementation: str, query: Tensor, head: AlignmentHead, correspondence: Correspondence) -> str:
     """Resolve "auto", and refuse what cannot serve."""
     reason: str | None = None
-    weight = correspondence.weight
+    weight = correspondence.match_weight
     if type(head).forward is not AlignmentHead.forward:  # FSDP makes a class of its own with the same forward
         reason = f"it computes an AlignmentHead, and {type(head).__name__} may have a forward of its own"
     elif weight is not None and weight.requires_grad and torch.is_grad_enabled():
-        reason = "it has no gradient for correspondence.weight, which requires one"
+        reason = "it has no gradient for correspondence.match_weight, which requires one"
     elif torch._C._are_functorch_transforms_active():
         reason = "transforms of torch.func do not pass through it"
     if implementation == "reference" or (implementation == "auto" and reason is not None):

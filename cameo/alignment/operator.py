@@ -25,8 +25,8 @@ def _alignment_loss(
     weights: Tensor,
     head: Sequence[Tensor],
     kind: str,
-    sizes: Sequence[int],
-    normalise: str,
+    token_grids: Sequence[int],
+    normalize: str,
     softness: float,
     scale: float,
     implementation: str,
@@ -34,7 +34,7 @@ def _alignment_loss(
     gradients: bool,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """Loss, and its gradient by query, key and the head's weights (without elements if not asked for)."""
-    grids = list(zip(sizes[::2], sizes[1::2], strict=True))
+    grids = list(zip(token_grids[::2], token_grids[1::2], strict=True))
     check_matches(index, grids)
     output = head[-1].reshape(-1) if head else None
     with torch.autocast(query.device.type, enabled=False):
@@ -44,8 +44,8 @@ def _alignment_loss(
             index,
             weights,
             HeadWeights(kind, head[:-1], output),
-            sizes=grids,
-            normalise=normalise,
+            token_grids=grids,
+            normalize=normalize,
             softness=softness,
             scale=scale,
             implementation=implementation,
@@ -119,8 +119,8 @@ def fused_alignment_loss(
     head: Sequence[Tensor],
     *,
     kind: str,
-    sizes: Sequence[tuple[int, int]],
-    normalise: str,
+    token_grids: Sequence[tuple[int, int]],
+    normalize: str,
     softness: float,
     scale: float,
     implementation: str,
@@ -132,11 +132,11 @@ def fused_alignment_loss(
         weights: `[B, V, V, N]`, of `cameo.alignment.supervision_weights`.
         head: weights of the head in order: weight and bias of each hidden layer, then the last weight.
         kind: of the head.
-        sizes: token grid `(h, w)` of each view.
+        token_grids: token grid `(h, w)` of each view.
         implementation: "chunked" or "triton".
         gelu: "exact", or "fast" for an approximation where the implementation has one.
     """
     gradients = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, *head))
-    flat = [side for size in sizes for side in size]
-    options = (kind, flat, normalise, softness, scale, implementation, gelu, gradients)
+    flat = [side for size in token_grids for side in size]
+    options = (kind, flat, normalize, softness, scale, implementation, gelu, gradients)
     return _alignment_loss(query, key, index, weights, list(head), *options)[0]

@@ -4,32 +4,32 @@ from __future__ import annotations
 
 import math
 
-from cameo.choices import GELUS, IMPLEMENTATIONS, NORMALISATIONS, REDUCTIONS
+from cameo.choices import GELUS, IMPLEMENTATIONS, NORMALIZATIONS, REDUCTIONS
 from cameo.errors import unknown_name
 
 __all__ = ["check_choice", "check_options"]
 
 CHOICES = {
-    "normalise": NORMALISATIONS,
+    "normalize": NORMALIZATIONS,
     "reduction": REDUCTIONS,
     "implementation": IMPLEMENTATIONS,
     "gelu": GELUS,
 }
 
 
-def check_options(*, normalise: str, reduction: str, softness: float, implementation: str, gelu: str) -> None:
+def check_options(*, normalize: str, reduction: str, softness: float, implementation: str, gelu: str) -> None:
     """Raise `ValueError` for options that `alignment_loss` would refuse, whatever its tensors are.
 
     Example:
-        >>> check_options(normalise="per_view", reduction="mean", softness=-1.0, implementation="auto", gelu="exact")
+        >>> check_options(normalize="per_view", reduction="mean", softness=-1.0, implementation="auto", gelu="exact")
         Traceback (most recent call last):
         ValueError: softness: expected a finite number of tokens >= 0, got -1.0
     """
-    named = {"normalise": normalise, "reduction": reduction, "implementation": implementation, "gelu": gelu}
+    named = {"normalize": normalize, "reduction": reduction, "implementation": implementation, "gelu": gelu}
     for name, value in named.items():
         check_choice(name, value)
-    if reduction == "released" and normalise != "per_view":
-        raise ValueError('reduction="released" is defined for normalise="per_view" only')
+    if reduction == "released" and normalize != "per_view":
+        raise ValueError('reduction="released" is defined for normalize="per_view" only')
     if not 0 <= softness < math.inf:
         raise ValueError(f"softness: expected a finite number of tokens >= 0, got {softness}")
 

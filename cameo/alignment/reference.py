@@ -31,17 +31,17 @@ def reference_loss(
     weights: Tensor,
     head: AlignmentHead,
     scale: float,
-    normalise: str,
+    normalize: str,
     softness: float,
 ) -> Tensor:
     """The loss as one reads it, group by group; what the other implementations are compared with."""
-    check_matches(correspondence.index, correspondence.sizes)
+    check_matches(correspondence.index, correspondence.token_grids)
     dtype = weights.dtype
-    groups = _groups_per_view if normalise == "per_view" else _groups_all_views
-    window = Window(correspondence.sizes, softness, query.device)
+    groups = _groups_per_view if normalize == "per_view" else _groups_all_views
+    window = Window(correspondence.token_grids, softness, query.device)
     loss = None
     with torch.autocast(device_type=query.device.type, enabled=False):
-        if normalise == "all_views" and set(correspondence.sizes) == {(1, 1)}:
+        if normalize == "all_views" and set(correspondence.token_grids) == {(1, 1)}:
             loss = _one_token_per_view(query.to(dtype) * scale, key.to(dtype), weights, head)
             return _zero_with_graph(query, key, head, dtype) if loss is None else loss
         for queries, keys, start, match, row in groups(query, key, correspondence, weights):
@@ -60,9 +60,9 @@ def _groups_per_view(query: Tensor, key: Tensor, correspondence: Correspondence,
     Yields queries [K, R, D], keys [K, M, D], the first key of each view, and of each match its view, its token and
     its weight, and its query's row.
     """
-    start = torch.zeros(len(correspondence.sizes), dtype=torch.int64, device=query.device)
+    start = torch.zeros(len(correspondence.token_grids), dtype=torch.int64, device=query.device)
     for b, j in torch.nonzero(weights.any(dim=3).any(dim=1)).tolist():
-        height, width = correspondence.sizes[j]
+        height, width = correspondence.token_grids[j]
         view, token = torch.nonzero(weights[b, :, j], as_tuple=True)
         row = torch.arange(len(view), device=query.device)
         target = correspondence.index[b, view, j, token]
@@ -73,7 +73,7 @@ def _groups_per_view(query: Tensor, key: Tensor, correspondence: Correspondence,
 
 def _groups_all_views(query: Tensor, key: Tensor, correspondence: Correspondence, weights: Tensor) -> Iterator[Group]:
     """The same for one softmax over all other views: the supervised queries of one view of a sample."""
-    lengths = [height * width for height, width in correspondence.sizes]
+    lengths = [height * width for height, width in correspondence.token_grids]
     for b, i in torch.nonzero(weights.any(dim=3).any(dim=2)).tolist():
         others = [j for j in range(len(lengths)) if j != i]
         keys = torch.cat([key[b, :, j, : lengths[j]] for j in others], dim=1)

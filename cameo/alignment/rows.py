@@ -19,9 +19,10 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from cameo.geometry.grids import TokenGrid
+
 __all__ = ["Rows", "Window", "check_matches", "plan_rows"]
 
-Sizes = Sequence[tuple[int, int]]
 Ranges = tuple[tuple[int, int], ...]
 
 # The Gaussian of soft targets is cut off at this many standard deviations.
@@ -58,18 +59,18 @@ class Rows:
         return sum(stop - start for start, stop in self.ranges[0])
 
 
-def check_matches(index: Tensor, sizes: Sizes) -> None:
+def check_matches(index: Tensor, token_grids: Sequence[TokenGrid]) -> None:
     """Refuse a match that is no token of its view; `Correspondence` itself reads values on the CPU only.
 
     Args:
         index: int64 `[B, V, V, N]`, as in `cameo.Correspondence`.
-        sizes: token grid `(h, w)` of each view.
+        token_grids: token grid `(h, w)` of each view.
 
     Raises:
         ValueError: naming the match.
     """
-    lengths = torch.tensor([height * width for height, width in sizes], device=index.device)
-    own = torch.eye(len(sizes), dtype=torch.bool, device=index.device)
+    lengths = torch.tensor([height * width for height, width in token_grids], device=index.device)
+    own = torch.eye(len(token_grids), dtype=torch.bool, device=index.device)
     token = torch.arange(index.shape[3], device=index.device)
     no_pair = rearrange(own, "i j -> 1 i j 1") | (token >= rearrange(lengths, "i -> 1 i 1 1"))
     limit = rearrange(lengths, "j -> 1 1 j 1").masked_fill(no_pair, 0)
@@ -78,7 +79,7 @@ def check_matches(index: Tensor, sizes: Sizes) -> None:
         b, i, j, x = torch.nonzero(wrong)[0].tolist()
         raise ValueError(
             f"correspondence.index[{b}, {i}, {j}, {x}]: expected -1, or a token of view {j} with grid "
-            f"{sizes[j]} for a token of another view {i} with grid {sizes[i]}, got "
+            f"{token_grids[j]} for a token of another view {i} with grid {token_grids[i]}, got "
             f"{index[b, i, j, x].item()}. "
             "Build the correspondence with size=model.token_grid(height, width)"
         )
@@ -87,9 +88,9 @@ def check_matches(index: Tensor, sizes: Sizes) -> None:
 def plan_rows(
     index: Tensor,
     weights: Tensor,
-    sizes: Sizes,
+    token_grids: Sequence[TokenGrid],
     *,
-    normalise: str,
+    normalize: str,
     softness: float,
     pairs: int,
     most_pairs: int,
@@ -102,17 +103,17 @@ def plan_rows(
     Args:
         index: int64 `[B, V, V, N]`, as in `cameo.Correspondence`.
         weights: `[B, V, V, N]` of the same matches; 0 = not supervised.
-        sizes: token grid `(h, w)` of each view.
-        normalise: "per_view": the keys of a row are those of one other view. "all_views": of all others.
+        token_grids: token grid `(h, w)` of each view.
+        normalize: "per_view": the keys of a row are those of one other view. "all_views": of all others.
         softness: standard deviation in tokens of the Gaussian around each match, see `Window`.
         pairs, most_pairs: how many query-key pairs to compute at once.
         most_tokens: how many rows at once, and how many keys of several groups side by side.
     """
-    window = Window(sizes, softness, index.device)
-    groups = _groups_per_view if normalise == "per_view" else _groups_all_views
+    window = Window(token_grids, softness, index.device)
+    groups = _groups_per_view if normalize == "per_view" else _groups_all_views
     waiting: list[_Group] = []
     longest = 0
-    for group in groups(index, weights, sizes, pairs):
+    for group in groups(index, weights, token_grids, pairs):
         small = not group.shares_keys and len(group.queries) * group.keys <= SMALL * pairs
         longest = max(longest, len(group.queries)) if waiting else len(group.queries)
         if waiting:
@@ -145,15 +146,15 @@ class Window:
         [0.014, 0.105, 0.105, 0.776]
 
     Args:
-        sizes: token grid `(h, w)` of each view.
+        token_grids: token grid `(h, w)` of each view.
         softness: standard deviation in tokens, at least 0.
         device: of the matches.
     """
 
-    def __init__(self, sizes: Sizes, softness: float, device: torch.device | str = "cpu") -> None:
+    def __init__(self, token_grids: Sequence[TokenGrid], softness: float, device: torch.device | str = "cpu") -> None:
         self.softness = softness
-        self.grids = torch.tensor(sizes, device=device)
-        reach = min(math.floor(CUT * softness), max(itertools.chain(*sizes)) - 1)
+        self.grids = torch.tensor(token_grids, device=device)
+        reach = min(math.floor(CUT * softness), max(itertools.chain(*token_grids)) - 1)
         steps = [
             (down, right)
             for down, right in itertools.product(range(-reach, reach + 1), repeat=2)
@@ -203,7 +204,7 @@ class _Group:
         return replace(self, **rows, own=None if self.own is None else self.own[start:stop])
 
 
-def _groups_per_view(index: Tensor, weights: Tensor, sizes: Sizes, pairs: int) -> Iterator[_Group]:
+def _groups_per_view(index: Tensor, weights: Tensor, token_grids: Sequence[TokenGrid], pairs: int) -> Iterator[_Group]:
     """All supervised queries of a sample against one key view."""
     _, views, _, tokens = index.shape
     by_key_view = weights.transpose(1, 2)
@@ -217,18 +218,18 @@ def _groups_per_view(index: Tensor, weights: Tensor, sizes: Sizes, pairs: int) -
             continue
         start, stop = stop, stop + count
         sample, view = divmod(group, views)
-        keys = (view * tokens, view * tokens + sizes[view][0] * sizes[view][1])
+        keys = (view * tokens, view * tokens + token_grids[view][0] * token_grids[view][1])
         found, tokens_found, weights_found = (column[start:stop, None] for column in (j, token, weight))
         yield _Group(sample, (keys,), first_column, query[start:stop], found, tokens_found, weights_found)
 
 
-def _groups_all_views(index: Tensor, weights: Tensor, sizes: Sizes, pairs: int) -> Iterator[_Group]:
+def _groups_all_views(index: Tensor, weights: Tensor, token_grids: Sequence[TokenGrid], pairs: int) -> Iterator[_Group]:
     """All supervised queries of a view against the keys of all others.
 
     Of a small sample all supervised queries against all keys, each row without the columns of its own view.
     """
     batch, views, _, tokens = index.shape
-    lengths = [height * width for height, width in sizes]
+    lengths = [height * width for height, width in token_grids]
     b, i, x = weights.any(dim=2).nonzero(as_tuple=True)
     counts = torch.bincount(b * views + i, minlength=batch * views).view(batch, views).tolist()
     query, token, weight = i * tokens + x, index[b, i, :, x].clamp(min=0), weights[b, i, :, x]

@@ -34,7 +34,7 @@ def supervision_weights(
         >>> from cameo import Correspondence
         >>> index = torch.full((1, 2, 2, 4), -1)
         >>> index[0, 0, 1, :2] = 3
-        >>> supervision_weights(Correspondence(index=index, sizes=((2, 2), (2, 2))))[0, 0, 1].tolist()
+        >>> supervision_weights(Correspondence(index=index, token_grids=((2, 2), (2, 2))))[0, 0, 1].tolist()
         [0.5, 0.5, 0.0, 0.0]
 
     "released": of all other views of a query token only the one with the nearest 3D point carries a target,
@@ -48,17 +48,17 @@ def supervision_weights(
     Source: arXiv 2512.03045 and the code released with it.
     """
     check_choice("reduction", reduction)
-    visible = correspondence.visible & _pair_mask(pairs, correspondence)[None, :, :, None]
+    visible = correspondence.matched & _pair_mask(pairs, correspondence)[None, :, :, None]
     weights = visible.to(dtype)
-    if correspondence.weight is not None:
-        _check_like_index("correspondence.weight", correspondence.weight, correspondence)
-        if not bool(((correspondence.weight >= 0) & correspondence.weight.isfinite()).all()):
+    if correspondence.match_weight is not None:
+        _check_like_index("correspondence.match_weight", correspondence.match_weight, correspondence)
+        if not bool(((correspondence.match_weight >= 0) & correspondence.match_weight.isfinite()).all()):
             raise ValueError(
-                f"correspondence.weight: expected finite values of at least 0, got a minimum of "
-                f"{correspondence.weight.min().item():g}; clamp the weights"
+                f"correspondence.match_weight: expected finite values of at least 0, got a minimum of "
+                f"{correspondence.match_weight.min().item():g}; clamp the weights"
             )
         # where, not a product: the weight of a pair that is not visible has no meaning.
-        weights = torch.where(visible, correspondence.weight.to(dtype), 0)
+        weights = torch.where(visible, correspondence.match_weight.to(dtype), 0)
     if reduction == "sum":
         return weights
     if reduction == "mean":

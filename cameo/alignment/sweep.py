@@ -95,8 +95,8 @@ def sweep(
     weights: Tensor,
     head: HeadWeights,
     *,
-    sizes: Sequence[tuple[int, int]],
-    normalise: str,
+    token_grids: Sequence[tuple[int, int]],
+    normalize: str,
     softness: float,
     scale: float,
     implementation: str,
@@ -109,7 +109,7 @@ def sweep(
         query, key: as in `cameo.alignment_loss`.
         index, weights: `[B, V, V, N]`, see `plan_rows`.
         head: of the supervised layer.
-        sizes, normalise, softness: see `plan_rows`.
+        token_grids, normalize, softness: see `plan_rows`.
         scale: what the layer multiplies q.k by.
         implementation: "chunked" or "triton".
         gelu: "exact", or "fast", which "triton" has.
@@ -132,8 +132,8 @@ def sweep(
     plan = plan_rows(
         index,
         weights if unit is None else weights / unit,
-        sizes,
-        normalise=normalise,
+        token_grids,
+        normalize=normalize,
         softness=softness,
         pairs=min(rows_head.most_pairs, CPU_PRODUCTS) if query.device.type == "cpu" else rows_head.most_pairs,
         most_pairs=rows_head.most_pairs,

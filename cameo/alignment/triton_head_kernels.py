@@ -431,13 +431,13 @@ def softmax_kernel(
         if GRADIENT:
             # Threads share a row: all have read its targets before one overwrites it.
             tl.debug_barrier()
-            normaliser = tl.where(mass == 0, 0.0, mass / total)[:, None]
+            normalizer = tl.where(mass == 0, 0.0, mass / total)[:, None]
             for start in range(0, columns, COLUMNS):
                 place = start + column
                 inside = valid[:, None] & (place < columns)
                 seen = inside & ((place < own_first) | (place >= own_end)) & (mass != 0)[:, None]
                 s = tl.load(start_of_row[:, None] + place, mask=seen, other=0.0).to(tl.float32) * scale
-                gradient = tl.exp(s - peak[:, None]) * normaliser
+                gradient = tl.exp(s - peak[:, None]) * normalizer
                 for t in range(targets_per_row):
                     weight = tl.load(weights + row * targets_per_row + t, mask=valid, other=0.0)
                     target = tl.load(targets + row * targets_per_row + t, mask=valid, other=0)

@@ -5,20 +5,20 @@ from typing import TYPE_CHECKING
 from cameo.lazy import load_on_use
 
 if TYPE_CHECKING:
-    from cameo.attention.capture import AttentionCapture, AttentionSite
+    from cameo.attention.capture import AttentionCapture, AttentionLayer
     from cameo.attention.layout import TokenLayout
 else:
     __getattr__, __dir__ = load_on_use(
         __name__,
         {
             "AttentionCapture": "cameo.attention.capture",
-            "AttentionSite": "cameo.attention.capture",
+            "AttentionLayer": "cameo.attention.capture",
             "TokenLayout": "cameo.attention.layout",
         },
     )
 
 __all__ = [
     "AttentionCapture",
-    "AttentionSite",
+    "AttentionLayer",
     "TokenLayout",
 ]

@@ -18,12 +18,15 @@ from cameo.attention.kernel_calls import CallWatcher, KernelCall, join_slices
 from cameo.attention.layout import TokenLayout
 from cameo.attention.watched_layers import WatchedLayers
 from cameo.errors import CaptureError, as_integer
+from cameo.geometry.grids import TokenGrids
+from cameo.renamed import old_attributes
 
-__all__ = ["AttentionCapture", "AttentionSite", "CapturedAttention"]
+__all__ = ["AttentionCapture", "AttentionLayer", "CapturedAttention"]
 
 
+@old_attributes
 @dataclass(frozen=True)
-class AttentionSite:
+class AttentionLayer:
     """One attention layer in which tokens of different views meet.
 
     Attributes:
@@ -49,12 +52,12 @@ class AttentionSite:
     kernel_call: int | None = None
     stride_cure: str = field(default="pass stride= to cameo.wrap", compare=False, repr=False)
 
-    def sizes(self, height: int, width: int, num_views: int) -> tuple[tuple[int, int], ...]:
+    def token_grids(self, height: int, width: int, num_views: int) -> TokenGrids:
         """Token grid `(h, w)` of each view for images of `height` x `width` pixels, in correspondence order.
 
         Example:
             >>> layout = TokenLayout("b (r h c w)", key="b (r h c w + h' w')", references_last=1, r=3, c=2)
-            >>> AttentionSite(0, "attn", 8, layout, stride=16, reference_size=(512, 512)).sizes(320, 320, 7)[:2]
+            >>> AttentionLayer(0, "attn", 8, layout, stride=16, reference_size=(512, 512)).token_grids(320, 320, 7)[:2]
             ((32, 32), (20, 20))
 
         Raises:
@@ -81,7 +84,7 @@ class CapturedAttention:
 
 
 class AttentionCapture:
-    """Observe the kernel calls of `sites` during one forward of `model`.
+    """Observe the kernel calls of `attention_layers` during one forward of `model`.
 
     Example:
         >>> import torch
@@ -89,15 +92,15 @@ class AttentionCapture:
         ...     def forward(self, x):
         ...         return nn.functional.scaled_dot_product_attention(x, x, x)
         >>> model = nn.Sequential(Attention())
-        >>> site = AttentionSite(0, "0", heads=2, layout=TokenLayout("b (v h w)"))
-        >>> with AttentionCapture(model, [site]) as captured:
+        >>> layer = AttentionLayer(0, "0", heads=2, layout=TokenLayout("b (v h w)"))
+        >>> with AttentionCapture(model, [layer]) as captured:
         ...     _ = model(torch.zeros(1, 2, 12, 4))
         >>> captured["0"].query.shape
         torch.Size([1, 2, 12, 4])
 
     `captured[path]` holds the latest call of each layer; a layer that runs twice in a forward (a write and a
     read pass) is replaced, never appended. Only the thread that entered the block is observed. Compiled parts
-    of the model that hold a site run eagerly inside the block, since a compiled graph hides its queries and
+    of the model that hold a layer run eagerly inside the block, since a compiled graph hides its queries and
     keys.
 
     Raises:
@@ -105,8 +108,8 @@ class AttentionCapture:
             a layer and on leaving the block, if it did not run or called no kernel that is known here.
     """
 
-    def __init__(self, model: nn.Module, sites: Iterable[AttentionSite]) -> None:
-        self._sites = by_path = {site.path: site for site in sites}
+    def __init__(self, model: nn.Module, layers: Iterable[AttentionLayer]) -> None:
+        self._attention_layers = by_path = {layer.path: layer for layer in layers}
         self._captured: dict[str, CapturedAttention] = {}
         self._taken: set[str] = set()
         captured = self._captured
@@ -129,7 +132,7 @@ class AttentionCapture:
         if kind is not None:
             self._captured.clear()
             return
-        for path in self._sites:
+        for path in self._attention_layers:
             if path not in self._taken:
                 self._require(path)
 
@@ -151,45 +154,45 @@ class AttentionCapture:
         return self._captured[path]
 
 
-def captured_call(site: AttentionSite, watcher: CallWatcher) -> CapturedAttention | None:
+def captured_call(layer: AttentionLayer, watcher: CallWatcher) -> CapturedAttention | None:
     """Return the call of a layer that mixes the views, of those that a watcher saw; None if it saw none.
 
     Raises:
-        CaptureError: if there are several and the site does not say which, or the heads are not those of the site.
+        CaptureError: if there are several and the layer does not say which, or the heads are not those of the layer.
     """
     calls = join_slices(watcher.calls)
-    return _per_head(site, _choose(site, calls)) if calls else None
+    return _per_head(layer, _choose(layer, calls)) if calls else None
 
 
-def _choose(site: AttentionSite, calls: list[KernelCall]) -> KernelCall:
-    if site.kernel_call is not None:
-        if not 0 <= site.kernel_call < len(calls):
+def _choose(layer: AttentionLayer, calls: list[KernelCall]) -> KernelCall:
+    if layer.kernel_call is not None:
+        if not 0 <= layer.kernel_call < len(calls):
             raise CaptureError(
-                f"layer {site.path!r} called the attention kernel {len(calls)} times in one forward of the module, "
-                f"so there is no kernel_call={site.kernel_call}; it counts from 0"
+                f"layer {layer.path!r} called the attention kernel {len(calls)} times in one forward of the module, "
+                f"so there is no kernel_call={layer.kernel_call}; it counts from 0"
             )
-        return calls[site.kernel_call]
+        return calls[layer.kernel_call]
     if len(calls) > 1:
         shapes = ", ".join(f"{list(call.query.shape)} x {list(call.key.shape)}" for call in calls)
         raise CaptureError(
-            f"layer {site.path!r} called the attention kernel {len(calls)} times in one forward of the module, with "
+            f"layer {layer.path!r} called the attention kernel {len(calls)} times in one forward of the module, with "
             f"queries x keys {shapes}; which to supervise is not defined. Pass kernel_call= to cameo.wrap, counted "
             "from 0, or point layer= at the submodule that makes the cross-view call."
         )
     return calls[0]
 
 
-def _per_head(site: AttentionSite, call: KernelCall) -> CapturedAttention:
+def _per_head(layer: AttentionLayer, call: KernelCall) -> CapturedAttention:
     query, key = call.query, call.key
     if query.ndim == 3:
-        if query.shape[0] % site.heads:
+        if query.shape[0] % layer.heads:
             raise CaptureError(
-                f"layer {site.path!r}: {query.shape[0]} attention rows do not divide into {site.heads} heads"
+                f"layer {layer.path!r}: {query.shape[0]} attention rows do not divide into {layer.heads} heads"
             )
-        query, key = (rearrange(tensor, "(a k) l d -> a k l d", k=site.heads) for tensor in (query, key))
-    if query.ndim != 4 or query.shape[1] != site.heads or key.shape[1] != site.heads:
+        query, key = (rearrange(tensor, "(a k) l d -> a k l d", k=layer.heads) for tensor in (query, key))
+    if query.ndim != 4 or query.shape[1] != layer.heads or key.shape[1] != layer.heads:
         raise CaptureError(
-            f"layer {site.path!r}: expected queries and keys with {site.heads} heads, got "
+            f"layer {layer.path!r}: expected queries and keys with {layer.heads} heads, got "
             f"{list(query.shape)} and {list(key.shape)} for [AB, K, L, D]"
         )
     return CapturedAttention(query, key, call.scale)

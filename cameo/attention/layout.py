@@ -18,25 +18,27 @@ from torch import Tensor
 from cameo.attention.axes import first_position, num_positions, position_of, take_segment
 from cameo.attention.pattern import RESERVED, Pattern, Segment, check_pair
 from cameo.errors import ShapeError, as_integer, unknown_name
+from cameo.geometry.grids import TokenGrids
+from cameo.renamed import old_attributes, old_keywords
 
 if TYPE_CHECKING:
     from cameo.correspondence import Correspondence
 
-__all__ = ["NORMALISATIONS", "TokenLayout"]
+__all__ = ["NORMALIZATIONS", "TokenLayout"]
 
 # What the softmax of the alignment loss is taken over: the tokens of each other view, or those of all other views.
-NORMALISATIONS = ("per_view", "all_views")
-Sizes = tuple[tuple[int, int], ...]
+NORMALIZATIONS = ("per_view", "all_views")
 REACH: dict[Segment, str] = {(): "all", ("h",): "row", ("w",): "column", ("h", "w"): "cell"}
 
 
+@old_attributes
 class TokenLayout:
     """Maps between (view, row, column) and the axes of an attention call.
 
     Example:
         >>> layout = TokenLayout("b (v h w)")
         >>> query = torch.zeros(2, 8, 3 * 16 * 16, 64)  # [AB, K, L, D]
-        >>> layout.split_query(query, batch=2, sizes=((16, 16),) * 3).shape
+        >>> layout.split_query(query, batch=2, token_grids=((16, 16),) * 3).shape
         torch.Size([2, 8, 3, 256, 64])
         >>> TokenLayout("(b h) (v w)").reach
         'row'
@@ -79,7 +81,7 @@ class TokenLayout:
         self.references_last = as_integer("references_last", references_last, least=0)
         for name, length in lengths.items():
             if name in RESERVED:
-                raise ValueError(f"{name}={length!r}: batch and sizes tell how long axis {name} is; leave it out")
+                raise ValueError(f"{name}={length!r}: batch and token_grids tell how long axis {name} is; leave it out")
         self.lengths = {name: as_integer(name, length, least=1) for name, length in lengths.items()}
         self._query, self._key = Pattern(self.query, self.lengths), Pattern(self.key, self.lengths)
         check_pair(self._query, self._key)
@@ -128,32 +130,33 @@ class TokenLayout:
         """What a query sees of each view: "all", its "row", its "column" or its "cell"."""
         return REACH[self._key.folded]
 
-    def refusal(self, normalise: str, num_views: int | None = None) -> str | None:
-        """Why this attention cannot be supervised with this `normalise`, or None if it can.
+    @old_keywords
+    def refusal(self, normalize: str, num_views: int | None = None) -> str | None:
+        """Why this attention cannot be supervised with this `normalize`, or None if it can.
 
         Example:
             >>> TokenLayout("(b h w) v").refusal("per_view")
-            'a query reaches one token per view, so a softmax per view is constant; use normalise="all_views"'
+            'a query reaches one token per view, so a softmax per view is constant; use normalize="all_views"'
             >>> TokenLayout("(b h w) v").refusal("all_views") is None
             True
         """
-        if normalise not in NORMALISATIONS:
-            raise unknown_name("normalise", normalise, NORMALISATIONS)
-        if self.reach == "cell" and normalise == "per_view":
+        if normalize not in NORMALIZATIONS:
+            raise unknown_name("normalize", normalize, NORMALIZATIONS)
+        if self.reach == "cell" and normalize == "per_view":
             constant = "a query reaches one token per view, so a softmax per view is constant"
-            return f'{constant}; use normalise="all_views"'
+            return f'{constant}; use normalize="all_views"'
         if self.reach == "cell" and num_views == 2:
             return "with 2 views a query reaches one token of other views, so the softmax is constant"
         return None
 
-    def shape(self, of: str, *, batch: int, sizes: Sizes) -> tuple[int, int]:
+    def shape(self, of: str, *, batch: int, token_grids: TokenGrids) -> tuple[int, int]:
         """Attention batch and number of tokens (AB, L) of a call; `of` is "query" or "key".
 
         Example:
-            >>> TokenLayout("(b h) (v w)").shape("key", batch=2, sizes=((16, 24),) * 6)
+            >>> TokenLayout("(b h) (v w)").shape("key", batch=2, token_grids=((16, 24),) * 6)
             (32, 144)
         """
-        pattern, lengths = self._pattern(of), self._lengths(batch, sizes)
+        pattern, lengths = self._pattern(of), self._lengths(batch, token_grids)
         tokens = sum(num_positions(segment, lengths) for segment in pattern.segments)
         return num_positions(pattern.batch, lengths), tokens
 
@@ -167,59 +170,59 @@ class TokenLayout:
         first = num_views - len(self._key.extra) + self.references_last
         return sorted(view % num_views for view in range(first, first + len(self._key.extra)))
 
-    def split_query(self, tensor: Tensor, *, batch: int, sizes: Sizes) -> Tensor:
+    def split_query(self, tensor: Tensor, *, batch: int, token_grids: TokenGrids) -> Tensor:
         """Bring queries [AB, K, L, D] to [B', K, V, N', D]; views without queries are zeros.
 
         Example:
             >>> layout = TokenLayout("(b v h) w", key="(b u h) (v w)")  # MV-Adapter
-            >>> layout.split_query(torch.zeros(2 * 6 * 16, 8, 24, 64), batch=2, sizes=((16, 24),) * 6).shape
+            >>> layout.split_query(torch.zeros(2 * 6 * 16, 8, 24, 64), batch=2, token_grids=((16, 24),) * 6).shape
             torch.Size([32, 8, 6, 24, 64])
 
         Args:
             tensor: [AB, K, L, D] as the kernel receives it.
             batch: B, number of samples.
-            sizes: token grid (h, w) of each view, as `Correspondence.sizes`.
+            token_grids: token grid (h, w) of each view, as `Correspondence.token_grids`.
 
         Raises:
             ShapeError: AB or L do not fit the pattern; the message holds the expected numbers and the cure.
-            ValueError: the sizes do not fit the pattern.
+            ValueError: the token_grids do not fit the pattern.
         """
-        return self._split("query", tensor, batch, sizes)
+        return self._split("query", tensor, batch, token_grids)
 
-    def split_key(self, tensor: Tensor, *, batch: int, sizes: Sizes) -> Tensor:
+    def split_key(self, tensor: Tensor, *, batch: int, token_grids: TokenGrids) -> Tensor:
         """Bring keys [AB, K, L, D] to [B', K, V, N', D]; arguments and errors as `split_query`.
 
         Example:
             >>> layout = TokenLayout("(b v h) w", key="(b u h) (v w)")  # MV-Adapter
-            >>> layout.split_key(torch.zeros(2 * 6 * 16, 8, 6 * 24, 64), batch=2, sizes=((16, 24),) * 6).shape
+            >>> layout.split_key(torch.zeros(2 * 6 * 16, 8, 6 * 24, 64), batch=2, token_grids=((16, 24),) * 6).shape
             torch.Size([32, 8, 6, 24, 64])
         """
-        return self._split("key", tensor, batch, sizes)
+        return self._split("key", tensor, batch, token_grids)
 
-    def localise(self, correspondence: Correspondence) -> Correspondence:
+    def localize(self, correspondence: Correspondence) -> Correspondence:
         """Express a correspondence in the folded form; out of reach and without queries there is no match.
 
         Example:
             >>> from cameo import Correspondence
             >>> index = torch.full((1, 2, 2, 4), -1)
             >>> index[0, 0, 1] = torch.tensor([1, 0, 0, 3])  # token 2 (row 1) matches token 0 (row 0)
-            >>> match = Correspondence(index=index, sizes=((2, 2), (2, 2)))
-            >>> rows = TokenLayout("(b h) (v w)").localise(match)
-            >>> rows.index[:, 0, 1].tolist(), rows.sizes
+            >>> match = Correspondence(index=index, token_grids=((2, 2), (2, 2)))
+            >>> rows = TokenLayout("(b h) (v w)").localize(match)
+            >>> rows.index[:, 0, 1].tolist(), rows.token_grids
             ([[1, 0], [-1, 1]], ((1, 2), (1, 2)))
         """
-        sizes = correspondence.sizes
-        self._lengths(correspondence.batch_size, sizes)
+        token_grids = correspondence.token_grids
+        self._lengths(correspondence.batch_size, token_grids)
         if self.references_last and self.unsupervised_views:
-            correspondence = correspondence.take_views(range(self.references_last, len(sizes)))
-            sizes = correspondence.sizes
-        elif without_queries := self._views_without_queries(len(sizes)):
+            correspondence = correspondence.take_views(range(self.references_last, len(token_grids)))
+            token_grids = correspondence.token_grids
+        elif without_queries := self._views_without_queries(len(token_grids)):
             index = correspondence.index.clone()
             index[:, without_queries] = -1
             return dataclasses.replace(correspondence, index=index)
         if self.reach == "all":
             return correspondence
-        height, width = sizes[0]
+        height, width = token_grids[0]
         index, token = correspondence.index, torch.arange(height * width, device=correspondence.device)
         same_row, same_column = index // width == token // width, index % width == token % width
         reached, local, size, fold = {
@@ -231,38 +234,38 @@ class TokenLayout:
         def folded(tensor: Tensor) -> Tensor:
             return rearrange(tensor, f"b i j (h w) -> {fold}", h=height, w=width)
 
-        weight, distance = correspondence.weight, correspondence.distance
+        weight, distance = correspondence.match_weight, correspondence.distance
         return dataclasses.replace(
             correspondence,
-            index=folded(torch.where(reached & correspondence.visible, local, -1)),
-            sizes=(size,) * len(sizes),
-            weight=None if weight is None else folded(weight),
+            index=folded(torch.where(reached & correspondence.matched, local, -1)),
+            token_grids=(size,) * len(token_grids),
+            match_weight=None if weight is None else folded(weight),
             distance=None if distance is None else folded(distance),
         )
 
     def locate(
-        self, view: int, row: int, col: int, *, batch_index: int, batch: int, sizes: Sizes, of: str = "query"
+        self, view: int, row: int, col: int, *, batch_index: int, batch: int, token_grids: TokenGrids, of: str = "query"
     ) -> tuple[int, int]:
         """Position (attention batch index, token index) of one token of one view; keys in their first copy.
 
         Example:
             >>> layout = TokenLayout("b (r h c w)", r=3, c=2)
-            >>> layout.locate(3, 1, 2, batch_index=0, batch=1, sizes=((20, 20),) * 6)  # tile row 1, column 1
+            >>> layout.locate(3, 1, 2, batch_index=0, batch=1, token_grids=((20, 20),) * 6)  # tile row 1, column 1
             (0, 862)
 
         Raises:
             ValueError: a place outside the batch, the views or the grid, or a view without queries.
         """
-        pattern, lengths = self._pattern(of), self._lengths(batch, sizes)
+        pattern, lengths = self._pattern(of), self._lengths(batch, token_grids)
         _check_place("batch_index", batch_index, batch)
-        _check_place("view", view, len(sizes))
-        _check_place("row", row, sizes[view][0])
-        _check_place("col", col, sizes[view][1])
-        if of == "query" and view in self._views_without_queries(len(sizes)):
+        _check_place("view", view, len(token_grids))
+        _check_place("row", row, token_grids[view][0])
+        _check_place("col", col, token_grids[view][1])
+        if of == "query" and view in self._views_without_queries(len(token_grids)):
             raise ValueError(f'view: view {view} has no queries in "{self.query}"')
         place = {"b": batch_index, "u": 0}
-        main_views = len(sizes) - len(self._key.extra)
-        view = (view - self.references_last) % len(sizes)  # from here on in the order of the attention
+        main_views = len(token_grids) - len(self._key.extra)
+        view = (view - self.references_last) % len(token_grids)  # from here on in the order of the attention
         if view < main_views:
             segment = pattern.main
             place |= {"h": row, "w": col}
@@ -283,21 +286,21 @@ class TokenLayout:
         extra = enumerate(self._key.extra, start=num_views - len(self._key.extra) + self.references_last)
         return [view % num_views for view, segment in extra if segment not in self._query.segments]
 
-    def _lengths(self, batch: int, sizes: Sizes) -> dict[str, int]:
+    def _lengths(self, batch: int, token_grids: TokenGrids) -> dict[str, int]:
         """Length of every axis for this batch and these grids."""
         extra, views = self._key.extra, self._query.views
-        ordered = (*sizes[self.references_last :], *sizes[: self.references_last])
-        main = ordered[: max(0, len(sizes) - len(extra))]
+        ordered = (*token_grids[self.references_last :], *token_grids[: self.references_last])
+        main = ordered[: max(0, len(token_grids) - len(extra))]
         unknown = 0 if self.references_last else self.unsupervised_views  # views that no correspondence has
         tiles = None if views == ("v",) else num_positions(views, self.lengths)
         expected = None if tiles is None else tiles - unknown + len(extra)
         least = max(len(extra), self.references_last)
-        if len(sizes) <= least or expected not in (None, len(sizes)):
+        if len(token_grids) <= least or expected not in (None, len(token_grids)):
             needs = f"more than {least}" if expected is None else expected
-            raise ValueError(f"sizes: {self!r} needs {needs} views, got {len(sizes)}: {tuple(sizes)}")
+            raise ValueError(f"token_grids: {self!r} needs {needs} views, got {len(token_grids)}: {tuple(token_grids)}")
         if len(set(main)) > 1:
             raise ValueError(
-                f"sizes: the {len(main)} views of segment {' '.join(self._key.main)} share one token grid, "
+                f"token_grids: the {len(main)} views of segment {' '.join(self._key.main)} share one token grid, "
                 f"got {main}. A view with its own grid is a segment of its own, as h' w'"
             )
         lengths = {**self.lengths, "b": batch, "h": main[0][0], "w": main[0][1]}
@@ -308,9 +311,9 @@ class TokenLayout:
             lengths |= {name: height if name.startswith("h") else width for name in segment}
         return lengths
 
-    def _split(self, of: str, tensor: Tensor, batch: int, sizes: Sizes) -> Tensor:
-        pattern, lengths = self._pattern(of), self._lengths(batch, sizes)
-        self._check_shape(of, tensor, batch, sizes)
+    def _split(self, of: str, tensor: Tensor, batch: int, token_grids: TokenGrids) -> Tensor:
+        pattern, lengths = self._pattern(of), self._lengths(batch, token_grids)
+        self._check_shape(of, tensor, batch, token_grids)
         rest = tuple(name for name in ("h", "w") if name not in pattern.folded)
         main = take_segment(tensor, pattern, pattern.main, lengths, views=self._query.views, grid=rest)
         main = main[:, :, : main.shape[2] - self.unsupervised_views]
@@ -322,7 +325,7 @@ class TokenLayout:
             present = segment in pattern.segments
             grid = tuple(sorted(segment))
             parts.append(take_segment(tensor, pattern, segment, lengths, views=(), grid=grid) if present else empty)
-        longest = max(height * width for height, width in sizes)
+        longest = max(height * width for height, width in token_grids)
         return self._references_first(
             torch.cat([F.pad(part, (0, 0, 0, longest - part.shape[3])) for part in parts], dim=2)
         )
@@ -331,20 +334,20 @@ class TokenLayout:
         """From the order of the attention to that of the correspondence, on the view axis of [B', K, V, N', D]."""
         return views.roll(self.references_last, dims=2) if self.references_last else views
 
-    def _check_shape(self, of: str, tensor: Tensor, batch: int, sizes: Sizes) -> None:
+    def _check_shape(self, of: str, tensor: Tensor, batch: int, token_grids: TokenGrids) -> None:
         text = self._pattern(of).text
         if tensor.ndim != 4:
             raise ShapeError(of, expected=f'[AB, K, L, D] for "{text}"', got=tensor.shape)
-        expected = self.shape(of, batch=batch, sizes=sizes)
+        expected = self.shape(of, batch=batch, token_grids=token_grids)
         attention_batch, _, tokens, _ = tensor.shape
         if (attention_batch, tokens) == expected:
             return
-        cure, views = f"The correspondence has {batch} samples; give the model the same number", len(sizes)
+        cure, views = f"The correspondence has {batch} samples; give the model the same number", len(token_grids)
         if views > 1 and (attention_batch, tokens * views) == (expected[0] * views, expected[1]):
             cure = (
                 f"Each of the {views} views was attended alone: the layer did not join them. Likely cause: num_views "
                 "was forgotten, which tells a forward how many views a sample has; for a U-Net of backbone 'cat3d' or "
-                f"'mvdream' it is cross_attention_kwargs={{'num_views': {views}}}"
+                f"'mvdream' it is cross_attention_kwargs={{\"num_views\": {views}}}"
             )
         elif tokens != expected[1]:
             cure = (
@@ -359,7 +362,7 @@ class TokenLayout:
         raise ShapeError(
             of,
             expected=f'AB = {expected[0]} and L = {expected[1]} in [AB, K, L, D] for "{text}" with {batch} '
-            f"samples and token grids {tuple(sizes)}",
+            f"samples and token grids {tuple(token_grids)}",
             got=tensor.shape,
             cure=cure,
         )

@@ -14,47 +14,47 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cameo.attention.capture import AttentionSite, captured_call
+from cameo.attention.capture import AttentionLayer, captured_call
 from cameo.attention.kernel_calls import XFORMERS_ARGUMENTS, CallWatcher
 from cameo.attention.layout import TokenLayout
 from cameo.attention.pattern import Pattern
 from cameo.attention.watched_layers import WatchedLayers
 from cameo.errors import CaptureError
+from cameo.geometry.grids import TokenGrids
 
 __all__ = ["cut_other_views"]
 
-Sizes = tuple[tuple[int, int], ...]
 SDPA_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale")
 MASKS = ("attn_mask", "attn_bias", "is_causal")
 
 
 @contextmanager
-def cut_other_views(module: nn.Module, site: AttentionSite, sizes: Sizes) -> Iterator[None]:
+def cut_other_views(module: nn.Module, layer: AttentionLayer, token_grids: TokenGrids) -> Iterator[None]:
     """Cut one layer's view of the other views: inside the block its queries see the keys of their own view only.
 
-    What `cameo.probing.ablation.self_view_only` does, for the plain module in which the site's path is looked up.
+    What `cameo.probing.ablation.self_view_only` does, for the plain module in which the layer's path is looked up.
 
     Example:
         >>> class Attention(nn.Module):
         ...     def forward(self, x):
         ...         return nn.functional.scaled_dot_product_attention(x, x, x)
         >>> model = nn.Sequential(Attention())
-        >>> site = AttentionSite(0, "0", heads=1, layout=TokenLayout("b (v h w)"))
+        >>> layer = AttentionLayer(0, "0", heads=1, layout=TokenLayout("b (v h w)"))
         >>> x = torch.randn(1, 1, 8, 4)  # two views of 2 x 2 tokens
-        >>> with cut_other_views(model, site, sizes=((2, 2), (2, 2))):
+        >>> with cut_other_views(model, layer, token_grids=((2, 2), (2, 2))):
         ...     cut = model(x)
         >>> torch.equal(cut, torch.cat([model(x[:, :, :4]), model(x[:, :, 4:])], dim=2))
         True
     """
-    cut = _Cut(site, sizes)
-    layers = WatchedLayers(module, [site.path], lambda _: _Cutter(site, cut.parts), cut.done)
+    cut = _Cut(layer, token_grids)
+    layers = WatchedLayers(module, [layer.path], lambda _: _Cutter(layer, cut.parts), cut.done)
     with layers:
         yield
     if not cut.was_called:
-        raise CaptureError(layers.explain_no_call(site.path))
+        raise CaptureError(layers.explain_no_call(layer.path))
     if not cut.has_parts:
         raise CaptureError(
-            f"layer {site.path!r} ran, but in none of its calls did one view look at another, so there was nothing to "
+            f"layer {layer.path!r} ran, but in none of its calls did one view look at another, so there was nothing to "
             "cut"
         )
 
@@ -82,12 +82,12 @@ class _Part:
 class _Cut:
     """Who sees whom in the calls of a layer."""
 
-    def __init__(self, site: AttentionSite, sizes: Sizes) -> None:
-        self._site, self._sizes = site, tuple(sizes)
-        self._layout, self._grids = _in_attention_order(site.layout, self._sizes)
+    def __init__(self, layer: AttentionLayer, token_grids: TokenGrids) -> None:
+        self._site, self._sizes = layer, tuple(token_grids)
+        self._layout, self._grids = _in_attention_order(layer.layout, self._sizes)
         self._parts: dict[tuple[int, int, torch.device], list[_Part]] = {}
-        self._lengths = tuple(self._layout.shape(of, batch=1, sizes=self._grids)[1] for of in ("query", "key"))
-        own = site.layout.views_with_own_grid(len(self._sizes))
+        self._lengths = tuple(self._layout.shape(of, batch=1, token_grids=self._grids)[1] for of in ("query", "key"))
+        own = layer.layout.views_with_own_grid(len(self._sizes))
         self._alone = {self._sizes[view][0] * self._sizes[view][1] for view in own}
         self.was_called = self.has_parts = False
 
@@ -107,8 +107,8 @@ class _Cut:
             raise CaptureError(
                 f"layer {self._site.path!r} with {self._site.layout!r}: expected {self._lengths[0]} queries and "
                 f"{self._lengths[1]} keys for token grids {self._sizes}, got {length} and {key_length}. Pass the "
-                "sizes of this batch, site.sizes(height, width, num_views); a kernel that takes the tokens in slices "
-                "cannot be cut"
+                "token grids of this batch, layer.token_grids(height, width, num_views); a kernel that takes the "
+                "tokens in slices cannot be cut"
             )
         heads = self._site.heads if like.ndim == 3 else 1
         call = like.shape[0], heads, like.device
@@ -124,9 +124,9 @@ class _Cut:
 class _Cutter(CallWatcher):
     """Runs the kernel view by view, or masks what enters the softmax, and watches as before."""
 
-    def __init__(self, site: AttentionSite, parts: Callable[..., list[_Part] | None]) -> None:
-        super().__init__(site.path)
-        self._site, self._parts = site, parts
+    def __init__(self, layer: AttentionLayer, parts: Callable[..., list[_Part] | None]) -> None:
+        super().__init__(layer.path)
+        self._site, self._parts = layer, parts
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -181,19 +181,21 @@ class _Cutter(CallWatcher):
         return softmax(logits, *args[1:], **kwargs)
 
 
-def _in_attention_order(layout: TokenLayout, sizes: Sizes) -> tuple[TokenLayout, Sizes]:
+def _in_attention_order(layout: TokenLayout, token_grids: TokenGrids) -> tuple[TokenLayout, TokenGrids]:
     """The layout with every view of the attention in its own place, also those that no correspondence has."""
-    grids = (*sizes[layout.references_last :], *sizes[: layout.references_last])
+    grids = (*token_grids[layout.references_last :], *token_grids[: layout.references_last])
     if not layout.references_last:
         grids += grids[-1:] * layout.unsupervised_views
     return TokenLayout(layout.query, layout.key, **layout.lengths), grids
 
 
-def _who_sees_whom(layout: TokenLayout, sizes: Sizes, rows: int, heads: int, device: torch.device) -> list[_Part]:
+def _who_sees_whom(
+    layout: TokenLayout, token_grids: TokenGrids, rows: int, heads: int, device: torch.device
+) -> list[_Part]:
     """One part per view that has queries, and one for the queries of no view, if there are any.
 
     Args:
-        layout, sizes: of `_in_attention_order`.
+        layout, token_grids: of `_in_attention_order`.
         rows: first axis of the call, `A * heads`.
         heads: heads in that axis.
         device: of the result.
@@ -203,16 +205,16 @@ def _who_sees_whom(layout: TokenLayout, sizes: Sizes, rows: int, heads: int, dev
     """
     pattern = Pattern(layout.query, layout.lengths)
     by_row = any(name in pattern.batch for name in pattern.views)
-    single, length = layout.shape("query", batch=1, sizes=sizes)
+    single, length = layout.shape("query", batch=1, token_grids=token_grids)
     if by_row and rows % (single * heads):
         raise ValueError(
             f'the queries "{layout.query}" of one sample are {single * heads} rows of the kernel, and a call has '
             f"{rows}; a kernel that takes part of a sample cannot be cut"
         )
     samples = rows // (single * heads) if by_row else 1
-    of_query = _positions(layout.split_query, samples, single, length, sizes)
-    single, key_length = layout.shape("key", batch=1, sizes=sizes)
-    of_key = [found % key_length for found in _positions(layout.split_key, samples, single, key_length, sizes)]
+    of_query = _positions(layout.split_query, samples, single, length, token_grids)
+    single, key_length = layout.shape("key", batch=1, token_grids=token_grids)
+    of_key = [found % key_length for found in _positions(layout.split_key, samples, single, key_length, token_grids)]
     of_no_view = _others(key_length, of_key)
     head = torch.arange(heads)
     parts = []
@@ -226,10 +228,12 @@ def _who_sees_whom(layout: TokenLayout, sizes: Sizes, rows: int, heads: int, dev
     return [_Part(*(None if one is None else one.to(device) for one in part)) for part in parts]  # type: ignore[arg-type]
 
 
-def _positions(split: Callable[..., Tensor], samples: int, single: int, length: int, sizes: Sizes) -> list[Tensor]:
+def _positions(
+    split: Callable[..., Tensor], samples: int, single: int, length: int, token_grids: TokenGrids
+) -> list[Tensor]:
     """Of each view the positions, row * length + token, that the layout gives it in `samples * single` rows."""
     position = torch.arange(1, samples * single * length + 1).reshape(-1, 1, length, 1)  # 0 is padding
-    views = split(position, batch=samples, sizes=sizes).movedim(2, 0).flatten(1)
+    views = split(position, batch=samples, token_grids=token_grids).movedim(2, 0).flatten(1)
     return [view[view > 0] - 1 for view in views]
 
 

@@ -16,7 +16,9 @@ from cameo.correspondence.matching import match_depth, match_features, match_poi
 from cameo.errors import ShapeError
 from cameo.geometry import as_grid
 from cameo.geometry.cameras import check_depth, warn_of_another_image_size
+from cameo.geometry.grids import TokenGrids
 from cameo.geometry.visibility import DEPTH_TOLERANCE, check_tolerance
+from cameo.renamed import old_attributes, old_fields, old_keywords
 
 __all__ = ["Correspondence", "GridSize"]
 
@@ -24,6 +26,8 @@ __all__ = ["Correspondence", "GridSize"]
 GridSize = int | tuple[int, int] | Sequence[tuple[int, int]]
 
 
+@old_attributes
+@old_fields
 @dataclass(frozen=True, eq=False)
 class Correspondence:
     """For each token of each view, the token of each other view that shows the same surface point.
@@ -33,46 +37,48 @@ class Correspondence:
         >>> intrinsics = torch.tensor([[64.0, 0, 32], [0, 64, 32], [0, 0, 1]]).expand(1, 2, 3, 3)
         >>> extrinsics = torch.eye(4).repeat(1, 2, 1, 1)
         >>> extrinsics[0, 1, 0, 3] = -1.0  # the second camera stands one unit to the right
-        >>> match = Correspondence.from_depth(depth, intrinsics, extrinsics, size=2)
+        >>> match = Correspondence.from_depth(depth, intrinsics, extrinsics, token_grid=2)
         >>> match.index[0, 0, 1].tolist()  # what it sees in common moves one token to the left
         [-1, 0, -1, 2]
 
     Attributes:
         index: int64 ``[B, V, V, N]``: token of view j that shows what token x of view i shows, or -1 for
             none. ``i == j`` is always -1. N is the largest ``h * w``; shorter views are padded with -1.
-        sizes: token grid ``(h, w)`` of each view.
-        weight: ``[B, V, V, N]``, at least 0: how much each match counts; None counts all alike.
+        token_grids: token grid ``(h, w)`` of each view.
+        match_weight: ``[B, V, V, N]``, at least 0: how much each match counts; None counts all alike.
         distance: ``[B, V, V, N]`` in world units: 3D distance between the surface points of the two tokens,
             also for pairs that are not matched; ``inf`` without measurement.
 
     Raises:
-        ShapeError: the tensors and ``sizes`` do not fit together.
+        ShapeError: the tensors and ``token_grids`` do not fit together.
         TypeError: a field that is no tensor, such as an array of numpy.
-        ValueError: an index outside the target view's grid, a match of a view with itself, a weight that is negative
-            or not finite, or a distance that is negative or NaN (values are only read on the CPU: reading them on a
-            GPU would stall a training step).
+        ValueError: an index outside the target view's grid, a match of a view with itself, a match weight that is
+            negative or not finite, or a distance that is negative or NaN (values are only read on the CPU: reading
+            them on a GPU would stall a training step).
     """
 
     index: Tensor
-    sizes: tuple[tuple[int, int], ...]
-    weight: Tensor | None = None
+    token_grids: TokenGrids
+    match_weight: Tensor | None = None
     distance: Tensor | None = None
 
     def __post_init__(self) -> None:
-        for name, tensor in (("index", self.index), ("weight", self.weight), ("distance", self.distance)):
+        for name, tensor in (("index", self.index), ("weight", self.match_weight), ("distance", self.distance)):
             if not isinstance(tensor, Tensor) and (tensor is not None or name == "index"):
                 raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}. Cure: torch.from_numpy")
         if self.index.ndim != 4 or self.index.shape[1] != self.index.shape[2]:
             raise ShapeError("index", expected="[B, V, V, N]", got=self.index.shape)
         if self.index.dtype != torch.int64:
             raise ValueError(f"index: expected int64, got {self.index.dtype}. Cure: convert with .long()")
-        object.__setattr__(self, "sizes", tuple(as_grid("sizes", size) for size in self.sizes))
+        object.__setattr__(self, "token_grids", tuple(as_grid("token_grids", size) for size in self.token_grids))
         views, tokens = self.index.shape[2:]
-        if len(self.sizes) != views:
-            raise ShapeError("sizes", expected=f"one (h, w) per view, {views}", got=f"{len(self.sizes)}")
-        if max(h * w for h, w in self.sizes) != tokens:
-            raise ShapeError("index", expected=f"[B, V, V, N] with N of sizes {self.sizes}", got=self.index.shape)
-        for name, tensor in (("weight", self.weight), ("distance", self.distance)):
+        if len(self.token_grids) != views:
+            raise ShapeError("token_grids", expected=f"one (h, w) per view, {views}", got=f"{len(self.token_grids)}")
+        if max(h * w for h, w in self.token_grids) != tokens:
+            raise ShapeError(
+                "index", expected=f"[B, V, V, N] with N of token_grids {self.token_grids}", got=self.index.shape
+            )
+        for name, tensor in (("match_weight", self.match_weight), ("distance", self.distance)):
             if tensor is not None and tensor.shape != self.index.shape:
                 raise ShapeError(name, expected=str(list(self.index.shape)), got=tensor.shape)
         if self.index.device.type == "cpu":
@@ -80,7 +86,7 @@ class Correspondence:
 
     def _check_values(self) -> None:
         index = self.index
-        counts = [h * w for h, w in self.sizes]
+        counts = [h * w for h, w in self.token_grids]
         if not index.numel():
             return
         # One pass over all values; grids of their own add one per view.
@@ -94,13 +100,16 @@ class Correspondence:
                 raise ValueError("index: matches tokens that are padding. Cure: set them to -1")
         if int(torch.diagonal(index, dim1=1, dim2=2).max()) >= 0:
             raise ValueError("index: matches a view with itself. Cure: set index[:, i, i] to -1")
-        if self.weight is not None and not all(0 <= limit.item() < math.inf for limit in self.weight.aminmax()):
-            raise ValueError("weight: holds negative or NaN values, or infinite ones. Cure: use 0 to leave a match out")
+        weight = self.match_weight
+        if weight is not None and not all(0 <= limit.item() < math.inf for limit in weight.aminmax()):
+            raise ValueError(
+                "match_weight: holds negative or NaN values, or infinite ones. Cure: use 0 to leave a match out"
+            )
         if self.distance is not None and not self.distance.min().item() >= 0:
             raise ValueError("distance: holds negative or NaN values. Cure: use inf where there is no measurement")
 
     @property
-    def visible(self) -> Tensor:
+    def matched(self) -> Tensor:
         """Where there is a match, bool ``[B, V, V, N]``."""
         return self.index >= 0
 
@@ -124,7 +133,7 @@ class Correspondence:
         return replace(
             self,
             index=self.index.to(device),
-            weight=None if self.weight is None else self.weight.to(device),
+            match_weight=None if self.match_weight is None else self.match_weight.to(device),
             distance=None if self.distance is None else self.distance.to(device),
         )
 
@@ -136,7 +145,7 @@ class Correspondence:
         return replace(
             self,
             index=self.index[pick],
-            weight=None if self.weight is None else self.weight[pick],
+            match_weight=None if self.match_weight is None else self.match_weight[pick],
             distance=None if self.distance is None else self.distance[pick],
         )
 
@@ -154,13 +163,15 @@ class Correspondence:
         views = [int(view) for view in views]
         if not views or len(set(views)) < len(views) or not all(0 <= v < self.num_views for v in views):
             raise ValueError(f"views: expected different views of 0..{self.num_views - 1}, got {views}")
-        sizes = tuple(self.sizes[view] for view in views)
-        tokens = max(h * w for h, w in sizes)
+        token_grids = tuple(self.token_grids[view] for view in views)
+        tokens = max(h * w for h, w in token_grids)
 
         def take(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else tensor[:, views][:, :, views, :tokens]
 
-        return Correspondence(self.index[:, views][:, :, views, :tokens], sizes, take(self.weight), take(self.distance))
+        return Correspondence(
+            self.index[:, views][:, :, views, :tokens], token_grids, take(self.match_weight), take(self.distance)
+        )
 
     @classmethod
     def cat(cls, parts: Sequence[Correspondence]) -> Correspondence:
@@ -171,26 +182,28 @@ class Correspondence:
         """
         if not parts:
             raise ValueError("parts: expected at least one correspondence, got none")
-        if len({part.sizes for part in parts}) > 1:
-            shown = sorted({part.sizes for part in parts})
+        if len({part.token_grids for part in parts}) > 1:
+            shown = sorted({part.token_grids for part in parts})
             raise ValueError(f"parts: expected the same token grids, got {shown}. Cure: batch equal samples")
         distances = [part.distance for part in parts if part.distance is not None]
         if 0 < len(distances) < len(parts):
             raise ValueError("parts: some have distances and some have none. Cure: build them all alike")
         weight = None
-        if any(part.weight is not None for part in parts):
-            dtype = next(part.weight.dtype for part in parts if part.weight is not None)
+        if any(part.match_weight is not None for part in parts):
+            dtype = next(part.match_weight.dtype for part in parts if part.match_weight is not None)
             ones = [torch.ones(p.index.shape, dtype=dtype, device=p.device) for p in parts]
-            weight = torch.cat([one if p.weight is None else p.weight for p, one in zip(parts, ones, strict=True)])
+            pairs = zip(parts, ones, strict=True)
+            weight = torch.cat([one if part.match_weight is None else part.match_weight for part, one in pairs])
         index = torch.cat([part.index for part in parts])
-        return cls(index, parts[0].sizes, weight, torch.cat(distances) if distances else None)
+        return cls(index, parts[0].token_grids, weight, torch.cat(distances) if distances else None)
 
     @classmethod
+    @old_keywords
     def from_point_maps(
         cls,
         points: Tensor,
         *,
-        size: GridSize,
+        token_grid: GridSize,
         cycle_threshold: float = 1.5,
         max_distance: float | None = None,
     ) -> Correspondence:
@@ -199,14 +212,14 @@ class Correspondence:
         Example:
             >>> points = torch.stack(torch.meshgrid(torch.arange(4.0), torch.arange(4.0), indexing="ij"))
             >>> points = torch.cat([points, torch.ones(1, 4, 4)]).expand(1, 2, 3, 4, 4)
-            >>> Correspondence.from_point_maps(points, size=2).index[0, 0, 1].tolist()
+            >>> Correspondence.from_point_maps(points, token_grid=2).index[0, 0, 1].tolist()
             [0, 1, 2, 3]
 
         Args:
             points: ``[B, V, 3, H, W]`` world coordinates; non-finite = no measurement. They are resampled to
                 the token grid (bilinear, half-pixel centres, no antialias); a token is a measurement only if
                 all pixels that its interpolation touches are.
-            size: token grid: ``(h, w)`` or an int for all views, or one ``(h, w)`` per view.
+            token_grid: ``(h, w)`` or an int for all views, or one ``(h, w)`` per view.
             cycle_threshold: a match is kept if the nearest neighbour of the nearest neighbour lies less than
                 this many tokens from the start.
             max_distance: drop matches whose points lie farther apart, in world units. The cycle check alone
@@ -225,18 +238,19 @@ class Correspondence:
             raise ValueError(f"cycle_threshold: expected more than 0 tokens, got {cycle_threshold}")
         if max_distance is not None and not max_distance > 0:
             raise ValueError(f"max_distance: expected more than 0 world units or None, got {max_distance}")
-        sizes = _grid_per_view(size, points.shape[1])
-        index, distance = match_point_maps(points, sizes, cycle_threshold, max_distance)
-        return cls(index, sizes, distance=distance)
+        token_grids = _grid_per_view(token_grid, points.shape[1])
+        index, distance = match_point_maps(points, token_grids, cycle_threshold, max_distance)
+        return cls(index, token_grids, distance=distance)
 
     @classmethod
+    @old_keywords
     def from_depth(
         cls,
         depth: Tensor,
         intrinsics: Tensor,
         extrinsics: Tensor,
         *,
-        size: GridSize,
+        token_grid: GridSize,
         depth_tolerance: float = DEPTH_TOLERANCE,
         check_values: bool = True,
     ) -> Correspondence:
@@ -250,14 +264,14 @@ class Correspondence:
             >>> extrinsics = torch.eye(4).expand(1, 2, 4, 4)
             >>> depth = torch.full((1, 2, 1, 64, 64), 2.0)
             >>> depth[0, 1, 0, :, :32] = 1.0  # something near hides the left half from the second view
-            >>> Correspondence.from_depth(depth, intrinsics, extrinsics, size=2).index[0, 0, 1].tolist()
+            >>> Correspondence.from_depth(depth, intrinsics, extrinsics, token_grid=2).index[0, 0, 1].tolist()
             [-1, 1, -1, 3]
 
         Args:
             depth: ``[B, V, 1, H, W]`` z-depth in world units; 0, negative or non-finite = no measurement.
             intrinsics: ``[B, V, 3, 3]`` in pixels of the depth image.
             extrinsics: ``[B, V, 4, 4]`` world-to-camera.
-            size: token grid: ``(h, w)`` or an int for all views, or one ``(h, w)`` per view.
+            token_grid: ``(h, w)`` or an int for all views, or one ``(h, w)`` per view.
             depth_tolerance: how far the point's depth may be from the depth seen there, as a share of it.
             check_values: whether to look for unusable cameras. On a GPU the host waits for that look; leave it out
                 where the cameras were checked before, as by a loader. Shapes are checked in any case.
@@ -275,16 +289,17 @@ class Correspondence:
         if check_values:
             warn_of_another_image_size(intrinsics, depth.shape[-2:])
         check_tolerance(depth_tolerance)
-        sizes = _grid_per_view(size, depth.shape[1])
-        index, distance = match_depth(depth, intrinsics, extrinsics, sizes, depth_tolerance)
-        return cls(index, sizes, distance=distance)
+        token_grids = _grid_per_view(token_grid, depth.shape[1])
+        index, distance = match_depth(depth, intrinsics, extrinsics, token_grids, depth_tolerance)
+        return cls(index, token_grids, distance=distance)
 
     @classmethod
+    @old_keywords
     def from_features(
         cls,
         features: Tensor,
         *,
-        size: GridSize | None = None,
+        token_grid: GridSize | None = None,
         cycle_threshold: float = 1.5,
         min_similarity: float | None = None,
     ) -> Correspondence:
@@ -299,7 +314,7 @@ class Correspondence:
         Args:
             features: ``[B, V, C, h, w]`` of any scale, such as `cameo.correspondence.features.FeatureExtractor`
                 gives; a vector of zeros or with a non-finite value = no measurement.
-            size: token grid as in `from_point_maps`, to which the features are resampled (bilinear, half-pixel
+            token_grid: as in `from_point_maps`, to which the features are resampled (bilinear, half-pixel
                 centres, antialiased); a token is a measurement only if all that its interpolation touches are. None
                 takes the grid of the features.
             cycle_threshold: a match is kept if the nearest neighbour (by cosine similarity) of the nearest neighbour
@@ -321,13 +336,15 @@ class Correspondence:
         if min_similarity is not None and not -1 <= min_similarity <= 1:
             raise ValueError(f"min_similarity: expected a cosine in [-1, 1] or None, got {min_similarity}")
         height, width = features.shape[-2:]
-        sizes = _grid_per_view((height, width) if size is None else size, features.shape[1])
-        return cls(match_features(features, sizes, cycle_threshold, min_similarity), sizes)
+        token_grids = _grid_per_view((height, width) if token_grid is None else token_grid, features.shape[1])
+        return cls(match_features(features, token_grids, cycle_threshold, min_similarity), token_grids)
 
 
-def _grid_per_view(size: GridSize, views: int) -> tuple[tuple[int, int], ...]:
-    if isinstance(size, (tuple, list)) and size and all(isinstance(grid, (tuple, list)) for grid in size):
-        if len(size) != views:
-            raise ShapeError("size", expected=f"(h, w), or one (h, w) for each of {views} views", got=str(size))
-        return tuple(as_grid("size", grid) for grid in size)
-    return (as_grid("size", size),) * views
+def _grid_per_view(token_grid: GridSize, views: int) -> TokenGrids:
+    one_each = isinstance(token_grid, (tuple, list)) and all(isinstance(grid, (tuple, list)) for grid in token_grid)
+    if not token_grid or not one_each:
+        return (as_grid("token_grid", token_grid),) * views
+    grids = tuple(as_grid("token_grid", grid) for grid in token_grid)  # type: ignore[union-attr]
+    if len(grids) != views:
+        raise ShapeError("token_grid", expected=f"(h, w), or one (h, w) for each of {views} views", got=str(token_grid))
+    return grids

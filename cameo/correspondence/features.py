@@ -23,7 +23,7 @@ IMAGES_AT_ONCE = 64
 
 
 class FeatureExtractor(nn.Module):
-    """Patch features of a frozen vision transformer, after its last normalisation.
+    """Patch features of a frozen vision transformer, after its last normalization.
 
     Example:
         >>> import warnings

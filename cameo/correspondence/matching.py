@@ -18,18 +18,18 @@ from cameo.correspondence.nearest import cycle_consistent, match_tokens
 from cameo.geometry import camera_rays, cell_centres
 from cameo.geometry.cameras import full_precision, invert_extrinsics, most_exact
 from cameo.geometry.depth import read_depth
+from cameo.geometry.grids import TokenGrids
 from cameo.geometry.visibility import look_up
 
 __all__ = ["match_depth", "match_features", "match_point_maps", "resample_features"]
 
-Sizes = tuple[tuple[int, int], ...]
 # Numbers in one block of similarities of two views: 64 MiB in float32.
 BLOCK = 1 << 24
 
 
 @torch.no_grad()
 def match_point_maps(
-    points: Tensor, sizes: Sizes, cycle_threshold: float, max_distance: float | None
+    points: Tensor, token_grids: TokenGrids, cycle_threshold: float, max_distance: float | None
 ) -> tuple[Tensor, Tensor]:
     """Match ``points [B, V, 3, H, W]`` by cycle-consistent nearest neighbours.
 
@@ -37,7 +37,9 @@ def match_point_maps(
         Index and distance ``[B, V, V, N]`` as in :class:`cameo.correspondence.Correspondence`.
     """
     points = points.to(torch.promote_types(points.dtype, torch.float32))
-    index, distance = match_tokens(_token_points(points, sizes), tuple(w for _, w in sizes), cycle_threshold)
+    index, distance = match_tokens(
+        _token_points(points, token_grids), tuple(w for _, w in token_grids), cycle_threshold
+    )
     if max_distance is not None:
         index.masked_fill_(distance > max_distance, -1)
     return index, distance
@@ -46,7 +48,7 @@ def match_point_maps(
 @torch.no_grad()
 @full_precision
 def match_depth(
-    depth: Tensor, intrinsics: Tensor, extrinsics: Tensor, sizes: Sizes, depth_tolerance: float
+    depth: Tensor, intrinsics: Tensor, extrinsics: Tensor, token_grids: TokenGrids, depth_tolerance: float
 ) -> tuple[Tensor, Tensor]:
     """Match ``depth [B, V, 1, H, W]`` by projecting each token's surface point into every other view.
 
@@ -56,7 +58,7 @@ def match_depth(
     views = depth.shape[1]
     depth = depth.to(torch.promote_types(depth.dtype, torch.float32))
     intrinsics = intrinsics.to(depth)
-    centres = _padded_centres(sizes, depth)
+    centres = _padded_centres(token_grids, depth)
     # [B, V, N] depth at the token centres, NaN for padding and missing depth
     centre_depth = read_depth(depth, centres.expand(depth.shape[0], -1, -1, -1))
     surface = camera_rays(centres, intrinsics) * centre_depth[..., None]
@@ -65,7 +67,7 @@ def match_depth(
     point = einsum(pose[..., :3, :3], surface, "b j i r c, b i n c -> b j i n r") + pose[..., None, :3, 3]
     point = rearrange(point, "b j i n c -> b j (i n) c")
     found = look_up(point, intrinsics, lambda xy, _: read_depth(depth, xy), depth_tolerance)
-    token = _token_at(found.xy, sizes, depth.shape[-2:])
+    token = _token_at(found.xy, token_grids, depth.shape[-2:])
     measured = torch.gather(centre_depth, -1, token.clamp(min=0)).isfinite()
     visible = measured & (token >= 0) & found.visible
     # The surface that is seen there lies on the same ray, so it is the point scaled to that depth.
@@ -78,14 +80,16 @@ def match_depth(
 
 @torch.no_grad()
 @full_precision
-def match_features(features: Tensor, sizes: Sizes, cycle_threshold: float, min_similarity: float | None) -> Tensor:
+def match_features(
+    features: Tensor, token_grids: TokenGrids, cycle_threshold: float, min_similarity: float | None
+) -> Tensor:
     """Match ``features [B, V, C, h, w]`` by cycle-consistent nearest neighbours in cosine similarity.
 
     Returns:
         Index ``[B, V, V, N]`` as in :class:`cameo.correspondence.Correspondence`.
     """
-    index, similarity = _most_similar(_feature_tokens(features, sizes))
-    consistent = cycle_consistent(index, tuple(w for _, w in sizes), cycle_threshold)
+    index, similarity = _most_similar(_feature_tokens(features, token_grids))
+    consistent = cycle_consistent(index, tuple(w for _, w in token_grids), cycle_threshold)
     if min_similarity is not None:
         consistent &= similarity >= min_similarity
     return index.masked_fill_(~consistent, -1)
@@ -103,14 +107,14 @@ def resample_features(features: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(features, size=size, mode="bilinear", antialias=True)
 
 
-def _feature_tokens(features: Tensor, sizes: Sizes) -> Tensor:
+def _feature_tokens(features: Tensor, token_grids: TokenGrids) -> Tensor:
     """Unit vectors at the token grids, ``[B, V, N, C]``; NaN for padding and where anything needed is missing."""
     features = features.to(torch.promote_types(features.dtype, torch.float32))
     missing = ~features.isfinite().all(dim=2, keepdim=True) | (features == 0).all(dim=2, keepdim=True)
     features = features.masked_fill(missing, math.nan)
-    count = max(h * w for h, w in sizes)
+    count = max(h * w for h, w in token_grids)
     tokens = features.new_full((*features.shape[:2], count, features.shape[2]), math.nan)
-    for view, (h, w) in enumerate(sizes):
+    for view, (h, w) in enumerate(token_grids):
         tokens[:, view, : h * w] = rearrange(resample_features(features[:, view], (h, w)), "b c h w -> b (h w) c")
     length = tokens.norm(dim=-1, keepdim=True)
     # Vectors that cancel to 0, or whose length is beyond the range of numbers, have no direction.
@@ -145,12 +149,12 @@ def _most_similar(tokens: Tensor) -> tuple[Tensor, Tensor]:
     return index, best
 
 
-def _token_points(points: Tensor, sizes: Sizes) -> Tensor:
+def _token_points(points: Tensor, token_grids: TokenGrids) -> Tensor:
     """Bring ``[B, V, 3, H, W]`` to the token grids, ``[B, V, N, 3]``; shorter views are padded with NaN."""
-    if len(set(sizes)) == 1:
-        return _resample(points, sizes[0])
-    tokens = points.new_full((*points.shape[:2], max(h * w for h, w in sizes), 3), math.nan)
-    for view, (h, w) in enumerate(sizes):
+    if len(set(token_grids)) == 1:
+        return _resample(points, token_grids[0])
+    tokens = points.new_full((*points.shape[:2], max(h * w for h, w in token_grids), 3), math.nan)
+    for view, (h, w) in enumerate(token_grids):
         tokens[:, view, : h * w] = _resample(points[:, view, None], (h, w))[:, 0]
     return tokens
 
@@ -183,14 +187,14 @@ def _interpolated_axis(length: int, cells: int, like: Tensor) -> tuple[Tensor, T
     return low, (low + 1).clamp(max=length - 1), centre - low
 
 
-def _padded_centres(sizes: Sizes, depth: Tensor) -> Tensor:
+def _padded_centres(token_grids: TokenGrids, depth: Tensor) -> Tensor:
     """Token centres in pixels, ``[V, N, 2]``, NaN for padding."""
     image_size = (depth.shape[-2], depth.shape[-1])
-    if len(set(sizes)) == 1:
-        grid = cell_centres(sizes[0], image_size, dtype=depth.dtype, device=depth.device)
-        return grid.flatten(0, 1).expand(len(sizes), -1, -1)
-    centres = depth.new_full((len(sizes), max(h * w for h, w in sizes), 2), math.nan)
-    for view, size in enumerate(sizes):
+    if len(set(token_grids)) == 1:
+        grid = cell_centres(token_grids[0], image_size, dtype=depth.dtype, device=depth.device)
+        return grid.flatten(0, 1).expand(len(token_grids), -1, -1)
+    centres = depth.new_full((len(token_grids), max(h * w for h, w in token_grids), 2), math.nan)
+    for view, size in enumerate(token_grids):
         grid = cell_centres(size, image_size, dtype=depth.dtype, device=depth.device)
         centres[view, : size[0] * size[1]] = grid.flatten(0, 1)
     return centres
@@ -202,10 +206,10 @@ def _relative_poses(extrinsics: Tensor) -> Tensor:
     return exact[:, :, None] @ invert_extrinsics(exact)[:, None]
 
 
-def _token_at(xy: Tensor, sizes: Sizes, image_size: Sequence[int]) -> Tensor:
+def _token_at(xy: Tensor, token_grids: TokenGrids, image_size: Sequence[int]) -> Tensor:
     """Token of view j that holds the position ``xy [B, j, M, 2]``, -1 outside the frame."""
     height, width = image_size
-    rows, columns = (_per_view(lengths, xy) for lengths in zip(*sizes, strict=True))
+    rows, columns = (_per_view(lengths, xy) for lengths in zip(*token_grids, strict=True))
     x, y = xy.unbind(-1)
     inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
     column = (torch.where(inside, x, 0) * columns / width).long().clamp(max=columns - 1)

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from cameo.attention.capture import AttentionSite
+from cameo.attention.capture import AttentionLayer
 from cameo.correspondence import Correspondence, GridSize
-from cameo.data.matches import MatchReader, Sizes
+from cameo.data.matches import MatchReader
 from cameo.errors import DataError, unknown_name
 from cameo.geometry import unproject
+from cameo.geometry.grids import TokenGrids
 from cameo.model import CameoModel
 from cameo.scenes.views import MultiViewSample, collate
 
@@ -48,17 +49,17 @@ def match_batch(
             batch["depth"],
             batch["intrinsics"],
             batch["extrinsics"],
-            size=size,
+            token_grid=size,
             check_values=not batch["depth"].is_cuda,
         )
     if kind == "point_map" and ("point_map" in batch or "depth" in batch):
         points = batch.get("point_map")
         if points is None:
             points = unproject(batch["depth"], batch["intrinsics"], batch["extrinsics"])
-        return Correspondence.from_point_maps(points, size=size, cycle_threshold=cycle_threshold)
+        return Correspondence.from_point_maps(points, token_grid=size, cycle_threshold=cycle_threshold)
     if kind == "features":
         if "features" in batch:
-            return Correspondence.from_features(batch["features"], size=size, cycle_threshold=cycle_threshold)
+            return Correspondence.from_features(batch["features"], token_grid=size, cycle_threshold=cycle_threshold)
         raise DataError(
             f"sample {batch.get('key', '?')}: has no features, so there are no correspondences. Put those of "
             "cameo.correspondence.features.FeatureExtractor into the batch, or use correspondence=depth"
@@ -76,20 +77,20 @@ def match_layers(model: CameoModel, batch: Mapping[str, Any], **options: Any) ->
     What the loader has handed over as `correspondences` is used; grids that are not among them are matched here, with
     the options of `match_batch`.
     """
-    sizes = [layer_grids(site, batch) for site in model.supervised_sites]
-    found = {match.sizes: match for match in batch.get("correspondences", ())}
-    found |= {size: match_batch(batch, size, **options) for size in set(sizes) - found.keys()}
-    return [found[size] for size in sizes]
+    token_grids = [layer_grids(layer, batch) for layer in model.supervised_layers]
+    found = {match.token_grids: match for match in batch.get("correspondences", ())}
+    found |= {size: match_batch(batch, size, **options) for size in set(token_grids) - found.keys()}
+    return [found[size] for size in token_grids]
 
 
-def layer_grids(site: AttentionSite, batch: Mapping[str, Any]) -> tuple[tuple[int, int], ...]:
+def layer_grids(layer: AttentionLayer, batch: Mapping[str, Any]) -> TokenGrids:
     """Return the token grid `(h, w)` of each view of a batch in a layer.
 
     Raises:
         ValueError: if the image pixels per token are not known.
     """
     views, _, height, width = batch["images"].shape[1:]
-    return site.sizes(height, width, views)
+    return layer.token_grids(height, width, views)
 
 
 def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
@@ -108,7 +109,7 @@ class MatchedDataset(Dataset[MultiViewSample]):
 
     Args:
         dataset: samples with geometry, and with `scene` and `scene_views` where they are to be looked up.
-        sizes: token grids of the views, as a supervised layer has them; one entry for each layer that has others.
+        token_grids: token grids of the views, as a supervised layer has them; one entry for each layer that has others.
         kind, cycle_threshold: as `match_batch` takes them, for what is computed.
         distances: whether the loss needs the 3D distances.
         precomputed: where the matches are; None computes all of them. A sample of which the folder lacks a pair is
@@ -122,7 +123,7 @@ class MatchedDataset(Dataset[MultiViewSample]):
     def __init__(
         self,
         dataset: Dataset[MultiViewSample],
-        sizes: Sequence[Sizes],
+        token_grids: Sequence[TokenGrids],
         *,
         kind: str = "depth",
         cycle_threshold: float = 1.5,
@@ -130,7 +131,7 @@ class MatchedDataset(Dataset[MultiViewSample]):
         precomputed: MatchReader | None = None,
         until: int | None = None,
     ) -> None:
-        self.dataset, self.sizes, self.precomputed = dataset, list(sizes), precomputed
+        self.dataset, self.token_grids, self.precomputed = dataset, list(token_grids), precomputed
         self.kind, self.cycle_threshold, self.distances = kind, cycle_threshold, distances
         self.until = until
 
@@ -139,12 +140,15 @@ class MatchedDataset(Dataset[MultiViewSample]):
         sample = self.dataset[index]
         if self.until is not None and index >= self.until:
             return sample
-        found = [self._read(sample, sizes) for sizes in self.sizes]
-        matches = [match or self._compute(sample, sizes) for match, sizes in zip(found, self.sizes, strict=True)]
+        found = [self._read(sample, token_grids) for token_grids in self.token_grids]
+        matches = [
+            match or self._compute(sample, token_grids)
+            for match, token_grids in zip(found, self.token_grids, strict=True)
+        ]
         extra = {} if self.precomputed is None else {"not_precomputed": any(match is None for match in found)}
         return MultiViewSample(**sample, correspondences=matches, **extra)  # type: ignore[typeddict-item]
 
-    def _read(self, sample: MultiViewSample, sizes: Sizes) -> Correspondence | None:
+    def _read(self, sample: MultiViewSample, token_grids: TokenGrids) -> Correspondence | None:
         if self.precomputed is None:
             return None
         if "scene" not in sample or "scene_views" not in sample:
@@ -154,8 +158,8 @@ class MatchedDataset(Dataset[MultiViewSample]):
             )
         scene, views = sample["scene"], sample["scene_views"]
         self.precomputed.check_views(scene, views, sample, sample=sample["key"])
-        return self.precomputed.read(scene, views, sizes, distances=self.distances)
+        return self.precomputed.read(scene, views, token_grids, distances=self.distances)
 
-    def _compute(self, sample: MultiViewSample, sizes: Sizes) -> Correspondence:
-        match = match_batch(collate([sample]), sizes, kind=self.kind, cycle_threshold=self.cycle_threshold)
+    def _compute(self, sample: MultiViewSample, token_grids: TokenGrids) -> Correspondence:
+        match = match_batch(collate([sample]), token_grids, kind=self.kind, cycle_threshold=self.cycle_threshold)
         return match if self.distances else replace(match, distance=None)

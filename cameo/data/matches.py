@@ -29,8 +29,9 @@ import torch
 from cameo.correspondence import Correspondence
 from cameo.data.shards import RECIPE, Shard, check_settings, check_writable, damaged, missing_shards, shard_files
 from cameo.errors import DataError
+from cameo.geometry.grids import TokenGrids
 
-__all__ = ["GridPair", "MatchReader", "MatchWriter", "Sizes", "view_checksum"]
+__all__ = ["GridPair", "MatchReader", "MatchWriter", "TokenGrids", "view_checksum"]
 
 # Bits of a key that hold a view; the scene has what is left of 63.
 VIEW_BITS = 20
@@ -38,7 +39,6 @@ SCENE_BITS = 63 - 2 * VIEW_BITS
 # A shard that is not full is written after so many seconds, which bounds what a kill can destroy.
 SHARD_SECONDS = 600
 
-Sizes = tuple[tuple[int, int], ...]
 GridPair = tuple[tuple[int, int], tuple[int, int]]
 
 
@@ -264,22 +264,24 @@ class MatchReader:
                 )
             self._checked.add(key)
 
-    def read(self, scene: int, views: Sequence[int], sizes: Sizes, *, distances: bool = False) -> Correspondence | None:
+    def read(
+        self, scene: int, views: Sequence[int], token_grids: TokenGrids, *, distances: bool = False
+    ) -> Correspondence | None:
         """Return the matches among views of a scene as a batch of one; None if the folder lacks one of the pairs.
 
         Args:
             scene: its number in the source.
             views: their numbers in the scene, V of them.
-            sizes: token grid `(h, w)` of each view.
+            token_grids: token grid `(h, w)` of each view.
             distances: whether to read the distances too.
 
         Raises:
             DataError: if a shard is damaged.
         """
-        places = self._places(scene, views, sizes)
+        places = self._places(scene, views, token_grids)
         if places is None:
             return None
-        shape = (1, len(views), len(views), max(height * width for height, width in sizes))
+        shape = (1, len(views), len(views), max(height * width for height, width in token_grids))
         index = torch.full(shape, -1, dtype=torch.int64)
         distance = torch.full(shape, torch.inf) if distances else None
         for number, group in groupby(places, key=lambda place: place[0]):
@@ -287,20 +289,22 @@ class MatchReader:
             for kind, whole in (("index", index), ("distance", distance)):
                 if whole is None:
                     continue
-                names = [f"{kind}/{_table_name((sizes[i], sizes[j]))}" for _, _, i, j in pairs]
+                names = [f"{kind}/{_table_name((token_grids[i], token_grids[j]))}" for _, _, i, j in pairs]
                 rows = shard.rows([(name, row) for name, (_, row, _, _) in zip(names, pairs, strict=True)])
                 for (_, _, i, j), row in zip(pairs, rows, strict=True):
                     whole.numpy()[0, i, j, : len(row)] = row
         try:
-            return Correspondence(index, sizes, distance=distance)
+            return Correspondence(index, token_grids, distance=distance)
         except ValueError as error:
             raise damaged(self.shards[places[0][0]].path, error) from error
 
-    def _places(self, scene: int, views: Sequence[int], sizes: Sizes) -> list[tuple[int, int, int, int]] | None:
+    def _places(
+        self, scene: int, views: Sequence[int], token_grids: TokenGrids
+    ) -> list[tuple[int, int, int, int]] | None:
         """Shard, row and the two positions in the sample of each pair, by shard; None if a pair is missing."""
         by_grids: dict[GridPair, list[tuple[int, int]]] = defaultdict(list)
         for i, j in permutations(range(len(views)), 2):
-            by_grids[sizes[i], sizes[j]].append((i, j))
+            by_grids[token_grids[i], token_grids[j]].append((i, j))
         numbers = np.array(views, dtype=np.int64)
         places = []
         for grids, pairs in by_grids.items():

@@ -221,7 +221,7 @@ def tsed(
     pass the ratio test in both directions and are each other's best. Too few matches count as inconsistent, as in the
     source; blurred views have few. With the true images at hand, pairs in which these do not pass either are left open
     (``consistent=None``): small or smooth images have too few keypoints for the measure. Distances are in
-    pixels, so results of different image sizes do not compare (source: 256 pixels).
+    pixels, so results of different image token_grids do not compare (source: 256 pixels).
 
     Example:
         >>> intrinsics = torch.tensor([[32.0, 0, 16], [0, 32, 16], [0, 0, 1]]).expand(1, 2, 3, 3)

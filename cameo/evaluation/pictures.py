@@ -76,19 +76,19 @@ def attention_figure(
         ValueError: if no token is visible in another view, or the layer does not attend across whole views.
     """
     first = next(iter(models.values()))
-    site = first.supervised_sites[0]
-    match = match_batch(batch, layer_grids(site, batch))
-    local = site.layout.localise(match)
+    layer = first.supervised_layers[0]
+    match = match_batch(batch, layer_grids(layer, batch))
+    local = layer.layout.localize(match)
     if local.batch_size != match.batch_size:
-        raise ValueError(f"layer {site.path!r} attends to a part of the other view; its attention is not drawn")
+        raise ValueError(f"layer {layer.path!r} attends to a part of the other view; its attention is not drawn")
     references, dropped = int(batch["num_reference_views"]), match.num_views - local.num_views
     query_view, key_view = _views_to_draw(local, max(0, references - dropped), batch)
-    visible = local.visible[:, query_view, key_view]
+    visible = local.matched[:, query_view, key_view]
     sample = int(visible.sum(1).argmax())
     target, candidates = local.index[sample, query_view, key_view], visible[sample].nonzero().flatten()
     chosen = candidates[torch.linspace(0, len(candidates) - 1, min(queries, len(candidates))).round().long()]
     shown, looked_at = (batch["images"][sample, dropped + view] for view in (query_view, key_view))
-    query_size, key_size = local.sizes[query_view], local.sizes[key_view]
+    query_size, key_size = local.token_grids[query_view], local.token_grids[key_view]
     figure, axes = _grid(len(chosen), 1 + len(models))
     for column, (name, model) in enumerate(models.items(), start=1):
         heat = _attention_between(model, inputs, match, sample, query_view, key_view)
@@ -120,7 +120,7 @@ def save_figure(figure: Figure, path: str | Path) -> Path:
 
 def _views_to_draw(local: Correspondence, references: int, batch: Mapping[str, Any]) -> tuple[int, int]:
     """Choose the query view and the key view, counted as in the layer's own correspondence."""
-    visible = local.visible.any(-1).any(0)
+    visible = local.matched.any(-1).any(0)
     for query_view in range(references, local.num_views):
         for key_view in range(references or local.num_views):
             if visible[query_view, key_view]:
@@ -135,15 +135,15 @@ def _attention_between(
     model: CameoModel, inputs: TrainingInputs, match: Correspondence, sample: int, query_view: int, key_view: int
 ) -> Tensor:
     """Attention `[N, N']` of one view's tokens over those of another, mean over heads; N' as the key view's grid."""
-    site = model.supervised_sites[0]
+    layer = model.supervised_layers[0]
     with evaluation_mode(model):
-        with native_precision(model), model.capture([site]) as captured:
+        with native_precision(model), model.capture([layer]) as captured:
             model.base_model(*inputs.args, **inputs.kwargs)
-        query, key, local = model.split(site, captured[site.path], match)
+        query, key, local = model.split(layer, captured[layer.path], match)
         queries = query[sample : sample + 1, :, query_view : query_view + 1]
-        height, width = size = local.sizes[key_view]
+        height, width = size = local.token_grids[key_view]
         keys = key[sample : sample + 1, :, key_view : key_view + 1, : height * width]
-        maps = attention_maps(queries, keys, (size,), None, captured[site.path].scale)
+        maps = attention_maps(queries, keys, (size,), None, captured[layer.path].scale)
     return maps["mean"][0, 0, 0, :, 0].cpu()
 
 

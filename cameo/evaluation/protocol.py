@@ -193,7 +193,7 @@ def _attention(
     if settings.attention_layers == "none":
         section.notes["all"] = "attention_layers=none: left out"
         return section
-    supervised = [site.path for site in model.supervised_sites]
+    supervised = [attention_layer.path for attention_layer in model.supervised_layers]
     device = next(model.parameters()).device
     probe = probe_layers(
         model,

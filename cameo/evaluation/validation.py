@@ -44,7 +44,7 @@ def validate(
         ValueError: if no target pixel is seen by a reference, where there is one, or no noise level is high.
     """
     counted = _SupervisedLayer(model)
-    errors = measure_denoising(model, pipeline, data, settings, sites=[counted.site], observe=counted.observe)
+    errors = measure_denoising(model, pipeline, data, settings, layers=[counted.layer], observe=counted.observe)
     return {
         **_denoising_report(errors, settings.high_levels),
         **_attention_report(counted.tally, errors.references),
@@ -56,8 +56,8 @@ class _SupervisedLayer:
     """Counts how often the attention of the first supervised layer finds the true match, on the way."""
 
     def __init__(self, model: CameoModel) -> None:
-        self.site, self.head = model.supervised_sites[0], model.alignment_heads[0]
-        self.tally = LayerTally(self.site)
+        self.layer, self.head = model.supervised_layers[0], model.alignment_heads[0]
+        self.tally = LayerTally(self.layer)
         self._truths: BatchTruths | None = None
 
     def observe(self, one: DenoisingPass) -> None:
@@ -65,7 +65,7 @@ class _SupervisedLayer:
             if self._truths is not None:
                 self.tally.close_batch()
             self._truths = BatchTruths(one.batch, metric=False)
-        self.tally.count(one.captured[self.site.path], self._truths, (0, 1), None, self.head)  # type: ignore[arg-type]
+        self.tally.count(one.captured[self.layer.path], self._truths, (0, 1), None, self.head)  # type: ignore[arg-type]
 
 
 def _denoising_report(errors: DenoisingErrors, high: Sequence[float]) -> dict[str, Any]:

@@ -6,9 +6,9 @@ from cameo.lazy import load_on_use
 
 if TYPE_CHECKING:
     from cameo.geometry.cameras import check_cameras
+    from cameo.geometry.grids import as_grid
     from cameo.geometry.orbits import estimate_up, orbit_centre, spherical_angles
     from cameo.geometry.projection import (
-        as_grid,
         camera_rays,
         cell_centres,
         crop_intrinsics,
@@ -26,7 +26,7 @@ else:
     __getattr__, __dir__ = load_on_use(
         __name__,
         {
-            "as_grid": "cameo.geometry.projection",
+            "as_grid": "cameo.geometry.grids",
             "camera_rays": "cameo.geometry.projection",
             "cell_centres": "cameo.geometry.projection",
             "check_cameras": "cameo.geometry.cameras",

@@ -50,7 +50,7 @@ CAMERA_FAULTS = (
     (
         "extrinsics",
         "a rotation that is not orthonormal",
-        "orthonormalise it; a scale belongs into the translation and the depth",
+        "orthonormalize it; a scale belongs into the translation and the depth",
     ),
     ("extrinsics", "a rotation with determinant -1", "convert the axes to OpenCV without a mirror"),
 )

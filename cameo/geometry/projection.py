@@ -269,13 +269,3 @@ def to_pixels(in_camera: Tensor, intrinsics: Tensor) -> tuple[Tensor, Tensor]:
     front = (z > 0)[..., None]
     xy = image[..., :2] / torch.where(front, z[..., None], 1)
     return torch.where(front, xy, math.nan), z
-
-
-def as_grid(name: str, size: object) -> tuple[int, int]:
-    """Read a grid size given as an int or as ``(h, w)``."""
-    grid = size if isinstance(size, (tuple, list)) else (size, size)
-    try:
-        height, width = (as_integer(name, side, least=1) for side in grid)
-    except ValueError as error:
-        raise ValueError(f"{name}: expected a positive int or (h, w), got {size!r}") from error
-    return height, width

@@ -50,7 +50,7 @@ class CardFacts:
         class_name: class of the base module.
         component: name of the denoiser in its pipeline, the prefix of a LoRA file's keys.
         plain_class: whether diffusers has the class.
-        licence: front-matter entries, see `cameo.hub.license.find_licence`; may be empty.
+        license: front-matter entries, see `cameo.hub.license.find_license`; may be empty.
         has_head: whether the alignment head is in the folder.
         pipeline_tag: task on the Hub.
         adapter: facts about the adapter's size.
@@ -65,7 +65,7 @@ class CardFacts:
     class_name: str
     component: str
     plain_class: bool
-    licence: dict[str, str]
+    license: dict[str, str]
     has_head: bool = False
     pipeline_tag: str = "image-to-3d"
     adapter: dict[str, Any] = field(default_factory=dict)
@@ -104,7 +104,7 @@ def _front_matter(facts: CardFacts) -> str:
     from huggingface_hub import ModelCardData
 
     adapter = facts.form in ADAPTER_FORMATS
-    entries: dict[str, Any] = dict(facts.licence)
+    entries: dict[str, Any] = dict(facts.license)
     if base := hub_id(facts.config.base_model):
         entries["base_model"] = base
         entries["base_model_relation"] = "adapter" if adapter else "finetune"
@@ -201,7 +201,7 @@ def _details(facts: CardFacts) -> str:
         "Alignment head": _compact(config.head)
         + (", included" if facts.has_head else ", not included (training only)"),
         "Alignment weight": config.weight,
-        "Loss": f"normalise {config.normalise}, reduction {config.reduction}",
+        "Loss": f"normalize {config.normalize}, reduction {config.reduction}",
     }
     if config.layer_choice:
         rows["Layer chosen by"] = _choice_text(config.layer_choice)
@@ -260,11 +260,11 @@ def _pictures(facts: CardFacts) -> str:
 
 
 def _licence_text(facts: CardFacts) -> str:
-    if not facts.licence:
-        return "## Licence\n\nNot stated here; the licence of the base weights applies."
-    name = facts.licence.get("license_name", facts.licence["license"])
-    link = facts.licence.get("license_link")
-    return "## Licence\n\n" + (f"[{name}]({link})" if link else name) + ", following the base weights."
+    if not facts.license:
+        return "## License\n\nNot stated here; the license of the base weights applies."
+    name = facts.license.get("license_name", facts.license["license"])
+    link = facts.license.get("license_link")
+    return "## License\n\n" + (f"[{name}]({link})" if link else name) + ", following the base weights."
 
 
 def _code(lines: Sequence[str]) -> str:

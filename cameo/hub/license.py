@@ -1,4 +1,4 @@
-"""Which licence a trained model carries: that of its base, never a default."""
+"""Which license a trained model carries: that of its base, never a default."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from cameo.config import CameoConfig
 
-__all__ = ["find_licence", "hub_id", "require_licence"]
+__all__ = ["find_license", "hub_id", "require_license"]
 
 logger = logging.getLogger(__name__)
 
@@ -27,23 +27,23 @@ def hub_id(name: str | None) -> str | None:
     return name
 
 
-def find_licence(
+def find_license(
     config: CameoConfig,
-    licence: str | Mapping[str, str] | None,
+    license: str | Mapping[str, str] | None,
     *,
     backbone: Any = None,
     online: bool = False,
     token: str | None = None,
 ) -> dict[str, str]:
-    """Find a model's licence: the argument, else the base's card, else what the backbone's adapter knows.
+    """Find a model's license: the argument, else the base's card, else what the backbone's adapter knows.
 
     Example:
-        >>> find_licence(CameoConfig(None, []), "cc-by-nc-4.0")
+        >>> find_license(CameoConfig(None, []), "cc-by-nc-4.0")
         {'license': 'cc-by-nc-4.0'}
 
     Args:
         config: names the base weights.
-        licence: identifier of the Hub, or a mapping with `license`, `license_name` and `license_link`.
+        license: identifier of the Hub, or a mapping with `license`, `license_name` and `license_link`.
         backbone: adapter that is asked last.
         online: whether to read the base's card on the Hub.
         token: for a private base.
@@ -54,10 +54,10 @@ def find_licence(
     Raises:
         ValueError: for `other` without a name.
     """
-    if licence is not None:
-        found: Mapping[str, Any] = {"license": licence} if isinstance(licence, str) else licence
+    if license is not None:
+        found: Mapping[str, Any] = {"license": license} if isinstance(license, str) else license
         if not found.get("license"):
-            raise ValueError(f"licence: expected an identifier or a mapping with 'license', got {licence!r}")
+            raise ValueError(f"license: expected an identifier or a mapping with 'license', got {license!r}")
     else:
         found = _licence_of_base(config, online=online, token=token)
         if not found.get("license") and backbone is not None:
@@ -66,36 +66,36 @@ def find_licence(
     entries = {key: str(found[key]) for key in ("license", "license_name", "license_link") if found.get(key)}
     if entries.get("license") == "other" and "license_name" not in entries:
         raise ValueError(
-            "licence 'other' needs a name and a link: pass licence={'license': 'other', 'license_name': ..., "
+            "license 'other' needs a name and a link: pass license={'license': 'other', 'license_name': ..., "
             "'license_link': ...}"
         )
     return entries
 
 
-def require_licence(
+def require_license(
     config: CameoConfig,
-    licence: str | Mapping[str, str] | None,
+    license: str | Mapping[str, str] | None,
     *,
     backbone: Any = None,
     token: str | None = None,
 ) -> dict[str, str]:
-    """Find the licence under which a model can be pushed, asking the Hub too.
+    """Find the license under which a model can be pushed, asking the Hub too.
 
     Example:
-        >>> require_licence(CameoConfig(None, []), None)
+        >>> require_license(CameoConfig(None, []), None)
         Traceback (most recent call last):
             ...
-        ValueError: no licence is known for the base weights (not recorded), and a model follows the licence of its \
-base; pass licence= (for example licence='openrail')
+        ValueError: no license is known for the base weights (not recorded), and a model follows the license of its \
+base; pass license= (for example license='openrail')
 
     Raises:
         ValueError: if none is known; there is no default.
     """
-    found = find_licence(config, licence, backbone=backbone, online=True, token=token)
+    found = find_license(config, license, backbone=backbone, online=True, token=token)
     if not found:
         raise ValueError(
-            f"no licence is known for the base weights ({config.base_model or 'not recorded'}), and a model "
-            "follows the licence of its base; pass licence= (for example licence='openrail')"
+            f"no license is known for the base weights ({config.base_model or 'not recorded'}), and a model "
+            "follows the license of its base; pass license= (for example license='openrail')"
         )
     return found
 

@@ -21,7 +21,7 @@ from cameo.config import CONFIG_NAME, CameoConfig
 from cameo.errors import DataError
 from cameo.files import move_into_place, write_atomically
 from cameo.hub.card import CardFacts, Metrics, Pictures, copy_pictures, model_card
-from cameo.hub.license import find_licence, hub_id, require_licence
+from cameo.hub.license import find_license, hub_id, require_license
 from cameo.hub.loading import check_numbers, load_base, read_adapter, read_full
 from cameo.hub.publish import explained_errors, file_names, upload, verify
 from cameo.hub.weights import (
@@ -35,6 +35,7 @@ from cameo.hub.weights import (
     write_weights,
 )
 from cameo.model import CameoModel, attach
+from cameo.renamed import old_keywords
 from cameo.version import __version__
 
 __all__ = ["from_pretrained", "local_folder", "push_to_hub", "save_pretrained"]
@@ -44,6 +45,7 @@ logger = logging.getLogger(__name__)
 DOWNLOADED = ["*.json", "*.safetensors", "*.txt", "*.model"]  # never pickles or code
 
 
+@old_keywords
 def save_pretrained(
     model: CameoModel,
     folder: str | Path,
@@ -52,7 +54,7 @@ def save_pretrained(
     pipeline: Any = None,
     metrics: Metrics | None = None,
     pictures: Pictures | None = None,
-    licence: str | Mapping[str, str] | None = None,
+    license: str | Mapping[str, str] | None = None,
 ) -> Path:
     """Write weights, `cameo_config.json` and a model card to `folder`.
 
@@ -77,7 +79,7 @@ def save_pretrained(
         pipeline: the pipeline around a full model; its other components are saved with it.
         metrics: for the card, name to value or group to names and values.
         pictures: for the card, caption to path or `PIL.Image`, or a list of paths.
-        licence: identifier of the Hub, or a mapping with `license`, `license_name`, `license_link`. Default:
+        license: identifier of the Hub, or a mapping with `license`, `license_name`, `license_link`. Default:
             that of the base weights where it is known without network, else the card states none.
 
     Raises:
@@ -91,7 +93,7 @@ def save_pretrained(
     stage = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.tmp"
     try:
         stage.mkdir(parents=True)
-        facts = find_licence(model.cameo_config, licence, backbone=_backbone(model.cameo_config))
+        facts = find_license(model.cameo_config, license, backbone=_backbone(model.cameo_config))
         _stage(model, stage, target.name, facts, include_head, pipeline, metrics, pictures)
         _move_in(stage, target)
     finally:
@@ -160,6 +162,7 @@ def from_pretrained(
     return model.eval()
 
 
+@old_keywords
 def push_to_hub(
     model: CameoModel,
     repo_id: str,
@@ -172,13 +175,13 @@ def push_to_hub(
     pipeline: Any = None,
     metrics: Metrics | None = None,
     pictures: Pictures | None = None,
-    licence: str | Mapping[str, str] | None = None,
+    license: str | Mapping[str, str] | None = None,
     revision: str | None = None,
 ) -> str:
     """Save to a temporary folder, load it back and compare, then upload it in one commit; returns the URL.
 
     Example:
-        >>> model.push_to_hub("me/rooms-lora", licence="openrail")  # doctest: +SKIP
+        >>> model.push_to_hub("me/rooms-lora", license="openrail")  # doctest: +SKIP
         'https://huggingface.co/me/rooms-lora'
 
     Before anything is written to the Hub the saved files are loaded into a fresh base, and its output on the
@@ -192,11 +195,11 @@ def push_to_hub(
         commit_message: title of the commit.
         include_head, pipeline, metrics, pictures: see `save_pretrained`.
         create_pr: open a pull request instead of changing the branch.
-        licence: see `save_pretrained`. Default: the one on the base's card, else the one its backbone knows.
+        license: see `save_pretrained`. Default: the one on the base's card, else the one its backbone knows.
         revision: branch to write to, created if needed; default `main`.
 
     Raises:
-        ValueError: if no licence is known, or the repository holds weights of another format that cameo did
+        ValueError: if no license is known, or the repository holds weights of another format that cameo did
             not write.
         RuntimeError: if the saved files do not reproduce the model's output; nothing is pushed then.
         PermissionError: without a token, or if the Hub refuses it.
@@ -211,7 +214,7 @@ def push_to_hub(
     config = model.cameo_config
     if not (token or get_token()):
         raise PermissionError("no Hugging Face token: pass token=, set the variable HF_TOKEN, or run `hf auth login`")
-    facts = require_licence(config, licence, backbone=_backbone(config), token=token)
+    facts = require_license(config, license, backbone=_backbone(config), token=token)
     api = HfApi(token=token, library_name="cameo")
     if "/" not in repo_id:
         with explained_errors(repo_id):
@@ -242,7 +245,7 @@ def _stage(
     model: CameoModel,
     folder: Path,
     place: str,
-    licence: dict[str, str],
+    license: dict[str, str],
     include_head: bool,
     pipeline: Any,
     metrics: Metrics | None,
@@ -277,7 +280,7 @@ def _stage(
         class_name=type(core).__name__,
         component=component_name(core, pipeline),
         plain_class=getattr(diffusers, type(core).__name__, None) is type(core),
-        licence=licence,
+        license=license,
         has_head=include_head and bool(head),
         adapter=_adapter_facts(base) if form in ADAPTER_FORMATS else {},
         metrics=metrics,

@@ -18,12 +18,13 @@ import numpy as np
 from torch import nn
 from torch.utils.data import Dataset
 
-from cameo.attention.capture import AttentionSite
+from cameo.attention.capture import AttentionLayer
 from cameo.attention.self_view import cut_other_views
 from cameo.backbone import core_module, get_backbone
 from cameo.data import MultiViewSample, collate
 from cameo.data.batches import layer_grids
 from cameo.errors import unknown_name
+from cameo.geometry.grids import TokenGrids
 from cameo.model import CameoModel
 from cameo.pipeline import MultiViewPipeline
 from cameo.probing.bootstrap import paired_bootstrap, scene_of
@@ -37,7 +38,6 @@ __all__ = ["Drop", "LayerEffect", "effects_figure", "effects_table", "perturb_la
 
 # Title and digits of each metric in a table.
 METRICS = {"psnr_covisible": ("PSNR covisible (dB)", 2), "psnr_all": ("PSNR all (dB)", 2), "loss": ("loss", 4)}
-Sizes = tuple[tuple[int, int], ...]
 Values = dict[str, dict[str, float]]  # metric to scene to value
 
 
@@ -81,7 +81,7 @@ class LayerEffect:
 
 
 @contextmanager
-def self_view_only(model: nn.Module, site: AttentionSite, sizes: Sizes) -> Iterator[None]:
+def self_view_only(model: nn.Module, layer: AttentionLayer, token_grids: TokenGrids) -> Iterator[None]:
     """Cut one layer's view of the other views: inside the block its queries see the keys of their own view only.
 
     Example:
@@ -91,9 +91,9 @@ def self_view_only(model: nn.Module, site: AttentionSite, sizes: Sizes) -> Itera
         ...     def forward(self, x):
         ...         return nn.functional.scaled_dot_product_attention(x, x, x)
         >>> model = nn.Sequential(Attention())
-        >>> site = AttentionSite(0, "0", heads=1, layout=TokenLayout("b (v h w)"))
+        >>> layer = AttentionLayer(0, "0", heads=1, layout=TokenLayout("b (v h w)"))
         >>> x = torch.randn(1, 1, 8, 4)  # two views of 2 x 2 tokens
-        >>> with self_view_only(model, site, sizes=((2, 2), (2, 2))):
+        >>> with self_view_only(model, layer, token_grids=((2, 2), (2, 2))):
         ...     cut = model(x)
         >>> torch.equal(cut, torch.cat([model(x[:, :, :4]), model(x[:, :, 4:])], dim=2))
         True
@@ -110,18 +110,18 @@ def self_view_only(model: nn.Module, site: AttentionSite, sizes: Sizes) -> Itera
     whole once the block is left.
 
     Args:
-        model: a `CameoModel`, or the model that holds the site.
-        site: one of the adapter's sites, or of `CameoModel.sites`.
-        sizes: token grid `(h, w)` of each view, as `site.sizes(height, width, num_views)`.
+        model: a `CameoModel`, or the model that holds the layer.
+        layer: one of the adapter's layers, or of `CameoModel.attention_layers`.
+        token_grids: token grid `(h, w)` of each view, as `layer.token_grids(height, width, num_views)`.
 
     Raises:
-        CaptureError: in the forward, if a call has other numbers of tokens than `sizes` say, is masked, or the module
-            calls the kernel several times without `site.kernel_call`; on leaving the block, if the layer did not run,
-            or runs a kernel that is not known (see `AttentionCapture`).
-        ValueError: if the sizes do not fit the layout.
+        CaptureError: in the forward, if a call has other numbers of tokens than `token_grids` say, is masked, or the
+            module calls the kernel several times without `layer.kernel_call`; on leaving the block, if the layer did
+            not run, or runs a kernel that is not known (see `AttentionCapture`).
+        ValueError: if the token_grids do not fit the layout.
     """
     base = model.base_model if isinstance(model, CameoModel) else model
-    with cut_other_views(core_module(base), site, sizes):
+    with cut_other_views(core_module(base), layer, token_grids):
         yield
 
 
@@ -156,8 +156,8 @@ def perturb_layers(
         pipeline: that of the model.
         data: samples of one image size and number of views, of two scenes at least.
         settings: samples, noise levels and noise.
-        layers: indices into the adapter's layers (`CameoModel.sites`), or paths. None: all cross-view layers, those
-            that `inflate=True` joined first.
+        layers: indices into the adapter's layers (`CameoModel.attention_layers`), or paths. None: all cross-view
+            layers, those that `inflate=True` joined first.
 
     Returns:
         One effect per layer, in the order of `layers`. A layer that cannot be cut is there with its `reason`.
@@ -166,8 +166,8 @@ def perturb_layers(
         ValueError: for an unknown layer; if the samples are of one scene only.
         DataError, CaptureError: as `cameo.probing.denoising.measure_denoising` and `self_view_only`.
     """
-    sites = _cross_view_sites(model)
-    chosen = sites if layers is None else [_find(model, sites, layer) for layer in layers]
+    attention_layers = _cross_view_sites(model)
+    chosen = attention_layers if layers is None else [_find(model, attention_layers, layer) for layer in layers]
     whole = _by_scene(measure_denoising(model, pipeline, data, settings), settings)
     if len(whole["loss"]) < 2:
         raise ValueError(
@@ -176,26 +176,32 @@ def perturb_layers(
         )
     first = collate([data[0]])
     effects = []
-    for site in chosen:
-        if site.unsupported:
-            effects.append(LayerEffect(site.index, site.path, reason=site.unsupported))
+    for attention_layer in chosen:
+        if attention_layer.unsupported:
+            effects.append(LayerEffect(attention_layer.index, attention_layer.path, reason=attention_layer.unsupported))
             continue
-        with self_view_only(model, site, layer_grids(site, first)):
+        with self_view_only(model, attention_layer, layer_grids(attention_layer, first)):
             cut = measure_denoising(model, pipeline, data, settings)
-        effects.append(_effect(site, whole, _by_scene(cut, settings)))
+        effects.append(_effect(attention_layer, whole, _by_scene(cut, settings)))
     return effects
 
 
-def _cross_view_sites(model: CameoModel) -> list[AttentionSite]:
+def _cross_view_sites(model: CameoModel) -> list[AttentionLayer]:
     if not (model.cameo_config.inflate and model.cameo_config.backbone):
-        return model.sites
-    others = get_backbone(model.cameo_config.backbone).sites(core_module(model.base_model))
-    return [*model.supervised_sites, *others]
+        return model.attention_layers
+    others = get_backbone(model.cameo_config.backbone).attention_layers(core_module(model.base_model))
+    return [*model.supervised_layers, *others]
 
 
-def _find(model: CameoModel, sites: Sequence[AttentionSite], layer: int | str) -> AttentionSite:
-    by_name: dict[int | str, AttentionSite] = {site.path: site for site in sites}
-    by_name |= {site.index: site for site in model.sites if site.path in by_name}
+def _find(model: CameoModel, attention_layers: Sequence[AttentionLayer], layer: int | str) -> AttentionLayer:
+    by_name: dict[int | str, AttentionLayer] = {
+        attention_layer.path: attention_layer for attention_layer in attention_layers
+    }
+    by_name |= {
+        attention_layer.index: attention_layer
+        for attention_layer in model.attention_layers
+        if attention_layer.path in by_name
+    }
     if layer not in by_name:
         raise unknown_name("layer", layer, map(str, by_name))
     return by_name[layer]
@@ -218,22 +224,22 @@ def _by_scene(errors: DenoisingErrors, settings: ValidationSettings) -> Values:
     return found
 
 
-def _effect(site: AttentionSite, whole: Values, cut: Values) -> LayerEffect:
+def _effect(layer: AttentionLayer, whole: Values, cut: Values) -> LayerEffect:
     per_scene, means, drops = {}, {}, {}
     for metric, scenes in whole.items():
         if len(scenes) < 2:  # no references, or none that see anything
             continue
         if lost := sorted(scenes.keys() - cut[metric].keys()):
             reason = f"without it the model's {metric} is not finite in {', '.join(lost[:3])}"
-            return LayerEffect(site.index, site.path, reason=reason)
+            return LayerEffect(layer.index, layer.path, reason=reason)
         before, after = list(scenes.values()), [cut[metric][scene] for scene in scenes]
         worse = (before, after) if metric == "loss" else (after, before)
         means[metric] = sum(after) / len(after)
         drops[metric] = Drop(*paired_bootstrap(*worse))
         per_scene[metric] = {scene: worse[1][place] - worse[0][place] for place, scene in enumerate(scenes)}
     return LayerEffect(
-        site.index,
-        site.path,
+        layer.index,
+        layer.path,
         loss=means.get("loss"),
         psnr_covisible=means.get("psnr_covisible"),
         psnr_all=means.get("psnr_all"),

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from cameo.attention.capture import AttentionCapture, AttentionSite
+from cameo.attention.capture import AttentionCapture, AttentionLayer
 from cameo.correspondence import Correspondence
 from cameo.data import MultiViewSample, collate
 from cameo.data.batches import to_device
@@ -100,8 +100,8 @@ def covisible_pixels(batch: MultiViewSample | dict[str, Any]) -> Tensor:
     references = int(batch["num_reference_views"])
     if not references:
         return torch.zeros_like(depth, dtype=torch.bool)
-    match = Correspondence.from_depth(depth, batch["intrinsics"], batch["extrinsics"], size=(height, width))
-    seen = match.visible[:, :, :references].any(dim=2).unflatten(-1, (height, width))
+    match = Correspondence.from_depth(depth, batch["intrinsics"], batch["extrinsics"], token_grid=(height, width))
+    seen = match.matched[:, :, :references].any(dim=2).unflatten(-1, (height, width))
     seen[:, :references] = False
     return seen[:, :, None]
 
@@ -201,7 +201,7 @@ def measure_denoising(
     settings: ValidationSettings,
     *,
     predict_from: float | None = None,
-    sites: Sequence[AttentionSite] = (),
+    layers: Sequence[AttentionLayer] = (),
     observe: Callable[[DenoisingPass], None] | None = None,
 ) -> DenoisingErrors:
     """Measure loss and predicted clean images per sample; the model is left as it was.
@@ -212,7 +212,7 @@ def measure_denoising(
         data: samples with depth.
         settings: samples, noise levels and noise.
         predict_from: noise level from which on clean images are predicted; default `settings.high_noise`.
-        sites: layers whose queries and keys are captured, for `observe`.
+        layers: layers whose queries and keys are captured, for `observe`.
         observe: is called after each forward, all levels of a batch one after another.
 
     Raises:
@@ -221,7 +221,7 @@ def measure_denoising(
     """
     errors = DenoisingErrors(settings.high_noise if predict_from is None else predict_from)
     with evaluation_mode(model):
-        for one in denoising_passes(model, pipeline, data, settings, sites):
+        for one in denoising_passes(model, pipeline, data, settings, layers):
             errors.add(one, pipeline)
             if observe is not None:
                 observe(one)
@@ -234,18 +234,18 @@ def denoising_passes(
     pipeline: MultiViewPipeline,
     data: Dataset[MultiViewSample],
     settings: ValidationSettings,
-    sites: Sequence[AttentionSite] = (),
+    layers: Sequence[AttentionLayer] = (),
 ) -> Iterator[DenoisingPass]:
     """Run the denoiser on fixed samples and noise, all levels of a batch one after another.
 
-    The caller holds the model in `evaluation_mode`. `sites`: layers whose queries and keys are observed.
+    The caller holds the model in `evaluation_mode`. `attention_layers`: layers whose queries and keys are observed.
     """
     device = next(model.parameters()).device
     for indices, batch in sample_batches(data, settings.num_samples, settings.batch_size, device):
         seen = covisible_pixels(batch)
         for level in settings.noise_levels:
             inputs = fixed_inputs(pipeline, batch, indices, level, settings.seed)
-            with native_precision(model), model.capture(list(sites)) as captured:
+            with native_precision(model), model.capture(list(layers)) as captured:
                 output = model.base_model(*inputs.args, **inputs.kwargs)
             yield DenoisingPass(batch, indices, seen, level, inputs, output, captured)
 

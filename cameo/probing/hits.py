@@ -14,6 +14,7 @@ from torch import Tensor
 
 from cameo.alignment import AlignmentHead
 from cameo.errors import ShapeError
+from cameo.geometry.grids import TokenGrids
 from cameo.probing.truth import Pairs, Truth, token_distance
 
 __all__ = ["READOUTS", "attention_maps", "count_hits", "view_maps"]
@@ -22,7 +23,6 @@ READOUTS = ("mean", "best_head", "through_head")
 # Entries of the logits that are held at once; the alignment head needs several times as many.
 BLOCK_ENTRIES = 1 << 24
 
-Sizes = tuple[tuple[int, int], ...]
 Block = tuple[slice, slice, slice]
 
 
@@ -70,7 +70,7 @@ def count_hits(
         index = truth.match.index[samples, views, :, tokens]
         if not bool((index >= 0).any()):
             continue
-        call = query[samples, :, views, tokens], key[samples], truth.match.sizes, head, scale
+        call = query[samples, :, views, tokens], key[samples], truth.match.token_grids, head, scale
         if truth.one_token:
             bins, found = _view_hits(view_maps(*call, first_view=views.start), truth, block)
         else:
@@ -102,14 +102,20 @@ def _blocks(query: Tensor) -> Iterator[Block]:
 
 
 def _pair_maps(
-    query: Tensor, key: Tensor, sizes: Sizes, head: AlignmentHead | None, scale: float, pairs: Pairs, block: Block
+    query: Tensor,
+    key: Tensor,
+    token_grids: TokenGrids,
+    head: AlignmentHead | None,
+    scale: float,
+    pairs: Pairs,
+    block: Block,
 ) -> dict[str, Tensor]:
     """Attention of the queries of a block's P visible pairs over the view that shows their point, `[P, R, N]`."""
     sample, view, token = (
         at - part.start for at, part in zip((pairs.sample, pairs.query, pairs.token), block, strict=True)
     )
     logits = _logits(query, key, scale)[:, sample, view, token, pairs.key]
-    return _readouts(logits, _beyond(sizes, logits)[pairs.key], head)
+    return _readouts(logits, _beyond(token_grids, logits)[pairs.key], head)
 
 
 def _token_hits(
@@ -135,14 +141,14 @@ def _view_hits(maps: dict[str, Tensor], truth: Truth, block: Block) -> tuple[Ten
 
 
 def attention_maps(
-    query: Tensor, key: Tensor, sizes: Sizes, head: AlignmentHead | None, scale: float
+    query: Tensor, key: Tensor, token_grids: TokenGrids, head: AlignmentHead | None, scale: float
 ) -> dict[str, Tensor]:
     """Attention of query tokens over the tokens of each view, per readout.
 
     Args:
         query: `[B, K, Q, N, D]` as the layer's kernel receives them; of the tokens any part.
         key: `[B, K, V, N, D]`.
-        sizes: token grid of each view of the keys; tokens beyond a view's grid get probability 0.
+        token_grids: token grid of each view of the keys; tokens beyond a view's grid get probability 0.
         head: the trained alignment head, or None to leave its readout out.
         scale: factor of the logits.
 
@@ -151,11 +157,17 @@ def attention_maps(
         (R = 1), `"best_head"` all heads apart (R = K), `"through_head"` (R = 1, or K for a head of kind "none").
     """
     logits = _logits(query, key, scale)
-    return _readouts(logits, _beyond(sizes, logits), head)
+    return _readouts(logits, _beyond(token_grids, logits), head)
 
 
 def view_maps(
-    query: Tensor, key: Tensor, sizes: Sizes, head: AlignmentHead | None, scale: float, *, first_view: int = 0
+    query: Tensor,
+    key: Tensor,
+    token_grids: TokenGrids,
+    head: AlignmentHead | None,
+    scale: float,
+    *,
+    first_view: int = 0,
 ) -> dict[str, Tensor]:
     """Attention of each query over the other views, where it reaches one token of each: `[B, R, Q, V]`, sums to 1.
 
@@ -164,7 +176,7 @@ def view_maps(
     """
     logits = torch.einsum("bkid,bkjd->kbij", query[..., 0, :].float(), key[..., 0, :].float()) * scale
     queries = torch.arange(first_view, first_view + query.shape[2], device=logits.device)
-    own = queries[:, None] == torch.arange(len(sizes), device=logits.device)
+    own = queries[:, None] == torch.arange(len(token_grids), device=logits.device)
     return _readouts(logits, own, head)
 
 
@@ -173,10 +185,10 @@ def _logits(query: Tensor, key: Tensor, scale: float) -> Tensor:
     return torch.einsum("bkind,bkjmd->kbinjm", query.float(), key.float()) * scale
 
 
-def _beyond(sizes: Sizes, logits: Tensor) -> Tensor:
+def _beyond(token_grids: TokenGrids, logits: Tensor) -> Tensor:
     """Tokens beyond the grid of each view, `[V, N]`."""
-    beyond = torch.ones(len(sizes), logits.shape[-1], dtype=torch.bool, device=logits.device)
-    for view, (height, width) in enumerate(sizes):
+    beyond = torch.ones(len(token_grids), logits.shape[-1], dtype=torch.bool, device=logits.device)
+    for view, (height, width) in enumerate(token_grids):
         beyond[view, : height * width] = False
     return beyond
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from cameo.attention.capture import AttentionSite
+from cameo.attention.capture import AttentionLayer
 from cameo.backbone import Backbone, core_module
 from cameo.tables import markdown_table
 
@@ -34,9 +34,13 @@ def layer_table(adapter: Backbone, model: nn.Module, *, height: int, width: int,
     except NotImplementedError:
         default = None
     size = (height, width, num_views)
-    parts = [markdown_table(COLUMNS, [_row(site, size, site.index == default, "") for site in adapter.sites(core)])]
-    if inflatable := adapter.inflatable(core):
-        rows = [_row(site, size, site.index == default, ", inflate=True") for site in inflatable]
+    parts = [
+        markdown_table(
+            COLUMNS, [_row(layer, size, layer.index == default, "") for layer in adapter.attention_layers(core)]
+        )
+    ]
+    if inflatable_layers := adapter.inflatable_layers(core):
+        rows = [_row(layer, size, layer.index == default, ", inflate=True") for layer in inflatable_layers]
         parts += [
             "See one view each; `inflate=True` lets the chosen one attend across views:",
             markdown_table(COLUMNS, rows),
@@ -44,36 +48,36 @@ def layer_table(adapter: Backbone, model: nn.Module, *, height: int, width: int,
     return "\n\n".join(parts)
 
 
-def _row(site: AttentionSite, size: tuple[int, int, int], is_default: bool, option: str) -> tuple[str, ...]:
+def _row(layer: AttentionLayer, size: tuple[int, int, int], is_default: bool, option: str) -> tuple[str, ...]:
     return (
-        f"{site.index}{' (default)' if is_default else ''}",
-        site.path,
-        str(site.heads),
-        shown_grids(site, *size),
-        site.layout.reach,
-        _answer(site, size[2], option),
+        f"{layer.index}{' (default)' if is_default else ''}",
+        layer.path,
+        str(layer.heads),
+        shown_grids(layer, *size),
+        layer.layout.reach,
+        _answer(layer, size[2], option),
     )
 
 
-def _answer(site: AttentionSite, num_views: int, option: str) -> str:
+def _answer(layer: AttentionLayer, num_views: int, option: str) -> str:
     """Whether the layer can be supervised, and if not why."""
-    per_view, all_views = (site.layout.refusal(name, num_views) for name in ("per_view", "all_views"))
-    if reason := site.unsupported or (per_view and all_views):
+    per_view, all_views = (layer.layout.refusal(name, num_views) for name in ("per_view", "all_views"))
+    if reason := layer.unsupported or (per_view and all_views):
         return f"no: {reason}"
-    return f'yes, normalise="all_views": {per_view.partition(";")[0]}' if per_view else f"yes{option}"
+    return f'yes, normalize="all_views": {per_view.partition(";")[0]}' if per_view else f"yes{option}"
 
 
-def shown_grids(site: AttentionSite, height: int, width: int, num_views: int) -> str:
+def shown_grids(layer: AttentionLayer, height: int, width: int, num_views: int) -> str:
     """Format the token grids of a layer's views for images of `height` x `width` pixels.
 
     Example:
         >>> from cameo.attention.layout import TokenLayout
-        >>> shown_grids(AttentionSite(0, "attn", 8, TokenLayout("b (v h w)"), stride=8), 64, 96, 3)
+        >>> shown_grids(AttentionLayer(0, "attn", 8, TokenLayout("b (v h w)"), stride=8), 64, 96, 3)
         '8 x 12'
     """
-    if site.stride is None:
+    if layer.stride is None:
         return "not known"
-    grids = site.sizes(height, width, num_views)
+    grids = layer.token_grids(height, width, num_views)
     shown = dict.fromkeys(grids)
     if len(shown) == 1:
         return "{} x {}".format(*grids[0])

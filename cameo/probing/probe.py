@@ -16,7 +16,7 @@ from einops import rearrange
 from torch import nn
 
 from cameo.alignment import AlignmentHead
-from cameo.attention.capture import AttentionCapture, AttentionSite, CapturedAttention
+from cameo.attention.capture import AttentionCapture, AttentionLayer, CapturedAttention
 from cameo.backbone import backbones, core_module, get_backbone
 from cameo.correspondence import Correspondence
 from cameo.data.batches import to_device
@@ -100,7 +100,7 @@ def probe_layers(
     levels = tuple(map(float, timesteps))
     check_levels("timesteps", levels)
     subject = _Subject.of(model, backbone, prepare, inflate, seed)
-    tallies = [LayerTally(site, subject.refusal(site)) for site in _chosen(subject.sites, layers)]
+    tallies = [LayerTally(chosen, subject.refusal(chosen)) for chosen in _chosen(subject.layers, layers)]
     columns, near = known_within(within), NEAR_METRES if metric else None
     names = _Names()
     with evaluation_mode(subject.denoiser), _same_random_state(subject.device):
@@ -112,8 +112,8 @@ def probe_layers(
                 make = functools.partial(subject.prepare, truths.batch, level, first)
                 for tally, seen in subject.forward(tallies, make):
                     try:
-                        call = _joined(tally.site, seen, truths.match(tally.site))
-                        tally.count(call, truths, columns, near, subject.head(tally.site))
+                        call = _joined(tally.layer, seen, truths.match(tally.layer))
+                        tally.count(call, truths, columns, near, subject.head(tally.layer))
                     except ShapeError as error:
                         tally.reason = str(error)
             for tally in tallies:
@@ -144,7 +144,7 @@ class _Subject:
     denoiser: nn.Module
     wrapped: CameoModel | None
     backbone: str | None
-    sites: list[AttentionSite]
+    layers: list[AttentionLayer]
     given: Prepare | MultiViewPipeline
     inflate: bool
     seed: int
@@ -167,7 +167,7 @@ class _Subject:
         denoiser = wrapped.base_model if wrapped is not None else denoiser
         core = core_module(denoiser)
         if wrapped is not None and wrapped.cameo_config.backbone is None and backbone is None:
-            return cls(denoiser, wrapped, None, wrapped.sites, prepare, inflate, seed)
+            return cls(denoiser, wrapped, None, wrapped.attention_layers, prepare, inflate, seed)
         config = wrapped.cameo_config if wrapped is not None else None
         name = backbone or (config.backbone if config else None) or getattr(pipeline, "backbone", None)
         name = name or _recognised(core)
@@ -175,28 +175,30 @@ class _Subject:
         if not adapter.recognizes(core):
             raise ValueError(f"backbone {name!r} does not fit: {adapter.explain_mismatch(core)}")
         inflate = inflate or bool(config and config.inflate)
-        sites = adapter.inflatable(core) if inflate else adapter.sites(core)
-        if not sites:
-            raise ValueError(f"backbone {name!r} lists no {'inflatable' if inflate else 'cross-view attention'} layer")
-        return cls(denoiser, wrapped, name, sites, prepare, inflate, seed)
+        layers = adapter.inflatable_layers(core) if inflate else adapter.attention_layers(core)
+        if not layers:
+            raise ValueError(
+                f"backbone {name!r} lists no {'inflatable_layers' if inflate else 'cross-view attention'} layer"
+            )
+        return cls(denoiser, wrapped, name, layers, prepare, inflate, seed)
 
     @property
     def device(self) -> torch.device:
         return next(self.denoiser.parameters()).device
 
     @staticmethod
-    def refusal(site: AttentionSite) -> str | None:
+    def refusal(layer: AttentionLayer) -> str | None:
         """Why a layer cannot be probed, as far as that is known before a forward."""
-        if site.unsupported:
-            return site.unsupported
-        return "its token grid is not known: the site has no stride" if site.stride is None else None
+        if layer.unsupported:
+            return layer.unsupported
+        return "its token grid is not known: the layer has no stride" if layer.stride is None else None
 
-    def head(self, site: AttentionSite) -> AlignmentHead | None:
+    def head(self, layer: AttentionLayer) -> AlignmentHead | None:
         """The trained head of a supervised layer."""
         if self.wrapped is None:
             return None
-        for one, head in zip(self.wrapped.supervised_sites, self.wrapped.alignment_heads, strict=True):
-            if one.path == site.path:
+        for one, head in zip(self.wrapped.supervised_layers, self.wrapped.alignment_heads, strict=True):
+            if one.path == layer.path:
                 assert isinstance(head, AlignmentHead)
                 return head
         return None
@@ -218,24 +220,24 @@ class _Subject:
         """
         wanted = [tally for tally in tallies if tally.reason is None]
         try:
-            captured = self._run([tally.site for tally in wanted], make)
+            captured = self._run([tally.layer for tally in wanted], make)
         except CaptureError:
             for tally in wanted:
                 try:
-                    self._run([tally.site], make)
+                    self._run([tally.layer], make)
                 except CaptureError as error:
                     tally.reason = str(error)
             wanted = [tally for tally in wanted if tally.reason is None]
-            captured = self._run([tally.site for tally in wanted], make)
+            captured = self._run([tally.layer for tally in wanted], make)
         for tally in wanted:
-            yield tally, captured.take(tally.site.path)
+            yield tally, captured.take(tally.layer.path)
 
     def _run(
-        self, sites: Sequence[AttentionSite], make: Callable[[], tuple[Sequence[Any], Mapping[str, Any]]]
+        self, layers: Sequence[AttentionLayer], make: Callable[[], tuple[Sequence[Any], Mapping[str, Any]]]
     ) -> AttentionCapture:
         with _same_random_state(self.device), native_precision(self.denoiser):
             args, kwargs = make()  # again for each run: a forward may write into its inputs
-            with AttentionCapture(core_module(self.denoiser), sites) as captured:
+            with AttentionCapture(core_module(self.denoiser), layers) as captured:
                 self.denoiser(*args, **kwargs)
         return captured
 
@@ -256,9 +258,9 @@ class _Names:
         return first
 
 
-def _joined(site: AttentionSite, seen: CapturedAttention, match: Correspondence) -> CapturedAttention:
+def _joined(layer: AttentionLayer, seen: CapturedAttention, match: Correspondence) -> CapturedAttention:
     """Calls of each view by itself as the call that they would be if the views were joined; others as they are."""
-    batch, tokens = site.layout.shape("query", batch=match.batch_size, sizes=match.sizes)
+    batch, tokens = layer.layout.shape("query", batch=match.batch_size, token_grids=match.token_grids)
     views = match.num_views
     if (seen.query.shape[0], seen.query.shape[2] * views) != (batch * views, tokens):
         return seen
@@ -283,15 +285,20 @@ def _recognised(core: nn.Module) -> str:
     return found[0]
 
 
-def _chosen(sites: Sequence[AttentionSite], layers: Sequence[int | str] | None) -> list[AttentionSite]:
+def _chosen(attention_layers: Sequence[AttentionLayer], layers: Sequence[int | str] | None) -> list[AttentionLayer]:
     if layers is None:
-        return list(sites)
-    known: dict[int | str, AttentionSite] = {site.path: site for site in sites}
-    known |= {site.index: site for site in sites}
+        return list(attention_layers)
+    known: dict[int | str, AttentionLayer] = {
+        attention_layer.path: attention_layer for attention_layer in attention_layers
+    }
+    known |= {attention_layer.index: attention_layer for attention_layer in attention_layers}
     for layer in layers:
         if layer not in known:
             raise unknown_name("layers", str(layer), map(str, known))
-    return sorted({known[layer].index: known[layer] for layer in layers}.values(), key=lambda site: site.index)
+    return sorted(
+        {known[layer].index: known[layer] for layer in layers}.values(),
+        key=lambda attention_layer: attention_layer.index,
+    )
 
 
 def _seed_random_state(device: torch.device, seed: int) -> None:

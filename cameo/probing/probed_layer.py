@@ -19,7 +19,7 @@ class ProbedLayer:
     """Counts of one layer.
 
     Attributes:
-        index, path: of the attention site.
+        index, path: of the attention layer.
         reach: what a query sees of each view, as `TokenLayout.reach`; "cell" also where a view has one token only. In
             a layer of reach "cell" there is no choice among tokens, and its figures are the share of queries whose
             most-attended view shows the point.

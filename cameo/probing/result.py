@@ -37,7 +37,7 @@ class RankedLayer:
     """One place in a ranking.
 
     Attributes:
-        index, path: of the attention site.
+        index, path: of the attention layer.
         skill: by which the layers are ranked, averaged over the time steps.
         interval: 95 % interval of the skill, from resampling the scenes; None with one scene.
         behind: 95 % interval of how far the skill is behind that of the first, over the same resampled scenes; one

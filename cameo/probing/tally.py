@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from cameo.alignment import AlignmentHead
-from cameo.attention.capture import AttentionSite, CapturedAttention
+from cameo.attention.capture import AttentionLayer, CapturedAttention
 from cameo.attention.layout import TokenLayout
 from cameo.correspondence import Correspondence
 from cameo.data.batches import layer_grids
 from cameo.errors import DataError
+from cameo.geometry.grids import TokenGrids
 from cameo.model import CameoModel
 from cameo.probing.hits import count_hits
 from cameo.probing.listing import shown_grids
@@ -26,8 +27,6 @@ from cameo.probing.probed_layer import ProbedLayer
 from cameo.probing.truth import ANGLE_BINS, Truth, angle_bins, surface_points
 
 __all__ = ["BatchTruths", "LayerTally"]
-
-Sizes = tuple[tuple[int, int], ...]
 
 
 class BatchTruths:
@@ -41,36 +40,36 @@ class BatchTruths:
         self.batch, self.metric = batch, metric
         self.geometry = (batch["depth"], batch["intrinsics"], batch["extrinsics"])
         self.groups = angle_bins(batch["extrinsics"]).to(batch["depth"].device)
-        self.matches: dict[Sizes, Correspondence] = {}
-        self.found: dict[tuple[TokenLayout, Sizes], Truth] = {}
+        self.matches: dict[TokenGrids, Correspondence] = {}
+        self.found: dict[tuple[TokenLayout, TokenGrids], Truth] = {}
 
-    def sizes(self, site: AttentionSite) -> Sizes:
+    def token_grids(self, layer: AttentionLayer) -> TokenGrids:
         """Token grid of each view in a layer."""
-        return layer_grids(site, self.batch)
+        return layer_grids(layer, self.batch)
 
-    def match(self, site: AttentionSite) -> Correspondence:
+    def match(self, layer: AttentionLayer) -> Correspondence:
         """True matches at the token grids of a layer."""
-        sizes = self.sizes(site)
-        if sizes not in self.matches:
-            self.matches[sizes] = Correspondence.from_depth(*self.geometry, size=sizes)
-        return self.matches[sizes]
+        token_grids = self.token_grids(layer)
+        if token_grids not in self.matches:
+            self.matches[token_grids] = Correspondence.from_depth(*self.geometry, token_grid=token_grids)
+        return self.matches[token_grids]
 
-    def truth(self, site: AttentionSite) -> Truth:
+    def truth(self, layer: AttentionLayer) -> Truth:
         """What the queries of a layer can find of them, by angle bin."""
-        sizes = self.sizes(site)
-        if (site.layout, sizes) not in self.found:
-            points = surface_points(*self.geometry, sizes) if self.metric else None
-            self.found[site.layout, sizes] = Truth.of_layer(
-                site.layout, self.match(site), self.groups, len(ANGLE_BINS), points
+        token_grids = self.token_grids(layer)
+        if (layer.layout, token_grids) not in self.found:
+            points = surface_points(*self.geometry, token_grids) if self.metric else None
+            self.found[layer.layout, token_grids] = Truth.of_layer(
+                layer.layout, self.match(layer), self.groups, len(ANGLE_BINS), points
             )
-        return self.found[site.layout, sizes]
+        return self.found[layer.layout, token_grids]
 
 
 @dataclass
 class LayerTally:
     """The counts of one layer: of each finished batch, and by time step of the current one."""
 
-    site: AttentionSite
+    layer: AttentionLayer
     reason: str | None = None
     tokens: str = ""
     one_token: bool = False
@@ -91,14 +90,14 @@ class LayerTally:
         Raises:
             ShapeError: if the call is not one of the views and tokens of the batch.
         """
-        query, key, _ = CameoModel.split(self.site, seen, truths.match(self.site))
-        truth = truths.truth(self.site)
+        query, key, _ = CameoModel.split(self.layer, seen, truths.match(self.layer))
+        truth = truths.truth(self.layer)
         if not self.steps:
             self.one_token = truth.one_token
             ceiling = truth.ceiling(near) if near is not None and not self.one_token else None
             self.truths.append((truth.pairs, truth.chance(within, near), ceiling))
             views, _, height, width = truths.batch["images"].shape[1:]
-            self.tokens = shown_grids(self.site, height, width, views)
+            self.tokens = shown_grids(self.layer, height, width, views)
         self.steps.append(count_hits(query, key, truth, head, seen.scale, within, near=near))
 
     def close_batch(self) -> None:
@@ -123,12 +122,12 @@ class LayerTally:
 
     def result(self, num_views: int) -> ProbedLayer:
         """Join the batches, and choose one of several heads."""
-        layout = self.site.layout
+        layout = self.layer.layout
         per_view, all_views = (layout.refusal(name, num_views) for name in ("per_view", "all_views"))
-        unsupervised = self.site.unsupported or (all_views if per_view else None)
+        unsupervised = self.layer.unsupported or (all_views if per_view else None)
         if self.one_token and layout.reach != "cell":
             unsupervised = unsupervised or "at this resolution a view is one token: within a view there is no choice"
-        common = (self.site.index, self.site.path, "cell" if self.one_token else layout.reach, self.tokens)
+        common = (self.layer.index, self.layer.path, "cell" if self.one_token else layout.reach, self.tokens)
         counted = next((steps[0] for steps in self.hits if steps and steps[0]), None)
         if self.reason is None and counted is None:
             self.reason = "none of its queries reaches a token that shows the same surface point"

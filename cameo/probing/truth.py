@@ -19,6 +19,7 @@ from cameo.correspondence import Correspondence
 from cameo.geometry import camera_rays, cell_centres
 from cameo.geometry.cameras import at_least_float32, full_precision, invert_extrinsics
 from cameo.geometry.depth import read_depth
+from cameo.geometry.grids import TokenGrids
 
 __all__ = ["ANGLE_BINS", "Pairs", "Truth", "angle_bins", "surface_points", "token_distance", "view_angles"]
 
@@ -29,7 +30,6 @@ ROUNDING = 1e-3
 # Distances between points that are held at once.
 BLOCK_ENTRIES = 1 << 22
 
-Sizes = tuple[tuple[int, int], ...]
 Block = tuple[slice, slice, slice]
 
 
@@ -64,7 +64,7 @@ def angle_bins(extrinsics: Tensor) -> Tensor:
 
 
 @full_precision
-def surface_points(depth: Tensor, intrinsics: Tensor, extrinsics: Tensor, sizes: Sizes) -> Tensor:
+def surface_points(depth: Tensor, intrinsics: Tensor, extrinsics: Tensor, token_grids: TokenGrids) -> Tensor:
     """Surface points at the token centres in the world's frame, `[B, V, N, 3]`; NaN without measurement.
 
     Example:
@@ -77,12 +77,12 @@ def surface_points(depth: Tensor, intrinsics: Tensor, extrinsics: Tensor, sizes:
         depth: `[B, V, 1, H, W]` z-depth.
         intrinsics: `[B, V, 3, 3]` in pixels of the depth image.
         extrinsics: `[B, V, 4, 4]` world-to-camera.
-        sizes: token grid `(h, w)` of each view; views with fewer than N tokens end in NaN.
+        token_grids: token grid `(h, w)` of each view; views with fewer than N tokens end in NaN.
     """
     depth = depth.to(at_least_float32(depth))
-    points = depth.new_full((*depth.shape[:2], max(h * w for h, w in sizes), 3), math.nan)
+    points = depth.new_full((*depth.shape[:2], max(h * w for h, w in token_grids), 3), math.nan)
     poses = invert_extrinsics(extrinsics.to(depth))
-    for view, (height, width) in enumerate(sizes):
+    for view, (height, width) in enumerate(token_grids):
         here = slice(view, view + 1)
         image_size = (depth.shape[-2], depth.shape[-1])
         centres = cell_centres((height, width), image_size, dtype=depth.dtype, device=depth.device).flatten(0, 1)
@@ -136,7 +136,7 @@ class Truth:
         ([[4]], [[[1.0, 4.0]]])
 
     Attributes:
-        match: matches in the form of the core, `TokenLayout.localise`: index `[B', V, V, N]`.
+        match: matches in the form of the core, `TokenLayout.localize`: index `[B', V, V, N]`.
         groups: group of each ordered view pair, `[B, V, V]`, 0 to A - 1.
         num_groups: A.
         points: surface points at the token centres `[B', V, N, 3]` in world units, or None.
@@ -160,16 +160,18 @@ class Truth:
 
         Views that the layer does not supervise are left out, matches beyond its reach are none.
         """
-        local = layout.localise(match)
+        local = layout.localize(match)
         known = slice(match.num_views - local.num_views, None)
         if points is not None:
-            points = fold_tokens(points[:, known, : max(h * w for h, w in match.sizes[known])], layout, match.sizes[-1])
+            points = fold_tokens(
+                points[:, known, : max(h * w for h, w in match.token_grids[known])], layout, match.token_grids[-1]
+            )
         return cls(local, groups[:, known, known].to(match.device), num_groups, points)
 
     @property
     def one_token(self) -> bool:
         """Whether a query reaches one token of each view, so that it chooses among views instead of tokens."""
-        return all(size == (1, 1) for size in self.match.sizes)
+        return all(size == (1, 1) for size in self.match.token_grids)
 
     @property
     def num_samples(self) -> int:
@@ -218,7 +220,7 @@ class Truth:
         samples, views, tokens = block
         sample, query, key, token = (self.match.index[samples, views, :, tokens] >= 0).nonzero(as_tuple=True)
         sample, query, token = sample + samples.start, query + views.start, token + tokens.start
-        sizes = torch.tensor(self.match.sizes, device=sample.device)
+        token_grids = torch.tensor(self.match.token_grids, device=sample.device)
         group = self.groups[sample // self._folds, query, key]
         return Pairs(
             sample,
@@ -226,8 +228,8 @@ class Truth:
             key,
             token,
             target=self.match.index[sample, query, key, token],
-            height=sizes[key, 0],
-            width=sizes[key, 1],
+            height=token_grids[key, 0],
+            width=token_grids[key, 1],
             bin=sample // self._folds * self.num_groups + group,
         )
 

@@ -1,4 +1,4 @@
-"""A folder of meshes as scenes: normalised objects seen from an orbit on a white background."""
+"""A folder of meshes as scenes: normalized objects seen from an orbit on a white background."""
 
 from __future__ import annotations
 

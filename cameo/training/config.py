@@ -13,6 +13,7 @@ from cameo.data.settings import EMBEDDED, DataSettings
 from cameo.errors import unknown_name
 from cameo.files import write_atomically
 from cameo.hub.settings import HubSettings
+from cameo.renamed import SETTINGS
 from cameo.settings import (
     comparable,
     current_names,
@@ -33,11 +34,8 @@ from cameo.training.settings.output import OutputSettings
 
 __all__ = ["TrainingConfig", "continued_settings", "load_config", "save_config", "settings_file"]
 
-# Old names of settings; they are accepted as keywords, as attributes, in YAML, on command lines and in checkpoints.
-RENAMED = {"weight": "loss_weight", "normalise": "normalize", "hub_licence": "hub_license"}
 
-
-@renamed_settings(RENAMED)
+@renamed_settings(SETTINGS)
 @dataclass
 class TrainingConfig(
     # A dataclass takes over the fields of its bases from the last to the first.
@@ -140,7 +138,7 @@ def load_config(
     path = Path(changed.pop("config", path)).expanduser()
     given = read_yaml(path)
     for name in given:
-        if name not in _NAMES and name not in RENAMED:
+        if name not in _NAMES and name not in SETTINGS:
             raise ValueError(f"{path}: {unknown_name('setting', name, _NAMES)}")
     given = current_names(TrainingConfig, given)
     named = {name: value for name, value in changed.items() if not is_null(value)}

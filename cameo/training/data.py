@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Sampler
 from cameo.correspondence import DEPTH_TOLERANCE
 from cameo.data import EmbeddedScenes, MultiViewDataset, RGBDSequence, SceneSource, collate, rig_views
 from cameo.data.batches import MatchedDataset
-from cameo.data.matches import MatchReader, Sizes
+from cameo.data.matches import MatchReader, TokenGrids
 from cameo.data.settings import data_format
 from cameo.data.shards import RECIPE, check_settings
 from cameo.errors import DataError
@@ -116,9 +116,11 @@ def match_settings(config: TrainingConfig) -> dict[str, Any]:
     }
 
 
-def supervised_grids(model: CameoModel, config: TrainingConfig) -> list[Sizes]:
+def supervised_grids(model: CameoModel, config: TrainingConfig) -> list[TokenGrids]:
     """Return the token grids of a run's views in its supervised layers, one entry for layers with the same ones."""
-    grids = [site.sizes(config.resolution, config.resolution, config.num_views) for site in model.supervised_sites]
+    grids = [
+        layer.token_grids(config.resolution, config.resolution, config.num_views) for layer in model.supervised_layers
+    ]
     return list(dict.fromkeys(grids))
 
 
@@ -132,15 +134,15 @@ def with_matches(
     """
     if not config.uses_matches or (config.correspondence_in == "step" and config.precomputed_correspondence is None):
         return dataset
-    sizes, reader, until = supervised_grids(model, config), None, None
+    token_grids, reader, until = supervised_grids(model, config), None, None
     if config.alignment_until is not None:
         samples_per_step = config.gradient_accumulation_steps * config.train_batch_size * num_processes
         until = config.alignment_until * samples_per_step
     if config.precomputed_correspondence is not None:
-        reader = _open_matches(config, sizes)
+        reader = _open_matches(config, token_grids)
     return MatchedDataset(
         dataset,
-        sizes,
+        token_grids,
         kind=config.correspondence,
         cycle_threshold=config.cycle_threshold,
         distances=config.reduction == "released",
@@ -149,13 +151,15 @@ def with_matches(
     )
 
 
-def _open_matches(config: TrainingConfig, sizes: list[Sizes]) -> MatchReader:
+def _open_matches(config: TrainingConfig, token_grids: list[TokenGrids]) -> MatchReader:
     folder = str(config.precomputed_correspondence)
     reader, expected = MatchReader(folder), match_settings(config)
     if not expected["distances"]:  # they need not be read
         expected["distances"] = reader.settings.get("distances")
     check_settings(folder, reader.settings, expected)
-    needed = {(grids[i], grids[j]) for grids in sizes for i in range(len(grids)) for j in range(len(grids)) if i != j}
+    needed = {
+        (grids[i], grids[j]) for grids in token_grids for i in range(len(grids)) for j in range(len(grids)) if i != j
+    }
     if missing := sorted(needed - set(reader.grids)):
         raise DataError(
             f"precomputed_correspondence={folder}: expected matches between the token grids of the supervised layers, "

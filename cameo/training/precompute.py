@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from cameo.data import MultiViewDataset, SceneSource, Views
 from cameo.data.batches import match_batch, to_device
-from cameo.data.matches import GridPair, MatchReader, MatchWriter, Sizes, view_checksum
+from cameo.data.matches import GridPair, MatchReader, MatchWriter, TokenGrids, view_checksum
 from cameo.data.shards import FORMAT_VERSION, check_settings, finish_share, is_finished, shard_files
 from cameo.errors import unknown_name
 from cameo.training.config import TrainingConfig, continued_settings
@@ -148,9 +148,9 @@ def precompute(
         check_settings(folder, written.settings, settings)
     dataset = build_dataset(config, "train")
     dataset.source = _LatestScene(dataset.source)
-    sizes = supervised_grids(wrap_denoiser(load_pipeline(config), config, dataset), config)
+    token_grids = supervised_grids(wrap_denoiser(load_pipeline(config), config, dataset), config)
     samples = config.max_train_steps * config.gradient_accumulation_steps * config.train_batch_size
-    planner = _Planner(dataset, sizes, share, pairs, samples * training_processes)
+    planner = _Planner(dataset, token_grids, share, pairs, samples * training_processes)
     bar = tqdm(
         total=len(planner.scenes),
         desc="matches",
@@ -198,9 +198,9 @@ class _Planner:
     """
 
     def __init__(
-        self, dataset: MultiViewDataset, sizes: list[Sizes], share: Share, pairs: str, num_samples: int
+        self, dataset: MultiViewDataset, token_grids: list[TokenGrids], share: Share, pairs: str, num_samples: int
     ) -> None:
-        self.dataset, self.sizes, self.share = dataset, sizes, share
+        self.dataset, self.token_grids, self.share = dataset, token_grids, share
         count = len(dataset.source)
         take_all = pairs == "all" or (pairs == "auto" and len(dataset.source.views(0)) <= FEW_VIEWS)
         self.by_scene = count >= share.num_processes
@@ -230,16 +230,16 @@ class _Planner:
         views = list(range(len(self.dataset.source.views(scene))))
         blocks = [views[start : start + BLOCK] for start in range(0, len(views), BLOCK)]
         groups = [first + second for first, second in combinations(blocks, 2)] or blocks
-        for sizes in self.sizes:
-            wanted = {(sizes[i], sizes[j]) for i, j in permutations(range(len(sizes)), 2)}
+        for token_grids in self.token_grids:
+            wanted = {(token_grids[i], token_grids[j]) for i, j in permutations(range(len(token_grids)), 2)}
             for group in groups:
-                placed = [(view, size) for view in group for size in dict.fromkeys(sizes)]
+                placed = [(view, size) for view in group for size in dict.fromkeys(token_grids)]
                 pairs = [
                     (i, j)
                     for i, j in permutations(range(len(placed)), 2)
                     if placed[i][0] != placed[j][0] and (placed[i][1], placed[j][1]) in wanted
                 ]
-                yield _Unit(scene, placed, pairs, 1 / len(groups) / len(self.sizes))
+                yield _Unit(scene, placed, pairs, 1 / len(groups) / len(self.token_grids))
 
     def _drawn_views(self, scene: int) -> Iterator[_Unit]:
         """The views of each sample that takes its turn with a scene, which may have to pass it on to the next."""
@@ -250,10 +250,10 @@ class _Planner:
             found, chosen = scene, self.dataset.views_of(index, scene)
             if chosen is None:
                 found, chosen = self.dataset.choose(index)
-            for sizes in self.sizes:
-                placed = list(zip(chosen, sizes, strict=True))
+            for token_grids in self.token_grids:
+                placed = list(zip(chosen, token_grids, strict=True))
                 pairs = list(permutations(range(len(placed)), 2))
-                yield _Unit(found, placed, pairs, 1 / len(numbers) / len(self.sizes))
+                yield _Unit(found, placed, pairs, 1 / len(numbers) / len(self.token_grids))
 
 
 def _write(

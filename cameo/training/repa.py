@@ -17,12 +17,12 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from cameo.attention.capture import AttentionSite
+from cameo.attention.capture import AttentionLayer
 from cameo.attention.layout import TokenLayout
 from cameo.backbone import core_module
 from cameo.correspondence.matching import resample_features
 from cameo.data.batches import layer_grids
-from cameo.data.matches import Sizes
+from cameo.data.matches import TokenGrids
 from cameo.errors import CaptureError, NoLossError
 from cameo.model import CameoModel
 from cameo.pipeline import MultiViewPipeline
@@ -82,15 +82,15 @@ class FeatureAlignment(nn.Module):
             raise NoLossError(NO_LOSS)
         return super().__getattr__(name)
 
-    def grids(self, batch: Mapping[str, Any]) -> list[Sizes]:
+    def grids(self, batch: Mapping[str, Any]) -> list[TokenGrids]:
         """Return the token grids of the views of a batch, for each supervised layer."""
-        return [layer_grids(site, batch) for site in self.model.supervised_sites]
+        return [layer_grids(layer, batch) for layer in self.model.supervised_layers]
 
     def forward(
         self,
         *args: Any,
         features: Tensor | None = None,
-        grids: Sequence[Sizes] = (),
+        grids: Sequence[TokenGrids] = (),
         kept: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
@@ -111,16 +111,16 @@ class FeatureAlignment(nn.Module):
         with outputs_of(core_module(self.model.base_model), self.modules_aligned) as seen:
             output = self.model(*args, **kwargs)
         losses = []
-        layers = zip(self.model.supervised_sites, self.modules_aligned, grids, self.projectors, strict=True)
-        for site, path, sizes, project in layers:
-            hidden, present, layout = hidden_tokens(site, path, seen[path], features.shape[0], sizes)
+        layers = zip(self.model.supervised_layers, self.modules_aligned, grids, self.projectors, strict=True)
+        for layer, path, token_grids, project in layers:
+            hidden, present, layout = hidden_tokens(layer, path, seen[path], features.shape[0], token_grids)
             if self.training and torch.is_grad_enabled() and not hidden.requires_grad:
                 raise CaptureError(
                     f"the output of {path!r} carries no gradient, so features could train nothing but the projector. "
                     "Likely causes: reentrant gradient checkpointing (use use_reentrant=False), or every parameter "
                     "before it is frozen (add LoRA or unfreeze before the forward)"
                 )
-            target = feature_tokens(layout, features, sizes, views=hidden.shape[1])
+            target = feature_tokens(layout, features, token_grids, views=hidden.shape[1])
             if kept is not None:
                 present = present & kept.to(present.device).repeat_interleave(len(present) // len(kept))[:, None, None]
             cosine = F.cosine_similarity(project(hidden).float(), target.to(hidden.device), dim=-1)
@@ -165,8 +165,8 @@ def align_features(
     Raises:
         CaptureError: if neither output holds the tokens of the views; the message holds the shapes.
     """
-    core, sites = core_module(model.base_model), model.supervised_sites
-    candidates = {site.path: [site.path.rpartition(".")[0], site.path] for site in sites}
+    core, layers = core_module(model.base_model), model.supervised_layers
+    candidates = {layer.path: [layer.path.rpartition(".")[0], layer.path] for layer in layers}
     paths = list(dict.fromkeys(path for pair in candidates.values() for path in pair if path))
     with evaluation_mode(model), native_precision(model), outputs_of(core, paths) as seen:
         # Noise of its own: the random numbers of the run stay where they are.
@@ -175,22 +175,22 @@ def align_features(
         inputs = pipeline.training_inputs(sample, generator=generator, timesteps=steps)
         model.base_model(*inputs.args, **inputs.kwargs)
     modules, channels = [], []
-    for site in sites:
-        path, width = _first_that_fits(site, candidates[site.path], seen, sample)
+    for layer in layers:
+        path, width = _first_that_fits(layer, candidates[layer.path], seen, sample)
         modules.append(path)
         channels.append(width)
     return FeatureAlignment(model, modules, channels, dim, seed=seed)
 
 
 def _first_that_fits(
-    site: AttentionSite, paths: Sequence[str], seen: Mapping[str, list[Tensor]], sample: Mapping[str, Any]
+    layer: AttentionLayer, paths: Sequence[str], seen: Mapping[str, list[Tensor]], sample: Mapping[str, Any]
 ) -> tuple[str, int]:
     """Path of the module whose output holds the tokens of the views, and its channels."""
     refusals = []
     for path in paths:
         if path in seen:
             try:
-                hidden, _, _ = hidden_tokens(site, path, seen[path], len(sample["images"]), layer_grids(site, sample))
+                hidden, _, _ = hidden_tokens(layer, path, seen[path], len(sample["images"]), layer_grids(layer, sample))
             except CaptureError as error:
                 refusals.append(str(error))
             else:
@@ -220,7 +220,7 @@ def outputs_of(core: nn.Module, paths: Sequence[str]) -> Iterator[dict[str, list
 
 
 def hidden_tokens(
-    site: AttentionSite, path: str, outputs: Sequence[Tensor], batch: int, sizes: Sizes
+    layer: AttentionLayer, path: str, outputs: Sequence[Tensor], batch: int, token_grids: TokenGrids
 ) -> tuple[Tensor, Tensor, TokenLayout]:
     """Bring the output of a module to `[B', V, N', C]`, and tell which of these tokens there are, bool `[B', V, N']`.
 
@@ -233,41 +233,43 @@ def hidden_tokens(
     Raises:
         CaptureError: unless exactly one of the outputs has such a shape, or where both shapes are the same.
     """
-    layouts: dict[tuple[int, ...], TokenLayout] = {site.layout.shape("query", batch=batch, sizes=sizes): site.layout}
-    if len(set(sizes)) == 1:
-        hidden_views = {name: getattr(site.layout, name) for name in ("unsupervised_views", "references_last")}
+    layouts: dict[tuple[int, ...], TokenLayout] = {
+        layer.layout.shape("query", batch=batch, token_grids=token_grids): layer.layout
+    }
+    if len(set(token_grids)) == 1:
+        hidden_views = {name: getattr(layer.layout, name) for name in ("unsupervised_views", "references_last")}
         per_view = TokenLayout("(b v) (h w)", key="(b u) (v h w)", **hidden_views)
-        shape = per_view.shape("query", batch=batch, sizes=sizes)
-        if shape in layouts and site.layout.reach != "all":
+        shape = per_view.shape("query", batch=batch, token_grids=token_grids)
+        if shape in layouts and layer.layout.reach != "all":
             raise CaptureError(
-                f"layer {site.path!r}: an output [{shape[0]}, {shape[1]}, C] could hold the tokens of a view in each "
-                f"row, or be ordered as the queries ({site.layout!r}). Cure: another number of views or resolution"
+                f"layer {layer.path!r}: an output [{shape[0]}, {shape[1]}, C] could hold the tokens of a view in each "
+                f"row, or be ordered as the queries ({layer.layout!r}). Cure: another number of views or resolution"
             )
         layouts.setdefault(shape, per_view)
     found = [output for output in outputs if output.shape[:-1] in layouts]
     if len(found) != 1:
         wanted = " or ".join(f"[{rows}, {tokens}, C]" for rows, tokens in layouts)
         raise CaptureError(
-            f"layer {site.path!r}: to align its hidden tokens with features the output of {path!r} should once be "
-            f"{wanted} for {batch} samples with token grids {tuple(sizes)}, got "
+            f"layer {layer.path!r}: to align its hidden tokens with features the output of {path!r} should once be "
+            f"{wanted} for {batch} samples with token grids {tuple(token_grids)}, got "
             f"{', '.join(str(list(output.shape)) for output in outputs) or 'no tensor'}. Cure: another layer="
         )
     layout, output = layouts[found[0].shape[:-1]], found[0][:, None]
-    present = layout.split_query(output.new_ones(*output.shape[:-1], 1), batch=batch, sizes=sizes)
-    return layout.split_query(output, batch=batch, sizes=sizes)[:, 0], present[:, 0, ..., 0] > 0, layout
+    present = layout.split_query(output.new_ones(*output.shape[:-1], 1), batch=batch, token_grids=token_grids)
+    return layout.split_query(output, batch=batch, token_grids=token_grids)[:, 0], present[:, 0, ..., 0] > 0, layout
 
 
-def feature_tokens(layout: TokenLayout, features: Tensor, sizes: Sizes, *, views: int) -> Tensor:
+def feature_tokens(layout: TokenLayout, features: Tensor, token_grids: TokenGrids, *, views: int) -> Tensor:
     """Bring features `[B, V, C, h, w]` to the tokens of an output, `[B', views, N', C]`, of the last `views` views.
 
     Example:
         >>> feature_tokens(TokenLayout("b (v h w)"), torch.zeros(2, 3, 8, 16, 16), ((4, 4),) * 3, views=3).shape
         torch.Size([2, 3, 16, 8])
     """
-    longest = max(height * width for height, width in sizes)
+    longest = max(height * width for height, width in token_grids)
     tokens = []
-    for view, size in enumerate(sizes):
+    for view, size in enumerate(token_grids):
         part = rearrange(resample_features(features[:, view], size), "b c h w -> b (h w) c")
         tokens.append(F.pad(part, (0, 0, 0, longest - part.shape[1])))
     stacked = torch.stack(tokens[len(tokens) - views :], dim=1)
-    return fold_tokens(stacked, layout, sizes[0])
+    return fold_tokens(stacked, layout, token_grids[0])

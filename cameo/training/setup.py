@@ -19,7 +19,7 @@ from cameo.data import MultiViewDataset, collate
 from cameo.data.batches import to_device
 from cameo.evaluation.pictures import attention_figure, comparison_figure, save_figure
 from cameo.evaluation.validation import validate
-from cameo.hub.license import require_licence
+from cameo.hub.license import require_license
 from cameo.model import CameoModel
 from cameo.pipeline import MultiViewPipeline, TrainingInputs
 from cameo.probing.denoising import ValidationSettings
@@ -167,7 +167,7 @@ def wrap_denoiser(
         probe=probe,
         head=config.head,
         weight=config.loss_weight if config.supervision == "cameo" else 0.0,
-        normalise=config.normalize,
+        normalize=config.normalize,
         softness=config.softness,
         implementation=config.alignment_implementation,
         reduction=config.reduction,
@@ -314,7 +314,7 @@ def check_push(config: TrainingConfig) -> None:
 
     Raises:
         PermissionError: if there is no token.
-        ValueError: if no licence is known for the base weights.
+        ValueError: if no license is known for the base weights.
     """
     from huggingface_hub import get_token
 
@@ -328,7 +328,7 @@ def check_push(config: TrainingConfig) -> None:
     adapter, name = get_backbone(config.backbone), base_name(config)
     base = CameoConfig(config.backbone, [], base_model=name, base_revision=config.revision or adapter.revision(name))
     try:
-        require_licence(base, config.hub_license, backbone=adapter, token=config.hub_token)
+        require_license(base, config.hub_license, backbone=adapter, token=config.hub_token)
     except ValueError as error:
         raise ValueError(f"push_to_hub=true: {error}; here as hub_license=. Nothing was trained yet") from error
 

@@ -199,7 +199,7 @@ def matches_of_next_sample(match: Correspondence) -> Correspondence:
     return replace(
         match,
         index=match.index.roll(-1, dims=0),
-        weight=None if match.weight is None else match.weight.roll(-1, dims=0),
+        match_weight=None if match.match_weight is None else match.match_weight.roll(-1, dims=0),
         distance=None if match.distance is None else match.distance.roll(-1, dims=0),
     )
 
@@ -212,14 +212,14 @@ def random_matches(match: Correspondence, generator: torch.Generator) -> Corresp
     Example:
         >>> index = torch.tensor([[[-1, -1], [1, -1]], [[-1, 0], [-1, -1]]])[None]
         >>> drawn = random_matches(Correspondence(index, ((1, 2), (1, 2))), torch.Generator().manual_seed(0))
-        >>> bool((drawn.visible == (index >= 0)).all())
+        >>> bool((drawn.matched == (index >= 0)).all())
         True
     """
     index = match.index
     share = torch.rand(index.shape, generator=generator, dtype=torch.float64)
-    tokens = torch.tensor([h * w for h, w in match.sizes], dtype=torch.float64)[:, None]
+    tokens = torch.tensor([h * w for h, w in match.token_grids], dtype=torch.float64)[:, None]
     drawn = (share * tokens).long().to(index.device)
-    return replace(match, index=torch.where(match.visible, drawn, -1))
+    return replace(match, index=torch.where(match.matched, drawn, -1))
 
 
 def drop_low_noise(match: Correspondence, level: Tensor, least: float) -> Correspondence:
@@ -228,7 +228,7 @@ def drop_low_noise(match: Correspondence, level: Tensor, least: float) -> Corres
     Example:
         >>> index = torch.tensor([[[-1], [0]], [[0], [-1]]]).expand(2, 2, 2, 1)
         >>> match = drop_low_noise(Correspondence(index, ((1, 1), (1, 1))), torch.tensor([0.4, 0.5]), 0.5)
-        >>> match.visible.sum(dim=(1, 2, 3)).tolist()
+        >>> match.matched.sum(dim=(1, 2, 3)).tolist()
         [0, 2]
     """
     low = level.to(match.device) < least

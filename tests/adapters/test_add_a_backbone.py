@@ -66,7 +66,7 @@ def test_package_of_the_page_works(package: Path, tmp_path: Path) -> None:
     install(package, tmp_path / "installed")
     shutil.copy(ROOT / "tests" / "helpers" / "backbone_checks.py", package / "tests")
     report = (
-        "print(cameo.backbones(), model.supervised_sites[0].path, model.num_supervised, model.alignment_loss.item())"
+        "print(cameo.backbones(), model.supervised_layers[0].path, model.num_supervised, model.alignment_loss.item())"
     )
     check = package / "tests" / "check.py"
     check.write_text(check.read_text() + report)

@@ -14,7 +14,7 @@ import cameo
 from cameo.backbone import get_backbone
 from cameo.config import CameoConfig
 from cameo.data.batches import match_layers
-from cameo.hub.license import find_licence
+from cameo.hub.license import find_license
 from cameo.pipeline import MultiViewPipeline
 from tests.helpers import backbone_checks as checks
 from tests.helpers.backbone_rows import ROWS, Row, every_row, every_tiny
@@ -32,17 +32,17 @@ def test_recognises_its_own_and_refuses_others(row: Row) -> None:
     assert adapter.recognizes(denoiser)
     assert not adapter.recognizes(nn.Linear(2, 2))
     assert "Linear" in adapter.explain_mismatch(nn.Linear(2, 2))
-    sites = adapter.sites(denoiser)
-    assert [site.index for site in sites] == list(range(len(sites)))
-    assert 0 <= adapter.default_layer(denoiser) < len(sites)
-    assert all(isinstance(denoiser.get_submodule(site.path), nn.Module) for site in sites)
+    layers = adapter.attention_layers(denoiser)
+    assert [layer.index for layer in layers] == list(range(len(layers)))
+    assert 0 <= adapter.default_layer(denoiser) < len(layers)
+    assert all(isinstance(denoiser.get_submodule(layer.path), nn.Module) for layer in layers)
 
 
 @every_row
 def test_layers_are_listed_in_the_order_in_which_they_run(row: Row) -> None:
     model = row.subject().wrapped()
     order: list[str] = []
-    names = {site.path: model.base_model.get_submodule(site.path) for site in model.sites}
+    names = {layer.path: model.base_model.get_submodule(layer.path) for layer in model.attention_layers}
     for path, module in names.items():
         module.register_forward_pre_hook(lambda *_, path=path: order.append(path))
     inputs = row.inputs(model.base_model)
@@ -204,7 +204,7 @@ def test_a_saved_pipeline_loads_again(row: Row, tmp_path: Path) -> None:
 def test_licenses_of_the_releases(backbone: str, licenses: set[str]) -> None:
     adapter = get_backbone(backbone)
     names = list(adapter.released)
-    found = [find_licence(CameoConfig(backbone, [], base_model=name), None, backbone=adapter) for name in names]
+    found = [find_license(CameoConfig(backbone, [], base_model=name), None, backbone=adapter) for name in names]
     assert {one["license"] for one in found} == licenses
     assert all(one.get("license_name") for one in found if one["license"] == "other")
     assert [adapter.revision(name) for name in names] == [release.revision for release in adapter.released.values()]

@@ -102,7 +102,7 @@ def wrap(model: nn.Module, **options: Any) -> CameoModel:
 
 
 def per_view_projections(attention: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Queries and keys of each view by itself: projected, normalised, then rotated by the cell in its own view."""
+    """Queries and keys of each view by itself: projected, normalized, then rotated by the cell in its own view."""
     found = []
     for linear, norm in ((attention.to_q, attention.norm_q), (attention.to_k, attention.norm_k)):
         heads = linear(images.flatten(0, 1).flatten(1, 2)).unflatten(-1, (attention.heads, -1)).transpose(1, 2)
@@ -161,8 +161,8 @@ def test_what_is_supervised_is_what_the_kernel_sees(monkeypatch: pytest.MonkeyPa
     assert seen.query.shape == (SAMPLES, 2, VIEWS * HEIGHT * WIDTH, 8)
     unrotated = projected[0].unflatten(-1, (2, 8)).transpose(1, 2)
     assert (seen.query - unrotated).abs().amax() > 0.1
-    normalised = attention.norm_q(unrotated)
-    assert (seen.query - normalised).abs().amax() > 0.1
+    normalized = attention.norm_q(unrotated)
+    assert (seen.query - normalized).abs().amax() > 0.1
 
 
 def test_lora_overfits_one_batch() -> None:
@@ -211,7 +211,7 @@ def test_layer_of_the_paper_in_the_released_size() -> None:
             )
     assert sum(parameter.numel() for parameter in model.parameters()) == 1_499_952_032  # version 1.2
     assert len(model.blocks) == 40
-    assert wrapped.supervised_sites[0].heads == 16
+    assert wrapped.supervised_layers[0].heads == 16
     assert wrapped.token_grid(512, 512) == (32, 32)
     assert captured["blocks.32.attn1"].query.shape == (1, 16, views * tokens, 88)
     assert captured["blocks.32.attn1"].key.shape == (1, 16, views * tokens, 88)

@@ -15,7 +15,7 @@ from cameo.alignment import AlignmentHead, alignment_loss, supervision_weights
 from cameo.correspondence import Correspondence
 from cameo.errors import ShapeError
 
-ASSETS = Path(__file__).parents[2] / "assets"
+ASSETS = Path(__file__).parents[1] / "assets"
 Inputs = tuple[Tensor, Tensor, Correspondence]
 
 
@@ -27,7 +27,7 @@ def relative_error(got: Tensor | None, expected: Tensor) -> float:
 def make_inputs(
     batch: int = 2,
     heads: int = 3,
-    sizes: tuple[tuple[int, int], ...] = ((2, 3),) * 3,
+    token_grids: tuple[tuple[int, int], ...] = ((2, 3),) * 3,
     dim: int = 4,
     *,
     visible: float = 0.6,
@@ -37,10 +37,10 @@ def make_inputs(
 ) -> Inputs:
     """Random queries, keys and matches; every token has a distance, as from point maps."""
     generator = torch.Generator().manual_seed(seed)
-    views, tokens = len(sizes), max(h * w for h, w in sizes)
+    views, tokens = len(token_grids), max(h * w for h, w in token_grids)
     index = torch.full((batch, views, views, tokens), -1)
-    for i, (query_height, query_width) in enumerate(sizes):
-        for j, (height, width) in enumerate(sizes):
+    for i, (query_height, query_width) in enumerate(token_grids):
+        for j, (height, width) in enumerate(token_grids):
             if i != j:
                 shape = (batch, query_height * query_width)
                 match = torch.randint(0, height * width, shape, generator=generator)
@@ -50,7 +50,7 @@ def make_inputs(
     distance = torch.rand(index.shape, generator=generator, dtype=torch.float64)
     shape = (batch, heads, views, tokens, dim)
     query, key = (torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for _ in range(2))
-    return query.requires_grad_(), key.requires_grad_(), Correspondence(index, sizes, weight, distance)
+    return query.requires_grad_(), key.requires_grad_(), Correspondence(index, token_grids, weight, distance)
 
 
 def make_head(heads: int = 3, **settings: Any) -> AlignmentHead:
@@ -77,23 +77,23 @@ def dense_loss(
     match: Correspondence,
     head: AlignmentHead,
     scale: float,
-    normalise: str = "per_view",
+    normalize: str = "per_view",
     pairs: Tensor | None = None,
 ) -> Tensor:
     """Mean loss from the full [K, B, V, N, V, N] logits and dense one-hot targets."""
     batch, _, views, tokens, _ = query.shape
     logits = explicit_head(head, scale * torch.einsum("bkixd,bkjyd->kbixjy", query, key))
-    lengths = torch.tensor([h * w for h, w in match.sizes])
+    lengths = torch.tensor([h * w for h, w in match.token_grids])
     real = (torch.arange(tokens) < lengths[:, None]).expand(views, 1, views, tokens).transpose(0, 1)[0]
     other = ~torch.eye(views, dtype=torch.bool)
-    if normalise == "per_view":
+    if normalize == "per_view":
         log_p = logits.masked_fill(~real[:, None], -torch.inf).log_softmax(-1)
     else:
         keys = other[:, None, :, None] & real[0]
         log_p = logits.masked_fill(~keys, -torch.inf).flatten(-2).log_softmax(-1).unflatten(-1, (views, tokens))
-    wanted = match.visible if pairs is None else match.visible & pairs[None, :, :, None]
+    wanted = match.matched if pairs is None else match.matched & pairs[None, :, :, None]
     target = F.one_hot(match.index.clamp(min=0), tokens) * wanted[..., None]
-    weight = torch.ones(match.index.shape) if match.weight is None else match.weight
+    weight = torch.ones(match.index.shape) if match.match_weight is None else match.match_weight
     weight = weight.double() * wanted
     nll = -(log_p.masked_fill(log_p == -torch.inf, 0).mean(0) * target.permute(0, 1, 3, 2, 4)).sum(-1)
     assert nll.shape == (batch, views, tokens, views)
@@ -137,7 +137,7 @@ def scene(request: pytest.FixtureRequest) -> Golden:
 # Worst values seen in float64: 3e-16 for the loss, 2e-15 for the gradients.
 def test_golden_paper(scene: Golden) -> None:
     data, match = scene.data, scene.match
-    assert int(match.visible.sum()) == data["num_pairs"]
+    assert int(match.matched.sum()) == data["num_pairs"]
     loss = alignment_loss(scene.query, scene.key, match, scene.head, scale=scene.scale)
     loss.backward()
     assert loss.item() == pytest.approx(data["loss_paper"].item(), rel=1e-9)
@@ -169,35 +169,35 @@ def test_golden_released(scene: Golden) -> None:
 PADDED = ((2, 3), (2, 3), (3, 4), (1, 2))
 
 
-@pytest.mark.parametrize("normalise", ["per_view", "all_views"])
-@pytest.mark.parametrize("sizes", [((2, 3),) * 3, PADDED], ids=["one grid", "four grids"])
+@pytest.mark.parametrize("normalize", ["per_view", "all_views"])
+@pytest.mark.parametrize("token_grids", [((2, 3),) * 3, PADDED], ids=["one grid", "four grids"])
 @pytest.mark.parametrize("settings", [{}, {"depth": 0}, {"depth": 2}, {"kind": "mean"}, {"kind": "none"}], ids=str)
 @pytest.mark.parametrize("weighted", [False, True])
 def test_equals_the_dense_version(
-    normalise: str, sizes: tuple[tuple[int, int], ...], settings: dict[str, Any], weighted: bool
+    normalize: str, token_grids: tuple[tuple[int, int], ...], settings: dict[str, Any], weighted: bool
 ) -> None:
-    query, key, match = make_inputs(sizes=sizes, weighted=weighted)
+    query, key, match = make_inputs(token_grids=token_grids, weighted=weighted)
     head = make_head(**settings)
-    got = alignment_loss(query, key, match, head, scale=0.3, normalise=normalise)
-    expected = dense_loss(query, key, match, head, 0.3, normalise)
+    got = alignment_loss(query, key, match, head, scale=0.3, normalize=normalize)
+    expected = dense_loss(query, key, match, head, 0.3, normalize)
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=0)
     for one, other in zip(gradients(got, query, key, head), gradients(expected, query, key, head), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-13)
 
 
-@pytest.mark.parametrize("normalise", ["per_view", "all_views"])
-def test_pairs_select_query_view_and_key_view(normalise: str) -> None:
+@pytest.mark.parametrize("normalize", ["per_view", "all_views"])
+def test_pairs_select_query_view_and_key_view(normalize: str) -> None:
     query, key, match = make_inputs()
     head, pairs = make_head(), torch.tensor([[0, 1, 0], [0, 0, 0], [1, 1, 0]]).bool()
-    got = alignment_loss(query, key, match, head, scale=0.3, pairs=pairs, normalise=normalise)
-    torch.testing.assert_close(got, dense_loss(query, key, match, head, 0.3, normalise, pairs), rtol=1e-12, atol=0)
+    got = alignment_loss(query, key, match, head, scale=0.3, pairs=pairs, normalize=normalize)
+    torch.testing.assert_close(got, dense_loss(query, key, match, head, 0.3, normalize, pairs), rtol=1e-12, atol=0)
 
 
 def test_released_equals_the_loops() -> None:
     query, key, match = make_inputs(weighted=True)
     head, references = make_head(), 1
     assert match.distance is not None
-    assert match.weight is not None
+    assert match.match_weight is not None
     total = torch.zeros((), dtype=torch.float64)
     for half in (range(references), range(references, 3)):
         numerator, denominator = torch.zeros((), dtype=torch.float64), 0.0
@@ -209,7 +209,7 @@ def test_released_equals_the_loops() -> None:
                         target = int(match.index[b, i, j, x])
                         if target < 0:
                             continue
-                        weight = match.weight[b, i, j, x]
+                        weight = match.match_weight[b, i, j, x]
                         denominator += float(weight)
                         if j == nearest:
                             logits = torch.stack([0.5 * key[b, k, j] @ query[b, k, i, x] for k in range(3)])
@@ -224,9 +224,9 @@ def test_released_counts_an_empty_half_as_zero(references: int) -> None:
     query, key, match = make_inputs()
     loss = alignment_loss(query, key, match, make_head(), reduction="released", num_reference_views=references)
     nearest = supervision_weights(match, reduction="released", num_reference_views=references) > 0
-    only_nearest = Correspondence(torch.where(nearest, match.index, -1), match.sizes)
+    only_nearest = Correspondence(torch.where(nearest, match.index, -1), match.token_grids)
     summed = alignment_loss(query, key, only_nearest, make_head(), reduction="sum")
-    torch.testing.assert_close(loss, summed / match.visible.sum(), rtol=1e-12, atol=0)
+    torch.testing.assert_close(loss, summed / match.matched.sum(), rtol=1e-12, atol=0)
     assert loss > 0
 
 
@@ -243,18 +243,18 @@ def test_released_takes_the_nearest_view_before_visibility() -> None:
 
 @pytest.mark.parametrize("kind", ["mlp", "mean", "none"])
 def test_uniform_attention_gives_the_logarithm_of_the_keys(kind: str) -> None:
-    _, key, match = make_inputs(sizes=((2, 3),) * 4)
+    _, key, match = make_inputs(token_grids=((2, 3),) * 4)
     head = make_head(kind=kind)
     query = torch.zeros_like(key)
     loss = alignment_loss(query, key, match, head)
     torch.testing.assert_close(loss, torch.tensor(6.0).double().log(), rtol=1e-12, atol=0)
-    loss = alignment_loss(query, key, match, head, normalise="all_views")
+    loss = alignment_loss(query, key, match, head, normalize="all_views")
     torch.testing.assert_close(loss, torch.tensor(18.0).double().log(), rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("normalise", ["per_view", "all_views"])
-def test_gradcheck(normalise: str) -> None:
-    query, key, match = make_inputs(batch=1, sizes=((1, 3), (2, 2)), dim=2, weighted=True)
+@pytest.mark.parametrize("normalize", ["per_view", "all_views"])
+def test_gradcheck(normalize: str) -> None:
+    query, key, match = make_inputs(batch=1, token_grids=((1, 3), (2, 2)), dim=2, weighted=True)
     head = make_head()
     names = [name for name, _ in head.named_parameters()]
 
@@ -264,7 +264,7 @@ def test_gradcheck(normalise: str) -> None:
             owner, _, leaf = name.rpartition(".")
             delattr(module.get_submodule(owner), leaf)
             setattr(module.get_submodule(owner), leaf, parameter)
-        return alignment_loss(query, key, match, module, normalise=normalise)
+        return alignment_loss(query, key, match, module, normalize=normalize)
 
     assert torch.autograd.gradcheck(loss, (query, key, *head.parameters()))
 
@@ -275,7 +275,7 @@ def test_default_scale_and_sum() -> None:
     mean = alignment_loss(query, key, match, head)
     torch.testing.assert_close(mean, alignment_loss(query, key, match, head, scale=4**-0.5), rtol=1e-14, atol=0)
     summed = alignment_loss(query, key, match, head, reduction="sum")
-    torch.testing.assert_close(summed, mean * match.visible.sum(), rtol=1e-12, atol=0)
+    torch.testing.assert_close(summed, mean * match.matched.sum(), rtol=1e-12, atol=0)
 
 
 def test_order_of_samples_does_not_matter() -> None:
@@ -291,29 +291,29 @@ def test_weights_act_like_repetition() -> None:
     query, key, match = make_inputs(batch=1)
     twice = Correspondence.cat([match, match])
     first_twice = torch.where(torch.arange(6) < 2, 2.0, 1.0).expand(match.index.shape)
-    weighted = Correspondence(match.index, match.sizes, first_twice)
+    weighted = Correspondence(match.index, match.token_grids, first_twice)
     once = twice.index.clone()
     once[1, ..., 2:] = -1
     head = make_head()
     repeated = alignment_loss(
-        query.repeat(2, 1, 1, 1, 1), key.repeat(2, 1, 1, 1, 1), Correspondence(once, match.sizes), head
+        query.repeat(2, 1, 1, 1, 1), key.repeat(2, 1, 1, 1, 1), Correspondence(once, match.token_grids), head
     )
     torch.testing.assert_close(alignment_loss(query, key, weighted, head), repeated, rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("normalise", ["per_view", "all_views"])
-def test_what_is_not_supervised_cannot_matter(normalise: str) -> None:
-    query, key, match = make_inputs(batch=1, sizes=PADDED)
+@pytest.mark.parametrize("normalize", ["per_view", "all_views"])
+def test_what_is_not_supervised_cannot_matter(normalize: str) -> None:
+    query, key, match = make_inputs(batch=1, token_grids=PADDED)
     match.index[0, 3] = -1
     head = make_head()
-    expected = alignment_loss(query, key, match, head, normalise=normalise)
+    expected = alignment_loss(query, key, match, head, normalize=normalize)
     expected_gradients = gradients(expected, query, key, head)
     with torch.no_grad():
         for v, (height, width) in enumerate(PADDED):
             query[:, :, v, height * width :] = torch.nan
             key[:, :, v, height * width :] = torch.inf
         query[:, :, 3] = -torch.inf
-    got = alignment_loss(query, key, match, head, normalise=normalise)
+    got = alignment_loss(query, key, match, head, normalize=normalize)
     assert torch.equal(got, expected)
     for one, other in zip(gradients(got, query, key, head), expected_gradients, strict=True):
         assert torch.equal(one, other)
@@ -322,7 +322,7 @@ def test_what_is_not_supervised_cannot_matter(normalise: str) -> None:
 # bfloat16 holds 8 bits: an input rounded to 2^-9 moves a logit by about 1e-2. float16 holds 11.
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 2e-2), (torch.float16, 2e-3)])
 def test_half_precision_rounds_only_the_inputs(dtype: torch.dtype, tolerance: float) -> None:
-    query, key, match = make_inputs(sizes=((4, 4),) * 3, dim=16)
+    query, key, match = make_inputs(token_grids=((4, 4),) * 3, dim=16)
     head = make_head()
     exact = alignment_loss(query, key, match, head)
     half_query, half_key = query.detach().to(dtype).requires_grad_(), key.detach().to(dtype).requires_grad_()
@@ -349,16 +349,16 @@ def test_half_precision_head_is_read_in_float32() -> None:
     assert torch.equal(loss, wide)
 
 
-@pytest.mark.parametrize("normalise", ["per_view", "all_views"])
+@pytest.mark.parametrize("normalize", ["per_view", "all_views"])
 @pytest.mark.parametrize("poison", [0.0, torch.inf, torch.nan])
 @pytest.mark.parametrize("kind", ["mlp", "mean"])
-def test_nothing_visible_is_zero_with_a_graph(normalise: str, poison: float, kind: str) -> None:
+def test_nothing_visible_is_zero_with_a_graph(normalize: str, poison: float, kind: str) -> None:
     query, key, match = make_inputs(visible=0.0)
     with torch.no_grad():
         query[0, 0, 0, 0, 0] = poison
         key[0, 0, 0, 0, 0] = poison
     head = make_head(kind=kind)
-    loss = alignment_loss(query, key, match, head, normalise=normalise)
+    loss = alignment_loss(query, key, match, head, normalize=normalize)
     assert loss.item() == 0
     assert loss.dtype == torch.float64
     for gradient in gradients(loss, query, key, head):
@@ -367,16 +367,16 @@ def test_nothing_visible_is_zero_with_a_graph(normalise: str, poison: float, kin
 
 @pytest.mark.parametrize("why", ["pairs", "weight", "nearest view", "one view"])
 def test_nothing_supervised_is_zero_with_a_graph(why: str) -> None:
-    query, key, match = make_inputs(sizes=((2, 3),) if why == "one view" else ((2, 3),) * 3)
+    query, key, match = make_inputs(token_grids=((2, 3),) if why == "one view" else ((2, 3),) * 3)
     options: dict[str, Any] = {}
     if why == "pairs":
         options = {"pairs": torch.zeros(3, 3, dtype=torch.bool)}
     if why == "weight":
-        match = Correspondence(match.index, match.sizes, torch.zeros(match.index.shape))
+        match = Correspondence(match.index, match.token_grids, torch.zeros(match.index.shape))
     if why == "nearest view":  # view 1 is visible in view 0, but view 2 is nearer
         index, distance = torch.full((2, 3, 3, 6), -1), torch.ones(2, 3, 3, 6)
         index[:, 0, 1], distance[:, 0, 2] = 4, 0.5
-        match = Correspondence(index, match.sizes, distance=distance)
+        match = Correspondence(index, match.token_grids, distance=distance)
         options = {"reduction": "released", "num_reference_views": 1}
     head = make_head()
     loss = alignment_loss(query, key, match, head, **options)
@@ -433,7 +433,7 @@ def test_head_refuses_another_head_count() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"normalise": "views"}, "unknown normalise 'views'"),
+        ({"normalize": "views"}, "unknown normalize 'views'"),
         ({"reduction": "none"}, "unknown reduction 'none'"),
         ({"pairs": "al"}, "unknown pairs 'al': did you mean 'all'"),
         (
@@ -445,8 +445,8 @@ def test_head_refuses_another_head_count() -> None:
         ({"reduction": "released"}, "num_reference_views: .* 0 to 3, got None"),
         ({"reduction": "released", "num_reference_views": 4}, "0 to 3, got 4"),
         (
-            {"reduction": "released", "normalise": "all_views", "num_reference_views": 1},
-            'for normalise="per_view"',
+            {"reduction": "released", "normalize": "all_views", "num_reference_views": 1},
+            'for normalize="per_view"',
         ),
     ],
 )
@@ -491,7 +491,7 @@ def test_tensor_errors(change: Any, message: str) -> None:
     ],
 )
 def test_matches_that_are_no_tokens(place: tuple[int, ...], value: int, message: str) -> None:
-    query, key, match = make_inputs(sizes=((2, 3), (2, 3), (2, 3), (1, 2)))
+    query, key, match = make_inputs(token_grids=((2, 3), (2, 3), (2, 3), (1, 2)))
     match.index[place] = value
     with pytest.raises(ValueError, match=message):
         alignment_loss(query, key, match, make_head())
@@ -500,24 +500,24 @@ def test_matches_that_are_no_tokens(place: tuple[int, ...], value: int, message:
 @pytest.mark.parametrize("value", [-0.5, torch.nan, torch.inf])
 def test_weights_that_are_no_weights(value: float) -> None:
     query, key, match = make_inputs(weighted=True)
-    assert match.weight is not None
-    match.weight[0, 0, 1, 0] = value
-    with pytest.raises(ValueError, match=r"correspondence.weight: expected finite values of at least 0"):
+    assert match.match_weight is not None
+    match.match_weight[0, 0, 1, 0] = value
+    with pytest.raises(ValueError, match=r"correspondence.match_weight: expected finite values of at least 0"):
         alignment_loss(query, key, match, make_head())
 
 
 def test_released_needs_distances() -> None:
     query, key, match = make_inputs()
-    without = Correspondence(match.index, match.sizes)
+    without = Correspondence(match.index, match.token_grids)
     with pytest.raises(ValueError, match=r"correspondence.distance: .*from_point_maps"):
         alignment_loss(query, key, without, make_head(), reduction="released", num_reference_views=1)
 
 
 def test_one_reachable_token_per_view_is_refused() -> None:
-    query, key, match = make_inputs(sizes=((1, 1),) * 3)
-    with pytest.raises(ValueError, match=r'a softmax per view is constant .* use normalise="all_views"'):
+    query, key, match = make_inputs(token_grids=((1, 1),) * 3)
+    with pytest.raises(ValueError, match=r'a softmax per view is constant .* use normalize="all_views"'):
         alignment_loss(query, key, match, make_head())
-    assert alignment_loss(query, key, match, make_head(), normalise="all_views") > 0
+    assert alignment_loss(query, key, match, make_head(), normalize="all_views") > 0
 
 
 def test_one_token_per_view_equals_a_loop() -> None:
@@ -530,8 +530,8 @@ def test_one_token_per_view_equals_a_loop() -> None:
     index[2] = -1  # a cell without a match
     weight = torch.rand(index.shape, dtype=torch.float64)
     head = AlignmentHead(heads).double()
-    match = Correspondence(index, ((1, 1),) * views, weight=weight)
-    loss = alignment_loss(query, key, match, head, scale=0.3, normalise="all_views")
+    match = Correspondence(index, ((1, 1),) * views, match_weight=weight)
+    loss = alignment_loss(query, key, match, head, scale=0.3, normalize="all_views")
     total, expected = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
     for cell in range(cells):
         for i in range(views):

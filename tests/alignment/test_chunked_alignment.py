@@ -44,8 +44,8 @@ def both(query: Tensor, key: Tensor, match: Correspondence, head: AlignmentHead,
 MODES: list[dict[str, Any]] = [
     {},
     {"softness": 0.8, "reduction": "sum"},
-    {"normalise": "all_views"},
-    {"normalise": "all_views", "softness": 0.8},
+    {"normalize": "all_views"},
+    {"normalize": "all_views", "softness": 0.8},
     {"reduction": "released", "num_reference_views": 1, "softness": 1.5},
 ]
 HEADS = [
@@ -58,24 +58,24 @@ HEADS = [
 ]
 
 
-@pytest.mark.parametrize("sizes", [((2, 3),) * 4, PADDED], ids=["one grid", "four grids"])
+@pytest.mark.parametrize("token_grids", [((2, 3),) * 4, PADDED], ids=["one grid", "four grids"])
 @pytest.mark.parametrize("settings", HEADS, ids=str)
-def test_equals_the_reference(cut: str, sizes: tuple[tuple[int, int], ...], settings: dict[str, Any]) -> None:
+def test_equals_the_reference(cut: str, token_grids: tuple[tuple[int, int], ...], settings: dict[str, Any]) -> None:
     for seed, options in enumerate(MODES):
-        query, key, match = make_inputs(sizes=sizes, weighted=bool(seed % 2), seed=seed)
+        query, key, match = make_inputs(token_grids=token_grids, weighted=bool(seed % 2), seed=seed)
         for got, expected in both(query, key, match, make_head(**settings), scale=0.7, **options):
             torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-13, msg=f"{options}: {got} {expected}")
 
 
 @pytest.mark.parametrize("settings", HEADS, ids=str)
 def test_one_token_per_view_equals_the_reference(cut: str, settings: dict[str, Any]) -> None:
-    query, key, match = make_inputs(batch=12, sizes=((1, 1),) * 5)
-    for got, expected in both(query, key, match, make_head(**settings), normalise="all_views"):
+    query, key, match = make_inputs(batch=12, token_grids=((1, 1),) * 5)
+    for got, expected in both(query, key, match, make_head(**settings), normalize="all_views"):
         torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-14)
 
 
 def test_the_cuts_do_what_they_say(cut: str) -> None:
-    _, _, match = make_inputs(sizes=PADDED, batch=3)
+    _, _, match = make_inputs(token_grids=PADDED, batch=3)
     weights = supervision_weights(match)
     pairs = sweep.CPU_PRODUCTS
     plan = list(
@@ -83,14 +83,14 @@ def test_the_cuts_do_what_they_say(cut: str) -> None:
             match.index,
             weights,
             PADDED,
-            normalise="per_view",
+            normalize="per_view",
             softness=0,
             pairs=pairs,
             most_pairs=pairs,
             most_tokens=pairs,
         )
     )
-    assert sum(int((part.weights > 0).sum()) for part in plan) == int(match.visible.sum())
+    assert sum(int((part.weights > 0).sum()) for part in plan) == int(match.matched.sum())
     shapes = [part.queries.shape for part in plan]
     assert all(
         shape.numel() * part.keys <= pairs or shape.numel() == 1 for part, shape in zip(plan, shapes, strict=True)
@@ -101,30 +101,30 @@ def test_the_cuts_do_what_they_say(cut: str) -> None:
         assert max(shape[0] for shape in shapes) > 1
 
 
-@pytest.mark.parametrize("normalise", ["per_view", "all_views"])
-def test_soft_targets_are_a_gaussian_on_the_token_grid(normalise: str) -> None:
+@pytest.mark.parametrize("normalize", ["per_view", "all_views"])
+def test_soft_targets_are_a_gaussian_on_the_token_grid(normalize: str) -> None:
     """Against targets laid out densely, one match after the other, by the definition."""
-    softness, sizes = 0.8, ((3, 4), (2, 3), (3, 4))
-    query, key, match = make_inputs(batch=1, sizes=sizes, weighted=True, visible=0.3)
+    softness, token_grids = 0.8, ((3, 4), (2, 3), (3, 4))
+    query, key, match = make_inputs(batch=1, token_grids=token_grids, weighted=True, visible=0.3)
     head, expected, total = make_head(), torch.zeros((), dtype=torch.float64), 0.0
-    assert match.weight is not None
-    for b, i, j, x in match.visible.nonzero().tolist():
-        height, width = sizes[j]
+    assert match.match_weight is not None
+    for b, i, j, x in match.matched.nonzero().tolist():
+        height, width = token_grids[j]
         row, column = divmod(match.index[b, i, j, x].item(), width)
         shares = {}
         for r, c in itertools.product(range(height), range(width)):
             squared = (r - row) ** 2 + (c - column) ** 2
             if squared <= (3 * softness) ** 2:
                 shares[r * width + c] = torch.tensor(-squared / (2 * softness**2)).double().exp().item()
-        weight = match.weight[b, i, j, x].item()
+        weight = match.match_weight[b, i, j, x].item()
         total += weight
         for token, share in shares.items():
             single = torch.full_like(match.index, -1)
             single[b, i, j, x] = token
-            part = dense_loss(query, key, Correspondence(single, sizes), head, 0.5, normalise)
+            part = dense_loss(query, key, Correspondence(single, token_grids), head, 0.5, normalize)
             expected = expected + weight * share / sum(shares.values()) * part
     for implementation in ("reference", "chunked"):
-        options = {"scale": 0.5, "normalise": normalise, "softness": softness, "implementation": implementation}
+        options = {"scale": 0.5, "normalize": normalize, "softness": softness, "implementation": implementation}
         got = alignment_loss(query, key, match, head, **options)
         torch.testing.assert_close(got, expected / total, rtol=1e-11, atol=0)
 
@@ -137,7 +137,7 @@ def test_a_narrow_gaussian_is_one_token() -> None:
 
 
 def test_single_precision_stays_within_its_bounds() -> None:
-    query, key, match = make_inputs(batch=1, heads=10, sizes=((12, 12),) * 3, dim=64, seed=3)
+    query, key, match = make_inputs(batch=1, heads=10, token_grids=((12, 12),) * 3, dim=64, seed=3)
     head = make_head(heads=10)
     exact = both(query, key, match, head)
     query32, key32 = (tensor.detach().float().requires_grad_() for tensor in (query, key))
@@ -149,7 +149,7 @@ def test_single_precision_stays_within_its_bounds() -> None:
 
 def test_half_precision_is_no_worse_than_a_dense_path_in_half_precision() -> None:
     """The dense path rounds its logits; this one rounds inputs and gradients only. Judged by error, angle and bias."""
-    query, key, match = make_inputs(batch=1, heads=8, sizes=((8, 8),) * 3, dim=40, seed=4, dtype=torch.bfloat16)
+    query, key, match = make_inputs(batch=1, heads=8, token_grids=((8, 8),) * 3, dim=40, seed=4, dtype=torch.bfloat16)
     head = make_head(heads=8)
     exact_query, exact_key = (tensor.detach().double().requires_grad_() for tensor in (query, key))
     loss = alignment_loss(exact_query, exact_key, match, head, implementation="reference")
@@ -179,40 +179,42 @@ def dense_from_logits(logits: Tensor, match: Correspondence, head: AlignmentHead
     log_p = head(logits).log_softmax(-1)  # [1 or K, B, i, x, j, y]
     target = match.index.clamp(min=0).permute(0, 1, 3, 2)[None, ..., None].expand(len(log_p), -1, -1, -1, -1, -1)
     nll = -log_p.gather(-1, target)[..., 0].mean(0).permute(0, 1, 3, 2)
-    return nll[match.visible].mean()
+    return nll[match.matched].mean()
 
 
 def test_the_workspace_is_bounded_and_the_gradient_is_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
     """Peak of all that torch allocates over the inputs: the two gradients and the workspace."""
     monkeypatch.setattr(sweep, "WORKSPACE_BYTES", 8 << 20)
     for side in (8, 24):
-        query, key, match = make_inputs(batch=1, heads=5, sizes=((side, side),) * 4, dim=32, dtype=torch.float32)
+        query, key, match = make_inputs(batch=1, heads=5, token_grids=((side, side),) * 4, dim=32, dtype=torch.float32)
         head = make_head(heads=5).float()
         peak, _ = memory_of(lambda: gradients(alignment_loss(query, key, match, head), query, key, head))  # noqa: B023
         kept = query.nbytes + key.nbytes
         assert peak <= 1.25 * kept + (8 << 20)
 
 
-@pytest.mark.parametrize("normalise", ["per_view", "all_views"])
-def test_one_match_per_view_does_not_bring_all_keys_together(monkeypatch: pytest.MonkeyPatch, normalise: str) -> None:
+@pytest.mark.parametrize("normalize", ["per_view", "all_views"])
+def test_one_match_per_view_does_not_bring_all_keys_together(monkeypatch: pytest.MonkeyPatch, normalize: str) -> None:
     """Many groups of one row each have few pairs and many keys."""
     monkeypatch.setattr(sweep, "WORKSPACE_BYTES", 1 << 20)
-    query, key, match = make_inputs(batch=16, heads=5, sizes=((8, 8),) * 4, dim=32, dtype=torch.float32)
+    query, key, match = make_inputs(batch=16, heads=5, token_grids=((8, 8),) * 4, dim=32, dtype=torch.float32)
     match.index[..., 1:] = -1
     head = make_head(heads=5).float()
 
     def run() -> None:
-        gradients(alignment_loss(query, key, match, head, normalise=normalise), query, key, head)
+        gradients(alignment_loss(query, key, match, head, normalize=normalize), query, key, head)
 
     assert memory_of(run)[0] <= 1.25 * (query.nbytes + key.nbytes) + (1 << 20)
 
 
 def test_planning_many_small_groups_takes_time_in_proportion() -> None:
     def calls(samples: int) -> int:
-        _, _, match = make_inputs(batch=samples, sizes=((1, 1),) * 3, visible=1.0)
-        options = {"normalise": "all_views", "softness": 0, "pairs": 1 << 30, "most_pairs": 1 << 30}
+        _, _, match = make_inputs(batch=samples, token_grids=((1, 1),) * 3, visible=1.0)
+        options = {"normalize": "all_views", "softness": 0, "pairs": 1 << 30, "most_pairs": 1 << 30}
         with cProfile.Profile() as profile:
-            (rows,) = plan_rows(match.index, supervision_weights(match), match.sizes, most_tokens=1 << 30, **options)
+            (rows,) = plan_rows(
+                match.index, supervision_weights(match), match.token_grids, most_tokens=1 << 30, **options
+            )
         assert len(rows.samples) == samples
         return pstats.Stats(profile).total_calls
 
@@ -225,7 +227,7 @@ def test_strides_do_not_matter() -> None:
     packed = torch.stack([query, key]).detach().permute(0, 3, 1, 4, 5, 2).contiguous().permute(0, 2, 5, 1, 3, 4)
     assert packed.stride() != torch.stack([query, key]).stride()
     other_query, other_key = (one.requires_grad_() for one in packed.detach().unbind())
-    for options in ({}, {"normalise": "all_views"}):
+    for options in ({}, {"normalize": "all_views"}):
         got = alignment_loss(other_query, other_key, match, head, implementation="chunked", **options)
         expected = alignment_loss(query, key, match, head, implementation="chunked", **options)
         torch.testing.assert_close(got, expected, rtol=1e-14, atol=0)
@@ -260,9 +262,9 @@ def test_a_head_of_another_class_takes_the_reference() -> None:
 
 def test_a_weight_that_learns_takes_the_reference() -> None:
     query, key, match = make_inputs(weighted=True)
-    assert match.weight is not None
-    match.weight.requires_grad_()
-    (gradient,) = torch.autograd.grad(alignment_loss(query, key, match, make_head()), match.weight)
+    assert match.match_weight is not None
+    match.match_weight.requires_grad_()
+    (gradient,) = torch.autograd.grad(alignment_loss(query, key, match, make_head()), match.match_weight)
     assert gradient.any()
     with pytest.raises(ValueError, match=r"chunked.*correspondence\.weight.*auto"):
         alignment_loss(query, key, match, make_head(), implementation="chunked")

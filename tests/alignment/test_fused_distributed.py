@@ -124,7 +124,7 @@ def test_gradients_are_those_of_one_process_on_all_samples(
 ) -> None:
     (first, first_match), (second, second_match) = (samples_of(rank, empty) for rank in SEEDS)
     model = model_of()
-    joined = Correspondence(torch.cat([first_match.index, second_match.index]), first_match.sizes)
+    joined = Correspondence(torch.cat([first_match.index, second_match.index]), first_match.token_grids)
     expected = step(model, model, torch.cat([first, second]), joined)
     found = [process[way, empty] for process in processes]
     assert (found[1]["loss"] == 0) == empty

@@ -51,11 +51,11 @@ def queries_and_keys(dtype: torch.dtype = torch.float32, *, tokens: int = TOKENS
 def test_the_operator_keeps_its_contract(kind: str, depth: int, dtype: torch.dtype) -> None:
     operator = torch.ops.cameo.alignment_loss.default
     head, exact = make_head(kind, depth), torch.promote_types(dtype, torch.float32)
-    for normalise, gradients in (("per_view", True), ("all_views", False)):
+    for normalize, gradients in (("per_view", True), ("all_views", False)):
         tensors = [one.detach().requires_grad_(gradients) for one in queries_and_keys(dtype)]
         weights = [one.detach().to(exact).requires_grad_(gradients) for one in head.weights()]
-        sizes = [side for grid in GRIDS for side in grid]
-        options = (kind, sizes, normalise, 0.5, 0.7, "chunked", "exact", gradients)
+        token_grids = [side for grid in GRIDS for side in grid]
+        options = (kind, token_grids, normalize, 0.5, 0.7, "chunked", "exact", gradients)
         arguments = (*tensors, MATCH.index, supervision_weights(MATCH, dtype=exact), weights, *options)
         checked = ["test_schema", "test_faketensor", "test_autograd_registration"]
         if gradients and (dtype == torch.float32 or (kind, depth) == ("mlp", 1)):
@@ -193,7 +193,7 @@ def check_compiled(
 
 @pytest.mark.parametrize(
     ("kind", "depth", "options"),
-    [("mlp", 1, {}), ("mlp", 2, {"normalise": "all_views", "softness": 0.5}), ("mean", 1, {"reduction": "sum"})],
+    [("mlp", 1, {}), ("mlp", 2, {"normalize": "all_views", "softness": 0.5}), ("mean", 1, {"reduction": "sum"})],
 )
 def test_compiled_it_is_the_same(kind: str, depth: int, options: dict[str, Any], compiler: None) -> None:
     check_compiled("aot_eager", kind, depth, **options)
@@ -212,7 +212,7 @@ def test_compiled_to_machine_code_it_is_the_same(compiler: None, monkeypatch: py
 
 def test_weights_of_matches_break_a_graph(compiler: None) -> None:
     weight = torch.rand(MATCH.index.shape, generator=torch.Generator().manual_seed(3))
-    weighted = Correspondence(MATCH.index, MATCH.sizes, weight=weight)
+    weighted = Correspondence(MATCH.index, MATCH.token_grids, match_weight=weight)
     with pytest.raises(
         torch._dynamo.exc.TorchDynamoException, match=r"correspondence\.weight"
     ):  # its values are checked
@@ -239,15 +239,15 @@ def test_autocast_around_it_changes_nothing(kind: str, depth: int, dtype: torch.
 
 def test_the_loss_of_a_model_under_autocast_is_that_of_its_queries_and_keys() -> None:
     model = cameo.wrap(unet().train(), "cat3d")
-    (site,), match = model.supervised_sites, UNET_MATCHES
+    (layer,), match = model.supervised_layers, UNET_MATCHES
     args, kwargs = inputs(model.base_model)
     with torch.autocast("cpu", torch.bfloat16):
         model(*args, **kwargs, correspondence=match)
         with model.capture() as captured:
             model.base_model(*args, **kwargs)
-    seen = captured[site.path]
+    seen = captured[layer.path]
     assert seen.query.dtype == torch.bfloat16
-    query, key, local = model.split(site, seen, match)
+    query, key, local = model.split(layer, seen, match)
     expected = alignment_loss(query, key, local, model.alignment_heads[0], scale=seen.scale)
     assert torch.equal(model.alignment_loss, expected)
 
@@ -296,7 +296,7 @@ def test_several_layers_with_grids_of_their_own_have_the_loss_of_the_reference()
     check_against_reference(model, in_double(inputs(wide)), matches)
 
 
-@pytest.mark.parametrize("normalise", ["per_view", "all_views"])
+@pytest.mark.parametrize("normalize", ["per_view", "all_views"])
 @pytest.mark.parametrize(
     ("layer", "layout", "call"),
     [
@@ -304,9 +304,9 @@ def test_several_layers_with_grids_of_their_own_have_the_loss_of_the_reference()
         ("whole_rows", TokenLayout("(b h) (v w)"), None),
     ],
 )
-def test_rows_have_the_loss_of_the_reference(layer: str, layout: TokenLayout, call: int | None, normalise: str) -> None:
+def test_rows_have_the_loss_of_the_reference(layer: str, layout: TokenLayout, call: int | None, normalize: str) -> None:
     torch.manual_seed(0)
-    options = {"layer": layer, "layout": layout, "kernel_call": call, "normalise": normalise, "softness": 0.7}
+    options = {"layer": layer, "layout": layout, "kernel_call": call, "normalize": normalize, "softness": 0.7}
     model = cameo.wrap(RowModel().double(), **options).double()
     check_against_reference(model, ((frames().double(),), {"num_views": VIEWS}), next_view())
 

@@ -23,10 +23,10 @@ CELLS = ((1, 1),) * 4
 CASES: list[dict[str, Any]] = [
     {},
     {"softness": 0.8},
-    {"normalise": "all_views"},
-    {"normalise": "all_views", "softness": 0.8},
+    {"normalize": "all_views"},
+    {"normalize": "all_views", "softness": 0.8},
     {"reduction": "released", "num_reference_views": 1},
-    {"reduction": "sum", "normalise": "all_views", "sizes": CELLS},
+    {"reduction": "sum", "normalize": "all_views", "token_grids": CELLS},
 ]
 HEADS = [{}, {"depth": 0}, {"kind": "mean"}, {"kind": "none"}]
 
@@ -38,11 +38,15 @@ def interpreted() -> Iterator[Interpreter]:
 
 
 def triton_loss(
-    tensors: dict[str, Tensor], sizes: list[list[int]], head: dict[str, Any], weights: dict[str, Tensor], options: Any
+    tensors: dict[str, Tensor],
+    token_grids: list[list[int]],
+    head: dict[str, Any],
+    weights: dict[str, Tensor],
+    options: Any,
 ) -> list[Tensor]:
     """Loss and gradients; runs in the other process."""
     query, key = (tensors[name].requires_grad_() for name in ("query", "key"))
-    grids = tuple((height, width) for height, width in sizes)
+    grids = tuple((height, width) for height, width in token_grids)
     match = Correspondence(tensors["index"], grids, tensors["weight"], tensors["distance"])
     module = AlignmentHead(query.shape[1], **head)
     module.load_state_dict(weights)
@@ -54,10 +58,10 @@ def run(
     interpreted: Interpreter, query: Tensor, key: Tensor, match: Correspondence, head: AlignmentHead, **options: Any
 ) -> list[Tensor]:
     tensors = {"query": query.detach(), "key": key.detach(), "index": match.index}
-    tensors |= {"weight": match.weight, "distance": match.distance}
+    tensors |= {"weight": match.match_weight, "distance": match.distance}
     settings = {name: getattr(head, name) for name in ("kind", "depth", "expansion")}
-    sizes = [list(size) for size in match.sizes]
-    return interpreted(triton_loss, tensors, sizes, settings, head.state_dict(), options)
+    token_grids = [list(size) for size in match.token_grids]
+    return interpreted(triton_loss, tensors, token_grids, settings, head.state_dict(), options)
 
 
 def exactly(query: Tensor, key: Tensor, match: Correspondence, head: AlignmentHead, **options: Any) -> list[Tensor]:
@@ -83,8 +87,8 @@ def test_single_precision_equals_the_reference(
     interpreted: Interpreter, settings: dict[str, Any], case: dict[str, Any]
 ) -> None:
     options = dict(case)
-    sizes = options.pop("sizes", PADDED)
-    query, key, match = make_inputs(batch=1, sizes=sizes, dtype=torch.float32, weighted=True, dim=8)
+    token_grids = options.pop("token_grids", PADDED)
+    query, key, match = make_inputs(batch=1, token_grids=token_grids, dtype=torch.float32, weighted=True, dim=8)
     head = make_float_head(3, **settings)
     torch.manual_seed(7)  # the head that `exactly` draws
     expected = exactly(query, key, match, head, **options)
@@ -100,7 +104,7 @@ def test_half_precision_is_no_worse_than_the_dense_path(
 
     The kernels multiply half-precision logits in TF32, which is as precise as float16 itself.
     """
-    query, key, match = make_inputs(batch=1, heads=5, sizes=((4, 4),) * 3, dtype=dtype, dim=40)
+    query, key, match = make_inputs(batch=1, heads=5, token_grids=((4, 4),) * 3, dtype=dtype, dim=40)
     head = make_float_head(5, **settings)
     torch.manual_seed(7)
     expected = exactly(query, key, match, head)
@@ -120,10 +124,10 @@ def test_half_precision_is_no_worse_than_the_dense_path(
 
 
 def test_many_rows_of_little_weight_keep_their_gradient_in_float16(interpreted: Interpreter) -> None:
-    query, key, match = make_inputs(batch=1, heads=2, sizes=((4, 4),) * 3, dtype=torch.float16, weighted=True)
+    query, key, match = make_inputs(batch=1, heads=2, token_grids=((4, 4),) * 3, dtype=torch.float16, weighted=True)
     head = make_float_head(2)
-    assert match.weight is not None
-    light = Correspondence(match.index, match.sizes, match.weight * 1e-9)
+    assert match.match_weight is not None
+    light = Correspondence(match.index, match.token_grids, match.match_weight * 1e-9)
     got = run(interpreted, query, key, light, head, reduction="sum")
     expected = run(interpreted, query, key, match, head, reduction="sum")
     for one, other in zip(got[3:], expected[3:], strict=True):

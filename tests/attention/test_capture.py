@@ -15,7 +15,7 @@ from diffusers.models import attention_processor
 from einops import rearrange
 from torch import Tensor, nn
 
-from cameo.attention.capture import AttentionCapture, AttentionSite
+from cameo.attention.capture import AttentionCapture, AttentionLayer
 from cameo.attention.kernel_calls import KernelCall, join_slices
 from cameo.attention.layout import TokenLayout
 from cameo.errors import CaptureError
@@ -139,8 +139,8 @@ class Model(nn.Module):
         return self.second(x + self.first(x))
 
 
-def site(path: str = "second", heads: int = HEADS) -> AttentionSite:
-    return AttentionSite(0, path, heads, LAYOUT)
+def layer(path: str = "second", heads: int = HEADS) -> AttentionLayer:
+    return AttentionLayer(0, path, heads, LAYOUT)
 
 
 def make(kernel: Callable[..., Any] = sdpa) -> Model:
@@ -190,8 +190,8 @@ def nothing_left_behind() -> Iterator[None]:
     assert torch.overrides._get_current_function_mode_stack() == []
 
 
-def capture(model: nn.Module, x: Tensor, where: AttentionSite | None = None) -> tuple[Tensor, Any]:
-    where = where or site()
+def capture(model: nn.Module, x: Tensor, where: AttentionLayer | None = None) -> tuple[Tensor, Any]:
+    where = where or layer()
     with AttentionCapture(model, [where]) as captured:
         output = model(x)
         seen = captured[where.path]
@@ -253,7 +253,7 @@ def test_the_scale_given_to_the_kernel_is_taken(x: Tensor) -> None:
     _, seen = capture(
         make(lambda q, k, v: F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None], scale=0.3)[:, 0]),
         x,
-        site(heads=1),
+        layer(heads=1),
     )
     assert seen.scale == 0.3
     assert seen.query.shape == (SAMPLES, 1, TOKENS, WIDTH)
@@ -283,7 +283,7 @@ def test_norm_and_rotation_after_the_projection_are_captured(x: Tensor) -> None:
 
 def test_the_same_token_count_in_another_layer_is_not_mixed_up(x: Tensor) -> None:
     model = make()
-    with AttentionCapture(model, [site("first"), site("second")]) as captured:
+    with AttentionCapture(model, [layer("first"), layer("second")]) as captured:
         model(x)
         first, second = captured["first"], captured["second"]
     assert torch.equal(first.query, heads_apart(model.first.to_q(x)))
@@ -292,7 +292,7 @@ def test_the_same_token_count_in_another_layer_is_not_mixed_up(x: Tensor) -> Non
 
 def test_of_a_layer_that_runs_twice_the_last_call_counts(x: Tensor) -> None:
     model = make()
-    with AttentionCapture(model, [site("first")]) as captured:
+    with AttentionCapture(model, [layer("first")]) as captured:
         model.first(x)
         model.first(2 * x)
         assert torch.equal(captured["first"].query, heads_apart(model.first.to_q(2 * x)))
@@ -301,7 +301,7 @@ def test_of_a_layer_that_runs_twice_the_last_call_counts(x: Tensor) -> None:
 def test_a_layer_inside_a_captured_layer_is_captured_too(x: Tensor, xformers_ops: Any) -> None:
     for kernel in (sdpa, xformers_rows):
         outer = nn.ModuleDict({"block": nn.Sequential(Attention(kernel))})
-        with AttentionCapture(outer, [site("block"), site("block.0")]) as captured:
+        with AttentionCapture(outer, [layer("block"), layer("block.0")]) as captured:
             outer["block"](x)
             assert torch.equal(captured["block"].query, captured["block.0"].query)
 
@@ -382,9 +382,9 @@ def test_only_neighbouring_slices_of_one_tensor_are_joined() -> None:
 
 def test_a_layer_that_did_not_run_is_an_error(x: Tensor) -> None:
     model = make()
-    with pytest.raises(CaptureError, match="layer 'second' did not run"), AttentionCapture(model, [site()]):
+    with pytest.raises(CaptureError, match="layer 'second' did not run"), AttentionCapture(model, [layer()]):
         model.first(x)
-    with pytest.raises(CaptureError, match="did not run"), AttentionCapture(model, [site()]):
+    with pytest.raises(CaptureError, match="did not run"), AttentionCapture(model, [layer()]):
         model.second.forward(x)  # hooks are not called
 
 
@@ -392,15 +392,15 @@ def test_a_layer_without_a_known_kernel_is_an_error(x: Tensor) -> None:
     with pytest.raises(CaptureError, match="ran, but no attention kernel was seen"):
         capture(make(lambda q, k, v: v), x)
     attention = nn.ModuleDict({"second": nn.MultiheadAttention(WIDTH, HEADS)})
-    with pytest.raises(CaptureError, match="which keeps its queries and keys"), AttentionCapture(attention, [site()]):
+    with pytest.raises(CaptureError, match="which keeps its queries and keys"), AttentionCapture(attention, [layer()]):
         attention["second"](x, x, x)
 
 
 def test_a_wrong_number_of_heads_is_an_error(x: Tensor) -> None:
     with pytest.raises(CaptureError, match=r"expected queries and keys with 3 heads, got \[3, 4, 10, 6\]"):
-        capture(make(), x, site(heads=3))
+        capture(make(), x, layer(heads=3))
     with pytest.raises(CaptureError, match="12 attention rows do not divide into 5 heads"):
-        capture(make(sdpa_rows), x, site(heads=5))
+        capture(make(sdpa_rows), x, layer(heads=5))
 
 
 def test_zero_logits_have_no_scale(x: Tensor) -> None:
@@ -428,9 +428,9 @@ def test_a_softmax_that_is_not_the_attention_is_left_alone(x: Tensor) -> None:
 
 def test_the_calls_are_free_with_the_capture(x: Tensor) -> None:
     """Without a garbage collection, which may be long in coming."""
-    with AttentionCapture(model := make(sdpa), [site()]) as captured:
+    with AttentionCapture(model := make(sdpa), [layer()]) as captured:
         model(x)
-    query = weakref.ref(captured[site().path].query)
+    query = weakref.ref(captured[layer().path].query)
     assert query() is not None
     gc.disable()
     try:
@@ -450,7 +450,7 @@ def test_an_exception_inside_the_layer_leaves_nothing(error: BaseException, x: T
 
     model = make(kernel)
     model.first = Attention(sdpa)
-    captured = AttentionCapture(model, [site("first"), site()])
+    captured = AttentionCapture(model, [layer("first"), layer()])
     with pytest.raises(type(error)) as raised, captured:
         model(x)
     assert raised.value is error
@@ -480,7 +480,7 @@ def test_an_exception_that_the_model_catches_ends_the_observation(x: Tensor) -> 
 
 def test_an_unknown_path_leaves_no_hook_on_the_others() -> None:
     model = make()
-    with pytest.raises(AttributeError), AttentionCapture(model, [site("first"), site("third")]):
+    with pytest.raises(AttributeError), AttentionCapture(model, [layer("first"), layer("third")]):
         pass
     assert hooks(model) == 0
 
@@ -556,7 +556,7 @@ def test_processors_of_diffusers(processor: str, x: Tensor, xformers_ops: Any, m
     options = (5,) if processor == "SlicedAttnProcessor" else ()
     attention.set_processor(getattr(attention_processor, processor)(*options))
     model = nn.ModuleDict({"second": attention})
-    with AttentionCapture(model, [site()]) as captured:
+    with AttentionCapture(model, [layer()]) as captured:
         output = model["second"](x)
         seen = captured["second"]
     assert torch.equal(output, attention(x))
@@ -572,5 +572,5 @@ def test_a_mask_given_to_diffusers_explicit_attention_is_refused(x: Tensor) -> N
     mask = torch.zeros(SAMPLES, 1, TOKENS)
     mask[1, :, -3:] = -10000.0
     model = nn.ModuleDict({"second": attention})
-    with pytest.raises(CaptureError, match="changes its logits"), AttentionCapture(model, [site()]):
+    with pytest.raises(CaptureError, match="changes its logits"), AttentionCapture(model, [layer()]):
         model["second"](x, attention_mask=mask)

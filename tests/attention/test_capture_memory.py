@@ -48,7 +48,7 @@ def some_matches(side: int = SIDE) -> Correspondence:
     """A tenth of the tokens has a match."""
     match = random_matches(((side, side),) * VIEWS)
     hidden = torch.rand(match.index.shape, generator=torch.Generator().manual_seed(2)) < 0.9
-    return Correspondence(match.index.masked_fill(hidden, -1), match.sizes)
+    return Correspondence(match.index.masked_fill(hidden, -1), match.token_grids)
 
 
 def loss_of(model: cameo.CameoModel, match: Correspondence | None, side: int = SIDE) -> Tensor:
@@ -58,7 +58,7 @@ def loss_of(model: cameo.CameoModel, match: Correspondence | None, side: int = S
 
 
 def attention_of(model: cameo.CameoModel) -> nn.Module:
-    return model.get_submodule(f"base_model.{model.supervised_sites[0].path}")
+    return model.get_submodule(f"base_model.{model.supervised_layers[0].path}")
 
 
 class Made:
@@ -98,7 +98,7 @@ def test_the_same_kernels_run_with_and_without_the_loss(checkpointing: bool) -> 
     )
     assert present == without  # the same operators in the same order on the same shapes
     kernels = Counter(name for name, _ in present)
-    layers = len(model.sites) * 2  # self- and cross-attention
+    layers = len(model.attention_layers) * 2  # self- and cross-attention
     assert kernels == {
         f"{FLASH}.default": layers * (1 + checkpointing),
         f"{FLASH}_backward.default": layers,
@@ -108,7 +108,7 @@ def test_the_same_kernels_run_with_and_without_the_loss(checkpointing: bool) -> 
     more = counts[True] - counts[False]
     assert not counts[False] - counts[True]
     assert more["cameo.alignment_loss.default"] == 1
-    large = model.supervised_sites[0].heads * (VIEWS * SIDE**2) ** 2
+    large = model.supervised_layers[0].heads * (VIEWS * SIDE**2) ** 2
     assert all(shape.numel() < large for _, shapes in seen[True] for shape in shapes)
 
 
@@ -199,9 +199,9 @@ def test_a_step_holds_no_more_than_the_gradients_of_queries_and_keys(
     model, match = wrapped(checkpointing=checkpointing), some_matches()
     with model.capture() as captured:
         loss_of(model, None)
-        seen = captured.take(model.supervised_sites[0].path)
+        seen = captured.take(model.supervised_layers[0].path)
         with pytest.raises(CaptureError, match=r"take\(\) handed its call over already"):
-            captured.take(model.supervised_sites[0].path)
+            captured.take(model.supervised_layers[0].path)
     gradients = seen.query.nbytes + seen.key.nbytes
     assert gradients == 2 * 4 * seen.query.numel()
     del seen, captured

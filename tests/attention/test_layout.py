@@ -27,7 +27,7 @@ class Case:
 
     name: str
     layout: TokenLayout
-    sizes: tuple[tuple[int, int], ...]
+    token_grids: tuple[tuple[int, int], ...]
     query_shape: tuple[int, int]
     key_shape: tuple[int, int]
     query: Place
@@ -202,10 +202,10 @@ def random_call(case: Case) -> tuple[Tensor, Tensor]:
 def test_split_and_locate_equal_the_loops(case: Case, of: str) -> None:
     tensor = random_call(case)[of == "key"]
     place, split = getattr(case, of), getattr(case.layout, f"split_{of}")
-    got = split(tensor, batch=B, sizes=case.sizes)
+    got = split(tensor, batch=B, token_grids=case.token_grids)
     seen = torch.zeros_like(got, dtype=torch.bool)
     for b in range(B):
-        for v, (height, width) in enumerate(case.sizes):
+        for v, (height, width) in enumerate(case.token_grids):
             for y in range(height):
                 for x in range(width):
                     folded, token = folded_place(case, b, y, x, width)
@@ -216,34 +216,34 @@ def test_split_and_locate_equal_the_loops(case: Case, of: str) -> None:
                     expected = tensor[attention_batch, :, attention_token]
                     torch.testing.assert_close(got[folded, :, v, token], expected, rtol=0, atol=0)
                     seen[folded, :, v, token] = True
-                    located = case.layout.locate(v, y, x, batch_index=b, batch=B, sizes=case.sizes, of=of)
+                    located = case.layout.locate(v, y, x, batch_index=b, batch=B, token_grids=case.token_grids, of=of)
                     assert located == position
     assert (got[~seen] == 0).all()  # padding and views without queries
-    assert case.layout.shape(of, batch=B, sizes=case.sizes) == (tensor.shape[0], tensor.shape[2])
+    assert case.layout.shape(of, batch=B, token_grids=case.token_grids) == (tensor.shape[0], tensor.shape[2])
     assert case.layout.reach == case.reach
 
 
 @every_case
 def test_localise_equals_the_loops(case: Case) -> None:
     torch.manual_seed(1)
-    views, tokens = len(case.sizes), max(h * w for h, w in case.sizes)
+    views, tokens = len(case.token_grids), max(h * w for h, w in case.token_grids)
     index = torch.full((B, views, views, tokens), -1)
-    for i, (query_height, query_width) in enumerate(case.sizes):
-        for j, (height, width) in enumerate(case.sizes):
+    for i, (query_height, query_width) in enumerate(case.token_grids):
+        for j, (height, width) in enumerate(case.token_grids):
             if i != j:
                 shape = (B, query_height * query_width)
                 index[:, i, j, : shape[1]] = torch.randint(-1, height * width, shape)
     weight, distance = torch.rand(index.shape), torch.rand(index.shape)
-    local = case.layout.localise(Correspondence(index, case.sizes, weight, distance))
-    assert local.weight is not None
+    local = case.layout.localize(Correspondence(index, case.token_grids, weight, distance))
+    assert local.match_weight is not None
     assert local.distance is not None
     kept = 0
     for b in range(B):
-        for i, (query_height, query_width) in enumerate(case.sizes):
+        for i, (query_height, query_width) in enumerate(case.token_grids):
             for y in range(query_height):
                 for x in range(query_width):
                     source, token = folded_place(case, b, y, x, query_width)
-                    for j, (_, width) in enumerate(case.sizes):
+                    for j, (_, width) in enumerate(case.token_grids):
                         match = int(index[b, i, j, y * query_width + x])
                         expected = -1
                         if match >= 0 and case.query(b, i, y, x) is not None:
@@ -252,29 +252,29 @@ def test_localise_equals_the_loops(case: Case) -> None:
                         assert local.index[source, i, j, token] == expected
                         kept += expected >= 0
                         original = (b, i, j, y * query_width + x)
-                        assert local.weight[source, i, j, token] == weight[original]
+                        assert local.match_weight[source, i, j, token] == weight[original]
                         assert local.distance[source, i, j, token] == distance[original]
-    assert int(local.visible.sum()) == kept > 0
-    key = case.layout.split_key(random_call(case)[1], batch=B, sizes=case.sizes)
+    assert int(local.matched.sum()) == kept > 0
+    key = case.layout.split_key(random_call(case)[1], batch=B, token_grids=case.token_grids)
     assert (key.shape[0], *key.shape[2:4]) == (local.batch_size, local.num_views, local.index.shape[3])
-    assert key.shape[3] == max(h * w for h, w in local.sizes)
+    assert key.shape[3] == max(h * w for h, w in local.token_grids)
 
 
 def test_a_reference_without_loss_stands_first_in_the_correspondence_and_is_cut_away() -> None:
     """ImageDream: four generated views, then the image prompt."""
     layout = TokenLayout("b (v h w)", unsupervised_views=1, references_last=1)
-    sizes = ((H, W),) * 5
+    token_grids = ((H, W),) * 5
     query = torch.randn(B, K, 5 * H * W, D)
-    got = layout.split_query(query, batch=B, sizes=sizes)
+    got = layout.split_query(query, batch=B, token_grids=token_grids)
     torch.testing.assert_close(got, query[:, :, : 4 * H * W].unflatten(2, (4, H * W)), rtol=0, atol=0)
     index = torch.full((B, 5, 5, H * W), -1)
     index[:, 0, 1], index[:, 2, 0], index[:, 1, 4] = 1, 2, 3
-    local = layout.localise(Correspondence(index, sizes))
+    local = layout.localize(Correspondence(index, token_grids))
     assert local.index.shape == (B, 4, 4, H * W)
-    assert int(local.visible.sum()) == B * H * W
+    assert int(local.matched.sum()) == B * H * W
     assert (local.index[:, 0, 3] == 3).all()
-    assert layout.locate(0, 1, 2, batch_index=1, batch=B, sizes=sizes) == (1, 4 * H * W + W + 2)
-    assert layout.locate(1, 0, 0, batch_index=1, batch=B, sizes=sizes) == (1, 0)
+    assert layout.locate(0, 1, 2, batch_index=1, batch=B, token_grids=token_grids) == (1, 4 * H * W + W + 2)
+    assert layout.locate(1, 0, 0, batch_index=1, batch=B, token_grids=token_grids) == (1, 0)
 
 
 @pytest.mark.parametrize(
@@ -292,16 +292,16 @@ def test_wrong_numbers_of_references(pattern: str, settings: dict[str, int], mes
 
 def test_references_last_needs_another_view() -> None:
     with pytest.raises(ValueError, match="needs more than 1 views, got 1"):
-        TokenLayout("b (v h w)", references_last=1).shape("query", batch=1, sizes=((H, W),))
+        TokenLayout("b (v h w)", references_last=1).shape("query", batch=1, token_grids=((H, W),))
 
 
 @every_case
 def test_gradient_reaches_exactly_the_tokens_of_views(case: Case) -> None:
     query, key = (tensor.requires_grad_() for tensor in random_call(case))
-    case.layout.split_query(query, batch=B, sizes=case.sizes).sum().backward()
-    case.layout.split_key(key, batch=B, sizes=case.sizes).sum().backward()
-    count = B * K * D * sum(h * w for h, w in case.sizes)
-    silent = B * K * D * sum(h * w for v, (h, w) in enumerate(case.sizes) if case.query(0, v, 0, 0) is None)
+    case.layout.split_query(query, batch=B, token_grids=case.token_grids).sum().backward()
+    case.layout.split_key(key, batch=B, token_grids=case.token_grids).sum().backward()
+    count = B * K * D * sum(h * w for h, w in case.token_grids)
+    silent = B * K * D * sum(h * w for v, (h, w) in enumerate(case.token_grids) if case.query(0, v, 0, 0) is None)
     assert query.grad is not None
     assert key.grad is not None
     assert int(query.grad.sum()) == count - silent
@@ -312,17 +312,19 @@ def test_gradient_reaches_exactly_the_tokens_of_views(case: Case) -> None:
 def test_the_first_of_identical_copies_is_used(name: str) -> None:
     case = next(case for case in CASES if case.name == name)
     _, key = random_call(case)
-    expected = case.layout.split_key(key, batch=B, sizes=case.sizes)
+    expected = case.layout.split_key(key, batch=B, token_grids=case.token_grids)
     for b in range(B):
         for copy_index in case.copies[1:]:
             for row in range(case.copy_stride):
                 key[(b * 6 + copy_index) * case.copy_stride + row] = torch.nan
-    torch.testing.assert_close(case.layout.split_key(key, batch=B, sizes=case.sizes), expected, rtol=0, atol=0)
+    torch.testing.assert_close(
+        case.layout.split_key(key, batch=B, token_grids=case.token_grids), expected, rtol=0, atol=0
+    )
 
 
 def test_joint_layout_copies_no_memory() -> None:
     query = torch.randn(B, K, 4 * H * W, D)
-    split = TokenLayout("b (v h w)").split_query(query, batch=B, sizes=((H, W),) * 4)
+    split = TokenLayout("b (v h w)").split_query(query, batch=B, token_grids=((H, W),) * 4)
     assert split.data_ptr() == query.data_ptr()
 
 
@@ -339,16 +341,16 @@ def test_settings_round_trip(case: Case) -> None:
 
 def test_layouts_without_limits_return_the_correspondence_itself() -> None:
     match = Correspondence(torch.full((1, 2, 2, 4), -1), ((2, 2),) * 2)
-    assert TokenLayout("b (v h w)").localise(match) is match
+    assert TokenLayout("b (v h w)").localize(match) is match
 
 
 def test_refusal_names_the_reason() -> None:
     cell, row = TokenLayout("(b h w) v"), TokenLayout("(b h) (v w)")
-    assert 'use normalise="all_views"' in str(cell.refusal("per_view"))
+    assert 'use normalize="all_views"' in str(cell.refusal("per_view"))
     assert cell.refusal("all_views", num_views=3) is None
     assert "softmax is constant" in str(cell.refusal("all_views", num_views=2))
     assert row.refusal("per_view") is None
-    with pytest.raises(ValueError, match="unknown normalise 'per_views': did you mean 'per_view'"):
+    with pytest.raises(ValueError, match="unknown normalize 'per_views': did you mean 'per_view'"):
         row.refusal("per_views")
 
 
@@ -395,7 +397,7 @@ def test_refusal_names_the_reason() -> None:
             {"query": "b (v h w)", "unsupervised_views": -1},
             "unsupervised_views: expected an integer of at least 0, got -1",
         ),
-        ({"query": "b (v h w)", "v": 4}, "batch and sizes tell how long axis v is"),
+        ({"query": "b (v h w)", "v": 4}, "batch and token_grids tell how long axis v is"),
         ({"query": "b (v h w)", "t": 4}, r'TokenLayout\("b \(v h w\)", t=4\): no axis is called t'),
         ({"query": "b (t + v h w)", "t": 0}, "t: expected an integer of at least 1, got 0"),
         ({"query": None}, "write"),
@@ -407,7 +409,7 @@ def test_patterns_that_cannot_be_read(arguments: dict[str, object], message: str
 
 
 @pytest.mark.parametrize(
-    ("layout", "sizes", "message"),
+    ("layout", "token_grids", "message"),
     [
         (TokenLayout("b (v h w)"), (), "needs more than 0 views, got 0"),
         (TokenLayout("b (v h w + h' w')"), ((2, 2),), "needs more than 1 views, got 1"),
@@ -415,9 +417,9 @@ def test_patterns_that_cannot_be_read(arguments: dict[str, object], message: str
         (TokenLayout("b (v h w)"), ((2, 2), (3, 3)), "share one token grid"),
     ],
 )
-def test_sizes_that_do_not_fit(layout: TokenLayout, sizes: tuple[tuple[int, int], ...], message: str) -> None:
+def test_sizes_that_do_not_fit(layout: TokenLayout, token_grids: tuple[tuple[int, int], ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        layout.shape("key", batch=1, sizes=sizes)
+        layout.shape("key", batch=1, token_grids=token_grids)
 
 
 @pytest.mark.parametrize(
@@ -431,7 +433,7 @@ def test_sizes_that_do_not_fit(layout: TokenLayout, sizes: tuple[tuple[int, int]
 )
 def test_calls_of_another_shape(shape: tuple[int, ...], message: str) -> None:
     with pytest.raises(ShapeError, match=message):
-        TokenLayout("b (v h w)").split_query(torch.zeros(shape), batch=2, sizes=((3, 5),) * 4)
+        TokenLayout("b (v h w)").split_query(torch.zeros(shape), batch=2, token_grids=((3, 5),) * 4)
 
 
 @pytest.mark.parametrize(
@@ -449,4 +451,4 @@ def test_places_that_do_not_exist(place: dict[str, object], message: str) -> Non
     layout = TokenLayout("b (r h c w)", key="b (r h c w + h' w')", r=3, c=2)
     arguments = {"view": 0, "row": 0, "col": 0, "batch_index": 0, **place}
     with pytest.raises(ValueError, match=message):
-        layout.locate(**arguments, batch=2, sizes=((3, 5),) * 6 + ((4, 6),))  # type: ignore[arg-type]
+        layout.locate(**arguments, batch=2, token_grids=((3, 5),) * 6 + ((4, 6),))  # type: ignore[arg-type]

@@ -173,7 +173,7 @@ def test_gates_tell_met_missed_and_not_measured(scripts: Scripts) -> None:
     assert states["time of dense / chunked, nothing skipped, 16x16"] == "not measured"
     assert states["memory of dense / chunked, 32x32"] == "met"
     # 100 MB against 1.25 x 20 MB + 64 MB.
-    assert states["largest peak / (1.25 x (dq + dk) + 64 MB), over all sizes"] == "missed"
+    assert states["largest peak / (1.25 x (dq + dk) + 64 MB), over all token_grids"] == "missed"
     assert states["time of chunked / the same products + GELU + GELU backward alone, released, 32x32"] == "met"
     demanded = {row["demanded"] for row in rows}
     assert {">= 20", ">= 9", ">= 6", ">= 3.5", ">= 100", "<= 2.5", "<= 1e-12", "<= 1e-05", "<= 1"} <= demanded

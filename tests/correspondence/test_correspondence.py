@@ -20,7 +20,7 @@ import cameo.geometry
 from cameo.correspondence import Correspondence
 from cameo.errors import ShapeError
 
-ASSETS = Path(__file__).parents[2] / "assets"
+ASSETS = Path(__file__).parents[1] / "assets"
 BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "correspondence_accuracy.py"
 
 
@@ -38,14 +38,14 @@ def check_golden(path: Path) -> None:
     stored = np.load(path)
     got = Correspondence.from_point_maps(
         torch.from_numpy(stored["point_map"]),
-        size=tuple(stored["size"].tolist()),
+        token_grid=tuple(stored["size"].tolist()),
         cycle_threshold=float(stored["cycle_threshold"]),
     )
     visible = torch.from_numpy(stored["visible"])
     own = torch.eye(visible.shape[1], dtype=torch.bool)[..., None]
     expected = torch.where(visible & ~own, torch.from_numpy(stored["index"]), -1)
     assert torch.equal(got.index, expected)
-    assert int(got.visible.sum()) == int(stored["num_pairs"])
+    assert int(got.matched.sum()) == int(stored["num_pairs"])
 
 
 def test_golden_three_views():
@@ -92,7 +92,7 @@ def test_point_maps_equal_plain_loops(monkeypatch, threshold, block):
     points = torch.randint(0, 3, (2, 3, 3, 3, 4), generator=generator).double()
     points[0, 1, 0, 1, 2] = math.nan
     points[1, 0, 2, 0, 0] = math.inf
-    got = Correspondence.from_point_maps(points, size=(3, 4), cycle_threshold=threshold)
+    got = Correspondence.from_point_maps(points, token_grid=(3, 4), cycle_threshold=threshold)
     for b in range(2):
         tokens = points[b].flatten(-2).mT
         tokens = torch.where(tokens.isfinite().all(-1, keepdim=True), tokens, math.nan)
@@ -104,8 +104,8 @@ def test_point_maps_equal_plain_loops(monkeypatch, threshold, block):
 def test_far_from_the_origin_single_precision_is_exact():
     points = torch.rand(1, 2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     points = (points * 64).round() / 64  # exact after the shift
-    near = Correspondence.from_point_maps(points, size=8)
-    far = Correspondence.from_point_maps(points + 1024, size=8)
+    near = Correspondence.from_point_maps(points, token_grid=8)
+    far = Correspondence.from_point_maps(points + 1024, token_grid=8)
     assert torch.equal(near.index, far.index)
     assert torch.equal(near.distance, far.distance)
 
@@ -113,25 +113,25 @@ def test_far_from_the_origin_single_precision_is_exact():
 def test_missing_points_do_not_leak_into_their_neighbours():
     rows, columns = torch.meshgrid(torch.arange(9.0), torch.arange(9.0), indexing="ij")
     points = torch.stack([columns, rows, torch.ones(9, 9)]).expand(1, 2, 3, 9, 9).clone()
-    whole = Correspondence.from_point_maps(points, size=3)
+    whole = Correspondence.from_point_maps(points, token_grid=3)
     assert whole.index[0, 0, 1].tolist() == list(range(9))
     points[0, 1, 1, 0, 0] = math.nan  # nothing reads it: the centre of each token is a pixel centre
-    assert torch.equal(Correspondence.from_point_maps(points, size=3).index, whole.index)
+    assert torch.equal(Correspondence.from_point_maps(points, token_grid=3).index, whole.index)
     points[0, 1, 1, 4, 4] = math.nan  # the centre of the middle token
-    holed = Correspondence.from_point_maps(points, size=3)
+    holed = Correspondence.from_point_maps(points, token_grid=3)
     assert not (holed.index[0, 0, 1] == 4).any()
     assert holed.index[0, 1, 0, 4] == -1
     assert holed.distance[0, 1, 0, 4] == math.inf
     assert holed.distance[0, 0, 1, 4] == 3.0  # the nearest one that is measured
     # With an even number of pixels per token one missing pixel of four takes the token away.
-    even = Correspondence.from_point_maps(points[..., :8, :8], size=4)
+    even = Correspondence.from_point_maps(points[..., :8, :8], token_grid=4)
     assert even.distance[0, 1, 0].isinf().nonzero().flatten().tolist() == [0, 10]
 
 
 def test_max_distance_drops_far_matches_only():
     points = torch.tensor([[0.0, 5.0], [0.0, 6.0]])[None, :, None, None, :].repeat(1, 1, 3, 1, 1)
-    assert Correspondence.from_point_maps(points, size=(1, 2)).index[0, 0, 1].tolist() == [0, 1]
-    near = Correspondence.from_point_maps(points, size=(1, 2), max_distance=1.0)
+    assert Correspondence.from_point_maps(points, token_grid=(1, 2)).index[0, 0, 1].tolist() == [0, 1]
+    near = Correspondence.from_point_maps(points, token_grid=(1, 2), max_distance=1.0)
     assert near.index[0, 0, 1].tolist() == [0, -1]
     torch.testing.assert_close(near.distance[0, 0, 1], torch.tensor([0.0, math.sqrt(3)]))
 
@@ -140,8 +140,8 @@ def test_cycle_threshold_is_strict():
     # Token 0 of view 0 meets the only point of view 1, whose own nearest is token 1, one column away.
     points = torch.tensor([[1.0, 0.0], [0.1, 9.0]])[None, :, None, None, :].repeat(1, 1, 3, 1, 1)
     points[0, 1, :, 0, 1] = math.nan
-    assert Correspondence.from_point_maps(points, size=(1, 2)).index[0, 0, 1].tolist() == [0, 0]
-    strict = Correspondence.from_point_maps(points, size=(1, 2), cycle_threshold=1.0)
+    assert Correspondence.from_point_maps(points, token_grid=(1, 2)).index[0, 0, 1].tolist() == [0, 0]
+    strict = Correspondence.from_point_maps(points, token_grid=(1, 2), cycle_threshold=1.0)
     assert strict.index[0, 0, 1].tolist() == [-1, 0]
 
 
@@ -159,7 +159,7 @@ def wall(depth: float = 2.0) -> Tensor:
 
 def test_depth_hand_computed_shift_and_out_of_frame():
     # 0.5 units right at depth 2 with focal length 64 is 16 pixels, one token of four, to the left.
-    match = Correspondence.from_depth(wall(), *two_views(right=0.5), size=4)
+    match = Correspondence.from_depth(wall(), *two_views(right=0.5), token_grid=4)
     grid = torch.arange(16).view(4, 4)
     expected = torch.full((4, 4), -1)
     expected[:, 1:] = grid[:, :-1]
@@ -168,14 +168,14 @@ def test_depth_hand_computed_shift_and_out_of_frame():
     expected[:, :-1] = grid[:, 1:]
     assert torch.equal(match.index[0, 1, 0].view(4, 4), expected)
     assert (match.index[0, [0, 1], [0, 1]] == -1).all()
-    torch.testing.assert_close(match.distance[match.visible], torch.zeros(24))
+    torch.testing.assert_close(match.distance[match.matched], torch.zeros(24))
     assert match.distance[0, 0, 1].view(4, 4)[:, 0].isinf().all()
 
 
 def test_occluded_points_do_not_match_but_have_a_distance():
     depth = wall()
     depth[0, 1, :, :32] = 1.0
-    match = Correspondence.from_depth(depth, *two_views(), size=2)
+    match = Correspondence.from_depth(depth, *two_views(), token_grid=2)
     assert match.index[0, 0, 1].tolist() == [-1, -1, 2, 3]
     # Token 0 at (16, 16): what hides the point lies half way to the camera.
     point = torch.tensor([-0.5, -0.5, 2.0])
@@ -183,30 +183,30 @@ def test_occluded_points_do_not_match_but_have_a_distance():
 
 
 def test_points_behind_the_other_camera_do_not_match():
-    match = Correspondence.from_depth(wall(), *two_views(ahead=3.0), size=2)
+    match = Correspondence.from_depth(wall(), *two_views(ahead=3.0), token_grid=2)
     assert (match.index[0, 0, 1] == -1).all()
     assert match.distance[0, 0, 1].isinf().all()
 
 
 def test_one_view_and_no_depth_are_defined():
     intrinsics, extrinsics = two_views()
-    alone = Correspondence.from_depth(wall()[:, :1], intrinsics[:, :1], extrinsics[:, :1], size=4)
+    alone = Correspondence.from_depth(wall()[:, :1], intrinsics[:, :1], extrinsics[:, :1], token_grid=4)
     assert alone.index.shape == (1, 1, 1, 16)
     assert not alone.visible.any()
     for value in (0.0, -1.0, math.nan, math.inf):
-        empty = Correspondence.from_depth(wall(value), intrinsics, extrinsics, size=4)
+        empty = Correspondence.from_depth(wall(value), intrinsics, extrinsics, token_grid=4)
         assert not empty.visible.any()
         assert empty.distance.isinf().all()
     nothing = torch.full((1, 2, 3, 8, 8), math.nan)
-    assert not Correspondence.from_point_maps(nothing, size=4).visible.any()
-    assert not Correspondence.from_point_maps(nothing[:, :1], size=4).visible.any()
+    assert not Correspondence.from_point_maps(nothing, token_grid=4).matched.any()
+    assert not Correspondence.from_point_maps(nothing[:, :1], token_grid=4).matched.any()
 
 
 def test_a_target_token_needs_a_measurement():
     # The hole is the centre of the target token; the points land beside it, where there is depth.
     depth = wall()
     depth[0, 1, 0, 7:9, 7:9] = 0
-    match = Correspondence.from_depth(depth, *two_views(right=0.125), size=4)
+    match = Correspondence.from_depth(depth, *two_views(right=0.125), token_grid=4)
     assert match.index[0, 0, 1, 0] == -1
     assert match.distance[0, 0, 1, 0] == 0
     assert match.index[0, 0, 1, 1] == 1
@@ -217,7 +217,7 @@ def test_depth_edges_are_not_averaged():
     # The centres of the middle tokens lie on the edge between depth 1 and depth 4.
     depth = wall(4.0)
     depth[..., :32] = 1.0
-    match = Correspondence.from_depth(depth, *two_views(), size=1)
+    match = Correspondence.from_depth(depth, *two_views(), token_grid=1)
     assert match.index[0, 0, 1].tolist() == [0]
     assert match.distance[0, 0, 1].item() == 0
 
@@ -226,9 +226,9 @@ def test_depth_edges_are_not_averaged():
 def test_depth_tolerance(tolerance, kept):
     depth = wall()
     depth[0, 1] = 2.06
-    match = Correspondence.from_depth(depth, *two_views(), size=4, depth_tolerance=tolerance)
-    assert match.visible[0, 0, 1].all() == kept
-    assert match.visible[0, 0, 1].any() == kept
+    match = Correspondence.from_depth(depth, *two_views(), token_grid=4, depth_tolerance=tolerance)
+    assert match.matched[0, 0, 1].all() == kept
+    assert match.matched[0, 0, 1].any() == kept
 
 
 def test_a_distant_world_origin_costs_nothing(benchmark):
@@ -236,8 +236,8 @@ def test_a_distant_world_origin_costs_nothing(benchmark):
     depth, intrinsics = room.depth(64).float(), room.intrinsics_at(64).float()
     shift = torch.eye(4, dtype=torch.float64)
     shift[:3, 3] = torch.tensor([1e5, -2e5, 3e5])
-    here = Correspondence.from_depth(depth, intrinsics, room.extrinsics, size=8)
-    there = Correspondence.from_depth(depth, intrinsics, room.extrinsics @ shift, size=8)
+    here = Correspondence.from_depth(depth, intrinsics, room.extrinsics, token_grid=8)
+    there = Correspondence.from_depth(depth, intrinsics, room.extrinsics @ shift, token_grid=8)
     assert torch.equal(here.index, there.index)
     assert here.visible.float().mean() > 0.2
 
@@ -265,7 +265,10 @@ def rooms(benchmark) -> dict[str, Tensor]:
 
 def both_ways(rooms: dict[str, Tensor], size) -> list[Correspondence]:
     points = cameo.geometry.unproject(**rooms)
-    return [Correspondence.from_depth(**rooms, size=size), Correspondence.from_point_maps(points, size=size)]
+    return [
+        Correspondence.from_depth(**rooms, token_grid=size),
+        Correspondence.from_point_maps(points, token_grid=size),
+    ]
 
 
 def test_batched_equals_loop(rooms):
@@ -287,18 +290,18 @@ def test_autocast_changes_nothing(rooms):
 
 
 def test_views_with_their_own_grids(rooms):
-    sizes = [(8, 8), (8, 8), (4, 6), (8, 8)]
-    for mixed, even in zip(both_ways(rooms, sizes), both_ways(rooms, 8), strict=True):
-        assert mixed.sizes == tuple(sizes)
+    token_grids = [(8, 8), (8, 8), (4, 6), (8, 8)]
+    for mixed, even in zip(both_ways(rooms, token_grids), both_ways(rooms, 8), strict=True):
+        assert mixed.token_grids == tuple(token_grids)
         assert mixed.index.shape == (2, 4, 4, 64)
         assert (mixed.index[:, 2, :, 24:] == -1).all()
         assert mixed.distance[:, 2, :, 24:].isinf().all()
         assert 0 <= mixed.index[:, :, 2].max() < 24
         others = [0, 1, 3]
         assert torch.equal(mixed.take_views(others).index, even.take_views(others).index)
-    for small, mixed in zip(both_ways(rooms, (4, 6)), both_ways(rooms, sizes), strict=True):
+    for small, mixed in zip(both_ways(rooms, (4, 6)), both_ways(rooms, token_grids), strict=True):
         assert mixed.take_views([2]).index.shape == (2, 1, 1, 24)
-        assert small.sizes == ((4, 6),) * 4
+        assert small.token_grids == ((4, 6),) * 4
 
 
 def test_take_views_reorders(rooms):
@@ -335,13 +338,13 @@ def test_cat_and_to():
     [
         ({"index": torch.full((1, 2, 3, 4), -1)}, r"index: expected \[B, V, V, N\]"),
         ({"index": torch.full((1, 2, 2, 4), -1).int()}, "expected int64"),
-        ({"index": torch.full((1, 2, 2, 5), -1)}, "with N of sizes"),
+        ({"index": torch.full((1, 2, 2, 5), -1)}, "with N of token_grids"),
         ({"index": torch.full((1, 2, 2, 4), -2)}, "outside the target view"),
         ({"index": torch.tensor([[0] * 4, [0] * 4, [-1] * 4, [-1] * 4]).view(1, 2, 2, 4)}, "with itself"),
         ({"index": torch.tensor([[-1] * 4, [2] * 4, [0] * 4, [-1] * 4]).view(1, 2, 2, 4)}, "outside"),
         ({"index": torch.tensor([[-1] * 4, [1] * 4, [0] * 4, [-1] * 4]).view(1, 2, 2, 4)}, "padding"),
-        ({"sizes": ((2, 2),)}, "one \\(h, w\\) per view, 2"),
-        ({"sizes": ((2, 0), (2, 2))}, "positive int"),
+        ({"token_grids": ((2, 2),)}, "one \\(h, w\\) per view, 2"),
+        ({"token_grids": ((2, 0), (2, 2))}, "positive int"),
         ({"weight": torch.ones(1, 2, 2, 3)}, "weight: expected"),
         ({"weight": torch.full((1, 2, 2, 4), -1.0)}, "negative or NaN"),
         ({"weight": torch.full((1, 2, 2, 4), math.nan)}, "negative or NaN"),
@@ -359,24 +362,24 @@ def test_wrong_arguments_are_named():
     broken = extrinsics.clone()
     broken[0, 1, :3, :3] = 0
     with pytest.raises(ShapeError, match=r"depth: expected \[B, V, 1, H, W\], got \[1, 2, 64, 64\]"):
-        Correspondence.from_depth(wall()[:, :, 0], intrinsics, extrinsics, size=4)
+        Correspondence.from_depth(wall()[:, :, 0], intrinsics, extrinsics, token_grid=4)
     with pytest.raises(ValueError, match=r"intrinsics: expected a tensor .* got NoneType"):
-        Correspondence.from_depth(wall(), None, extrinsics, size=4)
+        Correspondence.from_depth(wall(), None, extrinsics, token_grid=4)
     with pytest.raises(ValueError, match="extrinsics: sample 0, view 1 has a rotation"):
-        Correspondence.from_depth(wall(), intrinsics, broken, size=4)
+        Correspondence.from_depth(wall(), intrinsics, broken, token_grid=4)
     with pytest.raises(ValueError, match="depth_tolerance: expected a share"):
-        Correspondence.from_depth(wall(), intrinsics, extrinsics, size=4, depth_tolerance=0)
-    with pytest.raises(ValueError, match="size: expected a positive int"):
-        Correspondence.from_depth(wall(), intrinsics, extrinsics, size=(4, 4, 4))
-    with pytest.raises(ShapeError, match=r"size: .*each of 2 views"):
-        Correspondence.from_depth(wall(), intrinsics, extrinsics, size=[(4, 4)])
+        Correspondence.from_depth(wall(), intrinsics, extrinsics, token_grid=4, depth_tolerance=0)
+    with pytest.raises(ValueError, match="token_grid: expected a positive int"):
+        Correspondence.from_depth(wall(), intrinsics, extrinsics, token_grid=(4, 4, 4))
+    with pytest.raises(ShapeError, match=r"token_grid: .*each of 2 views"):
+        Correspondence.from_depth(wall(), intrinsics, extrinsics, token_grid=[(4, 4)])
     points = torch.zeros(1, 2, 3, 8, 8)
     with pytest.raises(ShapeError, match=r"points: expected \[B, V, 3, H, W\]"):
-        Correspondence.from_point_maps(points[0], size=4)
+        Correspondence.from_point_maps(points[0], token_grid=4)
     with pytest.raises(ValueError, match="cycle_threshold: expected more than 0"):
-        Correspondence.from_point_maps(points, size=4, cycle_threshold=0)
+        Correspondence.from_point_maps(points, token_grid=4, cycle_threshold=0)
     with pytest.raises(ValueError, match="max_distance: expected more than 0"):
-        Correspondence.from_point_maps(points, size=4, max_distance=-1.0)
+        Correspondence.from_point_maps(points, token_grid=4, max_distance=-1.0)
 
 
 @pytest.mark.parametrize(
@@ -410,28 +413,30 @@ class NoWaiting(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("sizes", [4, [(4, 4), (2, 3)]])
-def test_off_the_cpu_the_host_does_not_wait(sizes):
+@pytest.mark.parametrize("token_grids", [4, [(4, 4), (2, 3)]])
+def test_off_the_cpu_the_host_does_not_wait(token_grids):
     points = torch.empty(2, 2, 3, 16, 16, device="meta")
     depth = torch.empty(2, 2, 1, 16, 16, device="meta")
     intrinsics, extrinsics = (torch.empty(2, 2, n, n, device="meta") for n in (3, 4))
     with NoWaiting():
-        nearest = Correspondence.from_point_maps(points, size=sizes, max_distance=1.0)
-        projected = Correspondence.from_depth(depth, intrinsics, extrinsics, size=sizes, check_values=False)
+        nearest = Correspondence.from_point_maps(points, token_grid=token_grids, max_distance=1.0)
+        projected = Correspondence.from_depth(depth, intrinsics, extrinsics, token_grid=token_grids, check_values=False)
     assert nearest.index.shape == projected.index.shape == (2, 2, 2, 16)
     with NoWaiting(), pytest.raises(AssertionError, match="nonzero makes the host wait"):
-        Correspondence.from_depth(depth, intrinsics, extrinsics, size=sizes)
+        Correspondence.from_depth(depth, intrinsics, extrinsics, token_grid=token_grids)
 
 
 def test_unchecked_values_still_have_checked_shapes(rooms):
-    got = Correspondence.from_depth(**rooms, size=8, check_values=False)
-    assert torch.equal(got.index, Correspondence.from_depth(**rooms, size=8).index)
+    got = Correspondence.from_depth(**rooms, token_grid=8, check_values=False)
+    assert torch.equal(got.index, Correspondence.from_depth(**rooms, token_grid=8).index)
     with pytest.raises(ShapeError, match=r"depth: expected \[B, V, 1, H, W\]"):
-        Correspondence.from_depth(**{**rooms, "depth": rooms["depth"][0]}, size=8, check_values=False)
+        Correspondence.from_depth(**{**rooms, "depth": rooms["depth"][0]}, token_grid=8, check_values=False)
     with pytest.raises(ShapeError, match=r"extrinsics: expected \[2, 4, 4, 4\]"):
-        Correspondence.from_depth(**{**rooms, "extrinsics": rooms["extrinsics"][:, :2]}, size=8, check_values=False)
+        Correspondence.from_depth(
+            **{**rooms, "extrinsics": rooms["extrinsics"][:, :2]}, token_grid=8, check_values=False
+        )
     with pytest.raises(ShapeError, match=r"intrinsics: .*B and V of depth"):
-        Correspondence.from_depth(**{**rooms, "depth": rooms["depth"][:1]}, size=8, check_values=False)
+        Correspondence.from_depth(**{**rooms, "depth": rooms["depth"][:1]}, token_grid=8, check_values=False)
 
 
 class Matched(torch.utils.data.Dataset):
@@ -462,7 +467,7 @@ def collate(samples: list[tuple[Correspondence, ...]]) -> list[Correspondence]:
 def test_a_correspondence_survives_pickling(rooms):
     whole = both_ways(rooms, [(8, 8), (4, 6), (8, 8), (8, 8)])[0]
     again = pickle.loads(pickle.dumps(whole))
-    assert (again.sizes, again.weight) == (whole.sizes, None)
+    assert (again.token_grids, again.weight) == (whole.token_grids, None)
     assert torch.equal(again.index, whole.index)
     assert torch.equal(again.distance, whole.distance)
 
@@ -470,4 +475,4 @@ def test_a_correspondence_survives_pickling(rooms):
 def test_a_correspondence_can_be_empty():
     none = Correspondence(torch.empty(0, 2, 2, 4, dtype=torch.int64), ((2, 2), (2, 2)))
     assert none.batch_size == 0
-    assert Correspondence.from_point_maps(torch.empty(0, 2, 3, 8, 8), size=2).batch_size == 0
+    assert Correspondence.from_point_maps(torch.empty(0, 2, 3, 8, 8), token_grid=2).batch_size == 0

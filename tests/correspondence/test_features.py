@@ -56,11 +56,11 @@ def test_features_are_the_patch_tokens_of_the_network(checkpoint: Path) -> None:
     found = extractor(images)
     assert found.shape == (2, 3, extractor.dim, 4, 6)
     config = reference.pretrained_cfg
-    normalised = (images.flatten(0, 1) - torch.tensor(config["mean"])[:, None, None]) / torch.tensor(config["std"])[
+    normalized = (images.flatten(0, 1) - torch.tensor(config["mean"])[:, None, None]) / torch.tensor(config["std"])[
         :, None, None
     ]
     with torch.no_grad():
-        tokens = reference.forward_features(normalised)[:, reference.num_prefix_tokens :]
+        tokens = reference.forward_features(normalized)[:, reference.num_prefix_tokens :]
     torch.testing.assert_close(found.flatten(0, 1).flatten(2).mT, tokens, rtol=1e-4, atol=1e-5)
 
 
@@ -176,7 +176,7 @@ def test_matches_are_those_of_a_plain_loop(threshold: float) -> None:
     found = Correspondence.from_features(features, cycle_threshold=threshold)
     assert torch.equal(found.index, by_loops(features, threshold))
     assert found.distance is None
-    assert 0 < found.visible.sum() < found.visible.numel() - 2 * 3 * 12
+    assert 0 < found.matched.sum() < found.matched.numel() - 2 * 3 * 12
 
 
 def test_a_least_similarity_drops_matches() -> None:
@@ -190,7 +190,7 @@ def test_on_the_unit_sphere_they_are_those_of_point_maps() -> None:
     points = torch.nn.functional.normalize(
         torch.randn(2, 3, 3, 8, 8, generator=torch.Generator().manual_seed(3)), dim=2
     )
-    by_points = Correspondence.from_point_maps(points, size=8)
+    by_points = Correspondence.from_point_maps(points, token_grid=8)
     assert torch.equal(Correspondence.from_features(points * 7).index, by_points.index)
 
 
@@ -213,29 +213,29 @@ def test_equal_features_match_the_first_token_and_fail_the_cycle_test() -> None:
 
 
 def test_nothing_measured_gives_nothing() -> None:
-    assert not Correspondence.from_features(torch.zeros(1, 2, 3, 4, 4)).visible.any()
+    assert not Correspondence.from_features(torch.zeros(1, 2, 3, 4, 4)).matched.any()
     one_view = torch.randn(1, 2, 3, 4, 4)
     one_view[:, 1] = math.nan
-    assert not Correspondence.from_features(one_view).visible.any()
+    assert not Correspondence.from_features(one_view).matched.any()
     beyond = torch.randn(1, 2, 3, 4, 4)
     beyond[:, 1] *= torch.tensor([1e-30, 1e30])[:, None].expand(2, 8).reshape(4, 4)  # lengths of 0 and infinity
-    assert not Correspondence.from_features(beyond).visible.any()
+    assert not Correspondence.from_features(beyond).matched.any()
     assert Correspondence.from_features(torch.randn(1, 1, 3, 4, 4)).index.tolist() == [[[[-1] * 16]]]
 
 
 def test_features_are_resampled_to_each_view_s_grid() -> None:
     coarse = torch.randn(1, 2, 16, 4, 4, generator=torch.Generator().manual_seed(5))
     fine = coarse.repeat_interleave(2, dim=3).repeat_interleave(2, dim=4)
-    found = Correspondence.from_features(fine, size=((4, 4), (8, 8)))
-    assert found.sizes == ((4, 4), (8, 8))
+    found = Correspondence.from_features(fine, token_grid=((4, 4), (8, 8)))
+    assert found.token_grids == ((4, 4), (8, 8))
     assert found.index.shape == (1, 2, 2, 64)
     assert (found.index[0, 0, 1, 16:] == -1).all()
     # antialiased, constant cells keep their direction closely enough to find their own place again
-    same = Correspondence.from_features(torch.cat([fine[:, :1], fine[:, :1]], dim=1), size=4)
+    same = Correspondence.from_features(torch.cat([fine[:, :1], fine[:, :1]], dim=1), token_grid=4)
     assert same.index[0, 0, 1].tolist() == list(range(16))
     missing = fine.clone()
     missing[0, 0, :, 0, 0] = 0
-    assert Correspondence.from_features(missing, size=4).index[0, 0, 1, 0] == -1
+    assert Correspondence.from_features(missing, token_grid=4).index[0, 0, 1, 0] == -1
 
 
 def test_memory_is_bounded_by_the_block(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -153,7 +153,7 @@ def test_denoising_and_attention_agree_with_the_validation(trained: Any, result:
 
     levels = replace(SMALL, noise_levels=SMALL.attention_levels).validation()
     precision = validate(*trained, levels)["precision"]
-    path = trained[0].supervised_sites[0].path
+    path = trained[0].supervised_layers[0].path
     attention = result["sections"]["attention"]
     for readout, within in (("mean", 0), ("mean", 1), ("through_head", 1)):
         assert attention["mean"][f"{path} {readout}@{within}"] == pytest.approx(precision[f"{readout}@{within}"])
@@ -182,11 +182,11 @@ def test_all_layers_are_measured_and_an_untrained_head_is_left_out(trained: Any)
     model = trained[0]
     settings = replace(UNSAMPLED, attention_layers="all", attention_levels=(1.0,), metric_depth=True, num_samples=1)
     section = evaluate(*trained, settings, trained_head=False)["sections"]["attention"]
-    assert list(section["details"]) == [site.path for site in model.sites]
+    assert list(section["details"]) == [layer.path for layer in model.attention_layers]
     assert not any("through_head" in name for name in section["mean"])
     assert "head was not trained" in section["notes"]["through_head"]
-    supervised = model.supervised_sites[0].path
-    other = next(site.path for site in model.sites if site.path != supervised)
+    supervised = model.supervised_layers[0].path
+    other = next(layer.path for layer in model.attention_layers if layer.path != supervised)
     assert f"{supervised} best_head@1" in section["mean"]
     assert f"{other} best_head@1" not in section["mean"]
     within = f"{other} mean@2cm"

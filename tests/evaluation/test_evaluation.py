@@ -49,7 +49,7 @@ def random_match(samples: int = 2, views: int = 3, side: int = 4, seed: int = 0)
     tokens = side * side
     index = torch.randint(-1, tokens, (samples, views, views, tokens), generator=generator)
     index[:, range(views), range(views)] = -1
-    return Correspondence(index, sizes=((side, side),) * views)
+    return Correspondence(index, token_grids=((side, side),) * views)
 
 
 def one_hot(target: Tensor, tokens: int) -> Tensor:
@@ -70,9 +70,9 @@ def plain_hits(
 ) -> tuple[dict[str, Tensor], int]:
     """Count the hits of `attention_maps` pair by pair."""
     found = {name: torch.zeros(attention.shape[1], len(within)) for name, attention in maps.items()}
-    pairs = match.visible.nonzero().tolist()
+    pairs = match.matched.nonzero().tolist()
     for b, i, j, x in pairs:
-        width, target = match.sizes[j][1], int(match.index[b, i, j, x])
+        width, target = match.token_grids[j][1], int(match.index[b, i, j, x])
         for name, attention in maps.items():
             best = attention[b, :, i, x, j].argmax(-1)
             away = torch.maximum((best // width - target // width).abs(), (best % width - target % width).abs())
@@ -89,13 +89,13 @@ def test_oracle_attention_hits_always_and_shifted_attention_as_geometry_says() -
     # One column to the right: never exact; within one token unless the shift wraps into the next row's first column.
     shifted = (match.index + 1) % 16
     hits, pairs = hits_of(one_hot(shifted, 16), match)
-    columns = match.index[match.visible] % 4
+    columns = match.index[match.matched] % 4
     assert hits["mean"].tolist() == [[0, int((columns < 3).sum())]]
 
     # Two rows down, within two tokens where it stays inside.
     lower = match.index + 8
     hits, _ = hits_of(one_hot(lower % 16, 16), match, within=(1, 2))
-    rows = match.index[match.visible] // 4
+    rows = match.index[match.matched] // 4
     assert hits["mean"].tolist() == [[0, int((rows < 2).sum()) + int((rows >= 2).sum())]]  # wraps: two rows up
 
 
@@ -105,7 +105,7 @@ def test_random_attention_hits_at_chance() -> None:
     hits, pairs = hits_of(attention, match)
     # Chance within one token: the number of neighbours, edges included, of each true token, over all tokens.
     neighbours = 0
-    for token in match.index[match.visible].tolist():
+    for token in match.index[match.matched].tolist():
         row, column = divmod(token, 4)
         neighbours += sum(abs(row - r) <= 1 and abs(column - c) <= 1 for r in range(4) for c in range(4))
     expected = torch.tensor([1 / 16, neighbours / pairs / 16])
@@ -116,7 +116,7 @@ def test_random_attention_hits_at_chance() -> None:
 def test_uniform_attention_is_no_more_than_its_first_token() -> None:
     match = random_match()
     hits, pairs = hits_of(torch.full((2, 1, 3, 16, 3, 16), 1 / 16), match)
-    targets = match.index[match.visible]
+    targets = match.index[match.matched]
     assert hits["mean"].tolist() == [
         [int((targets == 0).sum()), int(torch.isin(targets, torch.tensor([0, 1, 4, 5])).sum())]
     ]
@@ -126,9 +126,9 @@ def test_uniform_attention_is_no_more_than_its_first_token() -> None:
 def test_attention_maps_are_the_softmax_of_a_plain_loop() -> None:
     generator = torch.Generator().manual_seed(0)
     query, key = (torch.randn(2, 3, 2, 6, 5, generator=generator) for _ in range(2))
-    sizes = ((2, 3), (2, 2))  # the second view has four tokens and two of padding
+    token_grids = ((2, 3), (2, 2))  # the second view has four tokens and two of padding
     head = AlignmentHead(3)
-    maps = attention_maps(query, key, sizes, head, 0.7)
+    maps = attention_maps(query, key, token_grids, head, 0.7)
     count = (6, 4)
     for b, i, n, j in ((0, 0, 2, 1), (1, 1, 3, 0), (1, 0, 5, 0)):
         logits = torch.stack([key[b, k, j, : count[j]] @ query[b, k, i, n] * 0.7 for k in range(3)])
@@ -137,7 +137,7 @@ def test_attention_maps_are_the_softmax_of_a_plain_loop() -> None:
         torch.testing.assert_close(maps["mean"][b, 0, i, n, j, : count[j]], heads.mean(0))
         torch.testing.assert_close(maps["through_head"][b, 0, i, n, j, : count[j]], head(logits)[0].softmax(-1))
         assert not maps["mean"][b, 0, i, n, j, count[j] :].any()
-    assert "through_head" not in attention_maps(query, key, sizes, None, 0.7)
+    assert "through_head" not in attention_maps(query, key, token_grids, None, 0.7)
 
 
 def test_covisible_pixels_are_those_of_a_plain_loop() -> None:
@@ -200,7 +200,7 @@ def test_validation_is_deterministic_and_leaves_the_model_alone(trained: tuple[C
     assert all(parameter.grad is None for parameter in model.parameters())
     frozen_part.train()
 
-    # Other batch sizes differ in the order of float32 sums: 1e-6 relative were seen, a thousandth of a dB never.
+    # Other batch token_grids differ in the order of float32 sums: 1e-6 relative were seen, a thousandth of a dB never.
     apart = validate(model, pipeline, data, ValidationSettings(num_samples=3, batch_size=1, noise_levels=LEVELS))
     assert apart["pairs"] == first["pairs"]
     assert apart["pixels"] == first["pixels"]
@@ -331,7 +331,7 @@ class Planted(nn.Module):
 
     def wrapped(self, **options: Any) -> CameoModel:
         model = wrap(self, layer="attn", layout=self.layout, stride=12, **options)
-        self.site = model.supervised_sites[0]
+        self.layer = model.supervised_layers[0]
         return model
 
     def latent_shape(self, image_shape: Any) -> tuple[int, ...]:
@@ -339,18 +339,18 @@ class Planted(nn.Module):
 
     def training_inputs(self, batch: Any, **options: Any) -> TrainingInputs:
         samples, views, _, height, width = batch["images"].shape
-        sizes = self.site.sizes(height, width, views)
+        token_grids = self.layer.token_grids(height, width, views)
         cameras = batch["depth"], batch["intrinsics"], batch["extrinsics"]
-        match = Correspondence.from_depth(*cameras, size=sizes)
+        match = Correspondence.from_depth(*cameras, token_grid=token_grids)
         tokens = match.index.shape[-1]
-        counts = torch.tensor([h * w for h, w in sizes])[None, None, :, None]
+        counts = torch.tensor([h * w for h, w in token_grids])[None, None, :, None]
         looked_at = (match.index + self.shift) % counts
-        codes = nn.functional.one_hot(looked_at, tokens) * match.visible[..., None]  # [B, i, j, N, N]
+        codes = nn.functional.one_hot(looked_at, tokens) * match.matched[..., None]  # [B, i, j, N, N]
         query = codes.permute(0, 1, 3, 2, 4).flatten(3).float() * 99 * self.sign
         # Most of all each token looks at itself, which must count for nothing.
         query += 999 * torch.eye(views * tokens).view(views, tokens, -1)
         key = torch.eye(views * tokens).view(1, views, tokens, -1).expand(samples, -1, -1, -1)
-        query, key = (part[:, None].expand(-1, 2, -1, -1) for part in self.arrange(query, key, sizes))
+        query, key = (part[:, None].expand(-1, 2, -1, -1) for part in self.arrange(query, key, token_grids))
         none = torch.zeros(views, dtype=torch.bool)
         return TrainingInputs((query, key), {}, batch["images"], batch["images"], none, options["timesteps"])
 
@@ -364,18 +364,18 @@ class Planted(nn.Module):
         return inputs.noisy + off
 
 
-def joined(query: Tensor, key: Tensor, sizes: Any) -> tuple[Tensor, Tensor]:
+def joined(query: Tensor, key: Tensor, token_grids: Any) -> tuple[Tensor, Tensor]:
     return query.flatten(1, 2), key.flatten(1, 2)
 
 
-def prompt_last(query: Tensor, key: Tensor, sizes: Any) -> tuple[Tensor, Tensor]:
+def prompt_last(query: Tensor, key: Tensor, token_grids: Any) -> tuple[Tensor, Tensor]:
     order = [*range(1, query.shape[1]), 0]
     return query[:, order].flatten(1, 2), key[:, order].flatten(1, 2)
 
 
-def tiled(query: Tensor, key: Tensor, sizes: Any) -> tuple[Tensor, Tensor]:
+def tiled(query: Tensor, key: Tensor, token_grids: Any) -> tuple[Tensor, Tensor]:
     """Views 1 to 6 as 3 x 2 tiles of one image; the reference's tokens stand behind those of the tiles in the keys."""
-    height, width = sizes[1]
+    height, width = token_grids[1]
     rows = [
         (1 + 2 * tile_row + tile_column, row * width + column)
         for tile_row in range(3)
@@ -384,11 +384,11 @@ def tiled(query: Tensor, key: Tensor, sizes: Any) -> tuple[Tensor, Tensor]:
         for column in range(width)
     ]
     views, tokens = torch.tensor(rows).T
-    reference = key[:, 0, : sizes[0][0] * sizes[0][1]]
+    reference = key[:, 0, : token_grids[0][0] * token_grids[0][1]]
     return query[:, views, tokens], torch.cat([key[:, views, tokens], reference], dim=1)
 
 
-def per_cell(query: Tensor, key: Tensor, sizes: Any) -> tuple[Tensor, Tensor]:
+def per_cell(query: Tensor, key: Tensor, token_grids: Any) -> tuple[Tensor, Tensor]:
     """One call per token of the grid; a view is looked at if its token there is."""
     order = [*range(1, query.shape[1]), 0]
     return query[:, order].transpose(1, 2).flatten(0, 1), key[:, order].transpose(1, 2).flatten(0, 1)
@@ -405,9 +405,9 @@ def rig_data(rig: str, references: int, tmp: Path) -> MultiViewDataset:
     return MultiViewDataset(scenes, num_views=count, num_reference_views=references, selection="in_order")
 
 
-def true_match(data: Any, sizes: Any) -> Correspondence:
+def true_match(data: Any, token_grids: Any) -> Correspondence:
     batch = collate([data[0], data[1]])
-    return Correspondence.from_depth(batch["depth"], batch["intrinsics"], batch["extrinsics"], size=sizes)
+    return Correspondence.from_depth(batch["depth"], batch["intrinsics"], batch["extrinsics"], token_grid=token_grids)
 
 
 def test_validation_without_references(tmp_path: Path) -> None:
@@ -421,7 +421,7 @@ def test_validation_without_references(tmp_path: Path) -> None:
     assert found["psnr_all"] == pytest.approx(-10 * math.log10((0.25 + 3 * 0.01) / 4), abs=1e-4)
     assert found["precision"]["mean@0"] == found["precision"]["best_head@1"] == 1.0
     assert found["precision_view"] is None
-    assert found["pairs"] == 2 * int(true_match(data, 4).visible.sum())
+    assert found["pairs"] == 2 * int(true_match(data, 4).matched.sum())
 
     figures = pictures_of(pipeline, data)
     assert [axis.get_title() for axis in figures[0].axes[:4]] == [
@@ -453,8 +453,8 @@ def pictures_of(pipeline: Planted, data: Any) -> list[Any]:
 def test_validation_of_tiles_with_a_reference_on_a_grid_of_its_own(tmp_path: Path) -> None:
     """Zero123++: the reference has no queries, and tokens half as large as those of the tiles."""
     data = rig_data("zero123plus-v1.2", 1, tmp_path)
-    sizes = ((8, 8), *[(4, 4)] * 6)
-    index = true_match(data, sizes).index[:, 1:]
+    token_grids = ((8, 8), *[(4, 4)] * 6)
+    index = true_match(data, token_grids).index[:, 1:]
     pairs = int((index >= 0).sum())
     # One token further is one column further, in the grid of the view looked at, or else in the next row.
     beside = int((index[:, :, 0] % 8 < 7).where(index[:, :, 0] >= 0, False).sum())
@@ -462,8 +462,8 @@ def test_validation_of_tiles_with_a_reference_on_a_grid_of_its_own(tmp_path: Pat
     for shift, exact, near in ((0, pairs, pairs), (1, 0, beside)):
         pipeline = Planted(ZERO123, tiled, shift=shift)
         model = pipeline.wrapped()
-        pipeline.site = replace(pipeline.site, reference_size=(96, 96))
-        model._supervised = [pipeline.site]
+        pipeline.layer = replace(pipeline.layer, reference_size=(96, 96))
+        model._supervised = [pipeline.layer]
         found = validate(model, pipeline, data, SETTINGS)
         assert found["pairs"] == 2 * pairs > 0
         assert found["precision"]["mean@0"] == pytest.approx(exact / pairs)
@@ -485,7 +485,7 @@ def test_validation_without_the_image_prompt(tmp_path: Path) -> None:
     data = rig_data("imagedream", 1, tmp_path)
     pipeline = Planted(TokenLayout("b (v h w)", unsupervised_views=1, references_last=1), prompt_last)
     found = validate(pipeline.wrapped(), pipeline, data, SETTINGS)
-    assert found["pairs"] == 2 * int(true_match(data, 4).visible[:, 1:, 1:].sum()) > 0
+    assert found["pairs"] == 2 * int(true_match(data, 4).matched[:, 1:, 1:].sum()) > 0
     assert found["precision"]["mean@0"] == 1.0
     assert found["psnr_covisible"] == pytest.approx(20, abs=1e-4)
     assert found["pixels"] > 0
@@ -505,7 +505,7 @@ class Pairs:
 @pytest.mark.parametrize(("sign", "expected"), [(1.0, 1.0), (-1.0, 0.0)])
 def test_validation_of_a_layer_that_sees_one_token_per_view(sign: float, expected: float) -> None:
     pipeline = Planted(TokenLayout("(b h w) v", references_last=1), per_cell, sign=sign)
-    model = pipeline.wrapped(normalise="all_views")
+    model = pipeline.wrapped(normalize="all_views")
     found = validate(model, pipeline, Pairs(), SETTINGS)  # type: ignore[arg-type]
     assert found["precision"] is None
     assert "one token of each view" in found["notes"]["precision"]
@@ -525,7 +525,7 @@ def test_hits_do_not_depend_on_the_block(monkeypatch: pytest.MonkeyPatch) -> Non
     query, key = (torch.randn(3, 2, 4, 9, 8, generator=generator) for _ in range(2))
     torch.manual_seed(0)
     match, head = random_match(samples=3, views=4, side=3), AlignmentHead(2)
-    cells = replace(match, index=match.index[..., :1].clamp(max=0), sizes=((1, 1),) * 4)
+    cells = replace(match, index=match.index[..., :1].clamp(max=0), token_grids=((1, 1),) * 4)
     counted = []
     for block in (1 << 24, 3000, 1):
         monkeypatch.setattr("cameo.probing.hits.BLOCK_ENTRIES", block)
@@ -533,7 +533,7 @@ def test_hits_do_not_depend_on_the_block(monkeypatch: pytest.MonkeyPatch) -> Non
         view = count_hits(query[..., :1, :], key[..., :1, :], Truth.plain(cells), head, 1.0, (0, 1))
         counted.append([{name: hits.sum((1, 2)).tolist() for name, hits in part.items()} for part in (token, view)])
     assert counted[0] == counted[1] == counted[2]
-    whole, _ = plain_hits(attention_maps(query, key, match.sizes, head, 1.0), match)
+    whole, _ = plain_hits(attention_maps(query, key, match.token_grids, head, 1.0), match)
     assert {name: value.tolist() for name, value in whole.items()} == counted[0][0]
 
 

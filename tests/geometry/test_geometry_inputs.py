@@ -1,4 +1,4 @@
-"""What functions on cameras do with integers, with values that are no camera, and with sizes that are none."""
+"""What functions on cameras do with integers, with values that are no camera, and with token_grids that are none."""
 
 from __future__ import annotations
 
@@ -88,9 +88,9 @@ def test_intrinsics_of_another_image_size_are_noticed():
     depth = torch.full((1, 1, 1, 8, 8), 2.0)
     pixels = torch.tensor([[8.0, 0, 4], [0, 8, 4], [0, 0, 1]]).expand(1, 1, 3, 3)
     with pytest.warns(UserWarning, match=r"principal point lies outside the image of 8 x 8 pixels.*resize_intrinsics"):
-        Correspondence.from_depth(depth, resize_intrinsics(pixels, (8, 8), (64, 64)), extrinsics, size=2)
+        Correspondence.from_depth(depth, resize_intrinsics(pixels, (8, 8), (64, 64)), extrinsics, token_grid=2)
     with warnings.catch_warnings(action="error"):
-        Correspondence.from_depth(depth, pixels, extrinsics, size=2)
+        Correspondence.from_depth(depth, pixels, extrinsics, token_grid=2)
         # one view cut out far from the middle is nothing unusual
         some = torch.cat([pixels, crop_intrinsics(pixels, 0, -20)], dim=1)
-        Correspondence.from_depth(depth.expand(1, 2, 1, 8, 8), some, extrinsics.expand(1, 2, 4, 4), size=2)
+        Correspondence.from_depth(depth.expand(1, 2, 1, 8, 8), some, extrinsics.expand(1, 2, 4, 4), token_grid=2)

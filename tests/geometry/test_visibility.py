@@ -21,7 +21,7 @@ def test_all_three_agree_on_where_the_tolerance_ends(share: float, visible: bool
         depth = batch["depth"].clone()
         depth[:, 1] = 2.0 / (1 + sign * share * DEPTH_TOLERANCE)  # of the depth that is seen
         cameras = batch["intrinsics"], batch["extrinsics"]
-        match = Correspondence.from_depth(depth, *cameras, size=16)
+        match = Correspondence.from_depth(depth, *cameras, token_grid=16)
         assert bool(match.index[0, 0, 1].ge(0).all()) == bool(match.index[0, 0, 1].ge(0).any()) == visible
         views = Views(batch["images"][0], depth[0], cameras[0][0], cameras[1][0], "wall")
         assert view_overlap(views)[0, 1] == float(visible)

@@ -95,7 +95,7 @@ def random_matches(grids: Grids, seed: int = 0, *, same_cell: bool = False) -> C
 
 
 def matches_for(model: CameoModel, grids: Grids, seed: int = 0) -> Correspondence:
-    return random_matches(grids, seed, same_cell=model.supervised_sites[0].layout.reach == "cell")
+    return random_matches(grids, seed, same_cell=model.supervised_layers[0].layout.reach == "cell")
 
 
 def tensors_of(output: Any) -> list[Tensor]:
@@ -160,7 +160,7 @@ def check_gradient(subject: Subject) -> None:
     model = subject.wrapped().train()
     run(model, subject.inputs(model.base_model), correspondence=matches_for(model, subject.grids))
     model.alignment_loss.backward()
-    layer = model.supervised_sites[0].path
+    layer = model.supervised_layers[0].path
     gradients = {name: parameter.grad for name, parameter in model.base_model.named_parameters()}
     reached = {name for name, gradient in gradients.items() if gradient is not None and gradient.any()}
     assert f"{layer}.{subject.query}.weight" in reached

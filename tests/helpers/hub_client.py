@@ -67,7 +67,7 @@ def main(folder: Path) -> None:
     full = cameo.wrap(pipeline.unet, backbone="cat3d")
     (folder / "optimizer.bin").write_bytes(b"not for the Hub")
 
-    step("full", lambda: full.push_to_hub("painter/base", pipeline=pipeline, licence="openrail"))
+    step("full", lambda: full.push_to_hub("painter/base", pipeline=pipeline, license="openrail"))
     base_revision = HfApi().model_info("painter/base").sha
     again = cameo.from_pretrained("painter/base")
     step("full comes back", lambda: torch.equal(output(again.unwrap()), output(full.unwrap())))
@@ -90,7 +90,7 @@ def main(folder: Path) -> None:
     step("load branch", lambda: cameo.from_pretrained("painter/rooms", revision="v2") is not None)
     step("load unknown branch", lambda: cameo.from_pretrained("painter/rooms", revision="v3"))
     step("load unknown", lambda: cameo.from_pretrained("painter/nowhere"))
-    step("other format", lambda: full.push_to_hub("painter/rooms", pipeline=pipeline, licence="openrail"))
+    step("other format", lambda: full.push_to_hub("painter/rooms", pipeline=pipeline, license="openrail"))
 
     for name, (backbone, preset, options) in PRESETS.items():
         unet = build_pipeline(backbone, preset).denoiser
@@ -107,15 +107,15 @@ def main(folder: Path) -> None:
         step(f"{name} comes back", lambda outputs=outputs: torch.equal(*outputs))
 
     step("commit fails", lambda: lora.push_to_hub("painter/rooms-broken"))
-    step("invalid licence", lambda: lora.push_to_hub("painter/other", licence="other"))
+    step("invalid license", lambda: lora.push_to_hub("painter/other", license="other"))
     with torch.no_grad():
         lora.conv_in.weight.add_(1)
     step("base changed", lambda: lora.push_to_hub("painter/changed"))
     full.cameo_config.base_model = None
-    step("no licence", lambda: full.push_to_hub("painter/unlicensed"))
+    step("no license", lambda: full.push_to_hub("painter/unlicensed"))
 
     token = os.environ.pop("HF_TOKEN")
-    push = {"repo_id": "painter/tokens", "licence": "mit", "pipeline": pipeline}
+    push = {"repo_id": "painter/tokens", "license": "mit", "pipeline": pipeline}
     step("no token", lambda: full.push_to_hub(**push))
     step("wrong token", lambda: full.push_to_hub(**push, token=WRONG_TOKEN))
     step("read token", lambda: full.push_to_hub(**push, token=READ_TOKEN))

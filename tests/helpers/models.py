@@ -64,12 +64,12 @@ class JointModel(nn.Module):
     def forward(self, x: Tensor, num_frames: int) -> Tensor:
         x = self.conv_in(x)
         height, width = x.shape[-2:]
-        sizes = {"v": num_frames, "h": height, "w": width}
-        tokens = rearrange(x, "(b v) c h w -> b (v h w) c", **sizes)
+        token_grids = {"v": num_frames, "h": height, "w": width}
+        tokens = rearrange(x, "(b v) c h w -> b (v h w) c", **token_grids)
         tokens = tokens + self.joint(tokens)
-        tokens = rearrange(tokens, "b (v h w) c -> (b h w) v c", **sizes)
+        tokens = rearrange(tokens, "b (v h w) c -> (b h w) v c", **token_grids)
         tokens = tokens + self.temporal(tokens)
-        return self.conv_out(rearrange(tokens, "(b h w) v c -> (b v) c h w", **sizes))
+        return self.conv_out(rearrange(tokens, "(b h w) v c -> (b v) c h w", **token_grids))
 
 
 class RowAttention(nn.Module):
@@ -83,13 +83,13 @@ class RowAttention(nn.Module):
         self.projections = nn.ModuleDict({name: nn.Linear(CHANNELS, CHANNELS, bias=False) for name in names})
 
     def forward(self, x: Tensor, reference: Tensor, num_views: int, grid: tuple[int, int]) -> Tensor:
-        sizes = {"v": num_views, "h": grid[0], "w": grid[1]}
+        token_grids = {"v": num_views, "h": grid[0], "w": grid[1]}
         output = self.attend("", x, x)
-        query = rearrange(x, "(b v) (h w) c -> (b v h) w c", **sizes)
-        row = rearrange(x, "(b v) (h w) c -> b h (v w) c", **sizes)
+        query = rearrange(x, "(b v) (h w) c -> (b v h) w c", **token_grids)
+        row = rearrange(x, "(b v) (h w) c -> b h (v w) c", **token_grids)
         rows = row.repeat_interleave(num_views, dim=0).flatten(0, 1)
         mixed = self.attend("_mv", query, rows)
-        output = output + rearrange(mixed, "(b v h) w c -> (b v) (h w) c", **sizes)
+        output = output + rearrange(mixed, "(b v h) w c -> (b v) (h w) c", **token_grids)
         return output + self.attend("_ref", x, reference)
 
     def attend(self, kind: str, x: Tensor, context: Tensor) -> Tensor:
@@ -111,12 +111,12 @@ class RowModel(nn.Module):
     def forward(self, x: Tensor, num_views: int) -> Tensor:
         x = self.conv_in(x)
         height, width = x.shape[-2:]
-        sizes = {"v": num_views, "h": height, "w": width}
+        token_grids = {"v": num_views, "h": height, "w": width}
         tokens = rearrange(x, "b c h w -> b (h w) c")
         tokens = tokens + self.rows(tokens, tokens.flip(1), num_views, (height, width))
-        tokens = rearrange(tokens, "(b v) (h w) c -> (b h) (v w) c", **sizes)
+        tokens = rearrange(tokens, "(b v) (h w) c -> (b h) (v w) c", **token_grids)
         tokens = tokens + self.whole_rows(tokens)
-        return self.conv_out(rearrange(tokens, "(b h) (v w) c -> (b v) c h w", **sizes))
+        return self.conv_out(rearrange(tokens, "(b h) (v w) c -> (b v) c h w", **token_grids))
 
 
 def split_heads(tensor: Tensor, heads: int) -> Tensor:
@@ -184,7 +184,7 @@ def check_layout(
 
     `model` has to be wrapped with `head="mean"`. `matched_views`: how many of the views the layer joins.
     """
-    (site,) = model.supervised_sites
+    (layer,) = model.supervised_layers
     seen: list[Tensor] = []
 
     def keep(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -196,7 +196,7 @@ def check_layout(
     joined = matched_views or views
     index = torch.full((SAMPLES, joined, joined, grid[0] * width), -1)
     index[sample, query[0], key[0], query[1] * width + query[2]] = key[1] * width + key[2]
-    hook = model.base_model.get_submodule(site.path).register_forward_pre_hook(keep)
+    hook = model.base_model.get_submodule(layer.path).register_forward_pre_hook(keep)
     run(model, correspondence=Correspondence(index, (grid,) * joined))
     hook.remove()
     assert model.num_supervised == 1
@@ -238,7 +238,7 @@ def check_overfits(
     losses = []
     for _ in range(steps):
         run(model, correspondence=match)
-        assert model.num_supervised == int(match.visible.sum())
+        assert model.num_supervised == int(match.matched.sum())
         losses.append(model.alignment_loss.item())
         if losses[-1] < losses[0] / 2:
             return

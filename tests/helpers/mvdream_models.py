@@ -147,7 +147,7 @@ def check_match_in_images(
     entering: list[Tensor] = []
     keys: list[Tensor] = []
     transformer.register_forward_pre_hook(lambda _, args: (args[0].retain_grad(), entering.append(args[0]))[0])
-    to_k = model.base_model.get_submodule(model.supervised_sites[0].path).to_k
+    to_k = model.base_model.get_submodule(model.supervised_layers[0].path).to_k
     to_k.register_forward_hook(lambda *call: (call[-1].retain_grad(), keys.append(call[-1]))[0])
     run(Correspondence(index, (grid,) * views))
     assert model.num_supervised == 1

@@ -204,7 +204,7 @@ def check_reach(
     layer. `model` has to be wrapped with `head="mean"`.
     """
     height, width = tile
-    path = model.supervised_sites[0].path
+    path = model.supervised_layers[0].path
     transformer = model.base_model.get_submodule(path.removesuffix(".transformer_blocks.0.attn1"))
     transformer.norm = nn.Identity()  # a group norm would spread the gradient over the image
     entering: list[Tensor] = []

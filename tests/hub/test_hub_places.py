@@ -81,16 +81,16 @@ def test_examples_wrap_what_can_be_supervised(module: str, monkeypatch: pytest.M
     for model in models:
         assert model.cameo_config.backbone, "the example names no backbone that could show it"
         args, kwargs = get_backbone(model.cameo_config.backbone).example_inputs(core_module(model.base_model))
-        side = args[0].shape[-1] // (model.supervised_sites[0].stride // 4)  # 4 pixels per latent cell
+        side = args[0].shape[-1] // (model.supervised_layers[0].stride // 4)  # 4 pixels per latent cell
         index = torch.full((1, 2, 2, side * side), -1)
         index[0, 0, 1] = torch.arange(side * side)
         model.base_model(*args, **kwargs)
         with model.capture() as captured:
             model.base_model(*args, **kwargs)
-        (site,) = model.supervised_sites
-        query, _, local = model.split(site, captured[site.path], Correspondence(index, ((side, side),) * 2))
+        (layer,) = model.supervised_layers
+        query, _, local = model.split(layer, captured[layer.path], Correspondence(index, ((side, side),) * 2))
         assert query.shape[2] == 2
-        assert int(local.visible.sum()) == side * side
+        assert int(local.matched.sum()) == side * side
 
 
 def test_the_readme_names_what_a_checkpoint_holds_beside_safetensors(

@@ -23,7 +23,7 @@ from cameo.backbone import get_backbone
 from cameo.data.matches import MatchReader
 from tests.helpers.training_runs import RECIPES, fresh_accelerate, read_lines, scene_cache
 
-SAVED = Path(__file__).parents[2] / "assets" / "saved_by_0.1.0"
+SAVED = Path(__file__).parents[1] / "assets" / "saved_by_0.1.0"
 # Numbers of order 1, recorded with AVX-512; the largest difference seen with AVX2 or without vectors is 9.6e-7.
 OUTPUT = {"rtol": 1e-4, "atol": 1e-5}
 # The weights that a run starts from are drawn, and its steps add up what processors round differently.

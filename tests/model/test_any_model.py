@@ -87,7 +87,7 @@ CASES = {
         reached=view(0),
         projections=("to_q", "to_k"),
     ),
-    # Among all views but the query's own: normalise=None finds that this layer needs one softmax over the views.
+    # Among all views but the query's own: normalize=None finds that this layer needs one softmax over the views.
     "temporal": Case(
         JointModel,
         "temporal",
@@ -167,17 +167,17 @@ def test_lora_is_saved_and_loaded_with_the_description(tmp_path: Path) -> None:
 def test_a_match_in_another_row_is_out_of_reach() -> None:
     model = CASES["era3d"].wrap(CASES["era3d"].model())
     match = next_view(shift=0)
-    other_row = torch.where(match.visible, (match.index + WIDTH) % (HEIGHT * WIDTH), -1)
-    run(model, correspondence=cameo.Correspondence(other_row, match.sizes))
+    other_row = torch.where(match.matched, (match.index + WIDTH) % (HEIGHT * WIDTH), -1)
+    run(model, correspondence=cameo.Correspondence(other_row, match.token_grids))
     assert model.num_supervised == 0
     assert model.alignment_loss.item() == 0
 
 
-def test_normalise_follows_from_the_layout_unless_it_is_given() -> None:
-    assert CASES["temporal"].wrap(CASES["temporal"].model()).cameo_config.normalise == "all_views"
-    assert CASES["joint"].wrap(CASES["joint"].model()).cameo_config.normalise == "per_view"
+def test_normalize_follows_from_the_layout_unless_it_is_given() -> None:
+    assert CASES["temporal"].wrap(CASES["temporal"].model()).cameo_config.normalize == "all_views"
+    assert CASES["joint"].wrap(CASES["joint"].model()).cameo_config.normalize == "per_view"
     with pytest.raises(ValueError, match="softmax per view is constant"):
-        cameo.wrap(JointModel(), layer="temporal", layout="(b h w) v", normalise="per_view")
+        cameo.wrap(JointModel(), layer="temporal", layout="(b h w) v", normalize="per_view")
 
 
 def test_three_kernel_calls_need_to_be_told_apart() -> None:

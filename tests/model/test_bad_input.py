@@ -45,7 +45,7 @@ class Bench:
 
     def match(self, **changes: Any) -> cameo.Correspondence:
         batch = {**self.batch, **changes}
-        return cameo.Correspondence.from_depth(batch["depth"], batch["intrinsics"], batch["extrinsics"], size=4)
+        return cameo.Correspondence.from_depth(batch["depth"], batch["intrinsics"], batch["extrinsics"], token_grid=4)
 
     def wrapped(self, **changes: Any) -> tuple[Any, cameo.CameoModel]:
         config = make_config(self.folder, **changes)
@@ -218,7 +218,7 @@ CASES: dict[str, tuple[Callable[[Bench], Any], type[Exception], str]] = {
         r"depth: expected floating point.*Cure",
     ),
     "points last": (
-        lambda b: cameo.Correspondence.from_point_maps(torch.zeros(1, 2, 8, 8, 3), size=4),
+        lambda b: cameo.Correspondence.from_point_maps(torch.zeros(1, 2, 8, 8, 3), token_grid=4),
         ValueError,
         r"points: expected \[B, V, 3, H, W\], got \[1, 2, 8, 8, 3\]",
     ),
@@ -268,7 +268,9 @@ CASES: dict[str, tuple[Callable[[Bench], Any], type[Exception], str]] = {
     ),
     "token grid of another layer": (
         lambda b: b.forward(
-            cameo.Correspondence.from_depth(b.batch["depth"], b.batch["intrinsics"], b.batch["extrinsics"], size=8)
+            cameo.Correspondence.from_depth(
+                b.batch["depth"], b.batch["intrinsics"], b.batch["extrinsics"], token_grid=8
+            )
         ),
         ValueError,
         r"expected .*got",
@@ -318,7 +320,7 @@ CASES: dict[str, tuple[Callable[[Bench], Any], type[Exception], str]] = {
         ValueError,
         r"depth of 'kitchen': expected \[3, 1, 32, 32\]",
     ),
-    "samples of different sizes": (
+    "samples of different token_grids": (
         lambda b: collate(
             [{"images": torch.zeros(2, 3, s, s), "num_reference_views": 1, "key": f"room/{s}"} for s in (8, 16)]
         ),
@@ -393,7 +395,7 @@ def test_missing_depth_gives_a_loss_of_zero_with_a_graph(missing: float, tmp_pat
 def test_one_view_gives_a_loss_of_zero(tmp_path: Path) -> None:
     _, model = Bench(tmp_path).wrapped()
     batch = make_batch(samples=2, views=1, size=32)
-    match = cameo.Correspondence.from_depth(batch["depth"], batch["intrinsics"], batch["extrinsics"], size=4)
+    match = cameo.Correspondence.from_depth(batch["depth"], batch["intrinsics"], batch["extrinsics"], token_grid=4)
     args, kwargs = get_backbone("cat3d").example_inputs(model.base_model)
     model(*args, correspondence=match, **{**kwargs, "cross_attention_kwargs": {"num_views": 1}})
     assert model.alignment_loss.item() == 0.0

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 import cameo
 from cameo import Correspondence, TokenLayout, backbone
-from cameo.attention.capture import AttentionSite
+from cameo.attention.capture import AttentionLayer
 from cameo.backbone import Backbone, get_backbone
 from cameo.config import CameoConfig
 from cameo.errors import CaptureError, DataError, ShapeError
@@ -194,7 +194,7 @@ def test_the_gradient_reaches_exactly_what_is_upstream(kind: str, layer: int) ->
     base = unet(kind)
     args, kwargs = inputs(base)
     model = cameo.wrap(base, "cat3d", layer)
-    path = model.supervised_sites[0].path
+    path = model.supervised_layers[0].path
     module = backbone.core_module(base).get_submodule(path)
     truth = upstream(base, module, lambda: base(*args, **kwargs))
     model(*args, **kwargs, correspondence=UNET_MATCHES)
@@ -247,7 +247,7 @@ def test_non_reentrant_checkpointing_changes_nothing() -> None:
     plain = step(model, args, kwargs)
     model.enable_gradient_checkpointing()
     made: list[StorageWeakRef] = []
-    layer = model.get_submodule(f"base_model.{model.supervised_sites[0].path}")
+    layer = model.get_submodule(f"base_model.{model.supervised_layers[0].path}")
     handle = layer.to_q.register_forward_hook(lambda *call: made.append(StorageWeakRef(call[-1].untyped_storage())))
     gc.disable()
     try:
@@ -457,7 +457,7 @@ def test_several_layers_are_averaged() -> None:
             one.alignment_heads[0].load_state_dict(model.alignment_heads[index].state_dict())
             single.append(run_loss(one))
     torch.testing.assert_close(joint, torch.stack(single).mean())
-    assert model.num_supervised == 2 * int(matches().visible.sum())
+    assert model.num_supervised == 2 * int(matches().matched.sum())
     model(tokens(), correspondence=[matches(), nothing_visible()])
     torch.testing.assert_close(model.alignment_loss.detach(), single[0] / 2)
     with pytest.raises(ValueError, match=r"a list of 2, one per supervised layer, got a list of 1"):
@@ -470,7 +470,7 @@ def test_layers_with_different_grids_take_one_correspondence_each() -> None:
     )
     model = cameo.wrap(wide.unet, "cat3d", [0, 2])
     args, kwargs = inputs(model)
-    assert [site.stride for site in model.supervised_sites] == [4, 8]
+    assert [layer.stride for layer in model.supervised_layers] == [4, 8]
     with pytest.raises(ValueError, match=r"different grids, with down_blocks\.0.*: 4, .*: 8 pixels per token"):
         model.token_grid(32, 32)
     model(*args, **kwargs, correspondence=[matches(1, 2, (8, 8)), UNET_MATCHES])
@@ -493,7 +493,7 @@ def test_released_reduction_counts_only_the_references_that_are_supervised() -> 
     with model.capture() as captured:
         model(tokens(views=3), correspondence=match)
         seen = captured[LAYER]
-    query, key, local = model.split(model.supervised_sites[0], seen, match)
+    query, key, local = model.split(model.supervised_layers[0], seen, match)
     expected = cameo.alignment_loss(
         query, key, local, model.alignment_heads[0], scale=seen.scale, reduction="released", num_reference_views=0
     )
@@ -509,7 +509,7 @@ def test_nothing_visible_is_zero_with_a_graph() -> None:
     assert all(p.grad is not None and not p.grad.any() for p in model.alignment_heads.parameters())
     assert model.blocks[0].attention.to_q.weight.grad is not None
     model(tokens(), correspondence=matches())
-    assert model.num_supervised == int(matches().visible.sum()) > 0
+    assert model.num_supervised == int(matches().matched.sum()) > 0
 
 
 def test_one_view_is_zero_with_a_graph() -> None:
@@ -578,7 +578,7 @@ def test_the_message_of_a_second_wrap_offers_a_list_of_layers() -> None:
     with pytest.raises(ValueError, match="pass a list as layer= to supervise several layers"):
         cameo.wrap(model.base_model, layer="blocks.2.attention", layout="b (v h w)")
     both = cameo.wrap(model.unwrap(), layer=[LAYER, "blocks.2.attention"], layout="b (v h w)")
-    assert len(both.supervised_sites) == 2
+    assert len(both.supervised_layers) == 2
 
 
 def test_parts_and_wholes_of_a_wrapped_model_are_refused() -> None:
@@ -634,7 +634,7 @@ def test_a_copy_of_an_unwrapped_model_can_be_wrapped() -> None:
         ({"backbone": "cat3d", "head": "mpl"}, ValueError, r"unknown head kind 'mpl': did you mean 'mlp'\?"),
         ({"backbone": "cat3d", "head": {"dept": 2}}, ValueError, r"unknown head option 'dept': did you mean 'depth'\?"),
         ({"backbone": "cat3d", "head": {"num_heads": 2}}, ValueError, "unknown head option 'num_heads'"),
-        ({"backbone": "cat3d", "normalise": "per_veiw"}, ValueError, r"unknown normalise .*did you mean 'per_view'\?"),
+        ({"backbone": "cat3d", "normalize": "per_veiw"}, ValueError, r"unknown normalize .*did you mean 'per_view'\?"),
         ({"backbone": "cat3d", "reduction": "means"}, ValueError, r"unknown reduction 'means': did you mean 'mean'\?"),
         ({"backbone": "cat3d", "reduction": "released"}, ValueError, 'num_reference_views: reduction="released" needs'),
         ({}, ValueError, r"backbone=None needs layer= .* and layout="),
@@ -669,10 +669,10 @@ def test_a_model_of_another_kind_is_refused() -> None:
 
 
 def test_a_layer_that_no_match_can_reach_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"cannot be supervised with normalise='per_view'.*all_views"):
-        cameo.wrap(Toy(), layer=LAYER, layout="(b h w) v", normalise="per_view")
-    assert cameo.wrap(Toy(), layer=LAYER, layout="(b h w) v").cameo_config.normalise == "all_views"
-    assert cameo.wrap(Toy(), layer=LAYER, layout="(b h) (v w)").cameo_config.normalise == "per_view"
+    with pytest.raises(ValueError, match=r"cannot be supervised with normalize='per_view'.*all_views"):
+        cameo.wrap(Toy(), layer=LAYER, layout="(b h w) v", normalize="per_view")
+    assert cameo.wrap(Toy(), layer=LAYER, layout="(b h w) v").cameo_config.normalize == "all_views"
+    assert cameo.wrap(Toy(), layer=LAYER, layout="(b h) (v w)").cameo_config.normalize == "per_view"
 
 
 @pytest.mark.parametrize("head", ["mlp", "mean", "none", {"kind": "mlp", "depth": 2, "expansion": 2}])
@@ -688,7 +688,7 @@ def test_head_options(head: Any) -> None:
 def test_token_grid() -> None:
     model = cameo.wrap(unet(), "cat3d")
     assert model.token_grid(64, 96) == (8, 12)
-    with pytest.raises(ValueError, match=r"with layout= pass stride= to cameo\.wrap"):
+    with pytest.raises(ValueError, match=r"pass stride= to cameo\.wrap"):
         toy().token_grid(64, 64)
     assert toy(stride=16).token_grid(64, 50) == (4, 4)
 
@@ -710,13 +710,13 @@ def test_settings_survive_the_file(tmp_path: Path) -> None:
     assert CameoConfig.load(tmp_path) == config
     assert [path.name for path in tmp_path.iterdir()] == ["cameo_config.json"]
     again = attach(Toy(), CameoConfig.load(tmp_path))
-    assert again.supervised_sites == toy(stride=8).supervised_sites
+    assert again.supervised_layers == toy(stride=8).supervised_layers
 
 
 def test_settings_of_the_first_version_load(tmp_path: Path) -> None:
     (tmp_path / "cameo_config.json").write_text(FIRST_VERSION)
     model = attach(Toy(), CameoConfig.load(tmp_path))
-    assert model.supervised_sites == toy(stride=8).supervised_sites
+    assert model.supervised_layers == toy(stride=8).supervised_layers
     assert (model.cameo_config.inflate, model.cameo_config.kernel_call) == (False, None)
     stored = {"query": "b (t + v h w)", "key": "b (t + v h w)", "unsupervised_views": 0, "t": 77}
     assert TokenLayout(**stored) == TokenLayout("b (t + v h w)", t=77)
@@ -759,9 +759,9 @@ class ToyBackbone(Backbone):
     def recognizes(self, model: nn.Module) -> bool:
         return isinstance(model, Toy)
 
-    def sites(self, model: nn.Module) -> list[AttentionSite]:
+    def attention_layers(self, model: nn.Module) -> list[AttentionLayer]:
         return [
-            AttentionSite(i, f"blocks.{i}.attention", 2, TokenLayout("b (v h w)"), 8, "runs twice" if i == 2 else None)
+            AttentionLayer(i, f"blocks.{i}.attention", 2, TokenLayout("b (v h w)"), 8, "runs twice" if i == 2 else None)
             for i in range(3)
         ]
 
@@ -773,8 +773,8 @@ def test_a_backbone_of_a_third_party(registry: dict[str, Any]) -> None:
     assert cameo.register_backbone("toy")(ToyBackbone) is ToyBackbone
     assert "toy" in cameo.backbones()
     model = cameo.wrap(Toy(), "toy")
-    assert model.supervised_sites[0].path == LAYER
-    assert len(model.sites) == 3
+    assert model.supervised_layers[0].path == LAYER
+    assert len(model.attention_layers) == 3
     assert float(run_loss(model).detach()) > 0
     with pytest.raises(ValueError, match=r"layer 2 \(blocks\.2\.attention\) cannot be supervised: runs twice"):
         cameo.wrap(Toy(), "toy", 2)
@@ -787,11 +787,14 @@ def test_a_backbone_of_a_third_party(registry: dict[str, Any]) -> None:
 class MixedBackbone(ToyBackbone):
     """Its first layer is temporal; `inflate` leaves a note on the model."""
 
-    def sites(self, model: nn.Module) -> list[AttentionSite]:
-        return [AttentionSite(0, "blocks.0.attention", 2, TokenLayout("(b h w) v")), super().sites(model)[1]]
+    def attention_layers(self, model: nn.Module) -> list[AttentionLayer]:
+        return [
+            AttentionLayer(0, "blocks.0.attention", 2, TokenLayout("(b h w) v")),
+            super().attention_layers(model)[1],
+        ]
 
-    def inflatable(self, model: nn.Module) -> list[AttentionSite]:
-        return ToyBackbone.sites(self, model)
+    def inflatable_layers(self, model: nn.Module) -> list[AttentionLayer]:
+        return ToyBackbone.attention_layers(self, model)
 
     def inflate(self, model: nn.Module, path: str) -> None:
         model.joined = {*getattr(model, "joined", ()), path}
@@ -801,15 +804,15 @@ def test_inflate_joins_the_chosen_layers_only(registry: dict[str, Any]) -> None:
     cameo.register_backbone("mixed")(MixedBackbone)
     model = cameo.wrap(Toy(), "mixed", [0, 1], inflate=True)
     assert model.joined == {"blocks.0.attention", LAYER}
-    assert len(model.sites) == 3
+    assert len(model.attention_layers) == 3
     assert model.unwrap().joined == {"blocks.0.attention", LAYER}
     assert not hasattr(cameo.wrap(Toy(), "mixed"), "joined")
-    assert ToyBackbone().inflatable(Toy()) == []
+    assert ToyBackbone().inflatable_layers(Toy()) == []
     with pytest.raises(NotImplementedError, match="has no layers to inflate"):
         ToyBackbone().inflate(Toy(), LAYER)
 
 
-@pytest.mark.parametrize("options", [{"head": "mpl"}, {"layer": 2}, {"normalise": "each"}, {"layer": [1, 1]}], ids=str)
+@pytest.mark.parametrize("options", [{"head": "mpl"}, {"layer": 2}, {"normalize": "each"}, {"layer": [1, 1]}], ids=str)
 def test_a_refused_wrap_inflates_nothing(options: dict[str, Any], registry: dict[str, Any]) -> None:
     cameo.register_backbone("mixed")(MixedBackbone)
     base = Toy()
@@ -818,13 +821,13 @@ def test_a_refused_wrap_inflates_nothing(options: dict[str, Any], registry: dict
     assert not hasattr(base, "joined")
 
 
-def test_normalise_follows_from_all_chosen_layers(registry: dict[str, Any]) -> None:
+def test_normalize_follows_from_all_chosen_layers(registry: dict[str, Any]) -> None:
     cameo.register_backbone("mixed")(MixedBackbone)
-    assert cameo.wrap(Toy(), "mixed", 0).cameo_config.normalise == "all_views"
-    assert cameo.wrap(Toy(), "mixed", 1).cameo_config.normalise == "per_view"
-    with pytest.raises(ValueError, match=r"blocks\.0\.attention' cannot be supervised with normalise='per_view'"):
+    assert cameo.wrap(Toy(), "mixed", 0).cameo_config.normalize == "all_views"
+    assert cameo.wrap(Toy(), "mixed", 1).cameo_config.normalize == "per_view"
+    with pytest.raises(ValueError, match=r"blocks\.0\.attention' cannot be supervised with normalize='per_view'"):
         cameo.wrap(Toy(), "mixed", [0, 1])
-    assert cameo.wrap(Toy(), "mixed", [0, 1], normalise="all_views").cameo_config.normalise == "all_views"
+    assert cameo.wrap(Toy(), "mixed", [0, 1], normalize="all_views").cameo_config.normalize == "all_views"
 
 
 def test_names_are_not_taken_twice(registry: dict[str, Any]) -> None:

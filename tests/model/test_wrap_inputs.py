@@ -14,7 +14,7 @@ from torch import nn
 
 import cameo
 from cameo import AlignmentHead, Correspondence, TokenLayout, alignment_loss
-from cameo.backbone import find_site, get_backbone
+from cameo.backbone import find_layer, get_backbone
 from cameo.config import CameoConfig
 from cameo.errors import DataError
 from cameo.training.repa import FeatureAlignment
@@ -88,18 +88,18 @@ def test_a_loss_that_was_not_computed_is_no_attribute() -> None:
     "number", [np.int64(1), np.uint8(1), torch.tensor(1), np.array(1)], ids=lambda n: type(n).__name__
 )
 def test_a_layer_by_an_integer_of_any_type(number: Any, unet: nn.Module) -> None:
-    sites = get_backbone("cat3d").sites(unet)
-    assert find_site(sites, number) == sites[1]
+    layers = get_backbone("cat3d").attention_layers(unet)
+    assert find_layer(layers, number) == layers[1]
     for layer in (number, [number], (number, 2)):
         model = cameo.wrap(unet, "cat3d", layer)
-        assert model.supervised_sites[0] == sites[1]
+        assert model.supervised_layers[0] == layers[1]
         json.dumps(model.cameo_config.layers)
         model.unwrap()
 
 
 def test_layers_by_an_array(unet: nn.Module) -> None:
     model = cameo.wrap(unet, "cat3d", np.array([0, 1]))
-    assert [site.index for site in model.supervised_sites] == [0, 1]
+    assert [layer.index for layer in model.supervised_layers] == [0, 1]
     model.unwrap()
 
 
@@ -243,7 +243,7 @@ def test_matches_whose_values_are_none(name: str, value: float | None, error: ty
     else:
         fields[name][0, 1, 0, 2] = value
     with pytest.raises(error, match=message):
-        Correspondence(sizes=((2, 2), (2, 2)), **fields)
+        Correspondence(token_grids=((2, 2), (2, 2)), **fields)
 
 
 def test_distances_without_measurement_are_infinite() -> None:
@@ -254,7 +254,7 @@ def test_distances_without_measurement_are_infinite() -> None:
 def test_grids_by_numbers_of_numpy() -> None:
     features = torch.randn(1, 2, 3, 4, 4)
     for size in (np.int64(2), (np.int64(2), 2), [(2, np.int64(2)), (2, 2)]):
-        assert Correspondence.from_features(features, size=size).sizes == ((2, 2), (2, 2))
+        assert Correspondence.from_features(features, token_grid=size).token_grids == ((2, 2), (2, 2))
     for size in (True, (2, 2.0), (2, 0), (2,), "22", 2.5):
-        with pytest.raises(ValueError, match="size: expected a positive int or"):
-            Correspondence.from_features(features, size=size)
+        with pytest.raises(ValueError, match="token_grid: expected a positive int or"):
+            Correspondence.from_features(features, token_grid=size)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from torch import nn
 
-from cameo.attention.capture import AttentionSite
+from cameo.attention.capture import AttentionLayer
 from cameo.attention.layout import TokenLayout
 from cameo.backbone import Backbone, get_backbone
 from cameo.probing.listing import layer_table
@@ -21,20 +21,20 @@ class Mixed(Backbone):
 
     name = "mixed"
 
-    def sites(self, model: nn.Module) -> list[AttentionSite]:
+    def attention_layers(self, model: nn.Module) -> list[AttentionLayer]:
         own_grid = TokenLayout("b (r h c w)", key="b (r h c w + h' w')", references_last=1, r=3, c=2)
         return [
-            AttentionSite(0, "tiles", 8, own_grid, stride=16, reference_size=(512, 512)),
-            AttentionSite(1, "rows", 4, TokenLayout("(b h) (v w)"), stride=16),
-            AttentionSite(2, "cells", 4, TokenLayout("(b h w) v"), stride=32),
-            AttentionSite(3, "masked", 4, TokenLayout("b (v h w)"), unsupported="its attention is masked"),
+            AttentionLayer(0, "tiles", 8, own_grid, stride=16, reference_size=(512, 512)),
+            AttentionLayer(1, "rows", 4, TokenLayout("(b h) (v w)"), stride=16),
+            AttentionLayer(2, "cells", 4, TokenLayout("(b h w) v"), stride=32),
+            AttentionLayer(3, "masked", 4, TokenLayout("b (v h w)"), unsupported="its attention is masked"),
         ]
 
     def default_layer(self, model: nn.Module) -> int:
         return 1
 
-    def inflatable(self, model: nn.Module) -> list[AttentionSite]:
-        return [AttentionSite(0, "spatial", 4, TokenLayout("b (v h w)"), stride=8)]
+    def inflatable_layers(self, model: nn.Module) -> list[AttentionLayer]:
+        return [AttentionLayer(0, "spatial", 4, TokenLayout("b (v h w)"), stride=8)]
 
 
 def rows(table: str) -> dict[str, list[str]]:
@@ -47,7 +47,7 @@ def test_every_kind_of_layer() -> None:
     assert found["tiles"] == ["0", "tiles", "8", "32 x 32 (1x), 20 x 16 (6x)", "all", "yes"]
     assert found["rows"] == ["1 (default)", "rows", "4", "20 x 16", "row", "yes"]
     assert found["cells"][3:5] == ["10 x 8", "cell"]
-    assert found["cells"][5].startswith('yes, normalise="all_views": a query reaches one token per view')
+    assert found["cells"][5].startswith('yes, normalize="all_views": a query reaches one token per view')
     assert found["masked"][3:] == ["not known", "all", "no: its attention is masked"]
     assert found["spatial"][5] == "yes, inflate=True"
 
@@ -79,9 +79,11 @@ def test_the_command_lists_the_layers_of_each_backbone(
     adapter = get_backbone(backbone)
     denoiser = adapter.build(preset).denoiser
     found = rows(printed)
-    assert list(found) == [site.path for site in [*adapter.sites(denoiser), *adapter.inflatable(denoiser)]]
+    assert list(found) == [
+        layer.path for layer in [*adapter.attention_layers(denoiser), *adapter.inflatable_layers(denoiser)]
+    ]
     assert printed.startswith(f"{backbone}: {type(denoiser).__name__}, ")
-    assert found[adapter.sites(denoiser)[adapter.default_layer(denoiser)].path][0].endswith("(default)")
+    assert found[adapter.attention_layers(denoiser)[adapter.default_layer(denoiser)].path][0].endswith("(default)")
     assert not any("not known" in cell for line in found.values() for cell in line)
 
 

@@ -20,7 +20,7 @@ import cameo
 from cameo import CameoModel, TokenLayout, probe_layers
 from cameo.adapters.cat3d import BUNDLED
 from cameo.adapters.common.joined_frames import deflate
-from cameo.attention.capture import AttentionCapture, AttentionSite
+from cameo.attention.capture import AttentionCapture, AttentionLayer
 from cameo.errors import CaptureError
 from cameo.evaluation.validation import validate
 from cameo.pipeline import TrainingInputs
@@ -146,8 +146,8 @@ class Model(nn.Module):
         return self.layer(*call), self.other(*call)
 
 
-def make_site(case: str, **options: Any) -> AttentionSite:
-    return AttentionSite(0, "layer", HEADS, CASES[case][0], **options)
+def make_site(case: str, **options: Any) -> AttentionLayer:
+    return AttentionLayer(0, "layer", HEADS, CASES[case][0], **options)
 
 
 def random_call(case: str) -> tuple[Tensor, ...]:
@@ -217,10 +217,10 @@ def test_gradients_are_those_of_the_attention_that_ran() -> None:
 
 
 def test_a_capture_inside_sees_all_keys() -> None:
-    model, call, site = Model(), random_call("joint"), make_site("joint")
-    with self_view_only(model, site, (GRID,) * 3):
+    model, call, layer = Model(), random_call("joint"), make_site("joint")
+    with self_view_only(model, layer, (GRID,) * 3):
         cut = model(*call)[0]
-        with AttentionCapture(model, [site]) as captured:
+        with AttentionCapture(model, [layer]) as captured:
             assert torch.equal(model(*call)[0], cut)
         assert torch.equal(model(*call)[0], cut)
     assert captured["layer"].key.shape == (SAMPLES, HEADS, 18, DIMENSION)
@@ -352,10 +352,10 @@ VIEW_BY_VIEW = {"cat3d": joint, "mvdream": joint, "zero123plus": tile_by_tile, "
 def test_a_layer_of_each_backbone_equals_itself_run_view_by_view(row: Row) -> None:
     subject = row.subject()
     model = subject.wrapped().eval()
-    (site,), inputs = model.supervised_sites, subject.inputs(model.base_model)
+    (layer,), inputs = model.supervised_layers, subject.inputs(model.base_model)
     whole = checks.run(model, inputs)
-    module = model.base_model.get_submodule(site.path)
-    with torch.no_grad(), self_view_only(model, site, site.sizes(row.size, row.size, row.views)):
+    module = model.base_model.get_submodule(layer.path)
+    with torch.no_grad(), self_view_only(model, layer, layer.token_grids(row.size, row.size, row.views)):
         calls, hook = _module_call(module)
         cut = checks.run(model, inputs)
         hook.remove()
@@ -378,8 +378,8 @@ def test_with_every_layer_cut_no_view_depends_on_another(row: Row) -> None:
     far = x.clone()
     far[1] += 1  # the second view
     with ExitStack() as stack, torch.no_grad():
-        for site in model.sites:
-            stack.enter_context(self_view_only(model, site, site.sizes(row.size, row.size, row.views)))
+        for layer in model.attention_layers:
+            stack.enter_context(self_view_only(model, layer, layer.token_grids(row.size, row.size, row.views)))
         near, changed = (checks.run(model, ((first, *rest), kwargs))[0] for first in (x, far))
     assert torch.equal(near[0], changed[0])
     assert torch.equal(near[2:], changed[2:])
@@ -390,7 +390,7 @@ def test_with_every_layer_cut_no_view_depends_on_another(row: Row) -> None:
 
 def test_row_wise_and_temporal_layers_of_other_models() -> None:
     """Models without an adapter: one of three calls of the kernel (MV-Adapter), whole rows, frames of a cell."""
-    sizes = (models.GRID,) * models.VIEWS
+    token_grids = (models.GRID,) * models.VIEWS
     torch.manual_seed(0)
     rows, frames = models.RowModel(), models.JointModel()
     for base, arguments, path, layout, call in (
@@ -399,9 +399,9 @@ def test_row_wise_and_temporal_layers_of_other_models() -> None:
         (frames, (models.frames(), models.VIEWS), "joint", TokenLayout("b (v h w)"), None),
         (frames, (models.frames(), models.VIEWS), "temporal", TokenLayout("(b h w) v"), None),
     ):
-        model = cameo.wrap(base, layer=path, layout=layout, heads=models.HEADS, kernel_call=call, normalise="all_views")
-        module, (site,) = base.get_submodule(path), model.supervised_sites
-        with torch.no_grad(), self_view_only(model, site, sizes):
+        model = cameo.wrap(base, layer=path, layout=layout, heads=models.HEADS, kernel_call=call, normalize="all_views")
+        module, (layer,) = base.get_submodule(path), model.supervised_layers
+        with torch.no_grad(), self_view_only(model, layer, token_grids):
             calls, hook = _module_call(module)
             model(*arguments)
             hook.remove()
@@ -532,8 +532,8 @@ def test_bad_requests_name_the_cure() -> None:
 
 def test_a_layer_that_cannot_be_cut_stands_there_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     model, pipeline = planted()
-    site = AttentionSite(0, "used", HEADS, TokenLayout("b (v h w)"), stride=8, unsupported="it attends to the text")
-    monkeypatch.setattr(CameoModel, "sites", [site])
+    layer = AttentionLayer(0, "used", HEADS, TokenLayout("b (v h w)"), stride=8, unsupported="it attends to the text")
+    monkeypatch.setattr(CameoModel, "layers", [layer])
     (effect,) = perturb_layers(model, pipeline, planted_samples(), SETTINGS)
     assert effect == LayerEffect(0, "used", reason="it attends to the text")
     assert effects_table([effect]).endswith("| 0 | used | - | - | - | - | - | - |\n\nused: it attends to the text")
@@ -596,7 +596,7 @@ def test_validation_is_not_disturbed_by_a_cut_around_it(bundled: Any) -> None:
     try:
         (effect,) = perturb_layers(model, pipeline, data, settings, layers=[2])
         before = validate(model, pipeline, data, settings)
-        with self_view_only(model, model.sites[2], ((8, 8),) * 3):
+        with self_view_only(model, model.attention_layers[2], ((8, 8),) * 3):
             cut = validate(model, pipeline, data, settings)
         assert validate(model, pipeline, data, settings) == before
     finally:
@@ -623,7 +623,7 @@ def test_the_layer_that_the_probe_ranks_first_is_needed_most(bundled: Any) -> No
         model.unwrap()
     cut = {effect.path: list(effect.per_scene["psnr_covisible"].values()) for effect in effects}
     best = cut.pop(probe.ranking[0].path)
-    assert [site.path for site in model.supervised_sites] == [probe.ranking[0].path]
+    assert [layer.path for layer in model.supervised_layers] == [probe.ranking[0].path]
     assert len(best) == 16
     assert len(cut) == 5
     for other in cut.values():
@@ -631,10 +631,10 @@ def test_the_layer_that_the_probe_ranks_first_is_needed_most(bundled: Any) -> No
 
 
 def test_a_cut_that_breaks_the_model_is_told_and_not_averaged() -> None:
-    site = AttentionSite(2, "mid.attn1", heads=1, layout=TokenLayout("b (v h w)"))
+    layer = AttentionLayer(2, "mid.attn1", heads=1, layout=TokenLayout("b (v h w)"))
     whole = {"loss": {"a": 0.1, "b": 0.2}, "psnr_covisible": {}, "psnr_all": {"a": 10.0, "b": 11.0}}
     cut = {"loss": {"a": 0.2}, "psnr_covisible": {}, "psnr_all": {"a": 9.0, "b": 9.0}}
-    effect = perturbation._effect(site, whole, cut)
+    effect = perturbation._effect(layer, whole, cut)
     assert effect.reason == "without it the model's loss is not finite in b"
     assert effect.drop_psnr_all is None
     assert effect.per_scene == {}

@@ -20,7 +20,7 @@ import cameo
 from cameo import Correspondence, LayerProbe, TokenLayout, probe_layers
 from cameo.adapters.cat3d import BUNDLED
 from cameo.adapters.common.latent_pipeline import LatentPipeline
-from cameo.attention.capture import AttentionSite
+from cameo.attention.capture import AttentionLayer
 from cameo.backbone import core_module, get_backbone
 from cameo.config import CameoConfig
 from cameo.data import EmbeddedScenes, MultiViewDataset, collate
@@ -68,23 +68,23 @@ def test_an_angle_on_a_limit_belongs_to_the_bin_above() -> None:
     assert angle_bins(extrinsics)[0, 0].tolist() == [0, 0, 1, 1, 2, 3, 3]
 
 
-def matches(samples: int, sizes: Any, seed: int = 0) -> Correspondence:
+def matches(samples: int, token_grids: Any, seed: int = 0) -> Correspondence:
     generator = torch.Generator().manual_seed(seed)
-    views, tokens = len(sizes), max(h * w for h, w in sizes)
+    views, tokens = len(token_grids), max(h * w for h, w in token_grids)
     index = torch.full((samples, views, views, tokens), -1)
-    for i, (height, width) in enumerate(sizes):
-        for j, (key_height, key_width) in enumerate(sizes):
+    for i, (height, width) in enumerate(token_grids):
+        for j, (key_height, key_width) in enumerate(token_grids):
             if i != j:
                 shape = (samples, height * width)
                 index[:, i, j, : height * width] = torch.randint(-1, key_height * key_width, shape, generator=generator)
-    return Correspondence(index, tuple(sizes))
+    return Correspondence(index, tuple(token_grids))
 
 
 def loop_chance(match: Correspondence, groups: Tensor, within: tuple[int, ...]) -> Tensor:
     """Share of the key view's tokens within some tokens of each match, one token at a time."""
     total = torch.zeros(match.batch_size, 4, len(within), dtype=torch.float64)
     for b, i, j, x in (match.index >= 0).nonzero().tolist():
-        (height, width), target = match.sizes[j], int(match.index[b, i, j, x])
+        (height, width), target = match.token_grids[j], int(match.index[b, i, j, x])
         away = [
             max(abs(row - target // width), abs(column - target % width))
             for row in range(height)
@@ -95,15 +95,15 @@ def loop_chance(match: Correspondence, groups: Tensor, within: tuple[int, ...]) 
     return total
 
 
-@pytest.mark.parametrize("sizes", [((3, 4),) * 3, ((2, 5), (3, 3), (3, 3)), ((1, 7),) * 2])
-def test_chance_is_that_of_a_plain_loop(sizes: Any) -> None:
-    match = matches(2, sizes)
-    views = len(sizes)
+@pytest.mark.parametrize("token_grids", [((3, 4),) * 3, ((2, 5), (3, 3), (3, 3)), ((1, 7),) * 2])
+def test_chance_is_that_of_a_plain_loop(token_grids: Any) -> None:
+    match = matches(2, token_grids)
+    views = len(token_grids)
     groups = torch.randint(4, (2, views, views), generator=torch.Generator().manual_seed(1))
     truth = Truth(match, groups, 4)
     torch.testing.assert_close(truth.chance((0, 1, 2)), loop_chance(match, groups, (0, 1, 2)))
     for b, group in ((0, 0), (1, 3)):
-        assert truth.pairs[b, group] == int((match.visible[b] & (groups[b] == group)[..., None]).sum())
+        assert truth.pairs[b, group] == int((match.matched[b] & (groups[b] == group)[..., None]).sum())
 
 
 @pytest.mark.parametrize("layout", ["b (v h w)", "(b h) (v w)", "(b w) (v h)"])
@@ -120,7 +120,7 @@ def test_uniform_attention_is_at_chance_and_the_oracle_always_right(layout: str)
     torch.testing.assert_close(shares.double(), chance / truth.pairs.sum(), rtol=0, atol=0.05)
 
     tokens = index.shape[-1]
-    codes = nn.functional.one_hot(index.clamp_min(0), tokens) * truth.match.visible[..., None]
+    codes = nn.functional.one_hot(index.clamp_min(0), tokens) * truth.match.matched[..., None]
     query = codes.permute(0, 1, 3, 2, 4).flatten(3)[:, None].float() * 99
     key = torch.eye(2 * tokens).view(1, 1, 2, tokens, -1).expand(len(query), -1, -1, -1, -1)
     assert torch.equal(count_hits(query, key, truth, None, 1.0, (0, 1))["mean"][0, :, 0, 0], truth.pairs[:, 0].float())
@@ -133,7 +133,7 @@ def test_hits_by_sample_and_group_add_up_to_those_of_each_alone() -> None:
     groups = torch.randint(4, (3, 3, 3), generator=generator)
     truth = Truth(match, groups, 4)
     found = count_hits(query, key, truth, None, 1.0, (0, 1, 2))
-    maps = attention_maps(query, key, match.sizes, None, 1.0)
+    maps = attention_maps(query, key, match.token_grids, None, 1.0)
     for sample in range(3):
         for group in range(4):
             alone = match.index[sample : sample + 1].clone()
@@ -157,16 +157,16 @@ def test_distances_in_the_world_are_those_of_a_plain_loop() -> None:
         -1, -1, -1, 16, -1
     )
     batch["extrinsics"][:, 1, :3, :3] = torch.tensor(Rotation.from_euler("y", 5, degrees=True).as_matrix())
-    sizes, near = ((8, 8),) * 2, 0.15
-    points = surface_points(batch["depth"], batch["intrinsics"], batch["extrinsics"], sizes)
-    match = matches(2, sizes)
+    token_grids, near = ((8, 8),) * 2, 0.15
+    points = surface_points(batch["depth"], batch["intrinsics"], batch["extrinsics"], token_grids)
+    match = matches(2, token_grids)
     truth = Truth.of_layer(TokenLayout("b (v h w)"), match, torch.zeros(2, 2, 2, dtype=torch.long), 1, points)
     generator = torch.Generator().manual_seed(1)
     query, key = (torch.randn(2, 1, 2, 64, 3, generator=generator) for _ in range(2))
     hits = count_hits(query, key, truth, None, 3.0, (1,), near=near)["mean"]
-    maps = attention_maps(query, key, sizes, None, 3.0)["mean"]
+    maps = attention_maps(query, key, token_grids, None, 3.0)["mean"]
     expected, chance, ceiling = (torch.zeros(2) for _ in range(3))
-    for b, i, j, x in match.visible.nonzero().tolist():
+    for b, i, j, x in match.matched.nonzero().tolist():
         away = (points[b, j] - points[b, i, x]).norm(dim=-1) <= near
         expected[b] += away[maps[b, 0, i, x, j].argmax()]
         chance[b] += away.float().mean()
@@ -194,10 +194,10 @@ def test_surface_points_are_where_the_camera_sees_them() -> None:
 def planted_probe(layout: TokenLayout, arrange: Any, batch: Any, *, shift: int = 0, **options: Any) -> LayerProbe:
     """Probe a model whose attention looks where the test says."""
     model = Planted(layout, arrange, shift=shift)
-    wrapped = model.wrapped(**({"normalise": "all_views"} if layout.reach == "cell" else {}))
+    wrapped = model.wrapped(**({"normalize": "all_views"} if layout.reach == "cell" else {}))
     if options.pop("own_grid", False):
-        model.site = replace(model.site, reference_size=(96, 96))
-        wrapped._supervised = [model.site]
+        model.layer = replace(model.layer, reference_size=(96, 96))
+        wrapped._supervised = [model.layer]
     return probe_layers(wrapped, [batch], LEVELS, prepare=model, **options)
 
 
@@ -205,8 +205,8 @@ def planted_probe(layout: TokenLayout, arrange: Any, batch: Any, *, shift: int =
 def test_an_oracle_is_right_and_a_shifted_one_off_by_its_shift(shift: int, within: int) -> None:
     batch = make_batch(views=3, size=48)  # 4 x 4 tokens of 12 pixels
     probe = planted_probe(TokenLayout("b (v h w)"), joined, batch, shift=shift)
-    match = Correspondence.from_depth(batch["depth"], batch["intrinsics"], batch["extrinsics"], size=4)
-    target = match.index[match.visible]
+    match = Correspondence.from_depth(batch["depth"], batch["intrinsics"], batch["extrinsics"], token_grid=4)
+    target = match.index[match.matched]
     looked = (target + shift) % 16
     distance = torch.maximum((target // 4 - looked // 4).abs(), (target % 4 - looked % 4).abs())
     for limit in (0, 1, 2):
@@ -215,7 +215,7 @@ def test_an_oracle_is_right_and_a_shifted_one_off_by_its_shift(shift: int, withi
         assert probe.precision("attn", within=limit, readout="best_head", timestep=1.0) == pytest.approx(expected)
     assert probe.precision(0, within=within) > 0.4
     assert within == 0 or probe.precision(0, within=0) == 0
-    assert probe.pairs(0) == int(match.visible.sum())
+    assert probe.pairs(0) == int(match.matched.sum())
     # The cameras look the same way.
     assert probe.pairs(0, angle_bin=(0, 15)) == probe.pairs(0)
     assert probe.precision(0, angle_bin=1) is None
@@ -242,7 +242,7 @@ def test_a_layer_with_one_token_per_view_is_asked_for_the_view(shift: int | None
     batch = make_batch(samples=2, views=4, size=48)
     batch["extrinsics"][:, :, 0, 3] = torch.tensor([0.0, 0.0, -0.5, -0.5])
     model = Planted(TokenLayout("(b h w) v", references_last=1), per_cell, sign=1.0 if shift == 0 else -1.0)
-    probe = probe_layers(model.wrapped(normalise="all_views"), [batch], LEVELS, prepare=model)
+    probe = probe_layers(model.wrapped(normalize="all_views"), [batch], LEVELS, prepare=model)
     assert probe.precision(0) == probe.precision(0, within=2) == expected
     assert probe.chance(0) == pytest.approx(1 / 3)
     assert probe.pairs(0) == 2 * 4 * 16
@@ -297,10 +297,10 @@ def test_every_backbone_is_probed_and_left_as_it_was(row: Row, monkeypatch: pyte
     assert checks.same(checks.run(denoiser.eval(), inputs), before)
 
     adapter = get_backbone(row.backbone)
-    sites = adapter.inflatable(denoiser) if inflate else adapter.sites(denoiser)
-    assert [layer.path for layer in probe.layers] == [site.path for site in sites]
+    attention_layers = adapter.inflatable_layers(denoiser) if inflate else adapter.attention_layers(denoiser)
+    assert [layer.path for layer in probe.layers] == [attention_layer.path for attention_layer in attention_layers]
     assert all(layer.reason is None for layer in probe.layers)
-    assert {place.path for place in probe.ranking} == {site.path for site in sites}
+    assert {place.path for place in probe.ranking} == {attention_layer.path for attention_layer in attention_layers}
     assert probe.backbone == row.backbone
     again = probe_layers(pipeline, small_batches(row), LEVELS, inflate=inflate, metric=True)
     assert again.to_dict() == probe.to_dict()
@@ -365,16 +365,16 @@ def test_a_plain_denoiser_is_probed_with_a_function_that_prepares_its_inputs() -
 def test_layers_that_cannot_be_probed_are_listed_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     pipeline = CAT3D.pipeline()
     adapter = type(get_backbone("cat3d"))
-    known = get_backbone("cat3d").sites(pipeline.unet)
+    known = get_backbone("cat3d").attention_layers(pipeline.unet)
     extra = [
         replace(known[1], unsupported="its attention is masked"),
         replace(known[2], stride=None),
-        AttentionSite(3, "conv_in", 4, known[0].layout, stride=8),  # runs, and is no attention
+        AttentionLayer(3, "conv_in", 4, known[0].layout, stride=8),  # runs, and is no attention
     ]
-    monkeypatch.setattr(adapter, "sites", lambda self, model: [known[0], *extra])
+    monkeypatch.setattr(adapter, "layers", lambda self, model: [known[0], *extra])
     probe = probe_layers(pipeline, small_batches(CAT3D), LEVELS)
     reasons = [layer.reason for layer in probe.layers]
-    assert reasons[:3] == [None, "its attention is masked", "its token grid is not known: the site has no stride"]
+    assert reasons[:3] == [None, "its attention is masked", "its token grid is not known: the layer has no stride"]
     assert "no attention kernel was seen in it" in str(reasons[3])
     assert [place.index for place in probe.ranking] == [0]
     assert "Not ranked:" in probe.table()
@@ -384,7 +384,7 @@ def test_layers_that_cannot_be_probed_are_listed_with_the_reason(monkeypatch: py
     again = LayerProbe.from_dict(json.loads(json.dumps(probe.to_dict())))
     assert again.table() == probe.table()
 
-    monkeypatch.setattr(adapter, "sites", lambda self, model: extra)
+    monkeypatch.setattr(adapter, "layers", lambda self, model: extra)
     with pytest.raises(ValueError, match=r"no layer can be probed: .*masked; .*has no stride; conv_in: "):
         probe_layers(pipeline, small_batches(CAT3D), LEVELS)
 
@@ -407,7 +407,7 @@ def bad_inputs() -> dict[str, tuple[dict[str, Any], type[Exception], str]]:
         "no depth": ({"batches": [no_depth]}, DataError, "has no depth, and the probe takes the true matches"),
         "backbone": ({"backbone": "cat4d"}, ValueError, "cat4d"),
         "another backbone": ({"backbone": "sv3d"}, ValueError, "backbone 'sv3d' does not fit"),
-        "not inflatable": ({"inflate": True}, ValueError, "backbone 'cat3d' lists no inflatable layer"),
+        "not inflatable_layers": ({"inflate": True}, ValueError, "backbone 'cat3d' lists no inflatable_layers layer"),
         "no model": ({"model": "unet"}, TypeError, "model: expected a pipeline of an adapter, .* got str"),
         "no prepare": ({"model": CAT3D.pipeline().unet}, ValueError, "prepare: a model without its pipeline needs"),
         "unknown model": ({"model": nn.Linear(1, 1), "prepare": CAT3D.pipeline()}, ValueError, "recognised by none"),
@@ -536,9 +536,14 @@ def test_the_heat_map_shows_every_layer_and_step() -> None:
 
 def probe_of(model: nn.Module, best: int, **options: Any) -> LayerProbe:
     """A probe of a CAT3D model in which one layer is far ahead."""
-    sites = get_backbone("cat3d").sites(core_module(model))
-    probe = made_probe(*[[70 if site.index == best else 30] * 4 for site in sites], **options)
-    layers = tuple(replace(layer, path=site.path) for layer, site in zip(probe.layers, sites, strict=True))
+    attention_layers = get_backbone("cat3d").attention_layers(core_module(model))
+    probe = made_probe(
+        *[[70 if attention_layer.index == best else 30] * 4 for attention_layer in attention_layers], **options
+    )
+    layers = tuple(
+        replace(layer, path=attention_layer.path)
+        for layer, attention_layer in zip(probe.layers, attention_layers, strict=True)
+    )
     return replace(probe, layers=layers)
 
 
@@ -546,13 +551,13 @@ def test_auto_takes_the_best_layer_and_keeps_the_evidence(tmp_path: Path) -> Non
     unet = CAT3D.pipeline().unet
     probe = probe_of(unet, best=2, backbone="cat3d")
     model = cameo.wrap(unet, "cat3d", layer="auto", probe=probe)
-    assert [site.index for site in model.supervised_sites] == [2]
+    assert [layer.index for layer in model.supervised_layers] == [2]
     choice = model.cameo_config.layer_choice
     assert choice["layer"] == probe.best == model.cameo_config.layers[0]
     assert choice["ranking"][0]["skill"] == pytest.approx(0.625)
     assert choice["timesteps"] == list(LEVELS)
     assert (choice["scenes"], choice["samples"], choice["pairs"]) == (4, 4, 400)
-    folder = model.save_pretrained(tmp_path / "saved", licence="mit")
+    folder = model.save_pretrained(tmp_path / "saved", license="mit")
     assert CameoConfig.load(folder).layer_choice == choice
     card = (folder / "README.md").read_text()
     assert "| Layer chosen by |" in card
@@ -596,7 +601,7 @@ def test_auto_passes_over_a_layer_that_cannot_be_supervised() -> None:
     assert probe.best == probe.layers[0].path
     assert "Cannot be supervised:" in probe.table()
     assert [place["index"] for place in probe.choice(top=1)["ranking"]] == [3, 0]  # the evidence holds the choice
-    assert cameo.wrap(unet, "cat3d", layer="auto", probe=probe).supervised_sites[0].index == 0
+    assert cameo.wrap(unet, "cat3d", layer="auto", probe=probe).supervised_layers[0].index == 0
 
 
 def test_the_bundled_base_is_probed_and_its_best_layer_supervised(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -614,7 +619,7 @@ def test_the_bundled_base_is_probed_and_its_best_layer_supervised(monkeypatch: p
         warnings.simplefilter("error")  # a choice that is not above chance is warned about
         model = cameo.wrap(pipeline.unet, "cat3d", layer="auto", probe=probe)
     assert model.cameo_config.layers == [probe.best]
-    assert model.supervised_sites[0].index == get_backbone("cat3d").default_layer(pipeline.unet)
+    assert model.supervised_layers[0].index == get_backbone("cat3d").default_layer(pipeline.unet)
 
 
 def test_a_training_run_probes_its_own_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -625,7 +630,9 @@ def test_a_training_run_probes_its_own_data(tmp_path: Path, monkeypatch: pytest.
     found = probe_for(pipeline, data, config)
     assert len(found.samples) == 16
     assert len(found.scene_names) == config.num_scenes
-    assert [layer.index for layer in found.layers] == list(range(len(get_backbone("cat3d").sites(pipeline.denoiser))))
+    assert [layer.index for layer in found.layers] == list(
+        range(len(get_backbone("cat3d").attention_layers(pipeline.denoiser)))
+    )
 
 
 def test_the_layers_are_probed_on_the_device_of_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

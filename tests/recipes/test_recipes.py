@@ -199,7 +199,7 @@ def test_push_without_token_is_refused_before_the_training(tmp_path: Path, monke
 def test_push_without_licence_is_refused_before_the_training(tmp_path: Path) -> None:
     settings = {"push_to_hub": True, "hub_model_id": "me/rooms", "hub_token": "hf_secret", "preset": None}
     config = make_config(tmp_path, pretrained_model_name_or_path=str(tmp_path), **settings)
-    with pytest.raises(ValueError, match=r"no licence is known.*hub_license=. Nothing was trained yet"):
+    with pytest.raises(ValueError, match=r"no license is known.*hub_license=. Nothing was trained yet"):
         check_push(config)
     config.hub_license = "openrail"
     check_push(config)

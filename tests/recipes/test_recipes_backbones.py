@@ -84,7 +84,7 @@ def test_lora_on_embedded_objects(name: str, tmp_path: Path, monkeypatch: pytest
     config = load_config(settings_file("lora", RECIPES / "configs", arguments), arguments)
     saved = CameoConfig.load(tmp_path / "adapter")
     assert saved.inflate == config.inflate
-    assert saved.normalise == ("all_views" if name == "sv3d-temporal" else "per_view")
+    assert saved.normalize == ("all_views" if name == "sv3d-temporal" else "per_view")
     model = cameo.from_pretrained(tmp_path / "adapter", base_model=load_pipeline(config).denoiser)
     inputs = get_backbone(backbone).example_inputs(model.base_model)
     plain = load_pipeline(config).denoiser.eval()

@@ -137,8 +137,8 @@ def test_rig_samples_make_batches_with_matches_and_up(tmp_path: Path) -> None:
     batch = collate([dataset[0], dataset[1]])
     assert batch["up"].tolist() == [[0, 0, 1]] * 2  # type: ignore[attr-defined]
     cameras = batch["depth"], batch["intrinsics"], batch["extrinsics"]
-    match = Correspondence.from_depth(*cameras, size=((12, 12), *[(8, 8)] * 6))  # type: ignore[arg-type]
-    share = match.visible.flatten(3).float().mean((0, 3))
+    match = Correspondence.from_depth(*cameras, token_grid=((12, 12), *[(8, 8)] * 6))  # type: ignore[arg-type]
+    share = match.matched.flatten(3).float().mean((0, 3))
     # Neighbours at 60 degrees and the input's two at 30 degrees share surface, opposite views hardly any.
     assert share[1, 0] > 0.03
     assert share[6, 0] > 0.03

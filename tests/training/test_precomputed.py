@@ -142,7 +142,7 @@ def test_training_without_cameo_reads_no_matches(tmp_path: Path) -> None:
 
 
 def same(found: Correspondence, expected: Correspondence) -> None:
-    assert found.sizes == expected.sizes
+    assert found.token_grids == expected.token_grids
     assert torch.equal(found.index, expected.index)
     assert (found.index >= 0).any()
 
@@ -163,10 +163,10 @@ def test_every_sample_of_a_run_is_there(
     reader, dataset = MatchReader(str(config.precomputed_correspondence)), build_dataset(config, "train")
     for index in range(20):  # ten steps of two samples
         sample = dataset[index]
-        for sizes in grids:
-            match = reader.read(sample["scene"], sample["scene_views"], sizes)
+        for token_grids in grids:
+            match = reader.read(sample["scene"], sample["scene_views"], token_grids)
             assert match is not None
-            same(match, match_batch(collate([sample]), sizes, kind=kind))
+            same(match, match_batch(collate([sample]), token_grids, kind=kind))
     drawn = {(*dataset.choose(index),) and tuple(dataset.choose(index)[1]) for index in range(20)}
     assert len(drawn) > 10  # so that views are met in other company and another order than they were matched in
     every_pair = 4 * 30 * sum(len({(a[i], a[j]) for i in range(3) for j in range(3) if i != j}) for a in grids)
@@ -178,11 +178,11 @@ def test_distances_are_those_of_the_points(tmp_path: Path) -> None:
     config = config_for(tmp_path, correspondence="point_map", reduction="released", num_views=3, max_train_steps=3)
     fill(config, pairs="all")
     reader, dataset = MatchReader(str(config.precomputed_correspondence)), build_dataset(config, "train")
-    sizes = supervised_grids(model_for(config), config)[0]
+    token_grids = supervised_grids(model_for(config), config)[0]
     for index in range(6):
         sample = dataset[index]
-        match = reader.read(sample["scene"], sample["scene_views"], sizes, distances=True)
-        expected = match_batch(collate([sample]), sizes, kind="point_map")
+        match = reader.read(sample["scene"], sample["scene_views"], token_grids, distances=True)
+        expected = match_batch(collate([sample]), token_grids, kind="point_map")
         assert match is not None
         assert torch.equal(match.distance, expected.distance)
 
@@ -205,9 +205,9 @@ def test_a_rig_whose_reference_has_a_grid_of_its_own(tmp_path: Path) -> None:
         batch = collate([matched[index]])
         (match,) = batch["correspondences"]  # type: ignore[misc]
         assert batch["not_precomputed"] == [False]
-        sizes = layer_grids(model.supervised_sites[0], batch)
-        assert len(set(sizes)) == 2
-        same(match, match_batch(batch, sizes))
+        token_grids = layer_grids(model.supervised_layers[0], batch)
+        assert len(set(token_grids)) == 2
+        same(match, match_batch(batch, token_grids))
 
 
 def test_a_long_sequence_has_only_what_is_drawn(tmp_path: Path) -> None:
@@ -522,10 +522,10 @@ def test_damage_is_named(tmp_path: Path) -> None:
     config = config_for(tmp_path)
     fill(config, shard_bytes=700)
     folder, (first, second, *_) = tmp_path / "matches", shard_files(tmp_path / "matches")
-    sizes, reader = supervised_grids(model_for(config), config)[0], MatchReader(folder)
+    token_grids, reader = supervised_grids(model_for(config), config)[0], MatchReader(folder)
     content = first.read_bytes()
-    scene, *views = reader.shards[0].whole(f"pairs/{'-'.join(f'{h}x{w}' for h, w in sizes)}")[0].tolist()
-    assert reader.read(scene, views, sizes) is not None
+    scene, *views = reader.shards[0].whole(f"pairs/{'-'.join(f'{h}x{w}' for h, w in token_grids)}")[0].tolist()
+    assert reader.read(scene, views, token_grids) is not None
     second.unlink()
     with pytest.raises(DataError, match=rf"{second.name} is gone or has another size .*run .* again"):
         MatchReader(folder)
@@ -535,7 +535,7 @@ def test_damage_is_named(tmp_path: Path) -> None:
         MatchReader(folder)
     os.truncate(first, 900)  # under a reader's hands
     with pytest.raises(DataError, match=rf"{first.name}: damaged \(ends within row"):
-        reader.read(scene, views, sizes)
+        reader.read(scene, views, token_grids)
     for wrong in (b"", b"\xff" * 100):
         first.write_bytes(wrong)
         with pytest.raises(DataError, match=rf"{first.name}: damaged \(a header of"):
@@ -565,7 +565,7 @@ def test_pairs_that_are_missing_are_computed_and_counted(tmp_path: Path, workers
     config = replace(config, dataloader_num_workers=workers)
     model, dataset = model_for(config), build_dataset(config, "train")
     matched = with_matches(dataset, model, config)
-    (sizes,) = supervised_grids(model, config)
+    (token_grids,) = supervised_grids(model, config)
     missing = [index for index in range(16) if matched[index]["not_precomputed"]]
     assert missing
     assert min(missing) >= 4
@@ -575,7 +575,7 @@ def test_pairs_that_are_missing_are_computed_and_counted(tmp_path: Path, workers
             for step, batch in batches:
                 assert "not_precomputed" not in batch
                 (match,) = batch["correspondences"]
-                same(match, match_batch(collate([dataset[2 * step], dataset[2 * step + 1]]), sizes))
+                same(match, match_batch(collate([dataset[2 * step], dataset[2 * step + 1]]), token_grids))
     told = [str(one.message) for one in caught if "precomputed_correspondence" in str(one.message)]
     assert f"{len(missing)} of 16 samples have pairs of views that are not in the folder" in told[-1]
     assert len(told) == (1 if len(missing) == 1 else 2)

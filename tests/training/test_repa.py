@@ -14,7 +14,7 @@ from torch import Tensor
 
 import cameo
 from cameo import TokenLayout
-from cameo.attention.capture import AttentionSite
+from cameo.attention.capture import AttentionLayer
 from cameo.backbone import get_backbone
 from cameo.correspondence.features import FeatureExtractor
 from cameo.data import collate
@@ -37,10 +37,10 @@ def history(trainer: Trainer) -> list[dict[str, float]]:
 def repa_loss_by_hand(trainer: Trainer, batch: dict[str, Any], micro_step: int) -> float:
     """Token by token, with the block's output hooked here."""
     config, model = trainer.config, trainer.model
-    (site,) = model.supervised_sites
-    block = model.base_model.get_submodule(site.path).__class__
+    (layer,) = model.supervised_layers
+    block = model.base_model.get_submodule(layer.path).__class__
     assert block.__name__ == "Attention"
-    parent = model.base_model.get_submodule(site.path.rpartition(".")[0])
+    parent = model.base_model.get_submodule(layer.path.rpartition(".")[0])
     outputs: list[Tensor] = []
     handle = parent.register_forward_hook(lambda module, args, output: outputs.append(output))
     inputs = noisy_inputs(trainer.pipeline, batch, config, micro_step)
@@ -141,16 +141,16 @@ def test_every_backbone_can_be_aligned_with_features(name: str, monkeypatch: pyt
         seen = aligned(*inputs.args, **inputs.kwargs, features=features, grids=aligned.grids(batch))
     first = [value[0] if isinstance(value, tuple) else getattr(value, "sample", value) for value in (plain, seen)]
     assert torch.equal(*first)
-    (sizes,) = aligned.grids(batch)
-    queries = sizes[1:] if name == "zero123plus" else sizes  # the reference has no hidden tokens there
+    (token_grids,) = aligned.grids(batch)
+    queries = token_grids[1:] if name == "zero123plus" else token_grids  # the reference has no hidden tokens there
     assert aligned.num_supervised == 2 * sum(h * w for h, w in queries)
     assert -1 <= aligned.alignment_loss.item() <= 1
 
 
-def numbered(batch: int, sizes: tuple[tuple[int, int], ...]) -> Tensor:
+def numbered(batch: int, token_grids: tuple[tuple[int, int], ...]) -> Tensor:
     """Hidden tokens `[B, V, N, 4]` of which each says sample, view (as correspondences count), row and column."""
-    height, width = sizes[0]
-    axes = [torch.arange(length) for length in (batch, len(sizes), height, width)]
+    height, width = token_grids[0]
+    axes = [torch.arange(length) for length in (batch, len(token_grids), height, width)]
     return rearrange(torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1), "b v h w c -> b v (h w) c").float() + 1
 
 
@@ -170,31 +170,31 @@ def numbered(batch: int, sizes: tuple[tuple[int, int], ...]) -> Tensor:
     ids=str,
 )
 def test_hidden_tokens_meet_the_features_of_their_place(layout: TokenLayout, views: int, attention_order: str) -> None:
-    sizes = ((2, 4),) * views
-    places = numbered(2, sizes)
+    token_grids = ((2, 4),) * views
+    places = numbered(2, token_grids)
     order = places.roll(-layout.references_last, dims=1)
     if layout.unsupervised_views:
         order = torch.cat([order, torch.full_like(order[:, :1], 99)], dim=1)
     axes = {"h": 2, "w": 4} if "h" in attention_order.split("->")[0] else {}
     output = rearrange(order, attention_order, **axes)
-    site = AttentionSite(0, "layer", 1, layout, stride=8)
-    hidden, present, held = repa.hidden_tokens(site, "block", [output], 2, sizes)
+    layer = AttentionLayer(0, "layer", 1, layout, stride=8)
+    hidden, present, held = repa.hidden_tokens(layer, "block", [output], 2, token_grids)
     features = rearrange(places, "b v (h w) c -> b v c h w", h=2)
-    target = repa.feature_tokens(held, features, sizes, views=hidden.shape[1])
+    target = repa.feature_tokens(held, features, token_grids, views=hidden.shape[1])
     assert present.all()
     assert torch.equal(hidden, target)
 
 
 def test_an_output_without_the_views_is_refused() -> None:
-    site = AttentionSite(0, "mid.attn", 1, TokenLayout("b (v h w)"), stride=8)
+    layer = AttentionLayer(0, "mid.attn", 1, TokenLayout("b (v h w)"), stride=8)
     with pytest.raises(CaptureError, match=r"output of 'mid' .*\[2, 12, C\] or \[6, 4, C\] .*got \[2, 5, 7\]"):
-        repa.hidden_tokens(site, "mid", [torch.zeros(2, 5, 7)], 2, ((2, 2),) * 3)
+        repa.hidden_tokens(layer, "mid", [torch.zeros(2, 5, 7)], 2, ((2, 2),) * 3)
     twice = [torch.zeros(6, 4, 7)] * 2
     with pytest.raises(CaptureError, match=r"should once be .*got \[6, 4, 7\], \[6, 4, 7\]"):
-        repa.hidden_tokens(site, "mid", twice, 2, ((2, 2),) * 3)
+        repa.hidden_tokens(layer, "mid", twice, 2, ((2, 2),) * 3)
     with pytest.raises(CaptureError, match=r"got no tensor"):
-        repa.hidden_tokens(site, "mid", [], 2, ((2, 2),) * 3)
-    temporal = AttentionSite(0, "mid.attn", 1, TokenLayout("(b h w) v"), stride=8)
+        repa.hidden_tokens(layer, "mid", [], 2, ((2, 2),) * 3)
+    temporal = AttentionLayer(0, "mid.attn", 1, TokenLayout("(b h w) v"), stride=8)
     with pytest.raises(CaptureError, match=r"an output \[8, 4, C\] could hold .*another number of views or resolution"):
         repa.hidden_tokens(temporal, "mid", [torch.zeros(8, 4, 7)], 2, ((2, 2),) * 4)
 

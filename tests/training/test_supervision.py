@@ -50,16 +50,18 @@ def supervised(trainer: Trainer) -> list[float]:
     return [entry["supervised"] for entry in history(trainer)]
 
 
-def match_with(seed: int = 0, batch: int = 3, sizes: tuple[tuple[int, int], ...] = ((2, 3), (4, 4))) -> Correspondence:
+def match_with(
+    seed: int = 0, batch: int = 3, token_grids: tuple[tuple[int, int], ...] = ((2, 3), (4, 4))
+) -> Correspondence:
     """Random matches between views with grids of their own, two thirds of the tokens."""
     generator = torch.Generator().manual_seed(seed)
-    views, tokens = len(sizes), max(h * w for h, w in sizes)
+    views, tokens = len(token_grids), max(h * w for h, w in token_grids)
     index = torch.full((batch, views, views, tokens), -1)
     for i, j in ((i, j) for i in range(views) for j in range(views) if i != j):
-        count, keys = math.prod(sizes[i]), math.prod(sizes[j])
+        count, keys = math.prod(token_grids[i]), math.prod(token_grids[j])
         index[:, i, j, :count] = torch.randint(-(keys // 2), keys, (batch, count), generator=generator).clamp(min=-1)
     distance = torch.rand(index.shape, generator=generator)
-    return Correspondence(index, sizes, weight=distance * 2, distance=distance)
+    return Correspondence(index, token_grids, match_weight=distance * 2, distance=distance)
 
 
 # ---- when
@@ -129,7 +131,7 @@ def test_the_run_goes_on_as_one_without_alignment(tmp_path: Path) -> None:
 def test_samples_with_little_noise_have_no_matches() -> None:
     match = match_with()
     kept = drop_low_noise(match, torch.tensor([0.2, 0.5, 0.9]), 0.5)
-    assert not kept.visible[0].any()
+    assert not kept.matched[0].any()
     assert torch.equal(kept.index[1:], match.index[1:])
 
 
@@ -146,7 +148,7 @@ def test_only_noisy_samples_are_aligned(tmp_path: Path, settings: dict[str, Any]
         if settings:
             expected.append(float(noisy.sum() * 2 * 16))  # views and tokens
         else:
-            expected.append(float(match_batch(batch, (4, 4)).visible[noisy].sum()))
+            expected.append(float(match_batch(batch, (4, 4)).matched[noisy].sum()))
     assert supervised(trainer) == expected
     assert 0 < sum(expected) < 2 * 3 * 2 * 16
 
@@ -166,7 +168,7 @@ def test_each_sample_gets_the_matches_of_the_next() -> None:
     for sample in range(3):
         other = match.select((sample + 1) % 3)
         assert torch.equal(found.index[sample], other.index[0])
-        assert torch.equal(found.weight[sample], other.weight[0])  # type: ignore[index]
+        assert torch.equal(found.match_weight[sample], other.match_weight[0])  # type: ignore[index]
         assert torch.equal(found.distance[sample], other.distance[0])  # type: ignore[index]
     with pytest.raises(ValueError, match=r"at least 2 samples, .*got 1. Cure: a larger batch"):
         matches_of_next_sample(match.select(0))
@@ -175,9 +177,9 @@ def test_each_sample_gets_the_matches_of_the_next() -> None:
 def test_random_matches_are_uniform_over_the_view_and_keep_what_is_visible() -> None:
     match = match_with(batch=2000)
     found = random_matches(match, torch.Generator().manual_seed(1))
-    assert torch.equal(found.visible, match.visible)
+    assert torch.equal(found.matched, match.matched)
     for i, j, count in ((0, 1, 16), (1, 0, 6)):
-        drawn = found.index[:, i, j][found.visible[:, i, j]]
+        drawn = found.index[:, i, j][found.matched[:, i, j]]
         assert drawn.max() == count - 1
         shares = torch.bincount(drawn, minlength=count) / len(drawn)
         assert (shares - 1 / count).abs().max() < 5 * math.sqrt(1 / count / len(drawn))  # five standard deviations
@@ -217,7 +219,7 @@ def test_the_run_trains_with_the_matches_that_its_settings_ask_for(tmp_path: Pat
         batch["depth"] = batch["depth"] * (1 + noise * gaussian)  # type: ignore[operator]
     if config.uses_features:
         extractor = FeatureExtractor("test_vit", pretrained=False, size=32)
-        match = Correspondence.from_features(extractor(batch["images"]), size=4)
+        match = Correspondence.from_features(extractor(batch["images"]), token_grid=4)
     else:
         match = match_batch(batch, (4, 4))
     if config.correspondence_control == "other_scene":
@@ -357,7 +359,7 @@ def test_auto_takes_the_layer_that_the_probe_ranks_best(tmp_path: Path, monkeypa
         trainer = make_trainer(tmp_path, layer="auto", max_train_steps=1)
     evidence = trainer.model.cameo_config.layer_choice
     assert evidence is not None
-    assert [site.path for site in trainer.model.supervised_sites] == [evidence["layer"]]
+    assert [layer.path for layer in trainer.model.supervised_layers] == [evidence["layer"]]
     assert history(trainer)[0]["supervised"] > 0
 
 
@@ -368,7 +370,7 @@ def test_a_resumed_run_takes_the_layer_of_its_checkpoint(tmp_path: Path, monkeyp
         trainer = make_trainer(tmp_path, layer="auto", max_train_steps=1)
     trainer.train()
     paths, evidence = trainer.model.cameo_config.layers, trainer.model.cameo_config.layer_choice
-    other = next(site.path for site in trainer.model.sites if [site.path] != paths)
+    other = next(layer.path for layer in trainer.model.attention_layers if [layer.path] != paths)
     config = CameoConfig.load(tmp_path / "checkpoint-1")
     assert (config.layers, config.layer_choice) == (paths, evidence)
     replace(config, layers=[other]).save(tmp_path / "checkpoint-1")

@@ -276,8 +276,8 @@ def test_several_layers_with_different_grids(tmp_path: Path) -> None:
     trainer = make_trainer(
         tmp_path, max_train_steps=1, layer=[0, 2], preset_options={**options, "attention_levels": [True, True]}
     )
-    sizes = [match.sizes[0] for match in match_layers(trainer.model, make_batch(size=32))]
-    assert sizes == [(8, 8), (4, 4)]
+    token_grids = [match.token_grids[0] for match in match_layers(trainer.model, make_batch(size=32))]
+    assert token_grids == [(8, 8), (4, 4)]
     assert trainer.train().history()[0]["supervised"] > 0
 
 

@@ -132,24 +132,24 @@ def ours(inputs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
 def test_layers_of_the_released_classes(kind: str, build: Callable[..., nn.Module]) -> None:
     unet, adapter = build(kind), get_backbone("mvdream")
     inputs = inputs_of(unet)
-    sites = adapter.sites(unet)
-    assert [site.path for site in sites] == executed(unet, (), inputs)
-    assert [site.index for site in sites] == list(range(16))
+    layers = adapter.attention_layers(unet)
+    assert [layer.path for layer in layers] == executed(unet, (), inputs)
+    assert [layer.index for layer in layers] == list(range(16))
     assert adapter.default_layer(unet) == 10
-    assert sites[10].path == "output_blocks.6.1.transformer_blocks.0.attn1"
-    assert sites[6].path == "middle_block.1.transformer_blocks.0.attn1"
-    assert [site.stride for site in sites] == [8, 8, 16, 16, 32, 32, 64, 32, 32, 32, 16, 16, 16, 8, 8, 8]
+    assert layers[10].path == "output_blocks.6.1.transformer_blocks.0.attn1"
+    assert layers[6].path == "middle_block.1.transformer_blocks.0.attn1"
+    assert [layer.stride for layer in layers] == [8, 8, 16, 16, 32, 32, 64, 32, 32, 32, 16, 16, 16, 8, 8, 8]
     image_view = {"unsupervised_views": 1, "references_last": 1} if "imagedream" in kind else {}
-    assert {site.layout for site in sites} == {TokenLayout("b (v h w)", **image_view)}
+    assert {layer.layout for layer in layers} == {TokenLayout("b (v h w)", **image_view)}
     model = cameo.wrap(unet, "mvdream")
-    with model.capture(sites) as captured, torch.no_grad():
+    with model.capture(layers) as captured, torch.no_grad():
         model(**inputs)
-    for site in sites:
-        tokens = inputs["num_frames"] * (8 * 8 // site.stride) ** 2
-        assert captured[site.path].query.shape[:3] == (2, site.heads, tokens)
-        assert captured[site.path].scale == captured[site.path].query.shape[-1] ** -0.5
+    for layer in layers:
+        tokens = inputs["num_frames"] * (8 * 8 // layer.stride) ** 2
+        assert captured[layer.path].query.shape[:3] == (2, layer.heads, tokens)
+        assert captured[layer.path].scale == captured[layer.path].query.shape[-1] ** -0.5
     heads = [4] * 16 if kind == "mvdream-1.5" else [2, 2, *[4] * 11, 2, 2, 2]
-    assert [site.heads for site in sites] == heads
+    assert [layer.heads for layer in layers] == heads
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -176,7 +176,7 @@ def test_a_match_reaches_its_token_and_the_keys_of_its_view(kind: str, build: Ca
     inputs = inputs_of(unet, height=8, width=16)
     views = inputs["num_frames"]
     model = cameo.wrap(unet, "mvdream", head="mean")
-    transformer = unet.get_submodule(model.supervised_sites[0].path.removesuffix(".transformer_blocks.0.attn1"))
+    transformer = unet.get_submodule(model.supervised_layers[0].path.removesuffix(".transformer_blocks.0.attn1"))
     shift = int("imagedream" in kind)
     check_match_in_images(
         model,
@@ -221,8 +221,8 @@ def test_the_interface_around_the_unet(kind: str, build: Callable[..., nn.Module
             return self.model.diffusion_model(*args, **kwargs)
 
     model = cameo.wrap(Wrapper(), "mvdream")
-    assert model.supervised_sites[0].path == "model.diffusion_model.output_blocks.6.1.transformer_blocks.0.attn1"
-    assert model.supervised_sites[0].stride == 16
+    assert model.supervised_layers[0].path == "model.diffusion_model.output_blocks.6.1.transformer_blocks.0.attn1"
+    assert model.supervised_layers[0].stride == 16
     args, kwargs = get_backbone("mvdream").example_inputs(model.base_model)
     assert model(*args, **kwargs).isfinite().all()
 
@@ -261,15 +261,15 @@ def test_a_lora_is_trained_saved_and_loaded(kind: str, build: Callable[..., nn.M
         optimizer.step()
         losses.append(model.alignment_loss.item())
     assert losses[-1] < losses[0]
-    site = unet.get_submodule(model.supervised_sites[0].path)
-    assert site.to_q.lora_B["default"].weight.any()
-    assert not site.to_v.lora_B["default"].weight.any()  # values come after the attention map
+    layer = unet.get_submodule(model.supervised_layers[0].path)
+    assert layer.to_q.lora_B["default"].weight.any()
+    assert not layer.to_v.lora_B["default"].weight.any()  # values come after the attention map
     model.eval().save_pretrained(tmp_path)
     # PyTorch picks the matrix product for a slice (ImageDream's text tokens) by whether the weight takes gradients.
     again = cameo.from_pretrained(tmp_path, base_model=base, is_trainable=True)
     with torch.no_grad():
         assert torch.equal(again(**inputs), model(**inputs))
-    assert [site.path for site in again.supervised_sites] == [site.path for site in model.supervised_sites]
+    assert [layer.path for layer in again.supervised_layers] == [layer.path for layer in model.supervised_layers]
 
 
 @pytest.mark.parametrize("kind", ["mvdream", "imagedream"])

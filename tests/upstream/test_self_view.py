@@ -22,11 +22,11 @@ def test_a_cut_layer_equals_itself_run_view_by_view(
     subject: checks.Subject,  # noqa: F811
 ) -> None:
     model = subject.wrapped().eval()
-    (site,), inputs = model.supervised_sites, subject.inputs(model.base_model)
-    module, calls = model.base_model.get_submodule(site.path), []
+    (layer,), inputs = model.supervised_layers, subject.inputs(model.base_model)
+    module, calls = model.base_model.get_submodule(layer.path), []
     with torch.no_grad():
         whole = checks.run(model, inputs)
-        with self_view_only(model, site, subject.grids):
+        with self_view_only(model, layer, subject.grids):
             hook = module.register_forward_hook(lambda _, args, output: calls.append((args[0], output)), prepend=True)
             cut = checks.run(model, inputs)
             hook.remove()

@@ -129,13 +129,13 @@ def executed(model: nn.Module, kind: str) -> list[str]:
 def test_layers_in_the_order_they_run(sgm: SimpleNamespace) -> None:
     adapter, model = get_backbone("sv3d"), build(sgm, num_res_blocks=2)
     assert adapter.recognizes(model)
-    sites, spatial = adapter.sites(model), adapter.inflatable(model)
-    assert [site.path for site in spatial] == executed(model, "transformer_blocks")
-    assert [site.path for site in sites] == executed(model, "time_stack")
-    assert len(sites) == 2 * 2 + 1 + 2 * 3
-    assert [site.stride for site in sites] == [8, 8, 16, 16, 16, 16, 16, 16, 8, 8, 8]
-    assert sites[adapter.default_layer(model)].path == "output_blocks.0.1.time_stack.0.attn1"
-    assert {site.heads for site in sites} == {HEADS, 2 * HEADS}
+    layers, spatial = adapter.attention_layers(model), adapter.inflatable_layers(model)
+    assert [layer.path for layer in spatial] == executed(model, "transformer_blocks")
+    assert [layer.path for layer in layers] == executed(model, "time_stack")
+    assert len(layers) == 2 * 2 + 1 + 2 * 3
+    assert [layer.stride for layer in layers] == [8, 8, 16, 16, 16, 16, 16, 16, 8, 8, 8]
+    assert layers[adapter.default_layer(model)].path == "output_blocks.0.1.time_stack.0.attn1"
+    assert {layer.heads for layer in layers} == {HEADS, 2 * HEADS}
 
 
 def test_layer_10_of_the_released_size(sgm: SimpleNamespace) -> None:
@@ -150,20 +150,22 @@ def test_layer_10_of_the_released_size(sgm: SimpleNamespace) -> None:
             context_dim=1024,
         )
     adapter = get_backbone("sv3d")
-    sites = adapter.sites(model)
-    assert len(sites) == len(adapter.inflatable(model)) == 16
+    layers = adapter.attention_layers(model)
+    assert len(layers) == len(adapter.inflatable_layers(model)) == 16
     assert adapter.default_layer(model) == 10
-    assert sites[10].path == "output_blocks.6.1.time_stack.0.attn1"
-    assert (sites[10].heads, sites[10].stride, sites[6].stride) == (10, 16, 64)
+    assert layers[10].path == "output_blocks.6.1.time_stack.0.attn1"
+    assert (layers[10].heads, layers[10].stride, layers[6].stride) == (10, 16, 64)
     assert sum(parameter.numel() for parameter in model.parameters()) == 1_525_278_442  # SV3D_p
 
 
 def test_found_inside_the_engine(sgm: SimpleNamespace) -> None:
     engine = nn.ModuleDict({"model": nn.ModuleDict({"diffusion_model": build(sgm)})})
     adapter = get_backbone("sv3d")
-    inside = [site.path.removeprefix("model.diffusion_model.") for site in adapter.sites(engine)]
-    assert inside == [site.path for site in adapter.sites(build(sgm))]
-    assert [site.stride for site in adapter.sites(engine)] == [site.stride for site in adapter.sites(build(sgm))]
+    inside = [layer.path.removeprefix("model.diffusion_model.") for layer in adapter.attention_layers(engine)]
+    assert inside == [layer.path for layer in adapter.attention_layers(build(sgm))]
+    assert [layer.stride for layer in adapter.attention_layers(engine)] == [
+        layer.stride for layer in adapter.attention_layers(build(sgm))
+    ]
     model = cameo.wrap(engine, "sv3d")
     assert model.token_grid(96, 128) == (6, 8)
 
@@ -171,7 +173,9 @@ def test_found_inside_the_engine(sgm: SimpleNamespace) -> None:
 def test_stable_video_diffusion_has_its_conditioning_frame_first(sgm: SimpleNamespace) -> None:
     adapter = get_backbone("sv3d")
     for features, last in ((256, 1), (768, 0), (1280, 1)):
-        assert {site.layout.references_last for site in adapter.sites(build(sgm, adm_in_channels=features))} == {last}
+        assert {
+            layer.layout.references_last for layer in adapter.attention_layers(build(sgm, adm_in_channels=features))
+        } == {last}
 
 
 def test_example_inputs(sgm: SimpleNamespace) -> None:
@@ -197,7 +201,7 @@ def test_output_is_bit_identical(sgm: SimpleNamespace, kind: str, inflate: bool)
     assert wrapped.unwrap() is model
     assert torch.equal(model(**given), before)
     if inflate:
-        path = wrapped.supervised_sites[0].path
+        path = wrapped.supervised_layers[0].path
         assert is_inflated(model, path)
         deflate(model, path)
         assert torch.equal(model(**given), plain)
@@ -216,7 +220,7 @@ def project(attention: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
 
 def test_a_temporal_query_sees_its_own_cell_of_the_other_frames(sgm: SimpleNamespace) -> None:
     model = cameo.wrap(build(sgm), "sv3d", head="mean")
-    attention = model.get_submodule(model.supervised_sites[0].path)
+    attention = model.get_submodule(model.supervised_layers[0].path)
 
     def to_images(tokens: Tensor) -> Tensor:  # frames to views: the conditioning frame is the last
         images = rearrange(tokens, "(b h w) t c -> b t h w c", h=GRID[0], w=GRID[1])
@@ -235,7 +239,7 @@ def test_a_temporal_query_sees_its_own_cell_of_the_other_frames(sgm: SimpleNames
 
 def test_an_inflated_query_sees_all_tokens_of_the_view_looked_at(sgm: SimpleNamespace) -> None:
     model = cameo.wrap(build(sgm), "sv3d", head="mean", inflate=True)
-    attention = model.get_submodule(model.supervised_sites[0].path)
+    attention = model.get_submodule(model.supervised_layers[0].path)
 
     def to_images(tokens: Tensor) -> Tensor:
         if tokens.shape[0] == SAMPLES:  # joined by now
@@ -256,7 +260,7 @@ def test_an_inflated_query_sees_all_tokens_of_the_view_looked_at(sgm: SimpleName
 
 def test_inflation_is_attention_over_all_frames(sgm: SimpleNamespace) -> None:
     model = build(sgm)
-    path = get_backbone("sv3d").inflatable(model)[0].path
+    path = get_backbone("sv3d").inflatable_layers(model)[0].path
     cameo.wrap(model, "sv3d", layer=0, inflate=True).unwrap()
     attention, seen = model.get_submodule(path), []
     attention.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
@@ -296,13 +300,13 @@ def test_slices_of_the_kernel_are_joined(sgm: SimpleNamespace, monkeypatch: pyte
     for model in (sliced, whole):
         model.alignment_loss.backward()
     torch.testing.assert_close(sliced.alignment_loss, whole.alignment_loss)
-    (site,) = sliced.supervised_sites
-    found, expected = (model.base_model.get_submodule(site.path).to_k.weight.grad for model in (sliced, whole))
+    (layer,) = sliced.supervised_layers
+    found, expected = (model.base_model.get_submodule(layer.path).to_k.weight.grad for model in (sliced, whole))
     torch.testing.assert_close(found, expected)
     with sliced.capture() as captured:
         sliced(**arguments())
     rows, tokens = (SAMPLES, FRAMES * GRID[0] * GRID[1]) if inflate else (SAMPLES * GRID[0] * GRID[1], FRAMES)
-    assert captured[site.path].query.shape[:3] == captured[site.path].key.shape[:3] == (rows, 2 * HEADS, tokens)
+    assert captured[layer.path].query.shape[:3] == captured[layer.path].key.shape[:3] == (rows, 2 * HEADS, tokens)
 
 
 # Gradient checkpointing
@@ -371,13 +375,13 @@ def test_lora_trains_through_both_kinds_of_layer(sgm: SimpleNamespace) -> None:
         wrapped = cameo.wrap(model, "sv3d", inflate=inflate).train()
         wrapped(**arguments(), correspondence=matches())
         wrapped.alignment_loss.backward()
-        path = wrapped.supervised_sites[0].path
+        path = wrapped.supervised_layers[0].path
         assert model.get_submodule(path).to_q.lora_B["default"].weight.grad.any()
 
 
 def test_a_deepcopy_has_hooks_of_its_own(sgm: SimpleNamespace) -> None:
     model = build(sgm)
-    path = cameo.wrap(model, "sv3d", inflate=True).supervised_sites[0].path
+    path = cameo.wrap(model, "sv3d", inflate=True).supervised_layers[0].path
     twin = copy.deepcopy(model)
     with torch.no_grad():
         assert torch.equal(twin(**arguments()), model(**arguments()))

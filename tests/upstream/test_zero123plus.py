@@ -71,20 +71,20 @@ def test_the_published_wrapper_is_attached_and_stays_bit_identical(published: Mo
     theirs = wrapper(published)
     before = run(theirs, inputs(2))
     model = cameo.wrap(theirs, "zero123plus")
-    assert len(model.sites) == 16
-    assert [site.index for site in model.supervised_sites] == [10]
+    assert len(model.attention_layers) == 16
+    assert [layer.index for layer in model.supervised_layers] == [10]
     assert model.token_grids(320, 320, 7) == ((32, 32),) + ((20, 20),) * 6
     grids = (REFERENCE,) + (TILE,) * 6
     match = parts.random_matches(grids)
     assert torch.equal(run(model, inputs(2)), before)
-    with model.capture(model.sites) as captured:
+    with model.capture(model.attention_layers) as captured:
         assert torch.equal(run(model, inputs(1), correspondence=match), run(theirs, inputs(1)))
     assert model.num_supervised == 6 * 6 * 16
-    for site in model.sites:
-        stride = site.stride // 8
+    for layer in model.attention_layers:
+        stride = layer.stride // 8
         tile, reference = (8 // stride) ** 2, (16 // stride) ** 2
-        assert captured[site.path].query.shape[2] == 6 * tile
-        assert captured[site.path].key.shape[2] == 6 * tile + reference
+        assert captured[layer.path].query.shape[2] == 6 * tile
+        assert captured[layer.path].key.shape[2] == 6 * tile + reference
     assert model.unwrap() is theirs
     assert torch.equal(run(theirs, inputs(2)), before)
 
@@ -227,7 +227,7 @@ def test_the_published_pipeline_samples_while_it_is_observed(published: ModuleTy
     with model.capture() as captured:
         canvas = theirs(picture()[0], num_inference_steps=1, width=64, height=96, output_type="pt").images
     assert torch.isfinite(canvas).all()
-    assert captured[model.supervised_sites[0].path].key.shape[2] == 24 + 9  # six views of 2 x 2, reference of 3 x 3
+    assert captured[model.supervised_layers[0].path].key.shape[2] == 24 + 9  # six views of 2 x 2, reference of 3 x 3
 
 
 def test_scales_are_theirs(published: ModuleType) -> None:

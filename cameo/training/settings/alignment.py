@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from cameo.choices import HEAD_KINDS, IMPLEMENTATIONS, NORMALISATIONS, REDUCTIONS
+from cameo.choices import HEAD_KINDS, IMPLEMENTATIONS, NORMALIZATIONS, REDUCTIONS
 from cameo.config import CameoConfig
 from cameo.errors import unknown_name
 from cameo.settings import Settings, setting
@@ -40,7 +40,7 @@ class AlignmentSettings(Settings):
     alignment_min_noise: float = setting(0.0, share="[0, 1)")
     # Softmax over the keys of each view alone (per_view, the paper's) or of all other views together (all_views). null,
     # the default, is per_view, or all_views where a query sees one token per view.
-    normalize: str | None = setting(None, choices=NORMALISATIONS)
+    normalize: str | None = setting(None, choices=NORMALIZATIONS)
     # Whether the layer, which sees one view at a time, is made to attend across the views (SV3D). false by default: it
     # changes inference too.
     inflate: bool = setting(False)

@@ -102,7 +102,7 @@ def test_a_match_reaches_its_token_and_the_keys_of_its_view() -> None:
     height, width, views = 4, 6, 3
     match = one_match(views, height, width)
     entering: list[Tensor] = []
-    layer = built.unet.transformer_blocks[model.supervised_sites[0].index]
+    layer = built.unet.transformer_blocks[model.supervised_layers[0].index]
     layer.register_forward_pre_hook(lambda _, args: (args[0].retain_grad(), entering.append(args[0]))[0])
     model(
         torch.randn(2 * views, built.unet.config.in_channels, height, width),
@@ -119,8 +119,8 @@ def test_latents_of_an_autoencoder_in_patches() -> None:
     model = dit(in_channels=4 + CONDITION_CHANNELS)
     built = Cat3DPipeline(model, ddim("v_prediction", zero_terminal_snr=True, whole_range=True), vae=tiny_kl())
     assert built.size_multiple == 16
-    sites = get_backbone("cat3d").sites(built.unet)
-    assert [(site.path, site.stride) for site in sites] == [(f"transformer_blocks.{i}.attn1", 16) for i in range(2)]
+    layers = get_backbone("cat3d").attention_layers(built.unet)
+    assert [(layer.path, layer.stride) for layer in layers] == [(f"transformer_blocks.{i}.attn1", 16) for i in range(2)]
     batch = make_batch(size=64)
     assert cameo.wrap(built.unet, "cat3d").token_grid(64, 48) == (4, 3)
     assert built.sample(batch, num_inference_steps=1).shape == (2, 2, 3, 64, 64)

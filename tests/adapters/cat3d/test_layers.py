@@ -35,24 +35,24 @@ def executed(unet: nn.Module, sample: Tensor, views: int) -> list[str]:
 def test_layers_of_stable_diffusion() -> None:
     unet = inflate(stable_diffusion_unet(), latent_stride=8)
     adapter = get_backbone("cat3d")
-    sites = adapter.sites(unet)
+    layers = adapter.attention_layers(unet)
     sample = torch.randn(3, 4, 16, 24)
-    assert [site.path for site in sites] == executed(unet, sample, 3)
-    assert [site.index for site in sites] == list(range(16))
-    assert sites[10].path == "up_blocks.2.attentions.0.transformer_blocks.0.attn1"
+    assert [layer.path for layer in layers] == executed(unet, sample, 3)
+    assert [layer.index for layer in layers] == list(range(16))
+    assert layers[10].path == "up_blocks.2.attentions.0.transformer_blocks.0.attn1"
     assert adapter.default_layer(unet) == 10
-    parts = ["".join(filter(str.isalpha, site.path.split(".")[0])) for site in sites]
+    parts = ["".join(filter(str.isalpha, layer.path.split(".")[0])) for layer in layers]
     assert parts == ["downblocks"] * 6 + ["midblock"] + ["upblocks"] * 9
     model = cameo.wrap(unet, "cat3d")
-    assert [site.index for site in model.supervised_sites] == [10]
+    assert [layer.index for layer in model.supervised_layers] == [10]
     height, width = 16 * 8, 24 * 8
-    with model.capture(sites) as captured:
+    with model.capture(layers) as captured:
         run(unet, sample, 3)
-    for site in sites:
-        assert site.stride is not None
-        query = captured[site.path].query
-        assert query.shape[:3] == (1, site.heads, 3 * (height // site.stride) * (width // site.stride)), site
-    assert {site.stride for site in sites} == {8, 16, 32, 64}
+    for layer in layers:
+        assert layer.stride is not None
+        query = captured[layer.path].query
+        assert query.shape[:3] == (1, layer.heads, 3 * (height // layer.stride) * (width // layer.stride)), layer
+    assert {layer.stride for layer in layers} == {8, 16, 32, 64}
     assert model.token_grid(height, width) == (8, 12)
 
 
@@ -63,13 +63,13 @@ def test_layers_of_the_presets(preset: str) -> None:
     )
     model = cameo.wrap(built.unet, "cat3d")
     args, kwargs = get_backbone("cat3d").example_inputs(built.unet)
-    assert [site.path for site in model.sites] == executed(
+    assert [layer.path for layer in model.attention_layers] == executed(
         built.unet, args[0], kwargs["cross_attention_kwargs"]["num_views"]
     )
-    with model.capture(model.sites) as captured:
+    with model.capture(model.attention_layers) as captured:
         model(*args, **kwargs)
-    for site in model.sites:
-        assert captured[site.path].query.shape[2] == 2 * (8 * 4 // site.stride) ** 2
+    for layer in model.attention_layers:
+        assert captured[layer.path].query.shape[2] == 2 * (8 * 4 // layer.stride) ** 2
 
 
 def test_several_transformer_blocks_in_one_attention_are_all_listed() -> None:
@@ -84,10 +84,10 @@ def test_several_transformer_blocks_in_one_attention_are_all_listed() -> None:
         cross_attention_dim=8,
         norm_num_groups=4,
     )
-    sites = get_backbone("cat3d").sites(inflate(unet))
-    assert [site.path for site in sites] == executed(unet, torch.randn(2, 4, 8, 8), 2)
-    assert len(sites) == 4 * 11  # 10 comes after 9, not after 1
-    assert sites[0].stride is None
+    layers = get_backbone("cat3d").attention_layers(inflate(unet))
+    assert [layer.path for layer in layers] == executed(unet, torch.randn(2, 4, 8, 8), 2)
+    assert len(layers) == 4 * 11  # 10 comes after 9, not after 1
+    assert layers[0].stride is None
 
 
 def test_a_plain_unet_is_refused_and_the_cure_works() -> None:
@@ -98,7 +98,7 @@ def test_a_plain_unet_is_refused_and_the_cure_works() -> None:
     assert cure, refused.value
     exec(cure[1], {"unet": unet})  # word for word what the message says
     model = cameo.wrap(unet, "cat3d")
-    assert len(model.sites) == 16
+    assert len(model.attention_layers) == 16
     assert model.token_grid(64, 64) == (4, 4)
     arguments = re.search(r"In each forward: cross_attention_kwargs=(\{.*?\})", str(refused.value))
     assert arguments, refused.value
@@ -153,7 +153,7 @@ def test_a_match_reaches_its_token_and_the_keys_of_its_view() -> None:
     model = cameo.wrap(built.unet, "cat3d", head="mean")
     height, width, views = 4, 6, 3
     match = one_match(views, height, width)
-    path = model.supervised_sites[0].path
+    path = model.supervised_layers[0].path
     transformer = built.unet.get_submodule(path.removesuffix(".transformer_blocks.0.attn1"))
     transformer.norm = nn.Identity()  # a group norm would spread the gradient over the view
     entering: list[Tensor] = []

@@ -241,9 +241,9 @@ def test_training_lowers_both_losses_on_the_batch() -> None:
     torch.manual_seed(0)
     model = cameo.wrap(built.unet, "cat3d")
     match = Correspondence.from_depth(
-        given["depth"], given["intrinsics"], given["extrinsics"], size=model.token_grid(SIZE, SIZE)
+        given["depth"], given["intrinsics"], given["extrinsics"], token_grid=model.token_grid(SIZE, SIZE)
     )
-    assert match.visible.any()
+    assert match.matched.any()
     inputs = built.training_inputs(given, timesteps=torch.tensor([700]), generator=torch.Generator().manual_seed(0))
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     history = []

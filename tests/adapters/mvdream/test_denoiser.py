@@ -68,7 +68,7 @@ def test_a_lora_is_saved_and_loaded(tmp_path: Path) -> None:
     with torch.no_grad():
         assert torch.equal(again(*args, **kwargs).sample, model(*args, **kwargs).sample)
         assert not torch.equal(pipeline("imagedream-tiny").unet(*args, **kwargs).sample, model(*args, **kwargs).sample)
-    assert again.supervised_sites == model.supervised_sites
+    assert again.supervised_layers == model.supervised_layers
 
 
 def test_image_tokens_that_were_lost_are_noticed() -> None:

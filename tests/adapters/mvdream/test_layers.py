@@ -33,7 +33,7 @@ def test_a_match_reaches_its_token_and_the_keys_of_its_view(preset: str) -> None
         kwargs = {"class_labels": cameras, "cross_attention_kwargs": {"num_views": views}}
         model(noisy, torch.full((2 * views,), 500), context, **kwargs, correspondence=match)
 
-    path = model.supervised_sites[0].path.removesuffix(".transformer_blocks.0.attn1")
+    path = model.supervised_layers[0].path.removesuffix(".transformer_blocks.0.attn1")
     shift = built.num_reference_views  # the image prompt, first in the batch, is the last view of the attention
     check_match_in_images(
         model,
@@ -59,7 +59,7 @@ def test_the_image_prompt_carries_no_loss(pair: tuple[int, int]) -> None:
     model(*inputs.args, **inputs.kwargs, correspondence=Correspondence(index, ((4, 4),) * 3))
     assert model.num_supervised == 2 * 16
     captured: list[Tensor] = []
-    attention = built.unet.get_submodule(model.supervised_sites[0].path)
+    attention = built.unet.get_submodule(model.supervised_layers[0].path)
     hooks = [
         layer.register_forward_hook(lambda *call: (call[-1].retain_grad(), captured.append(call[-1]))[0])
         for layer in (attention.to_q, attention.to_k)
@@ -80,19 +80,19 @@ def test_layers_of_the_presets(preset: str) -> None:
     built = get_backbone("mvdream").build(preset, **{**NARROW, **widths})
     adapter = get_backbone("mvdream")
     args, kwargs = adapter.example_inputs(built.unet)
-    sites = adapter.sites(built.unet)
-    assert [site.path for site in sites] == executed(built.unet, args, kwargs)
+    layers = adapter.attention_layers(built.unet)
+    assert [layer.path for layer in layers] == executed(built.unet, args, kwargs)
     views = 3 if "image" in preset else 2
     image_view = {"unsupervised_views": 1, "references_last": 1} if "image" in preset else {}
     model = cameo.wrap(built.unet, "mvdream")
-    with model.capture(sites) as captured:
+    with model.capture(layers) as captured:
         model(*args, **kwargs)
-    for site in sites:
-        assert site.layout == TokenLayout("b (v h w)", **image_view)
-        assert captured[site.path].query.shape[2] == views * (8 * 4 // site.stride) ** 2
-    default = sites[adapter.default_layer(built.unet)]
+    for layer in layers:
+        assert layer.layout == TokenLayout("b (v h w)", **image_view)
+        assert captured[layer.path].query.shape[2] == views * (8 * 4 // layer.stride) ** 2
+    default = layers[adapter.default_layer(built.unet)]
     assert default.path == f"up_blocks.{len(widths['block_out_channels']) - 2}.attentions.0.transformer_blocks.0.attn1"
-    assert model.supervised_sites == [default]
+    assert model.supervised_layers == [default]
     assert model.token_grid(SIZE, SIZE) == (4, 4)
 
 
@@ -112,7 +112,7 @@ def test_other_models_are_refused_and_the_cure_works() -> None:
     assert cure, refused.value
     exec(cure[1], {"unet": unet})  # word for word what the message says
     model = cameo.wrap(unet, "mvdream")
-    assert len(model.sites) == 4
+    assert len(model.attention_layers) == 4
     assert model.token_grid(64, 64) == (4, 4)
     without = cameo.wrap(prepare(model.unwrap(), image_view=False), "mvdream")
     with pytest.raises(ValueError, match=r"pixels per token are not known; .*latent_stride=8"):
@@ -124,10 +124,10 @@ def test_other_models_are_refused_and_the_cure_works() -> None:
 def test_the_image_view_can_be_switched_off() -> None:
     unet = pipeline("imagedream-tiny").unet
     adapter = get_backbone("mvdream")
-    assert adapter.sites(set_image_view(unet, False))[0].layout == TokenLayout("b (v h w)")
+    assert adapter.attention_layers(set_image_view(unet, False))[0].layout == TokenLayout("b (v h w)")
     for again in (copy.deepcopy(unet), pickle.loads(pickle.dumps(unet))):
-        assert adapter.sites(again)[0].layout == TokenLayout("b (v h w)")
-        assert adapter.sites(set_image_view(again, True))[0].layout.references_last == 1
+        assert adapter.attention_layers(again)[0].layout == TokenLayout("b (v h w)")
+        assert adapter.attention_layers(set_image_view(again, True))[0].layout.references_last == 1
 
 
 class CheckpointedBlock(nn.Module):

@@ -164,8 +164,8 @@ def test_load_the_layout_of_the_port(tokens: bool, tmp_path: Path) -> None:
     with torch.no_grad():
         assert torch.equal(built.unet(*args, **kwargs).sample, unet(*args, **kwargs).sample)  # the heads are right
     model = cameo.wrap(built.unet, "mvdream")
-    assert [site.index for site in model.supervised_sites] == [10]
-    assert len(model.sites) == 16
+    assert [layer.index for layer in model.supervised_layers] == [10]
+    assert len(model.attention_layers) == 16
     assert model.token_grid(256, 256) == (16, 16)
     given = {**make_batch(samples=1, views=2, size=64), "num_reference_views": int(tokens)}
     assert built.sample(given, num_inference_steps=1).shape == (1, 2 - tokens, 3, 64, 64)
@@ -250,7 +250,7 @@ def test_licences_and_revisions() -> None:
 def test_image_tokens_matter_and_survive_saving(tmp_path: Path) -> None:
     built = with_image_tokens()
     given = batch(built) | {"caption": ["a cat", "dogs"]}
-    assert len(cameo.wrap(built.unet, "mvdream").sites) == 4
+    assert len(cameo.wrap(built.unet, "mvdream").attention_layers) == 4
     inputs = built.training_inputs(given, generator=seeded())
     with torch.no_grad():
         out = built.unet(*inputs.args, **inputs.kwargs).sample

@@ -51,7 +51,7 @@ def test_lora_is_saved_as_diffusers_does(inflate: bool, tmp_path: Path) -> None:
     model = cameo.wrap(unet, "sv3d", inflate=inflate).train()
     run(model, correspondence=next_view(shift=0))
     model.alignment_loss.backward()
-    path = model.supervised_sites[0].path
+    path = model.supervised_layers[0].path
     assert unet.get_submodule(path).to_q.lora_B["default"].weight.grad.any()
     with torch.no_grad():
         for name, parameter in unet.named_parameters():

@@ -23,7 +23,7 @@ from tests.helpers.sv3d_models import BOTH, NARROW, pipeline, run
 def test_inflating_twice_is_inflating_once() -> None:
     unet = pipeline().unet
     adapter = get_backbone("sv3d")
-    (path,) = [cameo.wrap(unet, "sv3d", inflate=True).supervised_sites[0].path]
+    (path,) = [cameo.wrap(unet, "sv3d", inflate=True).supervised_layers[0].path]
     before = run(unet)
     adapter.inflate(unet, path)
     joined_frames.inflate(unet, path)
@@ -40,7 +40,7 @@ def test_inflating_twice_is_inflating_once() -> None:
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))])
 def test_copies_have_hooks_of_their_own(copied: Callable[[nn.Module], nn.Module]) -> None:
     unet = pipeline().unet
-    path = cameo.wrap(unet, "sv3d", inflate=True).supervised_sites[0].path
+    path = cameo.wrap(unet, "sv3d", inflate=True).supervised_layers[0].path
     expected = run(unet)
     twin = copied(unet)
     assert torch.equal(run(twin), expected)
@@ -61,7 +61,7 @@ def test_hooks_of_a_pickle_are_not_overwritten_in_another_process(
     monkeypatch.setattr(RemovableHandle, "next_id", 0)
     torch.manual_seed(0)
     unet = get_backbone("sv3d").build("tiny", **NARROW).unet
-    path = cameo.wrap(unet, "sv3d", inflate=inflate).supervised_sites[0].path
+    path = cameo.wrap(unet, "sv3d", inflate=inflate).supervised_layers[0].path
     expected, stored = run(unet), pickle.dumps(unet)
     assert RemovableHandle.next_id < 64
     hooked = ["mid_block", *([path.partition(".transformer_blocks")[0], path] if inflate else [])]
@@ -108,7 +108,7 @@ def test_what_cannot_be_inflated() -> None:
     unet = pipeline().unet
     with pytest.raises(ValueError, match=r"path: expected '\.\.\. \.transformer_blocks\.N\.attn1', got 'mid_block'"):
         joined_frames.inflate(unet, "mid_block")
-    path = get_backbone("sv3d").inflatable(unet)[0].path
+    path = get_backbone("sv3d").inflatable_layers(unet)[0].path
     joined_frames.inflate(unet, path)
     with pytest.raises(RuntimeError, match=r"does not know the number of frames: call it through its transformer"):
         unet.get_submodule(path)(torch.zeros(3, 4, 32))

@@ -35,21 +35,23 @@ def executed(model: nn.Module, kind: str) -> list[str]:
 def test_layers_of_stable_video_diffusion() -> None:
     adapter = get_backbone("sv3d")
     unet = plain_unet(block_out_channels=(32,) * 4, num_attention_heads=(1, 2, 2, 2), cross_attention_dim=8)
-    sites, spatial = adapter.sites(unet), adapter.inflatable(unet)
-    assert [site.path for site in sites] == executed(unet, "temporal_transformer_blocks")
-    assert [site.path for site in spatial] == executed(unet, "transformer_blocks")
-    assert [site.index for site in sites] == [site.index for site in spatial] == list(range(16))
+    layers, spatial = adapter.attention_layers(unet), adapter.inflatable_layers(unet)
+    assert [layer.path for layer in layers] == executed(unet, "temporal_transformer_blocks")
+    assert [layer.path for layer in spatial] == executed(unet, "transformer_blocks")
+    assert [layer.index for layer in layers] == [layer.index for layer in spatial] == list(range(16))
     assert adapter.default_layer(unet) == 10
-    assert sites[10].path == "up_blocks.2.attentions.0.temporal_transformer_blocks.0.attn1"
+    assert layers[10].path == "up_blocks.2.attentions.0.temporal_transformer_blocks.0.attn1"
     assert spatial[10].path == "up_blocks.2.attentions.0.transformer_blocks.0.attn1"
-    assert [site.stride for site in sites] == [8, 8, 16, 16, 32, 32, 64, 32, 32, 32, 16, 16, 16, 8, 8, 8]
-    assert [sites[index].heads for index in (0, 2, 6)] == [1, 2, 2]
+    assert [layer.stride for layer in layers] == [8, 8, 16, 16, 32, 32, 64, 32, 32, 32, 16, 16, 16, 8, 8, 8]
+    assert [layers[index].heads for index in (0, 2, 6)] == [1, 2, 2]
 
 
 @pytest.mark.parametrize(("features", "last"), [(256, 1), (768, 0), (1280, 1)])
 def test_where_the_conditioning_frame_is(features: int, last: int) -> None:
     adapter, unet = get_backbone("sv3d"), plain_unet(features)
-    assert {site.layout.references_last for site in [*adapter.sites(unet), *adapter.inflatable(unet)]} == {last}
+    assert {
+        layer.layout.references_last for layer in [*adapter.attention_layers(unet), *adapter.inflatable_layers(unet)]
+    } == {last}
 
 
 @pytest.mark.parametrize("preset", ["tiny", "small"])
@@ -60,18 +62,18 @@ def test_layers_of_the_presets(preset: str, inflate: bool) -> None:
     size = built.unet.config.sample_size * built.latent_stride
     model = cameo.wrap(built.unet, "sv3d", inflate=inflate)
     assert model.token_grid(size, size) == (size // 8, size // 8)
-    assert model.cameo_config.normalise == ("per_view" if inflate else "all_views")
+    assert model.cameo_config.normalize == ("per_view" if inflate else "all_views")
     given = batch(samples=1, size=size)
     inputs = built.training_inputs(given)
-    for site in model.sites:  # joined one by one
+    for layer in model.attention_layers:  # joined one by one
         if inflate:
-            get_backbone("sv3d").inflate(built.unet, site.path)
-    with model.capture(model.sites) as captured, torch.no_grad():
+            get_backbone("sv3d").inflate(built.unet, layer.path)
+    with model.capture(model.attention_layers) as captured, torch.no_grad():
         model(*inputs.args, **inputs.kwargs)
-    for site in model.sites:
-        cells = (size // site.stride) ** 2
-        expected = (1, site.heads, 3 * cells) if inflate else (cells, site.heads, 3)
-        assert captured[site.path].query.shape[:3] == expected, site
+    for layer in model.attention_layers:
+        cells = (size // layer.stride) ** 2
+        expected = (1, layer.heads, 3 * cells) if inflate else (cells, layer.heads, 3)
+        assert captured[layer.path].query.shape[:3] == expected, layer
 
 
 def test_other_models_are_not_recognised() -> None:
@@ -128,7 +130,7 @@ def test_a_temporal_query_sees_its_own_cell_of_the_other_frames(released: bool) 
         query=(1, 1, 3),
         key=(0, 1, 3),
         reached=[(0, 1, 3), (2, 1, 3)],
-        project=functools.partial(project, unet.get_submodule(model.supervised_sites[0].path)),
+        project=functools.partial(project, unet.get_submodule(model.supervised_layers[0].path)),
     )
 
 
@@ -148,7 +150,7 @@ def test_an_inflated_query_sees_all_tokens_of_the_view_looked_at() -> None:
         query=(2, 0, 1),
         key=(0, 2, 1),
         reached=[(0, row, column) for row in range(GRID[0]) for column in range(GRID[1])],
-        project=functools.partial(project, unet.get_submodule(model.supervised_sites[0].path)),
+        project=functools.partial(project, unet.get_submodule(model.supervised_layers[0].path)),
     )
 
 
@@ -156,7 +158,7 @@ def test_inflation_is_attention_over_all_frames() -> None:
     unet = pipeline().unet
     seen: list[Tensor] = []
     model = cameo.wrap(unet, "sv3d", inflate=True)
-    attention = unet.get_submodule(model.supervised_sites[0].path)
+    attention = unet.get_submodule(model.supervised_layers[0].path)
     attention.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     attention.register_forward_hook(lambda *call: seen.append(call[-1]))
     with torch.no_grad():

@@ -249,5 +249,5 @@ def test_lora_of_a_plain_unet_trains_both_ways() -> None:
         model = cameo.wrap(add_lora(plain_unet(), "to_q", "to_k"), "sv3d", inflate=inflate).train()
         run(model, correspondence=next_view(shift=0))
         model.alignment_loss.backward()
-        attention = model.base_model.get_submodule(model.supervised_sites[0].path)
+        attention = model.base_model.get_submodule(model.supervised_layers[0].path)
         assert attention.to_q.lora_B["default"].weight.grad.any()

@@ -24,8 +24,8 @@ def test_the_published_wrapper_is_recognised() -> None:
     wrapper = published()
     assert ADAPTER.recognizes(wrapper)
     model = cameo.wrap(wrapper, "zero123plus")
-    assert [site.index for site in model.supervised_sites] == [10]
-    assert model.supervised_sites[0].path == "unet.up_blocks.2.attentions.0.transformer_blocks.0.attn1"
+    assert [layer.index for layer in model.supervised_layers] == [10]
+    assert model.supervised_layers[0].path == "unet.up_blocks.2.attentions.0.transformer_blocks.0.attn1"
     assert model.token_grids(320, 320, 7) == ((32, 32),) + ((20, 20),) * 6
     ours = ReferenceUNet.from_unet(parts.stable_diffusion_unet())
     args, kwargs = small_inputs(wrapper)

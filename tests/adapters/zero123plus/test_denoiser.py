@@ -168,7 +168,7 @@ def test_a_unet_becomes_a_reference_unet_in_place() -> None:
     assert unet.state_dict().keys() == state.keys()
     assert all(torch.equal(value, state[name]) for name, value in unet.state_dict().items())
     assert ReferenceUNet.from_unet(unet, reference_size=(64, 64)) is unet  # again, with other settings
-    assert ADAPTER.sites(unet)[0].reference_size == (64, 64)
+    assert ADAPTER.attention_layers(unet)[0].reference_size == (64, 64)
     with pytest.raises(TypeError, match=r"expected a UNet2DConditionModel, got PublishedWrapper; pass its \.unet"):
         ReferenceUNet.from_unet(PublishedWrapper(unet))
     with pytest.raises(TypeError, match=r"expected a UNet2DConditionModel, got Linear$"):
@@ -191,7 +191,7 @@ def test_copies_work_on_their_own(duplicate: Any) -> None:
     unet = pipeline().unet
     twin = duplicate(unet)
     assert torch.equal(run(twin), run(unet))
-    assert ADAPTER.sites(twin) == ADAPTER.sites(unet)
+    assert ADAPTER.attention_layers(twin) == ADAPTER.attention_layers(unet)
     with torch.no_grad():
         for parameter in twin.parameters():
             parameter.mul_(1.5)

@@ -23,32 +23,32 @@ def test_layers_of_stable_diffusion() -> None:
         if name.endswith("attn1"):
             module.register_forward_pre_hook(lambda *_, name=name: order.append(name))
     model = cameo.wrap(unet, "zero123plus")
-    sites = model.sites
+    layers = model.attention_layers
     args, kwargs = ADAPTER.example_inputs(unet)  # tiles of 64 x 64 pixels
-    with model.capture(sites) as captured, torch.no_grad():
+    with model.capture(layers) as captured, torch.no_grad():
         model(*args, **kwargs)
-    assert order == [site.path for site in sites] * 2
-    assert [site.index for site in sites] == list(range(16))
-    assert sites[10].path == "up_blocks.2.attentions.0.transformer_blocks.0.attn1"
+    assert order == [layer.path for layer in layers] * 2
+    assert [layer.index for layer in layers] == list(range(16))
+    assert layers[10].path == "up_blocks.2.attentions.0.transformer_blocks.0.attn1"
     assert ADAPTER.default_layer(unet) == 10
-    assert [site.index for site in model.supervised_sites] == [10]
-    assert [site.stride for site in sites] == [8, 8, 16, 16, 32, 32, 64, 32, 32, 32, 16, 16, 16, 8, 8, 8]
-    for site in sites:
-        assert site.stride is not None
-        tile, reference = (64 // site.stride) ** 2, (128 // site.stride) ** 2
-        seen = captured[site.path]
-        assert seen.query.shape[:3] == (1, site.heads, 6 * tile)
-        assert seen.key.shape[:3] == (1, site.heads, 6 * tile + reference)
-        grids = site.sizes(64, 64, 7)
+    assert [layer.index for layer in model.supervised_layers] == [10]
+    assert [layer.stride for layer in layers] == [8, 8, 16, 16, 32, 32, 64, 32, 32, 32, 16, 16, 16, 8, 8, 8]
+    for layer in layers:
+        assert layer.stride is not None
+        tile, reference = (64 // layer.stride) ** 2, (128 // layer.stride) ** 2
+        seen = captured[layer.path]
+        assert seen.query.shape[:3] == (1, layer.heads, 6 * tile)
+        assert seen.key.shape[:3] == (1, layer.heads, 6 * tile + reference)
+        grids = layer.token_grids(64, 64, 7)
         assert [height * width for height, width in grids] == [reference] + [tile] * 6
 
 
 def test_layers_at_the_released_size() -> None:
-    sites = ADAPTER.sites(ReferenceUNet.from_unet(parts.stable_diffusion_unet()))
-    assert sites[10].sizes(320, 320, 7) == ((32, 32),) + ((20, 20),) * 6
-    assert sites[10].layout.shape("query", batch=2, sizes=sites[10].sizes(320, 320, 7)) == (2, 2400)
-    assert sites[10].layout.shape("key", batch=2, sizes=sites[10].sizes(320, 320, 7)) == (2, 3424)
-    assert sites[6].sizes(320, 320, 7) == ((8, 8),) + ((5, 5),) * 6
+    layers = ADAPTER.attention_layers(ReferenceUNet.from_unet(parts.stable_diffusion_unet()))
+    assert layers[10].token_grids(320, 320, 7) == ((32, 32),) + ((20, 20),) * 6
+    assert layers[10].layout.shape("query", batch=2, token_grids=layers[10].token_grids(320, 320, 7)) == (2, 2400)
+    assert layers[10].layout.shape("key", batch=2, token_grids=layers[10].token_grids(320, 320, 7)) == (2, 3424)
+    assert layers[6].token_grids(320, 320, 7) == ((8, 8),) + ((5, 5),) * 6
 
 
 def test_what_the_pipeline_does_is_what_the_layers_expect() -> None:
@@ -56,28 +56,28 @@ def test_what_the_pipeline_does_is_what_the_layers_expect() -> None:
     model = cameo.wrap(built.unet, "zero123plus")
     assert model.token_grids(SIZE, SIZE, 7) == ((6, 6),) + ((4, 4),) * 6
     inputs = built.training_inputs(batch())
-    with model.capture(model.sites) as captured:
+    with model.capture(model.attention_layers) as captured:
         model(*inputs.args, **inputs.kwargs)
-    for site in model.sites:
-        sizes = site.sizes(SIZE, SIZE, 7)
-        for of, tensor in (("query", captured[site.path].query), ("key", captured[site.path].key)):
-            attention_batch, tokens = site.layout.shape(of, batch=2, sizes=sizes)
+    for layer in model.attention_layers:
+        token_grids = layer.token_grids(SIZE, SIZE, 7)
+        for of, tensor in (("query", captured[layer.path].query), ("key", captured[layer.path].key)):
+            attention_batch, tokens = layer.layout.shape(of, batch=2, token_grids=token_grids)
             assert (tensor.shape[0], tensor.shape[2]) == (attention_batch, tokens)
 
 
 def test_the_second_run_of_a_layer_is_the_one_that_counts() -> None:
     unet = pipeline().unet
     model = cameo.wrap(unet, "zero123plus")
-    (site,) = model.supervised_sites
+    (layer,) = model.supervised_layers
     seen: list[Tensor] = []
-    unet.get_submodule(f"{site.path}.to_q").register_forward_hook(lambda _, __, output: seen.append(output))
+    unet.get_submodule(f"{layer.path}.to_q").register_forward_hook(lambda _, __, output: seen.append(output))
     args, kwargs = ADAPTER.example_inputs(unet)
     with model.capture() as captured, torch.no_grad():
         model(*args, **kwargs)
     writing, reading = seen
     assert writing.shape[1] == 6 * 6
     assert reading.shape[1] == 12 * 8
-    query = captured[site.path].query.transpose(1, 2).flatten(2)
+    query = captured[layer.path].query.transpose(1, 2).flatten(2)
     assert torch.equal(query, reading)
 
 
@@ -93,7 +93,7 @@ def test_other_models_are_refused_with_the_cure() -> None:
 
 def test_the_processor_is_a_softmax_over_own_and_stored_tokens() -> None:
     unet = set_reference_processors(parts.two_level_unet())
-    path = ADAPTER.sites(unet)[0].path
+    path = ADAPTER.attention_layers(unet)[0].path
     attention = unet.get_submodule(path)
     own, stored = torch.randn(2, 12, 8), torch.randn(2, 9, 8)
     references: dict[str, Tensor] = {}
