@@ -31,8 +31,8 @@ from cameo.data import collate
 from cameo.data.batches import to_device
 from cameo.files import write_atomically
 from cameo.tables import markdown_table
-from cameo.training.config import TrainingConfig
 from cameo.training.data import build_dataset
+from cameo.training.settings import TrainingConfig
 
 Features = Callable[[Tensor], Tensor]
 HEADER = (

@@ -26,8 +26,8 @@ from cameo.evaluation.pictures import save_figure
 from cameo.files import write_atomically
 from cameo.settings import shown_settings
 from cameo.tables import markdown_table
-from cameo.training.config import TrainingConfig, load_config
 from cameo.training.data import build_dataset
+from cameo.training.settings import TrainingConfig, load_config
 from cameo.training.setup import train_lora
 
 HERE = Path(__file__).parent

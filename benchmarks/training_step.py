@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from cameo.alignment import supervision_weights
 from cameo.data.batches import match_layers, to_device
 from cameo.pipeline import MultiViewPipeline
-from cameo.training.config import TrainingConfig, load_config
+from cameo.training.settings import TrainingConfig, load_config
 from cameo.training.setup import add_lora, load_pipeline, wrap_denoiser
 from cameo.wrap import CameoModel
 
@@ -162,7 +162,7 @@ class Trained:
     def aligned(self, matches_from: str) -> None:
         """A step with the library's alignment loss on matches that are found in the step."""
         with self._step() as (inputs, parts):
-            matches = match_layers(self.model, self.batch, kind=matches_from)
+            matches = match_layers(self.model.supervised_layers, self.batch, kind=matches_from)
             output = self.model(*inputs.args, correspondence=matches, **inputs.kwargs)
             parts.append(self.pipeline.denoising_loss(output, inputs).mean())
             parts.append(self.config.loss_weight * self.model.alignment_loss)
@@ -170,7 +170,7 @@ class Trained:
     def dense(self) -> None:
         """A step with the dense form of the released loss on the same queries and keys."""
         with self._step() as (inputs, parts):
-            (matches,) = match_layers(self.model, self.batch, kind="point_map")
+            (matches,) = match_layers(self.model.supervised_layers, self.batch, kind="point_map")
             with self.model.capture() as captured:
                 output = self.model.base_model(*inputs.args, **inputs.kwargs)
             parts.append(self.pipeline.denoising_loss(output, inputs).mean())

@@ -10,8 +10,8 @@ import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from cameo import moved
 from cameo.lazy import load_on_use
+from cameo.renamed import modules
 from cameo.version import __version__ as __version__
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ else:
         },
     )
 
-moved.install()
+modules.install()
 
 __all__ = [
     "AlignmentHead",

@@ -17,10 +17,12 @@ from typing import Any, ClassVar
 from torch import nn
 
 from cameo.attention.capture import AttentionLayer
+from cameo.attention.layout import TokenLayout
+from cameo.config import CameoConfig
 from cameo.errors import unknown_name
 from cameo.renamed import METHODS
 
-__all__ = ["Backbone", "Release", "backbones", "core_module", "get_backbone", "register_backbone"]
+__all__ = ["Backbone", "Release", "backbones", "core_module", "get_backbone", "register_backbone", "resolve_layers"]
 
 ENTRY_POINT_GROUP = "cameo.backbones"
 _registry: dict[str, type[Backbone]] = {}
@@ -283,3 +285,29 @@ def find_layer(attention_layers: Sequence[AttentionLayer], layer: int | str) -> 
             f"layer {layer!r} ({attention_layer.path}) cannot be supervised: {attention_layer.unsupported}"
         )
     return attention_layer
+
+
+def resolve_layers(core: nn.Module, config: CameoConfig) -> list[AttentionLayer]:
+    """Find the layers of a model that a configuration names.
+
+    Raises:
+        ValueError: if a layer does not exist or cannot be supervised, or its number of heads is not known.
+    """
+    if config.backbone is not None:
+        adapter = get_backbone(config.backbone)
+        layers = adapter.inflatable_layers(core) if config.inflate else adapter.attention_layers(core)
+        return [find_layer(layers, path) for path in config.layers]
+    assert config.layout is not None
+    layout = TokenLayout(**config.layout)
+    found = []
+    for index, path in enumerate(config.layers):
+        module = core.get_submodule(path)
+        known = [getattr(module, name, None) for name in ("heads", "num_heads")]
+        own = next((count for count in known if isinstance(count, int)), None)
+        heads = own if config.heads is None else config.heads
+        if heads is None:
+            raise ValueError(f"layer {path!r}: the number of attention heads is not known; pass heads= to cameo.wrap")
+        if own is not None and heads != own:
+            raise ValueError(f"heads: layer {path!r} has {own} attention heads, got {heads}; leave heads= out")
+        found.append(AttentionLayer(index, path, heads, layout, stride=config.stride, kernel_call=config.kernel_call))
+    return found

@@ -81,6 +81,8 @@ class CameoConfig:
             value = getattr(self, name)
             if not isinstance(value, kind) and not (optional and value is None):
                 raise ValueError(f"{name}: expected {NAMES_OF_KINDS[kind]}, got {value!r}")
+        if self.reduction == "released" and self.num_reference_views is None:
+            raise ValueError('num_reference_views: reduction="released" needs the number of clean views, got None')
         if not all(isinstance(path, str) for path in self.layers):
             raise ValueError(f"layers: expected a list of module paths, got {self.layers!r}")
         if self.backbone is not None:

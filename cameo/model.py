@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from cameo.alignment import AlignmentHead, alignment_loss, check_options
+from cameo.alignment.head import check_head_options
 from cameo.alignment.head_watch import HeadWatch
 from cameo.attention.capture import AttentionCapture, AttentionLayer, CapturedAttention
-from cameo.attention.layout import TokenLayout
-from cameo.backbone import core_module, find_layer, get_backbone
+from cameo.backbone import core_module, get_backbone, resolve_layers
 from cameo.config import CameoConfig, finite
 from cameo.correspondence import Correspondence
-from cameo.errors import CaptureError, NoLossError, ShapeError, unknown_name
+from cameo.errors import CaptureError, NoLossError, ShapeError
 from cameo.geometry.grids import TokenGrids
 from cameo.renamed import old_attributes
 
@@ -72,18 +71,13 @@ class CameoModel(nn.Module):
         self, base_model: nn.Module, config: CameoConfig, *, implementation: str = "auto", gelu: str = "exact"
     ) -> None:
         super().__init__()
-        _check_settings(config)
-        check_options(
-            normalize=config.normalize,
-            reduction=config.reduction,
-            softness=config.softness,
-            implementation=implementation,
-            gelu=gelu,
-        )
+        config.check()
+        check_head_options(config.head)
+        check_options(config.normalize, config.reduction, config.softness, implementation, gelu)
         self.implementation, self.gelu = implementation, gelu
         self.base_model = base_model
         self.cameo_config = config
-        self._supervised = _resolve_layers(core_module(base_model), config)
+        self._supervised = resolve_layers(core_module(base_model), config)
         parameter = next(base_model.parameters(), None)
         device = parameter.device if parameter is not None else None
         self.alignment_heads = nn.ModuleList(
@@ -401,35 +395,3 @@ def _check_not_wrapped(model: nn.Module) -> None:
     for base in wrapped_bases():
         if any(module is model for module in base.modules()):
             raise ValueError(f"model: is part of a {type(base).__name__} that is wrapped already. {cure}")
-
-
-def _check_settings(config: CameoConfig) -> None:
-    """Refuse settings that the first forward would refuse, or would take in silence."""
-    config.check()
-    if config.reduction == "released" and config.num_reference_views is None:
-        raise ValueError('num_reference_views: reduction="released" needs the number of clean views, got None')
-    known_options = [name for name in inspect.signature(AlignmentHead).parameters if name != "num_heads"]
-    for name in config.head:
-        if name not in known_options:
-            raise unknown_name("head option", name, known_options)
-
-
-def _resolve_layers(core: nn.Module, config: CameoConfig) -> list[AttentionLayer]:
-    if config.backbone is not None:
-        adapter = get_backbone(config.backbone)
-        layers = adapter.inflatable_layers(core) if config.inflate else adapter.attention_layers(core)
-        return [find_layer(layers, path) for path in config.layers]
-    assert config.layout is not None
-    layout = TokenLayout(**config.layout)
-    found = []
-    for index, path in enumerate(config.layers):
-        module = core.get_submodule(path)
-        known = [getattr(module, name, None) for name in ("heads", "num_heads")]
-        own = next((count for count in known if isinstance(count, int)), None)
-        heads = own if config.heads is None else config.heads
-        if heads is None:
-            raise ValueError(f"layer {path!r}: the number of attention heads is not known; pass heads= to cameo.wrap")
-        if own is not None and heads != own:
-            raise ValueError(f"heads: layer {path!r} has {own} attention heads, got {heads}; leave heads= out")
-        found.append(AttentionLayer(index, path, heads, layout, stride=config.stride, kernel_call=config.kernel_call))
-    return found

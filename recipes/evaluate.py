@@ -8,7 +8,7 @@
 
 A checkpoint is a saved adapter or pipeline, a `checkpoint-N` of a run, or the id of a Hub repository
 (`checkpoint_revision=`). Its data is the validation set of its run (`config.yaml` beside it), else that of the
-backbone's settings file; every setting of `cameo.training.config.TrainingConfig` can be given as key=value and wins.
+backbone's settings file; every setting of `cameo.training.settings.TrainingConfig` can be given as key=value and wins.
 What is measured, on how many samples and with how many sampling steps are the settings of
 `cameo.evaluation.settings.EvaluationSettings`, given the same way. --help lists all of them, --print-config prints
 those that a run would use.
@@ -27,8 +27,8 @@ from typing import Any
 from cameo.evaluation.settings import EvaluationSettings
 from cameo.files import write_atomically
 from cameo.settings import Settings, run_recipe, setting, split_arguments, typed_values
-from cameo.training.config import TrainingConfig
 from cameo.training.run_settings import evaluation_settings, run_settings
+from cameo.training.settings import TrainingConfig
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -83,11 +83,11 @@ def read_all(arguments: list[str]) -> tuple[Any, ...]:
 
 def main(arguments: list[str]) -> None:
     """Evaluate or compare; prints the table."""
-    from cameo.training.launch import Launch
+    from cameo.processes.launch import Launch
 
     Launch.from_environment().refuse_several_processes("recipes/evaluate.py")
     options, evaluation, settings = read(arguments)
-    from cameo.training.launch import Launch
+    from cameo.processes.launch import Launch
 
     Launch.from_environment().refuse_several_processes("recipes/evaluate.py")
     if options.compare:

@@ -7,7 +7,7 @@
     accelerate launch recipes/full_finetune.py config=my.yaml                    # several GPUs
     torchrun --nproc_per_node 2 recipes/full_finetune.py config=my.yaml          # several processes on CPUs
 
-Every setting of `cameo.training.config.TrainingConfig` can be given as key=value; --help lists them with what they
+Every setting of `cameo.training.settings.TrainingConfig` can be given as key=value; --help lists them with what they
 mean, --print-config prints those that a run would use.
 """
 
@@ -18,7 +18,7 @@ from pathlib import Path
 
 from cameo.files import write_atomically
 from cameo.settings import run_recipe
-from cameo.training.config import TrainingConfig, load_config, settings_file
+from cameo.training.settings import TrainingConfig, load_config, settings_file
 
 CONFIGS = Path(__file__).parent / "configs"
 

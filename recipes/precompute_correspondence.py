@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cameo.settings import Settings, run_recipe, setting, split_arguments, typed_values
-from cameo.training.config import TrainingConfig, load_config, settings_file
+from cameo.training.settings import TrainingConfig, load_config, settings_file
 
 CONFIGS = Path(__file__).parent / "configs"
 

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from cameo.files import write_atomically
 from cameo.settings import Settings, run_recipe, setting, split_arguments, typed_values
-from cameo.training.config import TrainingConfig, load_config, settings_file
+from cameo.training.settings import TrainingConfig, load_config, settings_file
 
 if TYPE_CHECKING:
     from cameo import CameoModel
@@ -81,11 +81,11 @@ def read_all(arguments: list[str]) -> tuple[Options, TrainingConfig]:
 
 def main(arguments: list[str]) -> None:
     """Probe the layers, or list them; prints a table."""
-    from cameo.training.launch import Launch
+    from cameo.processes.launch import Launch
 
     Launch.from_environment().refuse_several_processes("recipes/probe_layers.py")
     options, settings = read(arguments)
-    from cameo.training.launch import Launch
+    from cameo.processes.launch import Launch
 
     Launch.from_environment().refuse_several_processes("recipes/probe_layers.py")
     if options.list:

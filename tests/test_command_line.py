@@ -21,7 +21,7 @@ from cameo.errors import DataError
 from cameo.evaluation.settings import EvaluationSettings
 from cameo.settings import Settings, run_recipe, setting
 from cameo.settings.help import comments, components, help_text
-from cameo.training.config import TrainingConfig, load_config
+from cameo.training.settings import TrainingConfig, load_config
 
 ROOT = Path(__file__).parent.parent
 RECIPES = ("lora_finetune", "full_finetune", "evaluate", "probe_layers", "precompute_correspondence")
@@ -124,7 +124,10 @@ def test_help_lists_each_setting_once() -> None:
 
 
 def test_import_loads_nothing_slow() -> None:
-    code = "import sys, cameo, cameo.data, cameo.training.config; print('torch' in sys.modules, 'numpy' in sys.modules)"
+    code = (
+        "import sys, cameo, cameo.data, cameo.training.settings as settings; settings.TrainingConfig; "
+        "print('torch' in sys.modules, 'numpy' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "False"]
 

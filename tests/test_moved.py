@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from cameo.backbone import get_backbone
-from cameo.moved import MOVED, MOVED_NAMES
+from cameo.renamed.modules import MOVED, MOVED_NAMES
 from tests.helpers.mvdream_models import with_image_tokens
 
 # Modules some of whose names are elsewhere today; the others are the very modules of today.

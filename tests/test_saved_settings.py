@@ -12,12 +12,12 @@ import pytest
 
 import cameo
 from cameo.errors import DataError
+from cameo.processes.accelerator import start_trackers
 from cameo.renamed import SETTINGS as RENAMED
 from cameo.settings import shown_settings, to_yaml
 from cameo.training.checkpoint import check_continues
-from cameo.training.config import TrainingConfig, continued_settings, load_config, save_config
-from cameo.training.processes import start_trackers
 from cameo.training.run_settings import run_settings
+from cameo.training.settings import TrainingConfig, continued_settings, load_config, save_config
 
 ROOT = Path(__file__).parent.parent
 TOKEN = "hf_topsecret"

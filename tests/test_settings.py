@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from cameo.evaluation.settings import EvaluationSettings
 from cameo.settings import Settings, setting, split_arguments, to_yaml, typed_values
 from cameo.settings.text import guess, parse_yaml
-from cameo.training.config import TrainingConfig, load_config, save_config
+from cameo.training.settings import TrainingConfig, load_config, save_config
 
 
 @pytest.fixture

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from cameo.errors import ShapeError
 from cameo.memory import align_module
-from cameo.moved import place_today
 from cameo.pipeline import TrainingInputs
+from cameo.renamed.modules import place_today
 
 __all__ = ["LatentPipeline", "reference_views", "vae_stride"]
 

@@ -44,9 +44,9 @@ from cameo.probing.denoising import ValidationSettings, sample_batches
 from cameo.probing.layer_probe import LayerProbe
 from cameo.settings import current_names, read_yaml, shown_settings, split_arguments, typed_values
 from cameo.training.checkpoint import list_checkpoints
-from cameo.training.config import TrainingConfig
 from cameo.training.data import build_dataset
 from cameo.training.layer_choice import PROBED_SAMPLES
+from cameo.training.settings import TrainingConfig
 from cameo.training.setup import load_pipeline, wrap_denoiser
 from cameo.training.trainer import Trainer
 from cameo.wrap import CameoModel

@@ -5,7 +5,9 @@ Axes: K heads. The head exists in training only.
 
 from __future__ import annotations
 
+import inspect
 import itertools
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +16,7 @@ from torch import Tensor, nn
 from cameo.choices import HEAD_KINDS
 from cameo.errors import ShapeError, as_integer, unknown_name
 
-__all__ = ["AlignmentHead", "is_sharded"]
+__all__ = ["AlignmentHead", "check_head_options", "is_sharded"]
 
 
 class AlignmentHead(nn.Module):
@@ -88,6 +90,18 @@ class AlignmentHead(nn.Module):
         """Show the settings in `print(model)`."""
         names = ("num_heads", "kind", "depth", "expansion")
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
+
+
+def check_head_options(options: Mapping[str, object]) -> None:
+    """Raise `ValueError` for an option that `AlignmentHead` does not have, naming the nearest.
+
+    Example:
+        >>> check_head_options({"kind": "mlp", "depth": 2})
+    """
+    known = [name for name in inspect.signature(AlignmentHead).parameters if name != "num_heads"]
+    for name in options:
+        if name not in known:
+            raise unknown_name("head option", name, known)
 
 
 def is_sharded(weight: Tensor) -> bool:

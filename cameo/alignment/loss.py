@@ -17,9 +17,9 @@ from cameo.alignment.operator import fused_alignment_loss
 from cameo.alignment.options import check_options
 from cameo.alignment.reference import reference_loss
 from cameo.alignment.supervision import supervision_weights
+from cameo.correspondence.triton_support import refusal as triton_refusal
 from cameo.errors import ShapeError
 from cameo.renamed import old_keywords
-from cameo.triton_support import refusal as triton_refusal
 
 if TYPE_CHECKING:
     from cameo.correspondence import Correspondence

@@ -17,7 +17,7 @@ CHOICES = {
 }
 
 
-def check_options(*, normalize: str, reduction: str, softness: float, implementation: str, gelu: str) -> None:
+def check_options(normalize: str, reduction: str, softness: float, implementation: str, gelu: str) -> None:
     """Raise `ValueError` for options that `alignment_loss` would refuse, whatever its tensors are.
 
     Example:

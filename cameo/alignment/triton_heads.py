@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from cameo.choices import GELUS
+from cameo.correspondence.triton_support import DTYPES, INSTALL_TRITON, MAX_HEADS, interpreted, refusal
 from cameo.errors import ShapeError, unknown_name
-from cameo.triton_support import DTYPES, INSTALL_TRITON, MAX_HEADS, interpreted, refusal
 
 try:
     import triton

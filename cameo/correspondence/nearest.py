@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from cameo.correspondence.triton_support import INSTALL_TRITON, interpreted
 from cameo.errors import unknown_name
-from cameo.triton_support import INSTALL_TRITON, interpreted
 
 __all__ = ["IMPLEMENTATIONS", "cycle_consistent", "match_tokens", "nearest_by_differences", "nearest_by_products"]
 

@@ -16,7 +16,6 @@ from cameo.data.matches import MatchReader
 from cameo.errors import DataError, unknown_name
 from cameo.geometry import unproject
 from cameo.geometry.grids import TokenGrids
-from cameo.model import CameoModel
 from cameo.scenes.views import MultiViewSample, collate
 
 __all__ = ["MatchedDataset", "layer_grids", "match_batch", "match_layers", "to_device"]
@@ -71,13 +70,13 @@ def match_batch(
     )
 
 
-def match_layers(model: CameoModel, batch: Mapping[str, Any], **options: Any) -> list[Correspondence]:
-    """Return the correspondence of each supervised layer; layers with the same token grid share it.
+def match_layers(layers: Sequence[AttentionLayer], batch: Mapping[str, Any], **options: Any) -> list[Correspondence]:
+    """Return the correspondence of each layer; layers with the same token grid share it.
 
     What the loader has handed over as `correspondences` is used; grids that are not among them are matched here, with
     the options of `match_batch`.
     """
-    token_grids = [layer_grids(layer, batch) for layer in model.supervised_layers]
+    token_grids = [layer_grids(layer, batch) for layer in layers]
     found = {match.token_grids: match for match in batch.get("correspondences", ())}
     found |= {size: match_batch(batch, size, **options) for size in set(token_grids) - found.keys()}
     return [found[size] for size in token_grids]

@@ -24,7 +24,7 @@ from cameo.files import move_into_place
 from cameo.hub.weights import ADAPTER_FORMATS, HEAD_FILE, LORA_FILE, MODULE_FILE, PEFT_FILE, adapter_name, format_in
 from cameo.model import CameoModel
 from cameo.settings import current_names
-from cameo.training.config import TrainingConfig
+from cameo.training.settings import TrainingConfig
 
 __all__ = [
     "check_continues",

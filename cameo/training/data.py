@@ -20,8 +20,8 @@ from cameo.data.shards import RECIPE, check_settings
 from cameo.errors import DataError
 from cameo.model import CameoModel
 from cameo.pipeline import MultiViewPipeline, TrainingInputs
-from cameo.training.config import TrainingConfig
-from cameo.training.stopping import leave_signals_to_parent
+from cameo.processes.stopping import leave_signals_to_parent
+from cameo.training.settings import TrainingConfig
 
 __all__ = [
     "StepSampler",

@@ -12,7 +12,7 @@ from cameo.data import MultiViewSample, collate
 from cameo.pipeline import MultiViewPipeline
 from cameo.probing import probe_layers
 from cameo.probing.layer_probe import LayerProbe
-from cameo.training.config import TrainingConfig
+from cameo.training.settings import TrainingConfig
 
 __all__ = ["PROBED_SAMPLES", "probe_for"]
 

@@ -9,10 +9,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from cameo.errors import DataError
+from cameo.processes.launch import Launch
 from cameo.settings import current_names, shown_settings
 from cameo.training.checkpoint import list_checkpoints, read_state
-from cameo.training.config import TrainingConfig, continued_settings, load_config
-from cameo.training.launch import Launch
+from cameo.training.settings import TrainingConfig, continued_settings, load_config
 
 try:
     import fcntl

@@ -25,9 +25,9 @@ from cameo.data.batches import match_batch, to_device
 from cameo.data.matches import GridPair, MatchReader, MatchWriter, TokenGrids, view_checksum
 from cameo.data.shards import FORMAT_VERSION, check_settings, finish_share, is_finished, shard_files
 from cameo.errors import unknown_name
-from cameo.training.config import TrainingConfig, continued_settings
+from cameo.processes.launch import Launch
 from cameo.training.data import build_dataset, match_settings, supervised_grids
-from cameo.training.launch import Launch
+from cameo.training.settings import TrainingConfig, continued_settings
 
 __all__ = ["PAIRS", "Share", "Summary", "precompute"]
 

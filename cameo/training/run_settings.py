@@ -10,7 +10,7 @@ from cameo.config import CONFIG_NAME, CameoConfig
 from cameo.data.settings import data_format
 from cameo.evaluation.settings import EvaluationSettings
 from cameo.settings import typed_values
-from cameo.training.config import TrainingConfig, load_config, settings_file
+from cameo.training.settings.config import TrainingConfig, load_config, settings_file
 
 __all__ = ["evaluation_settings", "run_settings"]
 

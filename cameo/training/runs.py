@@ -20,9 +20,9 @@ from cameo.model import CameoModel
 from cameo.pipeline import MultiViewPipeline
 from cameo.settings import split_arguments
 from cameo.training.checkpoint import STATE_NAME
-from cameo.training.config import TrainingConfig
 from cameo.training.data import build_dataset, match_settings
 from cameo.training.run_settings import RUN_SETTINGS, evaluation_settings, run_settings
+from cameo.training.settings import TrainingConfig
 from cameo.training.setup import base_name, load_pipeline, wrap_denoiser
 
 __all__ = ["Evaluated", "data_settings", "evaluation_settings", "load_evaluated"]

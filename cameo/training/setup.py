@@ -24,15 +24,15 @@ from cameo.model import CameoModel
 from cameo.pipeline import MultiViewPipeline, TrainingInputs
 from cameo.probing.denoising import ValidationSettings
 from cameo.probing.mode import evaluation_mode, generate_views, native_precision
+from cameo.processes.accelerator import make_accelerator
+from cameo.processes.launch import Launch
 from cameo.tables import markdown_table
 from cameo.training.checkpoint import find_checkpoint, list_checkpoints, refuse_used_folder
-from cameo.training.config import TrainingConfig
 from cameo.training.data import data_format
-from cameo.training.launch import Launch
 from cameo.training.layer_choice import probe_for
 from cameo.training.output_folder import WITHOUT_CAMEO, hold_folder, refuse_other_runs
-from cameo.training.processes import make_accelerator
 from cameo.training.records import TrainingResult
+from cameo.training.settings import TrainingConfig
 from cameo.training.trainer import Trainer
 from cameo.wrap import wrap
 

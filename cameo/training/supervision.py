@@ -21,9 +21,9 @@ from cameo.data import MultiViewDataset, collate
 from cameo.data.batches import match_layers, to_device
 from cameo.model import CameoModel
 from cameo.pipeline import MultiViewPipeline, TrainingInputs
-from cameo.training.config import TrainingConfig
 from cameo.training.data import step_generator
 from cameo.training.repa import FeatureAlignment, align_features
+from cameo.training.settings import TrainingConfig
 
 __all__ = [
     "Supervision",
@@ -154,7 +154,9 @@ def training_matches(
     if config.geometry_noise:
         generator = step_generator(config, micro_step, process, DEPTH_NOISE)
         batch = {**batch, "depth": noisy_depth(batch["depth"], config.geometry_noise, generator)}
-    matches = match_layers(model, batch, kind=config.correspondence, cycle_threshold=config.cycle_threshold)
+    matches = match_layers(
+        model.supervised_layers, batch, kind=config.correspondence, cycle_threshold=config.cycle_threshold
+    )
     if config.correspondence_control == "other_scene":
         matches = [matches_of_next_sample(match) for match in matches]
     elif config.correspondence_control == "random":

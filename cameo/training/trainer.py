@@ -20,13 +20,13 @@ from cameo.data import MultiViewDataset
 from cameo.data.batches import MatchedDataset, to_device
 from cameo.model import CameoModel
 from cameo.pipeline import MultiViewPipeline
+from cameo.processes.accelerator import log_pictures, make_accelerator, numbers_in, start_trackers
+from cameo.processes.stopping import StopSignal
 from cameo.training import checkpoint
-from cameo.training.config import TrainingConfig, continued_settings, save_config
 from cameo.training.data import StepSampler, noisy_inputs, training_batches, with_matches
 from cameo.training.output_folder import hold_folder
-from cameo.training.processes import log_pictures, make_accelerator, numbers_in, start_trackers
 from cameo.training.records import Records, TrainingResult
-from cameo.training.stopping import StopSignal
+from cameo.training.settings import TrainingConfig, continued_settings, save_config
 from cameo.training.supervision import Supervision
 
 __all__ = ["Trainer"]

@@ -113,7 +113,7 @@ def losses(row: Row, pipeline: MultiViewPipeline, **options: Any) -> tuple[Tenso
     model = cameo.wrap(pipeline.denoiser, row.backbone, **row.wrap)
     batch = row.batch(samples=2)
     inputs = pipeline.training_inputs(batch, generator=torch.Generator().manual_seed(1), **options)
-    output = model(*inputs.args, **inputs.kwargs, correspondence=match_layers(model, batch))
+    output = model(*inputs.args, **inputs.kwargs, correspondence=match_layers(model.supervised_layers, batch))
     return pipeline.denoising_loss(output, inputs) + model.weight * model.alignment_loss, (inputs, output)
 
 

@@ -30,9 +30,9 @@ from cameo.evaluation.report import attention_figure, result_table, write_result
 from cameo.evaluation.validation import validate
 from cameo.probing.denoising import covisible_pixels, sample_batches
 from cameo.probing.mode import evaluation_mode
-from cameo.training.config import TrainingConfig, load_config, save_config
 from cameo.training.data import build_dataset
 from cameo.training.runs import data_settings, evaluation_settings, load_evaluated
+from cameo.training.settings import TrainingConfig, load_config, save_config
 from cameo.training.setup import load_pipeline, wrap_denoiser
 from cameo.wrap import CameoModel
 from tests.evaluation.test_evaluation import Planted, joined

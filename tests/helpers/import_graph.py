@@ -16,6 +16,7 @@ import ast
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 RULES = Path(__file__).with_name("rooms.toml")
@@ -141,10 +142,29 @@ def _components(graph: Graph) -> list[list[str]]:
     return parts
 
 
-def broken_rules(tree: Tree, rules: Mapping[str, object]) -> list[str]:
+def without_listed(tree: Tree, rules: Mapping[str, Any]) -> Tree:
+    """The tree without the upward imports that `rooms.toml` lists."""
+    listed = {(one["importer"], one["imported"]) for one in rules["upward"]}
+    left = {name: {one for one in found if (name, one) not in listed} for name, found in tree.imports.items()}
+    return Tree(tree.files, left)
+
+
+def imported_names(path: Path, package: str) -> list[str]:
+    """Modules of a package that a file imports, in whichever form, with its own package for relative imports."""
+    names = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            origin = "." * node.level + (node.module or "")
+            names += [f"{origin}.{alias.name}" for alias in node.names] + [origin]
+    return [name for name in names if name.startswith((package, "."))]
+
+
+def broken_rules(tree: Tree, rules: Mapping[str, Any]) -> list[str]:
     """Compare the imports with the order of `rooms.toml`; one sentence for each import that it does not allow."""
-    order = {room: number for number, line in enumerate(rules["floors"]) for room in line}  # type: ignore[arg-type]
-    allowed = {(one["importer"], one["imported"]) for one in rules["upward"]}  # type: ignore[attr-defined]
+    order = {room: number for number, line in enumerate(rules["floors"]) for room in line}
+    allowed = {(one["importer"], one["imported"]) for one in rules["upward"]}
     used = set()
     problems = []
     for name, found in sorted(tree.imports.items()):
@@ -181,16 +201,13 @@ def main() -> None:
     for number in range(max(height.values()), 0, -1):
         print(f"{number:3}  " + "  ".join(room for room in sorted(height) if height[room] == number))
     arrows = sum(map(len, rooms.values()))
-    print(
-        f"{len(rooms)} rooms on {max(height.values())} floors, {arrows} arrows, {len(circles(rooms))} circles of rooms"
-    )
-    for circle in circles(rooms):
-        print("  circle: " + " <-> ".join(circle))
-    print(
-        f"{len(tree.files)} files, longest chain of imports {max(chain.values())}, circles {len(circles(tree.imports))}"
-    )
-    for circle in circles(tree.imports):
-        print("  circle: " + " <-> ".join(circle))
+    print(f"{len(rooms)} rooms on {max(height.values())} floors, {arrows} arrows, {len(circles(rooms))} circles")
+    _print_circles(rooms)
+    print(f"{len(chain)} files, longest chain of imports {max(chain.values())}, {len(circles(tree.imports))} circles")
+    _print_circles(tree.imports)
+    rules = tomllib.loads(RULES.read_text(encoding="utf-8"))
+    for one in rules["upward"] if options.tree == ROOT else ():
+        print(f"  listed: {one['importer']} imports {one['imported']}: {one['reason']}")
     if options.files:
         for name in sorted(chain, key=lambda one: (chain[one], one)):
             print(f"{chain[name]:3}  {name}")

@@ -22,9 +22,9 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 
 import cameo.adapters.cat3d.pipeline  # noqa: F401  (what the server below shall have imported)
-from cameo.training.config import TrainingConfig
 from cameo.training.data import build_dataset
 from cameo.training.records import Records
+from cameo.training.settings import TrainingConfig
 from cameo.training.setup import add_lora, load_pipeline, wrap_denoiser
 from cameo.training.trainer import Trainer
 

@@ -19,8 +19,8 @@ from cameo.data.batches import match_batch
 from cameo.evaluation.validation import validate
 from cameo.geometry.cameras import check_cameras
 from cameo.probing.denoising import ValidationSettings
-from cameo.training.config import load_config
 from cameo.training.data import build_dataset
+from cameo.training.settings import load_config
 from cameo.training.setup import load_pipeline, wrap_denoiser
 from tests.helpers.batches import make_batch
 from tests.helpers.training_runs import fresh_accelerate, make_config, make_trainer, scene_cache

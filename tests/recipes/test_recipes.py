@@ -18,8 +18,8 @@ from cameo.config import CameoConfig
 from cameo.data import EmbeddedScenes, RGBDSequence
 from cameo.errors import DataError
 from cameo.training.checkpoint import list_checkpoints, load_trained
-from cameo.training.config import load_config
 from cameo.training.data import build_dataset
+from cameo.training.settings import load_config
 from cameo.training.setup import add_lora, arms_of, check_push, load_pipeline
 from cameo.wrap import attach
 from tests.helpers.training_runs import RecipeProcess, make_config, read_lines, same_files

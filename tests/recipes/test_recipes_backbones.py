@@ -18,7 +18,7 @@ from cameo.backbone import get_backbone
 from cameo.config import CameoConfig
 from cameo.probing.denoising import ValidationSettings
 from cameo.training import setup
-from cameo.training.config import load_config, settings_file
+from cameo.training.settings import load_config, settings_file
 from cameo.training.setup import load_pipeline
 from tests.helpers.training_runs import RECIPES, fresh_accelerate, read_lines, scene_cache
 from tests.recipes.test_recipes import write_sequence

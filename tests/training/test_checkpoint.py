@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from cameo.errors import DataError
+from cameo.processes.stopping import ECHO_SECONDS
 from cameo.training import checkpoint
 from cameo.training.records import Records
-from cameo.training.stopping import ECHO_SECONDS
 from tests.helpers.training_runs import (
     RecipeProcess,
     fresh_accelerate,

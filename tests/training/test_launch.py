@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import torch
 
-from cameo.training.config import TrainingConfig
-from cameo.training.launch import Launch
-from cameo.training.processes import make_accelerator
+from cameo.processes.accelerator import make_accelerator
+from cameo.processes.launch import Launch
+from cameo.training.settings import TrainingConfig
 from tests.helpers.training_runs import RECIPES, fresh_accelerate, make_config
 
 # accelerate launch

@@ -15,8 +15,8 @@ import pytest
 
 from cameo.errors import DataError
 from cameo.training import checkpoint
-from cameo.training.config import TrainingConfig, continued_settings, load_config, save_config
 from cameo.training.output_folder import LOCK_FILE, hold_folder
+from cameo.training.settings import TrainingConfig, continued_settings, load_config, save_config
 from cameo.training.setup import arms_of
 from tests.helpers.training_runs import RECIPES, RecipeProcess
 

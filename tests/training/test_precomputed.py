@@ -26,9 +26,9 @@ from cameo.data.batches import MatchedDataset, layer_grids, match_batch
 from cameo.data.matches import MatchReader, MatchWriter
 from cameo.data.shards import INDEX_NAME, shard_files
 from cameo.errors import DataError
-from cameo.training.config import TrainingConfig, continued_settings
 from cameo.training.data import StepSampler, build_dataset, supervised_grids, training_batches, with_matches
 from cameo.training.precompute import Share, precompute
+from cameo.training.settings import TrainingConfig, continued_settings
 from cameo.training.setup import load_pipeline, wrap_denoiser
 from cameo.wrap import CameoModel
 from tests.helpers.training_runs import (

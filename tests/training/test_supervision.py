@@ -19,8 +19,8 @@ from cameo.correspondence.features import FeatureExtractor
 from cameo.data import collate
 from cameo.data.batches import match_batch
 from cameo.errors import DataError
-from cameo.training.config import CHANGEABLE, TrainingConfig
 from cameo.training.data import noisy_inputs, step_generator
+from cameo.training.settings import CHANGEABLE, TrainingConfig
 from cameo.training.setup import arms_of, load_pipeline, wrap_denoiser
 from cameo.training.supervision import (
     PROJECTOR_FILE,

@@ -16,9 +16,9 @@ from torch.utils.data import Dataset
 from cameo.data import collate
 from cameo.data.batches import match_batch, match_layers
 from cameo.errors import DataError
+from cameo.processes.accelerator import make_accelerator
 from cameo.training.checkpoint import list_checkpoints
 from cameo.training.data import StepSampler, build_dataset, noisy_inputs
-from cameo.training.processes import make_accelerator
 from cameo.training.setup import add_lora, load_pipeline, train_lora, wrap_denoiser, write_pictures
 from cameo.training.trainer import Trainer
 from tests.helpers.batches import make_batch
@@ -276,7 +276,7 @@ def test_several_layers_with_different_grids(tmp_path: Path) -> None:
     trainer = make_trainer(
         tmp_path, max_train_steps=1, layer=[0, 2], preset_options={**options, "attention_levels": [True, True]}
     )
-    token_grids = [match.token_grids[0] for match in match_layers(trainer.model, make_batch(size=32))]
+    token_grids = [match.token_grids[0] for match in match_layers(trainer.model.supervised_layers, make_batch(size=32))]
     assert token_grids == [(8, 8), (4, 4)]
     assert trainer.train().history()[0]["supervised"] > 0
 

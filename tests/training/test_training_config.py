@@ -10,8 +10,9 @@ import pytest
 import yaml
 
 from cameo.errors import DataError
+from cameo.processes.accelerator import start_trackers
 from cameo.training.checkpoint import check_continues
-from cameo.training.config import (
+from cameo.training.settings import (
     CHANGEABLE,
     TrainingConfig,
     continued_settings,
@@ -19,7 +20,6 @@ from cameo.training.config import (
     save_config,
     settings_file,
 )
-from cameo.training.processes import start_trackers
 
 CONFIGS = Path(__file__).parents[2] / "recipes" / "configs"
 

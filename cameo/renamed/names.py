@@ -1,7 +1,7 @@
 """Keywords, attributes, methods, settings and keys of saved files under the names they had in earlier releases.
 
-The tables below are the only place that knows an old name; `cameo.moved` is the same for modules. Every use of an old
-name gives a `FutureWarning` that says what to write instead.
+The tables below are the only place that knows an old name; `cameo.renamed.modules` is the same for modules. Every use
+of an old name gives a `FutureWarning` that says what to write instead.
 """
 
 from __future__ import annotations

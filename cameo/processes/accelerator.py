@@ -13,9 +13,9 @@ from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs,
 from PIL import Image
 
 from cameo.errors import unknown_name
+from cameo.processes.launch import Launch
 from cameo.settings import shown_settings
-from cameo.training.config import TrainingConfig
-from cameo.training.launch import Launch
+from cameo.training.settings import TrainingConfig
 
 __all__ = ["log_pictures", "make_accelerator", "numbers_in", "start_trackers"]
 

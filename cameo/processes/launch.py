@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from accelerate import Accelerator
 
-from cameo.training.config import TrainingConfig
+from cameo.training.settings import TrainingConfig
 
 __all__ = ["Launch"]
 

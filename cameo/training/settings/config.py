@@ -12,7 +12,6 @@ from cameo.correspondence.settings import FeatureSettings
 from cameo.data.settings import EMBEDDED, DataSettings
 from cameo.errors import unknown_name
 from cameo.files import write_atomically
-from cameo.hub.settings import HubSettings
 from cameo.renamed import SETTINGS
 from cameo.settings import (
     comparable,
@@ -28,6 +27,7 @@ from cameo.settings import (
 from cameo.settings.interpolation import has_interpolation, resolve
 from cameo.settings.text import is_null
 from cameo.training.settings.alignment import AlignmentSettings
+from cameo.training.settings.hub import HubSettings
 from cameo.training.settings.model import LoraSettings, ModelSettings
 from cameo.training.settings.optimization import OptimizerSettings, ScheduleSettings
 from cameo.training.settings.output import OutputSettings

@@ -1,0 +1,34 @@
+"""Names of earlier releases and what they are called today: of modules in `modules`, of everything else in `names`."""
+
+from __future__ import annotations
+
+from cameo.renamed.modules import MOVED, MOVED_NAMES, install, place_today
+from cameo.renamed.names import (
+    ATTRIBUTES,
+    CONFIG_KEYS,
+    KEYWORDS,
+    METHODS,
+    SETTINGS,
+    old_attributes,
+    old_fields,
+    old_keywords,
+    rename_keys,
+    warn_renamed,
+)
+
+__all__ = [
+    "ATTRIBUTES",
+    "CONFIG_KEYS",
+    "KEYWORDS",
+    "METHODS",
+    "MOVED",
+    "MOVED_NAMES",
+    "SETTINGS",
+    "install",
+    "old_attributes",
+    "old_fields",
+    "old_keywords",
+    "place_today",
+    "rename_keys",
+    "warn_renamed",
+]
