@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
