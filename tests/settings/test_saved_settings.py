@@ -19,7 +19,7 @@ from cameo.training.checkpoint import check_continues
 from cameo.training.run_settings import run_settings
 from cameo.training.settings import TrainingConfig, continued_settings, load_config, save_config
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 TOKEN = "hf_topsecret"
 
 
