@@ -17,9 +17,9 @@ import triton
 import triton.language as tl
 import triton.runtime.interpreter as triton_interpreter
 
-from cameo import triton_support
 from cameo.alignment import triton_heads
 from cameo.alignment.triton_head_kernels import normal_cdf
+from cameo.correspondence import triton_support
 
 
 class Interpreter:
