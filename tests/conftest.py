@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import os
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -51,17 +49,6 @@ def golden() -> Callable[[str], Path]:
 def batch() -> dict[str, Any]:
     """Two samples of three views, 64 px."""
     return make_batch()
-
-
-@pytest.fixture
-def xformers_ops(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """A stand-in for the module `xformers.ops`, whose kernel is PyTorch's."""
-    from tests.helpers.attention_kernels import xformers_modules
-
-    modules = xformers_modules()
-    for name, module in modules.items():
-        monkeypatch.setitem(sys.modules, name, module)
-    return modules["xformers.ops"]
 
 
 @pytest.fixture

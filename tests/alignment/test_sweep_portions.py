@@ -8,7 +8,7 @@ from torch import Tensor
 
 from cameo import Correspondence, alignment_loss
 from cameo.alignment import sweep
-from tests.alignment.test_alignment import gradients, make_head, make_inputs
+from tests.helpers.alignment_inputs import gradients, make_head, make_inputs
 
 EIGHT_VIEWS = ((8, 8),) * 8
 NORMALISED = pytest.mark.parametrize("normalize", ["per_view", "all_views"])

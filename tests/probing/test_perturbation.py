@@ -30,9 +30,18 @@ from cameo.probing.bootstrap import paired_bootstrap
 from cameo.probing.denoising import ValidationSettings, sample_batches
 from cameo.training.data import build_dataset
 from cameo.training.setup import load_pipeline
+from tests.attention.test_capture import (  # noqa: F401 - a fixture
+    DIMENSION,
+    HEADS,
+    PLAIN,
+    WITH_XFORMERS,
+    bmm_then_scale,
+    in_slices,
+    sdpa,
+    xformers_ops,
+)
 from tests.helpers import backbone_checks as checks
 from tests.helpers import models
-from tests.helpers.attention_kernels import DIMENSION, HEADS, PLAIN, WITH_XFORMERS, bmm_then_scale, in_slices, sdpa
 from tests.helpers.backbone_rows import TINY, Row, every_tiny
 from tests.helpers.batches import make_batch
 from tests.helpers.training_runs import make_config, scene_cache
@@ -165,7 +174,7 @@ def token_by_token(case: str, query: Tensor, key: Tensor, value: Tensor) -> Tens
 
 
 @pytest.mark.parametrize(("case", "kernel"), PAIRS, ids=lambda value: getattr(value, "__name__", value))
-def test_each_query_sees_its_own_view_only(case: str, kernel: Any, xformers_ops: types.ModuleType) -> None:
+def test_each_query_sees_its_own_view_only(case: str, kernel: Any, xformers_ops: types.ModuleType) -> None:  # noqa: F811
     model, call = Model(kernel), random_call(case)
     whole = model(*call)
     with self_view_only(model, make_site(case), CASES[case][1]), torch.no_grad():
@@ -176,7 +185,7 @@ def test_each_query_sees_its_own_view_only(case: str, kernel: Any, xformers_ops:
     assert all(map(torch.equal, model(*call), whole))
 
 
-def test_part_of_a_sample_is_refused(xformers_ops: types.ModuleType) -> None:
+def test_part_of_a_sample_is_refused(xformers_ops: types.ModuleType) -> None:  # noqa: F811
     for case in ROWWISE:
         model = Model(in_slices)
         with (

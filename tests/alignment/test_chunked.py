@@ -14,7 +14,7 @@ from torch import Tensor
 from cameo.alignment import AlignmentHead, alignment_loss, rows, supervision_weights, sweep
 from cameo.alignment.rows import Window, plan_rows
 from cameo.correspondence import Correspondence
-from tests.alignment.test_alignment import PADDED, dense_loss, gradients, make_head, make_inputs
+from tests.helpers.alignment_inputs import PADDED, dense_from_logits, dense_loss, gradients, make_head, make_inputs
 from tests.helpers.memory import memory_of
 
 # Pairs at once, pairs whose hidden units are held at once, keys of a piece.
@@ -173,13 +173,6 @@ def test_half_precision_is_no_worse_than_a_dense_path_in_half_precision() -> Non
         assert torch.cosine_similarity(mine, flat, dim=0) > 0.9999
         # Rounding must not make gradients longer or shorter on the whole.
         assert abs((mine @ flat) / (flat @ flat) - 1) < 1e-3
-
-
-def dense_from_logits(logits: Tensor, match: Correspondence, head: AlignmentHead) -> Tensor:
-    log_p = head(logits).log_softmax(-1)  # [1 or K, B, i, x, j, y]
-    target = match.index.clamp(min=0).permute(0, 1, 3, 2)[None, ..., None].expand(len(log_p), -1, -1, -1, -1, -1)
-    nll = -log_p.gather(-1, target)[..., 0].mean(0).permute(0, 1, 3, 2)
-    return nll[match.matched].mean()
 
 
 def test_the_workspace_is_bounded_and_the_gradient_is_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
