@@ -18,7 +18,7 @@ from cameo.data import MultiViewSample
 from cameo.model import CameoModel
 from cameo.pipeline import MultiViewPipeline
 from cameo.probing.denoising import DenoisingErrors, DenoisingPass, ValidationSettings, measure_denoising
-from cameo.probing.tally import BatchTruths, LayerTally
+from cameo.probing.tally import BatchMatches, LayerHitCounter
 
 __all__ = ["validate"]
 
@@ -57,14 +57,14 @@ class _SupervisedLayer:
 
     def __init__(self, model: CameoModel) -> None:
         self.layer, self.head = model.supervised_layers[0], model.alignment_heads[0]
-        self.tally = LayerTally(self.layer)
-        self._truths: BatchTruths | None = None
+        self.tally = LayerHitCounter(self.layer)
+        self._truths: BatchMatches | None = None
 
     def observe(self, one: DenoisingPass) -> None:
         if self._truths is None or self._truths.batch is not one.batch:
             if self._truths is not None:
                 self.tally.close_batch()
-            self._truths = BatchTruths(one.batch, metric=False)
+            self._truths = BatchMatches(one.batch, metric=False)
         self.tally.count(one.captured[self.layer.path], self._truths, (0, 1), None, self.head)  # type: ignore[arg-type]
 
 
@@ -80,7 +80,7 @@ def _denoising_report(errors: DenoisingErrors, high: Sequence[float]) -> dict[st
     }
 
 
-def _attention_report(tally: LayerTally, references: int) -> dict[str, Any]:
+def _attention_report(tally: LayerHitCounter, references: int) -> dict[str, Any]:
     hits, pairs, chance = tally.totals()
     one_token = tally.one_token and pairs > 0
     notes = {}

@@ -34,14 +34,14 @@ from cameo.tables import markdown_table
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Drop", "LayerEffect", "effects_figure", "effects_table", "perturb_layers", "self_view_only"]
+__all__ = ["LayerEffect", "QualityLoss", "effects_figure", "effects_table", "perturb_layers", "self_view_only"]
 
 # Title and digits of each metric in a table.
 METRICS = {"psnr_covisible": ("PSNR covisible (dB)", 2), "psnr_all": ("PSNR all (dB)", 2), "loss": ("loss", 4)}
 Values = dict[str, dict[str, float]]  # metric to scene to value
 
 
-class Drop(NamedTuple):
+class QualityLoss(NamedTuple):
     """What a cut costs, mean over scenes, and the ends of its 95 % interval; above 0 the cut model is worse."""
 
     mean: float
@@ -73,9 +73,9 @@ class LayerEffect:
     loss: float | None = None
     psnr_covisible: float | None = None
     psnr_all: float | None = None
-    drop_loss: Drop | None = None
-    drop_psnr_covisible: Drop | None = None
-    drop_psnr_all: Drop | None = None
+    drop_loss: QualityLoss | None = None
+    drop_psnr_covisible: QualityLoss | None = None
+    drop_psnr_all: QualityLoss | None = None
     per_scene: Values = field(default_factory=dict)
     reason: str | None = None
 
@@ -235,7 +235,7 @@ def _effect(layer: AttentionLayer, whole: Values, cut: Values) -> LayerEffect:
         before, after = list(scenes.values()), [cut[metric][scene] for scene in scenes]
         worse = (before, after) if metric == "loss" else (after, before)
         means[metric] = sum(after) / len(after)
-        drops[metric] = Drop(*paired_bootstrap(*worse))
+        drops[metric] = QualityLoss(*paired_bootstrap(*worse))
         per_scene[metric] = {scene: worse[1][place] - worse[0][place] for place, scene in enumerate(scenes)}
     return LayerEffect(
         layer.index,
@@ -254,7 +254,7 @@ def effects_table(effects: Sequence[LayerEffect]) -> str:
     """Write a Markdown table: the whole model, each cut model, and what the cut costs with its 95 % interval.
 
     Example:
-        >>> drop = Drop(0.5, 0.25, 0.75)
+        >>> drop = QualityLoss(0.5, 0.25, 0.75)
         >>> print(effects_table([LayerEffect(3, "up.attn1", 0.75, None, 15.0, drop, None, drop)]))
         | layer | path | PSNR covisible (dB) | lost | PSNR all (dB) | lost | loss | added |
         | --- | --- | --- | --- | --- | --- | --- | --- |

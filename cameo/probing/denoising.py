@@ -25,7 +25,7 @@ __all__ = [
     "DenoisingErrors",
     "DenoisingPass",
     "ValidationSettings",
-    "check_levels",
+    "check_noise_levels",
     "covisible_pixels",
     "denoising_passes",
     "fixed_inputs",
@@ -62,11 +62,11 @@ class ValidationSettings:
         return tuple(level for level in self.noise_levels if level >= self.high_noise)
 
 
-def check_levels(name: str, levels: Sequence[Any]) -> None:
+def check_noise_levels(name: str, levels: Sequence[Any]) -> None:
     """Raise `ValueError` unless these are different noise levels, shares of the last time step.
 
     Example:
-        >>> check_levels("timesteps", (0.5, 2))
+        >>> check_noise_levels("timesteps", (0.5, 2))
         Traceback (most recent call last):
         ValueError: timesteps: expected different levels in [0, 1], shares of the last time step, got (0.5, 2)
     """

@@ -15,7 +15,7 @@ from torch import Tensor
 from cameo.alignment import AlignmentHead
 from cameo.errors import ShapeError
 from cameo.geometry.grids import TokenGrids
-from cameo.probing.truth import Pairs, Truth, token_distance
+from cameo.probing.truth import Pairs, TrueMatches, token_distance
 
 __all__ = ["READOUTS", "attention_maps", "count_hits", "view_maps"]
 
@@ -29,7 +29,7 @@ Block = tuple[slice, slice, slice]
 def count_hits(
     query: Tensor,
     key: Tensor,
-    truth: Truth,
+    truth: TrueMatches,
     head: AlignmentHead | None,
     scale: float,
     within: tuple[int, ...],
@@ -43,7 +43,7 @@ def count_hits(
         >>> index[0, 0, 1] = torch.tensor([0, 1, 2, 3])
         >>> query = 9 * torch.eye(4).expand(1, 1, 2, 4, 4)  # each token looks at the token of its own place
         >>> from cameo import Correspondence
-        >>> truth = Truth.plain(Correspondence(index, ((2, 2), (2, 2))))
+        >>> truth = TrueMatches.plain(Correspondence(index, ((2, 2), (2, 2))))
         >>> count_hits(query, query, truth, None, 1.0, within=(0, 1))["mean"].tolist()
         [[[[4.0, 4.0]]]]
 
@@ -119,7 +119,7 @@ def _pair_maps(
 
 
 def _token_hits(
-    maps: dict[str, Tensor], truth: Truth, pairs: Pairs, within: tuple[int, ...], near: float | None
+    maps: dict[str, Tensor], truth: TrueMatches, pairs: Pairs, within: tuple[int, ...], near: float | None
 ) -> dict[str, Tensor]:
     """Hits `[P, R, W]` of the tokens that the queries of P pairs look at, per readout."""
     found = {}
@@ -133,7 +133,7 @@ def _token_hits(
     return found
 
 
-def _view_hits(maps: dict[str, Tensor], truth: Truth, block: Block) -> tuple[Tensor, dict[str, Tensor]]:
+def _view_hits(maps: dict[str, Tensor], truth: TrueMatches, block: Block) -> tuple[Tensor, dict[str, Tensor]]:
     """Bin `[P]` and hits `[P, R, 1]` per readout of the P queries of a block whose point some view shows."""
     shown, rows, bins = truth.queries_in(block)
     best = {name: attention.movedim(1, -1)[rows].argmax(1) for name, attention in maps.items()}  # [P, R]

@@ -24,11 +24,11 @@ from cameo.errors import CaptureError, ShapeError, unknown_name
 from cameo.model import CameoModel, holder
 from cameo.pipeline import MultiViewPipeline
 from cameo.probing.bootstrap import scene_of
-from cameo.probing.denoising import check_levels, fixed_inputs
+from cameo.probing.denoising import check_noise_levels, fixed_inputs
 from cameo.probing.layer_probe import LayerProbe
 from cameo.probing.mode import evaluation_mode, native_precision
 from cameo.probing.result import NEAR, known_within
-from cameo.probing.tally import BatchTruths, LayerTally
+from cameo.probing.tally import BatchMatches, LayerHitCounter
 from cameo.probing.truth import ANGLE_BINS
 
 __all__ = ["LayerProbe", "probe_layers"]
@@ -98,14 +98,14 @@ def probe_layers(
         ValueError: for an unknown backbone, layer, level or distance, without batches, or if no layer can be probed.
     """
     levels = tuple(map(float, timesteps))
-    check_levels("timesteps", levels)
-    subject = _Subject.of(model, backbone, prepare, inflate, seed)
-    tallies = [LayerTally(chosen, subject.refusal(chosen)) for chosen in _chosen(subject.layers, layers)]
+    check_noise_levels("timesteps", levels)
+    subject = _ProbedModel.of(model, backbone, prepare, inflate, seed)
+    tallies = [LayerHitCounter(chosen, subject.refusal(chosen)) for chosen in _chosen(subject.layers, layers)]
     columns, near = known_within(within), NEAR_METRES if metric else None
-    names = _Names()
+    names = _SampleNames()
     with evaluation_mode(subject.denoiser), _same_random_state(subject.device):
         for number, batch in enumerate(batches):
-            truths = BatchTruths(to_device(batch, subject.device), metric)
+            truths = BatchMatches(to_device(batch, subject.device), metric)
             first = names.add(batch)
             _seed_random_state(subject.device, seed + number)
             for level in levels:
@@ -138,7 +138,7 @@ def probe_layers(
 
 
 @dataclass
-class _Subject:
+class _ProbedModel:
     """The denoiser that is probed, its layers, and how it gets its inputs."""
 
     denoiser: nn.Module
@@ -150,7 +150,7 @@ class _Subject:
     seed: int
 
     @classmethod
-    def of(cls, model: Any, backbone: str | None, prepare: Any, inflate: bool, seed: int) -> _Subject:
+    def of(cls, model: Any, backbone: str | None, prepare: Any, inflate: bool, seed: int) -> _ProbedModel:
         pipeline = None if isinstance(model, nn.Module) else model
         denoiser = model if pipeline is None else getattr(pipeline, "denoiser", None)
         if not isinstance(denoiser, nn.Module):
@@ -212,8 +212,8 @@ class _Subject:
         return inputs.args, inputs.kwargs
 
     def forward(
-        self, tallies: Sequence[LayerTally], make: Callable[[], tuple[Sequence[Any], Mapping[str, Any]]]
-    ) -> Iterator[tuple[LayerTally, CapturedAttention]]:
+        self, tallies: Sequence[LayerHitCounter], make: Callable[[], tuple[Sequence[Any], Mapping[str, Any]]]
+    ) -> Iterator[tuple[LayerHitCounter, CapturedAttention]]:
         """Run once, and hand over the call of each layer that can be probed.
 
         A layer that cannot be captured is found by looking at one layer after the other, and left out from there on.
@@ -242,7 +242,7 @@ class _Subject:
         return captured
 
 
-class _Names:
+class _SampleNames:
     """Keys and scenes of the samples so far."""
 
     def __init__(self) -> None:

@@ -24,12 +24,12 @@ from cameo.model import CameoModel
 from cameo.probing.hits import count_hits
 from cameo.probing.listing import shown_grids
 from cameo.probing.probed_layer import ProbedLayer
-from cameo.probing.truth import ANGLE_BINS, Truth, angle_bins, surface_points
+from cameo.probing.truth import ANGLE_BINS, TrueMatches, angle_bins, surface_points
 
-__all__ = ["BatchTruths", "LayerTally"]
+__all__ = ["BatchMatches", "LayerHitCounter"]
 
 
-class BatchTruths:
+class BatchMatches:
     """A batch, and what the queries of its layers should find, computed once for each token grid."""
 
     def __init__(self, batch: Mapping[str, Any], metric: bool) -> None:
@@ -41,7 +41,7 @@ class BatchTruths:
         self.geometry = (batch["depth"], batch["intrinsics"], batch["extrinsics"])
         self.groups = angle_bins(batch["extrinsics"]).to(batch["depth"].device)
         self.matches: dict[TokenGrids, Correspondence] = {}
-        self.found: dict[tuple[TokenLayout, TokenGrids], Truth] = {}
+        self.found: dict[tuple[TokenLayout, TokenGrids], TrueMatches] = {}
 
     def token_grids(self, layer: AttentionLayer) -> TokenGrids:
         """Token grid of each view in a layer."""
@@ -54,19 +54,19 @@ class BatchTruths:
             self.matches[token_grids] = Correspondence.from_depth(*self.geometry, token_grid=token_grids)
         return self.matches[token_grids]
 
-    def truth(self, layer: AttentionLayer) -> Truth:
+    def truth(self, layer: AttentionLayer) -> TrueMatches:
         """What the queries of a layer can find of them, by angle bin."""
         token_grids = self.token_grids(layer)
         if (layer.layout, token_grids) not in self.found:
             points = surface_points(*self.geometry, token_grids) if self.metric else None
-            self.found[layer.layout, token_grids] = Truth.of_layer(
+            self.found[layer.layout, token_grids] = TrueMatches.of_layer(
                 layer.layout, self.match(layer), self.groups, len(ANGLE_BINS), points
             )
         return self.found[layer.layout, token_grids]
 
 
 @dataclass
-class LayerTally:
+class LayerHitCounter:
     """The counts of one layer: of each finished batch, and by time step of the current one."""
 
     layer: AttentionLayer
@@ -80,7 +80,7 @@ class LayerTally:
     def count(
         self,
         seen: CapturedAttention,
-        truths: BatchTruths,
+        truths: BatchMatches,
         within: tuple[int, ...],
         near: float | None,
         head: AlignmentHead | None,

@@ -21,7 +21,7 @@ from cameo.geometry.cameras import at_least_float32, full_precision, invert_extr
 from cameo.geometry.depth import read_depth
 from cameo.geometry.grids import TokenGrids
 
-__all__ = ["ANGLE_BINS", "Pairs", "Truth", "angle_bins", "surface_points", "token_distance", "view_angles"]
+__all__ = ["ANGLE_BINS", "Pairs", "TrueMatches", "angle_bins", "surface_points", "token_distance", "view_angles"]
 
 # Degrees between the optical axes of two views; an angle on a limit belongs to the bin above.
 ANGLE_BINS = ((0.0, 15.0), (15.0, 30.0), (30.0, 60.0), (60.0, 180.0))
@@ -125,13 +125,13 @@ class Pairs:
 
 
 @dataclass(frozen=True, eq=False)
-class Truth:
+class TrueMatches:
     """The true matches of one layer, with the group of each view pair.
 
     Example:
         >>> index = torch.full((1, 2, 2, 4), -1)
         >>> index[0, 0, 1] = torch.tensor([0, 1, 2, 3])
-        >>> truth = Truth.plain(Correspondence(index, ((2, 2), (2, 2))))
+        >>> truth = TrueMatches.plain(Correspondence(index, ((2, 2), (2, 2))))
         >>> truth.pairs.tolist(), truth.chance((0, 1)).tolist()
         ([[4]], [[[1.0, 4.0]]])
 
@@ -148,14 +148,14 @@ class Truth:
     points: Tensor | None = None
 
     @classmethod
-    def plain(cls, match: Correspondence) -> Truth:
+    def plain(cls, match: Correspondence) -> TrueMatches:
         """Matches in one group, every B' a sample of its own."""
         return cls(match, match.index.new_zeros(match.index.shape[:3]), 1)
 
     @classmethod
     def of_layer(
         cls, layout: TokenLayout, match: Correspondence, groups: Tensor, num_groups: int, points: Tensor | None = None
-    ) -> Truth:
+    ) -> TrueMatches:
         """Matches `[B, V, V, N]` as a layer can find them; the other arguments in the views and tokens of `match`.
 
         Views that the layer does not supervise are left out, matches beyond its reach are none.
