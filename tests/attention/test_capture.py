@@ -18,21 +18,23 @@ from tests.helpers.attention_kernels import (
     DIMENSION,
     HEADS,
     PLAIN,
-    SAMPLES,
     SCALE,
-    TOKENS,
-    WIDTH,
     WITH_XFORMERS,
-    Attention,
-    capture,
-    expected_query_and_key,
     from_rows,
     heads_apart,
-    layer,
-    make_model,
     rows,
     sdpa,
     xformers_rows,
+)
+from tests.helpers.captured_models import (
+    SAMPLES,
+    TOKENS,
+    WIDTH,
+    Attention,
+    capture,
+    expected_query_and_key,
+    layer,
+    make_model,
 )
 
 

@@ -13,18 +13,8 @@ from torch import Tensor
 
 from cameo.attention.capture import AttentionCapture
 from cameo.errors import CaptureError
-from tests.helpers.attention_kernels import (
-    DIMENSION,
-    Attention,
-    Model,
-    capture,
-    expected_query_and_key,
-    hooks,
-    layer,
-    make_model,
-    sdpa,
-    xformers_rows,
-)
+from tests.helpers.attention_kernels import DIMENSION, sdpa, xformers_rows
+from tests.helpers.captured_models import Attention, Model, capture, expected_query_and_key, hooks, layer, make_model
 
 
 def test_the_calls_are_free_with_the_capture(x: Tensor) -> None:

@@ -13,23 +13,16 @@ from torch import Tensor, nn
 from cameo.attention.capture import AttentionCapture
 from cameo.attention.kernel_calls import KernelCall, join_slices
 from cameo.errors import CaptureError
-from tests.helpers.attention_kernels import (
-    HEADS,
+from tests.helpers.attention_kernels import HEADS, SCALE, baddbmm, from_rows, heads_apart, rows, sdpa, sdpa_rows
+from tests.helpers.captured_models import (
     SAMPLES,
-    SCALE,
     TOKENS,
     WIDTH,
-    baddbmm,
     capture,
     expected_query_and_key,
-    from_rows,
-    heads_apart,
     hooks,
     layer,
     make_model,
-    rows,
-    sdpa,
-    sdpa_rows,
 )
 
 

@@ -222,7 +222,7 @@ def test_split_and_locate_equal_the_loops(case: Case, of: str) -> None:
 
 
 @every_case
-def test_localise_equals_the_loops(case: Case) -> None:
+def test_localize_equals_the_loops(case: Case) -> None:
     torch.manual_seed(1)
     views, tokens = len(case.token_grids), max(h * w for h, w in case.token_grids)
     index = torch.full((B, views, views, tokens), -1)

@@ -21,10 +21,10 @@ def test_one_view_and_no_depth_are_defined():
     intrinsics, extrinsics = two_views()
     alone = Correspondence.from_depth(wall()[:, :1], intrinsics[:, :1], extrinsics[:, :1], token_grid=4)
     assert alone.index.shape == (1, 1, 1, 16)
-    assert not alone.visible.any()
+    assert not alone.matched.any()
     for value in (0.0, -1.0, math.nan, math.inf):
         empty = Correspondence.from_depth(wall(value), intrinsics, extrinsics, token_grid=4)
-        assert not empty.visible.any()
+        assert not empty.matched.any()
         assert empty.distance.isinf().all()
     nothing = torch.full((1, 2, 3, 8, 8), math.nan)
     assert not Correspondence.from_point_maps(nothing, token_grid=4).matched.any()
@@ -77,12 +77,12 @@ def test_take_views_reorders(rooms):
 def test_cat_and_to():
     index = torch.tensor([[[-1], [0]], [[0], [-1]]])[None]
     plain = Correspondence(index, ((1, 1), (1, 1)))
-    weighted = replace(plain, weight=torch.full(index.shape, 0.5))
+    weighted = replace(plain, match_weight=torch.full(index.shape, 0.5))
     joined = Correspondence.cat([plain, weighted])
-    assert joined.weight.flatten(1).mean(1).tolist() == [1.0, 0.5]
+    assert joined.match_weight.flatten(1).mean(1).tolist() == [1.0, 0.5]
     assert joined.distance is None
     assert (joined.batch_size, joined.num_views, joined.device.type) == (2, 2, "cpu")
-    assert joined.to("meta").weight.device.type == "meta"
+    assert joined.to("meta").match_weight.device.type == "meta"
     with pytest.raises(ValueError, match="at least one"):
         Correspondence.cat([])
     with pytest.raises(ValueError, match="some have distances"):
@@ -105,9 +105,9 @@ def test_cat_and_to():
         ({"index": torch.tensor([[-1] * 4, [1] * 4, [0] * 4, [-1] * 4]).view(1, 2, 2, 4)}, "padding"),
         ({"token_grids": ((2, 2),)}, "one \\(h, w\\) per view, 2"),
         ({"token_grids": ((2, 0), (2, 2))}, "positive int"),
-        ({"weight": torch.ones(1, 2, 2, 3)}, "weight: expected"),
-        ({"weight": torch.full((1, 2, 2, 4), -1.0)}, "negative or NaN"),
-        ({"weight": torch.full((1, 2, 2, 4), math.nan)}, "negative or NaN"),
+        ({"match_weight": torch.ones(1, 2, 2, 3)}, "match_weight: expected"),
+        ({"match_weight": torch.full((1, 2, 2, 4), -1.0)}, "negative or NaN"),
+        ({"match_weight": torch.full((1, 2, 2, 4), math.nan)}, "negative or NaN"),
         ({"distance": torch.ones(1, 2, 2, 3)}, "distance: expected"),
     ],
 )
@@ -217,7 +217,7 @@ def collate(samples: list[tuple[Correspondence, ...]]) -> list[Correspondence]:
 def test_a_correspondence_survives_pickling(rooms):
     whole = both_ways(rooms, [(8, 8), (4, 6), (8, 8), (8, 8)])[0]
     again = pickle.loads(pickle.dumps(whole))
-    assert (again.token_grids, again.weight) == (whole.token_grids, None)
+    assert (again.token_grids, again.match_weight) == (whole.token_grids, None)
     assert torch.equal(again.index, whole.index)
     assert torch.equal(again.distance, whole.distance)
 

@@ -77,7 +77,7 @@ def test_a_distant_world_origin_costs_nothing(benchmark):
     here = Correspondence.from_depth(depth, intrinsics, room.extrinsics, token_grid=8)
     there = Correspondence.from_depth(depth, intrinsics, room.extrinsics @ shift, token_grid=8)
     assert torch.equal(here.index, there.index)
-    assert here.visible.float().mean() > 0.2
+    assert here.matched.float().mean() > 0.2
 
 
 def test_depth_reaches_its_goal_on_analytic_rooms(benchmark):

@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-import cameo.correspondence.matching
-import cameo.correspondence.nearest
-import cameo.geometry
 from cameo.correspondence import Correspondence
+from cameo.correspondence.correspondence import GridSize
+from cameo.geometry import unproject
 
 
 def two_views(right: float = 0.0, ahead: float = 0.0) -> tuple[Tensor, Tensor]:
@@ -23,9 +22,10 @@ def wall(depth: float = 2.0) -> Tensor:
     return torch.full((1, 2, 1, 64, 64), depth)
 
 
-def both_ways(rooms: dict[str, Tensor], size) -> list[Correspondence]:
-    points = cameo.geometry.unproject(**rooms)
+def both_ways(rooms: dict[str, Tensor], token_grid: GridSize) -> list[Correspondence]:
+    """From depth, then from point maps."""
+    points = unproject(**rooms)
     return [
-        Correspondence.from_depth(**rooms, token_grid=size),
-        Correspondence.from_point_maps(points, token_grid=size),
+        Correspondence.from_depth(**rooms, token_grid=token_grid),
+        Correspondence.from_point_maps(points, token_grid=token_grid),
     ]
