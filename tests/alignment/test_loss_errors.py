@@ -48,7 +48,7 @@ def test_option_errors(options: dict[str, Any], message: str) -> None:
         (lambda q, k: (q[:, :2], k[:, :2]), r"K = 3 heads.*Use AlignmentHead\(num_heads=2\)"),
         (lambda q, k: (q.repeat(2, 1, 1, 1, 1), k.repeat(2, 1, 1, 1, 1)), "B = 2 .*Classifier-free guidance"),
         (lambda q, k: (q[:, :, :2], k[:, :, :2]), r"V = 3 .*Correspondence\.take_views"),
-        (lambda q, k: (q[..., :5, :], k[..., :5, :]), r"N = 6 .*size=model\.token_grid"),
+        (lambda q, k: (q[..., :5, :], k[..., :5, :]), r"N = 6 .*token_grid=model\.token_grid"),
         (lambda q, k: (q.to("meta"), k.to("meta")), r"query is on meta .* use correspondence\.to\('meta'\)"),
     ],
 )

@@ -103,7 +103,7 @@ def test_sizes_that_do_not_fit(layout: TokenLayout, token_grids: tuple[tuple[int
 @pytest.mark.parametrize(
     ("shape", "message"),
     [
-        ((2, K, 4 * 16, D), r"L = 60 .* use size=model\.token_grid\(height, width\)"),
+        ((2, K, 4 * 16, D), r"L = 60 .* use token_grid=model\.token_grid\(height, width\)"),
         ((4, K, 4 * 15, D), "AB = 2 .* 2 times the batch of the correspondence. Classifier-free guidance"),
         ((3, K, 4 * 15, D), "The correspondence has 2 samples; give the model the same number"),
         ((2, 4 * 15, D), r"query: expected \[AB, K, L, D\] for \"b \(v h w\)\", got \[2, 60, 4\]"),
