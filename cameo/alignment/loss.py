@@ -184,7 +184,7 @@ def _check_tensors(query: Tensor, key: Tensor, correspondence: Correspondence, h
             "Classifier-free guidance doubles the batch: repeat the correspondence or train without",
         ),
         "V": (views, "Use Correspondence.take_views to keep the views that the layer sees"),
-        "N": (tokens, "Build the correspondence with size=model.token_grid(height, width)"),
+        "N": (tokens, "Build the correspondence with token_grid=model.token_grid(height, width)"),
     }
     got = dict(zip("BKVND", query.shape, strict=True))
     for axis, (length, cure) in expected.items():

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cameo.alignment.heads import HeadWeights
 from cameo.alignment.rows import check_matches
-from cameo.alignment.sweep import HeadWeights, gradient_dtype, sweep
+from cameo.alignment.sweep import gradient_dtype, sweep
 
 __all__ = ["fused_alignment_loss"]
 
@@ -38,7 +39,7 @@ def _alignment_loss(
     check_matches(index, grids)
     output = head[-1].reshape(-1) if head else None
     with torch.autocast(query.device.type, enabled=False):
-        swept = sweep(
+        result = sweep(
             query,
             key,
             index,
@@ -52,13 +53,13 @@ def _alignment_loss(
             gelu=gelu,
             gradients=gradients,
         )
-    if swept.query is None or swept.key is None:
-        return swept.loss, query.new_empty(0), query.new_empty(0), [weight.new_empty(0) for weight in head]
+    if result.query is None or result.key is None:
+        return result.loss, query.new_empty(0), query.new_empty(0), [weight.new_empty(0) for weight in head]
     # Laid out as the fake kernel below says, whatever they are views of: compiled code relies on it.
     found = [torch.empty_like(weight, memory_format=torch.contiguous_format) for weight in head]
-    for place, gradient in zip(found, swept.weights, strict=True):
+    for place, gradient in zip(found, result.weights, strict=True):
         place.copy_(gradient.view(place.shape))
-    return swept.loss, swept.query, swept.key, found
+    return result.loss, result.query, result.key, found
 
 
 @_alignment_loss.register_fake

@@ -22,7 +22,7 @@ _gelu_backward = torch.ops.aten.gelu_backward
 
 
 def softmax_rows(
-    logits: Tensor, scale: float, targets: Tensor, weights: Tensor, own: Tensor | None, gradients: bool
+    logits: Tensor, scale: float, targets: Tensor, weights: Tensor, excluded: Tensor | None, gradients: bool
 ) -> Tensor:
     """Cross-entropy of each row against its targets, `[R]`, averaged over the channels.
 
@@ -31,17 +31,17 @@ def softmax_rows(
         scale: the softmax is that of `scale * logits`.
         targets: int64 `[R, T]`, columns.
         weights: `[R, T]`, what each target counts; 0 = no target.
-        own: int64 `[R, 2]`, a range of columns that the row does not see, or None.
+        excluded: int64 `[R, 2]`, half-open range of columns that a row does not see, or None.
         gradients: whether to write the gradient.
     """
     if scale != 1:
         logits.mul_(scale)
-    if own is not None:
-        logits.masked_fill_(_hidden(own, logits.shape[-1]), -math.inf)
+    if excluded is not None:
+        logits.masked_fill_(_in_range(excluded, logits.shape[-1]), -math.inf)
     log_p = logits.log_softmax(dim=-1)
     targets, weights = targets.expand(len(logits), -1, -1), weights.to(logits.dtype)
     terms = weights * log_p.gather(-1, targets)
-    if own is not None:  # a place without a target may point to a column that is not seen
+    if excluded is not None:  # a place without a target may point to a column that is not seen
         terms.masked_fill_(weights == 0, 0)
     losses = terms.sum(dim=(0, -1)) * (-1 / len(logits))
     if gradients:
@@ -82,18 +82,18 @@ class MlpHead:
             self._d_deeper = [(torch.zeros_like(weight), torch.zeros_like(bias)) for weight, bias in self._deeper]
             self._d_output = torch.zeros_like(output)
 
-    def __call__(self, products: Tensor, targets: Tensor, weights: Tensor, own: Tensor | None) -> Tensor:
+    def __call__(self, products: Tensor, targets: Tensor, weights: Tensor, excluded: Tensor | None) -> Tensor:
         """Loss of each row, `[R]`; arguments as in `softmax_rows` but for the first.
 
         Args:
-            products: `[K + 1, R, M]`: the products q.k, and a last channel for the head's own use. The products are
+            products: `[K + 1, R, M]`: the products q.k, and a last channel for the head itself. The products are
                 overwritten with their gradient if gradients are computed.
-            targets, weights, own: as in `softmax_rows`.
+            targets, weights, excluded: as in `softmax_rows`.
         """
         rows, keys = products.shape[1:]
         products[-1] = 1
-        if own is not None:
-            products[:-1].masked_fill_(_hidden(own, keys), 0)
+        if excluded is not None:
+            products[:-1].masked_fill_(_in_range(excluded, keys), 0)
         flat = products.flatten(1)
         step = max(1, self._pairs // keys)
         losses = []
@@ -103,8 +103,8 @@ class MlpHead:
             hidden = self._forward(portion)
             scores = torch.mv(hidden[-1][1].t(), self._output, out=self._buffer("scores", portion.shape[1]))
             spread = scores.view(1, -1, keys)
-            own_part = None if own is None else own[part]
-            losses.append(softmax_rows(spread, 1, targets[part], weights[part], own_part, self._gradients))
+            excluded_part = None if excluded is None else excluded[part]
+            losses.append(softmax_rows(spread, 1, targets[part], weights[part], excluded_part, self._gradients))
             if self._gradients:
                 self._backward(portion, hidden, scores)
         return torch.cat(losses)
@@ -163,7 +163,7 @@ def _add_product(sums: Tensor, left: Tensor, right: Tensor) -> None:
     sums.addmm_(left, right.t())
 
 
-def _hidden(own: Tensor, keys: int) -> Tensor:
-    """Bool `[R, M]`: the columns that a row does not see."""
-    column = torch.arange(keys, device=own.device)
-    return (column >= own[:, :1]) & (column < own[:, 1:])
+def _in_range(ranges: Tensor, columns: int) -> Tensor:
+    """Bool `[R, M]`: which columns lie in the range `[R, 2]` of their row."""
+    column = torch.arange(columns, device=ranges.device)
+    return (column >= ranges[:, :1]) & (column < ranges[:, 1:])

@@ -207,7 +207,7 @@ def scores_kernel(
 
 @triton.jit
 def _hidden_gradient(hidden, score_gradient, FAST: tl.constexpr, INTERPRETED: tl.constexpr):
-    """Gradient of eight hidden units short of weight_out [TILE, 8], and their share of its own gradient."""
+    """Gradient of eight hidden units short of weight_out [TILE, 8], and their share of its excluded gradient."""
     square = hidden * hidden
     cdf = normal_cdf(hidden, square, FAST, INTERPRETED) * score_gradient
     # 2 ** -1.3257480647361593 = 1 / sqrt(2 pi); the factor of the square is -0.5 / log(2).
@@ -383,14 +383,14 @@ def softmax_kernel(
     logits,
     targets,
     weights,
-    own,
+    excluded,
     losses,
     rows,
     columns,
     targets_per_row,
     scale,
     COPIES: tl.constexpr,
-    OWN: tl.constexpr,
+    EXCLUDES: tl.constexpr,
     GRADIENT: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -399,11 +399,11 @@ def softmax_kernel(
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     valid = row < rows
     column = tl.arange(0, COLUMNS)[None, :]
-    own_first = tl.zeros([ROWS, 1], tl.int64)
-    own_end = own_first
-    if OWN:
-        own_first = tl.load(own + row * 2, mask=valid, other=0)[:, None]
-        own_end = tl.load(own + row * 2 + 1, mask=valid, other=0)[:, None]
+    excluded_first = tl.zeros([ROWS, 1], tl.int64)
+    excluded_end = excluded_first
+    if EXCLUDES:
+        excluded_first = tl.load(excluded + row * 2, mask=valid, other=0)[:, None]
+        excluded_end = tl.load(excluded + row * 2 + 1, mask=valid, other=0)[:, None]
     loss = tl.zeros([ROWS], tl.float32)
     for copy in range(COPIES):
         start_of_row = logits + (tl.cast(copy, tl.int64) * rows + row) * columns
@@ -411,7 +411,7 @@ def softmax_kernel(
         total = tl.zeros([ROWS], tl.float32)
         for start in range(0, columns, COLUMNS):
             place = start + column
-            seen = valid[:, None] & (place < columns) & ((place < own_first) | (place >= own_end))
+            seen = valid[:, None] & (place < columns) & ((place < excluded_first) | (place >= excluded_end))
             s = tl.load(start_of_row[:, None] + place, mask=seen, other=float("-inf")).to(tl.float32)
             s = tl.where(seen, s * scale, float("-inf"))
             new_peak = tl.maximum(peak, tl.max(s, 1))
@@ -435,7 +435,7 @@ def softmax_kernel(
             for start in range(0, columns, COLUMNS):
                 place = start + column
                 inside = valid[:, None] & (place < columns)
-                seen = inside & ((place < own_first) | (place >= own_end)) & (mass != 0)[:, None]
+                seen = inside & ((place < excluded_first) | (place >= excluded_end)) & (mass != 0)[:, None]
                 s = tl.load(start_of_row[:, None] + place, mask=seen, other=0.0).to(tl.float32) * scale
                 gradient = tl.exp(s - peak[:, None]) * normalizer
                 for t in range(targets_per_row):

@@ -85,7 +85,7 @@ class HeadPlan:
 
 
 def _quantiles_of_time(call: Callable[[], None], quantiles: tuple[float, ...]) -> list[float]:
-    """Quantiles of the milliseconds of a kernel; unlike Triton's own measure this allocates nothing large."""
+    """Quantiles of the milliseconds of a kernel; unlike Triton's measure this allocates nothing large."""
     call()
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(_TIMED_CALLS)]
     for start, end in events:
@@ -117,7 +117,7 @@ def mlp_rows(
     scale: float,
     targets: Tensor,
     weights: Tensor,
-    own: Tensor | None,
+    excluded: Tensor | None,
     gradients: tuple[Tensor, Tensor, Tensor] | None,
     gelu: str = "exact",
 ) -> Tensor:
@@ -143,9 +143,9 @@ def mlp_rows(
         bias: [m] float32.
         weight_out: [m] float32.
         scale: what the layer multiplies q.k by.
-        targets: [R, T] int64, columns, 0 to M - 1 and none of `own`.
+        targets: [R, T] int64, columns, 0 to M - 1 and none of `excluded`.
         weights: [R, T] float32, at least 0; 0 marks a place without a target.
-        own: [R, 2] int64, half-open range of columns that the row does not see, or None.
+        excluded: [R, 2] int64, half-open range of columns that a row does not see, or None.
         gradients: three float32 tensors like weight_in, bias and weight_out that the gradients are added to, or
             None for losses only.
         gelu: "exact", at most 6e-7 from the true GELU for inputs between -12 and 12, where torch in float32 is up to
@@ -159,7 +159,7 @@ def mlp_rows(
     """
     if gelu not in GELUS:
         raise unknown_name("gelu", gelu, GELUS)
-    _check_rows(logits, targets, weights, own)
+    _check_rows(logits, targets, weights, excluded)
     heads, rows, columns = logits.shape
     units = len(bias)
     if not 1 <= heads <= MAX_HEADS:
@@ -193,7 +193,7 @@ def mlp_rows(
         _tuned_scores_kernel[(min(programs, at_once),)](
             logits, packed, weight_out, scores, pairs, units, **shape, **options
         )
-        _launch_softmax(scores, 1.0, targets, weights, own, gradients is not None, losses)
+        _launch_softmax(scores, 1.0, targets, weights, excluded, gradients is not None, losses)
         if gradients is None:
             return losses
         # Groups of hidden units find the gradient of the weights first: logits hold nothing else afterwards.
@@ -223,7 +223,7 @@ def mlp_rows(
 
 
 def softmax_rows(
-    logits: Tensor, scale: float, targets: Tensor, weights: Tensor, own: Tensor | None, gradients: bool
+    logits: Tensor, scale: float, targets: Tensor, weights: Tensor, excluded: Tensor | None, gradients: bool
 ) -> Tensor:
     """Losses [R] of rows whose heads are joined linearly or not at all, averaged over the first axis.
 
@@ -236,18 +236,18 @@ def softmax_rows(
         scale: what the layer multiplies q.k by.
         targets: see `mlp_rows`.
         weights: see `mlp_rows`.
-        own: see `mlp_rows`.
+        excluded: see `mlp_rows`.
         gradients: whether to compute the gradient.
 
     Raises:
         ShapeError: a tensor of another shape, or not contiguous.
         ValueError: another dtype.
     """
-    _check_rows(logits, targets, weights, own)
+    _check_rows(logits, targets, weights, excluded)
     losses = torch.zeros(logits.shape[1], dtype=torch.float32, device=logits.device)
     if logits.numel():
         with torch.cuda.device_of(logits):
-            _launch_softmax(logits, scale, targets, weights, own, gradients, losses)
+            _launch_softmax(logits, scale, targets, weights, excluded, gradients, losses)
     return losses
 
 
@@ -267,7 +267,7 @@ def _launch_softmax(
     scale: float,
     targets: Tensor,
     weights: Tensor,
-    own: Tensor | None,
+    excluded: Tensor | None,
     gradients: bool,
     losses: Tensor,
 ) -> None:
@@ -277,14 +277,14 @@ def _launch_softmax(
         logits,
         targets,
         weights,
-        targets if own is None else own,
+        targets if excluded is None else excluded,
         losses,
         rows,
         columns,
         targets.shape[1],
         scale,
         COPIES=copies,
-        OWN=own is not None,
+        EXCLUDES=excluded is not None,
         GRADIENT=gradients,
         ROWS=tile_rows,
         COLUMNS=tile_columns,
@@ -292,7 +292,7 @@ def _launch_softmax(
     )
 
 
-def _check_rows(logits: Tensor, targets: Tensor, weights: Tensor, own: Tensor | None) -> None:
+def _check_rows(logits: Tensor, targets: Tensor, weights: Tensor, excluded: Tensor | None) -> None:
     if logits.ndim != 3 or not logits.is_contiguous():
         raise ShapeError("logits", expected="[K, R, M], contiguous", got=logits.shape)
     if logits.dtype not in DTYPES:
@@ -302,8 +302,8 @@ def _check_rows(logits: Tensor, targets: Tensor, weights: Tensor, own: Tensor | 
         raise ShapeError("targets", expected="[R, T]", got=targets.shape)
     _check("targets", targets, "[R, T]", (rows, targets.shape[1]), torch.int64)
     _check("weights", weights, "[R, T]", (rows, targets.shape[1]), torch.float32)
-    if own is not None:
-        _check("own", own, "[R, 2]", (rows, 2), torch.int64)
+    if excluded is not None:
+        _check("excluded", excluded, "[R, 2]", (rows, 2), torch.int64)
 
 
 def _check(name: str, tensor: Tensor, axes: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:

@@ -352,7 +352,7 @@ class TokenLayout:
         elif tokens != expected[1]:
             cure = (
                 "The correspondence has another token grid or number of views than this layer; "
-                "use size=model.token_grid(height, width)"
+                "use token_grid=model.token_grid(height, width)"
             )
         elif attention_batch > expected[0] and attention_batch % expected[0] == 0:
             cure = (

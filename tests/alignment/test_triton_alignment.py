@@ -11,8 +11,7 @@ from torch import Tensor
 
 from cameo.alignment import AlignmentHead, alignment_loss
 from cameo.correspondence import Correspondence
-from tests.alignment.test_alignment import PADDED, gradients, make_head, make_inputs
-from tests.alignment.test_chunked_alignment import dense_from_logits
+from tests.helpers.alignment_inputs import PADDED, dense_from_logits, gradients, make_head, make_inputs
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
