@@ -23,8 +23,8 @@ from cameo.training.data import build_dataset
 from cameo.training.settings import load_config
 from cameo.training.setup import load_pipeline, wrap_denoiser
 from tests.helpers.batches import make_batch
+from tests.helpers.sequences import write_sequence
 from tests.helpers.training_runs import fresh_accelerate, make_config, make_trainer, scene_cache
-from tests.recipes.test_recipes import write_sequence
 
 NAN = float("nan")
 
