@@ -22,7 +22,7 @@ from cameo.training.data import build_dataset
 from cameo.training.settings import load_config
 from cameo.training.setup import add_lora, arms_of, check_push, load_pipeline
 from cameo.wrap import attach
-from tests.helpers.rgbd_folders import write_sequence
+from tests.helpers.sequences import write_sequence
 from tests.helpers.training_runs import RecipeProcess, make_config, read_lines, same_files
 
 WEIGHTS = "pytorch_lora_weights.safetensors"

@@ -20,7 +20,7 @@ from cameo.probing.denoising import ValidationSettings
 from cameo.training import setup
 from cameo.training.settings import load_config, settings_file
 from cameo.training.setup import load_pipeline
-from tests.helpers.rgbd_folders import write_sequence
+from tests.helpers.sequences import write_sequence
 from tests.helpers.training_runs import RECIPES, fresh_accelerate, read_lines, scene_cache
 
 SHORT = {

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ from typing import Any
 import pytest
 
 from cameo.errors import DataError
-from cameo.processes.stopping import ECHO_SECONDS
 from cameo.training import checkpoint
 from cameo.training.records import Records
 from tests.helpers.training_runs import (
@@ -134,17 +132,6 @@ def test_full_training_with_ema_survives_kill_and_sigint_bit_for_bit(
     assert (out / "metrics.jsonl").read_text() == (whole / "metrics.jsonl").read_text()
     assert (out / "table.md").is_file()
     assert same_files(out / weights, whole / weights)
-
-
-def test_second_interrupt_stops_at_once(tmp_path: Path) -> None:
-    settings = {"max_train_steps": 500, "checkpointing_steps": 500}
-    run = RecipeProcess("lora_finetune", tmp_path, **settings, signal_at=(2, signal.SIGINT), stall="checkpoint-")
-    run.reach(lambda: any(tmp_path.glob(".*checkpoint-*/*.half")))  # hangs in its checkpoint for ten minutes
-    time.sleep(ECHO_SECONDS + 0.2)
-    run.signal(signal.SIGINT)
-    assert run.wait(timeout=20) != 0
-    assert "KeyboardInterrupt" in run.output
-    assert checkpoints(tmp_path) == []
 
 
 def test_runs_that_cannot_go_on_end_with_an_error(uninterrupted: dict[str, RecipeProcess], tmp_path: Path) -> None:

@@ -20,7 +20,8 @@ from cameo.data import collate
 from cameo.data.batches import match_batch
 from cameo.errors import DataError
 from cameo.training.data import noisy_inputs, step_generator
-from cameo.training.settings import CHANGEABLE, TrainingConfig
+from cameo.training.settings import TrainingConfig
+from cameo.training.settings.config import CHANGEABLE
 from cameo.training.setup import arms_of, load_pipeline, wrap_denoiser
 from cameo.training.supervision import (
     PROJECTOR_FILE,
