@@ -21,7 +21,7 @@ from cameo.correspondence import Correspondence
 from cameo.errors import ShapeError
 
 ASSETS = Path(__file__).parents[1] / "assets"
-BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "correspondence_accuracy.py"
+BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "correspondence" / "accuracy.py"
 
 
 @pytest.fixture(scope="module")
