@@ -1,14 +1,15 @@
 """Does CAMEO train multi-view diffusion models in fewer steps? Same data order, noise and budget in every arm.
 
-    python benchmarks/convergence/study.py --preset tiny                             # CPU smoke version, all backbones
-    python benchmarks/convergence/study.py --preset small --subjects cat3d --minutes 9.5   # a piece of the GPU version
-    python benchmarks/convergence/study.py --preset tiny --subjects rgbd_room --data path/to/sequence
-    python benchmarks/convergence/study.py --preset tiny --subjects cat3d --arms loss_weight=0.02 softness=1.0 --seeds 0
+    python -m benchmarks.convergence.study --preset tiny                              # on a CPU, all backbones
+    python -m benchmarks.convergence.study --preset small --subjects cat3d --minutes 9.5    # on a GPU, in several goes
+    python -m benchmarks.convergence.study --preset tiny --subjects rgbd_room --data path/to/sequence
+    python -m benchmarks.convergence.study --preset tiny --subjects cat3d --arms loss_weight=0.02 softness=1.0 --seeds 0
 
-Trains each subject of `<preset>.yaml` from scratch in each arm with each seed, and validates on the way. A finished run
-is kept in `benchmarks/results/convergence/<preset>/<subject>/<arm>-<seed>.json` and not repeated; an unfinished one is
-continued from its checkpoint in `--work`. With `--minutes` the run in progress is stopped in time with a checkpoint.
-The table of all finished runs is printed last; `benchmarks/results_page.py` writes docs/results.md from them.
+Trains each subject of `presets/<preset>.yaml` from scratch in each arm with each seed, and validates on the way. A
+finished run is kept in `benchmarks/results/convergence/<preset>/<subject>/<arm>-<seed>.json` and not repeated; an
+unfinished one is continued from its checkpoint in `--work`. With `--minutes` the run in progress is stopped in time
+with a checkpoint.
+The table of all finished runs is printed last; `python -m benchmarks.pages` writes docs/results.md from them.
 
 Arms: `none`; `cameo` at the layer that the probe ranks best in the model of `none`, seed 0; `wrong_layer` at the one it
 ranks last; `other_scene` and `random`, CAMEO with matches that must not help; `repa`; or any `key=value[,key=value]`
@@ -33,6 +34,8 @@ from typing import Any
 
 import torch
 
+from benchmarks.common import page
+from benchmarks.convergence.curves import load_results, table_of_arms
 from cameo.backbone import get_backbone
 from cameo.data import MultiViewDataset
 from cameo.evaluation.validation import validate
@@ -51,8 +54,9 @@ from cameo.training.setup import load_pipeline, wrap_denoiser
 from cameo.training.trainer import Trainer
 from cameo.wrap import CameoModel
 
-HERE = Path(__file__).parent
-RESULTS = HERE.parent / "results" / "convergence"
+MODULE = "benchmarks.convergence.study"
+PRESETS = Path(__file__).parent / "presets"
+RESULTS = page.RESULTS / "convergence"
 SUBJECTS = ("cat3d", "mvdream", "zero123plus", "sv3d", "cat3d_transformer")
 ARMS = ("none", "cameo", "wrong_layer", "other_scene", "random", "repa")
 UNSAVED = ("output_dir", "train_data_dir")
@@ -60,7 +64,7 @@ UNSAVED = ("output_dir", "train_data_dir")
 
 def settings_of(preset: str, subject: str, data: str | None) -> dict[str, Any]:
     """Return the training settings of a subject, without those of an arm."""
-    file = read_yaml(HERE / f"{preset}.yaml")
+    file = read_yaml(PRESETS / f"{preset}.yaml")
     if subject not in file["subjects"]:
         raise SystemExit(f"--subjects {subject}: expected some of {', '.join(file['subjects'])}")
     typed = {**file["common"], **file["subjects"][subject]}
@@ -256,7 +260,7 @@ def run_in_processes(options: argparse.Namespace, runs: Sequence[tuple[str, str,
             subject, arm, seed = waiting[0]
             if arm != "none" and known_probe(options.preset, subject) is None:
                 break  # its layer is still to be found
-            command = [sys.executable, __file__, "--preset", options.preset, "--subjects", subject, "--arms", arm]
+            command = [sys.executable, "-m", MODULE, "--preset", options.preset, "--subjects", subject, "--arms", arm]
             command += ["--seeds", str(seed), "--work", options.work]
             command += ["--data", options.data] if options.data else []
             command += ["--minutes", str((stop_at - time.monotonic()) / 60)] if stop_at is not None else []
@@ -277,10 +281,8 @@ def finished(process: subprocess.Popen[bytes]) -> bool:
 
 def main(arguments: list[str]) -> None:
     """Run what is missing, then print the table."""
-    from curves import load_results, table_of_arms
-
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--preset", default="tiny", choices=sorted(path.stem for path in HERE.glob("*.yaml")))
+    parser.add_argument("--preset", default="tiny", choices=sorted(path.stem for path in PRESETS.glob("*.yaml")))
     parser.add_argument("--subjects", nargs="+", default=list(SUBJECTS))
     parser.add_argument("--arms", nargs="+", default=list(ARMS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])

@@ -1,6 +1,6 @@
 """Compare the core on a GPU with the CPU in float64: correspondence, kernels of the loss, capture, xformers.
 
-    python benchmarks/gpu/check_core.py [--device cuda]
+    python -m benchmarks.gpu.check_core [--device cuda]
 
 Seconds on any GPU. Prints a table; exit status 1 if an error exceeds its tolerance.
 """

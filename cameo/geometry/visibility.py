@@ -16,7 +16,7 @@ from cameo.geometry.projection import to_pixels
 __all__ = ["DEPTH_TOLERANCE", "Sighting", "check_tolerance", "look_up"]
 
 # Share of the depth by which a projected point may miss the depth seen there; its choice is measured in
-# benchmarks/correspondence_accuracy.md.
+# benchmarks/correspondence/accuracy.md.
 DEPTH_TOLERANCE = 0.02
 
 

@@ -13,7 +13,7 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "kernel_registers.py"
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "alignment" / "kernel_registers.py"
 
 
 @pytest.fixture(scope="module")

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from scipy import stats
 
+from benchmarks.convergence import curves, study, tables
 from tests.helpers.sequences import write_sequence
 
-FOLDER = Path(__file__).parents[2] / "benchmarks"
 SETTINGS = """
 common: {resolution: 16, num_scenes: 4, num_validation_scenes: 2, views_per_scene: 3, train_batch_size: 2, num_views: 2,
   max_train_steps: 4, validation_steps: 2, checkpointing_steps: 2, report_to: none, loss_weight: 0.1, min_overlap: 0.0,
@@ -27,19 +25,6 @@ subjects:
   cat3d: {backbone: cat3d, preset: tiny, preset_options: {image_size: 16, block_out_channels: [16],
     attention_levels: [true], norm_num_groups: 4, heads: 2}}
 """
-
-
-@pytest.fixture(scope="module")
-def scripts() -> Iterator[SimpleNamespace]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(FOLDER))
-        patch.syspath_prepend(str(FOLDER / "convergence"))
-        before = set(sys.modules)
-        names = ("curves", "study", "results_page")
-        yield SimpleNamespace(**{name: importlib.import_module(name) for name in names})
-        for name in set(sys.modules) - before:
-            if not name.startswith(("timm", "torch", "cameo")):
-                del sys.modules[name]
 
 
 def a_run(qualities: list[float], *, seed: int = 0, seconds: float = 1.0, losses: list[float] | None = None) -> dict:
@@ -58,7 +43,7 @@ def a_run(qualities: list[float], *, seed: int = 0, seconds: float = 1.0, losses
     return {"seed": seed, "validations": validations, "device": "x86_64 CPU", "layer": "mid_block.attentions.0.attn1"}
 
 
-def test_steps_to_a_quality_against_a_fine_grid(scripts: SimpleNamespace) -> None:
+def test_steps_to_a_quality_against_a_fine_grid() -> None:
     generator = np.random.default_rng(0)
     for _ in range(20):
         values = generator.normal(size=8).cumsum()
@@ -67,36 +52,36 @@ def test_steps_to_a_quality_against_a_fine_grid(scripts: SimpleNamespace) -> Non
         curve = np.interp(grid, np.arange(8) * 10, values)
         for goal in (values[0] - 1, values.max() - 0.1, values.mean()):
             expected = grid[np.argmax(curve >= goal)]
-            assert scripts.curves.steps_to(run, goal) == pytest.approx(expected, abs=2e-4)
-        assert scripts.curves.steps_to(run, values.max() + 0.1) == math.inf
+            assert curves.steps_to(run, goal) == pytest.approx(expected, abs=2e-4)
+        assert curves.steps_to(run, values.max() + 0.1) == math.inf
 
 
-def test_the_interval_is_students(scripts: SimpleNamespace) -> None:
+def test_the_interval_is_students() -> None:
     values = [1.0, 1.7, 0.4]
-    mean, low, high = scripts.curves.interval(values)
+    mean, low, high = curves.interval(values)
     expected = stats.ttest_1samp(values, 0).confidence_interval(0.95)
     assert (mean, low, high) == pytest.approx((np.mean(values), *expected), abs=1e-3)
-    for count, quantile in enumerate(scripts.curves.T_QUANTILES, start=1):
+    for count, quantile in enumerate(curves.T_QUANTILES, start=1):
         assert quantile == pytest.approx(stats.t.ppf(0.975, count), abs=1e-3)
-    assert math.isnan(scripts.curves.interval([2.0])[1])
+    assert math.isnan(curves.interval([2.0])[1])
 
 
-def test_a_ratio_compares_runs_of_the_same_seed(scripts: SimpleNamespace) -> None:
+def test_a_ratio_compares_runs_of_the_same_seed() -> None:
     slow, fast = [10.0, 11.0, 12.0, 13.0, 14.0, 14.0, 14.0], [10.0, 12.0, 14.0, 14.0, 14.0, 14.0, 14.0]
     base = [a_run(slow, seed=0), a_run(slow, seed=1), a_run(slow, seed=2)]
     arm = [a_run(fast, seed=1), a_run(fast, seed=0)]
-    assert scripts.curves.speedups(base, arm) == pytest.approx([2.0, 2.0])
-    assert scripts.curves.show_speedup([2.0, 2.0]) == "2.00 [2.00, 2.00]"
-    assert scripts.curves.speedups(base[:1], [a_run([10.0] * 7)]) == [0.0]
-    assert scripts.curves.show_speedup([0.0, 1.5]) == "reached by 1 of 2 seeds (1.50)"
-    assert scripts.curves.speedups([a_run([10.0, 9.0, 9.0, 9.0])], [a_run(fast)]) == []
-    assert "learns nothing" in scripts.curves.show_speedup([])
+    assert curves.speedups(base, arm) == pytest.approx([2.0, 2.0])
+    assert curves.show_speedup([2.0, 2.0]) == "2.00 [2.00, 2.00]"
+    assert curves.speedups(base[:1], [a_run([10.0] * 7)]) == [0.0]
+    assert curves.show_speedup([0.0, 1.5]) == "reached by 1 of 2 seeds (1.50)"
+    assert curves.speedups([a_run([10.0, 9.0, 9.0, 9.0])], [a_run(fast)]) == []
+    assert "learns nothing" in curves.show_speedup([])
 
 
-def test_the_table_shows_differences_seed_by_seed(scripts: SimpleNamespace) -> None:
+def test_the_table_shows_differences_seed_by_seed() -> None:
     none = [a_run([10.0, 11.0, 11.0, 11.0], seed=0), a_run([10.0, 15.0, 15.0, 15.0], seed=1)]
     other = [a_run([10.0, 12.0, 12.0, 12.0], seed=0, seconds=2.0), a_run([10.0, 16.0, 16.0, 16.0], seed=1, seconds=2.0)]
-    lines = scripts.curves.table_of_arms({"none": none, "cameo": other}).splitlines()
+    lines = curves.table_of_arms({"none": none, "cameo": other}).splitlines()
     cells = [cell.strip() for cell in lines[3].strip("|").split("|")]
     assert cells[:6] == ["cameo", "2", "mid 0", "14.00", "+1 [+1, +1]", "13.00"]
     assert cells[-1] == "2.000"
@@ -105,18 +90,17 @@ def test_the_table_shows_differences_seed_by_seed(scripts: SimpleNamespace) -> N
 
 
 @pytest.fixture(scope="module")
-def small_study(scripts: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+def small_study(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     folder = tmp_path_factory.mktemp("study")
     (folder / "trial.yaml").write_text(SETTINGS, encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scripts.study, "HERE", folder)
-        patch.setattr(scripts.study, "RESULTS", folder / "results")
+        patch.setattr(study, "PRESETS", folder)
+        patch.setattr(study, "RESULTS", folder / "results")
         common = ["--preset", "trial", "--subjects", "cat3d", "--work", str(folder / "work")]
-        yield SimpleNamespace(
-            folder=folder, study=scripts.study, main=lambda *more: scripts.study.main([*common, *more])
-        )
+        yield SimpleNamespace(folder=folder, study=study, main=lambda *more: study.main([*common, *more]))
 
 
+@pytest.mark.slow
 def test_every_arm_runs_once_and_leaves_a_whole_record(small_study: Any, capsys: pytest.CaptureFixture) -> None:
     arms = [*small_study.study.ARMS, "loss_weight=0.3,softness=0.5", "layers=2"]
     small_study.main("--seeds", "0", "--arms", *arms)
@@ -188,39 +172,30 @@ def test_an_arm_that_needs_the_ranking_says_so(
         small_study.study.free_arm("cameos", ["a"])
 
 
-def test_longer_runs_stand_in_a_table_of_their_own(
-    scripts: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    page, folder = scripts.results_page, tmp_path / "tiny" / "cat3d"
+def test_longer_runs_stand_in_a_table_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "tiny" / "cat3d"
     folder.mkdir(parents=True)
-    monkeypatch.setattr(page, "STUDY", tmp_path)
+    monkeypatch.setattr(tables, "STUDY", tmp_path)
     facts = {"preset": "tiny", "subject": "cat3d", "threads": 1, "torch": "2", "date": "2026-01-01", "parameters": 1e6}
     arms = ["none", "cameo", "weight=0.2", "max_train_steps=2", "max_train_steps=9,layers=2"]
-    arms += [f"max_train_steps={steps}{rest}" for steps in (9, 20) for rest in ("", ",weight=0.0")]
+    arms += ["max_train_steps=9", "max_train_steps=9,weight=0.0"]  # `weight` is what earlier results call loss_weight
+    arms += ["max_train_steps=20", "max_train_steps=20,loss_weight=0.0"]
     arms += ["max_train_steps=30"]
     for place, arm in enumerate(arms):
         steps = int(arm.split(",")[0].split("=")[1]) if arm.startswith("max") else 4
         run = {**facts, **a_run([1.0, 2.0 + place]), "arm": arm}
         run["settings"] = {"max_train_steps": steps, "train_batch_size": 1, "weight": 0.0 if "0.0" in arm else 0.1}
         (folder / f"{place}.json").write_text(json.dumps(run))
-    named, varied = (page.arms("tiny", "cat3d", named=named) for named in (True, False))
+    named, varied = (tables.arms("tiny", "cat3d", named=named) for named in (True, False))
     assert [line.split(" | ")[0] for line in named.splitlines()[4:]] == ["| none", "| cameo"]
     shown = [line.split(" | ")[0] for line in varied.splitlines()[4:]]
     assert shown == ["| none", "| max_train_steps=2", "| max_train_steps=9,layers=2", "| weight=0.2"]
     assert "--arms max_train_steps=2 max_train_steps=9,layers=2 weight=0.2 --seeds 0`" in varied
-    long = page.longer_tables("tiny", "cat3d")
+    long = tables.longer_tables("tiny", "cat3d")
     assert [line.split(" | ")[0] for line in long.splitlines() if line.startswith(("| none", "| cameo"))] == [
         "| none",
         "| cameo",
     ] * 2
     assert long.count("--arms max_train_steps=9 max_train_steps=9,weight=0.0") == 1
     (folder / "0.json").unlink()
-    assert page.longer_tables("tiny", "cat3d").startswith("Not run yet")  # nothing to be longer than
-
-
-def test_the_page_agrees_with_the_results(scripts: SimpleNamespace) -> None:
-    page = scripts.results_page.PAGE.read_text(encoding="utf-8")
-    report: ModuleType = importlib.import_module("report")
-    assert report.filled(page, scripts.results_page.TABLES) == page, "run `python benchmarks/results_page.py`"
-    named = {name for _, name, _ in report.TABLE.findall(page)}
-    assert {f"study_tiny_{subject}" for subject in scripts.study.SUBJECTS} <= named
+    assert tables.longer_tables("tiny", "cat3d").startswith("Not run yet")  # nothing to be longer than

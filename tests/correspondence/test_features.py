@@ -23,7 +23,7 @@ from cameo.errors import DataError, ShapeError, WeightsUnavailable
 from tests.helpers.memory import memory_of
 
 NAME = "test_vit"
-BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "feature_matches.py"
+BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "correspondence" / "feature_matches.py"
 
 
 def random_extractor(**options: int) -> FeatureExtractor:

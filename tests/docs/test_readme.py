@@ -62,3 +62,15 @@ def test_every_test_that_the_readme_names_exists() -> None:
     assert len(set(named)) > 10
     for name in named:
         assert re.search(rf"def {name}\(", code), name
+
+
+def test_every_command_of_a_page_names_a_script() -> None:
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/**/*.md")]
+    text = "\n".join(page.read_text(encoding="utf-8") for page in pages)
+    modules = set(re.findall(r"python -m (benchmarks[.\w]*)", text))
+    files = set(re.findall(r"python ((?:benchmarks|recipes|tests)/[/.\w]*)", text))
+    assert {"benchmarks.pages", "benchmarks.convergence.study"} <= modules
+    assert "recipes/lora_finetune.py" in files
+    missing = {name for name in modules if not (ROOT / (name.replace(".", "/") + ".py")).is_file()}
+    missing |= {name for name in files if not (ROOT / name).is_file()}
+    assert not missing

@@ -34,9 +34,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("base")
     torch.manual_seed(0)
     down, up = ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"), ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D")
-    token_grids = {"block_out_channels": (16, 32), "layers_per_block": 1, "norm_num_groups": 8}
+    shape = {"block_out_channels": (16, 32), "layers_per_block": 1, "norm_num_groups": 8}
     unet = UNet2DConditionModel(
-        **token_grids, down_block_types=down, up_block_types=up, attention_head_dim=4, cross_attention_dim=1024
+        **shape, down_block_types=down, up_block_types=up, attention_head_dim=4, cross_attention_dim=1024
     )
     unet.save_pretrained(folder / "unet")
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
@@ -130,7 +130,7 @@ def test_weight_and_loss_belong_to_the_module_inside_ddp() -> None:
     [
         ("inflate(unet, latent_stride=latent_stride)", "pass", r"inflate\(unet, latent_stride=8\)"),
         ("inflate(unet, latent_stride=latent_stride)", "inflate(unet)", r"inflate\(unet, latent_stride=8\)"),
-        ('{"num_views": views}', "{}", r"cross_attention_kwargs=\{'num_views': 3\}"),
+        ('{"num_views": views}', "{}", r'cross_attention_kwargs=\{"num_views": 3\}'),
     ],
 )
 def test_errors_lead_back_to_the_page(forgotten: str, instead: str, cure: str) -> None:

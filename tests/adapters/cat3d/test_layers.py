@@ -109,7 +109,7 @@ def test_a_plain_unet_is_refused_and_the_cure_works() -> None:
     options = eval(arguments[1], {"V": 2})
     model(sample, 0, context, cross_attention_kwargs=options, correspondence=match)
     assert model.num_supervised == 16
-    with pytest.raises(ShapeError, match=r"Each of the 2 views was attended alone.*num_views.*\{'num_views': 2\}"):
+    with pytest.raises(ShapeError, match=r'Each of the 2 views was attended alone.*num_views.*\{"num_views": 2\}'):
         model(sample, 0, context, correspondence=match)
 
 

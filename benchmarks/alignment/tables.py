@@ -1,32 +1,22 @@
-"""Draw the pictures and fill the tables of docs/performance.md from the results files.
-
-    python benchmarks/report.py
-
-Everything between `<!-- table: NAME -->` and `<!-- end -->` is written anew; the rest of the page is text.
-"""
+"""Tables and picture of the alignment loss in docs/performance.md, from its results files."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import alignment
-import alignment_gates
-import correspondence
-import training_step
-from alignment_cases import Setting
-from alignment_peers import dense_bytes
-from measure import read_results, table_of
+from benchmarks.alignment import gates, measure
+from benchmarks.alignment.cases import Setting
+from benchmarks.alignment.peers import dense_bytes
+from benchmarks.common.measuring import table_of
+from benchmarks.common.page import DEVICES, PICTURES, Script
 
-__all__ = ["TABLES", "draw", "filled"]
+__all__ = ["SCRIPT", "TABLES", "draw"]
 
-ROOT = Path(__file__).parent.parent
-PAGE, PICTURES, RESULTS = ROOT / "docs" / "performance.md", ROOT / "docs" / "images", ROOT / "benchmarks" / "results"
-TABLE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
-NOT_MEASURED = "Not measured yet: `{command}`.\n"
+SCRIPT = Script("benchmarks.alignment.measure", "alignment")
 EXPANSION = 4  # of the head's hidden layer
 
 # Released models: grid, views, heads and batch of the supervised layer.
@@ -60,50 +50,49 @@ def counts() -> str:
     return table_of(rows) + "\n"
 
 
-def gates(device: str) -> str:
+def demanded(device: str) -> str:
     """What was demanded and what was measured."""
-    found = _found("alignment", device)
-    return _page(found, table_of(alignment_gates.check(found, device)), "alignment", device)
+    found = SCRIPT.found(device)
+    return SCRIPT.section(found, table_of(gates.check(found, device)), device)
 
 
 def sizes(device: str) -> str:
     """All methods and selections at the sizes of the gates."""
-    found = _found("alignment", device)
-    names = [setting.name for setting in alignment.gate_settings(device)]
+    found = SCRIPT.found(device)
+    names = [setting.name for setting in measure.gate_settings(device)]
     kept = {name: found[name] for name in names if name in found}
     rows = [
         {key: row[key] for key in row if key not in ("views", "heads", "batch", "head", "gradient error")}
-        for row in alignment.table(kept)
+        for row in measure.table(kept)
     ]
-    return _page(kept, table_of(rows), "alignment", device)
+    return SCRIPT.section(kept, table_of(rows), device)
 
 
 def growth(device: str) -> str:
     """The rows with a target only, over growing sizes."""
-    found = _found("alignment", device)
-    rows = [row for row in alignment.table(found) if row["rows"].startswith("released")]
+    found = SCRIPT.found(device)
+    rows = [row for row in measure.table(found) if row["rows"].startswith("released")]
     hidden = ("rows", "median ms")
-    return _page(
+    return SCRIPT.section(
         found,
         table_of([{key: row[key] for key in row if key not in hidden} for row in rows]),
-        "alignment",
         device,
     )
 
 
 def linear(device: str) -> str:
     """A head that averages, against linear cross-entropy."""
-    found = {name: entry for name, entry in _found("alignment", device).items() if ", mean, " in name}
+    found = {name: entry for name, entry in SCRIPT.found(device).items() if ", mean, " in name}
     rows = [
         {key: row[key] for key in row if key not in ("views", "heads", "batch", "head", "gradient error")}
-        for row in alignment.table(found)
+        for row in measure.table(found)
     ]
-    return _page(found, table_of(rows), "alignment", device)
+    return SCRIPT.section(found, table_of(rows), device)
 
 
 def exactness(device: str) -> str:
     """Errors against float64, largest over loss and gradients."""
-    found = {name: entry for name, entry in _found("alignment", device).items() if "errors" in entry}
+    found = {name: entry for name, entry in SCRIPT.found(device).items() if "errors" in entry}
     rows = []
     for entry in found.values():
         for key, errors in entry["errors"].items():
@@ -121,12 +110,12 @@ def exactness(device: str) -> str:
                     "repeats bit by bit": "yes" if entry["bitwise"][key] else "no",
                 }
             )
-    return _page(found, table_of(rows), "alignment", device)
+    return SCRIPT.section(found, table_of(rows), device)
 
 
 def resident(device: str) -> str:
     """The allocator's count beside the growth of the process, where both were taken."""
-    found = {name: entry for name, entry in _found("alignment", device).items() if entry.get("resident_bytes")}
+    found = {name: entry for name, entry in SCRIPT.found(device).items() if entry.get("resident_bytes")}
     rows = [
         {
             "tokens": f"{entry['setting']['tokens']}x{entry['setting']['tokens']}",
@@ -137,104 +126,21 @@ def resident(device: str) -> str:
         for entry in found.values()
         for run, grown in entry["resident_bytes"].items()
     ]
-    return _page(found, table_of(rows), "alignment", device)
-
-
-def step(device: str) -> str:
-    """Whole training steps with and without alignment, and the gates on them."""
-    found = _found("training_step", device)
-    tables = [table_of(training_step.check(found)), table_of(training_step.table(found))]
-    return _page(found, "\n\n".join(tables), "training_step", device)
-
-
-def matches(device: str) -> str:
-    """Correspondence: the gates on it, then all forms and sizes."""
-    found = _found("correspondence", device)
-    tables = [_correspondence_gates(found, device), correspondence.table(found)]
-    return _page(found, "\n\n".join(map(table_of, tables)), "correspondence", device)
-
-
-def _correspondence_gates(found: Mapping[str, Any], device: str) -> list[dict[str, Any]]:
-    """Compare with what is demanded at 32x32 tokens and 4 views; on CUDA at batch 3."""
-
-    def figure(name: str, form: str, key: str = "best") -> float | None:
-        return found.get(name, {}).get(form, {}).get(key)
-
-    def ratio(above: float | None, below: float | None) -> float | None:
-        return above / below if above is not None and below else None
-
-    size = "32x32 tokens, 4 views, batch {}, {}".format
-    ours = correspondence.OURS
-    equal = figure(size(1, "float64"), ours, "equal_index_and_mask")
-    rows = [alignment_gates.row("share of equal index and mask in float64, 32x32", ">= 1", equal)]
-    if device == "cuda":
-        best = figure(size(3, "float32"), ours)
-        milliseconds = best * 1e3 if best is not None else None
-        return [*rows, alignment_gates.row("correspondence at batch 3, ms", "<= 0.15", milliseconds)]
-    name = size(1, "float32")
-    dense = ratio(figure(name, correspondence.DENSE), figure(name, ours))
-    tree = ratio(figure(name, ours), figure(name, "scipy cKDTree, 2 workers"))
-    return [
-        alignment_gates.row("time of the broadcast form / correspondence, 32x32", ">= 20", dense),
-        alignment_gates.row("time of correspondence / scipy cKDTree, 32x32", "<= 1.25", tree),
-        *rows,
-        alignment_gates.row(
-            "workspace of correspondence, 32x32, MB", "<= 8", figure(name, ours, "workspace_megabytes")
-        ),
-    ]
-
-
-def missed(device: str) -> str:
-    """What falls short of what was demanded."""
-    found = _found("alignment", device)
-    rows = alignment_gates.check(found, device) if found else []
-    steps = _found("training_step", device)
-    rows += training_step.check(steps) if steps else []
-    matched = _found("correspondence", device)
-    rows += _correspondence_gates(matched, device) if matched else []
-    states = {state: [row for row in rows if row["state"] == state] for state in ("missed", "not measured")}
-    lines = [
-        f"- {row['gate']}: demanded {row['demanded']}, measured {row['measured']:.3g}." for row in states["missed"]
-    ]
-    lines += [f"- {row['gate']}: not measured." for row in states["not measured"]]
-    if not rows:
-        return NOT_MEASURED.format(command=_command("alignment", device))
-    return "\n".join(lines or ["Nothing that was measured."]) + "\n"
+    return SCRIPT.section(found, table_of(rows), device)
 
 
 TABLES: dict[str, Callable[[], str]] = {"counts": counts} | {
-    f"{function.__name__}_{device}": (lambda function=function, device=device: function(device))
-    for function in (gates, sizes, growth, linear, exactness, resident, matches, step, missed)
-    for device in ("cpu", "cuda")
-}
-
-
-def _found(script: str, device: str) -> dict[str, Any]:
-    return read_results(RESULTS / f"{script}_{device}.json")
-
-
-def _command(script: str, device: str) -> str:
-    return f"python benchmarks/{script}.py --device {device}"
-
-
-def _page(found: Mapping[str, Any], table: str, script: str, device: str) -> str:
-    """A table under what it was measured on, or how to measure it."""
-    if not found:
-        return NOT_MEASURED.format(command=_command(script, device))
-    places = dict.fromkeys(
-        "{device}, {threads} threads, torch {torch}, {date}".format(**entry["environment"]) for entry in found.values()
+    f"{name}_{device}": partial(function, device)
+    for name, function in (
+        ("gates", demanded),
+        ("sizes", sizes),
+        ("growth", growth),
+        ("linear", linear),
+        ("exactness", exactness),
+        ("resident", resident),
     )
-    return f"`{_command(script, device)}`: {'; '.join(places)}.\n\n{table}\n"
-
-
-def filled(text: str, tables: Mapping[str, Callable[[], str]] = TABLES) -> str:
-    """Return the page with every table as the results files have it.
-
-    Raises:
-        KeyError: the page asks for a table that is not in `tables`.
-    """
-    return TABLE.sub(lambda match: f"{match[1]}\n{tables[match[2]]()}\n{match[3]}", text)
-
+    for device in DEVICES
+}
 
 METHODS = {  # name of a run: label and style
     "dense, released": ("dense", {"color": "tab:red", "marker": "o"}),
@@ -255,7 +161,7 @@ def draw(device: str) -> Path | None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    found = _found("alignment", device)
+    found = SCRIPT.found(device)
     entries = {name: entry for name, entry in found.items() if "runs" in entry}
     if not entries:
         return None
@@ -303,7 +209,7 @@ def draw(device: str) -> Path | None:
 def _along(entries: Mapping[str, Any], axis: str, device: str) -> dict[int, dict[str, Any]]:
     """Entries that differ from the middle of the growth in one axis only, by their value on it."""
     settings = [entry["setting"] for entry in entries.values()]
-    middle = alignment.gate_settings(device)[0 if device == "cuda" else 1]
+    middle = measure.gate_settings(device)[0 if device == "cuda" else 1]
     if axis == "views":
         middle = replace(middle, batch=1)
     fixed = {name: getattr(middle, name) for name in (*AXES, "head", "dtype") if name != axis}
@@ -324,18 +230,3 @@ def _others(kept: Mapping[int, Any], axis: str) -> str:
         "batch": f"batch {setting['batch']}",
     }
     return ", ".join(text for name, text in facts.items() if name != axis)
-
-
-def main() -> None:
-    """Draw, then fill the page."""
-    from cameo.files import write_atomically
-
-    for device in ("cpu", "cuda"):
-        if path := draw(device):
-            print(path.relative_to(ROOT))
-    write_atomically(PAGE, filled(PAGE.read_text(encoding="utf-8")))
-    print(PAGE.relative_to(ROOT))
-
-
-if __name__ == "__main__":
-    main()

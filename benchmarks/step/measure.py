@@ -1,6 +1,6 @@
-"""What the alignment adds to a training step at released token_grids: seconds and peak memory, measured side by side.
+"""What the alignment adds to a training step at released sizes: seconds and peak memory, measured side by side.
 
-    python benchmarks/training_step.py [--device cuda] [--backbone cat3d] [--gates] [--again]
+    python -m benchmarks.step.measure [--device cuda] [--backbone cat3d] [--gates] [--again]
 
 For each backbone the settings of `recipes/configs/lora_*`, on freshly drawn weights of the released widths and depths
 and on latents of the released grid (8 x 8 pixels folded into channels), so nothing is downloaded. VAE, text and image
@@ -21,10 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from alignment_peers import dense_loss, head_function
-from measure import Results, interleaved, peak_memory, summary, table_of
 from torch import Tensor, nn
 
+from benchmarks.alignment.peers import dense_loss, head_function
+from benchmarks.common.measuring import Results, gate, interleaved, peak_memory, summary, table_of
+from benchmarks.common.page import RESULTS, ROOT
 from cameo.alignment import supervision_weights
 from cameo.data.batches import match_layers, to_device
 from cameo.pipeline import MultiViewPipeline
@@ -32,7 +33,6 @@ from cameo.training.settings import TrainingConfig, load_config
 from cameo.training.setup import add_lora, load_pipeline, wrap_denoiser
 from cameo.wrap import CameoModel
 
-ROOT = Path(__file__).parent.parent
 FILES = {
     "cat3d": "lora_cat3d_sd21",
     "zero123plus": "lora_zero123plus_v12",
@@ -275,10 +275,8 @@ def check(found: Mapping[str, Any]) -> list[dict[str, Any]]:
         if not row["training"].startswith(GATED) or not row["step"].startswith("with alignment"):
             continue
         for figure, bound in (("time", TIME_GATE), ("memory", MEMORY_GATE)):
-            measured = row.get(f"{figure} / without")
-            state = "not measured" if measured is None else "met" if measured <= bound else "missed"
-            gate = f"{figure} of a step, {row['training']}, {row['step']} / without"
-            rows.append({"gate": gate, "demanded": f"<= {bound}", "measured": measured, "state": state})
+            name = f"{figure} of a step, {row['training']}, {row['step']} / without"
+            rows.append(gate(name, f"<= {bound}", row.get(f"{figure} / without")))
     return rows
 
 
@@ -296,11 +294,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, help="results file")
     options = parser.parse_args(arguments)
     if options.output is None and (options.width, options.resolution, options.batch) != (1.0, None, None):
-        parser.error(
-            "--width, --resolution and --batch try other token_grids: they need an --output beside the results"
-        )
+        parser.error("--width, --resolution and --batch try other sizes: they need an --output beside the results")
     device = torch.device(options.device)
-    path = options.output or ROOT / "benchmarks" / "results" / f"training_step_{device.type}.json"
+    path = options.output or RESULTS / f"training_step_{device.type}.json"
     results = Results(path, device, again=options.again)
     backbones = [GATED] if options.gates else [options.backbone] if options.backbone else list(FILES)
     for kind in kinds(backbones):

@@ -1,6 +1,6 @@
 """Time, memory and exactness of the alignment loss, forward and backward, against other ways to compute it.
 
-    python benchmarks/alignment.py [--device cuda] [--gates] [--again]
+    python -m benchmarks.alignment.measure [--device cuda] [--gates] [--again]
 
 Everything of one size is measured in turn in one process: the library's implementations and checkpointed chunks in
 three selections of rows, the dense form of the released path and its `torch.compile`, and what none can do without,
@@ -17,17 +17,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import alignment_gates
 import torch
-from alignment_cases import SELECTIONS, Case, Setting, make_case
-from alignment_limits import limits
-from alignment_peers import checkpointed_loss, dense_bytes, linear_peers, released_dense_loss
-from measure import Results, interleaved, peak_memory, peak_resident, summary, table_of
 from torch import Tensor
 
+from benchmarks.alignment import gates
+from benchmarks.alignment.cases import SELECTIONS, Case, Setting, make_case
+from benchmarks.alignment.limits import limits
+from benchmarks.alignment.peers import checkpointed_loss, dense_bytes, linear_peers, released_dense_loss
+from benchmarks.common.measuring import Results, interleaved, peak_memory, peak_resident, summary, table_of
+from benchmarks.common.page import RESULTS
 from cameo import alignment_loss
 
-RESULTS = Path(__file__).parent / "results"
 GRIDS, VIEWS, HEADS, BATCHES = (8, 16, 24, 32, 48, 64), (2, 4, 6, 12, 21), (5, 8, 10, 20), (1, 2, 3, 4)
 # Without a GPU a selection with more pairs than this is left out, so that everything takes ten minutes.
 MOST_PAIRS = {"cpu": 150_000_000, "cuda": 10**10}
@@ -261,7 +261,7 @@ def main(arguments: list[str] | None = None) -> int:
         tried = Setting(tokens=4, views=3, heads=2)
         gated, grown = [tried], []
     if options.gates:
-        grown = [setting for setting in grown if setting.name in alignment_gates.needed(gated, grown)]
+        grown = [setting for setting in grown if setting.name in gates.needed(gated, grown)]
     for setting in dict.fromkeys([*gated, *grown]):
         gate = setting in gated and not options.smallest
         budget = (GATE_SECONDS if gate else SECONDS)[device.type]
@@ -272,7 +272,7 @@ def main(arguments: list[str] | None = None) -> int:
     results.get(name, partial(exactness, tried, device))
     print(f"\n{results.environment}\n\n{table_of(table(results.found))}")
     if options.gates:
-        print("\n" + table_of(alignment_gates.check(results.found, device.type)))
+        print("\n" + table_of(gates.check(results.found, device.type)))
     return 0
 
 

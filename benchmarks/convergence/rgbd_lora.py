@@ -1,6 +1,6 @@
 """Does CAMEO help a LoRA on a real RGB-D sequence? Same steps, data order and noise, with and without it.
 
-    python benchmarks/rgbd_lora.py --data path/to/sequence [--seeds 0 1 2] [key=value ...]
+    python -m benchmarks.convergence.rgbd_lora --data path/to/sequence [--seeds 0 1 2] [key=value ...]
 
 Trains a LoRA on the bundled base at 32 px with 4 views on the first four fifths of the sequence and measures on
 the held-out last fifth. Each finished run is kept in `benchmarks/results/rgbd_lora/`, so an interrupted benchmark
@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 
+from benchmarks.common import page
 from cameo.evaluation.pictures import save_figure
 from cameo.files import write_atomically
 from cameo.settings import shown_settings
@@ -32,7 +33,7 @@ from cameo.training.setup import train_lora
 
 HERE = Path(__file__).parent
 SETTINGS = HERE / "rgbd_lora.yaml"
-RESULTS = HERE / "results" / "rgbd_lora"
+RESULTS = page.RESULTS / "rgbd_lora"
 ARMS = {"without": 0.0, "cameo": None}  # None: the weight of the settings file
 ROWS = {
     "attention precision, mean of heads, within 1 token (%)": lambda m: 100 * m["precision"]["mean@1"],
@@ -78,7 +79,7 @@ def report(results: list[dict[str, Any]]) -> str:
     lines = [
         "# LoRA on a real RGB-D room, with and without CAMEO",
         "",
-        f"`python benchmarks/rgbd_lora.py --data rgbd_room`, {first['date']}, {first['device']}, torch "
+        f"`python -m benchmarks.convergence.rgbd_lora --data rgbd_room`, {first['date']}, {first['device']}, torch "
         f"{first['torch']}; {steps} steps per run, settings in `rgbd_lora.yaml`, held-out frames only. "
         "Each cell: before -> without CAMEO / with CAMEO (difference).",
         "",

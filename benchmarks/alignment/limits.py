@@ -10,8 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from alignment_cases import Case
 from torch import Tensor
+
+from benchmarks.alignment.cases import Case
 
 __all__ = ["Limit", "limits"]
 
@@ -51,7 +52,7 @@ def limits(case: Case, selection: str) -> dict[str, Limit]:
     if not case.head.hidden:
         return found
     if case.query.device.type == "cuda":
-        from gelu_kernel import gelu_sums
+        from benchmarks.alignment.gelu_kernel import gelu_sums
 
         hidden = len(parts.weight_in)
         return found | {"gelu": Limit(lambda: gelu_sums(rows * keys, hidden, case.query.device), 1.0)}

@@ -1,7 +1,7 @@
 """Compile the Triton kernels of the alignment head without a GPU and print what they need.
 
-    python benchmarks/kernel_registers.py                      # every head count, A100 and H100
-    python benchmarks/kernel_registers.py --heads 10 --architecture 90
+    python -m benchmarks.alignment.kernel_registers                      # every head count, A100 and H100
+    python -m benchmarks.alignment.kernel_registers --heads 10 --architecture 90
 
 Per kernel: registers of a thread (255 at most), spilled registers (loads and stores of local memory), shared memory,
 and the thread instructions per pair of a query and a key, counted in the machine code of the loop over tiles. A GPU

@@ -5,7 +5,7 @@ surface point on the ray through a token's centre, visible in another view if it
 ray from that camera towards it hits nothing before. A match is false if its point is not visible in the other
 view, or if it names a token farther than one token from the one in which the point lands.
 
-    python benchmarks/correspondence_accuracy.py    # prints the tables, writes the .md beside this file
+    python -m benchmarks.correspondence.accuracy    # prints the tables, writes the .md beside this file
 """
 
 from __future__ import annotations
@@ -249,7 +249,7 @@ def main() -> None:
         tolerances.append(row(name, 256, 32, score))
     lines = [
         "# Accuracy of correspondence",
-        f"`python benchmarks/correspondence_accuracy.py --rooms {options.rooms}`, {date.today()}, "
+        f"`python -m benchmarks.correspondence.accuracy --rooms {options.rooms}`, {date.today()}, "
         f"{platform.machine()} CPU with {torch.get_num_threads()} thread(s), torch {torch.__version__}, "
         f"{time.perf_counter() - began:.0f} s.",
         f"{options.rooms} analytic rooms of 6 x 3 x 6 units with one or two spheres, {NUM_VIEWS} cameras on "

@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
-from alignment_cases import Case, Setting
 from einops import rearrange
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from benchmarks.alignment.cases import Case, Setting
 from cameo import AlignmentHead
 
 __all__ = ["checkpointed_loss", "dense_bytes", "dense_loss", "head_function", "linear_peers", "released_dense_loss"]

@@ -1,9 +1,4 @@
-"""Draw the curves and fill the tables of docs/results.md from the results of the study.
-
-    python benchmarks/results_page.py
-
-Everything between `<!-- table: NAME -->` and `<!-- end -->` is written anew; the rest of the page is text.
-"""
+"""Tables and curves of the convergence study in docs/results.md, from its results files."""
 
 from __future__ import annotations
 
@@ -12,22 +7,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from convergence import curves
-from report import PICTURES, RESULTS, ROOT, filled
-
+from benchmarks.common.page import PICTURES, RESULTS
+from benchmarks.convergence import curves
 from cameo.evaluation.pictures import save_figure
-from cameo.files import write_atomically
 from cameo.probing.ablation import LayerEffect, QualityLoss, effects_table
 from cameo.probing.layer_probe import LayerProbe
 from cameo.tables import markdown_table
 
-__all__ = ["PAGE", "TABLES", "draw"]
+__all__ = ["PRESETS", "TABLES", "draw"]
 
-PAGE = ROOT / "docs" / "results.md"
 STUDY = RESULTS / "convergence"
 PRESETS = ("tiny", "small")
 SUBJECTS = ("cat3d", "mvdream", "zero123plus", "sv3d", "cat3d_transformer", "rgbd_room")
-COMMAND = "python benchmarks/convergence/study.py --preset {preset} --subjects {subject}"
+COMMAND = "python -m benchmarks.convergence.study --preset {preset} --subjects {subject}"
 NOT_RUN = f"Not run yet: `{COMMAND}`.\n"
 
 
@@ -52,23 +44,30 @@ def longer(results: Mapping[str, Sequence[curves.Run]]) -> dict[int, dict[str, S
     found: dict[int, dict[str, Sequence[curves.Run]]] = {}
     for arm, runs in results.items():
         steps = runs[0]["settings"]["max_train_steps"]
-        if usual is not None and steps > usual and arm in (f"max_train_steps={steps}", without(steps)):
+        if usual is not None and steps > usual and arm in (with_cameo(steps), *without_cameo(steps)):
             found.setdefault(steps, {})[arm] = runs
     return found
 
 
-def without(steps: int) -> str:
-    """Name of the arm of so many steps without CAMEO."""
-    return f"max_train_steps={steps},weight=0.0"
+def with_cameo(steps: int) -> str:
+    """Return the name of the arm of so many steps with CAMEO."""
+    return f"max_train_steps={steps}"
+
+
+def without_cameo(steps: int) -> tuple[str, str]:
+    """Return the names of the arm of so many steps without CAMEO; results of 2026 have the weight under `weight`."""
+    return f"{with_cameo(steps)},loss_weight=0.0", f"{with_cameo(steps)},weight=0.0"
 
 
 def longer_pairs(results: Mapping[str, Sequence[curves.Run]]) -> dict[int, dict[str, Sequence[curves.Run]]]:
     """Of the longer arms those that exist without and with CAMEO, under the names `none` and `cameo`."""
-    return {
-        steps: {"none": pair[without(steps)], "cameo": pair[f"max_train_steps={steps}"]}
-        for steps, pair in sorted(longer(results).items())
-        if len(pair) == 2
-    }
+    pairs = {}
+    for steps, arms_of_steps in sorted(longer(results).items()):
+        cameo = arms_of_steps.get(with_cameo(steps))
+        none = next((arms_of_steps[arm] for arm in without_cameo(steps) if arm in arms_of_steps), None)
+        if cameo and none:
+            pairs[steps] = {"none": none, "cameo": cameo}
+    return pairs
 
 
 def longer_tables(preset: str, subject: str) -> str:
@@ -168,16 +167,3 @@ def draw(preset: str) -> Path | None:
     devices = sorted({runs[0]["device"] for results in found.values() for runs in results.values()})
     figure = curves.draw_curves(found, f"preset {preset}, {', '.join(devices)}")
     return save_figure(figure, PICTURES / f"convergence_{preset}.png")
-
-
-def main() -> None:
-    """Draw, then fill the page."""
-    for preset in PRESETS:
-        if path := draw(preset):
-            print(path.relative_to(ROOT))
-    write_atomically(PAGE, filled(PAGE.read_text(encoding="utf-8"), TABLES))
-    print(PAGE.relative_to(ROOT))
-
-
-if __name__ == "__main__":
-    main()

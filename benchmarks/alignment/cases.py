@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from correspondence_accuracy import Room
 from torch import Tensor
 
+from benchmarks.correspondence.accuracy import Room
 from cameo import AlignmentHead, Correspondence, alignment_loss
 from cameo.alignment import supervision_weights
 from cameo.geometry import cell_centres
@@ -77,7 +77,7 @@ class Case:
 
     def match(self, selection: str) -> Correspondence:
         """Matches of a row selection."""
-        return self.every if selection == "all" else self.matched
+        return self.every if selection == "all" else self.visible
 
     def options(self, selection: str) -> dict[str, Any]:
         """Arguments of `cameo.alignment_loss` for a row selection."""
@@ -103,7 +103,7 @@ class Case:
         One pair of views at a time, so that it fits into memory: the loss is a sum over them.
         """
         exact = self.to(torch.float64)
-        match = replace(self.match(selection), weight=self.weights(selection, torch.float64))
+        match = replace(self.match(selection), match_weight=self.weights(selection, torch.float64))
         views = self.setting.views
         loss, total = torch.zeros((), dtype=torch.float64, device=self.query.device), None
         for i, j in ((i, j) for i in range(views) for j in range(views) if i != j):

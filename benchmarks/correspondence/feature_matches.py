@@ -1,8 +1,8 @@
 """How right are matches that know no geometry? Mutual nearest neighbours of image features against the true matches.
 
-    python benchmarks/feature_matches.py                              # DINOv2 from the Hub, on embedded rooms
-    python benchmarks/feature_matches.py --checkpoint dinov2.safetensors --rgbd path/to/sequence
-    python benchmarks/feature_matches.py --no-pretrained              # random weights: the control alone
+    python -m benchmarks.correspondence.feature_matches                    # DINOv2 from the Hub, on embedded rooms
+    python -m benchmarks.correspondence.feature_matches --checkpoint dinov2.safetensors --rgbd path/to/sequence
+    python -m benchmarks.correspondence.feature_matches --no-pretrained    # random weights: the control alone
 
 Features are those of `cameo.correspondence.features.FeatureExtractor`; beside them stand the colours of the pixels of
 each token, which cost nothing, and the same network with random weights. The truth are the matches from depth. Prints
@@ -71,7 +71,7 @@ class Score:
         apart = torch.maximum(rows, columns)
         pairs = truth.num_views * (truth.num_views - 1)
         self.tokens += truth.batch_size * pairs * side * side
-        self.matched += int(truth.matched.sum())
+        self.visible += int(truth.matched.sum())
         self.matched += int(found.matched.sum())
         self.judged += int(both.sum())
         self.hits = tuple(old + int((apart <= k).sum()) for old, k in zip(self.hits, WITHIN, strict=True))
@@ -87,7 +87,7 @@ class Score:
         cells = [name, f"{threshold:g}", share(self.matched, self.tokens)]
         cells += [share(hit, self.judged) for hit in self.hits]
         cells += [share(self.chance, self.judged), share(self.matched - self.judged, self.matched)]
-        return [*cells, share(self.hits[1], self.matched)]
+        return [*cells, share(self.hits[1], self.visible)]
 
 
 def colours(grid: int) -> Features:
@@ -165,7 +165,9 @@ def main(arguments: list[str]) -> None:
     table = markdown_table(HEADER, measure(options, device))
     hardware = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU"
     source = "the held-out part of an RGB-D sequence" if options.rgbd else "embedded rooms"
-    shown = " ".join(["python benchmarks/feature_matches.py", *arguments]).replace(str(options.rgbd), "SEQUENCE")
+    shown = " ".join(["python -m benchmarks.correspondence.feature_matches", *arguments]).replace(
+        str(options.rgbd), "SEQUENCE"
+    )
     text = "\n\n".join(
         [
             "# Matches by image features against true geometry",

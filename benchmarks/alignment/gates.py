@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from alignment_cases import Setting
+from benchmarks.alignment.cases import Setting
+from benchmarks.common.measuring import gate
 
-__all__ = ["check", "needed", "row"]
+__all__ = ["check", "needed"]
 
 SPEED = {"cpu": {"released": {32: 20, 16: 9}, "all": {32: 6, 16: 3.5}}, "cuda": {"released": {32: 20}, "all": {32: 8}}}
 MEMORY_RATIO = {"cpu": 100, "cuda": 60}
@@ -18,7 +18,6 @@ GROWTH = 1.05
 LIMIT = 2.5
 RELATIVE_ERROR = {"float64": 1e-12, "float32": 1e-5}
 FIRST = {"cpu": "chunked", "cuda": "triton"}
-COMPARE = {"<=": operator.le, ">=": operator.ge}
 
 
 def needed(gated: Iterable[Setting], grown: Iterable[Setting]) -> set[str]:
@@ -49,13 +48,6 @@ def check(found: Mapping[str, Any], device: str) -> list[dict[str, Any]]:
     ]
 
 
-def row(gate: str, demanded: str, measured: float | None) -> dict[str, Any]:
-    """One line of a table of gates; `demanded` is a sign and a bound."""
-    sign, bound = demanded.split()
-    state = "not measured" if measured is None else "met" if COMPARE[sign](measured, float(bound)) else "missed"
-    return {"gate": gate, "demanded": demanded, "measured": measured, "state": state}
-
-
 def _entry(entries: list[dict[str, Any]], **wanted: Any) -> dict[str, Any]:
     """Return the entry of these settings, at 4 views and 10 heads unless told; empty if it is not there."""
     wanted = {"views": 4, "heads": 10, **wanted}
@@ -77,7 +69,7 @@ def _speed(
         for side, bound in bounds.items():
             entry = _entry(entries, tokens=side, batch=batch)
             ratio = _ratio(entry, "dense, released", f"{method}, {selection}", "best")
-            rows.append(row(f"time of dense / {method}, {text[selection]}, {side}x{side}", f">= {bound}", ratio))
+            rows.append(gate(f"time of dense / {method}, {text[selection]}, {side}x{side}", f">= {bound}", ratio))
     return rows
 
 
@@ -89,22 +81,22 @@ def _memory(entries: list[dict[str, Any]], method: str, bound: float, batch: int
         if name.startswith(f"{method}, ")
     ]
     most = "largest peak / (1.25 x (dq + dk) + 64 MB), over all sizes"
-    rows = [row(most, "<= 1", max(shares, default=None))]
+    rows = [gate(most, "<= 1", max(shares, default=None))]
     entry = _entry(entries, tokens=32, batch=batch)
     ratio = _ratio(entry, "dense, released", f"{method}, released", "peak_bytes")
-    rows.append(row(f"memory of dense / {method}, 32x32", f">= {bound}", ratio))
+    rows.append(gate(f"memory of dense / {method}, 32x32", f">= {bound}", ratio))
     peak = {
         side: _entry(entries, tokens=side, batch=batch).get("runs", {}).get(f"{method}, released") for side in (32, 64)
     }
     growth = peak[64]["peak_bytes"] / peak[32]["peak_bytes"] if peak[32] and peak[64] else None
-    rows.append(row("peak at 64x64 / peak at 32x32 (4 times the tokens)", f"<= {4 * GROWTH:g}", growth))
+    rows.append(gate("peak at 64x64 / peak at 32x32 (4 times the tokens)", f"<= {4 * GROWTH:g}", growth))
     side = 32 if batch == 3 else 16
     some, many = (
         _entry(entries, tokens=side, batch=1, views=views).get("runs", {}).get(f"{method}, released")
         for views in (4, 21)
     )
     growth = many["peak_bytes"] / some["peak_bytes"] if some and many else None
-    rows.append(row("peak at 21 views / peak at 4 views (5.25 times the tokens)", f"<= {21 / 4 * GROWTH:.4g}", growth))
+    rows.append(gate("peak at 21 views / peak at 4 views (5.25 times the tokens)", f"<= {21 / 4 * GROWTH:.4g}", growth))
     return rows
 
 
@@ -117,8 +109,8 @@ def _limit(entries: list[dict[str, Any]], method: str, device: str, batch: int) 
             run = entry["runs"].get(f"{method}, {selection}")
             limit = parts["gelu"] if device == "cuda" else sum(parts.values())
             ratio = run["best"] / limit if run else None
-            rows.append(row(f"time of {method} / {text}, {selection}, {side}x{side}", f"<= {LIMIT}", ratio))
-    return rows or [row(f"time of {method} / {text}", f"<= {LIMIT}", None)]
+            rows.append(gate(f"time of {method} / {text}, {selection}, {side}x{side}", f"<= {LIMIT}", ratio))
+    return rows or [gate(f"time of {method} / {text}", f"<= {LIMIT}", None)]
 
 
 def _exactness(found: Mapping[str, Any], method: str, device: str) -> list[dict[str, Any]]:
@@ -132,8 +124,8 @@ def _exactness(found: Mapping[str, Any], method: str, device: str) -> list[dict[
             for key, error in errors.items()
             if key.startswith(by_dtype[dtype] + ",") and key.endswith(dtype)
         ]
-        gate = f"largest relative error of loss and gradients, {by_dtype[dtype]}, {dtype}"
-        rows.append(row(gate, f"<= {bound:g}", max(worst, default=None)))
+        name = f"largest relative error of loss and gradients, {by_dtype[dtype]}, {dtype}"
+        rows.append(gate(name, f"<= {bound:g}", max(worst, default=None)))
     ours, dense = (errors.get(f"{name}, released, bfloat16") for name in (method, "dense"))
     shares: dict[str, float | None] = dict.fromkeys(("loss", "relative", "one_minus_cosine", "bias"))
     if ours and dense:
@@ -151,11 +143,11 @@ def _exactness(found: Mapping[str, Any], method: str, device: str) -> list[dict[
         "one_minus_cosine": "1 - cosine of the worst gradient",
         "bias": "signed bias of the worst gradient (or of three standard errors, if more)",
     }
-    rows += [row(f"bfloat16, {method} / dense: {texts[name]}", "<= 1", share) for name, share in shares.items()]
+    rows += [gate(f"bfloat16, {method} / dense: {texts[name]}", "<= 1", share) for name, share in shares.items()]
     if device == "cuda":
         same = next((entry["bitwise"] for entry in found.values() if "bitwise" in entry), {})
         own = [equal for key, equal in same.items() if key.startswith(method + ",")]
-        rows.append(row("share of runs that repeat bit by bit", ">= 1", sum(own) / len(own) if own else None))
+        rows.append(gate("share of runs that repeat bit by bit", ">= 1", sum(own) / len(own) if own else None))
     return rows
 
 

@@ -1,6 +1,6 @@
 """Time, memory and exactness of correspondence against other ways to find it.
 
-    python benchmarks/correspondence.py [--device cuda] [--again]
+    python -m benchmarks.correspondence.measure [--device cuda] [--again]
 
 Everything of one size is measured in turn in one process, on points that are already on the token grid: the library's
 nearest neighbours with their cycle check, its readable form, the dense form of the released path (all tokens against
@@ -21,16 +21,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from correspondence_accuracy import HALF_ROOM, Room
-from measure import Results, interleaved, peak_memory, summary, table_of
 from torch import Tensor
 
+from benchmarks.common.measuring import Results, interleaved, peak_memory, summary, table_of
+from benchmarks.common.page import RESULTS
+from benchmarks.correspondence.accuracy import HALF_ROOM, Room
 from cameo import Correspondence
 from cameo.correspondence.matching import _token_points
 from cameo.correspondence.nearest import match_tokens
 from cameo.geometry import unproject
 
-RESULTS = Path(__file__).parent / "results"
 CYCLE_THRESHOLD = 1.5
 PIXELS = 256
 OURS, READABLE, DENSE, PROJECTION = "ours", "readable", "dense, released form", "projection of depth"

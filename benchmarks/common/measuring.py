@@ -1,7 +1,4 @@
-"""Time and memory of alternatives measured side by side, and their results as JSON and as tables.
-
-Scripts in this folder import it by name: `import measure`.
-"""
+"""Time and memory of alternatives measured side by side, and their results as JSON and as tables."""
 
 from __future__ import annotations
 
@@ -9,6 +6,7 @@ import contextlib
 import ctypes
 import gc
 import json
+import operator
 import os
 import platform
 import statistics
@@ -26,6 +24,7 @@ from cameo.tables import markdown_table
 __all__ = [
     "Results",
     "environment",
+    "gate",
     "interleaved",
     "peak_memory",
     "peak_resident",
@@ -39,6 +38,7 @@ __all__ = [
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 Run = Callable[[], object]
+COMPARISONS = {"<=": operator.le, ">=": operator.ge}
 STATUS, RESET_PEAK = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -237,6 +237,23 @@ class Results:
             self.found[name] = {**run(), "environment": self.environment}
             write_results(self.path, self.found)
         return self.found[name]
+
+
+def gate(name: str, demanded: str, measured: float | None) -> dict[str, Any]:
+    """Return one line of a table of gates: what is demanded, what was measured, and whether the demand is met.
+
+    Example:
+        >>> gate("time of a step", "<= 1.05", 1.2)["state"]
+        'missed'
+
+    Args:
+        name: what is compared.
+        demanded: a sign and a bound, such as `">= 20"`.
+        measured: the figure, or None where nothing was measured.
+    """
+    sign, bound = demanded.split()
+    state = "not measured" if measured is None else "met" if COMPARISONS[sign](measured, float(bound)) else "missed"
+    return {"gate": name, "demanded": demanded, "measured": measured, "state": state}
 
 
 def table_of(rows: Iterable[Mapping[str, Any]]) -> str:

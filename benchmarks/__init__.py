@@ -1,0 +1,1 @@
+"""What was measured. From the root of the repository: `python -m benchmarks.FOLDER.SCRIPT`."""

@@ -1,0 +1,64 @@
+"""Pages whose tables are written from results files: what stands between their markers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common.measuring import read_results
+
+__all__ = ["DEVICES", "PICTURES", "RESULTS", "ROOT", "TABLE", "Script", "filled"]
+
+ROOT = Path(__file__).parents[2]
+PICTURES, RESULTS = ROOT / "docs" / "images", ROOT / "benchmarks" / "results"
+TABLE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+DEVICES = ("cpu", "cuda")
+
+
+@dataclass(frozen=True)
+class Script:
+    """A script that measures, and where it keeps its results.
+
+    Example:
+        >>> Script("benchmarks.step.measure", "training_step").command("cuda")
+        'python -m benchmarks.step.measure --device cuda'
+
+    Attributes:
+        module: name under which Python runs the script from the root of the repository.
+        results: name of its results files, without the device.
+    """
+
+    module: str
+    results: str
+
+    def found(self, device: str) -> dict[str, Any]:
+        """Read what was measured on a device; empty where nothing was."""
+        return read_results(RESULTS / f"{self.results}_{device}.json")
+
+    def command(self, device: str) -> str:
+        """Return the command that measures on a device."""
+        return f"python -m {self.module} --device {device}"
+
+    def section(self, found: Mapping[str, Any], table: str, device: str) -> str:
+        """Return a table below its command, device and date, or the command that is still to be run."""
+        if not found:
+            return f"Not measured yet: `{self.command(device)}`.\n"
+        places = dict.fromkeys(
+            "{device}, {threads} threads, torch {torch}, {date}".format(**entry["environment"])
+            for entry in found.values()
+        )
+        return f"`{self.command(device)}`: {'; '.join(places)}.\n\n{table}\n"
+
+
+def filled(text: str, tables: Mapping[str, Callable[[], str]]) -> str:
+    """Return a page with every table as the results files have it.
+
+    Everything between `<!-- table: NAME -->` and `<!-- end -->` is written anew; the rest of the page stays.
+
+    Raises:
+        KeyError: the page asks for a table that is not in `tables`.
+    """
+    return TABLE.sub(lambda match: f"{match[1]}\n{tables[match[2]]()}\n{match[3]}", text)

@@ -1,0 +1,53 @@
+"""Tables of the correspondence in docs/performance.md, from its results files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+from benchmarks.common.measuring import gate, table_of
+from benchmarks.common.page import DEVICES, Script
+from benchmarks.correspondence import measure
+
+__all__ = ["SCRIPT", "TABLES", "check"]
+
+SCRIPT = Script("benchmarks.correspondence.measure", "correspondence")
+
+
+def matches(device: str) -> str:
+    """Correspondence: the gates on it, then all forms and sizes."""
+    found = SCRIPT.found(device)
+    tables = [check(found, device), measure.table(found)]
+    return SCRIPT.section(found, "\n\n".join(map(table_of, tables)), device)
+
+
+def check(found: Mapping[str, Any], device: str) -> list[dict[str, Any]]:
+    """Compare with what is demanded at 32x32 tokens and 4 views; on CUDA at batch 3."""
+
+    def figure(name: str, form: str, key: str = "best") -> float | None:
+        return found.get(name, {}).get(form, {}).get(key)
+
+    def ratio(above: float | None, below: float | None) -> float | None:
+        return above / below if above is not None and below else None
+
+    size = "32x32 tokens, 4 views, batch {}, {}".format
+    ours = measure.OURS
+    equal = figure(size(1, "float64"), ours, "equal_index_and_mask")
+    rows = [gate("share of equal index and mask in float64, 32x32", ">= 1", equal)]
+    if device == "cuda":
+        best = figure(size(3, "float32"), ours)
+        milliseconds = best * 1e3 if best is not None else None
+        return [*rows, gate("correspondence at batch 3, ms", "<= 0.15", milliseconds)]
+    name = size(1, "float32")
+    dense = ratio(figure(name, measure.DENSE), figure(name, ours))
+    tree = ratio(figure(name, ours), figure(name, "scipy cKDTree, 2 workers"))
+    return [
+        gate("time of the broadcast form / correspondence, 32x32", ">= 20", dense),
+        gate("time of correspondence / scipy cKDTree, 32x32", "<= 1.25", tree),
+        *rows,
+        gate("workspace of correspondence, 32x32, MB", "<= 8", figure(name, ours, "workspace_megabytes")),
+    ]
+
+
+TABLES: dict[str, Callable[[], str]] = {f"matches_{device}": partial(matches, device) for device in DEVICES}

@@ -1,0 +1,36 @@
+"""The benchmark of a training step runs at its smallest size."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks.step import measure
+
+
+@pytest.mark.slow
+def test_training_step_runs_at_its_smallest_size_and_continues(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "step.json"
+    kind = measure.Kind("cat3d", checkpointing=False)
+    monkeypatch.setattr(measure, "kinds", lambda backbones: [kind])
+    size = ["--width", "0.05", "--resolution", "64", "--batch", "1", "--repeats", "1"]
+    arguments = ["--device", "cpu", "--gates", *size, "--output", str(path)]
+    assert measure.main(arguments) == 0
+    first, shown = path.read_text(), capsys.readouterr().out
+    (found,) = json.loads(first).values()
+    assert len(found["steps"]) == 4
+    assert found["left_out"] == {}
+    assert "time of a step, cat3d, LoRA, no checkpointing, with alignment, matches from depth / without" in shown
+    assert measure.main(arguments) == 0
+    assert path.read_text() == first
+
+
+def test_training_step_has_the_released_size() -> None:
+    config = measure.settings(measure.Kind("cat3d"), 1.0, None, None)
+    assert (config.resolution, config.num_views, config.train_batch_size) == (512, 4, 3)
+    assert config.mixed_precision == "bf16"
+    assert config.preset_options["block_out_channels"] == [320, 640, 1280, 1280]
