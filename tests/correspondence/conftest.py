@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "correspondence_accuracy.py"
+BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "correspondence" / "accuracy.py"
 
 
 @pytest.fixture(scope="module")
