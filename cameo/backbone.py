@@ -20,7 +20,7 @@ from cameo.attention.capture import AttentionLayer
 from cameo.attention.layout import TokenLayout
 from cameo.config import CameoConfig
 from cameo.errors import unknown_name
-from cameo.renamed import METHODS
+from cameo.renamed import METHODS, warn_renamed
 
 __all__ = ["Backbone", "Release", "backbones", "core_module", "get_backbone", "register_backbone", "resolve_layers"]
 
@@ -86,7 +86,7 @@ class Backbone:
         for old, new in METHODS.items():
             overriding = vars(next(kind for kind in cls.__mro__ if {old, new} & vars(kind).keys()))
             if new not in overriding:
-                warnings.warn(f"{cls.__qualname__}.{old} is now called {new}; rename it", FutureWarning, stacklevel=2)
+                warn_renamed(f"{cls.__qualname__}.{old}", new, stacklevel=2)
                 setattr(cls, new, overriding[old])
             elif old not in overriding:
                 setattr(cls, old, _under_old_name(old, overriding[new]))
@@ -165,7 +165,7 @@ def _under_old_name(old: str, method: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(method)
     def renamed(*args: Any, **kwargs: Any) -> Any:
-        warnings.warn(f"Backbone.{old} is now called {method.__name__}", FutureWarning, stacklevel=2)
+        warn_renamed(f"Backbone.{old}", method.__name__, stacklevel=2)
         return method(*args, **kwargs)
 
     return renamed
