@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import nn
 
@@ -20,12 +20,23 @@ from cameo.attention.capture import AttentionLayer
 from cameo.attention.layout import TokenLayout
 from cameo.config import CameoConfig
 from cameo.errors import unknown_name
-from cameo.renamed import METHODS, warn_renamed
+from cameo.renamed import METHODS, old_functions, warn_renamed
 
-__all__ = ["Backbone", "Release", "backbones", "core_module", "get_backbone", "register_backbone", "resolve_layers"]
+__all__ = [
+    "Backbone",
+    "Release",
+    "backbones",
+    "find_layer",
+    "get_backbone",
+    "register_backbone",
+    "resolve_layers",
+    "unwrap_peft",
+]
 
 ENTRY_POINT_GROUP = "cameo.backbones"
 _registry: dict[str, type[Backbone]] = {}
+if not TYPE_CHECKING:
+    __getattr__ = old_functions(__name__)
 
 
 @dataclass(frozen=True)
@@ -253,7 +264,7 @@ def get_backbone(name: str) -> Backbone:
     return _registry[name]()
 
 
-def core_module(model: nn.Module) -> nn.Module:
+def unwrap_peft(model: nn.Module) -> nn.Module:
     """Return the model inside PEFT's `PeftModel`; any other module is returned as it is."""
     get_base_model = getattr(model, "get_base_model", None)
     unwrapped = get_base_model() if callable(get_base_model) else model

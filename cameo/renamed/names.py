@@ -1,4 +1,4 @@
-"""Keywords, attributes, methods, settings and keys of saved files under the names they had in earlier releases.
+"""Functions, keywords, attributes, methods, settings and keys of saved files under the names of earlier releases.
 
 The tables below are the only place that knows an old name; `cameo.renamed.modules` is the same for modules. Every use
 of an old name gives a `FutureWarning` that says what to write instead.
@@ -7,6 +7,7 @@ of an old name gives a `FutureWarning` that says what to write instead.
 from __future__ import annotations
 
 import functools
+import sys
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import fields
@@ -15,11 +16,13 @@ from typing import Any, ParamSpec, TypeVar
 __all__ = [
     "ATTRIBUTES",
     "CONFIG_KEYS",
+    "FUNCTIONS",
     "KEYWORDS",
     "METHODS",
     "SETTINGS",
     "old_attributes",
     "old_fields",
+    "old_functions",
     "old_keywords",
     "rename_keys",
     "warn_renamed",
@@ -29,6 +32,11 @@ P = ParamSpec("P")
 R = TypeVar("R")
 Class = TypeVar("Class", bound=type)
 
+# Module: old name of a function in it, new name.
+FUNCTIONS: dict[str, dict[str, str]] = {
+    "cameo.backbone": {"core_module": "unwrap_peft"},
+    "cameo.model": {"holder": "wrapper_of"},
+}
 # Callable, by its qualified name: old keyword, new keyword.
 KEYWORDS: dict[str, dict[str, str]] = {
     "CameoConfig": {"normalise": "normalize"},
@@ -67,6 +75,18 @@ CONFIG_KEYS: dict[str, str] = {"normalise": "normalize"}
 def warn_renamed(old: str, new: str, *, stacklevel: int) -> None:
     """Warn that `old` is called `new` today; `stacklevel` counts from the caller of this function."""
     warnings.warn(f"{old} is now called {new}; the next release drops the old name", FutureWarning, stacklevel + 1)
+
+
+def old_functions(module: str) -> Callable[[str], Any]:
+    """Return the `__getattr__` of a module, which finds the functions that `FUNCTIONS` lists under their old names."""
+
+    def get(name: str) -> Any:
+        if name not in FUNCTIONS[module]:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        warn_renamed(f"{module}.{name}", FUNCTIONS[module][name], stacklevel=2)
+        return getattr(sys.modules[module], FUNCTIONS[module][name])
+
+    return get
 
 
 def old_keywords(function: Callable[P, R]) -> Callable[P, R]:

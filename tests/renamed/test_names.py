@@ -29,10 +29,11 @@ from cameo.backbone import Backbone, get_backbone
 from cameo.config import CONFIG_NAME, CameoConfig
 from cameo.errors import DataError
 from cameo.hub import push_to_hub, save_load, save_pretrained
-from cameo.renamed import ATTRIBUTES, CONFIG_KEYS, KEYWORDS, METHODS, MOVED, MOVED_NAMES, SETTINGS
+from cameo.renamed import ATTRIBUTES, CONFIG_KEYS, FUNCTIONS, KEYWORDS, METHODS, MOVED, MOVED_NAMES, SETTINGS
 from cameo.training.settings import TrainingConfig, load_config
 from tests.helpers.models import JointModel
 
+LINEAR = nn.Linear(1, 1)
 GRIDS = ((2, 2), (2, 2), (2, 2))
 INDEX = torch.full((1, 3, 3, 4), -1)
 INDEX[0, 0, 1] = torch.tensor([3, 1, -1, 0])
@@ -54,9 +55,19 @@ def warns_once(message: str) -> Iterator[None]:
 
 def test_every_table_is_tested() -> None:
     tables = {name for name in renamed.__all__ if name.isupper()}
-    assert tables == {"ATTRIBUTES", "CONFIG_KEYS", "KEYWORDS", "METHODS", "MOVED", "MOVED_NAMES", "SETTINGS"}
+    assert tables == {
+        "ATTRIBUTES",
+        "CONFIG_KEYS",
+        "FUNCTIONS",
+        "KEYWORDS",
+        "METHODS",
+        "MOVED",
+        "MOVED_NAMES",
+        "SETTINGS",
+    }
     assert KEYWORD_EXAMPLES.keys() == {(owner, old) for owner, old, _ in rows(KEYWORDS)}
     assert ATTRIBUTE_EXAMPLES.keys() == {(owner, old) for owner, old, _ in rows(ATTRIBUTES)}
+    assert FUNCTION_EXAMPLES.keys() == {(module, old) for module, old, _ in rows(FUNCTIONS)}
     assert METHOD_EXAMPLES.keys() == METHODS.keys()
     assert SETTING_EXAMPLES.keys() == SETTINGS.keys()
     assert CONFIG_EXAMPLES.keys() == CONFIG_KEYS.keys()
@@ -169,6 +180,27 @@ def test_replace_takes_an_old_keyword(old: str) -> None:
     assert figures(changed)[2][0][0][0] == ([0.5] * 4 if old == "weight" else [1.0] * 4)
 
 
+# Functions
+
+
+# A call of the function, which is handed over, and what it returns.
+FUNCTION_EXAMPLES: dict[tuple[str, str], Callable[[Callable[..., Any]], bool]] = {
+    ("cameo.backbone", "core_module"): lambda function: function(LINEAR) is LINEAR,
+    ("cameo.model", "holder"): lambda function: function(LINEAR) is None,
+}
+
+
+@pytest.mark.parametrize(("module", "old", "new"), rows(FUNCTIONS))
+def test_an_old_function_is_the_new_one(module: str, old: str, new: str) -> None:
+    place = importlib.import_module(module)
+    with warns_once(f"{module}.{old} is now called {new}; "):
+        function = getattr(place, old)
+    assert function is getattr(place, new)
+    assert FUNCTION_EXAMPLES[module, old](function)
+    with pytest.raises(AttributeError, match=f"module '{module}' has no attribute 'nothing'"):
+        _ = place.nothing  # type: ignore[attr-defined]
+
+
 # Attributes
 
 
@@ -219,11 +251,11 @@ def test_an_old_attribute_is_the_new_one(owner: str, old: str, new: str) -> None
 
 # What a method that overrides the old name returns, and the argument it is asked with.
 METHOD_EXAMPLES: dict[str, tuple[Any, Any]] = {
-    "hazard": ("it is recomputed", nn.Linear(1, 1)),
-    "inflatable": ([], nn.Linear(1, 1)),
+    "hazard": ("it is recomputed", LINEAR),
+    "inflatable": ([], LINEAR),
     "licence": ("mit", "me/model"),
-    "recognises": (True, nn.Linear(1, 1)),
-    "sites": ([], nn.Linear(1, 1)),
+    "recognises": (True, LINEAR),
+    "sites": ([], LINEAR),
 }
 
 
