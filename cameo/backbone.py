@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import nn
 
@@ -20,12 +20,23 @@ from cameo.attention.capture import AttentionLayer
 from cameo.attention.layout import TokenLayout
 from cameo.config import CameoConfig
 from cameo.errors import unknown_name
-from cameo.renamed import METHODS
+from cameo.renamed import METHODS, old_functions, warn_renamed
 
-__all__ = ["Backbone", "Release", "backbones", "core_module", "get_backbone", "register_backbone", "resolve_layers"]
+__all__ = [
+    "Backbone",
+    "Release",
+    "backbones",
+    "find_layer",
+    "get_backbone",
+    "register_backbone",
+    "resolve_layers",
+    "unwrap_peft",
+]
 
 ENTRY_POINT_GROUP = "cameo.backbones"
 _registry: dict[str, type[Backbone]] = {}
+if not TYPE_CHECKING:
+    __getattr__ = old_functions(__name__)
 
 
 @dataclass(frozen=True)
@@ -86,7 +97,7 @@ class Backbone:
         for old, new in METHODS.items():
             overriding = vars(next(kind for kind in cls.__mro__ if {old, new} & vars(kind).keys()))
             if new not in overriding:
-                warnings.warn(f"{cls.__qualname__}.{old} is now called {new}; rename it", FutureWarning, stacklevel=2)
+                warn_renamed(f"{cls.__qualname__}.{old}", new, stacklevel=2)
                 setattr(cls, new, overriding[old])
             elif old not in overriding:
                 setattr(cls, old, _under_old_name(old, overriding[new]))
@@ -165,7 +176,7 @@ def _under_old_name(old: str, method: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(method)
     def renamed(*args: Any, **kwargs: Any) -> Any:
-        warnings.warn(f"Backbone.{old} is now called {method.__name__}", FutureWarning, stacklevel=2)
+        warn_renamed(f"Backbone.{old}", method.__name__, stacklevel=2)
         return method(*args, **kwargs)
 
     return renamed
@@ -253,7 +264,7 @@ def get_backbone(name: str) -> Backbone:
     return _registry[name]()
 
 
-def core_module(model: nn.Module) -> nn.Module:
+def unwrap_peft(model: nn.Module) -> nn.Module:
     """Return the model inside PEFT's `PeftModel`; any other module is returned as it is."""
     get_base_model = getattr(model, "get_base_model", None)
     unwrapped = get_base_model() if callable(get_base_model) else model

@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,14 +14,17 @@ from cameo.alignment import AlignmentHead, alignment_loss, check_options
 from cameo.alignment.head import check_head_options
 from cameo.alignment.head_watch import HeadWatch
 from cameo.attention.capture import AttentionCapture, AttentionLayer, CapturedAttention
-from cameo.backbone import core_module, get_backbone, resolve_layers
+from cameo.backbone import get_backbone, resolve_layers, unwrap_peft
 from cameo.config import CameoConfig, finite
 from cameo.correspondence import Correspondence
 from cameo.errors import CaptureError, NoLossError, ShapeError
 from cameo.geometry.grids import TokenGrids
-from cameo.renamed import old_attributes
+from cameo.renamed import old_attributes, old_functions
 
-__all__ = ["CameoModel", "attach", "check_plain", "holder", "wrapped_bases"]
+__all__ = ["CameoModel", "attach", "check_plain", "wrapped_bases", "wrapper_of"]
+
+if not TYPE_CHECKING:
+    __getattr__ = old_functions(__name__)
 
 # Base modules and the CameoModel that holds each; weak on both sides, so dropping a wrapper without unwrap()
 # frees its base and lets it be wrapped again.
@@ -77,7 +80,7 @@ class CameoModel(nn.Module):
         self.implementation, self.gelu = implementation, gelu
         self.base_model = base_model
         self.cameo_config = config
-        self._supervised = resolve_layers(core_module(base_model), config)
+        self._supervised = resolve_layers(unwrap_peft(base_model), config)
         parameter = next(base_model.parameters(), None)
         device = parameter.device if parameter is not None else None
         self.alignment_heads = nn.ModuleList(
@@ -90,7 +93,7 @@ class CameoModel(nn.Module):
                 )
         if config.backbone is not None and config.inflate:  # last, so that a refused model stays as it was
             for layer in self._supervised:
-                get_backbone(config.backbone).inflate(core_module(base_model), layer.path)
+                get_backbone(config.backbone).inflate(unwrap_peft(base_model), layer.path)
         self._alignment_loss: Tensor | None = None
         self._num_supervised: Tensor | None = None
         self._watch = HeadWatch()
@@ -210,7 +213,7 @@ class CameoModel(nn.Module):
         """All cross-view attention layers of the model in execution order."""
         if self.cameo_config.backbone is None:
             return list(self._supervised)
-        adapter, core = get_backbone(self.cameo_config.backbone), core_module(self.base_model)
+        adapter, core = get_backbone(self.cameo_config.backbone), unwrap_peft(self.base_model)
         return adapter.inflatable_layers(core) if self.cameo_config.inflate else adapter.attention_layers(core)
 
     @property
@@ -253,7 +256,7 @@ class CameoModel(nn.Module):
 
     def capture(self, layers: Sequence[AttentionLayer] | None = None) -> AttentionCapture:
         """Observe queries and keys of `attention_layers` (default: the supervised ones) inside a `with` block."""
-        return AttentionCapture(core_module(self.base_model), self._supervised if layers is None else layers)
+        return AttentionCapture(unwrap_peft(self.base_model), self._supervised if layers is None else layers)
 
     @staticmethod
     def split(
@@ -317,7 +320,7 @@ class CameoModel(nn.Module):
     def _check_hazard(self) -> None:
         if self.cameo_config.backbone is None or not (self.training and torch.is_grad_enabled()):
             return
-        if hazard := get_backbone(self.cameo_config.backbone).unsupported(core_module(self.base_model)):
+        if hazard := get_backbone(self.cameo_config.backbone).unsupported(unwrap_peft(self.base_model)):
             raise CaptureError(hazard)
 
     def _check_graph(self, layer: AttentionLayer, seen: CapturedAttention) -> None:
@@ -353,7 +356,7 @@ class CameoModel(nn.Module):
             _held[self.base_model] = weakref.ref(self)
 
 
-def holder(module: nn.Module) -> CameoModel | None:
+def wrapper_of(module: nn.Module) -> CameoModel | None:
     """Return the living `CameoModel` that holds this base module, if there is one."""
     reference = _held.get(module)
     return None if reference is None else reference()
@@ -361,7 +364,7 @@ def holder(module: nn.Module) -> CameoModel | None:
 
 def wrapped_bases() -> list[nn.Module]:
     """List the modules that some living `CameoModel` holds."""
-    return [base for base in list(_held) if holder(base) is not None]
+    return [base for base in list(_held) if wrapper_of(base) is not None]
 
 
 def attach(model: nn.Module, config: CameoConfig, **options: str) -> CameoModel:
@@ -389,7 +392,7 @@ def check_plain(model: nn.Module) -> None:
 def _check_not_wrapped(model: nn.Module) -> None:
     cure = "Call .unwrap() on that CameoModel first, or pass a list as layer= to supervise several layers."
     for name, module in model.named_modules():
-        if isinstance(module, CameoModel) or holder(module) is not None:
+        if isinstance(module, CameoModel) or wrapper_of(module) is not None:
             where = f"its submodule {name!r}" if name else "this model"
             raise ValueError(f"model: {where} is wrapped already. {cure}")
     for base in wrapped_bases():

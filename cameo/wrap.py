@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from cameo.attention.layout import TokenLayout
-from cameo.backbone import backbones, core_module, find_layer, get_backbone
+from cameo.backbone import backbones, find_layer, get_backbone, unwrap_peft
 from cameo.config import CameoConfig
 from cameo.errors import as_integer, unknown_name
 from cameo.model import CameoModel, attach, check_plain
@@ -114,7 +114,7 @@ def wrap(
     wanted = _wanted_layers(layer)
     if layer is not None and not wanted:
         raise ValueError("layer: got an empty list; name at least one layer, or None for the backbone's default")
-    core = core_module(model)
+    core = unwrap_peft(model)
     if backbone is None:
         if not wanted or layout is None:
             raise ValueError(

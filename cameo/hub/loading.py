@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cameo.backbone import core_module, get_backbone
+from cameo.backbone import get_backbone, unwrap_peft
 from cameo.config import CONFIG_NAME, CameoConfig
 from cameo.errors import DataError
 from cameo.hub.license import hub_id
@@ -148,7 +148,7 @@ def without_adapter(model: nn.Module) -> nn.Module:
     """Return a deep copy of the base model as it was before an adapter was added."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    core: Any = copy.deepcopy(core_module(model))
+    core: Any = copy.deepcopy(unwrap_peft(model))
     for path, module in list(core.named_modules()):
         if isinstance(module, BaseTunerLayer) and hasattr(module, "base_layer"):
             parent, _, child = path.rpartition(".")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cameo.backbone import core_module, get_backbone
+from cameo.backbone import get_backbone, unwrap_peft
 from cameo.config import CameoConfig
 from cameo.errors import DataError
 from cameo.hub.loading import ADAPTER, BaseNeededError, load_base, without_adapter
@@ -40,7 +40,7 @@ def verify(base: nn.Module, config: CameoConfig, stage: Path, load: Callable[[nn
         try:
             again = load(load_base(config) if is_adapter else None)
         except BaseNeededError:
-            again = load(without_adapter(base) if is_adapter else _emptied(core_module(base)))
+            again = load(without_adapter(base) if is_adapter else _emptied(unwrap_peft(base)))
     _align_precision(again, base)
     if not _equal(base, again, config):
         raise RuntimeError(
@@ -55,12 +55,12 @@ def _equal(base: nn.Module, again: nn.Module, config: CameoConfig) -> bool:
     inputs = None
     if config.backbone is not None:
         with contextlib.suppress(NotImplementedError):
-            inputs = get_backbone(config.backbone).example_inputs(core_module(base))
+            inputs = get_backbone(config.backbone).example_inputs(unwrap_peft(base))
     if inputs is None:
-        theirs, loaded_name = core_module(again).state_dict(), _loaded_names(base)
-        pairs = [(value, theirs.get(loaded_name(key))) for key, value in core_module(base).state_dict().items()]
+        theirs, loaded_name = unwrap_peft(again).state_dict(), _loaded_names(base)
+        pairs = [(value, theirs.get(loaded_name(key))) for key, value in unwrap_peft(base).state_dict().items()]
         return all(other is not None and torch.equal(value, other) for value, other in pairs)
-    with _same_processors(core_module(base), core_module(again)), torch.no_grad():
+    with _same_processors(unwrap_peft(base), unwrap_peft(again)), torch.no_grad():
         first, second = (_tensors(_evaluate(model, *inputs)) for model in (base, again))
     return bool(first) and len(first) == len(second) and all(map(torch.equal, first, second))
 
@@ -84,7 +84,7 @@ def _loaded_names(base: nn.Module) -> Callable[[str], str]:
 
 def _align_precision(again: nn.Module, base: nn.Module) -> None:
     """Give the loaded model the devices, precisions, places in memory and trainable parameters of the trained one."""
-    trained, loaded = core_module(base), core_module(again)
+    trained, loaded = unwrap_peft(base), unwrap_peft(again)
     twins, loaded_name = {**dict(loaded.named_parameters()), **dict(loaded.named_buffers())}, _loaded_names(base)
     for name, tensor in [*trained.named_parameters(), *trained.named_buffers()]:
         if (twin := twins.get(loaded_name(name))) is not None:

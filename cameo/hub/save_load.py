@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import nn
 
-from cameo.backbone import core_module, get_backbone
+from cameo.backbone import get_backbone, unwrap_peft
 from cameo.config import CONFIG_NAME, CameoConfig
 from cameo.errors import DataError
 from cameo.files import move_into_place, write_atomically
@@ -257,7 +257,7 @@ def _stage(
     import diffusers
     from safetensors.torch import save_file
 
-    base, core = model.base_model, core_module(model.base_model)
+    base, core = model.base_model, unwrap_peft(model.base_model)
     config = replace(model.cameo_config, cameo_version=__version__)
     if on_hub and config.base_model is not None and not _others_can_load(config.base_model):
         logger.warning(

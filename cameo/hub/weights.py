@@ -20,7 +20,7 @@ from typing import Any
 
 from torch import nn
 
-from cameo.backbone import core_module
+from cameo.backbone import unwrap_peft
 from cameo.config import CONFIG_NAME, CameoConfig
 from cameo.errors import DataError
 
@@ -63,7 +63,7 @@ def format_of(model: nn.Module, pipeline: Any = None) -> str:
     from diffusers.loaders import PeftAdapterMixin
     from peft import PeftModel, PeftType
 
-    core = core_module(model)
+    core = unwrap_peft(model)
     if isinstance(model, PeftModel):
         return "peft"
     if adapter_layers(core):
@@ -186,7 +186,7 @@ def write_weights(model: nn.Module, folder: Path, *, config: CameoConfig, pipeli
     """Write the weights of `model` into an empty folder, safetensors only, and return the format's name."""
     from safetensors.torch import save_model
 
-    form, core = format_of(model, pipeline), core_module(model)
+    form, core = format_of(model, pipeline), unwrap_peft(model)
     if form == "diffusers_lora":
         _write_diffusers_lora(core, folder / LORA_FILE, component_name(core, pipeline))
     elif form == "peft":
@@ -210,7 +210,7 @@ def component_name(core: nn.Module, pipeline: Any = None) -> str:
     if pipeline is None:
         return "transformer" if "Transformer" in type(core).__name__ else "unet"
     for name, component in getattr(pipeline, "components", {}).items():
-        if component is core or (isinstance(component, nn.Module) and core_module(component) is core):
+        if component is core or (isinstance(component, nn.Module) and unwrap_peft(component) is core):
             return str(name)
     raise ValueError(
         f"pipeline: none of its components is the trained {type(core).__name__}, so other weights would be "

@@ -92,7 +92,7 @@ def test_the_gradient_reaches_exactly_what_is_upstream(kind: str, layer: int) ->
     args, kwargs = inputs(base)
     model = cameo.wrap(base, "cat3d", layer)
     path = model.supervised_layers[0].path
-    module = backbone.core_module(base).get_submodule(path)
+    module = backbone.unwrap_peft(base).get_submodule(path)
     truth = upstream(base, module, lambda: base(*args, **kwargs))
     model(*args, **kwargs, correspondence=UNET_MATCHES)
     model.alignment_loss.backward()
