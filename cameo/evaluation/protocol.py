@@ -258,5 +258,5 @@ def _by_angle_and_level(probe: LayerProbe, layer: ProbedLayer, readout: str) -> 
         }
         for limits in probe.angle_bins
     ]
-    by_level = {str(level): probe.precision(layer.path, timestep=level, **at) for level in probe.timesteps}
+    by_level = {str(level): probe.precision(layer.path, noise_level=level, **at) for level in probe.noise_levels}
     return {"by_angle": by_angle, "by_level": by_level}

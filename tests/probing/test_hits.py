@@ -24,10 +24,10 @@ def one_hot(target: Tensor, tokens: int) -> Tensor:
 
 def hits_of(logits: Tensor, match: Correspondence, within: tuple[int, ...] = (0, 1)) -> tuple[dict[str, Tensor], int]:
     """Hits `[R, W]` of a layer with these logits `[B, K, V, N, V, N]`, and the pairs that they are counted over."""
-    truth, (views, tokens) = TrueMatches.plain(match), logits.shape[-2:]
+    true_matches, (views, tokens) = TrueMatches.plain(match), logits.shape[-2:]
     keys = torch.eye(views * tokens).view(views, tokens, -1).expand(*logits.shape[:2], -1, -1, -1)
-    found = count_hits(logits.flatten(-2), keys, truth, None, 1.0, within)
-    return {name: hits.sum((1, 2)) for name, hits in found.items()}, int(truth.pairs.sum())
+    found = count_hits(logits.flatten(-2), keys, true_matches, None, 1.0, within)
+    return {name: hits.sum((1, 2)) for name, hits in found.items()}, int(true_matches.pairs.sum())
 
 
 def test_oracle_attention_hits_always_and_shifted_attention_as_geometry_says() -> None:
@@ -111,20 +111,21 @@ def test_hits_do_not_depend_on_the_block(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_uniform_attention_is_at_chance_and_the_oracle_always_right(layout: str) -> None:
     """Attention that is uniform up to noise: its hits are those of a random token, which `chance` expects."""
     token_layout, match = TokenLayout(layout), random_matches(60, ((4, 4),) * 2)
-    truth = TrueMatches.of_layer(token_layout, match, torch.zeros(60, 2, 2, dtype=torch.long), 1)
-    index = truth.match.index
+    true_matches = TrueMatches.of_layer(token_layout, match, torch.zeros(60, 2, 2, dtype=torch.long), 1)
+    index = true_matches.match.index
     generator = torch.Generator().manual_seed(0)
     query, key = (torch.randn(index.shape[0], 8, 2, index.shape[-1], 3, generator=generator) for _ in range(2))
-    hits = count_hits(query, key, truth, None, 1e-3, (0, 1, 2))["best_head"]
-    shares, chance = hits.sum((1, 2)).mean(0) / truth.pairs.sum(), truth.chance((0, 1, 2)).sum((0, 1))
-    # Some 1000 pairs and eight heads: the standard error is below 0.02 even where the heads repeat each other.
-    torch.testing.assert_close(shares.double(), chance / truth.pairs.sum(), rtol=0, atol=0.05)
+    hits = count_hits(query, key, true_matches, None, 1e-3, (0, 1, 2))["best_head"]
+    pairs, chance = true_matches.pairs.sum(), true_matches.chance((0, 1, 2)).sum((0, 1))
+    # About 1000 matches and eight heads: the standard error is below 0.02 even where the heads repeat each other.
+    torch.testing.assert_close((hits.sum((1, 2)).mean(0) / pairs).double(), chance / pairs, rtol=0, atol=0.05)
 
     tokens = index.shape[-1]
-    codes = nn.functional.one_hot(index.clamp_min(0), tokens) * truth.match.matched[..., None]
+    codes = nn.functional.one_hot(index.clamp_min(0), tokens) * true_matches.match.matched[..., None]
     query = codes.permute(0, 1, 3, 2, 4).flatten(3)[:, None].float() * 99
     key = torch.eye(2 * tokens).view(1, 1, 2, tokens, -1).expand(len(query), -1, -1, -1, -1)
-    assert torch.equal(count_hits(query, key, truth, None, 1.0, (0, 1))["mean"][0, :, 0, 0], truth.pairs[:, 0].float())
+    hits = count_hits(query, key, true_matches, None, 1.0, (0, 1))["mean"]
+    assert torch.equal(hits[0, :, 0, 0], true_matches.pairs[:, 0].float())
 
 
 def test_hits_by_sample_and_group_add_up_to_those_of_each_alone() -> None:
@@ -132,8 +133,8 @@ def test_hits_by_sample_and_group_add_up_to_those_of_each_alone() -> None:
     match = random_matches(3, ((2, 3), (3, 3), (3, 3)))
     query, key = (torch.randn(3, 2, 3, 9, 4, generator=generator) for _ in range(2))
     groups = torch.randint(4, (3, 3, 3), generator=generator)
-    truth = TrueMatches(match, groups, 4)
-    found = count_hits(query, key, truth, None, 1.0, (0, 1, 2))
+    true_matches = TrueMatches(match, groups, 4)
+    found = count_hits(query, key, true_matches, None, 1.0, (0, 1, 2))
     maps = attention_maps(query, key, match.token_grids, None, 1.0)
     for sample in range(3):
         for group in range(4):
@@ -141,12 +142,14 @@ def test_hits_by_sample_and_group_add_up_to_those_of_each_alone() -> None:
             alone[(groups[sample] != group)[None, :, :, None].expand_as(alone)] = -1
             part = {name: value[sample : sample + 1] for name, value in maps.items()}
             hits, pairs = plain_hits(part, replace(match, index=alone), (0, 1, 2))
-            assert truth.pairs[sample, group] == pairs
+            assert true_matches.pairs[sample, group] == pairs
             for name, value in hits.items():
                 assert torch.equal(found[name][:, sample, group], value)
 
 
 def test_matches_of_another_number_of_views_are_refused() -> None:
-    truth = TrueMatches.plain(random_matches(1, ((2, 2),) * 3))
-    with pytest.raises(ShapeError, match=r"truth.match.index: expected \[1, 2, 2, 4\] as the call, got \[1, 3, 3, 4\]"):
-        count_hits(torch.zeros(1, 1, 2, 4, 3), torch.zeros(1, 1, 2, 4, 3), truth, None, 1.0, (0,))
+    true_matches = TrueMatches.plain(random_matches(1, ((2, 2),) * 3))
+    with pytest.raises(
+        ShapeError, match=r"true_matches.match.index: expected \[1, 2, 2, 4\] as the call, got \[1, 3, 3, 4\]"
+    ):
+        count_hits(torch.zeros(1, 1, 2, 4, 3), torch.zeros(1, 1, 2, 4, 3), true_matches, None, 1.0, (0,))

@@ -48,7 +48,7 @@ def test_an_oracle_is_right_and_a_shifted_one_off_by_its_shift(shift: int, withi
     for limit in (0, 1, 2):
         expected = float((distance <= limit).float().mean())
         assert probe.precision(0, within=limit) == pytest.approx(expected)
-        assert probe.precision("attn", within=limit, readout="best_head", timestep=1.0) == pytest.approx(expected)
+        assert probe.precision("attn", within=limit, readout="best_head", noise_level=1.0) == pytest.approx(expected)
     assert probe.precision(0, within=within) > 0.4
     assert within == 0 or probe.precision(0, within=0) == 0
     assert probe.pairs(0) == int(match.matched.sum())
@@ -83,7 +83,7 @@ def test_a_layer_with_one_token_per_view_is_asked_for_the_view(shift: int | None
     assert probe.chance(0) == pytest.approx(1 / 3)
     assert probe.pairs(0) == 2 * 4 * 16
     assert probe.layers[0].reach == "cell"
-    assert "the share that look at a view" in probe.table()
+    assert "the share of queries whose most-attended view" in probe.table()
 
 
 @pytest.mark.parametrize("within", [(0, 1, 2), (1,)])
@@ -229,24 +229,28 @@ def test_views_that_share_nothing_leave_no_ranking() -> None:
 def bad_inputs() -> dict[str, tuple[dict[str, Any], type[Exception], str]]:
     no_depth = {name: value for name, value in CAT3D.batch().items() if name != "depth"}
     return {
-        "level": ({"timesteps": (0.5, 500)}, ValueError, r"timesteps: expected different levels in \[0, 1\]"),
-        "no level": ({"timesteps": ()}, ValueError, "timesteps: expected different levels"),
+        "level": (
+            {"noise_levels": (0.5, 500)},
+            ValueError,
+            r"noise_levels: expected .* in \[0, 1\], got \(0.5, 500",
+        ),
+        "no level": ({"noise_levels": ()}, ValueError, "noise_levels: expected different shares"),
         "layer": ({"layers": [99]}, ValueError, "layers.*99"),
         "within": ({"within": (0, 2)}, ValueError, "within: expected different numbers of tokens >= 0, 1 among them"),
         "no batch": ({"batches": []}, ValueError, "batches: expected at least one batch, got none"),
         "no depth": ({"batches": [no_depth]}, DataError, "has no depth, and the probe takes the true matches"),
         "backbone": ({"backbone": "cat4d"}, ValueError, "cat4d"),
         "another backbone": ({"backbone": "sv3d"}, ValueError, "backbone 'sv3d' does not fit"),
-        "not inflatable_layers": ({"inflate": True}, ValueError, "backbone 'cat3d' lists no inflatable_layers layer"),
+        "not inflatable": ({"inflate": True}, ValueError, "backbone 'cat3d' lists no inflatable layer"),
         "no model": ({"model": "unet"}, TypeError, "model: expected a pipeline of an adapter, .* got str"),
         "no prepare": ({"model": CAT3D.pipeline().unet}, ValueError, "prepare: a model without its pipeline needs"),
-        "unknown model": ({"model": nn.Linear(1, 1), "prepare": CAT3D.pipeline()}, ValueError, "recognised by none"),
+        "unknown model": ({"model": nn.Linear(1, 1), "prepare": CAT3D.pipeline()}, ValueError, "recognized by none"),
     }
 
 
 @pytest.mark.parametrize("case", bad_inputs())
 def test_bad_input_is_refused(case: str) -> None:
     changes, error, message = bad_inputs()[case]
-    options = {"model": CAT3D.pipeline(), "batches": small_batches(CAT3D), "timesteps": LEVELS, **changes}
+    options = {"model": CAT3D.pipeline(), "batches": small_batches(CAT3D), "noise_levels": LEVELS, **changes}
     with pytest.raises(error, match=message):
-        probe_layers(options.pop("model"), options.pop("batches"), options.pop("timesteps"), **options)
+        probe_layers(options.pop("model"), options.pop("batches"), options.pop("noise_levels"), **options)

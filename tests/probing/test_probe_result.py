@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,7 @@ def test_a_probe_is_written_and_read(tmp_path: Path) -> None:
     [
         ({"within": 3}, r"within: expected one of \(1,\), got 3"),
         ({"readout": "through_head"}, "readout of layer 'block.0.attn1'.*through_head"),
-        ({"timestep": 0.2}, r"timestep: expected one of \(0.5, 1.0\) or None, got 0.2"),
+        ({"noise_level": 0.2}, r"noise_level: expected one of \(0.5, 1.0\) or None, got 0.2"),
         ({"angle_bin": 1}, r"angle_bin: expected one of \(\(0.0, 180.0\),\)"),
         ({"angle_bin": (0, 15)}, "angle_bin: expected one of"),
     ],
@@ -91,7 +92,34 @@ def test_the_heat_map_shows_every_layer_and_step() -> None:
     assert [axis.get_title() for axis in panels] == ["all pairs", "0-15 deg", "15-30 deg", "30-60 deg", "60-180 deg"]
     drawn = np.asarray(panels[0].images[0].get_array())
     assert drawn.shape == (len(probe.layers), len(LEVELS))
-    assert drawn[2, 1] == pytest.approx(probe.skill(2, timestep=1.0))
+    assert drawn[2, 1] == pytest.approx(probe.skill(2, noise_level=1.0))
     assert np.ma.getmaskarray(panels[3].images[0].get_array()).all()  # no such pair
     with pytest.raises(ValueError, match="kind"):
         probe.heat_map(kind="skills")
+
+
+def test_noise_levels_under_their_old_name_are_accepted_with_a_warning(tmp_path: Path) -> None:
+    pipeline, batches = CAT3D.pipeline(), small_batches(CAT3D)
+    with pytest.warns(FutureWarning, match=r"probe_layers\(timesteps=\) is now called noise_levels="):
+        probe = probe_layers(pipeline, batches, timesteps=(0.5,))  # type: ignore[call-arg]
+    with pytest.warns(FutureWarning, match="LayerProbe.timesteps is now called noise_levels"):
+        assert probe.timesteps == probe.noise_levels == (0.5,)  # type: ignore[attr-defined]
+    for figure in (probe.precision, probe.chance, probe.skill, probe.per_scene):
+        with pytest.warns(FutureWarning, match=r"\(timestep=\) is now called noise_level="):
+            assert figure(0, timestep=0.5) == figure(0, noise_level=0.5)
+    with pytest.warns(FutureWarning, match=r"LayerProbe\(timesteps=\) is now called noise_levels="):
+        empty = LayerProbe((), timesteps=(0.5,), angle_bins=(), within=(1,), scenes=(), samples=())  # type: ignore[call-arg]
+    assert empty.noise_levels == (0.5,)
+    with pytest.raises(TypeError, match="got timesteps= and noise_levels=, which are one argument"):
+        probe_layers(pipeline, batches, timesteps=(0.5,), noise_levels=(0.5,))  # type: ignore[call-arg]
+
+
+def test_a_saved_probe_keeps_the_keys_of_its_format(tmp_path: Path) -> None:
+    """Files of earlier releases are read, and theirs can read new ones."""
+    probe = made_probe([10, 30, 80, 40])
+    saved = json.loads(probe.save(tmp_path / "probe.json").read_text())
+    assert set(saved) == {
+        "format", "layers", "timesteps", "angle_bins", "within", "scenes", "samples", "backbone", "inflate", "seed",
+    }  # fmt: skip
+    assert saved["timesteps"] == [0.5, 1.0]
+    assert LayerProbe.load(tmp_path / "probe.json").noise_levels == (0.5, 1.0)

@@ -52,10 +52,10 @@ def frame_by_frame(module: Any, args: Any, kwargs: dict[str, Any], row: Row) -> 
 
 def not_joined(module: Any, args: Any, kwargs: dict[str, Any], row: Row) -> Tensor:
     """An inflated layer is given joined tokens by its hooks; here it gets one frame at a time."""
-    holder = nn.ModuleDict({"attn": copy.deepcopy(module)})
-    deflate(holder, "attn")
+    wrapper_of = nn.ModuleDict({"attn": copy.deepcopy(module)})
+    deflate(wrapper_of, "attn")
     tokens = rearrange(args[0], "b (v n) d -> (b v) n d", v=row.views)
-    return rearrange(holder["attn"](tokens, **kwargs), "(b v) n d -> b (v n) d", v=row.views)
+    return rearrange(wrapper_of["attn"](tokens, **kwargs), "(b v) n d -> b (v n) d", v=row.views)
 
 
 VIEW_BY_VIEW = {"cat3d": joint, "mvdream": joint, "zero123plus": tile_by_tile, "sv3d": frame_by_frame}

@@ -56,10 +56,10 @@ def test_chance_is_that_of_a_plain_loop(token_grids: Any) -> None:
     match = random_matches(2, token_grids)
     views = len(token_grids)
     groups = torch.randint(4, (2, views, views), generator=torch.Generator().manual_seed(1))
-    truth = TrueMatches(match, groups, 4)
-    torch.testing.assert_close(truth.chance((0, 1, 2)), loop_chance(match, groups, (0, 1, 2)))
+    true_matches = TrueMatches(match, groups, 4)
+    torch.testing.assert_close(true_matches.chance((0, 1, 2)), loop_chance(match, groups, (0, 1, 2)))
     for b, group in ((0, 0), (1, 3)):
-        assert truth.pairs[b, group] == int((match.matched[b] & (groups[b] == group)[..., None]).sum())
+        assert true_matches.pairs[b, group] == int((match.matched[b] & (groups[b] == group)[..., None]).sum())
 
 
 def test_distances_in_the_world_are_those_of_a_plain_loop() -> None:
@@ -71,10 +71,11 @@ def test_distances_in_the_world_are_those_of_a_plain_loop() -> None:
     token_grids, near = ((8, 8),) * 2, 0.15
     points = surface_points(batch["depth"], batch["intrinsics"], batch["extrinsics"], token_grids)
     match = random_matches(2, token_grids)
-    truth = TrueMatches.of_layer(TokenLayout("b (v h w)"), match, torch.zeros(2, 2, 2, dtype=torch.long), 1, points)
+    groups = torch.zeros(2, 2, 2, dtype=torch.long)
+    true_matches = TrueMatches.of_layer(TokenLayout("b (v h w)"), match, groups, 1, points)
     generator = torch.Generator().manual_seed(1)
     query, key = (torch.randn(2, 1, 2, 64, 3, generator=generator) for _ in range(2))
-    hits = count_hits(query, key, truth, None, 3.0, (1,), near=near)["mean"]
+    hits = count_hits(query, key, true_matches, None, 3.0, (1,), near=near)["mean"]
     maps = attention_maps(query, key, token_grids, None, 3.0)["mean"]
     expected, chance, ceiling = (torch.zeros(2) for _ in range(3))
     for b, i, j, x in match.matched.nonzero().tolist():
@@ -83,9 +84,9 @@ def test_distances_in_the_world_are_those_of_a_plain_loop() -> None:
         chance[b] += away.float().mean()
         ceiling[b] += away[match.index[b, i, j, x]]
     assert hits[0, :, 0, 1].tolist() == expected.tolist()
-    assert 0 < expected.sum() < truth.pairs.sum()
-    torch.testing.assert_close(truth.chance((1,), near)[:, 0, 1], chance.double(), rtol=1e-5, atol=0)
-    assert truth.ceiling(near)[:, 0].tolist() == ceiling.tolist()
+    assert 0 < expected.sum() < true_matches.pairs.sum()
+    torch.testing.assert_close(true_matches.chance((1,), near)[:, 0, 1], chance.double(), rtol=1e-5, atol=0)
+    assert true_matches.ceiling(near)[:, 0].tolist() == ceiling.tolist()
 
 
 def test_surface_points_are_where_the_camera_sees_them() -> None:

@@ -31,7 +31,7 @@ def test_the_recipe_writes_the_probe_and_what_each_layer_is_needed_for(
     printed = capsys.readouterr().out
     probe = LayerProbe.load(tmp_path / "probe" / "probe.json")
     assert [layer.index for layer in probe.layers] == [0, 2]
-    assert probe.timesteps == (0.5, 1.0)
+    assert probe.noise_levels == (0.5, 1.0)
     assert probe.within == (0, 1, 2, "2cm")
     assert probe.angle_bins == ANGLE_BINS
     table = (tmp_path / "probe" / "table.md").read_text()
