@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,7 +14,6 @@ from tests.helpers.alignment_inputs import PADDED, dense_from_logits, gradients,
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from tests.helpers import triton_interpreter
 from tests.helpers.triton_interpreter import Interpreter
 
 CELLS = ((1, 1),) * 4
@@ -28,12 +26,6 @@ CASES: list[dict[str, Any]] = [
     {"reduction": "sum", "normalize": "all_views", "token_grids": CELLS},
 ]
 HEADS = [{}, {"depth": 0}, {"kind": "mean"}, {"kind": "none"}]
-
-
-@pytest.fixture(scope="module")
-def interpreted() -> Iterator[Interpreter]:
-    with triton_interpreter.interpreter() as call:
-        yield call
 
 
 def triton_loss(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -29,12 +28,6 @@ SCALE = 0.3
 # off.
 TOLERANCE = 3e-6
 FAST_TOLERANCE = 1e-5
-
-
-@pytest.fixture(scope="module")
-def interpreted() -> Iterator[Interpreter]:
-    with triton_interpreter.interpreter() as call:
-        yield call
 
 
 def make_rows(count: int, columns: int, targets: int, *, excluded: bool) -> dict[str, Any]:
