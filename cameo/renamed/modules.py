@@ -118,6 +118,7 @@ MOVED_NAMES: dict[str, str] = {
     "cameo.perturbation.Drop": "cameo.probing.ablation.QualityLoss",
     "cameo.probe_tally.BatchTruths": "cameo.probing.tally.BatchMatches",
     "cameo.probe_tally.LayerTally": "cameo.probing.tally.LayerHitCounter",
+    "cameo.evaluation.runs.Evaluated": "cameo.training.runs.EvaluatedModel",
     "cameo.self_view.self_view_only": "cameo.probing.ablation.self_view_only",
 }
 

@@ -39,7 +39,7 @@ from cameo.wrap import wrap
 __all__ = [
     "LoraRun",
     "add_lora",
-    "arms_of",
+    "planned_runs",
     "base_name",
     "begin_run",
     "card_metrics",
@@ -85,7 +85,7 @@ def begin_run(config: TrainingConfig, *, demonstration: bool = False) -> Iterato
     with hold_folder(config.output_dir):
         if demonstration:
             config.overwrite_output_dir = True
-            refuse_other_runs(arms_of(config))
+            refuse_other_runs(planned_runs(config))
         yield
 
 
@@ -280,7 +280,7 @@ def _sampled(
     )
 
 
-def arms_of(config: TrainingConfig) -> dict[str, TrainingConfig]:
+def planned_runs(config: TrainingConfig) -> dict[str, TrainingConfig]:
     """Return the settings of each run of a recipe, by name: one, or two with `compare_without_cameo`.
 
     The run without CAMEO comes first and lives in `output_dir/without_cameo`. With `resume_from_checkpoint=latest` a

@@ -20,7 +20,7 @@ from cameo.errors import DataError
 from cameo.training.checkpoint import list_checkpoints, load_trained
 from cameo.training.data import build_dataset
 from cameo.training.settings import load_config
-from cameo.training.setup import add_lora, arms_of, check_push, load_pipeline
+from cameo.training.setup import add_lora, planned_runs, check_push, load_pipeline
 from cameo.wrap import attach
 from tests.helpers.sequences import write_sequence
 from tests.helpers.training_runs import RecipeProcess, make_config, read_lines, same_files
@@ -148,26 +148,26 @@ def test_two_processes_train_one_adapter_and_resume(tmp_path: Path) -> None:
 
 def test_arms_of_a_comparison(tmp_path: Path) -> None:
     config = make_config(tmp_path)
-    assert arms_of(config) == {"with CAMEO": config}
-    assert list(arms_of(make_config(tmp_path, loss_weight=0.0))) == ["without CAMEO"]
-    both = arms_of(make_config(tmp_path, compare_without_cameo=True))
+    assert planned_runs(config) == {"with CAMEO": config}
+    assert list(planned_runs(make_config(tmp_path, loss_weight=0.0))) == ["without CAMEO"]
+    both = planned_runs(make_config(tmp_path, compare_without_cameo=True))
     assert {name: (arm.loss_weight, arm.output_dir) for name, arm in both.items()} == {
         "without CAMEO": (0.0, str(tmp_path / "without_cameo")),
         "with CAMEO": (config.loss_weight, str(tmp_path)),
     }
     resumed = {"compare_without_cameo": True, "resume_from_checkpoint": "latest"}
     with pytest.raises(DataError, match="holds no complete checkpoint-N"):
-        arms_of(make_config(tmp_path, **resumed))
+        planned_runs(make_config(tmp_path, **resumed))
     done = tmp_path / "without_cameo" / "checkpoint-6"
     done.mkdir(parents=True)
     (done / "trainer_state.json").write_text("{}")
-    again = arms_of(make_config(tmp_path, **resumed))
+    again = planned_runs(make_config(tmp_path, **resumed))
     assert [arm.resume_from_checkpoint for arm in again.values()] == ["latest", None]
     with pytest.raises(DataError, match=r"without_cameo holds checkpoints of an earlier run"):
-        arms_of(make_config(tmp_path, compare_without_cameo=True))
-    assert len(arms_of(make_config(tmp_path, compare_without_cameo=True, overwrite_output_dir=True))) == 2
+        planned_runs(make_config(tmp_path, compare_without_cameo=True))
+    assert len(planned_runs(make_config(tmp_path, compare_without_cameo=True, overwrite_output_dir=True))) == 2
     with pytest.raises(ValueError, match="there are two runs; expected latest"):
-        arms_of(make_config(tmp_path, compare_without_cameo=True, resume_from_checkpoint="checkpoint-6"))
+        planned_runs(make_config(tmp_path, compare_without_cameo=True, resume_from_checkpoint="checkpoint-6"))
 
 
 def test_push_without_token_is_refused_before_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

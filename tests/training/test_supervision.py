@@ -22,7 +22,7 @@ from cameo.errors import DataError
 from cameo.training.data import noisy_inputs, step_generator
 from cameo.training.settings import TrainingConfig
 from cameo.training.settings.config import CHANGEABLE
-from cameo.training.setup import arms_of, load_pipeline, wrap_denoiser
+from cameo.training.setup import planned_runs, load_pipeline, wrap_denoiser
 from cameo.training.supervision import (
     PROJECTOR_FILE,
     alignment_weight,
@@ -321,8 +321,8 @@ def test_the_card_tells_how_the_run_was_supervised(tmp_path: Path) -> None:
 
 def test_the_arms_of_a_comparison_are_named_after_the_supervision(tmp_path: Path) -> None:
     config = make_config(tmp_path, compare_without_cameo=True, **REPA)
-    assert list(arms_of(config)) == ["without CAMEO", "with REPA"]
-    assert list(arms_of(replace(config, compare_without_cameo=False))) == ["with REPA"]
+    assert list(planned_runs(config)) == ["without CAMEO", "with REPA"]
+    assert list(planned_runs(replace(config, compare_without_cameo=False))) == ["with REPA"]
 
 
 @pytest.mark.parametrize(
