@@ -1,4 +1,4 @@
-"""What makes diffusers' U-Net an MVDream: joint attention, a camera embedding, and ImageDream's image tokens."""
+"""MVDream's denoiser: diffusers' U-Net with joint attention, a camera embedding and ImageDream's image tokens."""
 
 from __future__ import annotations
 
