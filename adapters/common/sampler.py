@@ -49,7 +49,7 @@ def sample_latents(
     latents = noise * scheduler.init_noise_sigma
     for timestep in progress_bar(scheduler.timesteps) if progress_bar else scheduler.timesteps:
         predictions = predict(scheduler.scale_model_input(latents, timestep), timestep)
-        prediction, *without = (one.to(latents) for one in predictions)
+        prediction, *without = (tensor.to(latents) for tensor in predictions)
         if without:
             prediction = without[0] + guidance_scale * (prediction - without[0])
         latents = scheduler.step(prediction, timestep, latents, **options).prev_sample

@@ -67,7 +67,9 @@ def joins_views(model: nn.Module) -> bool:
     if _ldm_attentions(model):
         return True
     attentions = self_attentions(model).values()
-    return bool(attentions) and all(getattr(getattr(one, "processor", None), "join", False) for one in attentions)
+    return bool(attentions) and all(
+        getattr(getattr(attention, "processor", None), "join", False) for attention in attentions
+    )
 
 
 def embeds_cameras(model: nn.Module) -> bool:
@@ -90,8 +92,8 @@ def token_layout(unet: nn.Module) -> TokenLayout:
 
 def has_image_view(unet: nn.Module) -> bool:
     """Whether the last view of the attention is ImageDream's image prompt."""
-    said = getattr(unet, "image_view", None)
-    return getattr(unet, "image_embed", None) is not None if said is None else bool(said)
+    declared = getattr(unet, "image_view", None)
+    return getattr(unet, "image_embed", None) is not None if declared is None else bool(declared)
 
 
 def set_image_view(unet: nn.Module, present: bool) -> nn.Module:

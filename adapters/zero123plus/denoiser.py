@@ -130,7 +130,7 @@ class ReferenceUNet(UNet2DConditionModel):
             encoder_hidden_states,
             class_labels,
             cross_attention_kwargs={**given, "mode": "r", "ref_dict": references},
-            down_block_additional_residuals=None if down is None else [one.to(self.dtype) for one in down],
+            down_block_additional_residuals=None if down is None else [residual.to(self.dtype) for residual in down],
             mid_block_additional_residual=None if mid is None else mid.to(self.dtype),
             **options,
         )

@@ -14,7 +14,7 @@ import pytest
 from scipy import stats
 
 from benchmarks.convergence import curves, study, tables
-from tests.recipes.test_recipes import write_sequence
+from tests.helpers.sequences import write_sequence
 
 SETTINGS = """
 common: {resolution: 16, num_scenes: 4, num_validation_scenes: 2, views_per_scene: 3, train_batch_size: 2, num_views: 2,
