@@ -1,4 +1,4 @@
-"""Hunyuan-DiT as a multi-view model: the self-attentions of diffusers' transformer see all views of a sample.
+"""Hunyuan-DiT as a multi-view model: the self-attentions of diffusers' transformer attend to all views of a sample.
 
 The paper's third model. It has no adapter of its own, since no multi-view weights or camera conditioning were
 released: join the views, then describe the layer to `cameo.wrap`.
@@ -25,7 +25,7 @@ class MultiViewHunyuanAttnProcessor:
 
     The attention itself is diffusers' `HunyuanAttnProcessor2_0`: query and key are normalized, then rotated by the
     position in their own image, so a token meets the same cell of another view at distance zero. The number of views
-    is a setting of the processor, because the transformer hands no arguments of the caller down to it.
+    is a setting of the processor, because the transformer passes no arguments of the caller on to it.
 
     Example:
         >>> import torch

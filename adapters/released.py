@@ -24,12 +24,12 @@ RELEASED: dict[str, Release] = {name: release for adapter in ADAPTERS for name, 
 
 
 def licence_of(name: str | None) -> str | Mapping[str, str] | None:
-    """Former name of what an adapter's `license` answers."""
+    """Old name of the method `license` of the backbones."""
     warnings.warn("licence_of is now the method `license` of the backbones", FutureWarning, stacklevel=2)
     return next((adapter().license(name) for adapter in ADAPTERS if adapter().license(name)), None)
 
 
 def revision_of(name: str | None) -> str | None:
-    """Former name of what an adapter's `revision` answers."""
+    """Old name of the method `revision` of the backbones."""
     warnings.warn("revision_of is now the method `revision` of the backbones", FutureWarning, stacklevel=2)
     return next((adapter().revision(name) for adapter in ADAPTERS if adapter().revision(name)), None)

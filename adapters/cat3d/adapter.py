@@ -18,7 +18,7 @@ from cameo.backbone import Backbone, Release
 __all__ = ["BUNDLED", "Cat3D"]
 
 BUNDLED = "bundled:cat3d-transformer-tiny"
-# The whole way for a U-Net of one's own.
+# All steps for a U-Net of one's own.
 INFLATE = (
     "Before cameo.wrap: from cameo.adapters.common.joint_views import inflate; inflate(unet, latent_stride=8), with "
     "the image pixels per latent cell (8 for the VAE of Stable Diffusion, 1 without a VAE). In each forward: "
@@ -90,7 +90,8 @@ class Cat3D(Backbone):
     def default_layer(self, model: nn.Module) -> int:
         """First attention of the up block one level below full resolution (SD 2.1: 10, the paper's best layer).
 
-        Of a transformer the middle block, of two the first: there `transformer-tiny` finds most matches by itself.
+        Of a transformer the middle block, of two the first: there `transformer-tiny` finds most matches without
+        supervision.
         """
         return default_layer(model)
 

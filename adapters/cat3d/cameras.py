@@ -1,4 +1,4 @@
-"""How CAT3D is told the cameras: ray maps in the first view's frame, beside a mask of the reference views.
+"""CAT3D's camera condition: ray maps in the first view's frame, beside a mask of the reference views.
 
 Axes: B samples, V views (reference views first), H W image pixels, h w latent cells.
 """
@@ -53,5 +53,5 @@ def camera_maps(
 
 
 def without_cameras(maps: Tensor) -> Tensor:
-    """Return the maps with zeros for the rays and the mask as it is: what guidance leads away from."""
+    """Return the maps with zeros for the rays and the mask unchanged: classifier-free guidance's other condition."""
     return torch.cat([maps[:, :, :1], torch.zeros_like(maps[:, :, 1:])], dim=2)

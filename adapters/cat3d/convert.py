@@ -25,7 +25,7 @@ def widen_input(unet: UNet2DConditionModel, channels: int = CONDITION_CHANNELS) 
 
     Args:
         unet: a U-Net of diffusers.
-        channels: how many to add behind those that are there.
+        channels: how many to append.
     """
     old = unet.conv_in
     wide = nn.Conv2d(old.in_channels + channels, old.out_channels, old.kernel_size, old.stride, old.padding)

@@ -1,4 +1,4 @@
-"""The denoisers of CAT3D-style models: diffusers' U-Net as it is, or a diffusion transformer, which this file defines.
+"""The denoisers of CAT3D-style models: diffusers' U-Net unchanged, or a diffusion transformer, which this file defines.
 
 The transformer is diffusers' DiT without its classes; its self-attentions can join the views of a sample.
 """

@@ -27,12 +27,12 @@ def find_attentions(model: nn.Module) -> dict[str, Any]:
 
 
 def joins_views(attention: nn.Module) -> bool:
-    """Whether the processor of a self-attention lets the views see each other."""
+    """Whether the processor of a self-attention joins the views of a sample."""
     return getattr(getattr(attention, "processor", None), "join", False)
 
 
 def token_stride(model: nn.Module, path: str) -> int | None:
-    """Image pixels per token side of a layer; None where its processor does not know the latent's."""
+    """Image pixels per token side of a layer; None where its processor has no latent stride."""
     latent_stride = getattr(model.get_submodule(path).processor, "latent_stride", None)
     if not latent_stride:
         return None

@@ -152,7 +152,7 @@ class Cat3DPipeline(LatentPipeline):
 
         Args:
             batch: `intrinsics, extrinsics [B, V, ...]`, `num_reference_views` R, and `images [B, >= R, 3, H,
-                W]`, of which only the first R are looked at.
+                W]`, of which only the first R are used.
             num_inference_steps: number of denoising steps.
             guidance_scale: classifier-free guidance on the cameras; 1 switches it off.
             generator: the same seed gives the same views.
@@ -196,7 +196,7 @@ class Cat3DPipeline(LatentPipeline):
         sample = rearrange(torch.cat([noisy, condition.to(noisy)], dim=2), "b v c h w -> (b v) c h w")
         inputs = [sample, repeat(timesteps, "b -> (b v)", v=views)]
         if not isinstance(self.unet, JointDiT):
-            # The text cross-attention of Stable Diffusion gets one zero token, which leaves of it only a bias.
+            # The text cross-attention of Stable Diffusion gets one token of zeros, which reduces it to a bias.
             inputs.append(sample.new_zeros(sample.shape[0], 1, self.unet.config.cross_attention_dim))
         return tuple(inputs), {"cross_attention_kwargs": {"num_views": views}}
 

@@ -1,4 +1,4 @@
-"""Images for the CLIP encoders of the releases, as the image processors of transformers make them ready.
+"""Images for the CLIP encoders of the releases, prepared by the image processors of transformers.
 
 Axes: B samples, H W image pixels.
 """
@@ -22,13 +22,13 @@ def image_processor(side: int, **values: float) -> Any:
 
 
 def processor_side(processor: Any) -> int:
-    """Side in pixels of the squares that an image processor hands on."""
+    """Return the side in pixels of the squares that an image processor returns."""
     size = processor.crop_size
     return int(size if isinstance(size, int) else size["height"])
 
 
 def process(processor: Any, images: Tensor) -> Tensor:
-    """Make images `[B, 3, H, W]` in [0, 1] ready, in 8 bits as the image files that the processor is made for.
+    """Prepare images `[B, 3, H, W]` in [0, 1], rounded to 8 bits as in the image files that the processor is made for.
 
     Returns:
         What the processor returns, `[B, 3, side, side]` in float32 where the images are.

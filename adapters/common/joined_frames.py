@@ -1,8 +1,8 @@
-"""Let a video U-Net's per-frame self-attention see the tokens of all frames of a sample, by hooks on the module.
+"""Let a video U-Net's per-frame self-attention attend to the tokens of all frames of a sample, by hooks.
 
 Axes: b samples, t frames, s tokens of one frame, c channels. Works on diffusers' `TransformerSpatioTemporalModel`
-and on SGM's `SpatialVideoTransformer`: both run `transformer_blocks.N.attn1` on `(b t) s c` and know the number of
-frames, which a hook on them hands down.
+and on SGM's `SpatialVideoTransformer`: both run `transformer_blocks.N.attn1` on `(b t) s c` and receive the
+number of frames, which a hook on them passes on.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ __all__ = ["deflate", "inflate", "is_inflated"]
 
 
 class _TellFrames:
-    """Pre-hook of the transformer: hand the number of frames of this forward to one of its attention layers.
+    """Pre-hook of the transformer: pass the number of frames of this forward on to one of its attention layers.
 
-    A class and not a closure, so that the model can be pickled; it knows the layer by name, so that a deepcopy
-    reaches its own.
+    A class and not a closure, so that the model can be pickled. It holds the name of the layer and not the layer, so
+    that in a deep copy it finds the layer of the copy.
     """
 
     def __init__(self, name: str) -> None:
@@ -31,7 +31,7 @@ class _TellFrames:
     def __call__(self, transformer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = inspect.signature(type(transformer).forward).bind_partial(transformer, *args, **kwargs).arguments
         frames = next((given[name] for name in ("timesteps", "num_frames") if isinstance(given.get(name), int)), None)
-        indicator = given.get("image_only_indicator")  # [b, t], all that diffusers' blocks are told
+        indicator = given.get("image_only_indicator")  # [b, t], where diffusers' blocks find the number of frames
         if frames is None and isinstance(indicator, Tensor):
             frames = indicator.shape[-1]
         transformer.get_submodule(self.name).joined_frames = frames  # type: ignore[assignment]
@@ -41,7 +41,7 @@ def inflate(model: nn.Module, path: str) -> None:
     """Join the frames in the self-attention at `path`, in place; its weights and state dict stay as they are.
 
     The number of frames is that of the latest forward, also for a recomputation under non-reentrant checkpointing;
-    a forward with another number of frames between a forward and its backward makes torch report other shapes.
+    a forward with another number of frames between a forward and its backward makes torch raise an error about shapes.
 
     Example:
         >>> import torch
@@ -64,8 +64,8 @@ def inflate(model: nn.Module, path: str) -> None:
     if is_inflated(model, path):
         return
     attention.joined_frames = None  # type: ignore[assignment]
-    # The handles are kept: they take the hooks off again, and pickled with the module they keep the ids of its hooks
-    # from being given a second time in another process.
+    # The handles are kept to remove the hooks. Pickled with the module they also keep the ids of its hooks from being
+    # given a second time in another process.
     attention.frame_hooks = [  # type: ignore[assignment]
         transformer.register_forward_pre_hook(_TellFrames(name), with_kwargs=True),
         attention.register_forward_pre_hook(_join),
@@ -74,7 +74,7 @@ def inflate(model: nn.Module, path: str) -> None:
 
 
 def deflate(model: nn.Module, path: str) -> None:
-    """Let the layer at `path` see one frame at a time again; nothing happens where it does."""
+    """Let the layer at `path` attend within one frame again; does nothing where it already does."""
     attention = model.get_submodule(path)
     if not is_inflated(model, path):
         return

@@ -1,4 +1,4 @@
-"""Joint attention: the self-attentions of a diffusers U-Net or transformer see the tokens of all views of a sample."""
+"""Joint attention: self-attentions of diffusers' U-Nets or transformers attend to all views of a sample."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class JointViewAttnProcessor:
     """Attention processor in which the tokens of all views of a sample attend to each other.
 
     Takes `num_views` through `cross_attention_kwargs`. With `join=False` (text cross-attention) it accepts
-    the argument and attends per view. xformers is used on request and on CUDA only: it has no CPU kernel.
+    the argument and attends per view. xformers is used on request and only on CUDA, since it has no CPU kernel.
     """
 
     def __init__(self, *, join: bool, use_xformers: bool = False, latent_stride: int | None = None) -> None:
@@ -59,8 +59,8 @@ def inflate(unet: Denoiser, *, use_xformers: bool = False, latent_stride: int | 
 
     `latent_stride` (image pixels per latent cell side, 8 for the VAE of Stable Diffusion) tells the layers their token
     grid for an image size, which `CameoModel.token_grid` needs. Each forward then takes the number of views of a
-    sample, in `cross_attention_kwargs`; without it every view is a sample of its own. `docs/your_own_loop.md` shows
-    the steps from here to a training loop.
+    sample, in `cross_attention_kwargs`; without it every view is taken as a sample of its own.
+    `docs/your_own_loop.md` shows the steps from here to a training loop.
 
     Example:
         >>> import torch

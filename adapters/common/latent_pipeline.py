@@ -43,7 +43,7 @@ class LatentPipeline(DiffusionPipeline):
 
     @classmethod
     def load_config(cls, *args: Any, **options: Any) -> Any:
-        """Read `model_index.json` as diffusers does; the classes that an earlier release named are those of today.
+        """Read `model_index.json` as diffusers does; names of classes from earlier releases become their current names.
 
         diffusers takes a component's class from a module that is imported already, and never imports one by its name.
         """
@@ -51,15 +51,15 @@ class LatentPipeline(DiffusionPipeline):
         config = loaded[0] if isinstance(loaded, tuple) else loaded
         for component, saved in config.items():
             if isinstance(saved, list) and len(saved) == 2 and None not in saved:
-                today = list(place_today(*saved))
-                if today != saved:
+                current = list(place_today(*saved))
+                if current != saved:
                     warnings.warn(
-                        f"model_index.json: {component} is a {'.'.join(saved)}, which is now {'.'.join(today)}; "
+                        f"model_index.json: {component} is a {'.'.join(saved)}, which is now {'.'.join(current)}; "
                         "save the pipeline again to write the new name",
                         FutureWarning,
                         stacklevel=2,
                     )
-                    config[component] = today
+                    config[component] = current
         return loaded
 
     @property
@@ -193,7 +193,7 @@ class LatentPipeline(DiffusionPipeline):
         return (drawn < probability).to(device)
 
     def denoising_target(self, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """What the denoiser shall predict: the noise, or the velocity."""
+        """Return what the denoiser is to predict: the noise, or the velocity."""
         if self.scheduler.config.prediction_type == "epsilon":
             return noise
         return self.scheduler.get_velocity(clean, noise, timesteps)

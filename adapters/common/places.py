@@ -1,4 +1,4 @@
-"""Of the options of a `Backbone.load`, those that say where its files come from."""
+"""Options of a `Backbone.load` that say where its files come from."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ __all__ = ["place_of"]
 
 
 def place_of(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Of the options of a `Backbone.load`, those that say where its files come from; every read of one takes them.
+    """Select the options of a `Backbone.load` that say where its files come from; every read of a file takes them.
 
     Example:
         >>> place_of({"local_files_only": True, "torch_dtype": "auto"})

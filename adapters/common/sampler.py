@@ -37,7 +37,7 @@ def sample_latents(
             the condition, and for classifier-free guidance also the one without it, each like the latents.
         num_inference_steps: number of denoising steps, at least 1.
         guidance_scale: how far to go from the prediction without the condition to the one with it; a number, or a
-            tensor that broadcasts to the latents. Not looked at unless `predict` returns two predictions.
+            tensor that broadcasts to the latents. Ignored unless `predict` returns two predictions.
         generator: source of the noise that some schedulers add between the steps.
         progress_bar: wraps the time steps, such as `pipeline.progress_bar`; default none.
 
@@ -49,7 +49,7 @@ def sample_latents(
     latents = noise * scheduler.init_noise_sigma
     for timestep in progress_bar(scheduler.timesteps) if progress_bar else scheduler.timesteps:
         predictions = predict(scheduler.scale_model_input(latents, timestep), timestep)
-        prediction, *without = (one.to(latents) for one in predictions)
+        prediction, *without = (tensor.to(latents) for tensor in predictions)
         if without:
             prediction = without[0] + guidance_scale * (prediction - without[0])
         latents = scheduler.step(prediction, timestep, latents, **options).prev_sample

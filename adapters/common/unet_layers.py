@@ -112,7 +112,7 @@ def checkpoints_reentrantly(model: nn.Module) -> bool:
 
 
 class _Probe(nn.Module):
-    """Notes whether its forward runs with a graph."""
+    """Record whether its forward runs with a graph."""
 
     with_graph = True
 

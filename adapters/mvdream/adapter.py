@@ -30,7 +30,7 @@ __all__ = ["MVDream"]
 
 LATENT_STRIDE = 8  # of the only autoencoder that the releases use
 
-# The whole way for a U-Net of one's own.
+# All steps for a U-Net of one's own.
 PREPARE = (
     "Before cameo.wrap: from cameo.adapters.mvdream.denoiser import prepare; prepare(unet, image_view=False, "
     "latent_stride=8), with image_view=True for ImageDream. In each forward: "
@@ -46,8 +46,8 @@ class MVDream(Backbone):
     GPU) are conditioned by a text, `imagedream-tiny` and `imagedream-small` by an image.
 
     Of ImageDream the last view of the attention is the image prompt: the first view of a correspondence, without a
-    loss of its own. Its variant "ipmv-local" has the image tokens alone and no such view; the models are the same, so
-    say it: `set_image_view(unet, False)` before `cameo.wrap`.
+    loss of its own. Its variant "ipmv-local" has the image tokens alone and no such view; the models have the
+    same layers, so call `set_image_view(unet, False)` before `cameo.wrap`.
     """
 
     name = "mvdream"
@@ -163,7 +163,7 @@ class MVDream(Backbone):
             context = torch.zeros(views, 1, unet.config.cross_attention_dim).to(like)
             return (normal(views, unet.config.in_channels, side, side), timesteps, context), kwargs
         side = 2 ** max(3, max(find_levels(model).values()))
-        # The port hands the time steps' precision on.
+        # The port computes in the precision of the time steps.
         args = (normal(views, unet.in_channels, side, side), timesteps, normal(views, 5, context_channels(unet)))
         kwargs = {"camera": cameras, "num_frames": views}
         if getattr(unet, "image_embed", None) is not None:

@@ -24,13 +24,13 @@ CAMERA_CHANNELS = 16
 def camera_vectors(
     extrinsics: Tensor, up: Tensor | None = None, *, centre: Tensor | None = None, front: int | None = None
 ) -> Tensor:
-    """Flatten the cameras as MVDream was trained to read them.
+    """Flatten the cameras into the numbers that MVDream was trained on.
 
     Example:
         >>> extrinsics = torch.tensor([[1.0, 0, 0, 0], [0, 0, -1, 0], [0, 1, 0, 3], [0, 0, 0, 1]])  # from y = -3
         >>> up, origin = torch.tensor([[0.0, 0, 1]]), torch.zeros(1, 3)
         >>> views = camera_vectors(extrinsics.expand(1, 1, 4, 4), up, centre=origin)
-        >>> views.reshape(4, 4).tolist()[1]  # second row: what is world y, and the centre at y = -1
+        >>> views.reshape(4, 4).tolist()[1]  # second row: world y of the axes, and of the centre
         [0.0, 0.0, -1.0, -1.0]
 
     The world is moved so that the point the cameras look at is the origin, and turned so that up is z; where it has
@@ -42,7 +42,7 @@ def camera_vectors(
         extrinsics: `[B, V, 4, 4]` world-to-camera, OpenCV axes.
         up: `[B, 3]` direction that points up in the world; default that of the cameras, on average.
         centre: `[B, 3]` point to look at; default the one nearest to all optical axes.
-        front: view that shall stand at azimuth 0, in direction -y of the centre. ImageDream turns the world like
+        front: view that is to stand at azimuth 0, in direction -y of the centre. ImageDream turns the world like
             this for the view of its image prompt. Default: the world's own azimuth, as in MVDream.
 
     Returns:

@@ -1,4 +1,4 @@
-"""What makes diffusers' U-Net an MVDream: joint attention, a camera embedding, and ImageDream's image tokens."""
+"""MVDream's denoiser: diffusers' U-Net with joint attention, a camera embedding and ImageDream's image tokens."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ __all__ = ["CameraEmbedding", "ImageDreamUNet", "prepare"]
 
 
 class CameraEmbedding(TimestepEmbedding):
-    """Camera vectors `[(B V), 16]` to what is added to the time embedding; a row of NaN adds exactly nothing.
+    """Camera vectors `[(B V), 16]` to what is added to the time embedding; a row of NaN adds exactly zero.
 
     The rows of NaN are images without a camera: the original leaves the camera out for a whole batch, diffusers asks
     for class labels in every call. The parameters are those of `TimestepEmbedding`.

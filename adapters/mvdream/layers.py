@@ -1,6 +1,6 @@
 """Where the views meet in MVDream and ImageDream: the self-attentions of diffusers' U-Net or of the original code's.
 
-The original ldm code and its diffusers port are known by their structure; nothing of them is imported.
+The original ldm code and its diffusers port are recognized by their structure; nothing of them is imported.
 """
 
 from __future__ import annotations
@@ -63,11 +63,13 @@ def ldm_unet(model: nn.Module) -> Any:
 
 
 def joins_views(model: nn.Module) -> bool:
-    """Whether all self-attentions let the views see each other; those of the original code always do."""
+    """Whether all self-attentions join the views of a sample; those of the original code always do."""
     if _ldm_attentions(model):
         return True
     attentions = self_attentions(model).values()
-    return bool(attentions) and all(getattr(getattr(one, "processor", None), "join", False) for one in attentions)
+    return bool(attentions) and all(
+        getattr(getattr(attention, "processor", None), "join", False) for attention in attentions
+    )
 
 
 def embeds_cameras(model: nn.Module) -> bool:
@@ -90,8 +92,8 @@ def token_layout(unet: nn.Module) -> TokenLayout:
 
 def has_image_view(unet: nn.Module) -> bool:
     """Whether the last view of the attention is ImageDream's image prompt."""
-    said = getattr(unet, "image_view", None)
-    return getattr(unet, "image_embed", None) is not None if said is None else bool(said)
+    declared = getattr(unet, "image_view", None)
+    return getattr(unet, "image_embed", None) is not None if declared is None else bool(declared)
 
 
 def set_image_view(unet: nn.Module, present: bool) -> nn.Module:
@@ -107,8 +109,8 @@ def set_image_view(unet: nn.Module, present: bool) -> nn.Module:
         TokenLayout("b (v h w)")
 
     Only the model's caller knows: the original code takes the image as the argument `ip_img`, and the variant
-    "ipmv-local", which is called without it, has the same layers. Say it before `cameo.wrap`, and again for a base
-    model that is loaded anew.
+    "ipmv-local", which is called without it, has the same layers. Call this before `cameo.wrap`, and
+    again for a base model that is loaded anew.
     """
     original = ldm_unet(unet)
     (unet if original is None else original).image_view = present
@@ -150,7 +152,7 @@ def checkpointed_blocks(model: nn.Module) -> list[str]:
 
     The U-Net's own flag has no effect.
     """
-    if hasattr(model, "down_blocks") or not _ldm_attentions(model):  # diffusers checkpoints without harm
+    if hasattr(model, "down_blocks") or not _ldm_attentions(model):  # diffusers' own checkpointing does no harm
         return []
     return [name for name, module in model.named_modules() if _checkpoints(module)]
 
@@ -167,7 +169,7 @@ def _ldm_attentions(model: nn.Module) -> dict[str, Any]:
 
 
 def _takes_views(block: nn.Module) -> bool:
-    """Whether a transformer block is three-dimensional: it is told the number of views and joins them itself."""
+    """Whether a transformer block is three-dimensional: it takes the number of views and joins them itself."""
     return "num_frames" in inspect.signature(type(block).forward).parameters
 
 

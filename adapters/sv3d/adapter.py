@@ -1,4 +1,4 @@
-"""Adapter for SV3D: video U-Nets in which a query of the temporal attention sees its own cell in every frame."""
+"""Adapter for SV3D: video U-Nets in which a query of the temporal attention reaches its own cell in every frame."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class SV3D(Backbone):
     """An orbit around an object, from one image: all frames denoised together, the conditioning frame last.
 
     Recognizes diffusers' `UNetSpatioTemporalConditionModel`, `SV3DUNet` and SGM's `VideoUNet`. The layers are the
-    temporal attentions, which see one token of each frame; `inflate=True` offers the spatial ones instead and joins
+    temporal attentions, which reach one token of each frame; `inflate=True` offers the spatial ones instead and joins
     the frames in them.
 
     Stable Video Diffusion has the same classes, but its conditioning frame is the first. A model is taken for Stable
@@ -88,7 +88,7 @@ class SV3D(Backbone):
         )
 
     def attention_layers(self, model: nn.Module) -> list[AttentionLayer]:
-        """List the temporal attentions in execution order; a query sees its own cell in every frame."""
+        """List the temporal attentions in execution order; a query reaches its own cell in every frame."""
         return _attention_layers(model, temporal=True)
 
     def inflatable_layers(self, model: nn.Module) -> list[AttentionLayer]:

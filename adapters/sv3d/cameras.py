@@ -1,4 +1,4 @@
-"""How SV3D is told the cameras: the angles of each frame on the orbit around the object.
+"""SV3D's camera condition: the angles of each frame on the orbit around the object.
 
 Axes: B samples, V views (reference view first).
 """

@@ -44,8 +44,8 @@ class SV3DUNet(UNetSpatioTemporalConditionModel, PeftAdapterMixin):
     Args:
         latent_stride: image pixels per latent cell side; tells the layers their token grid for an image size.
         joined_layers: spatial self-attentions in which all frames are joined, see
-            `cameo.adapters.common.joined_frames`. `cameo.wrap(..., inflate=True)` writes them down here, so that a
-            saved U-Net loads with its layers joined.
+            `cameo.adapters.common.joined_frames`. `cameo.wrap(..., inflate=True)` writes them here, so that a saved
+            U-Net loads with its layers joined.
 
     The embedding of the noise level plus that of the frame's `cond_aug, polar, azimuth` (SV3D_p) or `cond_aug`
     (SV3D_u) reaches every residual block; the base class adds one embedding per sample. The norms of all residual
@@ -99,7 +99,7 @@ class SV3DUNet(UNetSpatioTemporalConditionModel, PeftAdapterMixin):
             for module in block.resnets.modules():  # type: ignore[union-attr]
                 if isinstance(module, nn.GroupNorm):
                     module.eps = PUBLISHED_EPSILON
-        # Kept with the module, so that unpickled in another process it does not lose a hook to a newer one's id.
+        # The handles are kept with the module: unpickled in another process, no newer hook gets the id of one of these.
         self.frame_hooks = [
             block.register_forward_pre_hook(_use_frame_embedding, with_kwargs=True) for block in self._blocks()
         ]
@@ -114,9 +114,9 @@ class SV3DUNet(UNetSpatioTemporalConditionModel, PeftAdapterMixin):
             ValueError: if its added embedding is not SV3D's (Stable Video Diffusion's has frame rate and motion).
         """
         with torch.device("meta"):
-            own = cls.from_config(unet.config, **settings)
-        own.load_state_dict(unet.state_dict(keep_vars=True), assign=True)
-        return own.train(unet.training)
+            taken = cls.from_config(unet.config, **settings)
+        taken.load_state_dict(unet.state_dict(keep_vars=True), assign=True)
+        return taken.train(unet.training)
 
     def forward(
         self,

@@ -1,6 +1,6 @@
 """Where the frames meet in SV3D: the attentions of diffusers' video U-Nets and of SGM's `VideoUNet`.
 
-SGM's code is known by its structure; nothing of it is imported. The module may be the U-Net itself or hold it as
+SGM's code is recognized by its structure; nothing of it is imported. The module may be the U-Net itself or hold it as
 `diffusion_model` or `model.diffusion_model`, as SGM's engine does.
 """
 
@@ -71,7 +71,7 @@ def token_layout(model: nn.Module, *, temporal: bool) -> TokenLayout:
 
 
 def token_strides(model: nn.Module, *, temporal: bool) -> dict[str, int | None]:
-    """Image pixels per token side of each layer, by path; None where the model does not know the latent's."""
+    """Image pixels per token side of each layer, by path; None where the model has no latent stride."""
     latent_stride = (getattr(model, "config", None) or {}).get("latent_stride", RELEASED_STRIDE)
     levels = find_levels(model, temporal=temporal)
     return {path: latent_stride and latent_stride * 2**level for path, level in levels.items()}
@@ -92,7 +92,7 @@ def _is_svd(model: nn.Module) -> bool:
 
 
 def reentrant_checkpointing(model: nn.Module) -> str | None:
-    """Say that the transformer blocks checkpoint reentrantly, if they do: then captured queries have no gradient."""
+    """Say why reentrantly checkpointed transformer blocks cannot be supervised; None if there are none."""
     for module in model.modules():
         if getattr(module, "checkpoint", None) is not True or not hasattr(module, "attn1"):
             continue
@@ -134,14 +134,14 @@ def use_non_reentrant_checkpointing(model: nn.Module) -> list[str]:
 
 
 def _checkpoint_functions(module: nn.Module) -> Iterator[tuple[str, object]]:
-    """What is called `checkpoint` in the Python modules that define the class and its parents."""
+    """List what is called `checkpoint` in the Python modules that define the class and its parents."""
     for kind in type(module).__mro__:
         if kind.__module__.partition(".")[0] != "torch" and kind.__module__ in sys.modules:
             yield kind.__module__, vars(sys.modules[kind.__module__]).get("checkpoint")
 
 
 def _is_reentrant(function: object) -> bool:
-    """Whether it is torch's function without `use_reentrant=False`; of a function of others nothing is said."""
+    """Whether it is torch's function without `use_reentrant=False`; False for functions of others."""
     if isinstance(function, functools.partial):
         return _is_reentrant(function.func) and function.keywords.get("use_reentrant") is not False
     return function is torch.utils.checkpoint.checkpoint
@@ -163,18 +163,18 @@ def resolution_levels(model: nn.Module, paths: list[str]) -> list[int]:
     match = PLACE.fullmatch(paths[0])
     assert match is not None
     unet = model.get_submodule(match[1].rstrip("."))
-    level, at = 0, {}
+    level, level_of_block = 0, {}
     for part in ("input_blocks", "middle_block", "output_blocks"):
         module = unet.get_submodule(part)
         runs = {part: module} if part == "middle_block" else {f"{part}.{n}": m for n, m in module.named_children()}
         for name, block in runs.items():
-            at[name] = level
-            level += sum(map(_step, block.children()))
+            level_of_block[name] = level
+            level += sum(map(_halvings, block.children()))
     places = [PLACE.fullmatch(path) for path in paths]
-    return [at[place[2]] for place in places if place is not None]
+    return [level_of_block[place[2]] for place in places if place is not None]
 
 
-def _step(module: nn.Module) -> int:
-    """1 for a module that halves the latents, -1 for one that doubles them."""
+def _halvings(module: nn.Module) -> int:
+    """Return 1 for a module that halves the latents, -1 for one that doubles them."""
     resampler = module.h_upd if getattr(module, "updown", False) else module
     return {"Downsample": 1, "Upsample": -1}.get(type(resampler).__name__, 0)

@@ -24,7 +24,7 @@ from cameo.pipeline import TrainingInputs
 
 __all__ = ["SV3DPipeline", "triangle_scale"]
 
-CONDITION_NOISE = 1e-5  # as published: next to nothing, but the U-Net was trained to be told
+CONDITION_NOISE = 1e-5  # as published: negligible, but an input that the U-Net was trained with
 CLIP_MEAN, CLIP_DEVIATION = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
@@ -42,7 +42,7 @@ class SV3DPipeline(LatentPipeline):
         >>> pipeline.sample(batch, num_inference_steps=2).shape
         torch.Size([1, 2, 3, 32, 32])
 
-    Noise levels are those of EDM (arXiv 2206.00364): frames are `x = x0 + s n`, the U-Net F sees `c_in x` and
+    Noise levels are those of EDM (arXiv 2206.00364): frames are `x = x0 + s n`, the U-Net F takes `c_in x` and
     `c_noise = ln(s) / 4`, and the clean frames are `D = c_skip x + c_out F` with `c_skip = 1 / (s^2 + 1)`,
     `c_out = -s / sqrt(s^2 + 1)`, `c_in = 1 / sqrt(s^2 + 1)`. The published weight of the squared error of D is
     `(s^2 + 1) / s^2 = 1 / c_out^2`, so it is the plain squared error of F with the target
@@ -50,7 +50,7 @@ class SV3DPipeline(LatentPipeline):
 
     Time step t of T stands for the quantile `(t + 1/2) / T` of the log-normal distribution that noise levels are
     drawn from, so uniform time steps give that distribution. Its parameters for SV3D are not published; the defaults
-    are those that public fine-tuning codes of Stable Video Diffusion take from its paper.
+    are those that public code for fine-tuning Stable Video Diffusion takes from its paper.
 
     Camera angles are those of `cameo.adapters.sv3d.cameras.orbit_angles`, with the `up` of the batch, or an estimate
     where it has none.
@@ -137,7 +137,7 @@ class SV3DPipeline(LatentPipeline):
         return (self.config.noise_mean + self.config.noise_deviation * normal).exp().float().to(timesteps.device)
 
     def camera_numbers(self, batch: Mapping[str, Any]) -> Tensor:
-        """What the U-Net is told of each frame: `[B, T, 3]`, for SV3D_u `[B, T, 1]` without the angles.
+        """Numbers that the U-Net takes for each frame: `[B, T, 3]`, for SV3D_u `[B, T, 1]` without the angles.
 
         The noise on the condition image, the polar angle and the azimuth relative to the reference view, in radians.
         """
@@ -194,7 +194,7 @@ class SV3DPipeline(LatentPipeline):
         """
         images: Tensor = batch["images"]
         samples = images.shape[0]
-        _one_reference(batch, images.shape[1])
+        _check_one_reference(batch, images.shape[1])
         with torch.no_grad():
             clean = self.encode(images)
         timesteps, noise = self.draw(clean, generator, timesteps, noise)
@@ -209,8 +209,8 @@ class SV3DPipeline(LatentPipeline):
         frames = _frames(noisy / (wide.square() + 1).sqrt())
         args = self._unet_arguments(frames, level.log() / 4, shown, context, self.camera_numbers(batch))
         noisy[:, 0] = clean[:, 0]
-        every = torch.ones(images.shape[1], dtype=torch.bool, device=images.device)
-        return TrainingInputs(args, {}, noisy, target, every, timesteps)
+        all_views = torch.ones(images.shape[1], dtype=torch.bool, device=images.device)
+        return TrainingInputs(args, {}, noisy, target, all_views, timesteps)
 
     def prediction(self, output: Any, inputs: TrainingInputs) -> Tensor:
         """Views of the U-Net's output, `[B, V, C, h, w]`."""
@@ -237,7 +237,7 @@ class SV3DPipeline(LatentPipeline):
 
         Args:
             batch: `extrinsics [B, V, 4, 4]`, `num_reference_views` (1), optional `up`, and `images [B, >= 1, 3, H, W]`,
-                of which only the first is looked at.
+                of which only the first is used.
             num_inference_steps: number of denoising steps.
             guidance_scale: classifier-free guidance on the image, largest in the middle of the sequence (see
                 `triangle_scale`); the release uses 2.5, 1 switches it off.
@@ -248,7 +248,7 @@ class SV3DPipeline(LatentPipeline):
             Images in [0, 1], `[B, V - 1, 3, H, W]`.
         """
         samples, views = batch["extrinsics"].shape[:2]
-        _one_reference(batch, views)
+        _check_one_reference(batch, views)
         images: Tensor = batch["images"][:, :1]
         self.check_images(images)
         noise = self.normal((samples, views, *self.latent_shape(images.shape)[2:]), generator, images)
@@ -312,7 +312,7 @@ def _views(frames: Tensor) -> Tensor:
     return frames.roll(1, dims=1)
 
 
-def _one_reference(batch: Mapping[str, Any], views: int) -> None:
+def _check_one_reference(batch: Mapping[str, Any], views: int) -> None:
     if (references := reference_views(batch, views)) != 1:
         raise ValueError(
             f"num_reference_views: SV3D is conditioned on one image, got {references}; set num_reference_views=1"

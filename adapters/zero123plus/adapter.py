@@ -30,7 +30,7 @@ class Zero123Plus(Backbone):
     """One canvas of three rows and two columns of views; the reference view's tokens are keys only.
 
     In correspondences and batches the reference is view 0 and the views of the canvas are 1 to 6, row by row. Matches
-    from these six, also to the reference, are supervised; the reference asks for none. Each layer runs twice in a
+    from these six, also to the reference, are supervised; those of the reference are not. Each layer runs twice in a
     forward, over the reference and over the canvas; the second run counts.
 
     Recognized are `ReferenceUNet`, the published `RefOnlyNoisedUNet`, and a U-Net with the processors of
@@ -157,8 +157,8 @@ class Zero123Plus(Backbone):
         values = preset_values(self, preset, options, patch_size=4, layers_per_block=1, norm_num_groups=32)
         cell = values["image_size"] // values["patch_size"]
         unet = unet_2d(values, sample_size=(3 * cell, 2 * cell))
-        token_grids = {name: values[name] for name in ("reference_size", "patch_size")}
-        return Zero123PlusPipeline(unet, linear_euler_ancestral(), **token_grids)
+        settings = {name: values[name] for name in ("reference_size", "patch_size")}
+        return Zero123PlusPipeline(unet, linear_euler_ancestral(), **settings)
 
     def load(self, name_or_path: str, *, revision: str | None = None, **options: Any) -> Any:
         """Load a saved `Zero123PlusPipeline` or a release; code in the repository is not run.

@@ -1,6 +1,6 @@
 """Where Zero123++'s six views are: at fixed poses around the object, and at fixed places in a canvas of 3 x 2 views.
 
-The network is told no cameras: where its views are, it has learned. The poses themselves are in `cameo.scenes.rigs`.
+The network takes no cameras as input; it has learned the poses of its views, which are in `cameo.scenes.rigs`.
 
 Axes: B samples, C channels, H W image pixels, h w cells of one view.
 """

@@ -28,7 +28,7 @@ class ReferenceUNet(UNet2DConditionModel):
 
     It is called as the published `RefOnlyNoisedUNet`, but it *is* the U-Net: same parameter names, and it is saved
     as a plain `UNet2DConditionModel`. The published wrapper takes the noise level from the training schedule in
-    training and from the sampler otherwise. Both are the same level, so this class does not look at its mode.
+    training and from the sampler otherwise. Both are the same level, so this class ignores its mode.
 
     Example:
         >>> from cameo.backbone import get_backbone
@@ -79,7 +79,7 @@ class ReferenceUNet(UNet2DConditionModel):
         mid_block_res_sample: Tensor | None = None,
         **options: Any,
     ) -> Any:
-        """Denoise a canvas in sight of a reference.
+        """Denoise a canvas whose queries also attend to a reference.
 
         Args:
             sample: noisy canvas `[B, C, 3h, 2w]`.
@@ -130,7 +130,7 @@ class ReferenceUNet(UNet2DConditionModel):
             encoder_hidden_states,
             class_labels,
             cross_attention_kwargs={**given, "mode": "r", "ref_dict": references},
-            down_block_additional_residuals=None if down is None else [one.to(self.dtype) for one in down],
+            down_block_additional_residuals=None if down is None else [residual.to(self.dtype) for residual in down],
             mid_block_additional_residual=None if mid is None else mid.to(self.dtype),
             **options,
         )
@@ -151,7 +151,7 @@ class ReferenceUNet(UNet2DConditionModel):
         return ((latents + sigma * noise) / (sigma.square() + 1).sqrt()).to(latents.dtype)
 
     def to_json_string(self) -> str:
-        """Configuration as a plain U-Net's: its weights are one's, and any program shall load them."""
+        """Return the configuration of a plain U-Net: the weights are those of one, and any program should load them."""
         return (
             json.dumps({**json.loads(super().to_json_string()), "_class_name": "UNet2DConditionModel"}, indent=2) + "\n"
         )

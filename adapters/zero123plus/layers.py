@@ -1,6 +1,6 @@
-"""Where the views meet in Zero123++: self-attentions that store the reference's tokens, or read them beside their own.
+"""Where the views meet in Zero123++: self-attentions that store the reference's tokens or read them.
 
-Known are the processors of this library and those of the published pipeline, by their structure.
+Recognized are the processors of this library and, by their structure, those of the published pipeline.
 
 Axes: B samples, h w latent cells of one view; the canvas is six views in three rows of two. The reference has a grid
 of its own.
@@ -57,12 +57,12 @@ def find_levels(model: nn.Module) -> dict[str, int]:
 
 
 def unet_name(model: nn.Module) -> str:
-    """Name of the U-Net in the published wrapper, or nothing for a U-Net."""
+    """Name of the U-Net in the published wrapper; empty for a U-Net itself."""
     return "" if self_attentions(model) else "unet"
 
 
 def latent_stride(processor: Any) -> int:
-    """Image pixels per latent cell side, as a processor of ours knows it; otherwise that of the releases."""
+    """Image pixels per latent cell side that a processor of ours holds; otherwise that of the releases."""
     return getattr(processor, "latent_stride", RELEASED_STRIDE)
 
 
@@ -185,11 +185,11 @@ def reads_references(processor: Any) -> bool:
 
 
 def check_references(unet: nn.Module) -> None:
-    """Refuse a U-Net whose self-attentions do not read references any more.
+    """Refuse a U-Net whose self-attentions do not read references.
 
     Raises:
         RuntimeError: names the layer and the cure. diffusers' switches for xformers, attention slicing and the like
-            replace the attention processors, and with them the sight of the reference.
+            replace the attention processors, and with them the access to the reference.
     """
     for path, module in find_attentions(unet).items():
         processor = getattr(module, "processor", None)

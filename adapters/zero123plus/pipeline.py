@@ -47,7 +47,7 @@ class Zero123PlusPipeline(LatentPipeline):
         >>> pipeline.sample(batch, num_inference_steps=2).shape
         torch.Size([1, 6, 3, 32, 32])
 
-    The network is told no cameras: it generates the poses it was trained on, those of `cameo.scenes.rigs`.
+    The network takes no cameras as input: it generates the poses it was trained on, those of `cameo.scenes.rigs`.
 
     Args:
         unet: turned into a `ReferenceUNet` here, in place; saved as the plain U-Net it was.
@@ -141,7 +141,7 @@ class Zero123PlusPipeline(LatentPipeline):
         set_reference_processors(self.unet, use_xformers=True, **self._settings())
 
     def disable_xformers_memory_efficient_attention(self) -> None:
-        """Go back to PyTorch's kernel, still in sight of the reference."""
+        """Go back to PyTorch's kernel, with the reference still read."""
         set_reference_processors(self.unet, **self._settings())
 
     def scale_image(self, images: Tensor) -> Tensor:
@@ -171,7 +171,7 @@ class Zero123PlusPipeline(LatentPipeline):
     def reference_latents(self, images: Tensor, dropped: Tensor | None = None) -> Tensor:
         """Encode images `[B, 3, H, W]` in [0, 1] at `reference_size`, `[B, C, h', w']`, unscaled as in the releases.
 
-        `dropped` (bool `[B]`) gives these samples the image of guidance: zeros in the VAE's range, a mid grey.
+        `dropped` (bool `[B]`) gives these samples the image of guidance: zeros in the VAE's range, a mid gray.
         """
         size = self.config.reference_size
         if self.feature_extractor_vae is not None:
@@ -221,9 +221,9 @@ class Zero123PlusPipeline(LatentPipeline):
             generator: source of time steps, noise and dropout; the same seed gives the same inputs.
             timesteps: integers `[B]`; default uniform over all noise levels.
             noise: `[B, 7, C, h, w]`; default standard normal. The entry of view 0 seeds the noise on the reference,
-                whose grid is another.
+                which has a grid of its own.
             condition_dropout: probability of replacing a sample's reference by zeros and its context by the empty
-                prompt, for classifier-free guidance. Zeros as guidance has them, a mid grey after normalization;
+                prompt, for classifier-free guidance. Guidance uses the same zeros, a mid gray after normalization;
                 InstantMesh takes black images, and drops whole batches.
 
         Raises:
@@ -249,7 +249,7 @@ class Zero123PlusPipeline(LatentPipeline):
         return TrainingInputs(args, kwargs, noisy, target, target_views, timesteps)
 
     def denoising_target(self, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """What the denoiser shall predict: the velocity in the releases, or the noise."""
+        """Return what the denoiser is to predict: the velocity in the releases, or the noise."""
         if self.scheduler.config.prediction_type == "epsilon":
             return noise
         return self.train_scheduler.get_velocity(clean, noise, timesteps)
@@ -276,7 +276,7 @@ class Zero123PlusPipeline(LatentPipeline):
         """Generate the canvas, `[B, 3, 3H, 2W]` in [0, 1]; 960 x 640 pixels for views of the released size.
 
         Args:
-            batch: `num_reference_views` = 1 and `images [B, >= 1, 3, H, W]`, of which only the first is looked at;
+            batch: `num_reference_views` = 1 and `images [B, >= 1, 3, H, W]`, of which only the first is used;
                 its size is that of the views.
             num_inference_steps: number of denoising steps of the pipeline's scheduler.
             guidance_scale: classifier-free guidance on the reference and its embedding; 1 switches it off, the
@@ -349,8 +349,8 @@ class Zero123PlusPipeline(LatentPipeline):
         self._poses_checked = True
         if same_poses(batch["extrinsics"], up=batch.get("up")) is None:
             warnings.warn(
-                "zero123plus is told no cameras and learns the poses of its data; those of this batch are not the "
-                "fixed poses of a release. Use a rig of cameo.scenes.rigs (zero123plus-v1.1, zero123plus-v1.2), or "
+                "zero123plus takes no cameras as input and learns the poses of its data; those of this batch are not "
+                "the fixed poses of a release. Use a rig of cameo.scenes.rigs (zero123plus-v1.1, zero123plus-v1.2), or "
                 "make sure that all samples share one set of poses",
                 stacklevel=3,
             )

@@ -21,7 +21,7 @@ FIRST = {"cpu": "chunked", "cuda": "triton"}
 
 
 def needed(gated: Iterable[Setting], grown: Iterable[Setting]) -> set[str]:
-    """Names of the sizes without which a gate cannot be told."""
+    """Names of the sizes that the gates need."""
     gated, grown = list(gated), list(grown)
     batches = {1, *(setting.batch for setting in gated)}
     growth = [
@@ -146,8 +146,14 @@ def _exactness(found: Mapping[str, Any], method: str, device: str) -> list[dict[
     rows += [gate(f"bfloat16, {method} / dense: {texts[name]}", "<= 1", share) for name, share in shares.items()]
     if device == "cuda":
         same = next((entry["bitwise"] for entry in found.values() if "bitwise" in entry), {})
-        own = [equal for key, equal in same.items() if key.startswith(method + ",")]
-        rows.append(gate("share of runs that repeat bit by bit", ">= 1", sum(own) / len(own) if own else None))
+        ours_equal = [equal for key, equal in same.items() if key.startswith(method + ",")]
+        rows.append(
+            gate(
+                "share of runs that repeat bit by bit",
+                ">= 1",
+                sum(ours_equal) / len(ours_equal) if ours_equal else None,
+            )
+        )
     return rows
 
 

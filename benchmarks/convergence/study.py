@@ -84,16 +84,16 @@ def arm_settings(arm: str, probe: LayerProbe | None) -> dict[str, Any]:
     if probe is None:
         raise SystemExit(f"--arms {arm}: its layer comes from the arm none with seed 0; run that first")
     ranked = [entry.path for entry in probe.ranking]
-    own: dict[str, dict[str, Any]] = {
+    settings: dict[str, dict[str, Any]] = {
         "cameo": {},
         "wrong_layer": {"layer": ranked[-1]},
         "other_scene": {"correspondence_control": "other_scene"},
         "random": {"correspondence_control": "random"},
         "repa": {"supervision": "repa"},
     }
-    if arm not in own:
-        own[arm] = free_arm(arm, ranked)
-    return {"layer": ranked[0], **own[arm]}
+    if arm not in settings:
+        settings[arm] = free_arm(arm, ranked)
+    return {"layer": ranked[0], **settings[arm]}
 
 
 def free_arm(arm: str, ranked: Sequence[str]) -> dict[str, Any]:
@@ -247,7 +247,7 @@ def missing_runs(options: argparse.Namespace) -> list[tuple[str, str, int]]:
         for seed in options.seeds
         for subject in options.subjects
     ]
-    return [one for one in wanted if not result_path(options.preset, *one).is_file()]
+    return [run_of for run_of in wanted if not result_path(options.preset, *run_of).is_file()]
 
 
 def run_in_processes(options: argparse.Namespace, runs: Sequence[tuple[str, str, int]], stop_at: float | None) -> None:

@@ -126,7 +126,7 @@ def wall(config: TrainingConfig) -> dict[str, Any]:
 
 
 class Trained:
-    """A wrapped model with its optimiser and batch, and the kinds of step it can take."""
+    """A wrapped model with its optimizer and batch, and the kinds of step it can take."""
 
     def __init__(self, kind: Kind, config: TrainingConfig, device: torch.device) -> None:
         self.config, self.device, self.dtype = config, device, DTYPES[config.mixed_precision]
@@ -194,7 +194,7 @@ class Trained:
         self.optimizer.zero_grad(set_to_none=True)
 
     def held_bytes(self) -> int:
-        """What is allocated between two steps: on a CPU weights and optimiser state."""
+        """What is allocated between two steps: on a CPU weights and optimizer state."""
         if self.device.type == "cuda":
             return torch.cuda.memory_allocated(self.device)
         states = [value for state in self.optimizer.state.values() for value in state.values()]
@@ -212,7 +212,7 @@ def measure_kind(kind: Kind, options: argparse.Namespace) -> dict[str, Any]:
     left_out, peaks = {}, {}
     for name, step in list(steps.items()):
         try:
-            step()  # makes the optimiser's state and compiles
+            step()  # makes the optimizer's state and compiles
             peaks[name] = trained.held_bytes() + peak_memory(step, device)
         except torch.OutOfMemoryError:
             left_out[name] = "out of memory"

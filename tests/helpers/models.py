@@ -64,12 +64,12 @@ class JointModel(nn.Module):
     def forward(self, x: Tensor, num_frames: int) -> Tensor:
         x = self.conv_in(x)
         height, width = x.shape[-2:]
-        token_grids = {"v": num_frames, "h": height, "w": width}
-        tokens = rearrange(x, "(b v) c h w -> b (v h w) c", **token_grids)
+        axes = {"v": num_frames, "h": height, "w": width}
+        tokens = rearrange(x, "(b v) c h w -> b (v h w) c", **axes)
         tokens = tokens + self.joint(tokens)
-        tokens = rearrange(tokens, "b (v h w) c -> (b h w) v c", **token_grids)
+        tokens = rearrange(tokens, "b (v h w) c -> (b h w) v c", **axes)
         tokens = tokens + self.temporal(tokens)
-        return self.conv_out(rearrange(tokens, "(b h w) v c -> (b v) c h w", **token_grids))
+        return self.conv_out(rearrange(tokens, "(b h w) v c -> (b v) c h w", **axes))
 
 
 class RowAttention(nn.Module):
@@ -83,13 +83,13 @@ class RowAttention(nn.Module):
         self.projections = nn.ModuleDict({name: nn.Linear(CHANNELS, CHANNELS, bias=False) for name in names})
 
     def forward(self, x: Tensor, reference: Tensor, num_views: int, grid: tuple[int, int]) -> Tensor:
-        token_grids = {"v": num_views, "h": grid[0], "w": grid[1]}
+        axes = {"v": num_views, "h": grid[0], "w": grid[1]}
         output = self.attend("", x, x)
-        query = rearrange(x, "(b v) (h w) c -> (b v h) w c", **token_grids)
-        row = rearrange(x, "(b v) (h w) c -> b h (v w) c", **token_grids)
+        query = rearrange(x, "(b v) (h w) c -> (b v h) w c", **axes)
+        row = rearrange(x, "(b v) (h w) c -> b h (v w) c", **axes)
         rows = row.repeat_interleave(num_views, dim=0).flatten(0, 1)
         mixed = self.attend("_mv", query, rows)
-        output = output + rearrange(mixed, "(b v h) w c -> (b v) (h w) c", **token_grids)
+        output = output + rearrange(mixed, "(b v h) w c -> (b v) (h w) c", **axes)
         return output + self.attend("_ref", x, reference)
 
     def attend(self, kind: str, x: Tensor, context: Tensor) -> Tensor:
@@ -111,12 +111,12 @@ class RowModel(nn.Module):
     def forward(self, x: Tensor, num_views: int) -> Tensor:
         x = self.conv_in(x)
         height, width = x.shape[-2:]
-        token_grids = {"v": num_views, "h": height, "w": width}
+        axes = {"v": num_views, "h": height, "w": width}
         tokens = rearrange(x, "b c h w -> b (h w) c")
         tokens = tokens + self.rows(tokens, tokens.flip(1), num_views, (height, width))
-        tokens = rearrange(tokens, "(b v) (h w) c -> (b h) (v w) c", **token_grids)
+        tokens = rearrange(tokens, "(b v) (h w) c -> (b h) (v w) c", **axes)
         tokens = tokens + self.whole_rows(tokens)
-        return self.conv_out(rearrange(tokens, "(b h) (v w) c -> (b v) c h w", **token_grids))
+        return self.conv_out(rearrange(tokens, "(b h) (v w) c -> (b v) c h w", **axes))
 
 
 def split_heads(tensor: Tensor, heads: int) -> Tensor:
