@@ -54,7 +54,7 @@ class EvaluatedModel:
 
 
 def data_settings(config: TrainingConfig) -> dict[str, Any]:
-    """Return the settings that decide the validation samples of a run; results can be compared where these are equal."""
+    """Return the settings that decide the validation samples of a run; where they are equal, results compare."""
     known = match_settings(config)
     embedded = known["data_format"] != "rgbd"
     return {
@@ -76,8 +76,8 @@ def load_evaluated(
     """Load a model and its pipeline from command-line settings, on the GPU where there is one.
 
     Without `checkpoint` the model is the base that the settings name, wrapped as a training would start from it. With
-    `checkpoint` the settings are those of the file `config=`, or else of the `config.yaml` in the checkpoint's folder or
-    in the folder above. Where neither exists, the settings file of the backbone decides the data, and
+    `checkpoint` the settings are those of the file `config=`, or else of the `config.yaml` in the checkpoint's folder
+    or in the folder above. Where neither exists, the settings file of the backbone decides the data, and
     `cameo_config.json` names the base. The supervised layers and heads are those of `cameo_config.json`; with
     `layer=auto` nothing is probed again either.
 
@@ -125,8 +125,8 @@ def load_evaluated(
         model, trained_head = _wrapped(pipeline, config), False
     else:
         raise DataError(
-            f"checkpoint={checkpoint}: holds neither {CONFIG_NAME} nor {PIPELINE_INDEX}; expected a saved adapter or model, a "
-            "checkpoint-N, or a pipeline in diffusers layout"
+            f"checkpoint={checkpoint}: holds neither {CONFIG_NAME} nor {PIPELINE_INDEX}; expected a saved adapter "
+            "or model, a checkpoint-N, or a pipeline in diffusers layout"
         )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if hasattr(pipeline, "to"):
@@ -151,7 +151,9 @@ def _wrapped(pipeline: MultiViewPipeline, config: TrainingConfig) -> CameoModel:
     return wrap_denoiser(pipeline, config, build_dataset(config, "train") if config.layer == "auto" else None)
 
 
-def _base_pipeline(folder: Path, cameo_config: CameoConfig, config: TrainingConfig, are_of_run: bool) -> MultiViewPipeline:
+def _base_pipeline(
+    folder: Path, cameo_config: CameoConfig, config: TrainingConfig, are_of_run: bool
+) -> MultiViewPipeline:
     """Build the pipeline into whose denoiser the saved weights go."""
     backbone = get_backbone(config.backbone)
     pipeline: MultiViewPipeline
