@@ -131,8 +131,6 @@ def probe(**keywords: Any) -> LayerProbe:
     hits = np.array([[[[2]]], [[[6]]]])
     counts = {"pairs": np.array([[10]]), "chance": np.ones((1, 1, 1))}
     layer = ProbedLayer(0, "joint", "all", "8 x 8", hits={"mean": hits}, **counts)
-        0, "joint", "all", "8 x 8", hits={"mean": hits}, pairs=np.array([[10]]), chance=np.ones((1, 1, 1))
-    )
     options = {} if keywords else {"noise_levels": (0.5, 1.0)}
     rest = {"angle_bins": ((0.0, 180.0),), "within": (1,), "scenes": ("room",), "samples": ("room/0-1",)}
     return LayerProbe((layer,), **rest, **options, **keywords)
