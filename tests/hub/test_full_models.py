@@ -79,7 +79,7 @@ class TestHead:
         folder = wrapped_net(Net()).save_pretrained(tmp_path / "rooms")
         with caplog.at_level(logging.INFO, logger="cameo.hub"):
             cameo.from_pretrained(folder, base_model=Net())
-        assert "holds no alignment head; it starts fresh" in caplog.text
+        assert "holds no alignment head; it starts with new weights" in caplog.text
 
     def test_stale_head_is_removed(self, tmp_path):
         model = wrapped_net(Net())
