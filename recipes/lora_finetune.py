@@ -42,7 +42,7 @@ def main(arguments: list[str]) -> None:
 def run_arms(config: TrainingConfig) -> None:
     """Train each run of the recipe, one after the other, and write what came of them."""
     from cameo.training.data import build_dataset
-    from cameo.training.setup import planned_runs, card_metrics, check_push, metrics_table, train_lora, write_pictures
+    from cameo.training.setup import card_metrics, check_push, metrics_table, planned_runs, train_lora, write_pictures
 
     check_push(config)
     arms = planned_runs(config)

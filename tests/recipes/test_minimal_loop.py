@@ -46,7 +46,9 @@ def test_saved_lora_loads_onto_the_named_base(run: tuple[list[float], Path]) -> 
 
 def test_lines_of_the_readme_stand_in_the_recipe() -> None:
     example = re.findall(r"```python\n(.*?)```", README, re.S)[0]
-    recipe = "".join(RECIPE.read_text(encoding="utf-8").split())  # the recipe may break a line where the README does not
+    recipe = "".join(
+        RECIPE.read_text(encoding="utf-8").split()
+    )  # the recipe may break a line where the README does not
     lines = [line.split("  # ")[0].strip() for line in example.splitlines()]
     shared = [line for line in lines if "from_depth(" in line or "model.alignment_loss" in line]
     assert len(shared) == 2

@@ -20,7 +20,7 @@ from cameo.errors import DataError
 from cameo.training.checkpoint import list_checkpoints, load_trained
 from cameo.training.data import build_dataset
 from cameo.training.settings import load_config
-from cameo.training.setup import add_lora, planned_runs, check_push, load_pipeline
+from cameo.training.setup import add_lora, check_push, load_pipeline, planned_runs
 from cameo.wrap import attach
 from tests.helpers.sequences import write_sequence
 from tests.helpers.training_runs import RecipeProcess, make_config, read_lines, same_files

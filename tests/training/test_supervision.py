@@ -22,7 +22,7 @@ from cameo.errors import DataError
 from cameo.training.data import noisy_inputs, step_generator
 from cameo.training.settings import TrainingConfig
 from cameo.training.settings.config import CHANGEABLE
-from cameo.training.setup import planned_runs, load_pipeline, wrap_denoiser
+from cameo.training.setup import load_pipeline, planned_runs, wrap_denoiser
 from cameo.training.supervision import (
     PROJECTOR_FILE,
     alignment_weight,
