@@ -54,7 +54,7 @@ class EvaluatedModel:
 
 
 def data_settings(config: TrainingConfig) -> dict[str, Any]:
-    """Return the settings that decide the validation samples of a run; where they are equal, results compare."""
+    """Return the settings that decide the validation samples of a run; comparable results have equal ones."""
     known = match_settings(config)
     embedded = known["data_format"] != "rgbd"
     return {
@@ -106,27 +106,14 @@ def load_evaluated(
         pipeline = load_pipeline(config)
         model, trained_head = _wrapped(pipeline, config), False
     elif (folder / CONFIG_NAME).is_file():
-        for name in given:
-            if name in KEPT_IN_CHECKPOINT:
-                raise ValueError(
-                    f"{name}: checkpoint={checkpoint} has its own in {CONFIG_NAME}; leave it out. attention_layers=all "
-                    "measures every layer"
-                )
-        cameo_config = CameoConfig.load(folder)
-        if cameo_config.backbone != config.backbone:
-            raise ValueError(
-                f"checkpoint={checkpoint}: is of backbone {cameo_config.backbone!r}, got backbone={config.backbone}"
-            )
-        pipeline = _base_pipeline(folder, cameo_config, config, are_of_run)
-        model = from_pretrained(folder, base_model=pipeline.denoiser)
-        trained_head = (folder / HEAD_FILE).is_file() and cameo_config.weight > 0
+        pipeline, model, trained_head = _load_checkpoint(folder, str(checkpoint), config, given, are_of_run)
     elif (folder / PIPELINE_INDEX).is_file():
         pipeline = get_backbone(config.backbone).load(str(folder))
         model, trained_head = _wrapped(pipeline, config), False
     else:
         raise DataError(
-            f"checkpoint={checkpoint}: holds neither {CONFIG_NAME} nor {PIPELINE_INDEX}; expected a saved adapter "
-            "or model, a checkpoint-N, or a pipeline in diffusers layout"
+            f"checkpoint={checkpoint}: holds neither {CONFIG_NAME} nor {PIPELINE_INDEX}; expected a saved adapter or "
+            "model, a checkpoint-N, or a pipeline in diffusers layout"
         )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if hasattr(pipeline, "to"):
@@ -149,6 +136,26 @@ def load_evaluated(
 def _wrapped(pipeline: MultiViewPipeline, config: TrainingConfig) -> CameoModel:
     """Wrap a denoiser as a training of these settings would, with fresh heads."""
     return wrap_denoiser(pipeline, config, build_dataset(config, "train") if config.layer == "auto" else None)
+
+
+def _load_checkpoint(
+    folder: Path, checkpoint: str, config: TrainingConfig, given: Mapping[str, Any], are_of_run: bool
+) -> tuple[MultiViewPipeline, CameoModel, bool]:
+    """Load saved weights into the pipeline of their base; the last value tells whether their head was trained."""
+    for name in given:
+        if name in KEPT_IN_CHECKPOINT:
+            raise ValueError(
+                f"{name}: checkpoint={checkpoint} has its own in {CONFIG_NAME}; leave it out. attention_layers=all measures "
+                "every layer"
+            )
+    cameo_config = CameoConfig.load(folder)
+    if cameo_config.backbone != config.backbone:
+        raise ValueError(
+            f"checkpoint={checkpoint}: is of backbone {cameo_config.backbone!r}, got backbone={config.backbone}"
+        )
+    pipeline = _base_pipeline(folder, cameo_config, config, are_of_run)
+    model = from_pretrained(folder, base_model=pipeline.denoiser)
+    return pipeline, model, (folder / HEAD_FILE).is_file() and cameo_config.weight > 0
 
 
 def _base_pipeline(

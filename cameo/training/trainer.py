@@ -189,56 +189,78 @@ class Trainer:
         return None
 
     def _train_step(self, batches: Iterator[tuple[int, Any]], stop: StopSignal) -> tuple[dict[str, float], bool]:
-        """Accumulate the gradient, step, record; returns the entry and whether some process was told to stop."""
-        config, accelerator = self.config, self.accelerator
-        accumulate = config.gradient_accumulation_steps
+        """Take one optimizer step; returns its entry of the records, and whether a process was told to stop."""
+        sums, samples = self._accumulate_gradients(batches)
+        norm = self.accelerator.clip_grad_norm_(self.trained, self.config.max_grad_norm)
+        entry, norm_sum, stopping = self._exchange(sums, norm, stop)
+        self._check_finite(entry, norm_sum, samples)
+        self._update_weights()
+        self._record(entry)
+        return entry, stopping
+
+    def _accumulate_gradients(self, batches: Iterator[tuple[int, Any]]) -> tuple[Tensor, list[str]]:
+        """Run the forward and backward passes of a step.
+
+        Returns:
+            The sums of the denoising losses, the alignment losses and the numbers of matches; the keys of the samples.
+        """
+        accumulate = self.config.gradient_accumulation_steps
         sums, samples = torch.zeros(3, device=self.device), []
         for part, (micro_step, batch) in enumerate(islice(batches, accumulate), start=1):
-            with nullcontext() if part == accumulate else accelerator.no_sync(self.prepared):
+            with nullcontext() if part == accumulate else self.accelerator.no_sync(self.prepared):
                 loss, denoising, alignment = self._losses(to_device(batch, self.device), micro_step)
-                accelerator.backward(loss / accumulate)
-            supervised = torch.tensor(float(self.supervision.num_supervised), device=self.device)
-            sums += torch.stack([denoising.detach(), alignment.detach(), supervised])
+                self.accelerator.backward(loss / accumulate)
+            num_supervised = torch.tensor(float(self.supervision.num_supervised), device=self.device)
+            sums += torch.stack([denoising.detach(), alignment.detach(), num_supervised])
             samples += batch["key"]
-        norm = accelerator.clip_grad_norm_(self.trained, config.max_grad_norm)
-        # The one exchange of a step, in which all processes agree on the figures and on stopping.
-        stopping = torch.tensor(float(stop.received is not None), device=self.device)
-        total = accelerator.reduce(torch.stack([*sums, stopping, norm.float()]), reduction="sum").tolist()
-        processes = accelerator.num_processes
-        entry = {
-            "step": self.step + 1,
-            "loss": total[0] / accumulate / processes,
-            "alignment_loss": total[1] / accumulate / processes,
-            "supervised": total[2],
-            "learning_rate": float(self.scheduler.get_last_lr()[0]),
-        }
-        self._check_finite(entry, total[4], samples)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.step += 1
-        if not accelerator.optimizer_step_was_skipped:  # fp16 skips the steps whose gradient overflows
-            self.scheduler.step()
-            if self.ema is not None:
-                self.ema.step(self.trained)
-        accelerator.log({name: value for name, value in entry.items() if name != "step"}, step=self.step)
-        if accelerator.is_main_process:
-            self.metrics.append(entry)
-        return entry, total[3] > 0
+        return sums, samples
 
     def _losses(self, batch: dict[str, Any], micro_step: int) -> tuple[Tensor, Tensor, Tensor]:
         """Return the training loss of a micro batch, its denoising part and its alignment part."""
         process = self.accelerator.process_index
         inputs = noisy_inputs(self.pipeline, batch, self.config, micro_step, process)
-        supervised = self.supervision.arguments(batch, inputs, micro_step, process)
-        output = self.prepared(*inputs.args, **supervised, **inputs.kwargs)
+        targets = self.supervision.targets(batch, inputs, micro_step, process)
+        output = self.prepared(*inputs.args, **targets, **inputs.kwargs)
         denoising = self.pipeline.denoising_loss(output, inputs).mean()
-        if not supervised:
-            nothing = torch.zeros_like(denoising)
-            if self.config.loss_weight:  # DistributedDataParallel waits for a gradient of every parameter
-                nothing = nothing + sum(parameter.sum() * 0 for parameter in self.supervision.heads.parameters())
-            return denoising + nothing, denoising, nothing
-        alignment = self.supervision.module.alignment_loss
-        return denoising + self.supervision.weight(micro_step) * alignment, denoising, alignment
+        alignment = self.supervision.module.alignment_loss if targets else self.supervision.no_loss(denoising)
+        loss_weight = self.supervision.weight(micro_step)
+        return denoising + loss_weight * alignment, denoising, alignment
+
+    def _exchange(self, sums: Tensor, norm: Tensor, stop: StopSignal) -> tuple[dict[str, float], float, bool]:
+        """Let all processes agree on the figures of a step and on stopping, in the one exchange of the step.
+
+        Returns:
+            The entry of the records, the sum of the processes' gradient norms, and whether a process was told to stop.
+        """
+        stopping = torch.tensor(float(stop.received is not None), device=self.device)
+        figures = torch.stack([*sums, stopping, norm.float()])
+        denoising, alignment, supervised, stopping_sum, norm_sum = self.accelerator.reduce(figures, "sum").tolist()
+        count = self.config.gradient_accumulation_steps * self.accelerator.num_processes
+        entry = {
+            "step": self.step + 1,
+            "loss": denoising / count,
+            "alignment_loss": alignment / count,
+            "supervised": supervised,
+            "learning_rate": float(self.scheduler.get_last_lr()[0]),
+        }
+        return entry, norm_sum, stopping_sum > 0
+
+    def _update_weights(self) -> None:
+        """Apply the accumulated gradient to the weights, the learning rate schedule and the averaged weights."""
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        if self.accelerator.optimizer_step_was_skipped:  # fp16 skips the steps whose gradient overflows
+            return
+        self.scheduler.step()
+        if self.ema is not None:
+            self.ema.step(self.trained)
+
+    def _record(self, entry: Mapping[str, float]) -> None:
+        """Write the figures of a step to the tracker and to `metrics.jsonl`."""
+        self.accelerator.log({name: value for name, value in entry.items() if name != "step"}, step=self.step)
+        if self.accelerator.is_main_process:
+            self.metrics.append(entry)
 
     def _check_finite(self, entry: Mapping[str, float], norm: float, samples: list[str]) -> None:
         values = {"denoising": entry["loss"], "alignment": entry["alignment_loss"], "norm of the gradient": norm}
