@@ -174,8 +174,8 @@ def main(arguments: list[str]) -> None:
             f"`{shown}`, {date.today()}, {hardware}, torch {torch.__version__}, {time.perf_counter() - began:.0f} s.",
             f"{options.samples} samples of {options.views} views of {source} at {options.resolution} px, "
             f"{options.grid} x {options.grid} tokens, all ordered pairs of views; the truth is given by the matches "
-            "from depth. *Matched*: share of all tokens that get a match. *Exact*, *within 1*, *within 2*: of the matched "
-            "tokens that the other view truly shows, those on the true token or that near (larger of rows and "
+            "from depth. *Matched*: share of all tokens that get a match. *Exact*, *within 1*, *within 2*: of the "
+            "matched tokens that the other view truly shows, those on the true token or that near (larger of rows and "
             "columns); *by chance*: by a token drawn at random. *Not visible*: share of the matches whose point the "
             "other view does not show. *Found*: share of the truly visible tokens matched to within 1 token.",
             *([] if options.pretrained else ["Without pretrained weights: this says nothing of trained features."]),
