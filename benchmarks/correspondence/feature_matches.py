@@ -5,8 +5,8 @@
     python -m benchmarks.correspondence.feature_matches --no-pretrained    # random weights: the control alone
 
 Features are those of `cameo.correspondence.features.FeatureExtractor`; beside them stand the colours of the pixels of
-each token, which cost nothing, and the same network with random weights. The truth are the matches from depth. Prints
-the table with its command, device and date, and writes it to --out.
+each token, which cost nothing, and the same network with random weights. The truth is given by the matches from depth.
+Prints the table with its command, device and date, and writes it to --out.
 """
 
 from __future__ import annotations
@@ -173,9 +173,9 @@ def main(arguments: list[str]) -> None:
             "# Matches by image features against true geometry",
             f"`{shown}`, {date.today()}, {hardware}, torch {torch.__version__}, {time.perf_counter() - began:.0f} s.",
             f"{options.samples} samples of {options.views} views of {source} at {options.resolution} px, "
-            f"{options.grid} x {options.grid} tokens, all ordered pairs of views; the truth are the matches from "
-            "depth. *Matched*: share of all tokens that get a match. *Exact*, *within 1*, *within 2*: of the matched "
-            "tokens that the other view truly shows, those on the true token or that near (larger of rows and "
+            f"{options.grid} x {options.grid} tokens, all ordered pairs of views; the truth is given by the matches "
+            "from depth. *Matched*: share of all tokens that get a match. *Exact*, *within 1*, *within 2*: of the "
+            "matched tokens that the other view truly shows, those on the true token or that near (larger of rows and "
             "columns); *by chance*: by a token drawn at random. *Not visible*: share of the matches whose point the "
             "other view does not show. *Found*: share of the truly visible tokens matched to within 1 token.",
             *([] if options.pretrained else ["Without pretrained weights: this says nothing of trained features."]),

@@ -27,7 +27,7 @@ def test_every_backbone_and_preset_has_a_row() -> None:
 
 
 @every_row
-def test_recognises_its_own_and_refuses_others(row: Row) -> None:
+def test_recognizes_its_own_and_refuses_others(row: Row) -> None:
     adapter, denoiser = get_backbone(row.backbone), row.pipeline().denoiser
     assert adapter.recognizes(denoiser)
     assert not adapter.recognizes(nn.Linear(2, 2))
@@ -145,9 +145,19 @@ def test_training_inputs_follow_the_protocol(row: Row) -> None:
     images = pipeline.predict_clean(output, inputs)
     assert images.shape == batch["images"].shape
     assert 0 <= images.min() <= images.max() <= 1
-    seeded = [pipeline.training_inputs(batch, generator=torch.Generator().manual_seed(4)) for _ in range(2)]
-    assert torch.equal(seeded[0].noisy, seeded[1].noisy)
-    assert torch.equal(seeded[0].timesteps, seeded[1].timesteps)
+
+
+@every_tiny
+def test_training_inputs_follow_the_generator(row: Row) -> None:
+    pipeline, batch = row.pipeline(), row.batch(samples=2)
+    first, again, other = (
+        pipeline.training_inputs(batch, generator=torch.Generator().manual_seed(seed)) for seed in (4, 4, 5)
+    )
+    assert torch.equal(first.noisy, again.noisy)
+    assert torch.equal(first.timesteps, again.timesteps)
+    assert all(map(torch.equal, first.args, again.args))
+    assert not torch.equal(first.noisy, other.noisy)
+    assert not torch.equal(first.args[0], other.args[0])
 
 
 @every_tiny

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -74,3 +75,12 @@ def test_every_command_of_a_page_names_a_script() -> None:
     missing = {name for name in modules if not (ROOT / (name.replace(".", "/") + ".py")).is_file()}
     missing |= {name for name in files if not (ROOT / name).is_file()}
     assert not missing
+
+
+def test_contributing_lists_the_rooms_in_their_order() -> None:
+    page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    table = re.search(r"\| rooms \| .*?\n\n", page, re.S)
+    assert table
+    lines = [re.findall(r"`([^`]+)`", line.split("|")[1]) for line in table[0].strip().splitlines()[2:]]
+    floors = tomllib.loads((ROOT / "tests" / "helpers" / "rooms.toml").read_text(encoding="utf-8"))["floors"]
+    assert [sorted(line) for line in lines] == [*map(sorted, floors), ["benchmarks", "recipes"]]

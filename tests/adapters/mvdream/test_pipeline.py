@@ -98,15 +98,6 @@ def test_the_schedule_is_the_published_one() -> None:
     assert scheduler.timesteps[-1] == 1
 
 
-def test_inputs_follow_the_generator() -> None:
-    built = pipeline()
-    given = batch(built)
-    one, same, other = (built.training_inputs(given, generator=seeded(seed)) for seed in (1, 1, 2))
-    assert torch.equal(one.noisy, same.noisy)
-    assert torch.equal(one.timesteps, same.timesteps)
-    assert not torch.equal(one.noisy, other.noisy)
-
-
 def test_condition_dropout_empties_the_text_and_keeps_the_cameras() -> None:
     built = with_text()
     given = batch(built, samples=8) | {"caption": ["a cat"] * 8}

@@ -238,7 +238,7 @@ def test_a_folder_of_checkpoints_asks_for_the_file(tmp_path: Path) -> None:
         get_backbone("mvdream").load(str(tmp_path))
 
 
-def test_licences_and_revisions() -> None:
+def test_licenses_and_revisions() -> None:
     adapter = get_backbone("mvdream")
     assert adapter.revision("MVDream/MVDream") == "d14ac9d78c48c266005729f2d5633f6c265da467"
     assert adapter.revision("someone/else") is None

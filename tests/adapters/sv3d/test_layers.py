@@ -76,7 +76,7 @@ def test_layers_of_the_presets(preset: str, inflate: bool) -> None:
         assert captured[layer.path].query.shape[:3] == expected, layer
 
 
-def test_other_models_are_not_recognised() -> None:
+def test_other_models_are_not_recognized() -> None:
     adapter = get_backbone("sv3d")
     other = get_backbone("cat3d").build("tiny").unet
     assert isinstance(other, UNet2DConditionModel)

@@ -90,17 +90,6 @@ def test_a_perfect_prediction_gives_the_images_back() -> None:
     assert not torch.allclose(built.predict_clean(wrong, inputs)[1, 1:], given["images"][1, 1:], atol=0.1)
 
 
-def test_training_inputs_repeat_with_their_seed() -> None:
-    built, given = pipeline(), batch()
-
-    def draw(seed: int, **options: Any) -> Any:
-        return built.training_inputs(given, generator=torch.Generator().manual_seed(seed), **options)
-
-    first, second, other = draw(0), draw(0), draw(1)
-    assert all(map(torch.equal, first.args, second.args))
-    assert not torch.equal(first.args[0], other.args[0])
-
-
 def test_condition_dropout_blanks_the_image_of_whole_samples() -> None:
     built, given = latent_pipeline(), batch(samples=6)
     generator = torch.Generator().manual_seed(0)

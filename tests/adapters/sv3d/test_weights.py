@@ -27,7 +27,7 @@ def test_a_folder_of_checkpoints_asks_for_the_file(tmp_path: Path) -> None:
         get_backbone("sv3d").load(str(tmp_path))
 
 
-def test_licences_and_revisions_are_those_of_the_table() -> None:
+def test_licenses_and_revisions_are_those_of_the_table() -> None:
     adapter = get_backbone("sv3d")
     assert adapter.license("preset:tiny") == "apache-2.0"
     assert adapter.license("chenguolin/sv3d-diffusers")["license_name"] == "sv3d-nc-community"

@@ -20,7 +20,7 @@ def published() -> PublishedWrapper:
     return PublishedWrapper(parts.stable_diffusion_unet())
 
 
-def test_the_published_wrapper_is_recognised() -> None:
+def test_the_published_wrapper_is_recognized() -> None:
     wrapper = published()
     assert ADAPTER.recognizes(wrapper)
     model = cameo.wrap(wrapper, "zero123plus")

@@ -112,7 +112,7 @@ def test_what_the_pipeline_refuses(changed: dict[str, Any], message: str) -> Non
         Zero123PlusPipeline(**{**parts.components(), **changed})
 
 
-def test_licences() -> None:
+def test_licenses() -> None:
     assert ADAPTER.license("preset:tiny") == "apache-2.0"
     assert ADAPTER.license("someone/else") is None
     assert ADAPTER.license(None) is None
