@@ -145,8 +145,8 @@ def _load_checkpoint(
     for name in given:
         if name in KEPT_IN_CHECKPOINT:
             raise ValueError(
-                f"{name}: checkpoint={checkpoint} has its own in {CONFIG_NAME}; leave it out. attention_layers=all measures "
-                "every layer"
+                f"{name}: checkpoint={checkpoint} has its own in {CONFIG_NAME}; leave it out. attention_layers=all "
+                "measures every layer"
             )
     cameo_config = CameoConfig.load(folder)
     if cameo_config.backbone != config.backbone:
