@@ -1,4 +1,4 @@
-"""Names that settings choose from; they stand here so that settings can be read without torch."""
+"""Names that settings choose from, in a module of their own so that settings can be read without torch."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ class CameoConfig:
         base_revision: revision of the Hub id.
         layer_choice: the ranking of a probe that `layer="auto"` took the layer from, see `LayerProbe.choice`; None
             where the layer was named.
-        training: free-form facts about the training run, shown in the model card.
+        training: any facts about the training run, shown in the model card.
     """
 
     backbone: str | None
@@ -61,7 +61,7 @@ class CameoConfig:
     cameo_version: str = ""
 
     def check(self) -> None:
-        """Check types and ranges, and bring numbers of other libraries to plain ones, which JSON can hold.
+        """Check types and ranges, and convert numbers of other libraries to Python's, which JSON can hold.
 
         Example:
             >>> CameoConfig("cat3d", ["mid_block.attentions.0"], weight=-1.0).check()
@@ -70,17 +70,17 @@ class CameoConfig:
             ValueError: weight: expected a finite factor >= 0, got -1.0
 
         Raises:
-            ValueError: names the setting, what was expected and what came.
+            ValueError: names the setting, what was expected and what was given.
         """
         self.weight = finite("weight", self.weight, "factor")
         self.softness = finite("softness", self.softness, "number of tokens")
         for name, least in (("heads", 1), ("stride", 1), ("kernel_call", 0), ("num_reference_views", 0)):
             if getattr(self, name) is not None:
                 setattr(self, name, as_integer(name, getattr(self, name), least=least))
-        for name, (kind, optional) in KINDS.items():
+        for name, (type_, optional) in TYPES.items():
             value = getattr(self, name)
-            if not isinstance(value, kind) and not (optional and value is None):
-                raise ValueError(f"{name}: expected {NAMES_OF_KINDS[kind]}, got {value!r}")
+            if not isinstance(value, type_) and not (optional and value is None):
+                raise ValueError(f"{name}: expected {NAMES_OF_TYPES[type_]}, got {value!r}")
         if self.reduction == "released" and self.num_reference_views is None:
             raise ValueError('num_reference_views: reduction="released" needs the number of clean views, got None')
         if not all(isinstance(path, str) for path in self.layers):
@@ -145,8 +145,8 @@ class CameoConfig:
         return config
 
 
-# Type of each setting that is no number, and whether it may be None.
-KINDS: dict[str, tuple[type, bool]] = {
+# Type of each setting that is not a number, and whether it may be None.
+TYPES: dict[str, tuple[type, bool]] = {
     "backbone": (str, True),
     "layers": (list, False),
     "head": (dict, False),
@@ -160,7 +160,7 @@ KINDS: dict[str, tuple[type, bool]] = {
     "training": (dict, False),
     "cameo_version": (str, False),
 }
-NAMES_OF_KINDS = {
+NAMES_OF_TYPES = {
     str: "text",
     list: "a list of module paths",
     dict: "a mapping of names to values",
@@ -169,7 +169,7 @@ NAMES_OF_KINDS = {
 
 
 def finite(name: str, value: object, what: str) -> float:
-    """Read a finite number of at least 0 of any numeric type; text and a bool are none.
+    """Read a finite number of at least 0 of any numeric type; a text and a bool are refused.
 
     Example:
         >>> finite("weight", 1, "factor")

@@ -10,7 +10,7 @@ __all__ = ["CaptureError", "DataError", "NoLossError", "ShapeError", "WeightsUna
 
 
 class ShapeError(ValueError):
-    """A tensor has another shape than its axes legend says.
+    """A tensor has another shape than documented for its axes.
 
     Example:
         >>> str(ShapeError("depth", expected="[B, V, 1, H, W]", got=(2, 3, 64, 64)))
@@ -23,7 +23,7 @@ class ShapeError(ValueError):
 
 
 class CaptureError(RuntimeError):
-    """A supervised attention layer did not hand over usable queries and keys."""
+    """A supervised attention layer did not provide usable queries and keys."""
 
 
 class NoLossError(AttributeError, RuntimeError):
@@ -34,7 +34,7 @@ class DataError(ValueError):
     """A file or folder of a data set cannot be used as it is; the message names the path."""
 
 
-class WeightsUnavailable(RuntimeError):  # noqa: N818 - a state of the machine, not a mistake
+class WeightsUnavailable(RuntimeError):  # noqa: N818 - it is a state of the machine and not a mistake
     """The released weights of a network are neither on this machine nor reachable; the message says what is skipped."""
 
 
@@ -52,7 +52,7 @@ def unknown_name(kind: str, name: object, known: Iterable[str]) -> ValueError:
 
 
 def as_integer(name: str, value: object, *, least: int | None = None, most: int | None = None) -> int:
-    """Read a whole number of any integer type, such as numpy's; a bool, a float and text are none.
+    """Read a whole number of any integer type, such as numpy's; a bool, a float and a text are refused.
 
     Example:
         >>> as_integer("heads", 8, least=1)
@@ -63,7 +63,7 @@ def as_integer(name: str, value: object, *, least: int | None = None, most: int 
         ValueError: heads: expected an integer of at least 1, got 8.0
 
     Raises:
-        ValueError: if it is none, or lies outside `least` to `most`; names the argument.
+        ValueError: if it is not one, or lies outside `least` to `most`; names the argument.
     """
     try:
         number = None if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]

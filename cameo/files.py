@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and that a power failure does not take back."""
+"""Files that are written completely or not at all, and that survive a power failure once they are written."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def write_atomically(path: str | Path, content: str | bytes) -> None:
 
 
 def move_into_place(finished: Path, path: Path) -> None:
-    """Rename a finished file or folder to the name under which it is found, after its content is on the disk.
+    """Rename a finished file or folder to its final name, after its content is on the disk.
 
     A file that has the name already is replaced. A rename alone may reach the disk before the content does, so that
     a power failure leaves an empty file under the new name.
@@ -58,10 +58,10 @@ def move_into_place(finished: Path, path: Path) -> None:
         path: its final name; the folder around it exists.
 
     Raises:
-        OSError: if the content cannot be brought to the disk, or the name is that of a folder that holds something.
+        OSError: if the content cannot be written to the disk, or `path` is a folder that is not empty.
     """
-    for part in (*finished.rglob("*"), finished):
-        _flush(part)
+    for entry in (*finished.rglob("*"), finished):
+        _flush(entry)
     finished.replace(path)
     _flush(path.parent)
 

@@ -1,4 +1,4 @@
-"""Packages whose parts are loaded on first use, so that settings and help answer at once."""
+"""Packages whose modules are imported on first use, so that `--help` and `--print-config` answer at once."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["load_on_use"]
 
 
 def load_on_use(package: str, modules: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """Return `__getattr__` and `__dir__` of a package: names out of its modules, and the modules themselves.
+    """Return `__getattr__` and `__dir__` of a package, which find its modules and the public names in them.
 
     The package repeats the names in imports under `TYPE_CHECKING`, where type checkers and editors find them.
 
@@ -21,7 +21,7 @@ def load_on_use(package: str, modules: Mapping[str, str]) -> tuple[Callable[[str
         'cameo.data.rgbd'
 
     Args:
-        package: its name.
+        package: name of the package.
         modules: public name to the module that defines it.
     """
 

@@ -1,4 +1,4 @@
-"""Where tensors begin in memory, which decides the last bits of a matrix product on a CPU.
+"""Where tensors begin in memory, which determines the last bits of a matrix product on a CPU.
 
 PyTorch allocates at multiples of 64 bytes. A tensor of a memory-mapped file begins wherever the file's header ends, and
 the CPU's libraries then sum its products in another order.
@@ -18,7 +18,7 @@ ALIGNMENT = 64  # bytes
 
 
 def align(tensors: Iterable[Tensor]) -> None:
-    """Move those tensors that do not begin at a multiple of 64 bytes, in place; tensors that share memory still do.
+    """Move tensors that do not begin at a multiple of 64 bytes, in place; those that share memory go on sharing it.
 
     Example:
         >>> tensor = torch.zeros(8)[1:]
@@ -27,15 +27,15 @@ def align(tensors: Iterable[Tensor]) -> None:
         0
 
     Args:
-        tensors: of any device; on others than the CPU nothing moves.
+        tensors: on any device; only those on the CPU are moved.
     """
     moved: dict[tuple[object, ...], Tensor] = {}
     for tensor in tensors:
         if tensor.device.type == "cpu" and tensor.data_ptr() % ALIGNMENT:
-            place = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
-            if place not in moved:
-                moved[place] = tensor.data.clone()
-            tensor.data = moved[place]
+            identity = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+            if identity not in moved:
+                moved[identity] = tensor.data.clone()
+            tensor.data = moved[identity]
 
 
 def align_module(module: nn.Module) -> None:
@@ -62,13 +62,13 @@ def placed_like(tensor: Tensor, other: Tensor) -> Tensor:
         4
 
     Args:
-        tensor: what is placed; on other devices than the CPU it is returned as it is.
-        other: what it is placed like, of the same dtype.
+        tensor: the tensor to place; on other devices than the CPU it is returned as it is.
+        other: a tensor of the same dtype, whose place in memory is imitated.
     """
     if tensor.device.type != "cpu" or (tensor.data_ptr() - other.data_ptr()) % ALIGNMENT == 0:
         return tensor
     buffer = torch.empty(tensor.numel() * tensor.element_size() + 2 * ALIGNMENT, dtype=torch.uint8)
     start = -buffer.data_ptr() % ALIGNMENT + other.data_ptr() % ALIGNMENT
-    room = buffer[start : start + tensor.numel() * tensor.element_size()].view(tensor.dtype)
+    storage = buffer[start : start + tensor.numel() * tensor.element_size()].view(tensor.dtype)
     strides = torch.empty_like(tensor, device="meta").stride()
-    return room.as_strided(tensor.shape, strides).copy_(tensor)
+    return storage.as_strided(tensor.shape, strides).copy_(tensor)

@@ -18,11 +18,11 @@ class TrainingInputs:
     Attributes:
         args, kwargs: arguments of the denoiser's forward.
         noisy: what the denoiser sees of each view, `[B, V, C, h, w]`; reference views are clean.
-        target: what it shall predict, `[B, V, C, h, w]`.
+        target: what it is to predict, `[B, V, C, h, w]`.
         loss_views: views that carry the denoising loss, bool `[V]`.
         timesteps: integers `[B]`, shared by the views of a sample.
         aligned: whether the views attend to each other in this forward; without it there is nothing to align, as in
-            the single-image batches that MVDream mixes in.
+            the batches of single images that MVDream also trains on.
     """
 
     args: tuple[Any, ...]
@@ -35,25 +35,25 @@ class TrainingInputs:
 
 
 class MultiViewPipeline(Protocol):
-    """A denoiser with everything around it; batches are the samples of `cameo.data`, stacked."""
+    """A denoiser with what training and sampling need beside it; batches are stacked samples of `cameo.data`."""
 
     denoiser: nn.Module
 
     @property
     def num_train_timesteps(self) -> int:
-        """Number of noise levels `T`; time steps run from 0 (clean) to `T - 1`."""
+        """Number of noise levels `T`; timesteps run from 0 (clean) to `T - 1`."""
 
     def latent_shape(self, image_shape: Sequence[int]) -> tuple[int, ...]:
-        """Shape `[B, V, C, h, w]` of the noise for images `[B, V, 3, H, W]`."""
+        """Return the shape `[B, V, C, h, w]` of the noise for images `[B, V, 3, H, W]`."""
 
     def training_inputs(self, batch: Mapping[str, Any], **options: Any) -> TrainingInputs:
         """Noise a batch and build the denoiser's conditioning and target."""
 
     def denoising_loss(self, output: Any, inputs: TrainingInputs) -> Tensor:
-        """Mean squared error of each sample over the views that carry a loss, `[B]`."""
+        """Return the mean squared error of each sample over the views that carry a loss, `[B]`."""
 
     def predict_clean(self, output: Any, inputs: TrainingInputs) -> Tensor:
-        """Images in [0, 1], `[B, V, 3, H, W]`, that the denoiser's output stands for."""
+        """Predict the clean images in [0, 1], `[B, V, 3, H, W]`, from the denoiser's output."""
 
     def sample(self, batch: Mapping[str, Any], **options: Any) -> Tensor:
         """Generate the target views of a batch from its reference views, `[B, V - R, 3, H, W]` in [0, 1]."""

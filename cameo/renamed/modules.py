@@ -132,7 +132,7 @@ class _MovedFinder(MetaPathFinder, Loader):
         return ModuleSpec(fullname, self) if fullname in MOVED else None
 
     def exec_module(self, module: ModuleType) -> None:
-        """Put today's module in the place of the empty `module`, or let this one find today's names."""
+        """Replace the empty `module` by the one it is called today, or let it find names of it that went elsewhere."""
         old, new = module.__name__, MOVED[module.__name__]
         warnings.warn(f"{old} is now {new}; import it from there", FutureWarning, stacklevel=2)
         if not any(name.rpartition(".")[0] == old for name in MOVED_NAMES):
@@ -140,8 +140,8 @@ class _MovedFinder(MetaPathFinder, Loader):
             return
 
         def find(name: str) -> Any:
-            place, renamed = place_today(old, name)
-            return getattr(importlib.import_module(place), renamed)
+            place, current = place_today(old, name)
+            return getattr(importlib.import_module(place), current)
 
         vars(module)["__getattr__"] = find
 
@@ -171,5 +171,5 @@ def install() -> None:
         True
     """
     if not any(isinstance(finder, _MovedFinder) for finder in sys.meta_path):
-        # First, since a room that has a moved name as its old parent would else be searched for files of that name.
+        # First: otherwise Python would look for a file of the old name in the package that the name begins with.
         sys.meta_path.insert(0, _MovedFinder())

@@ -120,12 +120,14 @@ def old_fields(table: Mapping[str, str]) -> Callable[[Class], Class]:
     are given, a value under an old name is therefore such a change, and counts.
 
     Example:
+        >>> import warnings
         >>> from dataclasses import dataclass
         >>> @old_fields({"weight": "loss_weight"})
         ... @dataclass
         ... class Loss:
         ...     loss_weight: float = 0.02
-        >>> Loss(weight=0.5).loss_weight  # with a FutureWarning
+        >>> with warnings.catch_warnings(action="ignore"):
+        ...     Loss(weight=0.5).loss_weight
         0.5
 
     Raises:
@@ -165,7 +167,7 @@ def old_attributes(cls: Class) -> Class:
 
 
 def rename_keys(values: Mapping[str, Any], table: Mapping[str, str], where: str) -> dict[str, Any]:
-    """Return the values of a saved file with the keys of today; no warning, since a saved file is no mistake.
+    """Return the values of a saved file with the keys of today; no warning, since nobody has to change a saved file.
 
     Example:
         >>> rename_keys({"normalise": "per_view", "weight": 0.1}, {"normalise": "normalize"}, "cameo_config.json")

@@ -22,7 +22,7 @@ __all__ = ["CONFIG", "run_recipe", "split_arguments"]
 CONFIG = "config"  # the settings file; every recipe takes it
 HELP, PRINT = ("--help", "-h"), ("--print-config", "--print_config")
 KEY = re.compile(r"(?:--)?([A-Za-z_][\w-]*)((?:\.[\w-]+)*)")
-# What a user can cause; anything else is a fault of the program.
+# Errors that a user can cause; any other error is a fault of the program.
 MISTAKES = (ValueError, ImportError, OSError, FloatingPointError)
 
 
@@ -45,24 +45,21 @@ def split_arguments(arguments: Sequence[str], *kinds: type) -> tuple[dict[str, T
         ({'output': 'here', 'perturb': 'true'}, {'seed': '1', 'config': 'my.yaml'})
 
     Raises:
-        ValueError: for an unknown setting, naming the nearest; for an argument that is no `key=value`.
+        ValueError: for an unknown setting, naming the nearest; for an argument that is not `key=value`.
     """
     owners = {name: place for place, kind in reversed(list(enumerate(kinds))) for name in _names(kind)}
     owners.setdefault(CONFIG, len(kinds) - 1)
-    found: list[dict[str, Typed]] = [{} for _ in kinds]
-    loose = next(
-        ((place, name) for place, kind in enumerate(kinds) for name in _positional(kind)),
-        None,
-    )
+    by_kind: list[dict[str, Typed]] = [{} for _ in kinds]
+    positional = next(((place, name) for place, kind in enumerate(kinds) for name in _positional(kind)), None)
     waiting = list(arguments)
     while waiting:
         argument = waiting.pop(0)
         key, equals, value = argument.partition("=")
         match = KEY.fullmatch(key)
         named = match is not None and (equals or argument.startswith("--"))
-        if loose and not named and not argument.startswith("--"):
-            place, name = loose
-            found[place].setdefault(name, []).append(argument)
+        if positional and not named and not argument.startswith("--"):
+            place, name = positional
+            by_kind[place].setdefault(name, []).append(argument)
             continue
         if not named or match is None:
             raise ValueError(_not_a_setting(argument, arguments, kinds))
@@ -72,12 +69,9 @@ def split_arguments(arguments: Sequence[str], *kinds: type) -> tuple[dict[str, T
         kind = kinds[owners[name]]
         if not equals:
             value = _following(name, kind, waiting)
-        typed: Typed = value
-        for inner in reversed(match[2].split(".")[1:]):
-            typed = {inner: typed}
-        given = {name: typed} if name == CONFIG else current_names(kind, {name: typed})
-        found[owners[name]] = merged(found[owners[name]], given)
-    return tuple(found)
+        given = {name: _nested(value, match[2].split(".")[1:])}
+        by_kind[owners[name]] = merged(by_kind[owners[name]], given if name == CONFIG else current_names(kind, given))
+    return tuple(by_kind)
 
 
 def _names(kind: type) -> list[str]:
@@ -86,6 +80,14 @@ def _names(kind: type) -> list[str]:
 
 def _positional(kind: type) -> list[str]:
     return [name for name, entry in setting_fields(kind).items() if entry.metadata.get("positional")]
+
+
+def _nested(value: str, keys: Sequence[str]) -> Typed:
+    """Return the mapping that `setting.a.b=value` means; without keys it is the value."""
+    typed: Typed = value
+    for key in reversed(keys):
+        typed = {key: typed}
+    return typed
 
 
 def _following(name: str, kind: type, waiting: list[str]) -> str:
@@ -99,16 +101,14 @@ def _following(name: str, kind: type, waiting: list[str]) -> str:
 
 
 def _not_a_setting(argument: str, arguments: Sequence[str], kinds: Sequence[type]) -> str:
-    """Say that an argument is no setting, and do not show it where it could be a secret."""
+    """Build the message for an argument that is not a setting; does not show one that could be a secret."""
     place = list(arguments).index(argument)
     before = arguments[place - 1].lstrip("-").partition("=")[0] if place else ""
-    secret = any(before == name and entry.metadata.get("secret") for kind in kinds for name, entry in _fields(kind))
+    secret = any(
+        before in setting_fields(kind) and setting_fields(kind)[before].metadata.get("secret") for kind in kinds
+    )
     shown = f"number {place + 1}" if secret or argument.startswith("hf_") else repr(argument)
     return f"argument {shown}: expected key=value, for example max_train_steps=100; --help lists all settings"
-
-
-def _fields(kind: type) -> list[tuple[str, Any]]:
-    return list(setting_fields(kind).items())
 
 
 def run_recipe(
@@ -119,7 +119,7 @@ def run_recipe(
     about: str,
     arguments: Sequence[str] | None = None,
 ) -> None:
-    """Run a recipe: answer `--help` and `--print-config`, and tell a user's mistake in one paragraph, exit status 2.
+    """Run a recipe: answer `--help` and `--print-config`, print a user's mistake as one paragraph, with exit status 2.
 
     Args:
         main: the recipe; gets the arguments.
@@ -141,7 +141,7 @@ def run_recipe(
                 values |= {name: value for name, value in shown_settings(settings).items() if name not in values}
             print(to_yaml(values), end="")
         else:
-            read(given)  # so that a mistake is told before anything slow is imported
+            read(given)  # so that a mistake is reported before anything slow is imported
             main(given)
     except MISTAKES as error:
         if not _is_of_user(error):
@@ -168,7 +168,7 @@ def _is_of_user(error: BaseException) -> bool:
 
 
 def _paragraph(error: BaseException) -> str:
-    """Return the message on one line; of an error in a data worker without the traceback of the worker."""
+    """Return the message of an error on one line, without the traceback of a data worker that it may contain."""
     text = str(error)
     if "Original Traceback" in text:
         text = text.rpartition(f"{type(error).__name__}: ")[2]

@@ -1,4 +1,4 @@
-"""From the text of a setting to its value, by the annotation of its field."""
+"""Converts the text of a setting to its value, by the annotation of its field."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def describe(expected: Any) -> str:
         >>> describe(int | list[str] | None), describe(tuple[float, float])
         ('a whole number, a list [a, b] or null', 'a list [a, b]')
     """
-    kinds = [get_origin(one) or one for one in members(expected)]
+    kinds = [get_origin(member) or member for member in members(expected)]
     words = [word for kind in kinds for word in WORDS.get(kind, ("a list [a, b]",))]
     return " or ".join(filter(None, (", ".join(words[:-1]), words[-1])))
 
@@ -83,18 +83,18 @@ def typed_values(kind: type, typed: Mapping[str, Typed], *, places: Mapping[str,
         ValueError: for a name that `kind` has not, or a text that is not of its type; names the setting.
     """
     known, values = setting_fields(kind), {}
-    for name, one in typed.items():
+    for name, text in typed.items():
         where = f"{places[name]}: " if places and name in places else ""
         if name not in known:
             error = unknown_name("setting", name, known)
             raise ValueError(f"{where}{error}")
         try:
-            values[name] = _value(one, types_of(kind)[name], known[name])
+            values[name] = _value(text, types_of(kind)[name], known[name])
         except ValueError as error:  # of YAML inside a text
             raise ValueError(f"{where}{name}: {error}") from None
         except _WrongTypeError:
             raise ValueError(
-                f"{where}{name}: expected {describe(types_of(kind)[name])}, got {_shown(one, known[name])}"
+                f"{where}{name}: expected {describe(types_of(kind)[name])}, got {_shown(text, known[name])}"
             ) from None
     return values
 
@@ -126,7 +126,7 @@ def _value(typed: Typed, expected: Any, entry: Field[Any]) -> Any:
 
 def _convert(typed: Typed, alternatives: Iterable[Any]) -> Any:
     """Convert what was typed to the first of the types that it fits; text comes last, since everything fits it."""
-    kinds = sorted((one for one in alternatives if one is not type(None)), key=lambda kind: kind is str)
+    kinds = sorted((kind for kind in alternatives if kind is not type(None)), key=lambda kind: kind is str)
     if isinstance(typed, Quoted) and str in kinds:
         return str(typed)
     for expected in kinds:
@@ -138,7 +138,7 @@ def _convert(typed: Typed, alternatives: Iterable[Any]) -> Any:
                 return _sequence(typed, expected, origin, commas="," if str in kinds else "")
             if origin is dict:
                 return _mapping(typed)
-            if len(kinds) > 1 and _opens(typed, "[{"):  # a list or mapping that does not fit is no text either
+            if len(kinds) > 1 and _opens(typed, "[{"):  # a list or mapping that does not fit is not a text either
                 continue
             return _scalar(typed, expected)
         except _WrongTypeError:
@@ -170,10 +170,10 @@ def _mapping(typed: Typed) -> dict[str, Any]:
 
 
 def _remembered(typed: Typed) -> Any:
-    """Give a value to a text without a type, and let texts that were interpolations remember it."""
+    """Convert texts whose type is not known; values of interpolations remember what was typed."""
     if isinstance(typed, Mapping):
         return _mapping(typed)
-    return [_remembered(one) for one in typed] if isinstance(typed, list) else marked(guess(typed), typed)
+    return [_remembered(value) for value in typed] if isinstance(typed, list) else marked(guess(typed), typed)
 
 
 def _sequence(typed: Typed, expected: Any, origin: Any, *, commas: str) -> Any:
@@ -183,8 +183,8 @@ def _sequence(typed: Typed, expected: Any, origin: Any, *, commas: str) -> Any:
     elif isinstance(typed, str) and commas in typed and not _opens(typed, "{"):
         typed = [part.strip() for part in typed.split(",")]
     kinds = get_args(expected)
-    endless = origin is list or kinds[-1] is Ellipsis
-    if not isinstance(typed, list) or not (endless or len(typed) == len(kinds)):
+    any_length = origin is list or kinds[-1] is Ellipsis
+    if not isinstance(typed, list) or not (any_length or len(typed) == len(kinds)):
         raise _WrongTypeError
-    pairs = zip(typed, [kinds[0]] * len(typed) if endless else kinds, strict=True)
-    return origin(marked(_convert(one, members(kind)), one) for one, kind in pairs)
+    pairs = zip(typed, [kinds[0]] * len(typed) if any_length else kinds, strict=True)
+    return origin(marked(_convert(value, members(kind)), value) for value, kind in pairs)

@@ -1,4 +1,4 @@
-"""What a field of a settings dataclass says about itself, and the checks that follow from it."""
+"""Declarations of settings in dataclasses, and the checks that follow from them."""
 
 from __future__ import annotations
 
@@ -48,10 +48,10 @@ def setting(
         ValueError: loss_weight: expected at least 0, got -1.0
 
     Args:
-        default: value of who does not give one; `factory` makes one that can change, as a list.
-        factory: makes the default.
+        default: value where none is given.
+        factory: called to make the default, for one that can change, such as a list.
         at_least: smallest value that is allowed.
-        above: value that it must exceed.
+        above: value that the setting must exceed.
         share: range of a share, "[0, 1]" or "[0, 1)".
         choices: names that are allowed; where "none" is one of them, null means it.
         null: "none" where null means the text "none".
@@ -63,8 +63,8 @@ def setting(
     given = locals()
     facts = {name: given[name] for name in ("at_least", "above", "share", "choices", "null")}
     facts |= {"path": path, "secret": secret, "changeable": changeable, "positional": positional}
-    start: dict[str, Any] = {"default": default} if factory is None else {"default_factory": factory}
-    return field(**start, repr=not secret, metadata={name: fact for name, fact in facts.items() if fact is not None})
+    initial: dict[str, Any] = {"default": default} if factory is None else {"default_factory": factory}
+    return field(**initial, repr=not secret, metadata={name: fact for name, fact in facts.items() if fact is not None})
 
 
 class Settings:
@@ -83,7 +83,7 @@ class Settings:
             if "check" in vars(component):
                 component.check(self)  # type: ignore[attr-defined]
 
-    if not TYPE_CHECKING:  # a type checker shall know the new names alone
+    if not TYPE_CHECKING:  # type checkers are to know the new names alone
 
         def __getattr__(self, name: str) -> Any:
             if name in type(self).renamed:
@@ -98,12 +98,14 @@ def renamed_settings(table: Mapping[str, str]) -> Callable[[Kind], Kind]:
     """Class decorator that accepts old names as keywords, attributes, in YAML and on command lines, with a warning.
 
     Example:
+        >>> import warnings
         >>> from dataclasses import dataclass
         >>> @renamed_settings({"weight": "loss_weight"})
         ... @dataclass
         ... class Loss(Settings):
         ...     loss_weight: float = 0.02
-        >>> Loss(weight=0.5).loss_weight  # with a FutureWarning
+        >>> with warnings.catch_warnings(action="ignore"):
+        ...     Loss(weight=0.5).loss_weight
         0.5
     """
 
@@ -139,7 +141,7 @@ def _current_name(kind: type, name: str, *, warn: bool = True, stacklevel: int =
 
 
 def _checked(value: Any, expected: Any, entry: Field[Any]) -> Any:
-    """Return the value of a setting in its own type; raises if it is of another or out of range."""
+    """Return the value of a setting in its own type; raises an error if it is of another type or out of range."""
     facts, name = entry.metadata, entry.name
     if value is None and type(None) not in members(expected) and null_is_none(entry):
         return "none"
@@ -192,8 +194,8 @@ def _as_type(value: Any, expected: Any) -> Any:
             return value if isinstance(value, dict) else dict(value)
         if origin in (list, tuple) and isinstance(value, list | tuple):
             inner = get_args(kind)
-            endless = origin is list or inner[-1] is Ellipsis
-            if endless or len(inner) == len(value):
-                parts = [_as_type(one, inner[0] if endless else inner[place]) for place, one in enumerate(value)]
+            any_length = origin is list or inner[-1] is Ellipsis
+            if any_length or len(inner) == len(value):
+                parts = [_as_type(part, inner[0] if any_length else inner[place]) for place, part in enumerate(value)]
                 return value if isinstance(value, origin) and parts == list(value) else origin(parts)
     raise TypeError

@@ -1,4 +1,4 @@
-"""Settings files: YAML whose scalars stay the text that was typed."""
+"""Settings files: YAML in which every scalar stays the text that was typed."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def to_yaml(values: Mapping[str, Any]) -> str:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes every text that some reader could take for something else."""
+    """Quotes every text that some YAML reader could take for another type."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
@@ -76,13 +76,13 @@ PLAIN = re.compile(r"[A-Za-z_./][\w./ :+-]*")
 
 
 def _plain(value: Any) -> Any:
-    """The same of plain types; interpolations as they were typed, and `${` in other texts escaped."""
+    """Return a value in plain types, with interpolations as they were typed and `${` in other texts escaped."""
     if isinstance(value, Interpolated):
         return value.source
     if isinstance(value, Mapping):
-        return {str(name): _plain(one) for name, one in value.items()}
+        return {str(name): _plain(entry) for name, entry in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(one) for one in value]
+        return [_plain(entry) for entry in value]
     if isinstance(value, str):
         text = value.replace(OPENING, "\\" + OPENING)
         return str(text) if isinstance(guess(text), str) and PLAIN.fullmatch(text) else _Text(text)

@@ -17,14 +17,14 @@ __all__ = ["comments", "components", "help_text"]
 WIDTH = 100
 USAGE = (
     "Settings are given as key=value, --key=value or --key value, lists as [a,b] or a,b, mappings as {a: 1} or "
-    "key.a=1, none as null. config=FILE names a YAML file of settings, over which those of the command line win; "
+    "key.a=1, and None as null. config=FILE names a YAML file of settings; those of the command line take precedence; "
     "${oc.env:NAME} in it is the environment variable NAME. --print-config prints the settings that a run would use."
 )
 
 
 def help_text(about: str, kinds: Sequence[type]) -> str:
     """Return the help of a recipe: what it does, how settings are given, and the settings by component."""
-    parts = [about.strip(), textwrap.fill(USAGE, WIDTH)]
+    sections = [about.strip(), textwrap.fill(USAGE, WIDTH)]
     shown: set[str] = set()
     for kind in kinds:
         for component in components(kind):
@@ -37,13 +37,13 @@ def help_text(about: str, kinds: Sequence[type]) -> str:
             shown |= setting_fields(component).keys()
             if entries:
                 title = (inspect.getdoc(component) or component.__name__).split("\n")[0].rstrip(".")
-                parts.append("\n".join([title, "-" * len(title), *entries]))
-    return "\n\n".join(parts)
+                sections.append("\n".join([title, "-" * len(title), *entries]))
+    return "\n\n".join(sections)
 
 
 def components(kind: type) -> Iterator[type]:
     """List the dataclasses that a dataclass of settings is composed of, in the order of their settings."""
-    return (one for one in reversed(kind.__mro__) if dataclasses.is_dataclass(one))
+    return (component for component in reversed(kind.__mro__) if dataclasses.is_dataclass(component))
 
 
 def comments(kind: type) -> dict[str, str]:
@@ -57,14 +57,14 @@ def comments(kind: type) -> dict[str, str]:
     lines = textwrap.dedent(inspect.getsource(kind)).splitlines()
     body = ast.parse("\n".join(lines)).body[0]
     assert isinstance(body, ast.ClassDef)
-    found = {}
+    texts = {}
     for node in body.body:
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
             first = node.lineno - 1
             while lines[first - 1].lstrip().startswith("#"):
                 first -= 1
-            found[node.target.id] = " ".join(line.strip().lstrip("# ") for line in lines[first : node.lineno - 1])
-    return found
+            texts[node.target.id] = " ".join(line.strip().lstrip("# ") for line in lines[first : node.lineno - 1])
+    return texts
 
 
 def _entry(kind: type, name: str, comment: str) -> str:

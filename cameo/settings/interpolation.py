@@ -1,4 +1,4 @@
-"""`${oc.env:NAME}` and `${other_setting}` in settings: used resolved, written and compared unresolved."""
+"""`${oc.env:NAME}` and `${other_setting}` in settings: they are used resolved, and written and compared as typed."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ MARKED: dict[type, Any] = {
 
 
 def marked(value: Any, typed: Typed) -> Any:
-    """Let a value remember the interpolation it was typed as; None, true and false cannot, and hold no secret."""
+    """Let a value remember the interpolation it was typed as; None, true and false cannot, and are never secrets."""
     if isinstance(typed, Interpolated) and type(value) in MARKED:
         value = MARKED[type(value)](value)
         value.source = typed.source
@@ -87,7 +87,7 @@ def resolve(typed: Mapping[str, Typed], defaults: Mapping[str, Any]) -> dict[str
 
     known = {name: json.loads(json.dumps(value)) for name, value in defaults.items()}
     container = OmegaConf.create({**known, **_plain(typed)})
-    found = dict(typed)
+    resolved_settings = dict(typed)
     for name, value in typed.items():
         if has_interpolation(value):
             try:
@@ -96,8 +96,8 @@ def resolve(typed: Mapping[str, Typed], defaults: Mapping[str, Any]) -> dict[str
                     resolved = OmegaConf.to_container(resolved, resolve=True)
             except OmegaConfBaseException as error:
                 raise ValueError(f"{name}: {str(error).splitlines()[0]}") from None
-            found[name] = _put_in(value, resolved)
-    return found
+            resolved_settings[name] = _put_in(value, resolved)
+    return resolved_settings
 
 
 def shown_settings(settings: Any) -> dict[str, Any]:
@@ -111,14 +111,14 @@ def shown_settings(settings: Any) -> dict[str, Any]:
 def comparable(value: Any) -> Any:
     """Return what a checkpoint keeps of a value, to be compared with on resuming.
 
-    An interpolation is kept as it was typed, with digits that tell whether it meant the same value.
+    An interpolation is kept as it was typed, with digits of a hash that tells whether it had the same value.
     """
     if isinstance(value, Interpolated):
         digits = hashlib.sha256(json.dumps(value).encode()).hexdigest()[:8]
         return f"{value.source} ({digits})"
     if isinstance(value, Mapping):
-        return {name: comparable(one) for name, one in value.items()}
-    return [comparable(one) for one in value] if isinstance(value, list | tuple) else value
+        return {name: comparable(entry) for name, entry in value.items()}
+    return [comparable(entry) for entry in value] if isinstance(value, list | tuple) else value
 
 
 def _as_typed(value: Any) -> Any:
@@ -127,12 +127,12 @@ def _as_typed(value: Any) -> Any:
         text.source = value.source
         return text
     if isinstance(value, Mapping):
-        return {name: _as_typed(one) for name, one in value.items()}
-    return [_as_typed(one) for one in value] if isinstance(value, list | tuple) else value
+        return {name: _as_typed(entry) for name, entry in value.items()}
+    return [_as_typed(entry) for entry in value] if isinstance(value, list | tuple) else value
 
 
 def _plain(typed: Typed) -> Any:
-    """The same without marks, as OmegaConf wants it."""
+    """Return what was typed in plain types, as OmegaConf needs it."""
     if isinstance(typed, Mapping):
         return {str(name): _plain(value) for name, value in typed.items()}
     if isinstance(typed, list):
@@ -141,7 +141,7 @@ def _plain(typed: Typed) -> Any:
 
 
 def _put_in(typed: Typed, resolved: Any) -> Typed:
-    """Replace the interpolations in what was typed by the text that they mean."""
+    """Replace the interpolations in what was typed by their resolved text."""
     if isinstance(typed, Mapping):
         return {name: _put_in(value, resolved[name]) for name, value in typed.items()}
     if isinstance(typed, list):

@@ -18,7 +18,7 @@ NUMBER = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
 
 
 class Quoted(str):
-    """A text that stood in quotes: it is text even where a number or null could be meant."""
+    """A text that was typed in quotes: it is a text even where it could be a number or null."""
 
 
 class _TextLoader(yaml.BaseLoader):
@@ -29,20 +29,20 @@ class _TextLoader(yaml.BaseLoader):
         return text if node.style is None else Quoted(text)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[str, Typed]:
-        found: dict[str, Typed] = {}
+        given: dict[str, Typed] = {}
         shared: dict[str, Typed] = {}
         for key_node, value_node in node.value:
-            key, value = (self.construct_object(one, deep=True) for one in (key_node, value_node))
+            key, value = (self.construct_object(entry, deep=True) for entry in (key_node, value_node))
             if not isinstance(key, str) or is_null(key):
                 raise yaml.constructor.ConstructorError(None, None, "expected a name before `:`", key_node.start_mark)
             if key == "<<":  # YAML's merge key
-                for one in value if isinstance(value, list) else [value]:
-                    shared = {**one, **shared}
-            elif key in found:
+                for mapping in value if isinstance(value, list) else [value]:
+                    shared = {**mapping, **shared}
+            elif key in given:
                 raise yaml.constructor.ConstructorError(None, None, f"{key} is given twice", key_node.start_mark)
             else:
-                found[key] = value
-        return {**shared, **found}
+                given[key] = value
+        return {**shared, **given}
 
 
 def parse_yaml(text: str) -> Typed:
@@ -71,7 +71,7 @@ def is_null(text: Typed) -> bool:
 
 
 def guess(typed: Typed) -> Any:
-    """Give a value to a text of which no type is known, as in `preset_options`: null, true, false, a number, or text.
+    """Convert a text whose type is not known, as in `preset_options`: to None, a bool, a number, or a text.
 
     Example:
         >>> guess({"heads": "8", "scale": "1e-3", "norm": "no", "levels": ["true", "null"]})
