@@ -1,6 +1,6 @@
 """What a backbone adapter provides, and the registry that finds adapters by name.
 
-An adapter is one module and one registration: the entry-point group `cameo.backbones` of an installed package, or
+An adapter is one class and one registration: the entry-point group `cameo.backbones` of an installed package, or
 `register_backbone` in a script. The core never imports adapters by itself.
 """
 
@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import nn
 
@@ -20,17 +20,28 @@ from cameo.attention.capture import AttentionLayer
 from cameo.attention.layout import TokenLayout
 from cameo.config import CameoConfig
 from cameo.errors import unknown_name
-from cameo.renamed import METHODS
+from cameo.renamed import METHODS, old_functions, warn_renamed
 
-__all__ = ["Backbone", "Release", "backbones", "core_module", "get_backbone", "register_backbone", "resolve_layers"]
+__all__ = [
+    "Backbone",
+    "Release",
+    "backbones",
+    "find_layer",
+    "get_backbone",
+    "register_backbone",
+    "resolve_layers",
+    "unwrap_peft",
+]
 
 ENTRY_POINT_GROUP = "cameo.backbones"
 _registry: dict[str, type[Backbone]] = {}
+if not TYPE_CHECKING:
+    __getattr__ = old_functions(__name__)
 
 
 @dataclass(frozen=True)
 class Release:
-    """Weights that somebody published, as a backbone's `released` lists them by Hub id.
+    """Published weights, as a backbone's `released` lists them by Hub id.
 
     Example:
         >>> Release("openrail++", revision="bb2154823665391b4fb29b0b9cf82a198964ee05").license
@@ -39,8 +50,8 @@ class Release:
     Attributes:
         license: identifier of the Hub, or the front-matter entries `license`, `license_name` and `license_link` for a
             license that has no identifier.
-        revision: commit that is loaded where the caller names none; None takes the newest.
-        holds: what the repository holds, for readers of the table.
+        revision: commit that is loaded where the caller names none; None is the newest.
+        holds: what the repository holds, for people who read the table.
     """
 
     license: str | Mapping[str, str]
@@ -49,7 +60,7 @@ class Release:
 
 
 class Backbone:
-    """Base class of the adapters, with two duties that are kept apart.
+    """Base class of the adapters, which have two separate tasks.
 
     Example:
         >>> from cameo import TokenLayout
@@ -86,7 +97,7 @@ class Backbone:
         for old, new in METHODS.items():
             overriding = vars(next(kind for kind in cls.__mro__ if {old, new} & vars(kind).keys()))
             if new not in overriding:
-                warnings.warn(f"{cls.__qualname__}.{old} is now called {new}; rename it", FutureWarning, stacklevel=2)
+                warn_renamed(f"{cls.__qualname__}.{old}", new, stacklevel=2)
                 setattr(cls, new, overriding[old])
             elif old not in overriding:
                 setattr(cls, old, _under_old_name(old, overriding[new]))
@@ -165,7 +176,7 @@ def _under_old_name(old: str, method: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(method)
     def renamed(*args: Any, **kwargs: Any) -> Any:
-        warnings.warn(f"Backbone.{old} is now called {method.__name__}", FutureWarning, stacklevel=2)
+        warn_renamed(f"Backbone.{old}", method.__name__, stacklevel=2)
         return method(*args, **kwargs)
 
     return renamed
@@ -210,7 +221,7 @@ def register_backbone(name: str) -> Callable[[type[Backbone]], type[Backbone]]:
 
 
 def _names(entry_point: str, adapter: type[Backbone]) -> bool:
-    """Whether `module:Class` names this class, in its own module or in a package around it that exports it."""
+    """Tell whether `module:Class` names this class, in its own module or in a package around it that exports it."""
     module, _, name = entry_point.partition(":")
     return name == adapter.__qualname__ and f"{adapter.__module__}.".startswith(f"{module}.")
 
@@ -253,38 +264,36 @@ def get_backbone(name: str) -> Backbone:
     return _registry[name]()
 
 
-def core_module(model: nn.Module) -> nn.Module:
+def unwrap_peft(model: nn.Module) -> nn.Module:
     """Return the model inside PEFT's `PeftModel`; any other module is returned as it is."""
     get_base_model = getattr(model, "get_base_model", None)
     unwrapped = get_base_model() if callable(get_base_model) else model
     return unwrapped if isinstance(unwrapped, nn.Module) else model
 
 
-def find_layer(attention_layers: Sequence[AttentionLayer], layer: int | str) -> AttentionLayer:
-    """Pick the attention_layer with an index or a dotted module path.
+def find_layer(layers: Sequence[AttentionLayer], wanted: int | str) -> AttentionLayer:
+    """Return the layer with an index, counted in execution order, or with a dotted module path.
 
     Raises:
         ValueError: if there is none, or the layer cannot be supervised; says why.
     """
-    by_name: dict[str, AttentionLayer] = {attention_layer.path: attention_layer for attention_layer in attention_layers}
-    if not isinstance(layer, str | bool) and hasattr(layer, "__index__"):
-        layer = operator.index(layer)
-        if not 0 <= layer < len(attention_layers):
+    by_path = {layer.path: layer for layer in layers}
+    if not isinstance(wanted, str | bool) and hasattr(wanted, "__index__"):
+        index = operator.index(wanted)
+        if not 0 <= index < len(layers):
             raise ValueError(
-                f"layer {layer} does not exist: this model has {len(attention_layers)} cross-view attention layers, "
-                f"0 to {len(attention_layers) - 1} in execution order: "
-                + ", ".join(f"{s.index} {s.path}" for s in attention_layers)
+                f"layer {index} does not exist: this model has {len(layers)} cross-view attention layers, "
+                f"0 to {len(layers) - 1} in execution order: "
+                + ", ".join(f"{layer.index} {layer.path}" for layer in layers)
             )
-        attention_layer = attention_layers[layer]
-    elif isinstance(layer, str) and layer in by_name:
-        attention_layer = by_name[layer]
+        found = layers[index]
+    elif isinstance(wanted, str) and wanted in by_path:
+        found = by_path[wanted]
     else:
-        raise unknown_name("layer", layer, by_name)
-    if attention_layer.unsupported:
-        raise ValueError(
-            f"layer {layer!r} ({attention_layer.path}) cannot be supervised: {attention_layer.unsupported}"
-        )
-    return attention_layer
+        raise unknown_name("layer", wanted, by_path)
+    if found.unsupported:
+        raise ValueError(f"layer {wanted!r} ({found.path}) cannot be supervised: {found.unsupported}")
+    return found
 
 
 def resolve_layers(core: nn.Module, config: CameoConfig) -> list[AttentionLayer]:
@@ -299,15 +308,15 @@ def resolve_layers(core: nn.Module, config: CameoConfig) -> list[AttentionLayer]
         return [find_layer(layers, path) for path in config.layers]
     assert config.layout is not None
     layout = TokenLayout(**config.layout)
-    found = []
+    layers = []
     for index, path in enumerate(config.layers):
         module = core.get_submodule(path)
-        known = [getattr(module, name, None) for name in ("heads", "num_heads")]
-        own = next((count for count in known if isinstance(count, int)), None)
-        heads = own if config.heads is None else config.heads
+        counts = [getattr(module, name, None) for name in ("heads", "num_heads")]
+        of_module = next((count for count in counts if isinstance(count, int)), None)
+        heads = of_module if config.heads is None else config.heads
         if heads is None:
             raise ValueError(f"layer {path!r}: the number of attention heads is not known; pass heads= to cameo.wrap")
-        if own is not None and heads != own:
-            raise ValueError(f"heads: layer {path!r} has {own} attention heads, got {heads}; leave heads= out")
-        found.append(AttentionLayer(index, path, heads, layout, stride=config.stride, kernel_call=config.kernel_call))
-    return found
+        if of_module is not None and heads != of_module:
+            raise ValueError(f"heads: layer {path!r} has {of_module} attention heads, got {heads}; leave heads= out")
+        layers.append(AttentionLayer(index, path, heads, layout, stride=config.stride, kernel_call=config.kernel_call))
+    return layers

@@ -11,7 +11,7 @@ from typing import Any
 
 from cameo.errors import DataError, as_integer, unknown_name
 from cameo.files import write_atomically
-from cameo.renamed import CONFIG_KEYS, old_attributes, old_fields, rename_keys
+from cameo.renamed import CONFIG_KEYS, KEYWORDS, old_attributes, old_fields, rename_keys
 
 __all__ = ["CONFIG_NAME", "CameoConfig"]
 
@@ -19,7 +19,7 @@ CONFIG_NAME = "cameo_config.json"
 
 
 @old_attributes
-@old_fields
+@old_fields(KEYWORDS["CameoConfig"])
 @dataclass
 class CameoConfig:
     """What `cameo.wrap` was told, plus where the base weights came from.

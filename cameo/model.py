@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,18 +14,21 @@ from cameo.alignment import AlignmentHead, alignment_loss, check_options
 from cameo.alignment.head import check_head_options
 from cameo.alignment.head_watch import HeadWatch
 from cameo.attention.capture import AttentionCapture, AttentionLayer, CapturedAttention
-from cameo.backbone import core_module, get_backbone, resolve_layers
+from cameo.backbone import get_backbone, resolve_layers, unwrap_peft
 from cameo.config import CameoConfig, finite
 from cameo.correspondence import Correspondence
 from cameo.errors import CaptureError, NoLossError, ShapeError
 from cameo.geometry.grids import TokenGrids
-from cameo.renamed import old_attributes
+from cameo.renamed import old_attributes, old_functions
 
-__all__ = ["CameoModel", "attach", "check_plain", "holder", "wrapped_bases"]
+__all__ = ["CameoModel", "attach", "check_plain", "wrapped_bases", "wrapper_of"]
 
-# Base modules and the CameoModel that holds each; weak on both sides, so dropping a wrapper without unwrap()
-# frees its base and lets it be wrapped again.
-_held: weakref.WeakKeyDictionary[nn.Module, weakref.ref[CameoModel]] = weakref.WeakKeyDictionary()
+if not TYPE_CHECKING:
+    __getattr__ = old_functions(__name__)
+
+# Base modules and the CameoModel that wraps each, both by weak references: a base whose CameoModel was deleted without
+# unwrap() can be wrapped again, and is freed when nothing else uses it.
+_wrappers: weakref.WeakKeyDictionary[nn.Module, weakref.ref[CameoModel]] = weakref.WeakKeyDictionary()
 
 NO_LOSS = "no alignment loss: call the model with correspondence= before reading alignment_loss"
 
@@ -77,7 +80,7 @@ class CameoModel(nn.Module):
         self.implementation, self.gelu = implementation, gelu
         self.base_model = base_model
         self.cameo_config = config
-        self._supervised = resolve_layers(core_module(base_model), config)
+        self._supervised = resolve_layers(unwrap_peft(base_model), config)
         parameter = next(base_model.parameters(), None)
         device = parameter.device if parameter is not None else None
         self.alignment_heads = nn.ModuleList(
@@ -88,20 +91,17 @@ class CameoModel(nn.Module):
                 raise ValueError(
                     f"layer {layer.path!r} cannot be supervised with normalize={config.normalize!r}: {reason}"
                 )
-        if config.backbone is not None and config.inflate:  # last, so that a refused model stays as it was
+        if config.backbone is not None and config.inflate:  # last, so that a model that is refused stays as it was
             for layer in self._supervised:
-                get_backbone(config.backbone).inflate(core_module(base_model), layer.path)
+                get_backbone(config.backbone).inflate(unwrap_peft(base_model), layer.path)
         self._alignment_loss: Tensor | None = None
         self._num_supervised: Tensor | None = None
         self._watch = HeadWatch()
         self._attached = True
-        _held[base_model] = weakref.ref(self)
+        _wrappers[base_model] = weakref.ref(self)
 
     def forward(
-        self,
-        *args: Any,
-        correspondence: Correspondence | Sequence[Correspondence] | None = None,
-        **kwargs: Any,
+        self, *args: Any, correspondence: Correspondence | Sequence[Correspondence] | None = None, **kwargs: Any
     ) -> Any:
         """Return exactly what the wrapped model returns; with `correspondence`, set `alignment_loss` too.
 
@@ -129,7 +129,7 @@ class CameoModel(nn.Module):
         kwargs: dict[str, Any],
     ) -> Any:
         matches = self._one_per_layer(correspondence)
-        self._check_hazard()
+        self._check_supported()
         trains = self.training and torch.is_grad_enabled()
         if trains:
             self._watch.look(self.alignment_heads, self.base_model)
@@ -159,7 +159,7 @@ class CameoModel(nn.Module):
                 f"num_reference_views: expected at most {match.num_views}, the views of the correspondence, got "
                 f"{references}"
             )
-        if references is not None:  # the layout cut reference views without supervision away
+        if references is not None:  # the layout has removed reference views that are not supervised
             references = max(0, references - (match.num_views - local.num_views))
         loss = alignment_loss(
             query,
@@ -210,7 +210,7 @@ class CameoModel(nn.Module):
         """All cross-view attention layers of the model in execution order."""
         if self.cameo_config.backbone is None:
             return list(self._supervised)
-        adapter, core = get_backbone(self.cameo_config.backbone), core_module(self.base_model)
+        adapter, core = get_backbone(self.cameo_config.backbone), unwrap_peft(self.base_model)
         return adapter.inflatable_layers(core) if self.cameo_config.inflate else adapter.attention_layers(core)
 
     @property
@@ -228,7 +228,7 @@ class CameoModel(nn.Module):
         if any(layer.reference_size is not None for layer in self._supervised):
             raise ValueError(
                 "token_grid: the reference view has a token grid of its own; use "
-                "size=model.token_grids(height, width, num_views)"
+                "token_grid=model.token_grids(height, width, num_views)"
             )
         return self.token_grids(height, width, 1)[0]
 
@@ -253,13 +253,13 @@ class CameoModel(nn.Module):
 
     def capture(self, layers: Sequence[AttentionLayer] | None = None) -> AttentionCapture:
         """Observe queries and keys of `attention_layers` (default: the supervised ones) inside a `with` block."""
-        return AttentionCapture(core_module(self.base_model), self._supervised if layers is None else layers)
+        return AttentionCapture(unwrap_peft(self.base_model), self._supervised if layers is None else layers)
 
     @staticmethod
     def split(
         layer: AttentionLayer, seen: CapturedAttention, match: Correspondence
     ) -> tuple[Tensor, Tensor, Correspondence]:
-        """Bring a captured call and its matches into the form of the core: `[B, K, V, N, D]`."""
+        """Split a captured call by sample and view: query and key `[B, K, V, N, D]`, and the matches there."""
         match = match.to(seen.query.device)
         try:
             query = layer.layout.split_query(seen.query, batch=match.batch_size, token_grids=match.token_grids)
@@ -270,7 +270,7 @@ class CameoModel(nn.Module):
         return query, key, layer.layout.localize(match)
 
     def unwrap(self) -> nn.Module:
-        """Give back the very same module, as it was; the alignment heads stay with this object.
+        """Return the very module that was wrapped, as it was; the alignment heads stay with this object.
 
         A layer that `inflate=True` joined stays joined, since the trained weights need it.
 
@@ -281,7 +281,7 @@ class CameoModel(nn.Module):
         if not self._attached:
             raise RuntimeError("this model was unwrapped already; use the module that unwrap() returned")
         self._attached = False
-        _held.pop(base, None)
+        _wrappers.pop(base, None)
         self._alignment_loss = self._num_supervised = None
         return base
 
@@ -314,11 +314,11 @@ class CameoModel(nn.Module):
             )
         return matches
 
-    def _check_hazard(self) -> None:
+    def _check_supported(self) -> None:
         if self.cameo_config.backbone is None or not (self.training and torch.is_grad_enabled()):
             return
-        if hazard := get_backbone(self.cameo_config.backbone).unsupported(core_module(self.base_model)):
-            raise CaptureError(hazard)
+        if reason := get_backbone(self.cameo_config.backbone).unsupported(unwrap_peft(self.base_model)):
+            raise CaptureError(reason)
 
     def _check_graph(self, layer: AttentionLayer, seen: CapturedAttention) -> None:
         if not (self.training and torch.is_grad_enabled()):
@@ -344,24 +344,26 @@ class CameoModel(nn.Module):
             return getattr(base, name)
 
     def __getstate__(self) -> dict[str, Any]:
-        # A computed loss is part of a graph and cannot be copied (EMA deep-copies the model during training).
+        # A computed loss is part of a graph and cannot be copied; an average (EMA) copies the model during training.
         return {**self.__dict__, "_alignment_loss": None, "_num_supervised": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__({"_watch": HeadWatch(), **state})  # a model saved before it was watched has none
+        super().__setstate__(
+            {"_watch": HeadWatch(), **state}
+        )  # a model that was pickled by an earlier release has none
         if self._attached:
-            _held[self.base_model] = weakref.ref(self)
+            _wrappers[self.base_model] = weakref.ref(self)
 
 
-def holder(module: nn.Module) -> CameoModel | None:
-    """Return the living `CameoModel` that holds this base module, if there is one."""
-    reference = _held.get(module)
+def wrapper_of(module: nn.Module) -> CameoModel | None:
+    """Return the `CameoModel` that wraps this base module, if one does."""
+    reference = _wrappers.get(module)
     return None if reference is None else reference()
 
 
 def wrapped_bases() -> list[nn.Module]:
-    """List the modules that some living `CameoModel` holds."""
-    return [base for base in list(_held) if holder(base) is not None]
+    """List the modules that some `CameoModel` wraps."""
+    return [base for base in list(_wrappers) if wrapper_of(base) is not None]
 
 
 def attach(model: nn.Module, config: CameoConfig, **options: str) -> CameoModel:
@@ -381,7 +383,7 @@ def check_plain(model: nn.Module) -> None:
         )
     if type(model) in (nn.DataParallel, nn.parallel.DistributedDataParallel):
         raise ValueError(
-            f"model: is in {type(model).__name__}, which would not see the alignment head. Wrap the plain "
+            f"model: is in {type(model).__name__}, which would not train the alignment head. Wrap the plain "
             f"module, cameo.wrap(model.module, ...), and put the result in {type(model).__name__}."
         )
 
@@ -389,7 +391,7 @@ def check_plain(model: nn.Module) -> None:
 def _check_not_wrapped(model: nn.Module) -> None:
     cure = "Call .unwrap() on that CameoModel first, or pass a list as layer= to supervise several layers."
     for name, module in model.named_modules():
-        if isinstance(module, CameoModel) or holder(module) is not None:
+        if isinstance(module, CameoModel) or wrapper_of(module) is not None:
             where = f"its submodule {name!r}" if name else "this model"
             raise ValueError(f"model: {where} is wrapped already. {cure}")
     for base in wrapped_bases():

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from cameo.attention.layout import TokenLayout
-from cameo.backbone import backbones, core_module, find_layer, get_backbone
+from cameo.backbone import backbones, find_layer, get_backbone, unwrap_peft
 from cameo.config import CameoConfig
 from cameo.errors import as_integer, unknown_name
 from cameo.model import CameoModel, attach, check_plain
@@ -54,9 +54,9 @@ def wrap(
         >>> model.unwrap() is unet
         True
 
-    Build the optimizer after `wrap`: one that was built before does not hold the parameters of the alignment head, and
-    the head stays as it was initialized, which a warning says after three steps. `recipes/minimal_loop.py` is a whole
-    training loop, `docs/your_own_loop.md` adds CAMEO to a script that exists.
+    Build the optimizer after `wrap`: one that was built before does not hold the parameters of the alignment head, so
+    that the head keeps its initial weights, which a warning says after three steps. `recipes/minimal_loop.py` is a
+    complete training loop, `docs/your_own_loop.md` adds CAMEO to an existing script.
 
     Args:
         model: the denoiser of a multi-view diffusion model, before or after LoRA was added to it.
@@ -83,7 +83,7 @@ def wrap(
             but inference changes, also after `unwrap()`: `layer` then counts the layers that can be inflated.
 
     Raises:
-        ValueError: for an unknown backbone, layer or option, a model the adapter does not recognise, a model that
+        ValueError: for an unknown backbone, layer or option, a model the adapter does not recognize, a model that
             is wrapped already, or `layer="auto"` without a probe of this kind of model.
 
     Source: CAMEO, arXiv 2512.03045, section 4.
@@ -98,15 +98,17 @@ def wrap(
         raise TypeError(f"head: expected its kind or the keyword arguments of AlignmentHead, got {head!r}")
     if not isinstance(layout, str | TokenLayout | None):
         raise TypeError(f"layout: expected a cameo.TokenLayout or a pattern such as 'b (v h w)', got {layout!r}")
-    options = {"kind": head} if isinstance(head, str) else dict(head)
     config = CameoConfig(
         backbone=backbone,
         layers=[],
-        head=options,
+        head={"kind": head} if isinstance(head, str) else dict(head),
         weight=weight,
         normalize=normalize or "per_view",
         reduction=reduction,
         num_reference_views=num_reference_views,
+        heads=heads,
+        stride=stride,
+        kernel_call=kernel_call,
         inflate=inflate,
         softness=softness,
         layer_choice=choice,
@@ -114,61 +116,67 @@ def wrap(
     wanted = _wanted_layers(layer)
     if layer is not None and not wanted:
         raise ValueError("layer: got an empty list; name at least one layer, or None for the backbone's default")
-    core = core_module(model)
-    if backbone is None:
-        if not wanted or layout is None:
-            raise ValueError(
-                "backbone=None needs layer= (a module path) and layout= (for example 'b (v h w)'); "
-                "or name a backbone: " + ", ".join(backbones())
-            )
-        if inflate:
-            raise ValueError("inflate=True needs an adapter that knows how to; join the views in your model yourself")
-        layout = TokenLayout(layout) if isinstance(layout, str) else layout
-        config.layout, config.heads = layout.to_dict(), heads
-        config.stride, config.kernel_call = stride, kernel_call
-        config.layers = [_module_path(core, path) for path in wanted]
-        layouts = [layout]
-    else:
-        if not layout is heads is stride is kernel_call is None:
-            raise ValueError(
-                "layout=, heads=, stride= and kernel_call= describe a model without an adapter; "
-                f"{backbone!r} knows them"
-            )
-        adapter = get_backbone(backbone)
-        if not adapter.recognizes(core):
-            raise ValueError(f"backbone {backbone!r} does not fit: {adapter.explain_mismatch(core)}")
-        attention_layers = adapter.inflatable_layers(core) if inflate else adapter.attention_layers(core)
-        if inflate and not attention_layers:
-            raise ValueError(f"inflate=True: {backbone!r} has no layer that sees one view each and could be inflated")
-        chosen = [find_layer(attention_layers, one) for one in wanted or [adapter.default_layer(core)]]
-        config.layers, layouts = (
-            [attention_layer.path for attention_layer in chosen],
-            [attention_layer.layout for attention_layer in chosen],
-        )
-    if normalize is None and all(one.reach == "cell" for one in layouts):
+    find = _layers_of_description if backbone is None else _layers_of_backbone
+    config.layers, layouts = find(unwrap_peft(model), config, wanted, layout)
+    if normalize is None and all(layout.reach == "cell" for layout in layouts):
         config.normalize = "all_views"
     if len(set(config.layers)) != len(config.layers):
         raise ValueError(f"layer: the same layer is named twice in {wanted}")
     return attach(model, config, implementation=implementation, gelu=gelu)
 
 
+def _layers_of_description(
+    core: nn.Module, config: CameoConfig, wanted: Sequence[int | str], layout: TokenLayout | str | None
+) -> tuple[list[str], list[TokenLayout]]:
+    """Check the layers of a model without an adapter; returns their paths and layouts, and notes the layout."""
+    if not wanted or layout is None:
+        raise ValueError(
+            "backbone=None needs layer= (a module path) and layout= (for example 'b (v h w)'); "
+            "or name a backbone: " + ", ".join(backbones())
+        )
+    if config.inflate:
+        raise ValueError("inflate=True needs an adapter that knows how to; join the views in your model yourself")
+    layout = TokenLayout(layout) if isinstance(layout, str) else layout
+    config.layout = layout.to_dict()
+    return [_module_path(core, path) for path in wanted], [layout]
+
+
+def _layers_of_backbone(
+    core: nn.Module, config: CameoConfig, wanted: Sequence[int | str], layout: TokenLayout | str | None
+) -> tuple[list[str], list[TokenLayout]]:
+    """Find layers by an adapter; returns their paths and layouts."""
+    backbone = str(config.backbone)
+    if not layout is config.heads is config.stride is config.kernel_call is None:
+        raise ValueError(
+            f"layout=, heads=, stride= and kernel_call= describe a model without an adapter; {backbone!r} knows them"
+        )
+    adapter = get_backbone(backbone)
+    if not adapter.recognizes(core):
+        raise ValueError(f"backbone {backbone!r} does not fit: {adapter.explain_mismatch(core)}")
+    layers = adapter.inflatable_layers(core) if config.inflate else adapter.attention_layers(core)
+    if config.inflate and not layers:
+        raise ValueError(f"inflate=True: {backbone!r} has no layer that sees one view each and could be inflated")
+    chosen = [find_layer(layers, name) for name in wanted or [adapter.default_layer(core)]]
+    return [layer.path for layer in chosen], [layer.layout for layer in chosen]
+
+
 def _wanted_layers(layer: object) -> list[int | str]:
-    """The layers that a caller names, with integers of any type as plain ones; what is no layer is refused later."""
+    """List the layers that a caller names, integers of any type as Python's; what is no layer is refused later."""
     if layer is None:
         return []
     if isinstance(layer, str) or not isinstance(layer, Iterable) or getattr(layer, "ndim", 1) == 0:
         layer = [layer]  # a number of numpy or torch has no dimension
-    named = list(layer)
-    for place, one in enumerate(named):
+    names = list(layer)
+    for place, name in enumerate(names):
         with contextlib.suppress(ValueError):
-            named[place] = as_integer("layer", one)
-    return named
+            names[place] = as_integer("layer", name)
+    return names
 
 
 def _probed_choice(
     layer: int | str | Sequence[int | str] | None, probe: LayerProbe | None, backbone: str | None, inflate: bool
 ) -> dict[str, Any] | None:
-    """The evidence for `layer="auto"`; None for a layer that the caller names."""
+    """Return the ranking behind `layer="auto"`; None for a layer that the caller names."""
     if not isinstance(layer, str) or layer != "auto":
         if probe is not None:
             raise ValueError(f'probe: is for layer="auto", got layer={layer!r}; leave one of them out')
@@ -181,7 +189,7 @@ def _probed_choice(
     if (probe.backbone, probe.inflate) != (backbone, inflate):
         raise ValueError(
             f"probe: is of backbone={probe.backbone!r} with inflate={probe.inflate}, expected backbone={backbone!r} "
-            f"with inflate={inflate}; probe the layers that shall be chosen from"
+            f"with inflate={inflate}; probe the layers that are to be chosen from"
         )
     best = probe.layer(probe.best)
     skill = next(

@@ -18,7 +18,7 @@ from cameo.geometry import as_grid
 from cameo.geometry.cameras import check_depth, warn_of_another_image_size
 from cameo.geometry.grids import TokenGrids
 from cameo.geometry.visibility import DEPTH_TOLERANCE, check_tolerance
-from cameo.renamed import old_attributes, old_fields, old_keywords
+from cameo.renamed import KEYWORDS, old_attributes, old_fields, old_keywords
 
 __all__ = ["Correspondence", "GridSize"]
 
@@ -27,7 +27,7 @@ GridSize = int | tuple[int, int] | Sequence[tuple[int, int]]
 
 
 @old_attributes
-@old_fields
+@old_fields(KEYWORDS["Correspondence"])
 @dataclass(frozen=True, eq=False)
 class Correspondence:
     """For each token of each view, the token of each other view that shows the same surface point.
@@ -63,7 +63,7 @@ class Correspondence:
     distance: Tensor | None = None
 
     def __post_init__(self) -> None:
-        for name, tensor in (("index", self.index), ("weight", self.match_weight), ("distance", self.distance)):
+        for name, tensor in (("index", self.index), ("match_weight", self.match_weight), ("distance", self.distance)):
             if not isinstance(tensor, Tensor) and (tensor is not None or name == "index"):
                 raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}. Cure: torch.from_numpy")
         if self.index.ndim != 4 or self.index.shape[1] != self.index.shape[2]:

@@ -43,13 +43,13 @@ class CardFacts:
     """What a card says about one saved model.
 
     Attributes:
-        place: Hub id, or the folder's name, as the code on the card shall spell it.
+        place: Hub id, or the folder's name, as the code on the card is to spell it.
         on_hub: whether `place` is a Hub id.
-        form: format of the weights, see `cameo.hub.weights`.
+        weights_format: format of the weights, see `cameo.hub.weights`.
         config: the settings saved beside the weights.
         class_name: class of the base module.
         component: name of the denoiser in its pipeline, the prefix of a LoRA file's keys.
-        plain_class: whether diffusers has the class.
+        in_diffusers: whether the class is one of diffusers.
         license: front-matter entries, see `cameo.hub.license.find_license`; may be empty.
         has_head: whether the alignment head is in the folder.
         pipeline_tag: task on the Hub.
@@ -60,11 +60,11 @@ class CardFacts:
 
     place: str
     on_hub: bool
-    form: str
+    weights_format: str
     config: CameoConfig
     class_name: str
     component: str
-    plain_class: bool
+    in_diffusers: bool
     license: dict[str, str]
     has_head: bool = False
     pipeline_tag: str = "image-to-3d"
@@ -93,7 +93,7 @@ def model_card(facts: CardFacts) -> str:
         _metrics(facts.metrics),
         _pictures(facts),
     ]
-    sections += [_licence_text(facts), f"## Citation\n\n```bibtex\n{CITATION}\n```"]
+    sections += [_license_text(facts), f"## Citation\n\n```bibtex\n{CITATION}\n```"]
     body = "\n\n".join(section for section in sections if section)
     text = f"---\n{_front_matter(facts)}\n---\n\n{body}\n"
     ModelCard(text)  # raises on front matter that does not parse
@@ -103,7 +103,7 @@ def model_card(facts: CardFacts) -> str:
 def _front_matter(facts: CardFacts) -> str:
     from huggingface_hub import ModelCardData
 
-    adapter = facts.form in ADAPTER_FORMATS
+    adapter = facts.weights_format in ADAPTER_FORMATS
     entries: dict[str, Any] = dict(facts.license)
     if base := hub_id(facts.config.base_model):
         entries["base_model"] = base
@@ -111,7 +111,7 @@ def _front_matter(facts: CardFacts) -> str:
     tags = [*TAGS, *([facts.config.backbone] if facts.config.backbone else [])]
     if facts.adapter.get("type", "").lower() == "lora":
         tags.append("lora")
-    library = {"peft": "peft", "module": "pytorch"}.get(facts.form, "diffusers")
+    library = {"peft": "peft", "module": "pytorch"}.get(facts.weights_format, "diffusers")
     data = ModelCardData(library_name=library, pipeline_tag=facts.pipeline_tag, tags=tags, **entries)
     return str(data.to_yaml())
 
@@ -124,7 +124,7 @@ def _introduction(facts: CardFacts) -> str:
     )
     return (
         f"# {facts.place.rpartition('/')[2]}\n\n"
-        f"{KINDS[facts.form]} for {backbone} (`{facts.class_name}`), trained with "
+        f"{KINDS[facts.weights_format]} for {backbone} (`{facts.class_name}`), trained with "
         f"[CAMEO](https://arxiv.org/abs/{PAPER}): during training the attention between views is supervised "
         "with geometric correspondence. "
     ) + _inference_text(facts.config)
@@ -157,33 +157,33 @@ def _needs_base(facts: CardFacts) -> bool:
     """Whether `from_pretrained` cannot find the base, or the model's class, by itself."""
     base, backbone = facts.config.base_model or "", facts.config.backbone
     by_name = bool(base) and backbone is not None
-    if facts.form in ADAPTER_FORMATS:
+    if facts.weights_format in ADAPTER_FORMATS:
         return not by_name or base.startswith("preset:")
-    if facts.form == "diffusers" and backbone is None:
-        return not facts.plain_class
-    return facts.form != "pipeline" and not by_name
+    if facts.weights_format == "diffusers" and backbone is None:
+        return not facts.in_diffusers
+    return facts.weights_format != "pipeline" and not by_name
 
 
 def _usage_without_cameo(facts: CardFacts, variable: str) -> list[str]:
     name, place = facts.class_name, facts.place
-    if facts.form == "diffusers_lora":
-        kind = f"a `{name}`), in plain diffusers" if facts.plain_class else f"a `{name}`, a class of its own code)"
+    if facts.weights_format == "diffusers_lora":
+        kind = f"a `{name}`), in plain diffusers" if facts.in_diffusers else f"a `{name}`, a class of its own code)"
         text = f"Without `cameo.from_pretrained`, on the base model's `{variable}` ({kind}:"
         options = f'prefix="{facts.component}", weight_name="{LORA_FILE}"'
         code = [f'{variable}.load_lora_adapter("{place}", {options})']
-    elif facts.form == "peft":
+    elif facts.weights_format == "peft":
         text = f"Without cameo, with PEFT; `base` is the `{name}` this was trained on:"
         code = ["from peft import PeftModel", "", f'model = PeftModel.from_pretrained(base, "{place}")']
-    elif facts.form == "module":
+    elif facts.weights_format == "module":
         text = f"Without cameo; `base` is a `{name}`:"
         path, code = f'"{place}/{MODULE_FILE}"', ["from safetensors.torch import load_model"]
         if facts.on_hub:
             path = f'hf_hub_download("{place}", "{MODULE_FILE}")'
             code.insert(0, "from huggingface_hub import hf_hub_download")
         code += ["", f"load_model(base, {path})"]
-    elif facts.plain_class:
+    elif facts.in_diffusers:
         text = "Without cameo, in plain diffusers:"
-        folder = f', subfolder="{facts.component}"' if facts.form == "pipeline" else ""
+        folder = f', subfolder="{facts.component}"' if facts.weights_format == "pipeline" else ""
         code = [f"from diffusers import {name}", ""]
         code.append(f'{variable} = {name}.from_pretrained("{place}"{folder})')
     else:
@@ -259,7 +259,7 @@ def _pictures(facts: CardFacts) -> str:
     return "## Pictures\n\n" + "\n\n".join(shown)
 
 
-def _licence_text(facts: CardFacts) -> str:
+def _license_text(facts: CardFacts) -> str:
     if not facts.license:
         return "## License\n\nNot stated here; the license of the base weights applies."
     name = facts.license.get("license_name", facts.license["license"])

@@ -59,7 +59,7 @@ def find_license(
         if not found.get("license"):
             raise ValueError(f"license: expected an identifier or a mapping with 'license', got {license!r}")
     else:
-        found = _licence_of_base(config, online=online, token=token)
+        found = _license_of_base(config, online=online, token=token)
         if not found.get("license") and backbone is not None:
             known = backbone.license(config.base_model)
             found = known if isinstance(known, Mapping) else {"license": known}
@@ -100,7 +100,7 @@ base; pass license= (for example license='openrail')
     return found
 
 
-def _licence_of_base(config: CameoConfig, *, online: bool, token: str | None) -> Mapping[str, Any]:
+def _license_of_base(config: CameoConfig, *, online: bool, token: str | None) -> Mapping[str, Any]:
     from huggingface_hub import HfApi, ModelCard
     from huggingface_hub.errors import HfHubHTTPError
     from huggingface_hub.utils import httpx  # hub 1.x and 2.x use different HTTP libraries under this name

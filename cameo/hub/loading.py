@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cameo.backbone import core_module, get_backbone
+from cameo.backbone import get_backbone, unwrap_peft
 from cameo.config import CONFIG_NAME, CameoConfig
 from cameo.errors import DataError
 from cameo.hub.license import hub_id
@@ -42,7 +42,7 @@ def load_base(config: CameoConfig, **place: Any) -> nn.Module:
     if config.backbone is None:
         raise BaseNeededError(f"no backbone can load the base {name!r}; load it yourself and pass base_model=")
     if hub_id(name) is None and ":" not in name and not Path(name).exists():
-        raise DataError(f"base {name!r}: no such folder any more; load the base yourself and pass base_model=")
+        raise DataError(f"base {name!r}: no such folder; load the base yourself and pass base_model=")
     if Path(name).is_dir():
         check_readable(Path(name), "pipeline")
     try:
@@ -57,7 +57,7 @@ def load_base(config: CameoConfig, **place: Any) -> nn.Module:
     return denoiser
 
 
-def read_adapter(folder: Path, form: str, base: nn.Module, *, is_trainable: bool) -> nn.Module:
+def read_adapter(folder: Path, weights_format: str, base: nn.Module, *, is_trainable: bool) -> nn.Module:
     """Load a saved adapter into `base`, in place; returns `base`, or a `PeftModel` around it.
 
     Raises:
@@ -69,16 +69,16 @@ def read_adapter(folder: Path, form: str, base: nn.Module, *, is_trainable: bool
 
     if adapter_layers(base):
         raise ValueError("base_model: carries an adapter already; pass the base without it")
-    path = folder / (LORA_FILE if form == "diffusers_lora" else PEFT_FILE)
-    for needed in (path, folder / PEFT_CONFIG) if form == "peft" else (path,):
+    path = folder / (LORA_FILE if weights_format == "diffusers_lora" else PEFT_FILE)
+    for needed in (path, folder / PEFT_CONFIG) if weights_format == "peft" else (path,):
         if not needed.is_file():
             raise DataError(f"{needed}: no such file; the saved adapter is incomplete")
     stored = load_file(str(path))
     check_numbers(path, stored)
-    prefix = "base_model.model" if form == "peft" else next(iter(stored), "").split(".")[0]
+    prefix = "base_model.model" if weights_format == "peft" else next(iter(stored), "").split(".")[0]
     inner = {key.removeprefix(f"{prefix}."): value for key, value in stored.items()}
     _check_fit(path, inner, base)
-    if form == "peft":
+    if weights_format == "peft":
         device = str(next(base.parameters()).device)
         loaded: nn.Module = PeftModel.from_pretrained(
             base, str(folder), adapter_name=ADAPTER, torch_device=device, autocast_adapter_dtype=False
@@ -123,32 +123,32 @@ def _check_fit(path: Path, state: dict[str, Tensor], base: nn.Module) -> None:
 
 
 def _restore(path: Path, loaded: nn.Module, stored: dict[str, Tensor]) -> None:
-    """Give adapter weights their stored precision, then make sure that all of them arrived."""
+    """Give the weights of an adapter their stored precision, and check that all of them were loaded."""
     from peft import get_peft_model_state_dict
 
     parameters = {name.replace(f".{ADAPTER}.", "."): value for name, value in loaded.named_parameters()}
     for key, value in stored.items():  # PEFT creates the layers in the base's precision
         if key in parameters and parameters[key].dtype != value.dtype:
             parameters[key].data = value.to(parameters[key].device)
-    now = get_peft_model_state_dict(loaded, adapter_name=ADAPTER)
-    wrong = [key for key, value in stored.items() if key not in now or not torch.equal(now[key].cpu(), value)]
-    wrong += sorted(now.keys() - stored.keys())
+    arrived = get_peft_model_state_dict(loaded, adapter_name=ADAPTER)
+    wrong = [key for key, value in stored.items() if key not in arrived or not torch.equal(arrived[key].cpu(), value)]
+    wrong += sorted(arrived.keys() - stored.keys())
     if wrong:
-        raise ValueError(f"base_model: {path} did not load whole into this {type(loaded).__name__}: {wrong[:3]}")
+        raise ValueError(f"base_model: {path} did not load completely into this {type(loaded).__name__}: {wrong[:3]}")
 
 
 def check_numbers(place: Path, state: Mapping[str, Tensor]) -> None:
     """Raise a DataError that names the first of some saved weights that holds a NaN."""
     for key, value in state.items():
         if value.is_floating_point() and value.isnan().any():
-            raise DataError(f"{place}: {key} holds NaN, so the training had diverged. Load an earlier checkpoint")
+            raise DataError(f"{place}: {key} holds NaN, so the training has diverged. Load an earlier checkpoint")
 
 
 def without_adapter(model: nn.Module) -> nn.Module:
     """Return a deep copy of the base model as it was before an adapter was added."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    core: Any = copy.deepcopy(core_module(model))
+    core: Any = copy.deepcopy(unwrap_peft(model))
     for path, module in list(core.named_modules()):
         if isinstance(module, BaseTunerLayer) and hasattr(module, "base_layer"):
             parent, _, child = path.rpartition(".")
@@ -158,40 +158,44 @@ def without_adapter(model: nn.Module) -> nn.Module:
     return core
 
 
-def read_full(folder: Path, form: str, config: CameoConfig, base: nn.Module | None, **place: Any) -> nn.Module:
-    """Load a full model: into `base` in place, or as a new module where files and backbone tell its class.
+def read_full(
+    folder: Path, weights_format: str, config: CameoConfig, base: nn.Module | None, **place: Any
+) -> nn.Module:
+    """Load a full model: into `base` in place, or as a new module where the files and the backbone determine its class.
 
     A base that is needed for its class is read from `place`, see `load_base`.
 
     Raises:
-        BaseNeededError: if they do not tell.
+        BaseNeededError: if they do not determine it.
         DataError: if a file is missing or incomplete.
         ValueError: if names or shapes differ from `base`.
     """
-    loaded = _read_whole(folder, form, config, base, **place)
+    loaded = _read_whole(folder, weights_format, config, base, **place)
     check_numbers(folder, loaded.state_dict())
     return loaded
 
 
-def _read_whole(folder: Path, form: str, config: CameoConfig, base: nn.Module | None, **place: Any) -> nn.Module:
+def _read_whole(
+    folder: Path, weights_format: str, config: CameoConfig, base: nn.Module | None, **place: Any
+) -> nn.Module:
     from safetensors.torch import load_file
 
     backbone = None if config.backbone is None else get_backbone(config.backbone)
     preset = (config.base_model or "").partition("preset:")[2]
-    if form == "pipeline":
+    if weights_format == "pipeline":
         loaded = _read_pipeline(folder, backbone)
-    elif form == "diffusers":
+    elif weights_format == "diffusers":
         loaded = _read_diffusers(folder, base)
-    if base is None and form != "pipeline":
-        if form == "diffusers" and (backbone is None or backbone.recognizes(loaded)):
+    if base is None and weights_format != "pipeline":
+        if weights_format == "diffusers" and (backbone is None or backbone.recognizes(loaded)):
             return loaded
-        # The files do not bring the class, or not the backbone's attention; the base model does.
+        # The files lack the class, or the attention of the backbone; the base model has both.
         if backbone is None:
             raise BaseNeededError(f"{folder}: {MODULE_FILE} holds weights only; pass the module as base_model=")
         base = backbone.build(preset).denoiser if preset else load_base(config, **place)
     if base is None:
         return loaded
-    state = load_file(str(folder / MODULE_FILE)) if form == "module" else loaded.state_dict()
+    state = load_file(str(folder / MODULE_FILE)) if weights_format == "module" else loaded.state_dict()
     check_numbers(folder, state)  # before the base is changed
     return _copy_into(base, state, folder)
 
@@ -238,31 +242,31 @@ def _from_class(kind: Any, folder: Path) -> nn.Module:
 
 
 def _in_stored_precision(folder: Path, model: nn.Module) -> nn.Module:
-    """Return to the one precision of the weights on disk; diffusers loads all of them as float32."""
+    """Convert a model to the precision of its weights on disk, where they have one; diffusers loads them as float32."""
     from safetensors import safe_open
 
-    names, own = set(model.state_dict()), next(model.parameters()).dtype
+    names, dtype = set(model.state_dict()), next(model.parameters()).dtype
     for path in sorted(folder.rglob("diffusion_pytorch_model*.safetensors")):
         with safe_open(str(path), "pt") as file:
             keys = list(file.keys())
             if names.issuperset(keys):
                 dtypes = {file.get_tensor(key).dtype for key in keys}
-                return model.to(dtypes.pop()) if len(dtypes) == 1 and own not in dtypes else model
+                return model.to(dtypes.pop()) if len(dtypes) == 1 and dtype not in dtypes else model
     return model
 
 
 def _copy_into(base: nn.Module, state: dict[str, Tensor], folder: Path) -> nn.Module:
     """Copy weights into a module; tensors shared within the module are stored once."""
-    own, kind = base.state_dict(), type(base).__name__
-    for key in sorted(own.keys() & state.keys()):
-        if own[key].shape != state[key].shape:
+    current, kind = base.state_dict(), type(base).__name__
+    for key in sorted(current.keys() & state.keys()):
+        if current[key].shape != state[key].shape:
             raise ValueError(
-                f"base_model: {key} of this {kind} has shape {list(own[key].shape)}, in {folder} it has "
+                f"base_model: {key} of this {kind} has shape {list(current[key].shape)}, in {folder} it has "
                 f"{list(state[key].shape)}; pass a base of the trained shape"
             )
-    stored = {value.data_ptr() for key, value in own.items() if key in state}
-    missing = [key for key in own.keys() - state.keys() if own[key].data_ptr() not in stored]
-    if differing := [*missing, *(state.keys() - own.keys())]:
+    stored = {value.data_ptr() for key, value in current.items() if key in state}
+    missing = [key for key in current.keys() - state.keys() if current[key].data_ptr() not in stored]
+    if differing := [*missing, *(state.keys() - current.keys())]:
         raise ValueError(f"base_model: this {kind} and {folder} differ in their weights: {sorted(differing)[:3]}")
     base.load_state_dict(state, strict=False)
     return base

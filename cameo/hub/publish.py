@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cameo.backbone import core_module, get_backbone
+from cameo.backbone import get_backbone, unwrap_peft
 from cameo.config import CameoConfig
 from cameo.errors import DataError
 from cameo.hub.loading import ADAPTER, BaseNeededError, load_base, without_adapter
@@ -40,9 +40,9 @@ def verify(base: nn.Module, config: CameoConfig, stage: Path, load: Callable[[nn
         try:
             again = load(load_base(config) if is_adapter else None)
         except BaseNeededError:
-            again = load(without_adapter(base) if is_adapter else _emptied(core_module(base)))
+            again = load(without_adapter(base) if is_adapter else _zeroed(unwrap_peft(base)))
     _align_precision(again, base)
-    if not _equal(base, again, config):
+    if not _is_reproduced(base, again, config):
         raise RuntimeError(
             "the saved files do not reproduce the model's output, so nothing was pushed. Likely causes: the "
             f"base in cameo_config.json ({config.base_model}) is not the one trained on, base weights "
@@ -51,21 +51,21 @@ def verify(base: nn.Module, config: CameoConfig, stage: Path, load: Callable[[nn
         )
 
 
-def _equal(base: nn.Module, again: nn.Module, config: CameoConfig) -> bool:
+def _is_reproduced(base: nn.Module, again: nn.Module, config: CameoConfig) -> bool:
     inputs = None
     if config.backbone is not None:
         with contextlib.suppress(NotImplementedError):
-            inputs = get_backbone(config.backbone).example_inputs(core_module(base))
+            inputs = get_backbone(config.backbone).example_inputs(unwrap_peft(base))
     if inputs is None:
-        theirs, loaded_name = core_module(again).state_dict(), _loaded_names(base)
-        pairs = [(value, theirs.get(loaded_name(key))) for key, value in core_module(base).state_dict().items()]
+        theirs, loaded_name = unwrap_peft(again).state_dict(), _loaded_names(base)
+        pairs = [(value, theirs.get(loaded_name(key))) for key, value in unwrap_peft(base).state_dict().items()]
         return all(other is not None and torch.equal(value, other) for value, other in pairs)
-    with _same_processors(core_module(base), core_module(again)), torch.no_grad():
+    with _same_processors(unwrap_peft(base), unwrap_peft(again)), torch.no_grad():
         first, second = (_tensors(_evaluate(model, *inputs)) for model in (base, again))
     return bool(first) and len(first) == len(second) and all(map(torch.equal, first, second))
 
 
-def _emptied(core: nn.Module) -> nn.Module:
+def _zeroed(core: nn.Module) -> nn.Module:
     """Copy a module and zero its weights, so that only what is loaded can reproduce its output."""
     blank = copy.deepcopy(core)
     with torch.no_grad():
@@ -75,16 +75,16 @@ def _emptied(core: nn.Module) -> nn.Module:
 
 
 def _loaded_names(base: nn.Module) -> Callable[[str], str]:
-    """Return what translates a parameter name of the trained model to that of the freshly loaded one."""
+    """Return a function that translates a parameter's name in the trained model to its name in the loaded one."""
     if not adapter_layers(base):
         return str
-    own = f".{adapter_name(base)}."  # asked once: it looks at every module
-    return lambda name: name.replace(own, f".{ADAPTER}.")
+    trained = f".{adapter_name(base)}."  # asked once: it looks at every module
+    return lambda name: name.replace(trained, f".{ADAPTER}.")
 
 
 def _align_precision(again: nn.Module, base: nn.Module) -> None:
     """Give the loaded model the devices, precisions, places in memory and trainable parameters of the trained one."""
-    trained, loaded = core_module(base), core_module(again)
+    trained, loaded = unwrap_peft(base), unwrap_peft(again)
     twins, loaded_name = {**dict(loaded.named_parameters()), **dict(loaded.named_buffers())}, _loaded_names(base)
     for name, tensor in [*trained.named_parameters(), *trained.named_buffers()]:
         if (twin := twins.get(loaded_name(name))) is not None:
@@ -95,28 +95,28 @@ def _align_precision(again: nn.Module, base: nn.Module) -> None:
 
 @contextlib.contextmanager
 def _same_processors(base: Any, again: Any) -> Iterator[None]:
-    """Let both run the loaded model's attention kernels: another kernel differs in the last bits."""
+    """Let both models run the attention kernels of the loaded one: another kernel differs in the last bits."""
     if not all(hasattr(model, "set_attn_processor") for model in (base, again)):
         yield
         return
-    own = dict(base.attn_processors)
+    processors = dict(base.attn_processors)
     try:
         base.set_attn_processor(dict(again.attn_processors))
         yield
     finally:
-        base.set_attn_processor(own)
+        base.set_attn_processor(processors)
 
 
 def _evaluate(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    modes = {one: one.training for one in module.modules()}
+    modes = {part: part.training for part in module.modules()}
     try:
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             torch.manual_seed(0)  # some models draw noise in their forward (Zero123++, on its reference)
             args, kwargs = copy.deepcopy((args, kwargs))  # and some write into their input (ImageDream)
             return module.eval()(*args, **kwargs)
     finally:
-        for one, mode in modes.items():
-            one.training = mode
+        for part, mode in modes.items():
+            part.training = mode
 
 
 def _tensors(output: Any) -> list[Tensor]:
@@ -188,5 +188,5 @@ def explained_errors(repo_id: str) -> Iterator[None]:
     except httpx.HTTPError as error:
         raise ConnectionError(
             f"{repo_id}: the Hub could not be reached ({type(error).__name__}: {error}). Check the "
-            "connection, the proxy and HF_ENDPOINT, and try again; nothing half written stays behind"
+            "connection, the proxy and HF_ENDPOINT, and try again; no incomplete files were left"
         ) from error

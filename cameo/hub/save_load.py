@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import nn
 
-from cameo.backbone import core_module, get_backbone
+from cameo.backbone import get_backbone, unwrap_peft
 from cameo.config import CONFIG_NAME, CameoConfig
 from cameo.errors import DataError
 from cameo.files import move_into_place, write_atomically
@@ -69,8 +69,8 @@ def save_pretrained(
 
     The format follows the model: a diffusers LoRA or PEFT adapter is written alone, a full model in
     diffusers' layout (see `cameo.hub.weights`). Everything is written beside `folder` first and moved in file by
-    file, so a crash leaves whole files. Files of an earlier save that would mislead are removed; files of
-    others stay.
+    file, so a crash leaves whole files. Files of an earlier save that would mislead a reader are removed; files of
+    other programs stay.
 
     Args:
         model: what `cameo.wrap` returned.
@@ -144,17 +144,17 @@ def from_pretrained(
         raise TypeError("base_model: is wrapped; pass the plain module, base_model=model.unwrap()")
     folder = local_folder(str(name_or_path), revision, token, cache_dir, local_files_only)
     config = CameoConfig.load(folder)
-    form = format_in(folder)
-    check_readable(folder, form)
-    # The base is another repository, which the token of this one need not open.
+    weights_format = format_in(folder)
+    check_readable(folder, weights_format)
+    # The base is in another repository, to which the token of this one may give no access.
     place: dict[str, Any] = {"cache_dir": cache_dir} if cache_dir is not None else {}
     place |= {"local_files_only": True} if local_files_only else {}
-    if form in ADAPTER_FORMATS:
+    if weights_format in ADAPTER_FORMATS:
         base = load_base(config, **place) if base_model is None else base_model
-        module = read_adapter(folder, form, base, is_trainable=is_trainable)
+        module = read_adapter(folder, weights_format, base, is_trainable=is_trainable)
     else:
-        module = read_full(folder, form, config, base_model, **place)
-        # What is trained from here on starts from these weights, no longer from the base of that training.
+        module = read_full(folder, weights_format, config, base_model, **place)
+        # A training of this model starts from these weights, and not from the base that they were trained from.
         is_local = Path(name_or_path).is_dir()
         config = replace(config, base_model=str(name_or_path), base_revision=None if is_local else folder.name)
     model = attach(module, config)
@@ -257,14 +257,14 @@ def _stage(
     import diffusers
     from safetensors.torch import save_file
 
-    base, core = model.base_model, core_module(model.base_model)
+    base, core = model.base_model, unwrap_peft(model.base_model)
     config = replace(model.cameo_config, cameo_version=__version__)
-    if on_hub and config.base_model is not None and not _others_can_load(config.base_model):
+    if on_hub and config.base_model is not None and not _is_loadable_elsewhere(config.base_model):
         logger.warning(
             "base model %s is a local folder: others have to pass base_model= to load this", config.base_model
         )
         config.base_model = config.base_revision = None
-    form = write_weights(base, folder, config=config, pipeline=pipeline)
+    weights_format = write_weights(base, folder, config=config, pipeline=pipeline)
     if on_hub:
         _forget_local_names(folder)
     config.save(folder)
@@ -275,14 +275,14 @@ def _stage(
     card = CardFacts(
         place=place,
         on_hub=on_hub,
-        form=form,
+        weights_format=weights_format,
         config=config,
         class_name=type(core).__name__,
         component=component_name(core, pipeline),
-        plain_class=getattr(diffusers, type(core).__name__, None) is type(core),
+        in_diffusers=getattr(diffusers, type(core).__name__, None) is type(core),
         license=license,
         has_head=include_head and bool(head),
-        adapter=_adapter_facts(base) if form in ADAPTER_FORMATS else {},
+        adapter=_adapter_facts(base) if weights_format in ADAPTER_FORMATS else {},
         metrics=metrics,
         pictures=copy_pictures(pictures, folder),
     )
@@ -291,17 +291,20 @@ def _stage(
     write_atomically(folder / "README.md", model_card(card))
 
 
-def _others_can_load(name: str) -> bool:
-    """Whether a base's name means the same elsewhere, by its form: a folder that is gone is still a path of ours."""
+def _is_loadable_elsewhere(name: str) -> bool:
+    """Tell from its spelling whether the name of a base means the same on other machines.
+
+    A local folder that has been removed is still a local folder.
+    """
     return hub_id(name) is not None or re.fullmatch(r"[a-z]{2,}:[\w.-]+", name) is not None
 
 
 def _forget_local_names(folder: Path) -> None:
-    """Take the folders that its parts were loaded from out of what diffusers writes beside the weights."""
+    """Remove names of local folders from the JSON files that diffusers writes beside the weights."""
     for path in folder.rglob("*.json"):
         settings = json.loads(path.read_text(encoding="utf-8"))
         name = settings.get("_name_or_path") if isinstance(settings, dict) else None
-        if name and not _others_can_load(name):
+        if name and not _is_loadable_elsewhere(name):
             del settings["_name_or_path"]
             path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
@@ -327,7 +330,7 @@ def _move_in(stage: Path, target: Path) -> None:
         move_into_place(stage / name, target / name)
     for name in stale:
         (target / name).unlink()
-        with contextlib.suppress(OSError):  # not empty: holds files of others
+        with contextlib.suppress(OSError):  # not empty: it holds files of other programs
             if (target / name).parent != target:
                 (target / name).parent.rmdir()
 
@@ -379,4 +382,4 @@ def _read_head(model: CameoModel, folder: Path) -> None:
         except RuntimeError as error:
             raise DataError(f"{path}: does not fit the head in {CONFIG_NAME}: {error}") from error
     elif any(True for _ in model.alignment_heads.parameters()):
-        logger.info("%s holds no alignment head; it starts fresh (inference does not need it)", folder)
+        logger.info("%s holds no alignment head; it starts with new weights (inference does not need it)", folder)

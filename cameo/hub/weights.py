@@ -20,18 +20,26 @@ from typing import Any
 
 from torch import nn
 
-from cameo.backbone import core_module
+from cameo.backbone import unwrap_peft
 from cameo.config import CONFIG_NAME, CameoConfig
 from cameo.errors import DataError
 
-__all__ = ["ADAPTER_FORMATS", "HEAD_FILE", "check_readable", "format_in", "format_of", "stale_files", "write_weights"]
+__all__ = [
+    "ADAPTER_FORMATS",
+    "HEAD_FILE",
+    "check_readable",
+    "format_in",
+    "format_to_write",
+    "stale_files",
+    "write_weights",
+]
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 PEFT_CONFIG, PEFT_FILE = "adapter_config.json", "adapter_model.safetensors"
 MODULE_FILE = "model.safetensors"
 HEAD_FILE = "alignment_head.safetensors"
 
-# The files of each format; `*` does not cross a folder. The first pattern of a format tells that it is there.
+# The files of each format; `*` matches no `/`. A file of the first pattern shows that the format is there.
 FILES = {
     "diffusers_lora": (LORA_FILE,),
     "peft": (PEFT_FILE, PEFT_CONFIG),
@@ -52,18 +60,18 @@ FILES = {
 ADAPTER_FORMATS = ("diffusers_lora", "peft")
 
 
-def format_of(model: nn.Module, pipeline: Any = None) -> str:
+def format_to_write(model: nn.Module, pipeline: Any = None) -> str:
     """Name the format a model is written in, by its structure.
 
     Example:
-        >>> format_of(nn.Linear(2, 2))
+        >>> format_to_write(nn.Linear(2, 2))
         'module'
     """
     from diffusers import ModelMixin
     from diffusers.loaders import PeftAdapterMixin
     from peft import PeftModel, PeftType
 
-    core = core_module(model)
+    core = unwrap_peft(model)
     if isinstance(model, PeftModel):
         return "peft"
     if adapter_layers(core):
@@ -81,27 +89,27 @@ def format_in(folder: Path) -> str:
     Raises:
         DataError: if there are none, or of two formats.
     """
-    found = formats_among(path.name for path in folder.iterdir())
-    if len(found) == 1:
-        return found[0]
-    if found:
-        files = ", ".join(FILES[one][0] for one in found)
+    formats = formats_among(path.name for path in folder.iterdir())
+    if len(formats) == 1:
+        return formats[0]
+    if formats:
+        files = ", ".join(FILES[name][0] for name in formats)
         raise DataError(f"{folder}: holds weights of several formats ({files}); save again into an empty folder")
     expected = ", ".join(patterns[0] for patterns in FILES.values())
     raise DataError(f"{folder}: no weights; expected one of {expected}")
 
 
-def check_readable(folder: Path, form: str) -> None:
-    """Open each file of a format, and the head, as far as is needed to see that it is whole.
+def check_readable(folder: Path, weights_format: str) -> None:
+    """Open each file of a format, and the head, as far as is needed to see that it is complete.
 
-    A changed value inside of a file is not seen: the formats hold no checksums.
+    A changed value within a file is not detected: the formats hold no checksums.
 
     Raises:
         DataError: names the first file that is damaged.
     """
     from safetensors import SafetensorError, safe_open
 
-    for pattern in (*FILES[form], HEAD_FILE):
+    for pattern in (*FILES[weights_format], HEAD_FILE):
         for path in sorted(folder.glob(pattern)):
             try:
                 if path.suffix == ".json":
@@ -116,7 +124,11 @@ def check_readable(folder: Path, form: str) -> None:
 def formats_among(names: Iterable[str]) -> list[str]:
     """List the formats whose weights are among file names."""
     names = list(names)
-    return [form for form, patterns in FILES.items() if any(_matches(name, patterns[0]) for name in names)]
+    return [
+        weights_format
+        for weights_format, patterns in FILES.items()
+        if any(_matches(name, patterns[0]) for name in names)
+    ]
 
 
 def stale_files(existing: Iterable[str], new: Iterable[str], *, place: str) -> list[str]:
@@ -128,19 +140,19 @@ def stale_files(existing: Iterable[str], new: Iterable[str], *, place: str) -> l
         ['model.safetensors']
 
     Raises:
-        ValueError: if `place` holds weights of another format that were not saved by cameo: they are not ours
-            to remove, and a folder with two formats is ambiguous.
+        ValueError: if `place` holds weights of another format that were not saved by cameo: cameo does not
+            remove them, and a folder with two formats is ambiguous.
     """
     existing, new = set(existing), set(new)
     found, written = formats_among(existing), formats_among(new)
     if CONFIG_NAME not in existing:
-        if foreign := [form for form in found if form not in written]:
+        if foreign := [weights_format for weights_format in found if weights_format not in written]:
             raise ValueError(
                 f"{place}: holds {FILES[foreign[0]][0]}, not written by cameo, and this model is saved as "
                 f"{FILES[written[0]][0]}; a reader could not tell which to load. Choose another place"
             )
         return []
-    patterns = [HEAD_FILE, *(pattern for form in found for pattern in FILES[form])]
+    patterns = [HEAD_FILE, *(pattern for weights_format in found for pattern in FILES[weights_format])]
     return sorted(name for name in existing - new if any(_matches(name, pattern) for pattern in patterns))
 
 
@@ -186,19 +198,19 @@ def write_weights(model: nn.Module, folder: Path, *, config: CameoConfig, pipeli
     """Write the weights of `model` into an empty folder, safetensors only, and return the format's name."""
     from safetensors.torch import save_model
 
-    form, core = format_of(model, pipeline), core_module(model)
-    if form == "diffusers_lora":
+    weights_format, core = format_to_write(model, pipeline), unwrap_peft(model)
+    if weights_format == "diffusers_lora":
         _write_diffusers_lora(core, folder / LORA_FILE, component_name(core, pipeline))
-    elif form == "peft":
+    elif weights_format == "peft":
         _write_peft(model, folder, config)
-    elif form == "pipeline":
+    elif weights_format == "pipeline":
         component_name(core, pipeline)  # raises if the pipeline holds another model
         pipeline.save_pretrained(str(folder), safe_serialization=True)
-    elif form == "diffusers":
+    elif weights_format == "diffusers":
         core.save_pretrained(str(folder), safe_serialization=True)  # type: ignore[operator]
     else:
         save_model(core, str(folder / MODULE_FILE), metadata={"format": "pt"})
-    return form
+    return weights_format
 
 
 def component_name(core: nn.Module, pipeline: Any = None) -> str:
@@ -210,7 +222,7 @@ def component_name(core: nn.Module, pipeline: Any = None) -> str:
     if pipeline is None:
         return "transformer" if "Transformer" in type(core).__name__ else "unet"
     for name, component in getattr(pipeline, "components", {}).items():
-        if component is core or (isinstance(component, nn.Module) and core_module(component) is core):
+        if component is core or (isinstance(component, nn.Module) and unwrap_peft(component) is core):
             return str(name)
     raise ValueError(
         f"pipeline: none of its components is the trained {type(core).__name__}, so other weights would be "

@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 
 from cameo.attention.capture import AttentionLayer
 from cameo.attention.self_view import cut_other_views
-from cameo.backbone import core_module, get_backbone
+from cameo.backbone import get_backbone, unwrap_peft
 from cameo.data import MultiViewSample, collate
 from cameo.data.batches import layer_grids
 from cameo.errors import unknown_name
@@ -121,7 +121,7 @@ def self_view_only(model: nn.Module, layer: AttentionLayer, token_grids: TokenGr
         ValueError: if `token_grids` do not fit the layout.
     """
     base = model.base_model if isinstance(model, CameoModel) else model
-    with cut_other_views(core_module(base), layer, token_grids):
+    with cut_other_views(unwrap_peft(base), layer, token_grids):
         yield
 
 
@@ -190,7 +190,7 @@ def _cross_view_layers(model: CameoModel) -> list[AttentionLayer]:
     """The layers of a model in which its views meet, starting with the inflated ones."""
     if not (model.cameo_config.inflate and model.cameo_config.backbone):
         return model.attention_layers
-    others = get_backbone(model.cameo_config.backbone).attention_layers(core_module(model.base_model))
+    others = get_backbone(model.cameo_config.backbone).attention_layers(unwrap_peft(model.base_model))
     return [*model.supervised_layers, *others]
 
 

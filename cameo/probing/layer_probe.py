@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from cameo.probing.report import probe_figure, probe_table
 from cameo.probing.result import ProbeResult
-from cameo.renamed import old_attributes, old_fields
+from cameo.renamed import KEYWORDS, old_attributes, old_fields
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -20,7 +20,7 @@ __all__ = ["LayerProbe"]
 
 
 @old_attributes
-@old_fields
+@old_fields(KEYWORDS["LayerProbe"])
 @dataclass(frozen=True, eq=False)
 class LayerProbe(ProbeResult):
     """How precisely the attention of each layer finds the true match, by noise level, angle between views and scene.

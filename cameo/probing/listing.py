@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from cameo.attention.capture import AttentionLayer
-from cameo.backbone import Backbone, core_module
+from cameo.backbone import Backbone, unwrap_peft
 from cameo.tables import markdown_table
 
 __all__ = ["layer_table", "shown_grids"]
@@ -28,7 +28,7 @@ def layer_table(adapter: Backbone, model: nn.Module, *, height: int, width: int,
         height, width: image size in pixels for which the token grids are listed.
         num_views: number of views of a sample, including the reference views.
     """
-    core = core_module(model)
+    core = unwrap_peft(model)
     try:
         default: int | None = adapter.default_layer(core)
     except NotImplementedError:

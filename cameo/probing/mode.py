@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cameo.backbone import core_module
+from cameo.backbone import unwrap_peft
 from cameo.model import CameoModel
 from cameo.pipeline import MultiViewPipeline
 
@@ -53,7 +53,7 @@ def generate_views(
         Images of all views in [0, 1], `[B, V, 3, H, W]`: the given reference views and the generated target views.
     """
     denoiser = pipeline.denoiser
-    pipeline.denoiser = core_module(model.base_model)
+    pipeline.denoiser = unwrap_peft(model.base_model)
     try:
         with evaluation_mode(model), native_precision(model):
             sampled = pipeline.sample(

@@ -17,11 +17,11 @@ from torch import nn
 
 from cameo.alignment import AlignmentHead
 from cameo.attention.capture import AttentionCapture, AttentionLayer, CapturedAttention
-from cameo.backbone import backbones, core_module, get_backbone
+from cameo.backbone import backbones, get_backbone, unwrap_peft
 from cameo.correspondence import Correspondence
 from cameo.data.batches import to_device
 from cameo.errors import CaptureError, ShapeError, unknown_name
-from cameo.model import CameoModel, holder
+from cameo.model import CameoModel, wrapper_of
 from cameo.pipeline import MultiViewPipeline
 from cameo.probing.bootstrap import scene_of
 from cameo.probing.denoising import check_noise_levels, fixed_inputs
@@ -170,9 +170,9 @@ class _ProbedModel:
                 "prepare: a model without its pipeline needs prepare=, a function (batch, noise_level) -> "
                 "(args, kwargs) of its forward, or the pipeline"
             )
-        wrapped = denoiser if isinstance(denoiser, CameoModel) else holder(denoiser)
+        wrapped = denoiser if isinstance(denoiser, CameoModel) else wrapper_of(denoiser)
         denoiser = wrapped.base_model if wrapped is not None else denoiser
-        core = core_module(denoiser)
+        core = unwrap_peft(denoiser)
         if wrapped is not None and wrapped.cameo_config.backbone is None and backbone is None:
             return cls(denoiser, wrapped, None, wrapped.attention_layers, prepare, inflate, seed)
         config = wrapped.cameo_config if wrapped is not None else None
@@ -240,7 +240,7 @@ class _ProbedModel:
     def _run(self, layers: Sequence[AttentionLayer], make: Callable[[], Arguments]) -> AttentionCapture:
         with _same_random_state(self.device), native_precision(self.denoiser):
             args, kwargs = make()  # for each run, since a forward may write into its inputs
-            with AttentionCapture(core_module(self.denoiser), layers) as captured:
+            with AttentionCapture(unwrap_peft(self.denoiser), layers) as captured:
                 self.denoiser(*args, **kwargs)
         return captured
 

@@ -1,4 +1,4 @@
-"""Keywords, attributes, methods, settings and keys of saved files under the names they had in earlier releases.
+"""Functions, keywords, attributes, methods, settings and keys of saved files under the names of earlier releases.
 
 The tables below are the only place that knows an old name; `cameo.renamed.modules` is the same for modules. Every use
 of an old name gives a `FutureWarning` that says what to write instead.
@@ -7,18 +7,22 @@ of an old name gives a `FutureWarning` that says what to write instead.
 from __future__ import annotations
 
 import functools
+import sys
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import fields
 from typing import Any, ParamSpec, TypeVar
 
 __all__ = [
     "ATTRIBUTES",
     "CONFIG_KEYS",
+    "FUNCTIONS",
     "KEYWORDS",
     "METHODS",
     "SETTINGS",
     "old_attributes",
     "old_fields",
+    "old_functions",
     "old_keywords",
     "rename_keys",
     "warn_renamed",
@@ -28,6 +32,11 @@ P = ParamSpec("P")
 R = TypeVar("R")
 Class = TypeVar("Class", bound=type)
 
+# Module: old name of a function in it, new name.
+FUNCTIONS: dict[str, dict[str, str]] = {
+    "cameo.backbone": {"core_module": "unwrap_peft"},
+    "cameo.model": {"holder": "wrapper_of"},
+}
 # Callable, by its qualified name: old keyword, new keyword.
 KEYWORDS: dict[str, dict[str, str]] = {
     "CameoConfig": {"normalise": "normalize"},
@@ -75,45 +84,77 @@ def warn_renamed(old: str, new: str, *, stacklevel: int) -> None:
     warnings.warn(f"{old} is now called {new}; the next release drops the old name", FutureWarning, stacklevel + 1)
 
 
+def old_functions(module: str) -> Callable[[str], Any]:
+    """Return the `__getattr__` of a module, which finds the functions that `FUNCTIONS` lists under their old names."""
+
+    def get(name: str) -> Any:
+        if name not in FUNCTIONS[module]:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        warn_renamed(f"{module}.{name}", FUNCTIONS[module][name], stacklevel=2)
+        return getattr(sys.modules[module], FUNCTIONS[module][name])
+
+    return get
+
+
 def old_keywords(function: Callable[P, R]) -> Callable[P, R]:
     """Decorator: accept the keywords that `KEYWORDS` lists for this function under their old names too.
 
     Raises:
         TypeError: in the call, if a value is given under both names.
     """
-    table = KEYWORDS[function.__qualname__]
+    name = function.__qualname__
+    table = KEYWORDS[name]
 
     @functools.wraps(function)
     def accepting(*args: P.args, **kwargs: P.kwargs) -> R:
-        for old in table.keys() & kwargs.keys():
-            new = table[old]
-            if new in kwargs:
-                raise TypeError(
-                    f"{function.__qualname__}: got {old}= and {new}=, which are one argument; give {new}= alone"
-                )
-            warn_renamed(f"{function.__qualname__}({old}=)", f"{new}=", stacklevel=2)
-            kwargs[new] = kwargs.pop(old)
+        _rename_keywords(name, table, kwargs)
         return function(*args, **kwargs)
 
     return accepting
 
 
-def old_fields(cls: Class) -> Class:
-    """Class decorator: accept the fields of a dataclass that `KEYWORDS` lists under their old names too.
+def old_fields(table: Mapping[str, str]) -> Callable[[Class], Class]:
+    """Class decorator: accept fields of a dataclass as keywords under their old names too.
 
-    `dataclasses.replace` hands over all fields under their names of today, so an old name counts where both are given.
+    `dataclasses.replace` passes every field under its new name, and then what the caller changes. Where all fields
+    are given, a value under an old name is therefore such a change, and counts.
+
+    Example:
+        >>> from dataclasses import dataclass
+        >>> @old_fields({"weight": "loss_weight"})
+        ... @dataclass
+        ... class Loss:
+        ...     loss_weight: float = 0.02
+        >>> Loss(weight=0.5).loss_weight  # with a FutureWarning
+        0.5
+
+    Raises:
+        TypeError: in the call, if a value is given under both names.
     """
-    table, initialize = KEYWORDS[cls.__name__], vars(cls)["__init__"]
 
-    @functools.wraps(initialize)
-    def accepting(self: Any, *args: Any, **kwargs: Any) -> None:
-        for old in table.keys() & kwargs.keys():
-            warn_renamed(f"{cls.__name__}({old}=)", f"{table[old]}=", stacklevel=2)
-            kwargs[table[old]] = kwargs.pop(old)
-        initialize(self, *args, **kwargs)
+    def decorate(cls: Class) -> Class:
+        initialize = vars(cls)["__init__"]
+        names = {entry.name for entry in fields(cls) if entry.init}
 
-    setattr(cls, "__init__", accepting)  # noqa: B010 - a type checker takes the assignment for one to an instance
-    return cls
+        @functools.wraps(initialize)
+        def accepting(self: Any, *args: Any, **kwargs: Any) -> None:
+            _rename_keywords(cls.__name__, table, kwargs, by_replace=names <= kwargs.keys())
+            initialize(self, *args, **kwargs)
+
+        setattr(cls, "__init__", accepting)  # noqa: B010 - a type checker takes the assignment for one to an instance
+        return cls
+
+    return decorate
+
+
+def _rename_keywords(owner: str, table: Mapping[str, str], kwargs: dict[str, Any], *, by_replace: bool = False) -> None:
+    """Give the keywords of a call their new names, in place; to be called by what the user calls."""
+    for old in table.keys() & kwargs.keys():
+        new = table[old]
+        if new in kwargs and not by_replace:
+            raise TypeError(f"{owner}: got {old}= and {new}=, which are one argument; give {new}= alone")
+        warn_renamed(f"{owner}({old}=)", f"{new}=", stacklevel=3)
+        kwargs[new] = kwargs.pop(old)
 
 
 def old_attributes(cls: Class) -> Class:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import os
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field, field
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, get_args, get_origin
 
 from cameo.errors import unknown_name
+from cameo.renamed import old_fields, warn_renamed
 from cameo.settings.convert import describe, members, null_is_none, setting_fields, types_of
 from cameo.settings.interpolation import Interpolated, marked
 
@@ -109,16 +108,8 @@ def renamed_settings(table: Mapping[str, str]) -> Callable[[Kind], Kind]:
     """
 
     def decorate(kind: Kind) -> Kind:
-        create = kind.__init__  # type: ignore[misc]
-
-        @functools.wraps(create)
-        def accept(self: Any, *args: Any, **given: Any) -> None:
-            old = {name: given.pop(name) for name in table.keys() & given.keys()}
-            create(self, *args, **{**given, **{_current_name(kind, name): value for name, value in old.items()}})
-
         kind.renamed = table  # type: ignore[attr-defined]
-        kind.__init__ = accept  # type: ignore[misc]
-        return kind
+        return old_fields(table)(kind)
 
     return decorate
 
@@ -131,7 +122,7 @@ def current_names(kind: type, given: Mapping[str, Any], *, warn: bool = True) ->
     """
     renamed, found = getattr(kind, "renamed", {}), {}
     for name, value in given.items():
-        current = _current_name(kind, name, warn=warn)
+        current = _current_name(kind, name, warn=warn, stacklevel=3)
         if current in found or (current != name and current in given):
             old = next(old for old, new in renamed.items() if new == current)
             raise ValueError(f"{old}: is the old name of {current}, and both are given; leave out {old}")
@@ -139,10 +130,11 @@ def current_names(kind: type, given: Mapping[str, Any], *, warn: bool = True) ->
     return found
 
 
-def _current_name(kind: type, name: str, *, warn: bool = True) -> str:
+def _current_name(kind: type, name: str, *, warn: bool = True, stacklevel: int = 2) -> str:
+    """Return the new name of a setting; `stacklevel` of the warning counts from the caller of this function."""
     current: str = getattr(kind, "renamed", {}).get(name, name)
     if warn and current != name:
-        warnings.warn(f"the setting {name} is now called {current}", FutureWarning, stacklevel=4)
+        warn_renamed(f"the setting {name}", current, stacklevel=stacklevel + 1)
     return current
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from cameo.attention.capture import AttentionLayer
 from cameo.attention.layout import TokenLayout
-from cameo.backbone import core_module
+from cameo.backbone import unwrap_peft
 from cameo.correspondence.matching import resample_features
 from cameo.data.batches import layer_grids
 from cameo.data.matches import TokenGrids
@@ -108,7 +108,7 @@ class FeatureAlignment(nn.Module):
         self._alignment_loss, self.num_supervised = None, 0
         if features is None:
             return self.model(*args, **kwargs)
-        with outputs_of(core_module(self.model.base_model), self.modules_aligned) as seen:
+        with outputs_of(unwrap_peft(self.model.base_model), self.modules_aligned) as seen:
             output = self.model(*args, **kwargs)
         losses = []
         layers = zip(self.model.supervised_layers, self.modules_aligned, grids, self.projectors, strict=True)
@@ -165,7 +165,7 @@ def align_features(
     Raises:
         CaptureError: if neither output holds the tokens of the views; the message holds the shapes.
     """
-    core, layers = core_module(model.base_model), model.supervised_layers
+    core, layers = unwrap_peft(model.base_model), model.supervised_layers
     candidates = {layer.path: [layer.path.rpartition(".")[0], layer.path] for layer in layers}
     paths = list(dict.fromkeys(path for pair in candidates.values() for path in pair if path))
     with evaluation_mode(model), native_precision(model), outputs_of(core, paths) as seen:

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import cameo
 from cameo import Correspondence
-from tests.model.test_wrap import LAYER, Toy, matches, nothing_visible, tokens
+from tests.helpers.wrapped_models import LAYER, Toy, matches, nothing_visible, tokens
 
 Result = dict[str, Tensor]
 SEEDS = (0, 1)

@@ -22,7 +22,7 @@ from cameo.backbone import get_backbone
 from tests.helpers import backbone_checks as checks
 from tests.helpers.backbone_rows import TINY, Row
 from tests.helpers.models import VIEWS, JointModel, RowModel, frames, next_view
-from tests.model.test_wrap import UNET_MATCHES, inputs, unet
+from tests.helpers.wrapped_models import UNET_MATCHES, inputs, unet
 
 GRIDS = ((2, 3), (3, 3), (2, 3))
 HEADS, WIDTH, TOKENS = 3, 4, 9

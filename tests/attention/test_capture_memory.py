@@ -21,7 +21,7 @@ from cameo.backbone import get_backbone
 from cameo.errors import CaptureError
 from tests.helpers.backbone_checks import Operators, random_matches
 from tests.helpers.memory import memory_of
-from tests.model.test_wrap import unet
+from tests.helpers.wrapped_models import unet
 
 FLASH = "aten._scaled_dot_product_flash_attention_for_cpu"
 VIEWS, SIDE = 4, 16  # token grid of the supervised layer

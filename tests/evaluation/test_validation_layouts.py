@@ -16,7 +16,7 @@ from cameo.correspondence import Correspondence
 from cameo.data import collate
 from cameo.evaluation.pictures import attention_figure, comparison_figure
 from cameo.evaluation.validation import validate
-from cameo.model import holder
+from cameo.model import wrapper_of
 from tests.helpers.batches import make_batch
 from tests.helpers.evaluations import VALIDATION, rig_data
 from tests.helpers.planted_attention import ZERO123, PlantedAttention, joined, per_cell, prompt_last, tiled
@@ -54,7 +54,7 @@ def pictures_of(pipeline: PlantedAttention, data: Any) -> list[Any]:
     """The comparison, and the attention with its marks checked: what is looked at is the true match."""
     batch = collate([data[0], data[1]])
     inputs = pipeline.training_inputs(batch, timesteps=torch.tensor([999, 999]))
-    model = holder(pipeline) or pipeline.wrapped()
+    model = wrapper_of(pipeline) or pipeline.wrapped()
     attention = attention_figure({"one": model}, batch, inputs)
     for axis in attention.axes[:2]:  # what is drawn is the view that the title names
         drawn = torch.from_numpy(axis.images[0].get_array()).movedim(-1, 0)

@@ -6,7 +6,6 @@ import copy
 import json
 import runpy
 import shutil
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -56,6 +55,8 @@ CASES = {
     "sv3d-inflated": Case("sv3d", "tiny", 3, {"block_out_channels": [32, 32], "heads": 2}),
 }
 every_case = pytest.mark.parametrize("name", CASES)
+# Of class paths and settings that have other names today.
+old_names = pytest.mark.filterwarnings("ignore::FutureWarning")
 
 
 class Net(nn.Module):
@@ -177,14 +178,16 @@ def test_an_adapter_and_its_head(name: str) -> None:
     check(adapter_numbers(name), f"{name}/adapter")
 
 
+@old_names
 @every_case
 def test_a_pipeline(name: str, tmp_path: Path) -> None:
     check(pipeline_numbers(name, tmp_path / "pipeline"), f"{name}/pipeline")
 
 
-@pytest.mark.parametrize("form", [bundled_numbers, full_numbers, module_numbers])
-def test_other_forms(form: Callable[[], list[float]]) -> None:
-    check(form(), form.__name__)
+@old_names
+@pytest.mark.parametrize("computed", [bundled_numbers, full_numbers, module_numbers])
+def test_other_forms(computed: Callable[[], list[float]]) -> None:
+    check(computed(), computed.__name__)
 
 
 def test_the_files_hold_the_names_of_their_time() -> None:
@@ -198,13 +201,13 @@ def test_the_files_hold_the_names_of_their_time() -> None:
     assert "hub_licence: apache-2.0" in (SAVED / "run" / "config.yaml").read_text()
 
 
+@old_names
 def test_a_run_continues_with_the_recorded_losses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CAMEO_CACHE", scene_cache())
     run = tmp_path / "run"
     shutil.copytree(SAVED / "run", run)
     arguments = [f"config={run / 'config.yaml'}", f"output_dir={run}", "resume_from_checkpoint=latest"]
-    with fresh_accelerate(), warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # of settings that have another name today
+    with fresh_accelerate():
         runpy.run_path(str(RECIPES / "lora_finetune.py"))["main"](arguments)
     found = read_lines(run / "metrics.jsonl")
     assert len(found) == 4

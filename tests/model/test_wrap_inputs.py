@@ -225,19 +225,19 @@ def test_a_scale_that_is_no_number_is_refused() -> None:
 @pytest.mark.parametrize(
     ("name", "value", "error", "message"),
     [
-        ("weight", NAN, ValueError, "weight: holds negative or NaN values, or infinite ones"),
-        ("weight", INF, ValueError, "weight: holds negative or NaN values, or infinite ones"),
-        ("weight", -1.0, ValueError, "weight: holds negative or NaN values, or infinite ones"),
+        ("match_weight", NAN, ValueError, "match_weight: holds negative or NaN values, or infinite ones"),
+        ("match_weight", INF, ValueError, "match_weight: holds negative or NaN values, or infinite ones"),
+        ("match_weight", -1.0, ValueError, "match_weight: holds negative or NaN values, or infinite ones"),
         ("distance", NAN, ValueError, "distance: holds negative or NaN values. Cure: use inf"),
         ("distance", -1.0, ValueError, "distance: holds negative or NaN values"),
-        ("weight", None, TypeError, "weight: expected a tensor, got ndarray"),
+        ("match_weight", None, TypeError, "^match_weight: expected a tensor, got ndarray"),
         ("distance", None, TypeError, "distance: expected a tensor, got ndarray"),
         ("index", None, TypeError, "index: expected a tensor, got ndarray"),
     ],
 )
 def test_matches_whose_values_are_none(name: str, value: float | None, error: type[Exception], message: str) -> None:
     index = torch.full((1, 2, 2, 4), -1)
-    fields = {"index": index, "weight": torch.ones(index.shape), "distance": torch.ones(index.shape)}
+    fields = {"index": index, "match_weight": torch.ones(index.shape), "distance": torch.ones(index.shape)}
     if value is None:
         fields[name] = fields[name].numpy()
     else:

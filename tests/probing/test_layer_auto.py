@@ -13,7 +13,7 @@ from torch import nn
 import cameo
 from cameo import LayerProbe, probe_layers
 from cameo.adapters.cat3d import BUNDLED
-from cameo.backbone import core_module, get_backbone
+from cameo.backbone import get_backbone, unwrap_peft
 from cameo.config import CameoConfig
 from cameo.data import EmbeddedScenes, MultiViewDataset, collate
 from cameo.hub.card import CardFacts, model_card
@@ -24,7 +24,7 @@ from tests.helpers.training_runs import scene_cache
 
 def probe_of(model: nn.Module, best: int, **options: Any) -> LayerProbe:
     """A probe of a CAT3D model in which one layer is far ahead."""
-    attention_layers = get_backbone("cat3d").attention_layers(core_module(model))
+    attention_layers = get_backbone("cat3d").attention_layers(unwrap_peft(model))
     probe = made_probe(
         *[[70 if attention_layer.index == best else 30] * 4 for attention_layer in attention_layers], **options
     )

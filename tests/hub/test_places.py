@@ -15,7 +15,7 @@ from peft import LoraConfig
 
 import cameo
 from cameo import Correspondence
-from cameo.backbone import core_module, get_backbone
+from cameo.backbone import get_backbone, unwrap_peft
 from tests.helpers.backbone_checks import build_pipeline
 from tests.helpers.training_runs import fresh_accelerate, make_trainer, scene_cache
 
@@ -46,7 +46,7 @@ def test_the_base_is_read_from_the_cache_that_is_given(
     model.cameo_config.base_model = BASE
     saved = model.save_pretrained(tmp_path / "adapter")
     again = cameo.from_pretrained(saved, cache_dir=tmp_path / "cache", local_files_only=True)
-    mine, theirs = core_module(model.base_model).state_dict(), core_module(again.base_model).state_dict()
+    mine, theirs = unwrap_peft(model.base_model).state_dict(), unwrap_peft(again.base_model).state_dict()
     assert all(torch.equal(value, theirs[name]) for name, value in mine.items())
     shutil.rmtree(tmp_path / "cache")
     with pytest.raises((OSError, ValueError), match=BASE):
@@ -80,7 +80,7 @@ def test_examples_wrap_what_can_be_supervised(module: str, monkeypatch: pytest.M
     assert models
     for model in models:
         assert model.cameo_config.backbone, "the example names no backbone that could show it"
-        args, kwargs = get_backbone(model.cameo_config.backbone).example_inputs(core_module(model.base_model))
+        args, kwargs = get_backbone(model.cameo_config.backbone).example_inputs(unwrap_peft(model.base_model))
         side = args[0].shape[-1] // (model.supervised_layers[0].stride // 4)  # 4 pixels per latent cell
         index = torch.full((1, 2, 2, side * side), -1)
         index[0, 0, 1] = torch.arange(side * side)

@@ -23,7 +23,7 @@ from cameo.settings import Settings, run_recipe, setting
 from cameo.settings.help import comments, components, help_text
 from cameo.training.settings import TrainingConfig, load_config
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 RECIPES = ("lora_finetune", "full_finetune", "evaluate", "probe_layers", "precompute_correspondence")
 TOKEN = "hf_topsecret"
 

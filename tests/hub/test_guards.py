@@ -14,8 +14,8 @@ from huggingface_hub.utils import filter_repo_objects
 from peft import LoraConfig
 
 import cameo
-from cameo import hub
 from cameo.backbone import get_backbone
+from cameo.hub import local_folder, save_load
 
 WANTED = ["cameo_config.json", "adapter_model.safetensors", "unet/diffusion_pytorch_model.safetensors", "vocab.txt"]
 REFUSED = [
@@ -41,7 +41,7 @@ def test_code_and_pickles_of_a_repository_are_not_fetched(tmp_path: Path, monkey
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
-    assert hub.local_folder("painter/rooms") == tmp_path
+    assert local_folder("painter/rooms") == tmp_path
     (options,) = asked
     patterns = {name: options.get(name) for name in ("allow_patterns", "ignore_patterns")}
     assert list(filter_repo_objects([*WANTED, *REFUSED], **patterns)) == WANTED
@@ -78,7 +78,7 @@ def test_a_local_path_is_not_pushed(kind: str, place: str, base_folder: Path, tm
     if kind == "pipeline":
         pipeline = get_backbone("cat3d").load(str(tmp_path / "elsewhere" if place == "moved away" else folder))
         pipeline.unet = unet
-    hub._stage(model, stage, "painter/rooms", {"license": "mit"}, False, pipeline, None, None, on_hub=True)
+    save_load._stage(model, stage, "painter/rooms", {"license": "mit"}, False, pipeline, None, None, on_hub=True)
     staged = {str(path.relative_to(stage)): path.read_bytes() for path in stage.rglob("*") if path.is_file()}
     assert {"README.md", "cameo_config.json"} <= staged.keys()
     for name, content in staged.items():
@@ -94,5 +94,5 @@ def test_names_that_others_can_load_are_pushed(name: str, tmp_path: Path) -> Non
     unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
     model = cameo.wrap(unet, backbone="cat3d")
     model.cameo_config.base_model = name
-    hub._stage(model, tmp_path, "painter/rooms", {"license": "mit"}, False, None, None, None, on_hub=True)
+    save_load._stage(model, tmp_path, "painter/rooms", {"license": "mit"}, False, None, None, None, on_hub=True)
     assert json.loads((tmp_path / "cameo_config.json").read_text())["base_model"] == name
