@@ -52,7 +52,7 @@ def test_attention_picture_of_views_that_share_nothing(trained: tuple[CameoModel
     batch["depth"].zero_()
     inputs = pipeline.training_inputs(batch, timesteps=torch.tensor([500]))
     with pytest.raises(
-        ValueError, match=r"batch \['wall-0'\]: no token of a target view is visible in a reference view"
+        ValueError, match=r"batch \['wall-0'\]: no token of a target view has a match in a reference view"
     ):
         attention_figure({"one": model}, batch, inputs)
 

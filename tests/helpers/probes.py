@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from cameo import LayerProbe
+from cameo import LayerProbe, probe_layers
 from cameo.probing.probed_layer import ProbedLayer
 from tests.helpers.backbone_rows import TINY, Row
 
@@ -40,3 +41,20 @@ def made_probe(
         )
     samples = tuple(f"{scene}/0" for scene in scenes)
     return LayerProbe(tuple(layers), LEVELS, ((0.0, 180.0),), (1,), scenes, samples, **options)
+
+
+def uneven_probe() -> LayerProbe:
+    """A probe of one layer whose hits halve from the first noise level to the second."""
+    probe = made_probe([10, 30, 80, 40])
+    hits = {"mean": probe.layers[0].hits["mean"] // np.array([1, 2])[:, None, None, None]}
+    return replace(probe, layers=(replace(probe.layers[0], hits=hits),))
+
+
+def counts_of_first_layer(**keywords: Any) -> dict[str, Any]:
+    """What `probe_layers` with these keywords counts in the first layer of the smallest model."""
+    return probe_layers(CAT3D.pipeline(), small_batches(CAT3D), layers=[0], **keywords).to_dict()
+
+
+def counts_of_no_layer(**keywords: Any) -> dict[str, Any]:
+    """What a `LayerProbe` made with these keywords holds, beside its layers."""
+    return LayerProbe((), angle_bins=(), within=(1,), scenes=(), samples=(), **keywords).to_dict()

@@ -98,22 +98,6 @@ def test_the_heat_map_shows_every_layer_and_step() -> None:
         probe.heat_map(kind="skills")
 
 
-def test_noise_levels_under_their_old_name_are_accepted_with_a_warning(tmp_path: Path) -> None:
-    pipeline, batches = CAT3D.pipeline(), small_batches(CAT3D)
-    with pytest.warns(FutureWarning, match=r"probe_layers\(timesteps=\) is now called noise_levels="):
-        probe = probe_layers(pipeline, batches, timesteps=(0.5,))  # type: ignore[call-arg]
-    with pytest.warns(FutureWarning, match="LayerProbe.timesteps is now called noise_levels"):
-        assert probe.timesteps == probe.noise_levels == (0.5,)  # type: ignore[attr-defined]
-    for figure in (probe.precision, probe.chance, probe.skill, probe.per_scene):
-        with pytest.warns(FutureWarning, match=r"\(timestep=\) is now called noise_level="):
-            assert figure(0, timestep=0.5) == figure(0, noise_level=0.5)
-    with pytest.warns(FutureWarning, match=r"LayerProbe\(timesteps=\) is now called noise_levels="):
-        empty = LayerProbe((), timesteps=(0.5,), angle_bins=(), within=(1,), scenes=(), samples=())  # type: ignore[call-arg]
-    assert empty.noise_levels == (0.5,)
-    with pytest.raises(TypeError, match="got timesteps= and noise_levels=, which are one argument"):
-        probe_layers(pipeline, batches, timesteps=(0.5,), noise_levels=(0.5,))  # type: ignore[call-arg]
-
-
 def test_a_saved_probe_keeps_the_keys_of_its_format(tmp_path: Path) -> None:
     """Files of earlier releases are read, and theirs can read new ones."""
     probe = made_probe([10, 30, 80, 40])

@@ -18,7 +18,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -30,12 +29,10 @@ from cameo.backbone import Backbone, get_backbone
 from cameo.config import CONFIG_NAME, CameoConfig
 from cameo.errors import DataError
 from cameo.hub import push_to_hub, save_load, save_pretrained
-from cameo.probing.layer_probe import LayerProbe
-from cameo.probing.probed_layer import ProbedLayer
 from cameo.renamed import ATTRIBUTES, CONFIG_KEYS, FUNCTIONS, KEYWORDS, METHODS, MOVED, MOVED_NAMES, SETTINGS
 from cameo.training.settings import TrainingConfig, load_config
-from tests.helpers.batches import make_batch
 from tests.helpers.models import JointModel
+from tests.helpers.probes import LEVELS, counts_of_first_layer, counts_of_no_layer, uneven_probe
 
 LINEAR = nn.Linear(1, 1)
 GRIDS = ((2, 2), (2, 2), (2, 2))
@@ -115,21 +112,6 @@ def card_of_push(**keywords: Any) -> str:
         return push_to_hub(wrapped(), "me/rooms", token="hf_of_nobody", **keywords)
 
 
-def probe(**keywords: Any) -> LayerProbe:
-    """A probe of one layer and one sample at two noise levels."""
-    hits = np.array([[[[2]]], [[[6]]]])
-    counts = {"pairs": np.array([[10]]), "chance": np.ones((1, 1, 1))}
-    layer = ProbedLayer(0, "joint", "all", "8 x 8", hits={"mean": hits}, **counts)
-    options = {} if keywords else {"noise_levels": (0.5, 1.0)}
-    rest = {"angle_bins": ((0.0, 180.0),), "within": (1,), "scenes": ("room",), "samples": ("room/0-1",)}
-    return LayerProbe((layer,), **rest, **options, **keywords)
-
-
-def probed(**keywords: Any) -> LayerProbe:
-    pipeline = get_backbone("cat3d").build("tiny")
-    return cameo.probe_layers(pipeline, [make_batch(samples=1, views=2)], **keywords)
-
-
 @dataclass(frozen=True)
 class Keyword:
     """A call that takes the keyword under both names, another value than the default, and what is compared."""
@@ -148,16 +130,16 @@ KEYWORD_EXAMPLES: dict[tuple[str, str], Keyword] = {
     ("Correspondence.from_depth", "size"): Keyword(lambda **given: matches_of_depth(**given), 4, figures),
     ("Correspondence.from_features", "size"): Keyword(lambda **given: matches_of_features(**given), 2, figures),
     ("Correspondence.from_point_maps", "size"): Keyword(lambda **given: matches_of_point_maps(**given), 4, figures),
-    ("LayerProbe", "timesteps"): Keyword(probe, (0.25, 0.75), lambda probe: probe.noise_levels),
-    ("ProbeResult.chance", "timestep"): Keyword(lambda **given: probe().chance("joint", **given), 0.5),
-    ("ProbeResult.per_scene", "timestep"): Keyword(lambda **given: probe().per_scene("joint", **given), 0.5),
-    ("ProbeResult.precision", "timestep"): Keyword(lambda **given: probe().precision("joint", **given), 0.5),
-    ("ProbeResult.skill", "timestep"): Keyword(lambda **given: probe().skill("joint", **given), 0.5),
+    ("LayerProbe", "timesteps"): Keyword(counts_of_no_layer, LEVELS),
+    ("ProbeResult.chance", "timestep"): Keyword(lambda **given: uneven_probe().chance(0, **given), 1.0),
+    ("ProbeResult.per_scene", "timestep"): Keyword(lambda **given: uneven_probe().per_scene(0, **given), 1.0),
+    ("ProbeResult.precision", "timestep"): Keyword(lambda **given: uneven_probe().precision(0, **given), 1.0),
+    ("ProbeResult.skill", "timestep"): Keyword(lambda **given: uneven_probe().skill(0, **given), 1.0),
     ("TokenLayout.refusal", "normalise"): Keyword(
         lambda **given: TokenLayout("(b h w) v").refusal(**given), "per_view"
     ),
     ("alignment_loss", "normalise"): Keyword(loss, "all_views"),
-    ("probe_layers", "timesteps"): Keyword(probed, (0.5,), lambda probe: probe.noise_levels),
+    ("probe_layers", "timesteps"): Keyword(counts_of_first_layer, (0.5,)),
     ("push_to_hub", "licence"): Keyword(card_of_push, "cc-by-4.0"),
     ("save_pretrained", "licence"): Keyword(card_of_save, "cc-by-4.0"),
     ("wrap", "normalise"): Keyword(
@@ -238,7 +220,7 @@ ATTRIBUTE_EXAMPLES: dict[tuple[str, str], Attribute] = {
     ("Correspondence", "sizes"): Attribute(correspondence),
     ("Correspondence", "visible"): Attribute(correspondence),
     ("Correspondence", "weight"): Attribute(correspondence),
-    ("LayerProbe", "timesteps"): Attribute(probe),
+    ("LayerProbe", "timesteps"): Attribute(uneven_probe),
     ("TokenLayout", "localise"): Attribute(lambda: TokenLayout("b (v h w)")),
 }
 
