@@ -7,8 +7,6 @@ no neighbour and is the neighbour of no token. Ties go to the lower index. No te
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 import math
 
 import torch
@@ -16,7 +14,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from cameo.correspondence.triton_support import INSTALL_TRITON, interpreted
+from cameo.correspondence.triton_support import device_refusal
 from cameo.errors import unknown_name
 
 __all__ = ["IMPLEMENTATIONS", "cycle_consistent", "match_tokens", "nearest_by_differences", "nearest_by_products"]
@@ -94,25 +92,9 @@ def triton_refusal(device: torch.device) -> str | None:
 
     Example:
         >>> triton_refusal(torch.device("meta"))
-        'the tokens are on meta; the kernels need a CUDA device'
+        'the tensors are on meta; the Triton kernels need a CUDA device'
     """
-    if device.type == "cpu" and interpreted():
-        return None
-    if device.type != "cuda":
-        return f"the tokens are on {device.type}; the kernels need a CUDA device"
-    if importlib.util.find_spec("triton") is None:
-        return f"Triton is not installed: {INSTALL_TRITON}"
-    if torch.version.hip is not None:
-        return "this torch is built for ROCm; the kernels are written for NVIDIA GPUs"
-    capability = _capability(device)
-    if capability < LEAST_CAPABILITY:
-        return f"{device} has compute capability {capability[0]}.{capability[1]}; the kernels need 7.5 or later"
-    return None
-
-
-@functools.cache
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
+    return device_refusal(device, LEAST_CAPABILITY, "Triton needs 7.5 (RTX 20) or later")
 
 
 def nearest_by_differences(tokens: Tensor) -> tuple[Tensor, Tensor]:

@@ -115,7 +115,9 @@ def test_an_implementation_that_cannot_serve_is_refused():
         match_tokens(torch.zeros(1, 2, 4, 3), (2, 2), 1.5, implementation="product")
     with pytest.raises(ValueError, match="settles its near-ties on the CPU, got tokens on meta"):
         match_tokens(torch.zeros(1, 2, 4, 3, device="meta"), (2, 2), 1.5, implementation="products")
-    with pytest.raises(ValueError, match="cannot serve this: the tokens are on cpu; the kernels need a CUDA device"):
+    with pytest.raises(
+        ValueError, match="cannot serve this: the tensors are on cpu; the Triton kernels need a CUDA device"
+    ):
         match_tokens(torch.zeros(1, 2, 4, 3), (2, 2), 1.5, implementation="triton")
 
 
