@@ -138,13 +138,13 @@ def _most_similar(tokens: Tensor) -> tuple[Tensor, Tensor]:
                 stop = min(start + rows, count)
                 cosine = tokens[:, i, start:stop] @ tokens[:, j].mT
                 cosine.masked_fill_(missing[:, i, start:stop, None] | missing[:, j, None], -math.inf)
-                highest, found = cosine.max(dim=2)
+                highest, similar = cosine.max(dim=2)
                 best[:, i, j, start:stop] = highest
-                index[:, i, j, start:stop] = found.masked_fill_(highest.isinf(), -1)
-                highest, found = cosine.max(dim=1)
+                index[:, i, j, start:stop] = similar.masked_fill_(highest.isinf(), -1)
+                highest, similar = cosine.max(dim=1)
                 # Later tokens win only if they are closer, so that ties stay with the lower index.
                 closer = highest > best[:, j, i]
-                index[:, j, i] = torch.where(closer, found + start, index[:, j, i])
+                index[:, j, i] = torch.where(closer, similar + start, index[:, j, i])
                 best[:, j, i] = torch.where(closer, highest, best[:, j, i])
     return index, best
 

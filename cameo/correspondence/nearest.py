@@ -144,9 +144,9 @@ def nearest_by_products(tokens: Tensor) -> tuple[Tensor, Tensor]:
     pairs = max(1, BLOCKS_BYTES // (2 * blocked.padded * blocked.blocks * tokens.element_size()))
     for part in both.split(pairs, dim=1):
         rows, keys = part.flatten(), part.flip(0).flatten()
-        found, apart = blocked.settle(blocked.least_of_blocks(*part), rows, keys)
-        index.view(batch * views, views, count)[rows, keys % views] = found[:, :count]
-        distance.view(batch * views, views, count)[rows, keys % views] = apart[:, :count]
+        nearest, squared = blocked.settle(blocked.least_of_blocks(*part), rows, keys)
+        index.view(batch * views, views, count)[rows, keys % views] = nearest[:, :count]
+        distance.view(batch * views, views, count)[rows, keys % views] = squared[:, :count]
     return index, distance.sqrt_()
 
 
@@ -228,16 +228,16 @@ class _Blocked:
             magnitude = norm[part].sqrt() + nearest.clamp(min=0).sqrt_()
             rounding = magnitude.square_().mul_(2 * ROUNDING * info.eps).add_(64 * info.tiny)
             candidates, chosen = _count(block, nearest + rounding, count_blocks)
-            found = measured[part] & nearest.isfinite()
+            has_neighbour = measured[part] & nearest.isfinite()
             clear = candidates == 1
             chosen.masked_fill_(~clear, 0)
             near = self.blocked_keys.index_select(0, view[part] * blocks + chosen).view(-1, 3, length)
             apart = _squared(near, query[part, :, None])
             smallest = apart.amin(-1)
             ties, place = _count(apart, smallest, count_tokens)
-            index[part] = place.add_(chosen, alpha=length).masked_fill_(~found, -1)
-            squared[part] = smallest.masked_fill_(~found, math.inf)
-            self._decide(found & ~(clear & (ties == 1)), query[part], view[part], index[part], squared[part])
+            index[part] = place.add_(chosen, alpha=length).masked_fill_(~has_neighbour, -1)
+            squared[part] = smallest.masked_fill_(~has_neighbour, math.inf)
+            self._decide(has_neighbour & ~(clear & (ties == 1)), query[part], view[part], index[part], squared[part])
         return index.view(-1, padded), squared.view(-1, padded)
 
     def _decide(self, undecided: Tensor, query: Tensor, view: Tensor, index: Tensor, squared: Tensor) -> None:

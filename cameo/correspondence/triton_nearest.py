@@ -56,9 +56,9 @@ def nearest_kernel(points, index, distance, views, tokens, QUERIES: tl.constexpr
         start_of_least = tl.where(closer, start, start_of_least)
     nearest = tl.min(least, axis=1)
     tied = (least == nearest[:, None]) & (start_of_least >= 0)
-    found = tl.min(tl.where(tied, start_of_least + tl.arange(0, KEYS)[None, :], NO_INDEX), axis=1)
+    first_nearest = tl.min(tl.where(tied, start_of_least + tl.arange(0, KEYS)[None, :], NO_INDEX), axis=1)
     out = pair.to(tl.int64) * tokens + rows
-    tl.store(index + out, tl.where(found == NO_INDEX, -1, found), mask=real)
+    tl.store(index + out, tl.where(first_nearest == NO_INDEX, -1, first_nearest), mask=real)
     nearest = tl.sqrt_rn(nearest) if nearest.dtype == tl.float32 else tl.sqrt(nearest)
     tl.store(distance + out, nearest, mask=real)
 
