@@ -1,3 +1,5 @@
+"""Nearest neighbours: matrix products and the Triton kernels against coordinate differences."""
+
 from __future__ import annotations
 
 import functools

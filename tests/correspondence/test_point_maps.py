@@ -99,7 +99,7 @@ def test_missing_points_do_not_leak_into_their_neighbours():
     points = torch.stack([columns, rows, torch.ones(9, 9)]).expand(1, 2, 3, 9, 9).clone()
     whole = Correspondence.from_point_maps(points, token_grid=3)
     assert whole.index[0, 0, 1].tolist() == list(range(9))
-    points[0, 1, 1, 0, 0] = math.nan  # nothing reads it: the centre of each token is a pixel centre
+    points[0, 1, 1, 0, 0] = math.nan  # no token reads it, since the centre of each token is a pixel centre
     assert torch.equal(Correspondence.from_point_maps(points, token_grid=3).index, whole.index)
     points[0, 1, 1, 4, 4] = math.nan  # the centre of the middle token
     holed = Correspondence.from_point_maps(points, token_grid=3)
@@ -107,7 +107,7 @@ def test_missing_points_do_not_leak_into_their_neighbours():
     assert holed.index[0, 1, 0, 4] == -1
     assert holed.distance[0, 1, 0, 4] == math.inf
     assert holed.distance[0, 0, 1, 4] == 3.0  # the nearest one that is measured
-    # With an even number of pixels per token one missing pixel of four takes the token away.
+    # With an even number of pixels per token one missing pixel of four is enough for a token without a measurement.
     even = Correspondence.from_point_maps(points[..., :8, :8], token_grid=4)
     assert even.distance[0, 1, 0].isinf().nonzero().flatten().tolist() == [0, 10]
 
@@ -121,7 +121,7 @@ def test_max_distance_drops_far_matches_only():
 
 
 def test_cycle_threshold_is_strict():
-    # Token 0 of view 0 meets the only point of view 1, whose own nearest is token 1, one column away.
+    # Token 0 of view 0 meets the only point of view 1, whose nearest neighbour is token 1, one column away.
     points = torch.tensor([[1.0, 0.0], [0.1, 9.0]])[None, :, None, None, :].repeat(1, 1, 3, 1, 1)
     points[0, 1, :, 0, 1] = math.nan
     assert Correspondence.from_point_maps(points, token_grid=(1, 2)).index[0, 0, 1].tolist() == [0, 0]
