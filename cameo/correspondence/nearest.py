@@ -1,8 +1,8 @@
-"""Exact nearest neighbours between the tokens of all pairs of views, in plain torch.
+"""Exact nearest neighbors between the tokens of all pairs of views, in plain torch.
 
-Axes: B samples, V views, N tokens per view (row-major, padded), R rows (tokens whose neighbour is sought), S tokens per
+Axes: B samples, V views, N tokens per view (row-major, padded), R rows (tokens whose neighbor is sought), S tokens per
 block, G blocks per view, P unordered pairs of views. A token without a measurement has non-finite coordinates; it has
-no neighbour and is the neighbour of no token. Ties go to the lower index. No tensor of size N x N is stored but tiles.
+no neighbor and is the neighbor of no token. Ties go to the lower index. No tensor of size N x N is stored but tiles.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ BLOCKS_BYTES = 1 << 20
 MOST_BLOCKS = 64
 # The lowest compute capability that Triton supports, that of Turing.
 LEAST_CAPABILITY = (7, 5)
-# Bound, in units of epsilon (|a| + d)^2, on the difference between the squared distances d^2 of a and its neighbour in
-# the two forms below: 13 for the five products with their norms, 7 for centring and the rounding of the differences.
+# Bound, in units of epsilon (|a| + d)^2, on the difference between the squared distances d^2 of a and its neighbor in
+# the two forms below: 13 for the five products with their norms, 7 for centering and the rounding of the differences.
 ROUNDING = 20
 
 
@@ -46,7 +46,7 @@ def match_tokens(
     Args:
         tokens: ``[B, V, N, 3]`` float32 or float64 world coordinates; non-finite = no measurement or padding.
         widths: number of columns of each view's grid.
-        cycle_threshold: a match is kept if the nearest neighbour of the nearest neighbour lies less than this many
+        cycle_threshold: a match is kept if the nearest neighbor of the nearest neighbor lies less than this many
             tokens from the start.
         implementation: "differences": coordinate differences, tile by tile, on any device; "products": matrix products
             whose near-ties are settled by differences, on the CPU; "triton": one kernel for all pairs, on CUDA;
@@ -228,16 +228,16 @@ class _Blocked:
             magnitude = norm[part].sqrt() + nearest.clamp(min=0).sqrt_()
             rounding = magnitude.square_().mul_(2 * ROUNDING * info.eps).add_(64 * info.tiny)
             candidates, chosen = _count(block, nearest + rounding, count_blocks)
-            has_neighbour = measured[part] & nearest.isfinite()
+            has_neighbor = measured[part] & nearest.isfinite()
             clear = candidates == 1
             chosen.masked_fill_(~clear, 0)
             near = self.blocked_keys.index_select(0, view[part] * blocks + chosen).view(-1, 3, length)
             apart = _squared(near, query[part, :, None])
             smallest = apart.amin(-1)
             ties, place = _count(apart, smallest, count_tokens)
-            index[part] = place.add_(chosen, alpha=length).masked_fill_(~has_neighbour, -1)
-            squared[part] = smallest.masked_fill_(~has_neighbour, math.inf)
-            self._decide(has_neighbour & ~(clear & (ties == 1)), query[part], view[part], index[part], squared[part])
+            index[part] = place.add_(chosen, alpha=length).masked_fill_(~has_neighbor, -1)
+            squared[part] = smallest.masked_fill_(~has_neighbor, math.inf)
+            self._decide(has_neighbor & ~(clear & (ties == 1)), query[part], view[part], index[part], squared[part])
         return index.view(-1, padded), squared.view(-1, padded)
 
     def _decide(self, undecided: Tensor, query: Tensor, view: Tensor, index: Tensor, squared: Tensor) -> None:
@@ -278,13 +278,13 @@ def _count(values: Tensor, bound: Tensor, counter: Tensor) -> tuple[Tensor, Tens
 
 
 def cycle_consistent(index: Tensor, widths: tuple[int, ...], threshold: float) -> Tensor:
-    """Tell which tokens have, as neighbour of their neighbour, one less than ``threshold`` tokens away from them."""
+    """Tell which tokens have, as neighbor of their neighbor, one less than ``threshold`` tokens away from them."""
     start = torch.arange(index.shape[-1], device=index.device)
     consistent = torch.zeros_like(index, dtype=torch.bool)
     for i, width in enumerate(widths):
-        neighbour = index[:, i]
-        end = torch.gather(index[:, :, i], -1, neighbour.clamp(min=0))
+        neighbor = index[:, i]
+        end = torch.gather(index[:, :, i], -1, neighbor.clamp(min=0))
         row = end.div(width, rounding_mode="floor")
         rows, columns = row - start // width, end - row * width - start % width
-        consistent[:, i] = (neighbour >= 0) & (rows.square() + columns.square() < threshold**2)
+        consistent[:, i] = (neighbor >= 0) & (rows.square() + columns.square() < threshold**2)
     return consistent

@@ -84,7 +84,7 @@ def test_two_different_calls_in_one_module_are_refused(x: Tensor) -> None:
         capture(model, x)
 
 
-def test_only_neighbouring_slices_of_one_tensor_are_joined() -> None:
+def test_only_neighboring_slices_of_one_tensor_are_joined() -> None:
     query, key = torch.randn(6, 4, 8), torch.randn(6, 4, 8)
     calls = [KernelCall(query[i : i + 2], key[i : i + 2], 1.0) for i in (0, 2, 4)]
     (joined,) = join_slices(calls)

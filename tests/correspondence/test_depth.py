@@ -41,7 +41,7 @@ def test_points_behind_the_other_camera_do_not_match():
 
 
 def test_a_target_token_needs_a_measurement():
-    # The hole is the centre of the target token; the points are projected beside it, where there is depth.
+    # The hole is the center of the target token; the points are projected beside it, where there is depth.
     depth = wall()
     depth[0, 1, 0, 7:9, 7:9] = 0
     match = Correspondence.from_depth(depth, *two_views(right=0.125), token_grid=4)
@@ -52,7 +52,7 @@ def test_a_target_token_needs_a_measurement():
 
 
 def test_depth_edges_are_not_averaged():
-    # The centres of the middle tokens lie on the edge between depth 1 and depth 4.
+    # The centers of the middle tokens lie on the edge between depth 1 and depth 4.
     depth = wall(4.0)
     depth[..., :32] = 1.0
     match = Correspondence.from_depth(depth, *two_views(), token_grid=1)

@@ -1,4 +1,4 @@
-"""Nearest neighbours: matrix products and the Triton kernels against coordinate differences."""
+"""Nearest neighbors: matrix products and the Triton kernels against coordinate differences."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_products_settle_ties_everywhere(dtype):
 
 
 def test_what_products_cannot_resolve_is_settled(monkeypatch):
-    # Two clusters far apart, in which neighbours differ by less than the rounding of a product.
+    # Two clusters far apart, in which neighbors differ by less than the rounding of a product.
     tokens = torch.rand(1, 2, 256, 3, generator=torch.Generator().manual_seed(0)) / 50
     tokens[:, :, ::2, 0] += 100
     tokens[:, :, 1::2, 0] -= 100

@@ -1,4 +1,4 @@
-"""Orbits: the centre that cameras look at, up, azimuth and elevation."""
+"""Orbits: the center that cameras look at, up, azimuth and elevation."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_spherical_angles_hand_computed() -> None:
     # x up: azimuth 0 is y.
     azimuth, _, _ = spherical_angles(extrinsics, torch.zeros(1, 3), torch.tensor([[1.0, 0, 0]]))
     assert azimuth[0, 1] == pytest.approx(0.0)
-    # From another centre: the camera at (2, 0, 0) stands at (0, 2, 0) as seen from (2, -2, 0).
+    # From another center: the camera at (2, 0, 0) stands at (0, 2, 0) as seen from (2, -2, 0).
     moved = spherical_angles(extrinsics, torch.tensor([[2.0, -2, 0]]), up)
     assert [float(part[0, 0]) for part in moved] == pytest.approx([90, 0, 2])
 
@@ -116,7 +116,7 @@ def test_azimuth_stays_below_360_in_single_precision_and_poles_have_numbers() ->
     extrinsics = looking_at([[1.0, -1e-9, 0], [1.0, 0, 0]], [0.0, 0, 0]).float()
     extrinsics[0, 0, :3, 3] = torch.linalg.solve(torch.eye(3), -extrinsics[0, 0, :3, :3] @ torch.tensor([1, -1e-9, 0]))
     above = torch.eye(4).repeat(1, 2, 1, 1)
-    above[0, 0, 2, 3] = -3.0  # centre (0, 0, 3)
+    above[0, 0, 2, 3] = -3.0  # center (0, 0, 3)
     for cameras in (extrinsics, above):
         azimuth, elevation, distance = spherical_angles(cameras, torch.zeros(1, 3), torch.tensor([[0.0, 0, 1]]))
         assert ((azimuth >= 0) & (azimuth < 360)).all()
