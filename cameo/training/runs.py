@@ -141,7 +141,7 @@ def _wrapped(pipeline: MultiViewPipeline, config: TrainingConfig) -> CameoModel:
 def _load_checkpoint(
     folder: Path, checkpoint: str, config: TrainingConfig, given: Mapping[str, Any], are_of_run: bool
 ) -> tuple[MultiViewPipeline, CameoModel, bool]:
-    """Load saved weights into the pipeline of their base; the last value tells whether their head was trained."""
+    """Load saved weights into the pipeline of their base; also returns whether their head was trained."""
     for name in given:
         if name in KEPT_IN_CHECKPOINT:
             raise ValueError(

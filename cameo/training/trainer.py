@@ -1,4 +1,4 @@
-"""The training loop that all recipes share: accelerate around any backbone's pipeline, with or without CAMEO."""
+"""The training loop that all recipes share: it trains the pipeline of any backbone, with or without CAMEO."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Trainer:
     Args:
         model: wraps `pipeline.denoiser`, with LoRA or fully trainable.
         pipeline: turns batches into the denoiser's inputs and target.
-        dataset: endless training set, a pure function of seed and index.
+        dataset: training set without an end, a pure function of seed and index.
         config: all settings; written to `output_dir/config.yaml`.
         on_validation: called with (model, step) on the main process before the first step, every
             `validation_steps` and at the end, with the EMA weights where they are used. What it returns is kept in
@@ -66,13 +66,13 @@ class Trainer:
         self.accelerator = make_accelerator(config)
         set_seed(config.seed, device_specific=True)
         torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
-        if hasattr(pipeline, "to"):  # its VAE is no part of the model
+        if hasattr(pipeline, "to"):  # its VAE is not part of the model
             pipeline.to(self.device)
         self.supervision = Supervision(model, pipeline, dataset, config, self.device)
         self.trained = [parameter for parameter in self.supervision.module.parameters() if parameter.requires_grad]
         if not self.trained:
             raise ValueError("model: no parameter requires a gradient; add LoRA or call requires_grad_(True) first")
-        for parameter in self.trained:  # mixed precision keeps what is trained in float32
+        for parameter in self.trained:  # mixed precision keeps trained parameters in float32
             parameter.data = parameter.data.float()
         optimizer = torch.optim.AdamW(
             self.trained,
@@ -153,7 +153,7 @@ class Trainer:
         start_trackers(accelerator, config)
 
     def _run(self, dataset: MultiViewDataset | MatchedDataset) -> str | None:
-        """Train to the end, or to a signal, whose name is returned."""
+        """Train to the end, or until a signal, whose name is returned."""
         config, accelerator = self.config, self.accelerator
         accumulate = config.gradient_accumulation_steps
         sampler = StepSampler(
@@ -264,7 +264,7 @@ class Trainer:
 
     def _check_finite(self, entry: Mapping[str, float], norm: float, samples: list[str]) -> None:
         values = {"denoising": entry["loss"], "alignment": entry["alignment_loss"], "norm of the gradient": norm}
-        if self.accelerator.scaler is not None:  # with fp16 a gradient that overflows is an everyday event
+        if self.accelerator.scaler is not None:  # with fp16 a gradient may overflow, and the step is skipped
             del values["norm of the gradient"]
         if not all(map(math.isfinite, values.values())):
             shown = ", ".join(f"{name} {value}" for name, value in values.items())
@@ -279,26 +279,26 @@ class Trainer:
         if self.on_validation is not None and accelerator.is_main_process and not self._is_validated():
             averaged = self.ema if use_ema else None
             devices = [self.device] if self.device.type == "cuda" else []
-            with torch.random.fork_rng(devices=devices):  # a validation must not shift the dropout of later steps
+            with torch.random.fork_rng(devices=devices):  # a validation must not change the dropout of later steps
                 if averaged is not None:
                     averaged.store(self.trained)
                     averaged.copy_to(self.trained)
                 try:
-                    found = self.on_validation(self.model, self.step)
+                    metrics = self.on_validation(self.model, self.step)
                 finally:
                     if averaged is not None:
                         averaged.restore(self.trained)
             self.prepared.train()
-            self.validations.append({"step": self.step, **found})
-            accelerator.log({f"validation/{name}": value for name, value in numbers_in(found)}, step=self.step)
-            log_pictures(accelerator, [self.output_dir / path for path in found.get("pictures", [])], step=self.step)
+            self.validations.append({"step": self.step, **metrics})
+            accelerator.log({f"validation/{name}": value for name, value in numbers_in(metrics)}, step=self.step)
+            log_pictures(accelerator, [self.output_dir / path for path in metrics.get("pictures", [])], step=self.step)
         accelerator.wait_for_everyone()
 
     def _is_validated(self) -> bool:
         return any(entry["step"] == self.step for entry in self.validations.read())
 
     def save_checkpoint(self) -> Path:
-        """Write `checkpoint-N` whole or not at all, then remove what is beyond `checkpoints_total_limit`."""
+        """Write `checkpoint-N` whole or not at all, then remove checkpoints beyond `checkpoints_total_limit`."""
         staged = self.output_dir / f".checkpoint-{self.step}.partial"
         final = self.output_dir / f"checkpoint-{self.step}"
         if self.accelerator.is_main_process:

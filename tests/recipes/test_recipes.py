@@ -84,6 +84,7 @@ def test_lora_on_an_rgbd_folder_end_to_end(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_comparison_stopped_in_its_first_run_goes_on(tmp_path: Path) -> None:
     settings = {"max_train_steps": 6, "compare_without_cameo": True, "checkpointing_steps": 100}
     whole = RecipeProcess("lora_finetune", tmp_path / "whole", **settings)
@@ -146,12 +147,12 @@ def test_two_processes_train_one_adapter_and_resume(tmp_path: Path) -> None:
     assert seen == [entry["supervised"] for entry in history[:2]]
 
 
-def test_arms_of_a_comparison(tmp_path: Path) -> None:
+def test_planned_runs_of_a_comparison(tmp_path: Path) -> None:
     config = make_config(tmp_path)
     assert planned_runs(config) == {"with CAMEO": config}
     assert list(planned_runs(make_config(tmp_path, loss_weight=0.0))) == ["without CAMEO"]
     both = planned_runs(make_config(tmp_path, compare_without_cameo=True))
-    assert {name: (arm.loss_weight, arm.output_dir) for name, arm in both.items()} == {
+    assert {name: (run.loss_weight, run.output_dir) for name, run in both.items()} == {
         "without CAMEO": (0.0, str(tmp_path / "without_cameo")),
         "with CAMEO": (config.loss_weight, str(tmp_path)),
     }
@@ -162,7 +163,7 @@ def test_arms_of_a_comparison(tmp_path: Path) -> None:
     done.mkdir(parents=True)
     (done / "trainer_state.json").write_text("{}")
     again = planned_runs(make_config(tmp_path, **resumed))
-    assert [arm.resume_from_checkpoint for arm in again.values()] == ["latest", None]
+    assert [run.resume_from_checkpoint for run in again.values()] == ["latest", None]
     with pytest.raises(DataError, match=r"without_cameo holds checkpoints of an earlier run"):
         planned_runs(make_config(tmp_path, compare_without_cameo=True))
     assert len(planned_runs(make_config(tmp_path, compare_without_cameo=True, overwrite_output_dir=True))) == 2
@@ -179,7 +180,7 @@ def test_push_without_token_is_refused_before_the_training(tmp_path: Path, monke
     check_push(config)
 
 
-def test_push_without_licence_is_refused_before_the_training(tmp_path: Path) -> None:
+def test_push_without_license_is_refused_before_the_training(tmp_path: Path) -> None:
     settings = {"push_to_hub": True, "hub_model_id": "me/rooms", "hub_token": "hf_secret", "preset": None}
     config = make_config(tmp_path, pretrained_model_name_or_path=str(tmp_path), **settings)
     with pytest.raises(ValueError, match=r"no license is known.*hub_license=. Nothing was trained yet"):

@@ -59,7 +59,7 @@ def leave_run(config: TrainingConfig, *steps: int, processes: int = 1) -> Path:
 def leave_demonstration(**changes: Any) -> tuple[Path, Path]:
     """Write what the demonstration leaves, in the folders of both of its runs."""
     config = replace(load_config(DEMONSTRATION), overwrite_output_dir=True, **changes)
-    without, with_cameo = (leave_run(arm, 200) for arm in planned_runs(config).values())
+    without, with_cameo = (leave_run(run, 200) for run in planned_runs(config).values())
     (with_cameo / "adapter").mkdir()
     return without, with_cameo
 
@@ -109,7 +109,7 @@ def test_a_single_run_is_not_replaced(demonstrate: Callable[[], None]) -> None:
     assert (folder / "checkpoint-200").is_dir()
 
 
-def test_either_arm_protects_both(demonstrate: Callable[[], None]) -> None:
+def test_either_run_protects_both(demonstrate: Callable[[], None]) -> None:
     without, folder = leave_demonstration()
     other = replace(load_config(DEMONSTRATION), output_dir="other", seed=1)
     (leave_run(other, 300) / "checkpoint-300").rename(folder / "checkpoint-300")
