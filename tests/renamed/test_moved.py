@@ -1,18 +1,51 @@
-"""Old paths of modules in imports, pickles and saved pipelines; `test_names.py` imports each of them."""
+"""Old paths of modules, and of names in them, in imports, pickles and saved pipelines."""
 
 from __future__ import annotations
 
 import importlib
 import json
 import pickle
+import re
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 
 from cameo.backbone import get_backbone
+from cameo.renamed import MOVED, MOVED_NAMES
 from tests.helpers.mvdream_models import with_image_tokens
+
+# Modules some of whose names are elsewhere today; the others are the very modules of today.
+SPLIT = {name.rpartition(".")[0] for name in MOVED_NAMES}
+
+
+def import_anew(name: str, monkeypatch: pytest.MonkeyPatch) -> object:
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    return importlib.import_module(name)
+
+
+@pytest.mark.parametrize("old", MOVED)
+def test_an_old_module_gives_the_new_one_and_says_so(old: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    new = importlib.import_module(MOVED[old])
+    with pytest.warns(FutureWarning, match=f"^{re.escape(old)} is now {re.escape(MOVED[old])}; ") as warned:
+        module = import_anew(old, monkeypatch)
+    assert len([warning for warning in warned if old in str(warning.message)]) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert importlib.import_module(old) is module  # a second import is silent
+    assert (module is new) == (old not in SPLIT)
+    assert all(getattr(module, name) is getattr(new, name) for name in new.__all__)
+
+
+@pytest.mark.parametrize("old", MOVED_NAMES)
+def test_what_left_an_old_module_is_found_through_it(old: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, _, name = old.rpartition(".")
+    place, _, current = MOVED_NAMES[old].rpartition(".")
+    with pytest.warns(FutureWarning, match=f"^{re.escape(module)} is now "):
+        found = getattr(import_anew(module, monkeypatch), name)
+    assert found is getattr(importlib.import_module(place), current)
 
 
 def test_an_unknown_name_of_an_old_module_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

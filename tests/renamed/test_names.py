@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib
 import json
 import re
-import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -23,16 +22,16 @@ import torch
 from torch import Tensor, nn
 
 import cameo
-from cameo import AlignmentHead, Correspondence, TokenLayout, alignment_loss, renamed
+from cameo import AlignmentHead, Correspondence, LayerProbe, TokenLayout, alignment_loss, renamed
 from cameo.attention.capture import AttentionLayer
 from cameo.backbone import Backbone, get_backbone
 from cameo.config import CONFIG_NAME, CameoConfig
 from cameo.errors import DataError
 from cameo.hub import push_to_hub, save_load, save_pretrained
-from cameo.renamed import ATTRIBUTES, CONFIG_KEYS, FUNCTIONS, KEYWORDS, METHODS, MOVED, MOVED_NAMES, SETTINGS
+from cameo.renamed import ATTRIBUTES, CONFIG_KEYS, FUNCTIONS, KEYWORDS, METHODS, SETTINGS
 from cameo.training.settings import TrainingConfig, load_config
 from tests.helpers.models import JointModel
-from tests.helpers.probes import LEVELS, counts_of_first_layer, counts_of_no_layer, uneven_probe
+from tests.helpers.probes import CAT3D, LEVELS, small_batches, uneven_probe
 
 LINEAR = nn.Linear(1, 1)
 GRIDS = ((2, 2), (2, 2), (2, 2))
@@ -110,6 +109,16 @@ def card_of_push(**keywords: Any) -> str:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(save_load, "upload", read)
         return push_to_hub(wrapped(), "me/rooms", token="hf_of_nobody", **keywords)
+
+
+def counts_of_first_layer(**keywords: Any) -> dict[str, Any]:
+    """What `probe_layers` with these keywords counts in the first layer of the smallest model."""
+    return cameo.probe_layers(CAT3D.pipeline(), small_batches(CAT3D), layers=[0], **keywords).to_dict()
+
+
+def counts_of_no_layer(**keywords: Any) -> dict[str, Any]:
+    """What a `LayerProbe` made with these keywords holds, beside its layers."""
+    return LayerProbe((), angle_bins=(), within=(1,), scenes=(), samples=(), **keywords).to_dict()
 
 
 @dataclass(frozen=True)
@@ -347,40 +356,6 @@ def test_an_old_key_of_a_saved_file_is_read_without_a_warning(old: str, new: str
     written(path, json.dumps({**values, new: CONFIG_EXAMPLES[old]}))
     with pytest.raises(DataError, match=f"holds {old} and {new}, which are one setting; remove the first"):
         CameoConfig.load(tmp_path)
-
-
-# Modules, and names in them
-
-
-# Modules some of whose names are elsewhere today; the others are the very modules of today.
-SPLIT = {name.rpartition(".")[0] for name in MOVED_NAMES}
-
-
-def import_anew(name: str, monkeypatch: pytest.MonkeyPatch) -> object:
-    monkeypatch.delitem(sys.modules, name, raising=False)
-    return importlib.import_module(name)
-
-
-@pytest.mark.parametrize("old", MOVED)
-def test_an_old_module_gives_the_new_one_and_says_so(old: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    new = importlib.import_module(MOVED[old])
-    with pytest.warns(FutureWarning, match=f"^{re.escape(old)} is now {re.escape(MOVED[old])}; ") as warned:
-        module = import_anew(old, monkeypatch)
-    assert len([warning for warning in warned if old in str(warning.message)]) == 1
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert importlib.import_module(old) is module  # a second import is silent
-    assert (module is new) == (old not in SPLIT)
-    assert all(getattr(module, name) is getattr(new, name) for name in new.__all__)
-
-
-@pytest.mark.parametrize("old", MOVED_NAMES)
-def test_what_left_an_old_module_is_found_through_it(old: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    module, _, name = old.rpartition(".")
-    place, _, current = MOVED_NAMES[old].rpartition(".")
-    with pytest.warns(FutureWarning, match=f"^{re.escape(module)} is now "):
-        found = getattr(import_anew(module, monkeypatch), name)
-    assert found is getattr(importlib.import_module(place), current)
 
 
 EXAMPLES: dict[str, Mapping[Any, Any]] = {
