@@ -20,7 +20,7 @@ from cameo.adapters.common.joint_views import inflate
 from cameo.adapters.common.noise_schedules import ddim
 from cameo.backbone import get_backbone
 from cameo.errors import ShapeError
-from tests.conftest import make_batch
+from tests.helpers.batches import make_batch
 from tests.helpers.cat3d_models import NARROW, SIZE, batch, pipeline, run, stable_diffusion_unet, tiny_kl
 
 

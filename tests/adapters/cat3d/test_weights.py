@@ -17,7 +17,7 @@ from cameo.adapters.common.latent_pipeline import vae_stride
 from cameo.adapters.common.noise_schedules import ddim
 from cameo.backbone import get_backbone
 from cameo.errors import DataError
-from tests.conftest import make_batch
+from tests.helpers.batches import make_batch
 from tests.helpers.cat3d_models import SIZE, batch, pipeline, stable_diffusion_unet, tiny_kl
 
 

@@ -17,7 +17,7 @@ from cameo.adapters.mvdream.denoiser import ImageDreamUNet, prepare
 from cameo.adapters.mvdream.weights import convert_unet
 from cameo.backbone import get_backbone
 from cameo.errors import DataError
-from tests.conftest import make_batch
+from tests.helpers.batches import make_batch
 from tests.helpers.mvdream_models import (
     PRESETS,
     SIZE,

@@ -9,7 +9,7 @@ import torch
 
 from cameo.adapters.zero123plus.cameras import from_canvas, pose_error, same_poses, to_canvas
 from cameo.errors import ShapeError
-from tests.conftest import make_batch
+from tests.helpers.batches import make_batch
 from tests.helpers.zero123plus_models import SIZE, batch, pipeline
 
 
