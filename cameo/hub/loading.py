@@ -170,33 +170,24 @@ def read_full(
         DataError: if a file is missing or incomplete.
         ValueError: if names or shapes differ from `base`.
     """
-    loaded = _read_whole(folder, weights_format, config, base, **place)
-    check_numbers(folder, loaded.state_dict())
-    return loaded
-
-
-def _read_whole(
-    folder: Path, weights_format: str, config: CameoConfig, base: nn.Module | None, **place: Any
-) -> nn.Module:
     from safetensors.torch import load_file
 
     backbone = None if config.backbone is None else get_backbone(config.backbone)
-    preset = (config.base_model or "").partition("preset:")[2]
-    if weights_format == "pipeline":
-        loaded = _read_pipeline(folder, backbone)
-    elif weights_format == "diffusers":
-        loaded = _read_diffusers(folder, base)
-    if base is None and weights_format != "pipeline":
-        if weights_format == "diffusers" and (backbone is None or backbone.recognizes(loaded)):
-            return loaded
-        # The files lack the class, or the attention of the backbone; the base model has both.
-        if backbone is None:
-            raise BaseNeededError(f"{folder}: {MODULE_FILE} holds weights only; pass the module as base_model=")
-        base = backbone.build(preset).denoiser if preset else load_base(config, **place)
-    if base is None:
-        return loaded
-    state = load_file(str(folder / MODULE_FILE)) if weights_format == "module" else loaded.state_dict()
+    if weights_format == "module":
+        loaded, state = None, load_file(str(folder / MODULE_FILE))
+    else:
+        loaded = _read_pipeline(folder, backbone) if weights_format == "pipeline" else _read_diffusers(folder, base)
+        state = loaded.state_dict()
     check_numbers(folder, state)  # before the base is changed
+    if base is not None:
+        return _copy_into(base, state, folder)
+    # The class in the files may lack the attention of the backbone; the base model has it.
+    if loaded is not None and (weights_format == "pipeline" or backbone is None or backbone.recognizes(loaded)):
+        return loaded
+    if backbone is None:
+        raise BaseNeededError(f"{folder}: {MODULE_FILE} holds weights only; pass the module as base_model=")
+    preset = (config.base_model or "").partition("preset:")[2]
+    base = backbone.build(preset).denoiser if preset else load_base(config, **place)
     return _copy_into(base, state, folder)
 
 
