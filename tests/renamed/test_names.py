@@ -344,7 +344,7 @@ def test_an_old_key_of_a_saved_file_is_read_without_a_warning(old: str, new: str
 # Modules, and names in them
 
 
-# Modules some of whose names are elsewhere today; the others are the very modules of today.
+# Old modules whose content is in several modules; the others are the current modules themselves.
 SPLIT = {name.rpartition(".")[0] for name in MOVED_NAMES}
 
 
