@@ -133,7 +133,7 @@ class Backbone:
         raise NotImplementedError(f"backbone {self.name!r} has no layers to inflate")
 
     def unsupported(self, model: nn.Module) -> str | None:
-        """Say why `model`, in its current state, cannot be trained with an alignment loss, and the cure; None if it can.
+        """Say why `model`, as it is, cannot be trained with an alignment loss, and the cure; None if it can.
 
         Asked before every training forward with a correspondence.
         """
