@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from cameo.errors import ShapeError
 from cameo.memory import align_module
 from cameo.pipeline import TrainingInputs
-from cameo.renamed.modules import current_place
+from cameo.renamed.modules import place_today
 
 __all__ = ["LatentPipeline", "reference_views", "vae_stride"]
 
@@ -51,7 +51,7 @@ class LatentPipeline(DiffusionPipeline):
         config = loaded[0] if isinstance(loaded, tuple) else loaded
         for component, saved in config.items():
             if isinstance(saved, list) and len(saved) == 2 and None not in saved:
-                today = list(current_place(*saved))
+                today = list(place_today(*saved))
                 if today != saved:
                     warnings.warn(
                         f"model_index.json: {component} is a {'.'.join(saved)}, which is now {'.'.join(today)}; "

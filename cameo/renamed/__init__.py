@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cameo.renamed.modules import MOVED, MOVED_NAMES, current_place, install
+from cameo.renamed.modules import MOVED, MOVED_NAMES, install, place_today
 from cameo.renamed.names import (
     ATTRIBUTES,
     CONFIG_KEYS,
@@ -27,12 +27,12 @@ __all__ = [
     "MOVED",
     "MOVED_NAMES",
     "SETTINGS",
-    "current_place",
     "install",
     "old_attributes",
     "old_fields",
     "old_functions",
     "old_keywords",
+    "place_today",
     "rename_keys",
     "warn_renamed",
 ]

@@ -15,7 +15,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-__all__ = ["MOVED", "MOVED_NAMES", "current_place", "install"]
+__all__ = ["MOVED", "MOVED_NAMES", "install", "place_today"]
 
 # Old name of a module: its current name.
 MOVED: dict[str, str] = {
@@ -135,19 +135,19 @@ class _MovedFinder(MetaPathFinder, Loader):
             return
 
         def find(name: str) -> Any:
-            place, current = current_place(old, name)
+            place, current = place_today(old, name)
             return getattr(importlib.import_module(place), current)
 
         vars(module)["__getattr__"] = find
 
 
-def current_place(module: str, name: str) -> tuple[str, str]:
+def place_today(module: str, name: str) -> tuple[str, str]:
     """Return the current module and name of something; what did not move keeps both.
 
     Example:
-        >>> current_place("cameo.adapters.joint_dit", "JointDiT")
+        >>> place_today("cameo.adapters.joint_dit", "JointDiT")
         ('cameo.adapters.cat3d.denoiser', 'JointDiT')
-        >>> current_place("diffusers", "DDIMScheduler")
+        >>> place_today("diffusers", "DDIMScheduler")
         ('diffusers', 'DDIMScheduler')
     """
     if moved := MOVED_NAMES.get(f"{module}.{name}"):

@@ -22,7 +22,7 @@ from cameo.data import EmbeddedScenes, MultiViewDataset, collate
 from cameo.errors import DataError
 from cameo.evaluation.pictures import attention_figure, comparison_figure, save_figure
 from cameo.evaluation.validation import validate
-from cameo.model import wrapper_of
+from cameo.model import holder
 from cameo.pipeline import TrainingInputs
 from cameo.probing.denoising import ValidationSettings, covisible_pixels
 from cameo.probing.hits import attention_maps, count_hits
@@ -437,7 +437,7 @@ def pictures_of(pipeline: Planted, data: Any) -> list[Any]:
     """The comparison, and the attention with its marks checked: what is looked at is the true match."""
     batch = collate([data[0], data[1]])
     inputs = pipeline.training_inputs(batch, timesteps=torch.tensor([999, 999]))
-    model = wrapper_of(pipeline) or pipeline.wrapped()
+    model = holder(pipeline) or pipeline.wrapped()
     attention = attention_figure({"one": model}, batch, inputs)
     for axis in attention.axes[:2]:  # what is drawn is the view that the title names
         drawn = torch.from_numpy(axis.images[0].get_array()).movedim(-1, 0)

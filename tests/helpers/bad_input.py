@@ -11,7 +11,7 @@ import cameo
 from cameo.data import MultiViewDataset, Views
 from cameo.training.setup import load_pipeline, wrap_denoiser
 from tests.helpers.batches import make_batch
-from tests.helpers.rgbd_folders import write_sequence
+from tests.helpers.sequences import write_sequence
 from tests.helpers.training_runs import make_config, make_trainer
 
 

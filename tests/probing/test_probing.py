@@ -21,7 +21,7 @@ from cameo import Correspondence, LayerProbe, TokenLayout, probe_layers
 from cameo.adapters.cat3d import BUNDLED
 from cameo.adapters.common.latent_pipeline import LatentPipeline
 from cameo.attention.capture import AttentionLayer
-from cameo.backbone import get_backbone, unwrap_peft
+from cameo.backbone import core_module, get_backbone
 from cameo.config import CameoConfig
 from cameo.data import EmbeddedScenes, MultiViewDataset, collate
 from cameo.errors import DataError, ShapeError
@@ -536,7 +536,7 @@ def test_the_heat_map_shows_every_layer_and_step() -> None:
 
 def probe_of(model: nn.Module, best: int, **options: Any) -> LayerProbe:
     """A probe of a CAT3D model in which one layer is far ahead."""
-    attention_layers = get_backbone("cat3d").attention_layers(unwrap_peft(model))
+    attention_layers = get_backbone("cat3d").attention_layers(core_module(model))
     probe = made_probe(
         *[[70 if attention_layer.index == best else 30] * 4 for attention_layer in attention_layers], **options
     )

@@ -31,7 +31,6 @@ from cameo.training.precompute import Share, precompute
 from cameo.training.settings import TrainingConfig, continued_settings
 from cameo.training.setup import load_pipeline, wrap_denoiser
 from cameo.wrap import CameoModel
-from tests.helpers.rgbd_folders import write_sequence
 from tests.helpers.training_runs import (
     RECIPES,
     SETTINGS,
@@ -41,6 +40,7 @@ from tests.helpers.training_runs import (
     scene_cache,
     write_settings,
 )
+from tests.recipes.test_recipes import write_sequence
 
 # Supervised layers of 8x8 and of 4x4 tokens.
 TWO_GRIDS = {"layer": [0, 2], "preset_options": {**SETTINGS["preset_options"], "attention_levels": [True, True]}}

@@ -1,4 +1,4 @@
-"""Folders of RGB-D frames as data sets hold them."""
+"""RGB-D sequences on disk."""
 
 from __future__ import annotations
 
