@@ -7,18 +7,25 @@ from typing import Any
 
 import numpy as np
 
-from cameo import LayerProbe, probe_layers
+from cameo import LayerProbe
 from cameo.probing.probed_layer import ProbedLayer
 from tests.helpers.backbone_rows import TINY, Row
 
 LEVELS = (0.5, 1.0)
 CAT3D = TINY[0]
+# Arguments of a `LayerProbe` beside its layers and noise levels.
+NOTHING_PROBED: dict[str, tuple[Any, ...]] = {"angle_bins": (), "within": (1,), "scenes": (), "samples": ()}
 
 
 def small_batches(row: Row) -> list[dict[str, Any]]:
     batch = row.batch(samples=2)
     batch["key"] = ["wall-0/0", "wall-1/0"]
     return [batch]
+
+
+def tiny_model() -> tuple[Any, list[dict[str, Any]]]:
+    """Pipeline and batches of the smallest model, as `probe_layers` takes them."""
+    return CAT3D.pipeline(), small_batches(CAT3D)
 
 
 def made_probe(
@@ -48,13 +55,3 @@ def uneven_probe() -> LayerProbe:
     probe = made_probe([10, 30, 80, 40])
     hits = {"mean": probe.layers[0].hits["mean"] // np.array([1, 2])[:, None, None, None]}
     return replace(probe, layers=(replace(probe.layers[0], hits=hits),))
-
-
-def counts_of_first_layer(**keywords: Any) -> dict[str, Any]:
-    """What `probe_layers` with these keywords counts in the first layer of the smallest model."""
-    return probe_layers(CAT3D.pipeline(), small_batches(CAT3D), layers=[0], **keywords).to_dict()
-
-
-def counts_of_no_layer(**keywords: Any) -> dict[str, Any]:
-    """What a `LayerProbe` made with these keywords holds, beside its layers."""
-    return LayerProbe((), angle_bins=(), within=(1,), scenes=(), samples=(), **keywords).to_dict()
