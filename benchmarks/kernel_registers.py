@@ -82,8 +82,8 @@ def measure_gradient(
 def measure_softmax(columns: int, dtype: str, architecture: int) -> Figures:
     """Figures of the softmax of rows."""
     rows, width = softmax_tile(columns)
-    constants = {"COPIES": 1, "OWN": True, "GRADIENT": True, "ROWS": rows, "COLUMNS": width}
-    pointers = {"logits": dtype, "targets": "i64", "weights": "fp32", "own": "i64", "losses": "fp32"}
+    constants = {"COPIES": 1, "EXCLUDES": True, "GRADIENT": True, "ROWS": rows, "COLUMNS": width}
+    pointers = {"logits": dtype, "targets": "i64", "weights": "fp32", "excluded": "i64", "losses": "fp32"}
     numbers = {"rows": "i32", "columns": "i32", "targets_per_row": "i32", "scale": "fp32"}
     return _figures(_compile(kernels.softmax_kernel, pointers, numbers, constants, architecture, warps=4))
 

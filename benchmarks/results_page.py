@@ -17,8 +17,8 @@ from report import PICTURES, RESULTS, ROOT, filled
 
 from cameo.evaluation.pictures import save_figure
 from cameo.files import write_atomically
-from cameo.layer_probe import LayerProbe
-from cameo.perturbation import Drop, LayerEffect, effects_table
+from cameo.probing.ablation import LayerEffect, QualityLoss, effects_table
+from cameo.probing.layer_probe import LayerProbe
 from cameo.tables import markdown_table
 
 __all__ = ["PAGE", "TABLES", "draw"]
@@ -137,7 +137,9 @@ def effects(preset: str, subject: str) -> str:
 
 def effect_of(values: Mapping[str, Any]) -> LayerEffect:
     """Read an effect back."""
-    drops = {name: Drop(*value) for name, value in values.items() if name.startswith("drop_") and value is not None}
+    drops = {
+        name: QualityLoss(*value) for name, value in values.items() if name.startswith("drop_") and value is not None
+    }
     return LayerEffect(**{**values, **drops})
 
 

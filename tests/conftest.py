@@ -6,12 +6,15 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 
 from tests.helpers.batches import make_batch
+
+if TYPE_CHECKING:
+    from tests.helpers.triton_interpreter import Interpreter
 
 REPOSITORY = Path(__file__).parent.parent
 # The suite is defined on the CPU; GPU checks are in benchmarks/gpu.
@@ -43,6 +46,16 @@ def golden() -> Callable[[str], Path]:
     """File of reference numbers, by name: from the repository, else from beside the real data."""
     assets = REPOSITORY / "tests" / "assets"
     return lambda name: assets / name if (assets / name).exists() else _found(_data_folder().parent / "golden", name)
+
+
+@pytest.fixture(scope="session")
+def interpreted() -> Iterator[Interpreter]:
+    """Calls functions in a process in which Triton interprets its kernels on the CPU."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from tests.helpers.triton_interpreter import interpreter
+
+    with interpreter() as call:
+        yield call
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ class AlignmentHead(nn.Module):
         >>> head(torch.randn(8, 10, 64)).shape          # 10 query tokens, 64 keys
         torch.Size([1, 10, 64])
 
-    `kind="mlp"` is the paper's: Linear(K, expansion * K), exact GELU, Linear(expansion * K, 1) across the
+    `kind="mlp"` is the head of the paper: Linear(K, expansion * K), exact GELU, Linear(expansion * K, 1) across the
     heads. `depth` counts the hidden layers; `depth=0` is one linear map. The last layer has no bias: it would
     shift all logits of a query alike, which the softmax ignores, so its gradient is always zero.
     `kind="mean"` averages the heads. `kind="none"` keeps every head and the loss is averaged over them.
@@ -35,11 +35,11 @@ class AlignmentHead(nn.Module):
     Args:
         num_heads: K, heads of the supervised layer.
         kind: "mlp", "mean" or "none".
-        depth: hidden layers of the "mlp", 0 or more; the other kinds have no layers.
-        expansion: hidden width of the "mlp" in multiples of K, 1 or more.
+        depth: number of hidden layers of the "mlp", 0 or more; the other kinds have none.
+        expansion: width of the hidden layers in multiples of K, 1 or more.
 
     Raises:
-        ValueError: unknown kind, or a count out of range.
+        ValueError: the kind is unknown, or a number is out of range.
 
     Source: arXiv 2512.03045, section on the alignment loss.
     """
@@ -71,7 +71,7 @@ class AlignmentHead(nn.Module):
             return logits
         if self.output is None:
             return logits.mean(dim=0, keepdim=True)
-        # The head axis stays leading, so the layers are plain matrix products without a permuted copy.
+        # The heads stay the leading axis, so that the layers are plain matrix products without a permuted copy.
         features = logits.reshape(self.num_heads, -1)
         for layer in self.hidden:
             assert isinstance(layer, nn.Linear)
@@ -80,11 +80,11 @@ class AlignmentHead(nn.Module):
         return (self.output.weight.to(logits.dtype) @ features).reshape(1, *logits.shape[1:])
 
     def weights(self) -> list[Tensor]:
-        """Its parameters in order: weight and bias of each hidden layer, then the last weight; none without an MLP."""
+        """Return its parameters: weight and bias of each hidden layer, then the last weight; none without an MLP."""
         layers = [] if self.output is None else [*self.hidden, self.output]
-        found = [parameter for layer in layers for parameter in (layer.weight, layer.bias) if parameter is not None]
+        parameters = [part for layer in layers for part in (layer.weight, layer.bias) if part is not None]
         # Sharded parameters (FSDP) are gathered by the module that holds them or, if that did not run, here.
-        return [_gather(weight) if is_sharded(weight) else weight for weight in found]
+        return [_gather(weight) if is_sharded(weight) else weight for weight in parameters]
 
     def extra_repr(self) -> str:
         """Show the settings in `print(model)`."""
@@ -105,12 +105,12 @@ def check_head_options(options: Mapping[str, object]) -> None:
 
 
 def is_sharded(weight: Tensor) -> bool:
-    """Tell whether FSDP keeps this parameter in pieces, one on each process."""
+    """Tell whether FSDP has sharded this parameter, one part on each process."""
     return hasattr(weight, "full_tensor")
 
 
 def _gather(weight: Tensor) -> Tensor:
-    """Whole tensor of a sharded parameter; its gradient becomes the mean over the processes, as FSDP's own."""
+    """Return the whole tensor of a sharded parameter; its gradient is the mean over the processes, as FSDP's is."""
     from torch.distributed.tensor import DTensor, Partial
 
     assert isinstance(weight, DTensor)

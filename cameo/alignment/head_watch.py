@@ -1,7 +1,8 @@
-"""Notices an alignment head that never trains: the optimizer was built before `cameo.wrap` and does not hold it.
+"""Warn of an alignment head that never trains, because the optimizer was built before `cameo.wrap` and lacks it.
 
-Watched are version counters, which every change in place moves, so no value is read and no GPU waits; the values are
-compared once, before the warning. The watch ends at the first change of the head, or after the warning.
+The watch compares version counters, which every in-place change increments, so that no value is read and the host waits
+for no GPU; the values are compared once, before the warning. The watch ends at the first change of the head, or after
+the warning.
 """
 
 from __future__ import annotations
@@ -12,12 +13,15 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from cameo.alignment.head import is_sharded
+
 __all__ = ["HeadWatch"]
 
-# Optimizer steps of the model that must pass without one of the head. Gradient accumulation takes no part: micro-steps
-# change no parameter. Two optimizers that step in turn stay below it.
+# Number of optimizer steps of the model without one of the head after which the warning comes. Gradient accumulation
+# does not matter, since its micro-steps change no parameter. Two optimizers that step in turn stay below this number.
 PATIENCE = 10
-# Forwards after which the watch ends in any case: some optimizers write past the counters, so that nothing ever moves.
+# Number of forwards after which the watch ends in any case: some optimizers change parameters without incrementing
+# their counters, so that no step is ever seen.
 MOST_FORWARDS = 1000
 CURE = (
     f"the alignment head did not change in {PATIENCE} optimizer steps in which the model did, although the alignment "
@@ -29,7 +33,7 @@ CURE = (
 
 
 class HeadWatch:
-    """Compares, at the training forwards with a correspondence, what the optimizer has changed since the last one.
+    """Compares, at every training forward with a correspondence, what the optimizer has changed since the last one.
 
     Example:
         >>> model, head = nn.Linear(2, 2), nn.Linear(2, 1)
@@ -50,7 +54,7 @@ class HeadWatch:
         self._head: list[Tensor] = []
         self._start: list[Tensor] = []
         self._versions = (0, 0)
-        self._reached = False
+        self._gradient_came = False
         self._steps = 0
         self._forwards = 0
 
@@ -63,35 +67,35 @@ class HeadWatch:
             return
         rest: list[Tensor] = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._forwards += 1
-        if self._forwards > MOST_FORWARDS or any(hasattr(one, "full_tensor") for one in (*trained, *rest)):
-            self.end()  # FSDP gathers and frees parameters: their counters tell nothing
+        if self._forwards > MOST_FORWARDS or any(map(is_sharded, (*trained, *rest))):
+            self.end()  # FSDP gathers and frees parameters, so their counters say nothing about steps
             return
         versions = _versions(trained), _versions(rest)
-        if [id(one) for one in trained] != [id(one) for one in self._head]:
+        if list(map(id, trained)) != list(map(id, self._head)):
             self._head, self._start = trained, [parameter.detach().clone() for parameter in trained]
             self._steps = 0
         elif versions[0] != self._versions[0]:
             self.end()
             return
-        elif versions[1] != self._versions[1] and self._reached:
+        elif versions[1] != self._versions[1] and self._gradient_came:
             self._steps += 1
-        self._versions, self._reached = versions, False
+        self._versions, self._gradient_came = versions, False
         if self._steps >= PATIENCE:
             if all(map(torch.equal, self._start, trained)):
                 warnings.warn(CURE, stacklevel=2)
             self.end()
 
     def follow(self, loss: Tensor) -> None:
-        """Note it when a gradient enters at the alignment loss: without one, no optimizer could train the head."""
+        """Note when a gradient reaches the alignment loss: without one, no optimizer could train the head."""
         if not self.ended and self._head and loss.requires_grad:
-            loss.register_hook(self._reach)
+            loss.register_hook(self._note_gradient)
 
     def end(self) -> None:
-        """Watch no longer, and keep hold of nothing."""
+        """Stop watching, and release all tensors."""
         self.ended, self._head, self._start = True, [], []
 
-    def _reach(self, gradient: Tensor) -> None:
-        self._reached = True
+    def _note_gradient(self, gradient: Tensor) -> None:
+        self._gradient_came = True
 
     def __getstate__(self) -> dict[str, object]:
         return {"ended": self.ended}

@@ -55,38 +55,39 @@ def alignment_loss(
         >>> round(loss.item(), 4)
         2.7726
 
-    For every visible (b, i, j, x) this is, averaged,
+    For every matched (b, i, j, x) this is, averaged,
 
         logits = head(scale * query[b, :, i, x] @ key[b, :, j].T)        # [1, N]
         loss = logsumexp(logits) - logits[index[b, i, j, x]]
 
     Half-precision inputs are multiplied and summed in float32, float64 stays float64, whatever autocast says.
-    If nothing is visible the loss is exactly 0 and still has a graph to query, key and head.
+    If there is no match the loss is exactly 0 and still has a graph to query, key and head.
 
     Args:
         query: [B, K, V, N, D], exactly what the attention kernel receives.
         key: [B, K, V, N, D]; tokens beyond a view's own grid are ignored.
         correspondence: matches on the same token grid.
         head: joins the K heads.
-        scale: what the layer multiplies q.k by; None is D ** -0.5.
+        scale: the factor of q.k in the layer; None is D ** -0.5.
         pairs: "all", or bool [V, V] (query view, key view): which ordered pairs are supervised.
         normalize: "per_view": softmax over the keys of view j. "all_views": one softmax over the keys of all
             views but the query's own.
         reduction: "mean": sum(w * loss) / sum(w), with w = 1 unless the correspondence has a weight.
             "sum": sum(w * loss). "released": as the authors' released code, see `supervision_weights`.
-        num_reference_views: needed by, and read only for, "released".
+        num_reference_views: number of reference views; required by "released", and read for it only.
         softness: standard deviation, in tokens, of the Gaussian that spreads each match over the tokens around
             it; 0 is one token. See `cameo.alignment.rows.Window`.
         implementation: "reference": readable, holds all logits, can be differentiated twice. "chunked": loss and
             gradient in one sweep over the supervised queries, on any device, in a workspace of bounded size.
-            "triton": the same with kernels for CUDA. "auto": "triton" where it can, else "chunked"; "reference" for
-            a head with a forward of its own, a weight that requires a gradient, and inside of torch.func.
-        gelu: "exact": to the rounding of the precision, in the kernels of "triton" within 6e-7. "fast": there within
-            1.2e-6 by a shorter polynomial; the other implementations have the exact one only.
+            "triton": the same with kernels for CUDA. "auto": "triton" where it can serve, else "chunked"; "reference"
+            for a head with a forward of its own, a match weight that requires a gradient, and inside of torch.func.
+        gelu: "exact": to the rounding of the dtype; within 6e-7 in the kernels of "triton". "fast": within 1.2e-6, by
+            a shorter polynomial, in the kernels of "triton"; the other implementations always compute the exact one.
 
     Raises:
-        ShapeError: shapes that do not fit each other, the head or the correspondence.
-        ValueError: unknown option, match out of range, negative weight, or an implementation that cannot serve.
+        ShapeError: the shapes do not fit each other, the head or the correspondence.
+        ValueError: an option is unknown, a match is outside its view's token grid, a match weight is negative, or the
+            implementation cannot serve.
 
     Source: arXiv 2512.03045.
     """
@@ -100,7 +101,7 @@ def alignment_loss(
             'use normalize="all_views"'
         )
     chosen = _choose(implementation, query, head, correspondence)
-    # One rounding of the inputs is all that half precision costs: everything below is float32 or float64.
+    # Half precision costs one rounding of the inputs only: everything below is float32 or float64.
     dtype = torch.promote_types(query.dtype, torch.float32)
     weights = supervision_weights(
         correspondence,
@@ -129,10 +130,10 @@ def alignment_loss(
 
 
 def _choose(implementation: str, query: Tensor, head: AlignmentHead, correspondence: Correspondence) -> str:
-    """Resolve "auto", and refuse what cannot serve."""
+    """Resolve "auto", and refuse an implementation that cannot serve."""
     reason: str | None = None
     weight = correspondence.match_weight
-    if type(head).forward is not AlignmentHead.forward:  # FSDP makes a class of its own with the same forward
+    if type(head).forward is not AlignmentHead.forward:  # FSDP makes another class, with the same forward
         reason = f"it computes an AlignmentHead, and {type(head).__name__} may have a forward of its own"
     elif weight is not None and weight.requires_grad and torch.is_grad_enabled():
         reason = "it has no gradient for correspondence.match_weight, which requires one"
@@ -184,7 +185,7 @@ def _check_tensors(query: Tensor, key: Tensor, correspondence: Correspondence, h
             "Classifier-free guidance doubles the batch: repeat the correspondence or train without",
         ),
         "V": (views, "Use Correspondence.take_views to keep the views that the layer sees"),
-        "N": (tokens, "Build the correspondence with size=model.token_grid(height, width)"),
+        "N": (tokens, "Build the correspondence with token_grid=model.token_grid(height, width)"),
     }
     got = dict(zip("BKVND", query.shape, strict=True))
     for axis, (length, cure) in expected.items():

@@ -1,6 +1,6 @@
-"""The fused alignment loss as an operator of torch: for autograd, `torch.compile`, DDP and FSDP it is one step.
+"""The fused alignment loss as an operator of torch, a single step for autograd, `torch.compile`, DDP and FSDP.
 
-Its gradient is computed with the loss and kept, so a backward pass only multiplies it.
+Its gradient is computed together with the loss and kept, so that the backward pass only multiplies it.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cameo.alignment.heads import HeadWeights
 from cameo.alignment.rows import check_matches
-from cameo.alignment.sweep import HeadWeights, gradient_dtype, sweep
+from cameo.alignment.sweep import gradient_dtype, sweep
 
 __all__ = ["fused_alignment_loss"]
 
@@ -33,12 +34,12 @@ def _alignment_loss(
     gelu: str,
     gradients: bool,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    """Loss, and its gradient by query, key and the head's weights (without elements if not asked for)."""
+    """Return the loss and its gradients with respect to query, key and the head's weights, empty unless requested."""
     grids = list(zip(token_grids[::2], token_grids[1::2], strict=True))
     check_matches(index, grids)
     output = head[-1].reshape(-1) if head else None
     with torch.autocast(query.device.type, enabled=False):
-        swept = sweep(
+        result = sweep(
             query,
             key,
             index,
@@ -52,13 +53,13 @@ def _alignment_loss(
             gelu=gelu,
             gradients=gradients,
         )
-    if swept.query is None or swept.key is None:
-        return swept.loss, query.new_empty(0), query.new_empty(0), [weight.new_empty(0) for weight in head]
-    # Laid out as the fake kernel below says, whatever they are views of: compiled code relies on it.
-    found = [torch.empty_like(weight, memory_format=torch.contiguous_format) for weight in head]
-    for place, gradient in zip(found, swept.weights, strict=True):
-        place.copy_(gradient.view(place.shape))
-    return swept.loss, swept.query, swept.key, found
+    if result.query is None or result.key is None:
+        return result.loss, query.new_empty(0), query.new_empty(0), [weight.new_empty(0) for weight in head]
+    # Contiguous, as the fake kernel below promises, whatever they are views of: compiled code relies on it.
+    d_head = [torch.empty_like(weight, memory_format=torch.contiguous_format) for weight in head]
+    for target, gradient in zip(d_head, result.weights, strict=True):
+        target.copy_(gradient.view(target.shape))
+    return result.loss, result.query, result.key, d_head
 
 
 @_alignment_loss.register_fake
@@ -92,20 +93,28 @@ def _multiply(ctx: Any, d_loss: Tensor | None, *_: Any) -> tuple[Any, ...]:
         return (None, None, None, None, [None] * (len(gradients) - 2), *others)
     if not ctx.computed:
         raise RuntimeError("alignment_loss: computed without its gradient; call it outside of torch.no_grad()")
-    # Tensors that stand for others while a graph is traced are not to be changed, nor those of a graph that is kept.
+    # The saved gradients are multiplied in place, unless they are proxies of a graph being traced, or the graph is kept
+    # for another backward pass.
     traced = any(type(gradient) is not Tensor for gradient in gradients)
     kept = traced or torch._C._autograd._get_current_graph_task_keep_graph()
     dtypes = [ctx.input_dtype, ctx.input_dtype, *(gradient.dtype for gradient in gradients[2:])]
-    # Of one dimension, so that it is not rounded to the dtype of the gradient first.
+    # With one dimension, since torch would first round a factor of no dimension to the dtype of the gradient.
     factor = d_loss.reshape(1)
     if kept:
-        d_query, d_key, *d_head = [(one * factor).to(kind) for one, kind in zip(gradients, dtypes, strict=True)]
+        d_query, d_key, *d_head = [
+            (gradient * factor).to(dtype) for gradient, dtype in zip(gradients, dtypes, strict=True)
+        ]
     else:
         d_query, d_key, *d_head = [
-            torch.mul(one, factor, out=one if one.dtype == kind else torch.empty_like(one, dtype=kind))
-            for one, kind in zip(gradients, dtypes, strict=True)
+            torch.mul(gradient, factor, out=_in_dtype(gradient, dtype))
+            for gradient, dtype in zip(gradients, dtypes, strict=True)
         ]
     return (d_query, d_key, None, None, d_head, *others)
+
+
+def _in_dtype(gradient: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the gradient itself if it has this dtype, else an empty tensor like it."""
+    return gradient if gradient.dtype == dtype else torch.empty_like(gradient, dtype=dtype)
 
 
 _alignment_loss.register_autograd(_multiply, setup_context=_keep)
@@ -129,9 +138,9 @@ def fused_alignment_loss(
     """Compute the alignment loss; the arguments are those of `cameo.alignment_loss` after its checks.
 
     Args:
-        weights: `[B, V, V, N]`, of `cameo.alignment.supervision_weights`.
+        weights: `[B, V, V, N]`, as `cameo.alignment.supervision_weights` returns them.
         head: weights of the head in order: weight and bias of each hidden layer, then the last weight.
-        kind: of the head.
+        kind: kind of the head.
         token_grids: token grid `(h, w)` of each view.
         implementation: "chunked" or "triton".
         gelu: "exact", or "fast" for an approximation where the implementation has one.

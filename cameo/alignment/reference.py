@@ -1,4 +1,4 @@
-"""The alignment loss as one reads it, group by group, in plain torch; the fast forms are compared with it.
+"""The alignment loss in its most readable form, group by group, in plain torch; the fast forms are compared with it.
 
 Axes: B samples, V views, K heads, N tokens per view (the largest view; shorter ones are padded), D head
 dimension, i query view, j key view, R queries of a group, M keys of a group.
@@ -34,7 +34,7 @@ def reference_loss(
     normalize: str,
     softness: float,
 ) -> Tensor:
-    """The loss as one reads it, group by group; what the other implementations are compared with."""
+    """Compute the alignment loss group by group; the other implementations are compared with this one."""
     check_matches(correspondence.index, correspondence.token_grids)
     dtype = weights.dtype
     groups = _groups_per_view if normalize == "per_view" else _groups_all_views
@@ -49,8 +49,8 @@ def reference_loss(
             logits = head((queries.to(dtype) * scale) @ keys.to(dtype).transpose(-1, -2))
             log_sum = logits.logsumexp(dim=-1)[:, row, None]
             nll = (log_sum - logits[:, row[:, None], start[view] + token]).mean(dim=0)
-            part = (weight * nll).sum()
-            loss = part if loss is None else loss + part
+            group_loss = (weight * nll).sum()
+            loss = group_loss if loss is None else loss + group_loss
     return _zero_with_graph(query, key, head, dtype) if loss is None else loss
 
 
@@ -95,8 +95,8 @@ def _one_token_per_view(query: Tensor, key: Tensor, weights: Tensor, head: Align
         return None
     queries, keys = (tensor[cells, :, :, 0].transpose(0, 1) for tensor in (query, key))  # [K, cells, V, D]
     logits = head(queries @ keys.transpose(-1, -2))
-    own = torch.eye(logits.shape[-1], dtype=torch.bool, device=logits.device)
-    log_sum = logits.masked_fill(own, -torch.inf).logsumexp(dim=-1, keepdim=True)
+    same_view = torch.eye(logits.shape[-1], dtype=torch.bool, device=logits.device)
+    log_sum = logits.masked_fill(same_view, -torch.inf).logsumexp(dim=-1, keepdim=True)
     weight = weights[cells, ..., 0]
     nll = (log_sum - logits).mean(dim=0).masked_fill(weight == 0, 0)
     return (weight * nll).sum()

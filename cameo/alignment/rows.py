@@ -1,7 +1,7 @@
-"""Which queries the alignment loss looks at, and in which portions.
+"""Which queries the alignment loss supervises, and in which portions they are computed.
 
-A row is one softmax: a query token and the keys that it is compared with. Rows with the same keys form a group;
-a `Rows` is what is computed at once: some rows of one large group, or several small groups side by side.
+A row is one softmax: a query token and the keys that it is compared with. Rows with the same keys form a group.
+A portion, the class `Rows`, is computed at once: some rows of one large group, or several small groups side by side.
 
 Axes: B samples, V views, N tokens per view, L = V * N tokens of a sample, G groups, R rows of a group, M keys of a
 group, T targets of a row.
@@ -26,24 +26,25 @@ __all__ = ["Rows", "Window", "check_matches", "plan_rows"]
 Ranges = tuple[tuple[int, int], ...]
 
 # The Gaussian of soft targets is cut off at this many standard deviations.
-CUT = 3
-# Groups that fill less than this share of a portion are computed side by side.
-SMALL = 0.25
-# Rows of a large group that are worth the way of its keys through the caches.
+CUTOFF = 3
+# Groups that fill at most this share of a portion are computed side by side.
+SMALL_GROUP = 0.25
+# A portion of a large group has at least this many rows, or reading its keys would take longer than the products.
 LEAST_ROWS = 32
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of G groups, and the keys of each group.
+    """A portion: rows of G groups, and the keys of each group.
 
     - `samples`: the sample of each group.
     - `ranges`: for each group the ranges `(start, stop)` of its keys among the L tokens of the sample; the columns
-      `0..M-1` are these ranges in order. All groups have the same M, and if G > 1, all rows of their groups.
-    - `queries`: `[G, R]`, token of the sample; where `targets` of different lengths stand side by side, rows without
-      weight fill up.
-    - `targets`, `weights`: `[G, R, T]`, columns and what each counts; 0 = no target.
-    - `own`: `[G, R, 2]`, a range of columns that the row does not see; None where all see all.
+      `0..M-1` are these ranges in order. All groups have the same M; if G > 1, each has all of its rows here.
+    - `queries`: `[G, R]`, the query's position among the tokens of the sample. Groups with fewer than R rows are padded
+      with rows whose weights are all 0.
+    - `targets`, `weights`: `[G, R, T]`, the column of each target and its weight; 0 = no target.
+    - `excluded`: `[G, R, 2]`, the half-open range of columns that a row does not see, those of its own view; None where
+      every row sees every column.
     """
 
     samples: tuple[int, ...]
@@ -51,7 +52,7 @@ class Rows:
     queries: Tensor
     targets: Tensor
     weights: Tensor
-    own: Tensor | None = None
+    excluded: Tensor | None = None
 
     @property
     def keys(self) -> int:
@@ -60,19 +61,19 @@ class Rows:
 
 
 def check_matches(index: Tensor, token_grids: Sequence[TokenGrid]) -> None:
-    """Refuse a match that is no token of its view; `Correspondence` itself reads values on the CPU only.
+    """Refuse a match outside its view's token grid; `Correspondence` itself reads values on the CPU only.
 
     Args:
         index: int64 `[B, V, V, N]`, as in `cameo.Correspondence`.
         token_grids: token grid `(h, w)` of each view.
 
     Raises:
-        ValueError: naming the match.
+        ValueError: the message names the match.
     """
     lengths = torch.tensor([height * width for height, width in token_grids], device=index.device)
-    own = torch.eye(len(token_grids), dtype=torch.bool, device=index.device)
+    same_view = torch.eye(len(token_grids), dtype=torch.bool, device=index.device)
     token = torch.arange(index.shape[3], device=index.device)
-    no_pair = rearrange(own, "i j -> 1 i j 1") | (token >= rearrange(lengths, "i -> 1 i 1 1"))
+    no_pair = rearrange(same_view, "i j -> 1 i j 1") | (token >= rearrange(lengths, "i -> 1 i 1 1"))
     limit = rearrange(lengths, "j -> 1 1 j 1").masked_fill(no_pair, 0)
     wrong = (index >= limit) & (index >= 0) | (index < -1)
     if bool(wrong.any()):
@@ -81,7 +82,7 @@ def check_matches(index: Tensor, token_grids: Sequence[TokenGrid]) -> None:
             f"correspondence.index[{b}, {i}, {j}, {x}]: expected -1, or a token of view {j} with grid "
             f"{token_grids[j]} for a token of another view {i} with grid {token_grids[i]}, got "
             f"{index[b, i, j, x].item()}. "
-            "Build the correspondence with size=model.token_grid(height, width)"
+            "Build the correspondence with token_grid=model.token_grid(height, width)"
         )
 
 
@@ -98,23 +99,24 @@ def plan_rows(
 ) -> Iterator[Rows]:
     """Cut the supervised queries into portions of about `pairs` query-key pairs.
 
-    A portion of a large group has at least 32 rows, as far as these stay below `most_pairs`, and never less than one.
+    A portion of a large group has at least 32 rows unless these exceed `most_pairs`, and always at least one.
 
     Args:
         index: int64 `[B, V, V, N]`, as in `cameo.Correspondence`.
-        weights: `[B, V, V, N]` of the same matches; 0 = not supervised.
+        weights: `[B, V, V, N]`, weight of each match; 0 = not supervised.
         token_grids: token grid `(h, w)` of each view.
         normalize: "per_view": the keys of a row are those of one other view. "all_views": of all others.
         softness: standard deviation in tokens of the Gaussian around each match, see `Window`.
-        pairs, most_pairs: how many query-key pairs to compute at once.
-        most_tokens: how many rows at once, and how many keys of several groups side by side.
+        pairs: number of query-key pairs that a portion should have.
+        most_pairs: number of query-key pairs that a portion may have, unless a single row has more.
+        most_tokens: number of rows that a portion may have, and of keys of several groups side by side.
     """
     window = Window(token_grids, softness, index.device)
     groups = _groups_per_view if normalize == "per_view" else _groups_all_views
     waiting: list[_Group] = []
     longest = 0
     for group in groups(index, weights, token_grids, pairs):
-        small = not group.shares_keys and len(group.queries) * group.keys <= SMALL * pairs
+        small = not group.shares_keys and len(group.queries) * group.keys <= SMALL_GROUP * pairs
         longest = max(longest, len(group.queries)) if waiting else len(group.queries)
         if waiting:
             count = len(waiting) + 1
@@ -136,12 +138,12 @@ def plan_rows(
 class Window:
     """Spreads each match over the tokens around it, by a Gaussian on the token grid.
 
-    The weight of a match is shared out among the tokens within 3 standard deviations that exist, so its sum stays
-    what it was. With `softness=0` a match stays as it is.
+    The weight of a match is distributed over the tokens of the grid within 3 standard deviations, so that its sum is
+    preserved. With `softness=0` a match keeps its single token.
 
     Example:
-        >>> one = torch.zeros(1, 1, dtype=torch.int64)
-        >>> views, tokens, weights = Window([(2, 2)], 0.5).spread(one, one, torch.ones(1, 1))
+        >>> view = token = torch.zeros(1, 1, dtype=torch.int64)
+        >>> views, tokens, weights = Window([(2, 2)], 0.5).spread(view, token, torch.ones(1, 1))
         >>> sorted(round(weight, 3) for weight in weights[weights > 0].tolist())
         [0.014, 0.105, 0.105, 0.776]
 
@@ -154,19 +156,22 @@ class Window:
     def __init__(self, token_grids: Sequence[TokenGrid], softness: float, device: torch.device | str = "cpu") -> None:
         self.softness = softness
         self.grids = torch.tensor(token_grids, device=device)
-        reach = min(math.floor(CUT * softness), max(itertools.chain(*token_grids)) - 1)
-        steps = [
+        reach = min(math.floor(CUTOFF * softness), max(itertools.chain(*token_grids)) - 1)
+        offsets = [
             (down, right)
             for down, right in itertools.product(range(-reach, reach + 1), repeat=2)
-            if down**2 + right**2 <= (CUT * softness) ** 2
+            if down**2 + right**2 <= (CUTOFF * softness) ** 2
         ]
-        self.steps = torch.tensor(steps, device=device)
+        self.offsets = torch.tensor(offsets, device=device)
 
     def spread(self, views: Tensor, tokens: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Turn view, token and weight `[..., T]` of matches into those of soft targets `[..., T * S]`."""
-        if len(self.steps) == 1:
+        """Turn the views, tokens and weights `[..., T]` of matches into those of soft targets, `[..., T * S]`.
+
+        S is the number of tokens in the window; the weight of a token outside the grid is 0.
+        """
+        if len(self.offsets) == 1:
             return views, tokens, weights
-        down, right = self.steps.unbind(-1)
+        down, right = self.offsets.unbind(-1)
         height, width = self.grids[views].unsqueeze(-2).unbind(-1)
         row, column = tokens[..., None] // width + down, tokens[..., None] % width + right
         inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
@@ -183,17 +188,25 @@ class Window:
 
 @dataclass(frozen=True)
 class _Group:
-    """All rows with the same keys: queries `[R]`, matches `[R, T]` as view, token and weight, own columns `[R, 2]`."""
+    """All rows with the same keys.
+
+    - `sample`, `ranges`: as in `Rows`.
+    - `first_column`: `[V]`, the column of each view's first token.
+    - `queries`: `[R]`, as in `Rows`.
+    - `views`, `tokens`, `weights`: `[R, T]`, view, token and weight of each match.
+    - `excluded`: `[R, 2]`, as in `Rows`.
+    - `shares_keys`: whether another group of the same sample has some of the same keys.
+    """
 
     sample: int
     ranges: Ranges
-    first_column: Tensor  # [V]
+    first_column: Tensor
     queries: Tensor
     views: Tensor
     tokens: Tensor
     weights: Tensor
-    own: Tensor | None = None
-    shares_keys: bool = False  # with another group of the same sample
+    excluded: Tensor | None = None
+    shares_keys: bool = False
 
     @property
     def keys(self) -> int:
@@ -201,7 +214,7 @@ class _Group:
 
     def cut(self, start: int, stop: int) -> _Group:
         rows = {name: getattr(self, name)[start:stop] for name in ("queries", "views", "tokens", "weights")}
-        return replace(self, **rows, own=None if self.own is None else self.own[start:stop])
+        return replace(self, **rows, excluded=None if self.excluded is None else self.excluded[start:stop])
 
 
 def _groups_per_view(index: Tensor, weights: Tensor, token_grids: Sequence[TokenGrid], pairs: int) -> Iterator[_Group]:
@@ -219,14 +232,15 @@ def _groups_per_view(index: Tensor, weights: Tensor, token_grids: Sequence[Token
         start, stop = stop, stop + count
         sample, view = divmod(group, views)
         keys = (view * tokens, view * tokens + token_grids[view][0] * token_grids[view][1])
-        found, tokens_found, weights_found = (column[start:stop, None] for column in (j, token, weight))
-        yield _Group(sample, (keys,), first_column, query[start:stop], found, tokens_found, weights_found)
+        rows, matches = slice(start, stop), (slice(start, stop), None)
+        yield _Group(sample, (keys,), first_column, query[rows], j[matches], token[matches], weight[matches])
 
 
 def _groups_all_views(index: Tensor, weights: Tensor, token_grids: Sequence[TokenGrid], pairs: int) -> Iterator[_Group]:
-    """All supervised queries of a view against the keys of all others.
+    """All supervised queries of a view against the keys of all other views.
 
-    Of a small sample all supervised queries against all keys, each row without the columns of its own view.
+    All supervised queries of a small sample are one group with the keys of all views; each row excludes the columns of
+    its own view.
     """
     batch, views, _, tokens = index.shape
     lengths = [height * width for height, width in token_grids]
@@ -234,18 +248,20 @@ def _groups_all_views(index: Tensor, weights: Tensor, token_grids: Sequence[Toke
     counts = torch.bincount(b * views + i, minlength=batch * views).view(batch, views).tolist()
     query, token, weight = i * tokens + x, index[b, i, :, x].clamp(min=0), weights[b, i, :, x]
     view = torch.arange(views, device=index.device).expand_as(token)
-    everywhere = torch.tensor(list(itertools.accumulate(lengths, initial=0)), device=index.device)
-    elsewhere = everywhere[:-1] - torch.tensor(lengths, device=index.device)[:, None] * torch.ones(
+    # First column of each view among the keys of all views, and, for each view left out, among those of the others.
+    columns_of_all = torch.tensor(list(itertools.accumulate(lengths, initial=0)), device=index.device)
+    columns_of_others = columns_of_all[:-1] - torch.tensor(lengths, device=index.device)[:, None] * torch.ones(
         views, views, dtype=torch.int64, device=index.device
     ).triu(1)
-    own = everywhere[i[:, None] + torch.arange(2, device=index.device)]
+    excluded = columns_of_all[i[:, None] + torch.arange(2, device=index.device)]
     stop = 0
     for sample, of_views in enumerate(counts):
-        if 0 < sum(of_views) * sum(lengths) <= SMALL * pairs:
+        if 0 < sum(of_views) * sum(lengths) <= SMALL_GROUP * pairs:
             start, stop = stop, stop + sum(of_views)
             rows = slice(start, stop)
             ranges = _joined(lengths, tokens, without=None)
-            yield _Group(sample, ranges, everywhere[:-1], query[rows], view[rows], token[rows], weight[rows], own[rows])
+            group = _Group(sample, ranges, columns_of_all[:-1], query[rows], view[rows], token[rows], weight[rows])
+            yield replace(group, excluded=excluded[rows])
             continue
         for of_view, count in enumerate(of_views):
             if not count:
@@ -253,14 +269,13 @@ def _groups_all_views(index: Tensor, weights: Tensor, token_grids: Sequence[Toke
             start, stop = stop, stop + count
             rows = slice(start, stop)
             ranges = _joined(lengths, tokens, without=of_view)
-            first_column = elsewhere[of_view]
-            yield _Group(
-                sample, ranges, first_column, query[rows], view[rows], token[rows], weight[rows], shares_keys=True
-            )
+            first_column = columns_of_others[of_view]
+            group = _Group(sample, ranges, first_column, query[rows], view[rows], token[rows], weight[rows])
+            yield replace(group, shares_keys=True)
 
 
 def _joined(lengths: list[int], tokens: int, without: int | None) -> Ranges:
-    """Ranges of the tokens of all views but one; neighbours without padding between them are joined."""
+    """Ranges of the tokens of all views except `without`; ranges without padding between them are joined."""
     ranges: list[tuple[int, int]] = []
     for view, length in enumerate(lengths):
         if view == without:
@@ -273,13 +288,15 @@ def _joined(lengths: list[int], tokens: int, without: int | None) -> Ranges:
 
 
 def _side_by_side(groups: list[_Group], window: Window) -> Rows:
+    """Bring groups into one portion; shorter ones are padded with zeros."""
+
     def stack(parts: list[Tensor]) -> Tensor:
         return parts[0][None] if len(parts) == 1 else pad_sequence(parts, batch_first=True)
 
     targets, weights = [], []
     for group in groups:
         views, tokens, weight = window.spread(group.views, group.tokens, group.weights)
-        # Where there is no weight, any column will do.
+        # Without a weight a target has no meaning, but its column must exist.
         targets.append(torch.where(weight > 0, group.first_column[views] + tokens, 0))
         weights.append(weight)
     return Rows(
@@ -288,5 +305,5 @@ def _side_by_side(groups: list[_Group], window: Window) -> Rows:
         stack([group.queries for group in groups]),
         stack(targets),
         stack(weights),
-        None if groups[0].own is None else stack([group.own for group in groups if group.own is not None]),
+        None if groups[0].excluded is None else stack([g.excluded for g in groups if g.excluded is not None]),
     )

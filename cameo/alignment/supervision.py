@@ -28,7 +28,7 @@ def supervision_weights(
     num_reference_views: int | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Weight [B, V, V, N] of each -log p[match] in the alignment loss, which is their weighted sum.
+    """Return the weight [B, V, V, N] of each -log p[match] in the alignment loss, which is their weighted sum.
 
     Example:
         >>> from cameo import Correspondence
@@ -37,19 +37,21 @@ def supervision_weights(
         >>> supervision_weights(Correspondence(index=index, token_grids=((2, 2), (2, 2))))[0, 0, 1].tolist()
         [0.5, 0.5, 0.0, 0.0]
 
-    "released": of all other views of a query token only the one with the nearest 3D point carries a target,
-    and only if that pair is visible, yet every visible pair counts in the mean. The queries of the first
-    `num_reference_views` views and those of the rest are averaged apart and added; an empty part counts 0.
+    "released": among all other views of a query token only the view with the nearest 3D point carries a target,
+    and only if there is a match in it; yet every match counts in the mean. The queries of the first
+    `num_reference_views` views and those of the other views are averaged separately and the two means are added; the
+    mean of an empty part is 0.
 
     Raises:
-        ShapeError: `pairs`, `weight` or `distance` of another shape.
-        ValueError: unknown reduction, negative or non-finite weight, or what "released" needs is missing.
+        ShapeError: `pairs`, `match_weight` or `distance` has another shape.
+        ValueError: the reduction is unknown, a match weight is negative or not finite, or something that "released"
+            needs is missing.
 
     Source: arXiv 2512.03045 and the code released with it.
     """
     check_choice("reduction", reduction)
-    visible = correspondence.matched & _pair_mask(pairs, correspondence)[None, :, :, None]
-    weights = visible.to(dtype)
+    supervised = correspondence.matched & _pair_mask(pairs, correspondence)[None, :, :, None]
+    weights = supervised.to(dtype)
     if correspondence.match_weight is not None:
         _check_like_index("correspondence.match_weight", correspondence.match_weight, correspondence)
         if not bool(((correspondence.match_weight >= 0) & correspondence.match_weight.isfinite()).all()):
@@ -57,8 +59,8 @@ def supervision_weights(
                 f"correspondence.match_weight: expected finite values of at least 0, got a minimum of "
                 f"{correspondence.match_weight.min().item():g}; clamp the weights"
             )
-        # where, not a product: the weight of a pair that is not visible has no meaning.
-        weights = torch.where(visible, correspondence.match_weight.to(dtype), 0)
+        # where, not a product: the weight of a pair without a match has no meaning and may be NaN.
+        weights = torch.where(supervised, correspondence.match_weight.to(dtype), 0)
     if reduction == "sum":
         return weights
     if reduction == "mean":
@@ -78,14 +80,14 @@ def _nearest_view(correspondence: Correspondence) -> Tensor:
             "Build the correspondence with Correspondence.from_point_maps"
         )
     _check_like_index("correspondence.distance", correspondence.distance, correspondence)
-    own = torch.eye(correspondence.num_views, dtype=torch.bool, device=correspondence.index.device)
-    distance = correspondence.distance.masked_fill(rearrange(own, "i j -> 1 i j 1"), torch.inf)
+    same_view = torch.eye(correspondence.num_views, dtype=torch.bool, device=correspondence.index.device)
+    distance = correspondence.distance.masked_fill(rearrange(same_view, "i j -> 1 i j 1"), torch.inf)
     nearest = distance.argmin(dim=2, keepdim=True)
     return torch.zeros_like(distance, dtype=torch.bool).scatter(2, nearest, value=True)
 
 
 def _nonzero(total: Tensor) -> Tensor:
-    # An empty mean counts 0, so its divisor may be anything but 0.
+    # The mean of nothing is 0, so its divisor may be any number but 0.
     return torch.where(total > 0, total, 1)
 
 

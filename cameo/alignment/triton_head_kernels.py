@@ -1,13 +1,13 @@
-# What Triton compiles in is written in capitals; it needs both branches of a choice, joins tuples by + alone, and
-# infers types.
+# Compile-time constants of Triton are written in capitals. Triton needs both branches of a choice, joins tuples with +
+# only, and infers types.
 # ruff: noqa: N803, RET505, RUF005
 # mypy: disable-error-code="no-untyped-def, assignment"
 """Triton kernels of the alignment head, see `cameo.alignment.triton_heads`, which launches them.
 
 Axes: K heads (HEADS; WIDTH with padding and the row of ones), m hidden units in CHUNKS of 8, P pairs of a row and a
-column in tiles of TILE. Tiles are indexed such that loads and stores touch the registers that the tensor cores use,
-without exchange between threads. SPLIT: float32 logits, multiplied as two TF32 parts. INTERPRETED: run by Triton's
-interpreter, which knows no assembly and multiplies in float32.
+column in tiles of TILE. Tiles are indexed so that loads and stores use the registers that the tensor cores need,
+without an exchange between threads. SPLIT: float32 logits, multiplied as two TF32 parts. INTERPRETED: run by Triton's
+interpreter, which has no assembly and multiplies in float32.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ def normal_cdf(x, square, FAST: tl.constexpr, INTERPRETED: tl.constexpr):
     """Cumulative normal distribution of x, given x * x, as 1 / (1 + 2 ** (x * P(x * x))).
 
     The log-odds of the normal distribution are odd and smooth, so P is a short polynomial, fitted for the least
-    error of x * normal_cdf(x) on 0 to 5.5 and held beyond. With degree 7 the error is that of float32 itself; unlike
-    0.5 * (1 + erf(x / sqrt(2))) nothing cancels for negative x. FAST takes degree 5.
+    error of x * normal_cdf(x) on 0 to 5.5 and constant beyond. With degree 7 the error is that of float32 itself; in
+    contrast to 0.5 * (1 + erf(x / sqrt(2))) nothing cancels for negative x. FAST uses degree 5.
     """
     t = tl.minimum(square, 30.25)
     if FAST:
@@ -67,7 +67,7 @@ def normal_cdf(x, square, FAST: tl.constexpr, INTERPRETED: tl.constexpr):
 
 @triton.jit
 def _truncate(x):
-    # Tensor cores read the upper 19 bits of a float32 as TF32 and ignore the rest.
+    # Tensor cores read the upper 19 bits of a float32 number as TF32 and ignore the others.
     return (x.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
 
 
@@ -161,7 +161,7 @@ def _load_logits(logits, first, pairs, keep, HEADS: tl.constexpr, WIDTH: tl.cons
 
 @triton.jit
 def _hidden(x_high, x_low, packed, PART: tl.constexpr, WIDTH: tl.constexpr, SPLIT: tl.constexpr):
-    """[TILE, 8]: eight hidden units before the GELU; the small products are summed first."""
+    """[TILE, 8]: eight hidden units before the GELU; the smaller products are summed first."""
     high = _in_operand(packed, WIDTH)
     hidden = tl.dot(x_high, _in_operand(packed + PART, WIDTH), input_precision="tf32")
     if SPLIT:
@@ -207,7 +207,7 @@ def scores_kernel(
 
 @triton.jit
 def _hidden_gradient(hidden, score_gradient, FAST: tl.constexpr, INTERPRETED: tl.constexpr):
-    """Gradient of eight hidden units short of weight_out [TILE, 8], and their share of its own gradient."""
+    """Gradient of eight hidden units without the factor weight_out [TILE, 8], and that of weight_out per pair."""
     square = hidden * hidden
     cdf = normal_cdf(hidden, square, FAST, INTERPRETED) * score_gradient
     # 2 ** -1.3257480647361593 = 1 / sqrt(2 pi); the factor of the square is -0.5 / log(2).
@@ -271,9 +271,10 @@ def gradient_kernel(
     INTERPRETED: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Overwrite logits by their gradient (FOR_LOGITS), sum that of the weights (FOR_WEIGHTS) for one group.
+    """Overwrite logits with their gradient (FOR_LOGITS), sum that of the weights (FOR_WEIGHTS) for one group.
 
-    partial: [programs, CHUNKS, WIDTH + 1, 8]; at WIDTH the gradient of weight_out; the rest lacks weight_out.
+    partial: [programs, CHUNKS, WIDTH + 1, 8]: at WIDTH the gradient of weight_out; the other gradients still lack the
+    factor weight_out.
     """
     unit = tl.arange(0, 8)
     program = tl.program_id(0).to(tl.int64)
@@ -288,7 +289,7 @@ def gradient_kernel(
         first = tl.cast(tile, tl.int64) * TILE
         pair = tl.arange(0, 8)[:, None] * (TILE // 8) + tl.arange(0, TILE // 8)[None, :]
         score_gradient = tl.load(score_gradients + first + pair, mask=first + pair < pairs, other=0.0)
-        # What has no gradient is not read, so nothing there, not even NaN, reaches a gradient.
+        # Logits without a gradient are not read, so that a NaN among them cannot reach a gradient.
         keep = (score_gradient != 0)[None, :, None, :]
         score_gradient = tl.reshape(tl.trans(score_gradient), [TILE])[:, None]
         x = _load_logits(logits, first, pairs, keep, HEADS, WIDTH, TILE)
@@ -383,27 +384,27 @@ def softmax_kernel(
     logits,
     targets,
     weights,
-    own,
+    excluded,
     losses,
     rows,
     columns,
     targets_per_row,
     scale,
     COPIES: tl.constexpr,
-    OWN: tl.constexpr,
+    EXCLUDES: tl.constexpr,
     GRADIENT: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Losses of ROWS rows, and their logits overwritten by the gradient."""
+    """Losses of ROWS rows, and their logits overwritten with the gradient."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     valid = row < rows
     column = tl.arange(0, COLUMNS)[None, :]
-    own_first = tl.zeros([ROWS, 1], tl.int64)
-    own_end = own_first
-    if OWN:
-        own_first = tl.load(own + row * 2, mask=valid, other=0)[:, None]
-        own_end = tl.load(own + row * 2 + 1, mask=valid, other=0)[:, None]
+    excluded_first = tl.zeros([ROWS, 1], tl.int64)
+    excluded_end = excluded_first
+    if EXCLUDES:
+        excluded_first = tl.load(excluded + row * 2, mask=valid, other=0)[:, None]
+        excluded_end = tl.load(excluded + row * 2 + 1, mask=valid, other=0)[:, None]
     loss = tl.zeros([ROWS], tl.float32)
     for copy in range(COPIES):
         start_of_row = logits + (tl.cast(copy, tl.int64) * rows + row) * columns
@@ -411,7 +412,7 @@ def softmax_kernel(
         total = tl.zeros([ROWS], tl.float32)
         for start in range(0, columns, COLUMNS):
             place = start + column
-            seen = valid[:, None] & (place < columns) & ((place < own_first) | (place >= own_end))
+            seen = valid[:, None] & (place < columns) & ((place < excluded_first) | (place >= excluded_end))
             s = tl.load(start_of_row[:, None] + place, mask=seen, other=float("-inf")).to(tl.float32)
             s = tl.where(seen, s * scale, float("-inf"))
             new_peak = tl.maximum(peak, tl.max(s, 1))
@@ -435,7 +436,7 @@ def softmax_kernel(
             for start in range(0, columns, COLUMNS):
                 place = start + column
                 inside = valid[:, None] & (place < columns)
-                seen = inside & ((place < own_first) | (place >= own_end)) & (mass != 0)[:, None]
+                seen = inside & ((place < excluded_first) | (place >= excluded_end)) & (mass != 0)[:, None]
                 s = tl.load(start_of_row[:, None] + place, mask=seen, other=0.0).to(tl.float32) * scale
                 gradient = tl.exp(s - peak[:, None]) * normalizer
                 for t in range(targets_per_row):

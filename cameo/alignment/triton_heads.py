@@ -1,16 +1,17 @@
-"""The alignment head of a chunk of rows in Triton: losses, and logits turned into their gradient in place.
+"""The alignment head in Triton: the losses of some rows, and their logits overwritten with the gradient.
 
 Axes: K heads, R rows (supervised queries), M columns (keys), T targets per row, m hidden units of the head.
 
-A head with a hidden layer runs as three kernels over the flat list of R * M pairs, so no tile is wasted on short
-rows: scores of every pair; the softmax of every row, which turns the scores into their gradient; the gradient of
-every pair, with the gradient of the weights summed in registers, one partial sum per program, added in a fixed
-order. Nothing is atomic, so results are the same bits on every run, whichever tuned configuration is chosen. Speed
-does not depend on how the pairs are cut into rows, so neither does the tuning.
+A head with a hidden layer runs as three kernels over the flat list of R * M pairs, so that no tile is wasted on short
+rows: the first computes the score of every pair; the second takes the softmax of every row and turns the scores into
+their gradient; the third computes the gradient of every pair and sums the gradient of the weights in registers. The
+partial sums of the programs are added in a fixed order and nothing is atomic, so results are the same bits on every
+run, whichever tuned configuration is chosen. Speed does not depend on how the pairs are cut into rows, so neither does
+the tuning.
 
 All matrix products run on tensor cores in TF32 with float32 sums. Weights, float32 logits and their gradients are
-split into two TF32 parts and multiplied in three products, which keeps 21 bits; half-precision logits fit one part.
-Logits are extended by a row of ones, so the bias is one more column of weight_in.
+split into two TF32 parts and multiplied in three products, which keeps 21 bits; half-precision logits fit into one
+part. A row of ones is appended to the logits, so that the bias is one more column of weight_in.
 """
 
 from __future__ import annotations
@@ -41,20 +42,20 @@ except ImportError as error:
 
 __all__ = ["GELUS", "HeadPlan", "mlp_rows", "refusal", "softmax_rows", "softmax_tile"]
 
-# Chunks of hidden units unrolled, and stages of loading ahead; all give the same bits.
+# Number of unrolled chunks of hidden units, and of pipeline stages; all choices give the same bits.
 SCORES_CONFIGURATIONS = ((8, 1), (1, 1), (8, 3))
 GRADIENT_OPTIONS = {"num_warps": 1, "num_stages": 1}
 
-# A kernel that Triton interprets cannot hold assembly and is not tuned.
+# A kernel that Triton interprets cannot contain assembly and is not tuned.
 _INTERPRETED = interpreted()
-# One warp computes 32 pairs at a time: what it exchanges stays inside it, and no product is computed twice.
+# One warp computes 32 pairs at a time: threads exchange values within the warp only, and no product is computed twice.
 TILE = 32
 _TILES_PER_PROGRAM = 8
-# Full rounds whether 8 or 12 programs share a processor at a time.
+# Divisible by 8 and by 12, the numbers of programs that share a multiprocessor, so that all rounds are full.
 _PROGRAMS_PER_PROCESSOR = 24
 _PARTIAL_BYTES = 12 << 20
 _SUMMED_AT_ONCE = 64
-# Registers of one thread that may hold sums of weight gradients.
+# Number of registers of one thread that may hold sums of weight gradients.
 _SUM_REGISTERS = 100
 _SOFTMAX_TILE = 1024
 _TIMED_CALLS = 10
@@ -71,7 +72,7 @@ class HeadPlan:
     Attributes:
         padded_heads: 8, 16, 32 or 64, at least K + 1: the heads and the row of ones.
         group_chunks: chunks of 8 hidden units whose weight gradients one program sums.
-        groups: programs that share the hidden units; with one, a single sweep gives all gradients.
+        groups: number of programs that share the hidden units; with one, a single sweep gives all gradients.
         chunks: group_chunks * groups, at least m / 8.
     """
 
@@ -85,7 +86,7 @@ class HeadPlan:
 
 
 def _quantiles_of_time(call: Callable[[], None], quantiles: tuple[float, ...]) -> list[float]:
-    """Quantiles of the milliseconds of a kernel; unlike Triton's own measure this allocates nothing large."""
+    """Quantiles of the duration of a kernel in milliseconds; unlike Triton's measure this allocates nothing large."""
     call()
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(_TIMED_CALLS)]
     for start, end in events:
@@ -97,7 +98,7 @@ def _quantiles_of_time(call: Callable[[], None], quantiles: tuple[float, ...]) -
     return torch.quantile(times, torch.tensor(quantiles)).tolist()
 
 
-# Chosen on the first call of a head's size and dtype, and kept on disk.
+# The configuration is chosen on the first call with a head's size and dtype, and kept on disk.
 _tuned_scores_kernel = triton.autotune(
     [
         triton.Config({"UNROLL": unroll}, num_warps=1, num_stages=stages)
@@ -117,11 +118,11 @@ def mlp_rows(
     scale: float,
     targets: Tensor,
     weights: Tensor,
-    own: Tensor | None,
+    excluded: Tensor | None,
     gradients: tuple[Tensor, Tensor, Tensor] | None,
     gelu: str = "exact",
 ) -> Tensor:
-    """Losses [R] of rows whose heads are joined by one hidden layer; waits for nothing on the device.
+    """Losses [R] of rows whose heads are joined by one hidden layer; the host does not wait for the device.
 
     Example:
         >>> logits = torch.randn(8, 100, 256, device="cuda")               # doctest: +SKIP
@@ -133,33 +134,33 @@ def mlp_rows(
 
         loss = sum_t weights[t] * (logsumexp(s over the columns seen) - s[targets[t]])
 
-    A row without a weight has loss 0 and gradient 0, whatever its logits are. Not-a-number or infinite logits of
+    A row whose weights are all 0 has loss 0 and gradient 0, whatever its logits are. NaN or infinite logits of
     another row give a loss that is not finite.
 
     Args:
         logits: [K, R, M] contiguous, float32, bfloat16 or float16, products of queries and keys, K from 1 to 32;
-            overwritten by the gradient of losses.sum() if `gradients` is given.
+            overwritten with the gradient of losses.sum() if `gradients` is given.
         weight_in: [m, K] float32.
         bias: [m] float32.
         weight_out: [m] float32.
-        scale: what the layer multiplies q.k by.
-        targets: [R, T] int64, columns, 0 to M - 1 and none of `own`.
-        weights: [R, T] float32, at least 0; 0 marks a place without a target.
-        own: [R, 2] int64, half-open range of columns that the row does not see, or None.
+        scale: the factor of q.k in the layer.
+        targets: [R, T] int64, the column of each target, 0 to M - 1 and outside `excluded`.
+        weights: [R, T] float32, the weight of each target, at least 0; 0 = no target.
+        excluded: [R, 2] int64, half-open range of columns that a row does not see, or None.
         gradients: three float32 tensors like weight_in, bias and weight_out that the gradients are added to, or
             None for losses only.
         gelu: "exact", at most 6e-7 from the true GELU for inputs between -12 and 12, where torch in float32 is up to
             1.2e-6 off, depending on the processor; or "fast", at most 1.2e-6 off and 6 % fewer instructions.
 
     Raises:
-        ShapeError: a tensor of another shape, or not contiguous.
-        ValueError: unknown `gelu`, or another dtype.
+        ShapeError: a tensor has another shape or is not contiguous.
+        ValueError: `gelu` is unknown, or a tensor has another dtype.
 
     Source: the loss of arXiv 2512.03045.
     """
     if gelu not in GELUS:
         raise unknown_name("gelu", gelu, GELUS)
-    _check_rows(logits, targets, weights, own)
+    _check_rows(logits, targets, weights, excluded)
     heads, rows, columns = logits.shape
     units = len(bias)
     if not 1 <= heads <= MAX_HEADS:
@@ -171,7 +172,7 @@ def mlp_rows(
         ("weight_in", "bias", "weight_out"), gradients or (), (weight_in, bias, weight_out), strict=False
     ):
         _check(f"gradients of {name}", sums, "as it", tuple(like.shape), torch.float32)
-    float32: dict[str, Any] = {"dtype": torch.float32, "device": logits.device}  # whatever the default is
+    float32: dict[str, Any] = {"dtype": torch.float32, "device": logits.device}  # not torch's default dtype
     losses = torch.zeros(rows, **float32)
     pairs = rows * columns
     if pairs == 0:
@@ -193,10 +194,10 @@ def mlp_rows(
         _tuned_scores_kernel[(min(programs, at_once),)](
             logits, packed, weight_out, scores, pairs, units, **shape, **options
         )
-        _launch_softmax(scores, 1.0, targets, weights, own, gradients is not None, losses)
+        _launch_softmax(scores, 1.0, targets, weights, excluded, gradients is not None, losses)
         if gradients is None:
             return losses
-        # Groups of hidden units find the gradient of the weights first: logits hold nothing else afterwards.
+        # With several groups the gradient of the weights comes first, because that of the logits overwrites the logits.
         program_bytes = plan.chunks * (plan.padded_heads + 1) * 8 * 4
         summing = min(programs, max(1, at_once // plan.groups), max(1, _PARTIAL_BYTES // program_bytes))
         partial = torch.empty(summing, plan.chunks, plan.padded_heads + 1, 8, **float32)
@@ -223,7 +224,7 @@ def mlp_rows(
 
 
 def softmax_rows(
-    logits: Tensor, scale: float, targets: Tensor, weights: Tensor, own: Tensor | None, gradients: bool
+    logits: Tensor, scale: float, targets: Tensor, weights: Tensor, excluded: Tensor | None, gradients: bool
 ) -> Tensor:
     """Losses [R] of rows whose heads are joined linearly or not at all, averaged over the first axis.
 
@@ -231,23 +232,23 @@ def softmax_rows(
         >>> losses = softmax_rows(logits, 0.125, targets, weights, None, gradients=True)   # doctest: +SKIP
 
     Args:
-        logits: [C, R, M] contiguous, float32, bfloat16 or float16; the softmax is that of scale * logits.
-            Overwritten by the gradient of losses.sum() if `gradients`.
-        scale: what the layer multiplies q.k by.
+        logits: [C, R, M] contiguous, float32, bfloat16 or float16; the softmax is taken of scale * logits.
+            Overwritten with the gradient of losses.sum() if `gradients`.
+        scale: the factor of q.k in the layer.
         targets: see `mlp_rows`.
         weights: see `mlp_rows`.
-        own: see `mlp_rows`.
+        excluded: see `mlp_rows`.
         gradients: whether to compute the gradient.
 
     Raises:
-        ShapeError: a tensor of another shape, or not contiguous.
-        ValueError: another dtype.
+        ShapeError: a tensor has another shape or is not contiguous.
+        ValueError: a tensor has another dtype.
     """
-    _check_rows(logits, targets, weights, own)
+    _check_rows(logits, targets, weights, excluded)
     losses = torch.zeros(logits.shape[1], dtype=torch.float32, device=logits.device)
     if logits.numel():
         with torch.cuda.device_of(logits):
-            _launch_softmax(logits, scale, targets, weights, own, gradients, losses)
+            _launch_softmax(logits, scale, targets, weights, excluded, gradients, losses)
     return losses
 
 
@@ -267,7 +268,7 @@ def _launch_softmax(
     scale: float,
     targets: Tensor,
     weights: Tensor,
-    own: Tensor | None,
+    excluded: Tensor | None,
     gradients: bool,
     losses: Tensor,
 ) -> None:
@@ -277,14 +278,14 @@ def _launch_softmax(
         logits,
         targets,
         weights,
-        targets if own is None else own,
+        targets if excluded is None else excluded,
         losses,
         rows,
         columns,
         targets.shape[1],
         scale,
         COPIES=copies,
-        OWN=own is not None,
+        EXCLUDES=excluded is not None,
         GRADIENT=gradients,
         ROWS=tile_rows,
         COLUMNS=tile_columns,
@@ -292,7 +293,7 @@ def _launch_softmax(
     )
 
 
-def _check_rows(logits: Tensor, targets: Tensor, weights: Tensor, own: Tensor | None) -> None:
+def _check_rows(logits: Tensor, targets: Tensor, weights: Tensor, excluded: Tensor | None) -> None:
     if logits.ndim != 3 or not logits.is_contiguous():
         raise ShapeError("logits", expected="[K, R, M], contiguous", got=logits.shape)
     if logits.dtype not in DTYPES:
@@ -302,8 +303,8 @@ def _check_rows(logits: Tensor, targets: Tensor, weights: Tensor, own: Tensor | 
         raise ShapeError("targets", expected="[R, T]", got=targets.shape)
     _check("targets", targets, "[R, T]", (rows, targets.shape[1]), torch.int64)
     _check("weights", weights, "[R, T]", (rows, targets.shape[1]), torch.float32)
-    if own is not None:
-        _check("own", own, "[R, 2]", (rows, 2), torch.int64)
+    if excluded is not None:
+        _check("excluded", excluded, "[R, 2]", (rows, 2), torch.int64)
 
 
 def _check(name: str, tensor: Tensor, axes: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:

@@ -1,4 +1,4 @@
-"""Positions of tokens in the axes of an attention call, and one segment of its tokens taken out.
+"""Positions of tokens in the axes of an attention call, and extracting one segment of its tokens.
 
 Axes: as in `cameo.attention.layout`.
 """
@@ -24,31 +24,31 @@ def take_segment(
     views: Segment,
     grid: Segment,
 ) -> Tensor:
-    """One segment of [AB, K, L, D] as [B', K, views, grid, D]; a view of the same memory where possible."""
+    """Return one segment of [AB, K, L, D] as [B', K, views, grid, D], without a copy where possible."""
     tensor = tensor.narrow(2, first_position(segment, pattern, lengths), num_positions(segment, lengths))
     copies = "u" if "u" in pattern.batch else ""
-    # K and D are free for heads and channels, since axes are lower-case; einops knows no primes.
+    # The axes of a pattern are lower-case, so K and D are free for heads and channels; einops accepts no primes.
     expression = (
         f"({' '.join(pattern.batch)}) K ({' '.join(segment)}) D -> "
         f"{copies} (b {' '.join(pattern.folded)}) K ({' '.join(views)}) ({' '.join(grid)}) D"
     )
     used = {name.replace("'", "1"): lengths[name] for name in {*pattern.batch, *segment}}
-    part = rearrange(tensor, expression.replace("'", "1"), **used)
-    return part[0] if copies else part
+    extracted = rearrange(tensor, expression.replace("'", "1"), **used)
+    return extracted[0] if copies else extracted
 
 
 def num_positions(names: Segment, lengths: dict[str, int]) -> int:
-    """Number of positions along a product of axes: the product of their lengths."""
+    """Return the number of positions along a product of axes: the product of their lengths."""
     return math.prod(lengths[name] for name in names)
 
 
 def first_position(segment: Segment, pattern: Pattern, lengths: dict[str, int]) -> int:
-    """Where a segment begins on the token axis."""
+    """Return the position on the token axis at which a segment begins."""
     return sum(num_positions(other, lengths) for other in pattern.segments[: pattern.segments.index(segment)])
 
 
 def position_of(names: Segment, place: dict[str, int], lengths: dict[str, int]) -> int:
-    """Position of a place, given axis by axis, along a product of axes; the last axis is the fastest."""
+    """Return the position along a product of axes of a place given by axis; the last axis is the fastest."""
     position = 0
     for name in names:
         position = position * lengths[name] + place[name]

@@ -1,8 +1,8 @@
-"""Take queries and keys where the attention kernel receives them, and leave the kernel running.
+"""Record the queries and keys that the attention kernel receives, while the kernel itself runs as before.
 
-The supervised attention modules are watched for the length of one forward (see `cameo.attention.watched_layers`).
-Nothing is replaced, so the output stays bit-identical, and nothing is left behind: a recomputation under gradient
-checkpointing or a deepcopy meets no hook.
+The supervised attention modules are watched during one forward (see `cameo.attention.watched_layers`). Nothing is
+replaced, so the output stays bit-identical, and nothing remains afterwards: neither a recomputation under gradient
+checkpointing nor a deepcopy finds a hook.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ class AttentionLayer:
         stride: image pixels per token side, where it is known.
         unsupported: why the layer cannot be supervised, or None.
         reference_size: height and width in pixels at which a view with a token grid of its own is encoded.
-        kernel_call: which of the attention kernel calls of the module mixes the views, counted from 0; None
-            where there is one.
-        stride_cure: what to do where `stride` is not known.
+        kernel_call: which of the module's attention kernel calls mixes the views, counted from 0; None where there is
+            only one.
+        stride_cure: what the error recommends where `stride` is not known.
     """
 
     index: int
@@ -53,7 +53,7 @@ class AttentionLayer:
     stride_cure: str = field(default="pass stride= to cameo.wrap", compare=False, repr=False)
 
     def token_grids(self, height: int, width: int, num_views: int) -> TokenGrids:
-        """Token grid `(h, w)` of each view for images of `height` x `width` pixels, in correspondence order.
+        """Return the token grid `(h, w)` of each view for images of `height` x `width` pixels, in correspondence order.
 
         Example:
             >>> layout = TokenLayout("b (r h c w)", key="b (r h c w + h' w')", references_last=1, r=3, c=2)
@@ -61,7 +61,7 @@ class AttentionLayer:
             ((32, 32), (20, 20))
 
         Raises:
-            ValueError: if the image pixels per token are not known, or a size is no integer of at least 1.
+            ValueError: the image pixels per token are not known, or a size is no integer of at least 1.
         """
         if self.stride is None:
             raise ValueError(f"layer {self.path!r}: the image pixels per token are not known; {self.stride_cure}")
@@ -76,7 +76,7 @@ class AttentionLayer:
 
 @dataclass(frozen=True)
 class CapturedAttention:
-    """Queries and keys `[AB, K, L, D]` as one kernel call received them, and its logit scale."""
+    """Queries and keys `[AB, K, L, D]` as one kernel call received them, and the scale of its logits."""
 
     query: Tensor
     key: Tensor
@@ -98,14 +98,14 @@ class AttentionCapture:
         >>> captured["0"].query.shape
         torch.Size([1, 2, 12, 4])
 
-    `captured[path]` holds the latest call of each layer; a layer that runs twice in a forward (a write and a
-    read pass) is replaced, never appended. Only the thread that entered the block is observed. Compiled parts
-    of the model that hold a layer run eagerly inside the block, since a compiled graph hides its queries and
+    `captured[path]` holds the latest call of each layer: if a layer runs twice in a forward (a write and a read
+    pass), the second call replaces the first. Only the thread that entered the block is observed. Compiled parts
+    of the model that contain a layer run eagerly inside the block, since a compiled graph hides its queries and
     keys.
 
     Raises:
-        CaptureError: in the forward, if a layer masks its attention or calls the kernel several times; on reading
-            a layer and on leaving the block, if it did not run or called no kernel that is known here.
+        CaptureError: in the forward, if a layer masks its attention or calls the kernel several times; when a layer
+            is read and at the end of the block, if the layer did not run or called no known kernel.
     """
 
     def __init__(self, model: nn.Module, layers: Iterable[AttentionLayer]) -> None:
@@ -114,7 +114,7 @@ class AttentionCapture:
         self._taken: set[str] = set()
         captured = self._captured
 
-        def keep(path: str, watcher: CallWatcher) -> None:  # no method: a cycle would hold the calls until collected
+        def keep(path: str, watcher: CallWatcher) -> None:  # not a method: a reference cycle would keep the calls alive
             call = captured_call(by_path[path], watcher)
             if call is not None:
                 captured[path] = call
@@ -140,7 +140,7 @@ class AttentionCapture:
         return self._require(path)
 
     def take(self, path: str) -> CapturedAttention:
-        """Hand a layer's call over and keep no hold of it, so that its memory is free once the caller is done."""
+        """Return a layer's call and release it, so that its memory is free once the caller is done."""
         call = self._require(path)
         del self._captured[path]
         self._taken.add(path)
@@ -155,10 +155,10 @@ class AttentionCapture:
 
 
 def captured_call(layer: AttentionLayer, watcher: CallWatcher) -> CapturedAttention | None:
-    """Return the call of a layer that mixes the views, of those that a watcher saw; None if it saw none.
+    """Return that call of a layer which mixes the views, among those that a watcher saw; None if it saw none.
 
     Raises:
-        CaptureError: if there are several and the layer does not say which, or the heads are not those of the layer.
+        CaptureError: there are several calls and the layer does not say which, or the number of heads is another.
     """
     calls = join_slices(watcher.calls)
     return _per_head(layer, _choose(layer, calls)) if calls else None

@@ -1,4 +1,4 @@
-"""See the calls of the attention kernel that a module makes, without replacing the kernel.
+"""Observe the calls of the attention kernel that a module makes, without replacing the kernel.
 
 Axes: A rows of the attention batch, K heads, L query tokens, M key tokens, D head dimension.
 """
@@ -26,12 +26,13 @@ PRODUCTS = {
     "einsum": ("equation", "operands"),
 }
 XFORMERS_ARGUMENTS = ("query", "key", "value", "attn_bias", "p", "scale")
-SAMPLED_ROWS, SAMPLED_VALUES = 64, 2**22  # what is looked at to measure the scale of explicit attention
+# Most rows, and about how many values, that are read to measure the scale of explicit attention.
+SAMPLED_ROWS, SAMPLED_VALUES = 64, 2**22
 
 
 @dataclass(frozen=True)
 class KernelCall:
-    """Queries `[A, K, L, D]` or `[A * K, L, D]`, keys alike, and what the kernel multiplies q.k by."""
+    """Queries `[A, K, L, D]` or `[A * K, L, D]`, keys likewise, and the kernel's factor of q.k."""
 
     query: Tensor
     key: Tensor
@@ -40,7 +41,7 @@ class KernelCall:
 
 @dataclass(frozen=True)
 class _Product:
-    """Operands of a product `query @ key^T`, shape and precision of the result (which may be large)."""
+    """Operands of a product `query @ key^T`, and shape and dtype of the result, which itself may be large."""
 
     query: Tensor
     key: Tensor
@@ -69,7 +70,7 @@ class CallWatcher(TorchFunctionMode):
         super().__init__()
         self.layer = layer
         self.calls: list[KernelCall] = []
-        self.hidden_kernel = ""  # a function that ran and keeps its kernel to itself
+        self.hidden_kernel = ""  # a function that ran and hides its kernel
         self._muted = False
         self._product: _Product | None = None
 
@@ -108,7 +109,7 @@ class CallWatcher(TorchFunctionMode):
         return output
 
     def xformers_call(self, original: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        """Run `memory_efficient_attention` and record it; the SDPA it may fall back to is not a second call."""
+        """Run `memory_efficient_attention` and record it once, even if it falls back to SDPA."""
         muted, self._muted = self._muted, True
         try:
             output = original(*args, **kwargs)
@@ -141,7 +142,7 @@ class CallWatcher(TorchFunctionMode):
         self._keep(query, key, scale)
 
     def _ends_product(self, logits: Tensor, dim: int | None = None, *_: Any, **options: Any) -> bool:
-        """Whether these arguments of a softmax are those of the product seen last, and not another softmax."""
+        """Whether the softmax with these arguments is taken of the latest product."""
         product, dim = self._product, options.get("dim", dim)
         if product is None or logits.shape[-1] != product.shape[-1] or logits.numel() != product.shape.numel():
             return False
@@ -152,7 +153,7 @@ class CallWatcher(TorchFunctionMode):
             return
         product, self._product = self._product, None
         assert product is not None
-        # In-place operators may have changed the logits since, so they are compared with q.k itself.
+        # In-place operators may have changed the product, so the logits are compared with q.k, computed again.
         scale = _measure_scale(self.layer, product, logits)
         self._keep(product.query, product.key, scale)
 
@@ -163,7 +164,7 @@ class CallWatcher(TorchFunctionMode):
 def join_slices(calls: list[KernelCall]) -> list[KernelCall]:
     """Join calls whose queries and keys are consecutive slices of one tensor along the batch.
 
-    Some models feed the kernel in portions (SGM: 32768 rows a call, diffusers' attention slicing).
+    Some models call the kernel with portions of the batch (SGM: 32768 rows per call; diffusers' attention slicing).
 
     Example:
         >>> query = torch.zeros(6, 4, 8)
@@ -192,7 +193,7 @@ def _continues(last: Tensor, following: Tensor) -> bool:
 
 @torch.no_grad()
 def _measure_scale(layer: str, product: _Product, logits: Tensor) -> float:
-    """Factor between q.k and the logits that entered the softmax; refuses everything but a factor."""
+    """Return the factor between q.k and the logits that entered the softmax; refuse any other difference."""
     exact = torch.promote_types(product.query.dtype, torch.float32)
     query, key = (t.detach().reshape(-1, *t.shape[-2:]) for t in (product.query, product.key))
     length, dimension = key.shape[-2:]
@@ -201,27 +202,28 @@ def _measure_scale(layer: str, product: _Product, logits: Tensor) -> float:
     picked = torch.linspace(0, rows - 1, count, dtype=torch.float64).round().long().to(query.device)
     queries = query.reshape(rows, dimension)[picked].to(exact)
     keys = key[picked // query.shape[1]].to(exact)
-    plain = (queries[:, None] * keys).sum(-1)
+    products = (queries[:, None] * keys).sum(-1)
     given = logits.detach().reshape(rows, length)[picked].to(exact)
-    energy = plain.square().sum()
-    if not energy:
+    squared_norm = products.square().sum()
+    if not squared_norm:
         raise CaptureError(
             f"layer {layer!r}: all its logits are zero, so its scale cannot be measured; use the SDPA or "
-            "xformers attention processor of the model, or initialise the query projection"
+            "xformers attention processor of the model, or initialize the query projection"
         )
-    scale = float((given * plain).sum() / energy)
-    # Every rounding on the way is relative to |q| |k|, also where the product nearly cancels.
+    scale = float((given * products).sum() / squared_norm)
+    # Every rounding error is relative to |q| |k|, even where the product nearly cancels.
     epsilon = max(torch.finfo(kind).eps for kind in (product.dtype, logits.dtype, query.dtype))
     if query.is_cuda and torch.backends.cuda.matmul.allow_tf32:
         epsilon = max(epsilon, 2**-10)
-    size = queries.norm(dim=-1)[:, None] * keys.norm(dim=-1) * abs(scale)
-    if not bool(((given - scale * plain).abs() <= 8 * epsilon * size).all()):
+    magnitude = queries.norm(dim=-1)[:, None] * keys.norm(dim=-1) * abs(scale)
+    if not bool(((given - scale * products).abs() <= 8 * epsilon * magnitude).all()):
         raise CaptureError(
             f"layer {layer!r} changes its logits between product and softmax (mask, bias or another "
             "function); only a constant factor can be supervised"
         )
-    usual = dimension**-0.5  # rounded logits only tell the factor to their own precision
-    return next((known for known in (usual, 1.0) if abs(scale / known - 1) < 4 * epsilon), scale)
+    # Rounded logits give the factor to their precision only, so a common factor within it is taken as exact.
+    common = (dimension**-0.5, 1.0)
+    return next((factor for factor in common if abs(scale / factor - 1) < 4 * epsilon), scale)
 
 
 def _operands(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor] | None:

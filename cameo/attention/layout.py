@@ -1,8 +1,8 @@
-"""What the batch and token axes of an attention call are made of, as an einops-like pattern.
+"""What the batch axis and the token axis of an attention call are made of, as an einops-like pattern.
 
 Axes: B samples, V views, h w token grid of a view, K heads, D head dimension, AB attention batch, L tokens
-of the call. Folded form [B', K, V, N', D]: B' is B times the grid axes that stand in the batch part (in the
-order b, h, w), N' the tokens of a view that a query can reach; views with fewer are padded with zeros.
+of the call. Folded form [B', K, V, N', D]: B' is B times the grid axes in the batch part (in the order b, h, w),
+N' the number of tokens of a view that a query can reach; views with fewer tokens are padded with zeros.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["NORMALIZATIONS", "TokenLayout"]
 
-# What the softmax of the alignment loss is taken over: the tokens of each other view, or those of all other views.
+# The softmax of the alignment loss is taken over the tokens of each other view, or over those of all other views.
 NORMALIZATIONS = ("per_view", "all_views")
 REACH: dict[Segment, str] = {(): "all", ("h",): "row", ("w",): "column", ("h", "w"): "cell"}
 
@@ -50,21 +50,21 @@ class TokenLayout:
     - `b` samples; `h`, `w` the token grid; `v` views. Instead of `v`, named tile axes with their lengths as
       keywords: `"b (r h c w)", r=3, c=2` is an image of 3 x 2 tiles, view = 2 * r + c (the query's order).
     - `+` joins segments of the token part. `h' w'` is one more view with a grid of its own, after the others
-      in view order. Any other name alone is tokens of no view, such as text; their number is a keyword.
-    - Grid axes in the batch part limit what a query reaches: `(b h) (v w)` its row, `(b h w) v` its cell.
+      in view order. Any other single name stands for tokens of no view, such as text; their number is a keyword.
+    - Grid axes in the batch part limit what a query reaches: its row in `(b h) (v w)`, its cell in `(b h w) v`.
     - Queries may hold the views in the batch part: `(b v) (h w)`. Their keys then hold `u`, identical copies,
       one per query view: `(b u) (v h w)`. The first copy is used.
 
     Args:
         query: pattern of the queries.
-        key: pattern of the keys; None is the query's.
-        unsupervised_views: the last n views of the attention, which no correspondence has; they are cut away.
-        references_last: the last n views of the attention are the first n of the correspondence, where reference
-            views stand first. With as many `unsupervised_views`, their matches are dropped and they are cut away.
-        **lengths: lengths of tile axes and numbers of tokens without a view.
+        key: pattern of the keys; None is the pattern of the queries.
+        unsupervised_views: n; the last n views of the attention are in no correspondence, and are removed.
+        references_last: n; the last n views of the attention are the first n of the correspondence, where reference
+            views come first. With as many `unsupervised_views`, these views and their matches are removed.
+        **lengths: lengths of tile axes, and numbers of tokens that belong to no view.
 
     Raises:
-        ValueError: a pattern that cannot be read; the message holds the pattern and the reason.
+        ValueError: a pattern cannot be read; the message holds the pattern and the reason.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class TokenLayout:
         return hash(tuple(self.to_dict().items()))
 
     def to_dict(self) -> dict[str, str | int]:
-        """Settings as plain values: `TokenLayout(**layout.to_dict()) == layout`.
+        """Return the settings as plain values: `TokenLayout(**layout.to_dict()) == layout`.
 
         Example:
             >>> TokenLayout("b (t + v h w)", t=77).to_dict()
@@ -132,7 +132,7 @@ class TokenLayout:
 
     @old_keywords
     def refusal(self, normalize: str, num_views: int | None = None) -> str | None:
-        """Why this attention cannot be supervised with this `normalize`, or None if it can.
+        """Return why this attention cannot be supervised with this `normalize`, or None if it can.
 
         Example:
             >>> TokenLayout("(b h w) v").refusal("per_view")
@@ -150,7 +150,7 @@ class TokenLayout:
         return None
 
     def shape(self, of: str, *, batch: int, token_grids: TokenGrids) -> tuple[int, int]:
-        """Attention batch and number of tokens (AB, L) of a call; `of` is "query" or "key".
+        """Return attention batch and number of tokens (AB, L) of a call; `of` is "query" or "key".
 
         Example:
             >>> TokenLayout("(b h) (v w)").shape("key", batch=2, token_grids=((16, 24),) * 6)
@@ -184,8 +184,8 @@ class TokenLayout:
             token_grids: token grid (h, w) of each view, as `Correspondence.token_grids`.
 
         Raises:
-            ShapeError: AB or L do not fit the pattern; the message holds the expected numbers and the cure.
-            ValueError: the token_grids do not fit the pattern.
+            ShapeError: AB or L does not fit the pattern; the message holds the expected numbers and the cure.
+            ValueError: the token grids do not fit the pattern.
         """
         return self._split("query", tensor, batch, token_grids)
 
@@ -200,7 +200,7 @@ class TokenLayout:
         return self._split("key", tensor, batch, token_grids)
 
     def localize(self, correspondence: Correspondence) -> Correspondence:
-        """Express a correspondence in the folded form; out of reach and without queries there is no match.
+        """Express a correspondence in the folded form, without matches out of reach and of views without queries.
 
         Example:
             >>> from cameo import Correspondence
@@ -225,7 +225,7 @@ class TokenLayout:
         height, width = token_grids[0]
         index, token = correspondence.index, torch.arange(height * width, device=correspondence.device)
         same_row, same_column = index // width == token // width, index % width == token % width
-        reached, local, size, fold = {
+        reached, local, token_grid, fold = {
             "row": (same_row, index % width, (1, width), "(b h) i j w"),
             "column": (same_column, index // width, (height, 1), "(b w) i j h"),
             "cell": (same_row & same_column, torch.zeros_like(index), (1, 1), "(b h w) i j 1"),
@@ -238,7 +238,7 @@ class TokenLayout:
         return dataclasses.replace(
             correspondence,
             index=folded(torch.where(reached & correspondence.matched, local, -1)),
-            token_grids=(size,) * len(token_grids),
+            token_grids=(token_grid,) * len(token_grids),
             match_weight=None if weight is None else folded(weight),
             distance=None if distance is None else folded(distance),
         )
@@ -246,7 +246,7 @@ class TokenLayout:
     def locate(
         self, view: int, row: int, col: int, *, batch_index: int, batch: int, token_grids: TokenGrids, of: str = "query"
     ) -> tuple[int, int]:
-        """Position (attention batch index, token index) of one token of one view; keys in their first copy.
+        """Return the position (attention batch index, token index) of one token of a view; of keys in their first copy.
 
         Example:
             >>> layout = TokenLayout("b (r h c w)", r=3, c=2)
@@ -254,7 +254,7 @@ class TokenLayout:
             (0, 862)
 
         Raises:
-            ValueError: a place outside the batch, the views or the grid, or a view without queries.
+            ValueError: the place is outside the batch, the views or the grid, or the view has no queries.
         """
         pattern, lengths = self._pattern(of), self._lengths(batch, token_grids)
         _check_place("batch_index", batch_index, batch)
@@ -265,7 +265,7 @@ class TokenLayout:
             raise ValueError(f'view: view {view} has no queries in "{self.query}"')
         place = {"b": batch_index, "u": 0}
         main_views = len(token_grids) - len(self._key.extra)
-        view = (view - self.references_last) % len(token_grids)  # from here on in the order of the attention
+        view = (view - self.references_last) % len(token_grids)  # from here on, views are in the order of the attention
         if view < main_views:
             segment = pattern.main
             place |= {"h": row, "w": col}
@@ -287,13 +287,13 @@ class TokenLayout:
         return [view % num_views for view, segment in extra if segment not in self._query.segments]
 
     def _lengths(self, batch: int, token_grids: TokenGrids) -> dict[str, int]:
-        """Length of every axis for this batch and these grids."""
+        """Return the length of every axis for this batch and these token grids."""
         extra, views = self._key.extra, self._query.views
         ordered = (*token_grids[self.references_last :], *token_grids[: self.references_last])
         main = ordered[: max(0, len(token_grids) - len(extra))]
-        unknown = 0 if self.references_last else self.unsupervised_views  # views that no correspondence has
+        unmatched = 0 if self.references_last else self.unsupervised_views  # views that no correspondence has
         tiles = None if views == ("v",) else num_positions(views, self.lengths)
-        expected = None if tiles is None else tiles - unknown + len(extra)
+        expected = None if tiles is None else tiles - unmatched + len(extra)
         least = max(len(extra), self.references_last)
         if len(token_grids) <= least or expected not in (None, len(token_grids)):
             needs = f"more than {least}" if expected is None else expected
@@ -305,7 +305,7 @@ class TokenLayout:
             )
         lengths = {**self.lengths, "b": batch, "h": main[0][0], "w": main[0][1]}
         if tiles is None:
-            lengths["v"] = len(main) + unknown
+            lengths["v"] = len(main) + unmatched
         lengths["u"] = num_positions(views, lengths)
         for segment, (height, width) in zip(extra, ordered[len(main) :], strict=True):
             lengths |= {name: height if name.startswith("h") else width for name in segment}
@@ -322,16 +322,18 @@ class TokenLayout:
         empty = main.new_zeros(main.shape[0], main.shape[1], 1, 0, main.shape[4])
         parts = [main]
         for segment in self._key.extra:
-            present = segment in pattern.segments
+            if segment not in pattern.segments:
+                parts.append(empty)
+                continue
             grid = tuple(sorted(segment))
-            parts.append(take_segment(tensor, pattern, segment, lengths, views=(), grid=grid) if present else empty)
+            parts.append(take_segment(tensor, pattern, segment, lengths, views=(), grid=grid))
         longest = max(height * width for height, width in token_grids)
         return self._references_first(
             torch.cat([F.pad(part, (0, 0, 0, longest - part.shape[3])) for part in parts], dim=2)
         )
 
     def _references_first(self, views: Tensor) -> Tensor:
-        """From the order of the attention to that of the correspondence, on the view axis of [B', K, V, N', D]."""
+        """Bring the views of [B', K, V, N', D] from the order of the attention into that of the correspondence."""
         return views.roll(self.references_last, dims=2) if self.references_last else views
 
     def _check_shape(self, of: str, tensor: Tensor, batch: int, token_grids: TokenGrids) -> None:
@@ -352,7 +354,7 @@ class TokenLayout:
         elif tokens != expected[1]:
             cure = (
                 "The correspondence has another token grid or number of views than this layer; "
-                "use size=model.token_grid(height, width)"
+                "use token_grid=model.token_grid(height, width)"
             )
         elif attention_batch > expected[0] and attention_batch % expected[0] == 0:
             cure = (

@@ -1,4 +1,4 @@
-"""Reads the einops-like patterns of `TokenLayout`: what the axes of an attention call hold."""
+"""Parse the einops-like patterns of `TokenLayout`, which say what the axes of an attention call are made of."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ class Pattern:
         folded: the grid axes that stand in the batch part, `h` before `w`.
 
     Raises:
-        ValueError: with the pattern and the reason.
+        ValueError: the pattern cannot be parsed; the message holds the pattern and the reason.
     """
 
     def __init__(self, text: str, lengths: dict[str, int]) -> None:
         self.text = text
         self.batch, self.segments = self._read()
-        every = [*self.batch, *(name for segment in self.segments for name in segment)]
-        self.names = set(every)
-        for name in every:
-            if every.count(name) > 1:
+        names = [*self.batch, *(name for segment in self.segments for name in segment)]
+        self.names = set(names)
+        for name in names:
+            if names.count(name) > 1:
                 raise self.error(f"axis {name} stands twice")
         if "b" not in self.batch:
             raise self.error("the batch part needs the axis b, the samples")
@@ -61,10 +61,10 @@ class Pattern:
         return ValueError(f'pattern "{self.text}": {reason}')
 
     def _read(self) -> tuple[Segment, tuple[Segment, ...]]:
-        found = re.fullmatch(rf"\s*{PART}\s+{PART}\s*", self.text) if isinstance(self.text, str) else None
-        if found is None:
+        match = re.fullmatch(rf"\s*{PART}\s+{PART}\s*", self.text) if isinstance(self.text, str) else None
+        if match is None:
             raise self.error(GRAMMAR)
-        batch, tokens = ([tuple(s.split()) for s in part.strip("()").split("+")] for part in found.groups())
+        batch, tokens = ([tuple(s.split()) for s in part.strip("()").split("+")] for part in match.groups())
         for segment in batch + tokens:
             if not segment:
                 raise self.error(f"an empty part or segment; {GRAMMAR}")
@@ -122,7 +122,7 @@ def check_pair(query: Pattern, key: Pattern) -> None:
     if sorted(query.views) != sorted(key.views):
         views = f"{' '.join(key.views)}, those of the queries {' '.join(query.views)}"
         raise key.error(f'its view axes are {views} ("{query.text}"); name the same')
-    # One u stands in the keys' batch part where the queries have their view axes.
+    # The keys' batch part has one u in the place of the queries' view axes.
     wanted: list[str] = []
     for name in query.batch:
         wanted += [name] if name not in query.views else ["u"] if "u" not in wanted else []

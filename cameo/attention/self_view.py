@@ -1,4 +1,4 @@
-"""Cut one attention layer's view of the other views, at the attention kernel and without touching the model.
+"""Restrict each query of one attention layer to the keys of its own view, at the kernel, without changing the model.
 
 Axes: A rows of the attention batch, K heads, L query tokens, M key tokens, D head dimension, V views.
 """
@@ -6,6 +6,7 @@ Axes: A rows of the attention batch, K heads, L query tokens, M key tokens, D he
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,9 +31,9 @@ MASKS = ("attn_mask", "attn_bias", "is_causal")
 
 @contextmanager
 def cut_other_views(module: nn.Module, layer: AttentionLayer, token_grids: TokenGrids) -> Iterator[None]:
-    """Cut one layer's view of the other views: inside the block its queries see the keys of their own view only.
+    """Restrict one layer to self-views: inside the block each query sees the keys of its own view only.
 
-    What `cameo.probing.ablation.self_view_only` does, for the plain module in which the layer's path is looked up.
+    This is `cameo.probing.ablation.self_view_only` for the plain module in which the layer's path is looked up.
 
     Example:
         >>> class Attention(nn.Module):
@@ -61,79 +62,81 @@ def cut_other_views(module: nn.Module, layer: AttentionLayer, token_grids: Token
 
 @dataclass(frozen=True)
 class _Part:
-    """Queries that see the same keys: rows of the attention batch (None = all), token positions of both."""
+    """Queries that see the same keys: their rows of the attention batch (None = all), token positions of both."""
 
     rows: Tensor | None
     queries: Tensor
     keys: Tensor
 
     def take(self, tensor: Tensor, tokens: Tensor, axis: int) -> Tensor:
-        """These rows and tokens; `axis` is that of the tokens."""
+        """Return these rows and tokens; `axis` is the token axis."""
         return tensor.movedim(axis, 1)[self._place(tokens)].movedim(1, axis)
 
-    def put(self, whole: Tensor, piece: Tensor, axis: int) -> None:
-        """Write the output of the queries into that of all, in place."""
-        whole.movedim(axis, 1)[self._place(self.queries)] = piece.movedim(axis, 1)
+    def put(self, whole: Tensor, output: Tensor, axis: int) -> None:
+        """Write the output of these queries into the output of all, in place."""
+        whole.movedim(axis, 1)[self._place(self.queries)] = output.movedim(axis, 1)
 
     def _place(self, tokens: Tensor) -> tuple[slice | Tensor, Tensor]:
         return (slice(None) if self.rows is None else self.rows[:, None]), tokens
 
 
 class _Cut:
-    """Who sees whom in the calls of a layer."""
+    """Which queries see which keys in the calls of a layer."""
 
     def __init__(self, layer: AttentionLayer, token_grids: TokenGrids) -> None:
-        self._site, self._sizes = layer, tuple(token_grids)
-        self._layout, self._grids = _in_attention_order(layer.layout, self._sizes)
+        self._layer, self._token_grids = layer, tuple(token_grids)
+        self._layout, self._ordered_grids = _in_attention_order(layer.layout, self._token_grids)
         self._parts: dict[tuple[int, int, torch.device], list[_Part]] = {}
-        self._lengths = tuple(self._layout.shape(of, batch=1, token_grids=self._grids)[1] for of in ("query", "key"))
-        own = layer.layout.views_with_own_grid(len(self._sizes))
-        self._alone = {self._sizes[view][0] * self._sizes[view][1] for view in own}
+        self._lengths = tuple(
+            self._layout.shape(of, batch=1, token_grids=self._ordered_grids)[1] for of in ("query", "key")
+        )
+        with_own_grid = layer.layout.views_with_own_grid(len(self._token_grids))
+        self._lengths_of_one_view = {math.prod(self._token_grids[view]) for view in with_own_grid}
         self.was_called = self.has_parts = False
 
     def done(self, path: str, watcher: CallWatcher) -> None:
-        """Check the calls of a run as a capture does: which of several is meant must be known."""
-        self.was_called |= captured_call(self._site, watcher) is not None
+        """Check the calls of a run as a capture does: of several it must be known which one mixes the views."""
+        self.was_called |= captured_call(self._layer, watcher) is not None
 
     def parts(self, like: Tensor, length: int, key_length: int) -> list[_Part] | None:
-        """Who sees whom in a call whose queries or logits are `like`, or None if the call is one view's own.
+        """Return which queries see which keys in a call with queries or logits `like`; None if it holds one view only.
 
         Raises:
-            CaptureError: if the call has another shape than the layout says.
+            CaptureError: the call has another shape than the layout says.
         """
         if (length, key_length) != self._lengths:
-            if length == key_length and length in self._alone:
+            if length == key_length and length in self._lengths_of_one_view:
                 return None
             raise CaptureError(
-                f"layer {self._site.path!r} with {self._site.layout!r}: expected {self._lengths[0]} queries and "
-                f"{self._lengths[1]} keys for token grids {self._sizes}, got {length} and {key_length}. Pass the "
+                f"layer {self._layer.path!r} with {self._layer.layout!r}: expected {self._lengths[0]} queries and "
+                f"{self._lengths[1]} keys for token grids {self._token_grids}, got {length} and {key_length}. Pass the "
                 "token grids of this batch, layer.token_grids(height, width, num_views); a kernel that takes the "
                 "tokens in slices cannot be cut"
             )
-        heads = self._site.heads if like.ndim == 3 else 1
+        heads = self._layer.heads if like.ndim == 3 else 1
         call = like.shape[0], heads, like.device
         if call not in self._parts:
             try:
-                self._parts[call] = _who_sees_whom(self._layout, self._grids, *call)
+                self._parts[call] = _who_sees_whom(self._layout, self._ordered_grids, *call)
             except ValueError as error:
-                raise CaptureError(f"layer {self._site.path!r}: {error}") from error
+                raise CaptureError(f"layer {self._layer.path!r}: {error}") from error
         self.has_parts = True
         return self._parts[call]
 
 
 class _Cutter(CallWatcher):
-    """Runs the kernel view by view, or masks what enters the softmax, and watches as before."""
+    """Runs the kernel view by view, or masks the logits before the softmax; records the calls as its base does."""
 
     def __init__(self, layer: AttentionLayer, parts: Callable[..., list[_Part] | None]) -> None:
         super().__init__(layer.path)
-        self._site, self._parts = layer, parts
+        self._layer, self._parts = layer, parts
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "").partition(".")[0]
-        if not self._muted and self._is_meant():
+        if not self._muted and self._mixes_views():
             if name == "scaled_dot_product_attention":
                 func = functools.wraps(func)(functools.partial(self._by_view, func, SDPA_ARGUMENTS, -2))
             elif name == "softmax" and self._ends_product(args[0] if args else kwargs["input"], *args[1:], **kwargs):
@@ -142,19 +145,20 @@ class _Cutter(CallWatcher):
 
     def xformers_call(self, original: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """Run `memory_efficient_attention` view by view; it has its tokens on axis 1."""
-        if self._is_meant():
+        if self._mixes_views():
             original = functools.partial(self._by_view, original, XFORMERS_ARGUMENTS, 1)
         return super().xformers_call(original, args, kwargs)
 
-    def _is_meant(self) -> bool:
-        return self._site.kernel_call in (None, len(self.calls))
+    def _mixes_views(self) -> bool:
+        """Whether the next call is the one that mixes the views."""
+        return self._layer.kernel_call in (None, len(self.calls))
 
     def _by_view(
         self, kernel: Callable[..., Tensor], names: tuple[str, ...], axis: int, *args: Any, **kwargs: Any
     ) -> Tensor:
         given = dict(zip(names, args, strict=False)) | kwargs
         if any(given.get(mask) is not None and given[mask] is not False for mask in MASKS):
-            return kernel(*args, **kwargs)  # refused by the watcher
+            return kernel(*args, **kwargs)  # the base class refuses it
         query, key, value = (given.pop(name) for name in ("query", "key", "value"))
         if query.ndim not in (3, 4):
             raise CaptureError(f"layer {self.layer!r}: expected queries of 3 or 4 axes, got {list(query.shape)}")
@@ -182,7 +186,7 @@ class _Cutter(CallWatcher):
 
 
 def _in_attention_order(layout: TokenLayout, token_grids: TokenGrids) -> tuple[TokenLayout, TokenGrids]:
-    """The layout with every view of the attention in its own place, also those that no correspondence has."""
+    """Return the layout with all views in the order of the attention, also those that no correspondence has."""
     grids = (*token_grids[layout.references_last :], *token_grids[: layout.references_last])
     if not layout.references_last:
         grids += grids[-1:] * layout.unsupervised_views
@@ -192,16 +196,16 @@ def _in_attention_order(layout: TokenLayout, token_grids: TokenGrids) -> tuple[T
 def _who_sees_whom(
     layout: TokenLayout, token_grids: TokenGrids, rows: int, heads: int, device: torch.device
 ) -> list[_Part]:
-    """One part per view that has queries, and one for the queries of no view, if there are any.
+    """Return one part for each view that has queries, and one for the queries of no view, if there are any.
 
     Args:
-        layout, token_grids: of `_in_attention_order`.
-        rows: first axis of the call, `A * heads`.
-        heads: heads in that axis.
-        device: of the result.
+        layout, token_grids: as `_in_attention_order` returns them.
+        rows: length of the first axis of the call, `A * heads`.
+        heads: number of heads in that axis.
+        device: device of the result.
 
     Raises:
-        ValueError: if the queries' views stand in the batch part and the rows are not those of whole samples.
+        ValueError: the queries' views are in the batch part of the pattern, and the rows are not whole samples.
     """
     pattern = Pattern(layout.query, layout.lengths)
     by_row = any(name in pattern.batch for name in pattern.views)
@@ -214,30 +218,32 @@ def _who_sees_whom(
     samples = rows // (single * heads) if by_row else 1
     of_query = _positions(layout.split_query, samples, single, length, token_grids)
     single, key_length = layout.shape("key", batch=1, token_grids=token_grids)
-    of_key = [found % key_length for found in _positions(layout.split_key, samples, single, key_length, token_grids)]
+    of_key = _positions(layout.split_key, samples, single, key_length, token_grids)
+    of_key = [positions % key_length for positions in of_key]
     of_no_view = _others(key_length, of_key)
     head = torch.arange(heads)
     parts = []
-    for found, keys in zip(of_query, of_key, strict=True):
-        if found.numel():
-            own = ((found // length).unique()[:, None] * heads + head).flatten() if by_row else None
-            parts.append((own, (found % length).unique(), torch.cat([keys, of_no_view]).unique()))
-    rest = _others(length, [found % length for found in of_query])
+    for positions, keys in zip(of_query, of_key, strict=True):
+        if positions.numel():
+            rows_of_view = ((positions // length).unique()[:, None] * heads + head).flatten() if by_row else None
+            parts.append((rows_of_view, (positions % length).unique(), torch.cat([keys, of_no_view]).unique()))
+    rest = _others(length, [positions % length for positions in of_query])
     if rest.numel():
         parts.append((torch.arange(rows) if by_row else None, rest, torch.arange(key_length)))
-    return [_Part(*(None if one is None else one.to(device) for one in part)) for part in parts]  # type: ignore[arg-type]
+    return [_Part(*(None if tensor is None else tensor.to(device) for tensor in part)) for part in parts]  # type: ignore[arg-type]
 
 
 def _positions(
     split: Callable[..., Tensor], samples: int, single: int, length: int, token_grids: TokenGrids
 ) -> list[Tensor]:
-    """Of each view the positions, row * length + token, that the layout gives it in `samples * single` rows."""
+    """For each view its positions, row * length + token, among `samples * single` rows."""
     position = torch.arange(1, samples * single * length + 1).reshape(-1, 1, length, 1)  # 0 is padding
     views = split(position, batch=samples, token_grids=token_grids).movedim(2, 0).flatten(1)
     return [view[view > 0] - 1 for view in views]
 
 
-def _others(count: int, taken: list[Tensor]) -> Tensor:
-    free = torch.ones(count, dtype=torch.bool)
-    free[torch.cat(taken)] = False
-    return free.nonzero()[:, 0]
+def _others(count: int, positions: list[Tensor]) -> Tensor:
+    """Those of `count` positions that are in none of the tensors."""
+    other = torch.ones(count, dtype=torch.bool)
+    other[torch.cat(positions)] = False
+    return other.nonzero()[:, 0]

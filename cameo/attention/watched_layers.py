@@ -1,7 +1,7 @@
-"""Watch the kernel calls of chosen layers while they run, and leave nothing behind.
+"""Watch the kernel calls of chosen layers during a `with` block, after which no hook remains.
 
-Hooks stand on the layers for the length of a `with` block. While such a layer runs, a watcher of
-`cameo.attention.kernel_calls` is open; what it has seen is handed over when the layer returns.
+Hooks are registered on the layers for the duration of the block. While such a layer runs, a watcher of
+`cameo.attention.kernel_calls` is open; it is passed on when the layer returns.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ class WatchedLayers:
         ...     _ = model(torch.zeros(1, 2, 12, 4))
         0 1
 
-    Compiled parts of the model that hold a layer run eagerly inside the block, since a compiled graph hides its
+    Compiled parts of the model that contain a layer run eagerly inside the block, since a compiled graph hides its
     kernel calls.
 
     Args:
         model: the module in which the paths are looked up.
         paths: dotted module paths of the layers.
         watch: makes the watcher of one run of a layer, `watch(path)`.
-        done: takes it once the layer has returned, `done(path, watcher)`. Not called where the layer raised.
+        done: receives the watcher when the layer has returned, `done(path, watcher)`; not called if the layer raised.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class WatchedLayers:
         self._cleanup = ExitStack()
         self._thread = 0
         self._open: list[tuple[str, CallWatcher]] = []
-        self._ran: dict[str, str] = {}  # to the function that hid the kernel, or nothing
+        self._ran: dict[str, str] = {}  # from each layer that ran to the function that hid its kernel, or to ""
 
     def __enter__(self) -> WatchedLayers:
         self._thread = threading.get_ident()
@@ -64,7 +64,7 @@ class WatchedLayers:
                 module = self._model.get_submodule(path)
                 for hook in (
                     module.register_forward_pre_hook(self._opener(path)),
-                    # prepended, so that of two blocks on one layer the inner one closes first
+                    # prepended, so that of two nested blocks on one layer the inner one closes first
                     module.register_forward_hook(self._closer(path), always_call=True, prepend=True),
                 ):
                     stack.callback(hook.remove)
@@ -91,11 +91,11 @@ class WatchedLayers:
             )
         if hidden_kernel:
             return (
-                f"layer {path!r} runs {hidden_kernel}, which keeps its queries and keys to itself. Replace "
+                f"layer {path!r} runs {hidden_kernel}, which does not show its queries and keys. Replace "
                 "it by a module with projections of its own that calls F.scaled_dot_product_attention."
             )
         return (
-            f"layer {path!r} ran, but no attention kernel was seen in it. Known are "
+            f"layer {path!r} ran, but no attention kernel was seen in it. The known kernels are "
             "F.scaled_dot_product_attention, xformers.ops.memory_efficient_attention (looked up in xformers.ops "
             "at the call, not imported by name) and a query-key product followed by a softmax. Likely causes: "
             "layer= names a module that is not the attention itself, or the model uses another fused kernel "

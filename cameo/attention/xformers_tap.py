@@ -1,4 +1,4 @@
-"""See calls of `xformers.ops.memory_efficient_attention`, which is imported by nobody here."""
+"""Observe calls of `xformers.ops.memory_efficient_attention` without importing xformers."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ __all__ = ["XformersWatcher", "xformers_tap"]
 
 
 class XformersWatcher(Protocol):
-    """Who wants to know."""
+    """Receives the calls."""
 
     def xformers_call(self, original: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """Run the operator `original` with these arguments and return its result."""
 
 
 class XformersTap:
-    """Tells the watchers of the calling thread about `xformers.ops.memory_efficient_attention`.
+    """Passes calls of `xformers.ops.memory_efficient_attention` to the watchers of the calling thread.
 
-    xformers' operator is a Python function looked up at call time, which a TorchFunctionMode does not see.
-    The tap stands in its place only while some watcher is open in any thread.
+    xformers' operator is a Python function that is looked up at the call, and a TorchFunctionMode does not see it.
+    The tap replaces it only while a watcher is open in some thread.
     """
 
     def __init__(self) -> None:
@@ -35,7 +35,7 @@ class XformersTap:
         self._installed: tuple[ModuleType, Callable[..., Tensor], Callable[..., Tensor]] | None = None
 
     def push(self, watcher: XformersWatcher) -> None:
-        """Tell `watcher` about the calls of this thread."""
+        """Pass the calls of this thread to `watcher`."""
         self._watchers().append(watcher)
         with self._lock:
             self._open += 1
@@ -47,14 +47,14 @@ class XformersTap:
                 self._installed = (ops, tap, original)
 
     def pop(self, watcher: XformersWatcher) -> None:
-        """Stop telling it."""
+        """Stop passing calls to `watcher`."""
         self._watchers().remove(watcher)
         with self._lock:
             self._open -= 1
             if self._open == 0 and self._installed is not None:
                 ops, tap, original = self._installed
                 self._installed = None
-                if ops.memory_efficient_attention is tap:  # else someone else replaced it meanwhile
+                if ops.memory_efficient_attention is tap:  # otherwise other code has replaced it since
                     ops.memory_efficient_attention = original  # type: ignore[attr-defined]
 
     def _watchers(self) -> list[XformersWatcher]:
@@ -64,18 +64,18 @@ class XformersTap:
 
     def _make(self, original: Callable[..., Tensor]) -> Callable[..., Tensor]:
         # The original is bound here, not read at the call: another thread may have fetched the tap just
-        # before the last watcher took it away.
+        # before the last watcher removed it.
         @functools.wraps(original)
         def memory_efficient_attention(*args: Any, **kwargs: Any) -> Tensor:
             call = original
             for watcher in self._watchers():
-                call = _told(watcher, call)
+                call = _watched(watcher, call)
             return call(*args, **kwargs)
 
         return memory_efficient_attention
 
 
-def _told(watcher: XformersWatcher, call: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def _watched(watcher: XformersWatcher, call: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return lambda *args, **kwargs: watcher.xformers_call(call, args, kwargs)
 
 

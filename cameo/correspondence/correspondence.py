@@ -38,23 +38,23 @@ class Correspondence:
         >>> extrinsics = torch.eye(4).repeat(1, 2, 1, 1)
         >>> extrinsics[0, 1, 0, 3] = -1.0  # the second camera stands one unit to the right
         >>> match = Correspondence.from_depth(depth, intrinsics, extrinsics, token_grid=2)
-        >>> match.index[0, 0, 1].tolist()  # what it sees in common moves one token to the left
+        >>> match.index[0, 0, 1].tolist()  # what both see lies one token further left in the second view
         [-1, 0, -1, 2]
 
     Attributes:
         index: int64 ``[B, V, V, N]``: token of view j that shows what token x of view i shows, or -1 for
-            none. ``i == j`` is always -1. N is the largest ``h * w``; shorter views are padded with -1.
+            none. It is always -1 where ``i == j``. N is the largest ``h * w``; smaller views are padded with -1.
         token_grids: token grid ``(h, w)`` of each view.
-        match_weight: ``[B, V, V, N]``, at least 0: how much each match counts; None counts all alike.
-        distance: ``[B, V, V, N]`` in world units: 3D distance between the surface points of the two tokens,
-            also for pairs that are not matched; ``inf`` without measurement.
+        match_weight: ``[B, V, V, N]``, at least 0: the weight of each match in the loss; None weights all alike.
+        distance: ``[B, V, V, N]``, 3D distance in world units between the surface points of the two tokens,
+            also for pairs that are not matched; ``inf`` where there is no measurement.
 
     Raises:
         ShapeError: the tensors and ``token_grids`` do not fit together.
-        TypeError: a field that is no tensor, such as an array of numpy.
-        ValueError: an index outside the target view's grid, a match of a view with itself, a match weight that is
-            negative or not finite, or a distance that is negative or NaN (values are only read on the CPU: reading
-            them on a GPU would stall a training step).
+        TypeError: a field is no tensor, for example a NumPy array.
+        ValueError: an index is outside the target view's grid, a view is matched with itself, a match weight is
+            negative or not finite, or a distance is negative or NaN. Values are read on the CPU only: reading them on
+            a GPU would make the host wait in every training step.
     """
 
     index: Tensor
@@ -89,7 +89,7 @@ class Correspondence:
         counts = [h * w for h, w in self.token_grids]
         if not index.numel():
             return
-        # One pass over all values; grids of their own add one per view.
+        # One pass over all values; token grids of different sizes add one pass per view.
         low, high = (value.item() for value in index.aminmax())
         if min(counts) < max(counts):
             high = max(int(index[:, :, j].max()) - count for j, count in enumerate(counts)) + max(counts)
@@ -102,9 +102,7 @@ class Correspondence:
             raise ValueError("index: matches a view with itself. Cure: set index[:, i, i] to -1")
         weight = self.match_weight
         if weight is not None and not all(0 <= limit.item() < math.inf for limit in weight.aminmax()):
-            raise ValueError(
-                "match_weight: holds negative or NaN values, or infinite ones. Cure: use 0 to leave a match out"
-            )
+            raise ValueError("match_weight: holds negative or NaN or infinite values. Cure: use 0 to leave a match out")
         if self.distance is not None and not self.distance.min().item() >= 0:
             raise ValueError("distance: holds negative or NaN values. Cure: use inf where there is no measurement")
 
@@ -115,17 +113,17 @@ class Correspondence:
 
     @property
     def batch_size(self) -> int:
-        """B."""
+        """Number of samples, B."""
         return self.index.shape[0]
 
     @property
     def num_views(self) -> int:
-        """V."""
+        """Number of views, V."""
         return self.index.shape[1]
 
     @property
     def device(self) -> torch.device:
-        """Where the tensors are."""
+        """Device of the tensors."""
         return self.index.device
 
     def to(self, device: torch.device | str) -> Correspondence:
@@ -158,7 +156,7 @@ class Correspondence:
             [-1, -1, 0, -1]
 
         Raises:
-            ValueError: no view, an unknown one, or one twice.
+            ValueError: there is no view, an unknown view, or the same view twice.
         """
         views = [int(view) for view in views]
         if not views or len(set(views)) < len(views) or not all(0 <= v < self.num_views for v in views):
@@ -178,24 +176,25 @@ class Correspondence:
         """Join samples along the batch axis.
 
         Raises:
-            ValueError: nothing to join, different token grids, or distances on some samples only.
+            ValueError: there is nothing to join, the token grids differ, or only some parts have distances.
         """
         if not parts:
             raise ValueError("parts: expected at least one correspondence, got none")
         if len({part.token_grids for part in parts}) > 1:
             shown = sorted({part.token_grids for part in parts})
-            raise ValueError(f"parts: expected the same token grids, got {shown}. Cure: batch equal samples")
+            raise ValueError(f"parts: expected the same token grids, got {shown}. Cure: join samples of equal grids")
         distances = [part.distance for part in parts if part.distance is not None]
         if 0 < len(distances) < len(parts):
             raise ValueError("parts: some have distances and some have none. Cure: build them all alike")
-        weight = None
-        if any(part.match_weight is not None for part in parts):
-            dtype = next(part.match_weight.dtype for part in parts if part.match_weight is not None)
-            ones = [torch.ones(p.index.shape, dtype=dtype, device=p.device) for p in parts]
-            pairs = zip(parts, ones, strict=True)
-            weight = torch.cat([one if part.match_weight is None else part.match_weight for part, one in pairs])
+        weights = [part.match_weight for part in parts]
+        dtype = next((weight.dtype for weight in weights if weight is not None), None)
+        match_weight = None
+        if dtype is not None:
+            ones = (torch.ones(part.index.shape, dtype=dtype, device=part.device) for part in parts)
+            pairs = zip(weights, ones, strict=True)
+            match_weight = torch.cat([one if weight is None else weight for weight, one in pairs])
         index = torch.cat([part.index for part in parts])
-        return cls(index, parts[0].token_grids, weight, torch.cat(distances) if distances else None)
+        return cls(index, parts[0].token_grids, match_weight, torch.cat(distances) if distances else None)
 
     @classmethod
     @old_keywords
@@ -217,17 +216,17 @@ class Correspondence:
 
         Args:
             points: ``[B, V, 3, H, W]`` world coordinates; non-finite = no measurement. They are resampled to
-                the token grid (bilinear, half-pixel centres, no antialias); a token is a measurement only if
-                all pixels that its interpolation touches are.
+                the token grid (bilinear, half-pixel centres, not antialiased); a token has a measurement only if
+                all pixels that its interpolation reads have one.
             token_grid: ``(h, w)`` or an int for all views, or one ``(h, w)`` per view.
             cycle_threshold: a match is kept if the nearest neighbour of the nearest neighbour lies less than
                 this many tokens from the start.
-            max_distance: drop matches whose points lie farther apart, in world units. The cycle check alone
-                also keeps points that the other view does not show.
+            max_distance: drop matches whose points lie farther apart than this, in world units. The cycle check
+                alone also keeps points that the other view does not show.
 
         Raises:
-            ShapeError: a wrong shape.
-            ValueError: a wrong size, threshold or distance.
+            ShapeError: the points have another shape.
+            ValueError: the token grid, the threshold or the distance is out of range.
 
         Source: CAMEO (arXiv 2512.03045), correspondence from point maps.
         """
@@ -256,8 +255,9 @@ class Correspondence:
     ) -> Correspondence:
         """Match tokens by projecting their surface points and comparing depth.
 
-        A token's surface point is the one at its centre. It matches the token of the other view in which it
-        lands, if that is inside the frame, the depth there is the same, and that token has a measurement.
+        The surface point of a token is the one at the token's centre. It matches the token of the other view onto
+        which it is projected, if it lies inside that image, the depth there is the same, and that token has a
+        measurement.
 
         Example:
             >>> intrinsics = torch.tensor([[64.0, 0, 32], [0, 64, 32], [0, 0, 1]]).expand(1, 2, 3, 3)
@@ -272,18 +272,19 @@ class Correspondence:
             intrinsics: ``[B, V, 3, 3]`` in pixels of the depth image.
             extrinsics: ``[B, V, 4, 4]`` world-to-camera.
             token_grid: ``(h, w)`` or an int for all views, or one ``(h, w)`` per view.
-            depth_tolerance: how far the point's depth may be from the depth seen there, as a share of it.
-            check_values: whether to look for unusable cameras. On a GPU the host waits for that look; leave it out
-                where the cameras were checked before, as by a loader. Shapes are checked in any case.
+            depth_tolerance: how far the point's depth may be from the depth that the view shows there, as a share of
+                it, in (0, 1).
+            check_values: whether to check that the cameras are usable. On a GPU the host waits for this check; pass
+                False where the cameras were checked before, for example by a loader. Shapes are always checked.
 
         Returns:
-            A correspondence whose ``distance`` is between the token's point and the surface point seen where
-            it lands.
+            A correspondence whose ``distance`` is that between the token's surface point and the surface point that
+            the other view shows at its projection.
 
         Raises:
-            ShapeError: a wrong shape.
-            ValueError: missing or unusable cameras (see :func:`cameo.geometry.check_cameras`), a wrong size
-                or tolerance.
+            ShapeError: a tensor has another shape.
+            ValueError: a camera is missing or unusable (see :func:`cameo.geometry.check_cameras`), or the token
+                grid or the tolerance is out of range.
         """
         check_depth(depth, intrinsics, extrinsics, check_values=check_values)
         if check_values:
@@ -313,20 +314,20 @@ class Correspondence:
 
         Args:
             features: ``[B, V, C, h, w]`` of any scale, such as `cameo.correspondence.features.FeatureExtractor`
-                gives; a vector of zeros or with a non-finite value = no measurement.
-            token_grid: as in `from_point_maps`, to which the features are resampled (bilinear, half-pixel
-                centres, antialiased); a token is a measurement only if all that its interpolation touches are. None
-                takes the grid of the features.
+                returns them; a vector of zeros or with a non-finite value = no measurement.
+            token_grid: as in `from_point_maps`; the features are resampled to it (bilinear, half-pixel centres,
+                antialiased). A token has a measurement only if all features that its interpolation reads are
+                measurements. None takes the grid of the features.
             cycle_threshold: a match is kept if the nearest neighbour (by cosine similarity) of the nearest neighbour
                 lies less than this many tokens from the start.
-            min_similarity: drop matches with a smaller cosine.
+            min_similarity: drop matches with a smaller cosine similarity.
 
         Returns:
-            A correspondence without `distance`: features know no lengths.
+            A correspondence without `distance`, since features contain no lengths.
 
         Raises:
-            ShapeError: a wrong shape.
-            ValueError: a wrong size, threshold or similarity.
+            ShapeError: the features have another shape.
+            ValueError: the token grid, the threshold or the similarity is out of range.
         """
         if not isinstance(features, Tensor) or features.ndim != 5 or not all(features.shape[1:]):
             got = features.shape if isinstance(features, Tensor) else type(features).__name__

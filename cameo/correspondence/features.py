@@ -18,7 +18,7 @@ from cameo.geometry.cameras import full_precision
 
 __all__ = ["FeatureExtractor"]
 
-# Images that go through the network together.
+# Number of images that the network computes at once.
 IMAGES_AT_ONCE = 64
 
 
@@ -33,20 +33,20 @@ class FeatureExtractor(nn.Module):
         torch.Size([1, 2, 192, 2, 4])
 
     Args:
-        name: of a vision transformer in timm, such as `vit_small_patch14_dinov2.lvd142m`.
+        name: name of a vision transformer in timm, such as `vit_small_patch14_dinov2.lvd142m`.
         checkpoint: file with its weights (.safetensors or .pth); None takes them from the Hub or its cache.
-        pretrained: False draws random weights, the same each time: a control, not a feature of images.
-        size: side in pixels to which the shorter side of the images is resized (bicubic, antialiased); both sides are
-            then rounded to whole patches. None takes the size that the weights were trained with.
+        pretrained: False draws random weights, the same ones each time: a control, not a description of images.
+        size: length in pixels to which the shorter side of the images is resized (bicubic, antialiased); both sides
+            are then rounded to whole patches. None takes the size with which the weights were trained.
 
     Attributes:
-        dim: C.
-        patch: pixels `(height, width)` of a patch.
+        dim: number of channels, C.
+        patch: height and width of a patch in pixels.
 
     Raises:
-        ValueError: an unknown name, a model without patch tokens, or contradicting arguments.
-        DataError: a checkpoint that is not there, or that does not fit.
-        WeightsUnavailable: if the Hub cannot be reached and its cache lacks the weights.
+        ValueError: the name is unknown, the model has no patch tokens, or the arguments contradict each other.
+        DataError: the checkpoint does not exist or does not fit.
+        WeightsUnavailable: the Hub cannot be reached and the weights are not in its cache.
     """
 
     mean: Tensor
@@ -80,7 +80,7 @@ class FeatureExtractor(nn.Module):
         self.register_buffer("std", torch.tensor(data["std"])[:, None, None], persistent=False)
 
     def train(self, mode: bool = True) -> FeatureExtractor:
-        """Stay in evaluation mode: the network is frozen."""
+        """Stay in evaluation mode, since the network is frozen."""
         return super().train(False)
 
     @torch.no_grad()
@@ -89,7 +89,7 @@ class FeatureExtractor(nn.Module):
         """Return the features `[B, V, C, h, w]` of images `[B, V, 3, H, W]` in [0, 1].
 
         Raises:
-            ShapeError: if the images have another shape.
+            ShapeError: the images have another shape.
         """
         if images.ndim != 5 or images.shape[2] != 3:
             raise ShapeError("images", expected="[B, V, 3, H, W]", got=images.shape)
@@ -110,23 +110,23 @@ class FeatureExtractor(nn.Module):
 
 
 def _build(name: str, checkpoint: str | Path | None, pretrained: bool) -> Any:
-    """Build the network with its weights; the random numbers of the caller stay where they are."""
+    """Build the network with its weights; the state of the caller's random generators does not change."""
     import timm
     from safetensors import SafetensorError
 
     known = timm.list_models()
     if name.split(".")[0] not in known:
-        raise unknown_name("feature_model", name, [one for one in known if one.startswith("vit_")])
+        raise unknown_name("feature_model", name, [model for model in known if model.startswith("vit_")])
     if checkpoint is not None and not Path(checkpoint).is_file():
         raise DataError(f"feature_checkpoint={checkpoint}: no such file")
     options: dict[str, Any] = {"num_classes": 0, "dynamic_img_size": True}
     if checkpoint is not None:
         options["pretrained_cfg_overlay"] = {"file": str(checkpoint)}
     with torch.random.fork_rng(devices=[]):
-        torch.random.default_generator.manual_seed(0)  # torch.manual_seed would reach the GPU's as well
+        torch.random.default_generator.manual_seed(0)  # torch.manual_seed would also seed the generators of GPUs
         try:
             return timm.create_model(name, pretrained=pretrained, **options)
-        except TypeError as error:  # an option that only vision transformers have
+        except TypeError as error:  # only vision transformers accept `dynamic_img_size`
             raise ValueError(
                 f"feature_model={name}: has no patch tokens for images of any size ({error}); take a plain vision "
                 "transformer of timm, such as vit_small_patch14_dinov2.lvd142m"

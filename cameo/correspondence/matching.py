@@ -1,7 +1,7 @@
 """The ways of finding correspondence: nearest neighbours of point maps or image features, and projection of depth.
 
 Axes: B samples, V views, C channels, H W image pixels, h w token grid, N = h*w tokens per view (row-major).
-Arguments are taken as checked; :class:`cameo.correspondence.Correspondence` is the door for users.
+Arguments are not checked here; users call :class:`cameo.correspondence.Correspondence`, which checks them.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from cameo.correspondence.nearest import cycle_consistent, match_tokens
 from cameo.geometry import camera_rays, cell_centres
 from cameo.geometry.cameras import full_precision, invert_extrinsics, most_exact
 from cameo.geometry.depth import read_depth
-from cameo.geometry.grids import TokenGrids
+from cameo.geometry.grids import TokenGrid, TokenGrids
 from cameo.geometry.visibility import look_up
 
 __all__ = ["match_depth", "match_features", "match_point_maps", "resample_features"]
 
-# Numbers in one block of similarities of two views: 64 MiB in float32.
+# Number of similarities in one block of two views: 64 MiB in float32.
 BLOCK = 1 << 24
 
 
@@ -59,23 +59,23 @@ def match_depth(
     depth = depth.to(torch.promote_types(depth.dtype, torch.float32))
     intrinsics = intrinsics.to(depth)
     centres = _padded_centres(token_grids, depth)
-    # [B, V, N] depth at the token centres, NaN for padding and missing depth
+    # [B, V, N]: depth at the token centres, NaN for padding and missing depth.
     centre_depth = read_depth(depth, centres.expand(depth.shape[0], -1, -1, -1))
     surface = camera_rays(centres, intrinsics) * centre_depth[..., None]
     pose = _relative_poses(extrinsics).to(depth)
-    # Axis j leads: the points of all views are looked up in view j together.
+    # The target view j comes first, so that the points of all views are looked up in view j together.
     point = einsum(pose[..., :3, :3], surface, "b j i r c, b i n c -> b j i n r") + pose[..., None, :3, 3]
     point = rearrange(point, "b j i n c -> b j (i n) c")
-    found = look_up(point, intrinsics, lambda xy, _: read_depth(depth, xy), depth_tolerance)
-    token = _token_at(found.xy, token_grids, depth.shape[-2:])
+    seen = look_up(point, intrinsics, lambda xy, _: read_depth(depth, xy), depth_tolerance)
+    token = _token_at(seen.xy, token_grids, depth.shape[-2:])
     measured = torch.gather(centre_depth, -1, token.clamp(min=0)).isfinite()
-    visible = measured & (token >= 0) & found.visible
-    # The surface that is seen there lies on the same ray, so it is the point scaled to that depth.
-    apart = ((found.surface / found.z)[..., None] * point - point).norm(dim=-1)
-    index = rearrange(torch.where(visible, token, -1), "b j (i n) -> b i j n", i=views)
+    matched = measured & (token >= 0) & seen.visible
+    # The surface that the view shows there lies on the same ray: it is the point scaled to the surface's depth.
+    apart = ((seen.surface / seen.z)[..., None] * point - point).norm(dim=-1)
+    index = rearrange(torch.where(matched, token, -1), "b j (i n) -> b i j n", i=views)
     distance = rearrange(torch.where(apart.isfinite(), apart, math.inf), "b j (i n) -> b i j n", i=views)
-    own = torch.eye(views, dtype=torch.bool, device=depth.device)[..., None]
-    return index.masked_fill(own, -1), distance.masked_fill(own, math.inf)
+    same_view = torch.eye(views, dtype=torch.bool, device=depth.device)[..., None]
+    return index.masked_fill(same_view, -1), distance.masked_fill(same_view, math.inf)
 
 
 @torch.no_grad()
@@ -95,16 +95,16 @@ def match_features(
     return index.masked_fill_(~consistent, -1)
 
 
-def resample_features(features: Tensor, size: tuple[int, int]) -> Tensor:
-    """Bring ``[X, C, h, w]`` to a token grid, ``[X, C, *size]``: bilinear, half-pixel centres, antialiased.
+def resample_features(features: Tensor, token_grid: TokenGrid) -> Tensor:
+    """Resample ``[X, C, h, w]`` to a token grid, ``[X, C, *token_grid]``: bilinear, half-pixel centres, antialiased.
 
     Example:
         >>> resample_features(torch.arange(16.0).view(1, 1, 4, 4), (1, 1)).item()
         7.5
     """
-    if features.shape[-2:] == size:
+    if features.shape[-2:] == token_grid:
         return features
-    return F.interpolate(features, size=size, mode="bilinear", antialias=True)
+    return F.interpolate(features, size=token_grid, mode="bilinear", antialias=True)
 
 
 def _feature_tokens(features: Tensor, token_grids: TokenGrids) -> Tensor:
@@ -117,14 +117,14 @@ def _feature_tokens(features: Tensor, token_grids: TokenGrids) -> Tensor:
     for view, (h, w) in enumerate(token_grids):
         tokens[:, view, : h * w] = rearrange(resample_features(features[:, view], (h, w)), "b c h w -> b (h w) c")
     length = tokens.norm(dim=-1, keepdim=True)
-    # Vectors that cancel to 0, or whose length is beyond the range of numbers, have no direction.
+    # Vectors that cancel to 0, or whose length overflows, have no direction.
     return tokens / length.masked_fill((length == 0) | length.isinf(), math.nan)
 
 
 def _most_similar(tokens: Tensor) -> tuple[Tensor, Tensor]:
     """Index and cosine ``[B, V, V, N]`` of each token's most similar one in each other view; -1 and -inf for none.
 
-    Makes no host wait for a device, and holds one block of similarities at a time.
+    The host waits for no device, and only one block of similarities is held at a time.
     """
     batch, views, count, _ = tokens.shape
     missing = tokens.isnan().any(dim=-1)
@@ -150,7 +150,7 @@ def _most_similar(tokens: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _token_points(points: Tensor, token_grids: TokenGrids) -> Tensor:
-    """Bring ``[B, V, 3, H, W]`` to the token grids, ``[B, V, N, 3]``; shorter views are padded with NaN."""
+    """Resample ``[B, V, 3, H, W]`` to the token grids, ``[B, V, N, 3]``; smaller views are padded with NaN."""
     if len(set(token_grids)) == 1:
         return _resample(points, token_grids[0])
     tokens = points.new_full((*points.shape[:2], max(h * w for h, w in token_grids), 3), math.nan)
@@ -159,13 +159,13 @@ def _token_points(points: Tensor, token_grids: TokenGrids) -> Tensor:
     return tokens
 
 
-def _resample(points: Tensor, size: tuple[int, int]) -> Tensor:
-    """Bring ``[B, V, 3, H, W]`` to a token grid, ``[B, V, N, 3]``, NaN where any touched pixel is missing.
+def _resample(points: Tensor, token_grid: TokenGrid) -> Tensor:
+    """Resample ``[B, V, 3, H, W]`` to a token grid, ``[B, V, N, 3]``; NaN where a pixel that is read is missing.
 
     Bilinear with half-pixel centres, as `torch.nn.functional.interpolate`; only the four pixels around each token's
     centre are read.
     """
-    low, high, share = zip(*map(_interpolated_axis, points.shape[-2:], size, [points] * 2), strict=True)
+    low, high, share = zip(*map(_interpolated_axis, points.shape[-2:], token_grid, [points] * 2), strict=True)
     rows, columns = (torch.stack(pair) for pair in zip(low, high, strict=True))  # [2, h], [2, w]
     pixel = rows[:, None, :, None] * points.shape[-1] + columns[None, :, None, :]
     around = rearrange(points.flatten(3).index_select(3, pixel.flatten()), "b v c (k n) -> k b v n c", k=4)
@@ -180,7 +180,7 @@ def _resample(points: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def _interpolated_axis(length: int, cells: int, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """For each cell's centre the pixels before and after it, and the share of the second one, each ``[cells]``."""
+    """For each cell's centre the pixels before and after it, and the share of the second pixel, each ``[cells]``."""
     centre = (torch.arange(cells, dtype=like.dtype, device=like.device) + 0.5) * (length / cells) - 0.5
     centre = centre.clamp(min=0)
     low = centre.long().clamp(max=length - 1)
@@ -194,14 +194,14 @@ def _padded_centres(token_grids: TokenGrids, depth: Tensor) -> Tensor:
         grid = cell_centres(token_grids[0], image_size, dtype=depth.dtype, device=depth.device)
         return grid.flatten(0, 1).expand(len(token_grids), -1, -1)
     centres = depth.new_full((len(token_grids), max(h * w for h, w in token_grids), 2), math.nan)
-    for view, size in enumerate(token_grids):
-        grid = cell_centres(size, image_size, dtype=depth.dtype, device=depth.device)
-        centres[view, : size[0] * size[1]] = grid.flatten(0, 1)
+    for view, token_grid in enumerate(token_grids):
+        grid = cell_centres(token_grid, image_size, dtype=depth.dtype, device=depth.device)
+        centres[view, : math.prod(token_grid)] = grid.flatten(0, 1)
     return centres
 
 
 def _relative_poses(extrinsics: Tensor) -> Tensor:
-    """Transform from camera i to camera j, ``[B, j, i, 4, 4]``, as exact as the device can have it."""
+    """Transform from camera i to camera j, ``[B, j, i, 4, 4]``, in the highest precision that the device has."""
     exact = most_exact(extrinsics)
     return exact[:, :, None] @ invert_extrinsics(exact)[:, None]
 
@@ -218,5 +218,5 @@ def _token_at(xy: Tensor, token_grids: TokenGrids, image_size: Sequence[int]) ->
 
 
 def _per_view(lengths: Sequence[int], like: Tensor) -> Tensor:
-    """One number per view, ``[V, 1]``; filled in on the device, because the host would wait for a copy."""
+    """One number per view, ``[V, 1]``; created on the device, because the host would wait for a copy."""
     return torch.cat([torch.full((1, 1), length, device=like.device) for length in lengths])

@@ -1,8 +1,8 @@
 """Exact nearest neighbours between the tokens of all pairs of views, in plain torch.
 
-Axes: B samples, V views, N tokens per view (row-major, padded), R rows (tokens that look for a neighbour), S tokens
-per block, G blocks per view, P unordered pairs of views. A token without measurement has non-finite coordinates; it
-has no neighbour and is nobody's neighbour. Ties go to the lower index. Nothing of size N x N is stored beyond a tile.
+Axes: B samples, V views, N tokens per view (row-major, padded), R rows (tokens whose neighbour is sought), S tokens per
+block, G blocks per view, P unordered pairs of views. A token without a measurement has non-finite coordinates; it has
+no neighbour and is the neighbour of no token. Ties go to the lower index. No tensor of size N x N is stored but tiles.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ __all__ = ["IMPLEMENTATIONS", "cycle_consistent", "match_tokens", "nearest_by_di
 
 IMPLEMENTATIONS = ("auto", "differences", "products", "triton")
 
-# Bytes of one tile of pairwise distances, and of the least of each block that are settled together; blocks per view.
+# Bytes of one tile of pairwise distances, bytes of the block minima that are settled together, most blocks of a view.
 TILE_BYTES = 1 << 20
 BLOCKS_BYTES = 1 << 20
 MOST_BLOCKS = 64
-# What Triton compiles for: Turing and later.
+# The lowest compute capability that Triton supports, that of Turing.
 LEAST_CAPABILITY = (7, 5)
-# How far, in units of epsilon (|a| + d)^2, the squared distance d^2 of a and its neighbour may differ between the two
-# forms below: 13 for the five products with their norms, 7 for centring and for the rounding of the differences.
+# Bound, in units of epsilon (|a| + d)^2, on the difference between the squared distances d^2 of a and its neighbour in
+# the two forms below: 13 for the five products with their norms, 7 for centring and the rounding of the differences.
 ROUNDING = 20
 
 
@@ -47,19 +47,19 @@ def match_tokens(
 
     Args:
         tokens: ``[B, V, N, 3]`` float32 or float64 world coordinates; non-finite = no measurement or padding.
-        widths: tokens per row of each view's grid.
+        widths: number of columns of each view's grid.
         cycle_threshold: a match is kept if the nearest neighbour of the nearest neighbour lies less than this many
             tokens from the start.
         implementation: "differences": coordinate differences, tile by tile, on any device; "products": matrix products
             whose near-ties are settled by differences, on the CPU; "triton": one kernel for all pairs, on CUDA;
-            "auto": the fastest that the device has. They agree in every index.
+            "auto": the fastest one for the device. They agree in every index.
 
     Returns:
         Index int64 (-1 for none) and distance (of the nearest token, kept or not; ``inf`` for none), both
         ``[B, V, V, N]``.
 
     Raises:
-        ValueError: unknown implementation, or one that cannot serve this device.
+        ValueError: the implementation is unknown, or cannot serve this device.
     """
     if implementation not in IMPLEMENTATIONS:
         raise unknown_name("implementation", implementation, IMPLEMENTATIONS)
@@ -90,7 +90,7 @@ def _choose(device: torch.device) -> str:
 
 
 def triton_refusal(device: torch.device) -> str | None:
-    """Why the Triton kernels cannot serve tokens on this device, or None if they can.
+    """Return why the Triton kernels cannot serve tokens on this device, or None if they can.
 
     Example:
         >>> triton_refusal(torch.device("meta"))
@@ -116,9 +116,9 @@ def _capability(device: torch.device) -> tuple[int, int]:
 
 
 def nearest_by_differences(tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Index and distance ``[B, V, V, N]`` of each token's nearest one in each other view; the readable form.
+    """Return index and distance ``[B, V, V, N]`` of each token's nearest one in each other view; the readable form.
 
-    Makes no host wait for a device: no shape depends on values.
+    The host does not wait for the device, since no shape depends on values.
     """
     batch, views, count, _ = tokens.shape
     index, distance = _nothing_found(tokens)
@@ -145,9 +145,9 @@ def nearest_by_differences(tokens: Tensor) -> tuple[Tensor, Tensor]:
 def nearest_by_products(tokens: Tensor) -> tuple[Tensor, Tensor]:
     """Do the same on the CPU with matrix products; equal to :func:`nearest_by_differences` in every bit.
 
-    One product gives a tile of ``|a|^2 - 2ab + |b|^2``, of which only the least of each block of S tokens is kept, in
-    both directions. Within the least block differences decide. Where the products' rounding leaves more than one
-    block in question, or differences tie, the whole row is decided by differences.
+    One product gives a tile of ``|a|^2 - 2ab + |b|^2``, of which only the minimum of each block of S tokens is kept, in
+    both directions. Differences decide within the block that has the least minimum. Where the products' rounding
+    leaves more than one block possible, or differences tie, differences with the whole view decide.
     """
     batch, views, count, _ = tokens.shape
     index, distance = _nothing_found(tokens)
@@ -173,7 +173,7 @@ class _Blocked:
 
     Attributes:
         length, blocks, padded: S, G, and N padded to S * G.
-        safe: whether no square overflows.
+        safe: whether no squared distance can overflow.
     """
 
     def __init__(self, tokens: Tensor) -> None:
@@ -184,7 +184,7 @@ class _Blocked:
         if self.padded > count:
             tokens = F.pad(tokens, (0, 0, 0, self.padded - count), value=math.nan)
         missing = ~tokens.isfinite().all(-1)
-        # Near the median even points far from the world's origin have small squares, whatever a few outliers do.
+        # Relative to the median even points far from the world's origin have small squares, despite a few outliers.
         known = tokens.masked_fill(missing[..., None], math.nan)
         centre = known.flatten(1, 2).nanmedian(dim=1, keepdim=True).values[:, None]
         local = (known - centre).flatten(0, 1).nan_to_num_()
@@ -203,7 +203,7 @@ class _Blocked:
         self.entries = TILE_BYTES // tokens.element_size()
 
     def least_of_blocks(self, first: Tensor, second: Tensor) -> Tensor:
-        """Least of each block for each token, ``[2 * P, N, G]``: rows of ``first``, then rows of ``second``."""
+        """Return the minimum of each block for each token, ``[2 * P, N, G]``: rows of ``first``, then of ``second``."""
         length, blocks, padded = self.length, self.blocks, self.padded
         least = self.rows.new_empty(2, len(first), padded, blocks)
         pairs = max(1, self.entries // (padded * padded))
@@ -213,22 +213,22 @@ class _Blocked:
         for start in range(0, len(first), pairs):
             chunk = slice(start, start + pairs)
             rows, columns = self.rows.index_select(0, first[chunk]), self.columns.index_select(0, second[chunk])
-            many = len(rows)
+            count = len(rows)
             for top in range(0, padded, lines):
                 height = min(lines, padded - top)
-                tile = workspace[: many * height * padded].view(many, height, padded)
+                tile = workspace[: count * height * padded].view(count, height, padded)
                 torch.bmm(rows[:, top : top + height], columns, out=tile)
-                torch.amin(tile.view(many, height, length, blocks), dim=2, out=least[0, chunk, top : top + height])
+                torch.amin(tile.view(count, height, length, blocks), dim=2, out=least[0, chunk, top : top + height])
                 torch.amin(
-                    tile.view(many, height // length, length, padded),
+                    tile.view(count, height // length, length, padded),
                     dim=2,
-                    out=across[:many, top // length : (top + height) // length],
+                    out=across[:count, top // length : (top + height) // length],
                 )
-            least[1, chunk] = rearrange(across[:many], "p b (s g) -> p (g s) b", s=length)
+            least[1, chunk] = rearrange(across[:count], "p b (s g) -> p (g s) b", s=length)
         return least.flatten(0, 1)
 
     def settle(self, least: Tensor, rows: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
-        """Index and squared distance ``[Q, N]`` of the nearest token in view ``keys [Q]`` of those in ``rows [Q]``."""
+        """Return index and squared distance ``[Q, N]`` of the tokens in ``keys [Q]`` nearest to those in ``rows``."""
         length, blocks, padded = self.length, self.blocks, self.padded
         query = self.points.index_select(0, rows).view(-1, 3)
         measured = self.measured.index_select(0, rows).flatten()
@@ -238,14 +238,14 @@ class _Blocked:
         squared = torch.empty_like(norm)
         count_blocks, count_tokens = _counter(blocks, query), _counter(length, query)
         info = torch.finfo(query.dtype)
-        step = max(1, self.entries // (4 * length))
-        for start in range(0, len(view), step):
-            part = slice(start, start + step)
+        rows_at_once = max(1, self.entries // (4 * length))
+        for start in range(0, len(view), rows_at_once):
+            part = slice(start, start + rows_at_once)
             block = least.view(-1, blocks)[part]
             nearest = block.amin(-1)
-            reach = norm[part].sqrt() + nearest.clamp(min=0).sqrt_()
-            doubt = reach.square_().mul_(2 * ROUNDING * info.eps).add_(64 * info.tiny)
-            candidates, chosen = _count(block, nearest + doubt, count_blocks)
+            magnitude = norm[part].sqrt() + nearest.clamp(min=0).sqrt_()
+            rounding = magnitude.square_().mul_(2 * ROUNDING * info.eps).add_(64 * info.tiny)
+            candidates, chosen = _count(block, nearest + rounding, count_blocks)
             found = measured[part] & nearest.isfinite()
             clear = candidates == 1
             chosen.masked_fill_(~clear, 0)
@@ -258,9 +258,9 @@ class _Blocked:
             self._decide(found & ~(clear & (ties == 1)), query[part], view[part], index[part], squared[part])
         return index.view(-1, padded), squared.view(-1, padded)
 
-    def _decide(self, open_rows: Tensor, query: Tensor, view: Tensor, index: Tensor, squared: Tensor) -> None:
-        """Write index and squared distance of the open rows, decided by differences with all tokens of the view."""
-        for rows in open_rows.nonzero().flatten().split(max(1, self.entries // (2 * self.padded))):
+    def _decide(self, undecided: Tensor, query: Tensor, view: Tensor, index: Tensor, squared: Tensor) -> None:
+        """Write index and squared distance of the undecided rows, by differences with all tokens of the view."""
+        for rows in undecided.nonzero().flatten().split(max(1, self.entries // (2 * self.padded))):
             keys = self.keys.index_select(0, view[rows])
             apart = _squared(keys, query[rows, :, None])
             squared[rows], index[rows] = apart.min(dim=-1)
@@ -286,9 +286,9 @@ def _counter(length: int, like: Tensor) -> Tensor:
 
 
 def _count(values: Tensor, bound: Tensor, counter: Tensor) -> tuple[Tensor, Tensor]:
-    """How many of ``values [R, M]`` are within ``bound [R]``, and the place of it if there is one.
+    """Return how many of ``values [R, M]`` are at most ``bound [R]``, and, if it is one, its column.
 
-    A product with ones and places takes a fraction of the time of a minimum that also returns its place.
+    A matrix product with ones and column numbers takes a fraction of the time of a minimum with its index.
     """
     within = torch.le(values, bound[:, None], out=torch.empty_like(values))
     number, place = (within @ counter).unbind(-1)
@@ -296,13 +296,13 @@ def _count(values: Tensor, bound: Tensor, counter: Tensor) -> tuple[Tensor, Tens
 
 
 def cycle_consistent(index: Tensor, widths: tuple[int, ...], threshold: float) -> Tensor:
-    """Tell which tokens come back, there and back again, less than ``threshold`` tokens from their start."""
+    """Tell which tokens have, as neighbour of their neighbour, one less than ``threshold`` tokens away from them."""
     start = torch.arange(index.shape[-1], device=index.device)
     consistent = torch.zeros_like(index, dtype=torch.bool)
     for i, width in enumerate(widths):
-        go = index[:, i]
-        end = torch.gather(index[:, :, i], -1, go.clamp(min=0))
+        neighbour = index[:, i]
+        end = torch.gather(index[:, :, i], -1, neighbour.clamp(min=0))
         row = end.div(width, rounding_mode="floor")
         rows, columns = row - start // width, end - row * width - start % width
-        consistent[:, i] = (go >= 0) & (rows.square() + columns.square() < threshold**2)
+        consistent[:, i] = (neighbour >= 0) & (rows.square() + columns.square() < threshold**2)
     return consistent

@@ -1,11 +1,11 @@
-# What Triton compiles in is written in capitals, and its functions carry no types.
+# Compile-time constants of Triton are written in capitals, and its functions have no type annotations.
 # ruff: noqa: N803
 # mypy: disable-error-code="no-untyped-def"
 """Exact nearest neighbours between the tokens of all pairs of views on CUDA, in Triton.
 
-Axes: B samples, V views, N tokens per view (row-major, padded). Two launches, of which none stores or waits for a
-distance between two tokens: the first keeps each token's nearest one in registers, the second follows it there and
-back again.
+Axes: B samples, V views, N tokens per view (row-major, padded). There are two launches, and neither stores the
+distances between all tokens: the first keeps each token's nearest one in registers, the second follows the nearest
+neighbour of the nearest neighbour.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 __all__ = ["match_tokens"]
 
-# 12 instructions per pair of tokens on sm_80 and sm_90; with larger blocks registers are spilled.
+# 12 instructions per pair of tokens on sm_80 and sm_90; larger blocks would spill registers.
 QUERY_BLOCK, KEY_BLOCK, NEAREST_WARPS = 64, 32, 4
 CYCLE_BLOCK, CYCLE_WARPS = 256, 4
 NO_INDEX = tl.constexpr(2147483647)
@@ -27,7 +27,7 @@ NO_INDEX = tl.constexpr(2147483647)
 def nearest_kernel(points, index, distance, views, tokens, QUERIES: tl.constexpr, KEYS: tl.constexpr):
     """Nearest token of view j for QUERIES tokens of view i: int32 index, -1 for none, and distance, inf for none.
 
-    ``points [B, V, 3, N]``; ``index`` and ``distance`` ``[B, V, V, N]``, of which i == j is left as it is.
+    ``points [B, V, 3, N]``; ``index`` and ``distance`` ``[B, V, V, N]``, of which i == j is not written.
     """
     pair = tl.program_id(1)
     i = pair // views % views
@@ -45,12 +45,12 @@ def nearest_kernel(points, index, distance, views, tokens, QUERIES: tl.constexpr
     start_of_least = tl.full([QUERIES, KEYS], -1, tl.int32)
     for start in range(0, tokens, KEYS):
         keys = start + tl.arange(0, KEYS)
-        there = keys < tokens
-        step_x = x - tl.load(key_points + keys, mask=there, other=float("inf"))[None, :]
-        step_y = y - tl.load(key_points + tokens + keys, mask=there, other=float("inf"))[None, :]
-        step_z = z - tl.load(key_points + 2 * tokens + keys, mask=there, other=float("inf"))[None, :]
+        inside = keys < tokens
+        step_x = x - tl.load(key_points + keys, mask=inside, other=float("inf"))[None, :]
+        step_y = y - tl.load(key_points + tokens + keys, mask=inside, other=float("inf"))[None, :]
+        step_z = z - tl.load(key_points + 2 * tokens + keys, mask=inside, other=float("inf"))[None, :]
         squared = step_x * step_x + step_y * step_y + step_z * step_z
-        # Not closer if it is NaN, as with a token without measurement, or equal: ties stay with the lower index.
+        # A NaN, from a token without a measurement, is not closer, nor is an equal distance: the lower index wins ties.
         closer = squared < least
         least = tl.where(closer, squared, least)
         start_of_least = tl.where(closer, start, start_of_least)
@@ -65,9 +65,9 @@ def nearest_kernel(points, index, distance, views, tokens, QUERIES: tl.constexpr
 
 @triton.jit
 def cycle_kernel(nearest, kept, widths, views, tokens, squared_threshold, BLOCK: tl.constexpr):
-    """Keep the matches that come back less than a threshold of tokens from their start; int64, -1 for the others.
+    """Keep the matches whose own match lies less than a threshold of tokens from the start; int64, -1 for the others.
 
-    ``nearest`` int32 and ``kept`` int64 ``[B, V, V, N]``; ``widths`` int64 ``[V]``, tokens per row of each view's grid.
+    ``nearest`` int32 and ``kept`` int64 ``[B, V, V, N]``; ``widths`` int64 ``[V]``, columns of each view's grid.
     """
     pair = tl.program_id(1)
     i = pair // views % views
@@ -75,15 +75,15 @@ def cycle_kernel(nearest, kept, widths, views, tokens, squared_threshold, BLOCK:
     token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     real = token < tokens
     out = pair.to(tl.int64) * tokens + token
-    go = tl.where(i == j, -1, tl.load(nearest + out, mask=real, other=-1))
-    # A neighbour has a neighbour itself: its distance to the token that it is the neighbour of is finite.
+    neighbour = tl.where(i == j, -1, tl.load(nearest + out, mask=real, other=-1))
+    # A neighbour has a neighbour too, since its distance to this token is finite.
     back_pair = (pair // (views * views) * views + j) * views + i
-    end = tl.load(nearest + back_pair.to(tl.int64) * tokens + go, mask=go >= 0, other=0)
+    end = tl.load(nearest + back_pair.to(tl.int64) * tokens + neighbour, mask=neighbour >= 0, other=0)
     width = tl.load(widths + i).to(tl.int32)
     rows = end // width - token // width
     columns = end % width - token % width
-    consistent = (go >= 0) & ((rows * rows + columns * columns).to(tl.float32) < squared_threshold)
-    tl.store(kept + out, tl.where(consistent, go, -1).to(tl.int64), mask=real)
+    consistent = (neighbour >= 0) & ((rows * rows + columns * columns).to(tl.float32) < squared_threshold)
+    tl.store(kept + out, tl.where(consistent, neighbour, -1).to(tl.int64), mask=real)
 
 
 def match_tokens(tokens: Tensor, widths: tuple[int, ...], cycle_threshold: float) -> tuple[Tensor, Tensor]:
@@ -96,7 +96,7 @@ def match_tokens(tokens: Tensor, widths: tuple[int, ...], cycle_threshold: float
     if not index.numel():
         return index, distance
     pairs = batch * views * views
-    # Contracted to multiply-adds, a distance would not be that of the plain form to the last bit.
+    # With fused multiply-adds the distances would differ from those of the plain form in the last bit.
     nearest_kernel[(triton.cdiv(count, QUERY_BLOCK), pairs)](
         points,
         nearest,
@@ -122,7 +122,7 @@ def match_tokens(tokens: Tensor, widths: tuple[int, ...], cycle_threshold: float
 
 
 def _on_device(widths: tuple[int, ...], device: torch.device) -> Tensor:
-    """Widths as a tensor ``[V]``; filled in on the device, because the host would wait for a copy."""
+    """Return the widths as a tensor ``[V]``; created on the device, because the host would wait for a copy."""
     if len(set(widths)) == 1:
         return torch.full((len(widths),), widths[0], device=device)
     return torch.cat([torch.full((1,), width, device=device) for width in widths])

@@ -17,17 +17,17 @@ _LEAST_CAPABILITY = (8, 0)
 
 
 def refusal(device: torch.device, dtype: torch.dtype, num_heads: int, depth: int) -> str | None:
-    """Why the Triton kernels cannot serve such a call, or None if they can.
+    """Return why the Triton kernels cannot serve such a call, or None if they can.
 
     Example:
         >>> refusal(torch.device("meta"), torch.float32, num_heads=8, depth=1)
         'the tensors are on meta; the Triton kernels need a CUDA device'
 
     Args:
-        device: of query and key.
-        dtype: of the logits: float32, bfloat16 or float16.
-        num_heads: K, heads that the alignment head joins, 1 to 32.
-        depth: hidden layers of the alignment head, 0 or 1.
+        device: device of query and key.
+        dtype: dtype of the logits: float32, bfloat16 or float16.
+        num_heads: K, number of attention heads that the alignment head joins, 1 to 32.
+        depth: number of hidden layers of the alignment head, 0 or 1.
     """
     if importlib.util.find_spec("triton") is None:
         return f"Triton is not installed: {INSTALL_TRITON}"

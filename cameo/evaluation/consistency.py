@@ -1,8 +1,8 @@
-"""Do generated views show one scene? Views warped onto each other, and matches against the epipolar geometry.
+"""Consistency of generated views: views warped onto each other, and matches checked with the epipolar geometry.
 
-Axes: B samples, V views, H W image pixels, M points. Images are floating point RGB in [0, 1]; cameras, depth and pixel
-positions as in :mod:`cameo.geometry`. Both measures are also taken of the true images where these are given: they
-too are not perfect (interpolation, shading, mirrors), and a model cannot be asked for more.
+Axes: B samples, V views, H W image pixels, M points, J other views. Images are floating point RGB in [0, 1]; cameras,
+depth and pixel positions are as in :mod:`cameo.geometry`. If the true images are given, both measures are computed for
+them too: because of interpolation, shading and mirrors they are not perfect either, and limit what a model can reach.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -35,10 +35,10 @@ from cameo.probing.truth import view_angles
 
 __all__ = ["EpipolarPair", "WarpedPair", "symmetric_epipolar_distance", "tsed", "warp_error"]
 
-Pairs = Sequence[tuple[int, int]]
+ViewPairs = Sequence[tuple[int, int]]  # view, other view
 
-# Camera centres nearer than this share of their distance from the origin are one point: there are no epipolar lines.
-SAME_CENTRE = 1e-5
+# Camera centers nearer than this share of their distance from the origin are one point, without epipolar lines.
+SAME_CENTER = 1e-5
 
 
 @dataclass(frozen=True)
@@ -46,12 +46,12 @@ class WarpedPair:
     """Photometric error of one view against another view warped onto it, over the pixels that both show.
 
     Attributes:
-        sample, view, other: which pair; ``other`` is warped onto ``view``.
-        angle: between the optical axes, in degrees.
-        pixels: pixels of ``view`` whose surface point ``other`` shows.
-        absolute: mean absolute difference of the colours in [0, 1]; None without pixels.
-        psnr: of the warped view in dB; None without pixels.
-        true_absolute, true_psnr: the same of the true images; None without pixels, or without true images.
+        sample, view, other: sample and views of the pair; ``other`` is warped onto ``view``.
+        angle: angle between the optical axes, in degrees.
+        pixels: number of pixels of ``view`` whose surface point ``other`` shows.
+        absolute: mean absolute difference of the colors in [0, 1]; None without pixels.
+        psnr: PSNR of the warped view in dB; None without pixels.
+        true_absolute, true_psnr: the same for the true images; None without pixels, or without true images.
     """
 
     sample: int
@@ -70,12 +70,12 @@ class EpipolarPair:
     """How well the SIFT matches of two views agree with their cameras.
 
     Attributes:
-        sample, view, other: which pair.
-        angle: between the optical axes, in degrees.
-        keypoints: found in ``view`` and in ``other``.
-        matches: how many of them match.
+        sample, view, other: sample and views of the pair.
+        angle: angle between the optical axes, in degrees.
+        keypoints: number of keypoints in ``view`` and in ``other``.
+        matches: number of matches between them.
         distance: median symmetric epipolar distance of the matches in pixels; None without a match.
-        consistent: whether there are enough matches and the distance is small enough; None where that cannot be told.
+        consistent: whether there are enough matches and the distance is small enough; None if this cannot be judged.
         reason: why ``consistent`` is not True, or None.
     """
 
@@ -99,13 +99,13 @@ def warp_error(
     extrinsics: Tensor,
     *,
     truth: Tensor | None = None,
-    pairs: Pairs | None = None,
+    pairs: ViewPairs | None = None,
     depth_tolerance: float = DEPTH_TOLERANCE,
 ) -> list[WarpedPair]:
-    """Warp views onto each other with the true depth and compare their colours where both show the surface.
+    """Warp views onto each other with the true depth and compare their colors where both show the surface.
 
-    Each pixel centre of a view goes to where the other view sees its surface point; the colour there is read
-    bilinearly. Pixels without depth, outside the other view, or hidden in it do not count.
+    Each pixel center of a view is projected to where the other view sees its surface point, and the color is sampled
+    there bilinearly. Pixels without depth, outside the other view, or occluded in it do not count.
 
     Example:
         >>> depth = torch.full((1, 2, 1, 8, 8), 2.0)
@@ -123,12 +123,12 @@ def warp_error(
         depth: ``[B, V, 1, H, W]`` true z-depth.
         intrinsics: ``[B, V, 3, 3]`` in pixels.
         extrinsics: ``[B, V, 4, 4]`` world-to-camera.
-        truth: ``[B, V, 3, H, W]``, the true images, measured in the same way.
+        truth: ``[B, V, 3, H, W]``, the true images, which are measured in the same way.
         pairs: ordered pairs (view, other); None for all.
         depth_tolerance: see `Correspondence.from_depth`.
 
     Returns:
-        One `WarpedPair` per sample and pair, sample by sample, the pairs of a view together.
+        One `WarpedPair` per sample and pair, sample by sample, with the pairs of a view together.
 
     Raises:
         ShapeError: a wrong shape.
@@ -140,23 +140,23 @@ def warp_error(
     if truth is not None:
         _check_images("truth", truth, depth.shape[:2], depth.shape[-2:])
     check_tolerance(depth_tolerance)
-    chosen = _chosen_pairs(pairs, depth.shape[1])
+    chosen = _checked_pairs(pairs, depth.shape[1])
     angles = view_angles(extrinsics)
-    found = []
+    warped = []
     for sample in range(depth.shape[0]):
-        own = slice(sample, sample + 1)
-        geometry = depth[own], intrinsics[own], extrinsics[own]
-        # One view at a time: beside each position that depth is read at stand twenty values.
+        this = slice(sample, sample + 1)
+        geometry = depth[this], intrinsics[this], extrinsics[this]
+        # One view at a time, to bound the memory: reading the depth takes about twenty values per position.
         for view, others in _by_view(chosen):
             xy, visible = _seen_from(view, others, geometry, depth_tolerance)
-            judged = _warped_errors(images[sample], view, others, xy, visible)
-            true: list[tuple[float | None, float | None]] = [(None, None)] * len(others)
+            errors = _warped_errors(images[sample], view, others, xy, visible)
+            true_errors: list[tuple[float | None, float | None]] = [(None, None)] * len(others)
             if truth is not None:
-                true = _warped_errors(truth[sample], view, others, xy, visible)
+                true_errors = _warped_errors(truth[sample], view, others, xy, visible)
             for column, other in enumerate(others):
                 angle, pixels = float(angles[sample, view, other]), int(visible[column].sum())
-                found.append(WarpedPair(sample, view, other, angle, pixels, *judged[column], *true[column]))
-    return found
+                warped.append(WarpedPair(sample, view, other, angle, pixels, *errors[column], *true_errors[column]))
+    return warped
 
 
 @full_precision
@@ -172,20 +172,20 @@ def symmetric_epipolar_distance(points: Tensor, others: Tensor, intrinsics: Tens
         [0.0, 0.5]
 
     Args:
-        points: ``[M, 2]``: x, y in the first image, pixel centres at +0.5.
+        points: ``[M, 2]``: x, y in the first image, pixel centers at +0.5.
         others: ``[M, 2]``: x, y in the second image.
         intrinsics: ``[2, 3, 3]`` in pixels.
         extrinsics: ``[2, 4, 4]`` world-to-camera.
 
     Returns:
-        In float64. NaN where a point is an epipole, or all NaN where the two camera centres are the same point: no line
-        is defined there.
+        In float64. NaN where a point is an epipole, and everywhere if the two camera centers are the same point, since
+        no epipolar line is defined there.
 
     Raises:
         ShapeError: a wrong shape.
         ValueError: unusable cameras.
 
-    Source: Hartley and Zisserman, "Multiple view geometry", 2004, section 11.4; unlike there not squared.
+    Source: Hartley and Zisserman, "Multiple view geometry", 2004, section 11.4; there the distances are squared.
     """
     for name, value in (("points", points), ("others", others)):
         if value.ndim != 2 or value.shape[1] != 2 or len(value) != len(points):
@@ -196,7 +196,7 @@ def symmetric_epipolar_distance(points: Tensor, others: Tensor, intrinsics: Tens
         raise ShapeError("extrinsics", expected="[2, 4, 4]", got=extrinsics.shape)
     check_cameras(intrinsics[None], extrinsics[None])
     first, second = (F.pad(value.double(), (0, 1), value=1.0) for value in (points, others))
-    if _same_centre(extrinsics):
+    if _same_center(extrinsics):
         return first.new_full((len(first),), math.nan)
     fundamental = _fundamental_matrix(intrinsics.double(), extrinsics.double())
     line, other_line = second @ fundamental, first @ fundamental.mT
@@ -211,17 +211,17 @@ def tsed(
     extrinsics: Tensor,
     *,
     truth: Tensor | None = None,
-    pairs: Pairs | None = None,
+    pairs: ViewPairs | None = None,
     max_distance: float = 2.0,
     min_matches: int = 10,
 ) -> list[EpipolarPair]:
     """Thresholded symmetric epipolar distance: do SIFT matches between views lie on each other's epipolar lines?
 
-    Two views are consistent if they have enough matches, and the median of the matches' distances is small. Matches
-    pass the ratio test in both directions and are each other's best. Too few matches count as inconsistent, as in the
-    source; blurred views have few. With the true images at hand, pairs in which these do not pass either are left open
-    (``consistent=None``): small or smooth images have too few keypoints for the measure. Distances are in
-    pixels, so results of different image token_grids do not compare (source: 256 pixels).
+    Two views are consistent if they have enough matches, and the median of the matches' distances is small. Matches are
+    mutual nearest neighbors that pass the ratio test in both directions. Views with too few matches, such as blurred
+    ones, count as inconsistent, as in the source. If the true images are given, pairs of views whose true images are
+    not consistent either are not judged (``consistent=None``), since small or smooth images have too few keypoints.
+    Distances are in pixels, so that results of different image sizes cannot be compared (source: 256 pixels).
 
     Example:
         >>> intrinsics = torch.tensor([[32.0, 0, 16], [0, 32, 16], [0, 0, 1]]).expand(1, 2, 3, 3)
@@ -236,9 +236,9 @@ def tsed(
         intrinsics: ``[B, V, 3, 3]`` in pixels.
         extrinsics: ``[B, V, 4, 4]`` world-to-camera.
         truth: ``[B, V, 3, H, W]``, the true images.
-        pairs: pairs (view, other); the order does not matter. None for each pair once.
-        max_distance: the median must be less, in pixels.
-        min_matches: the least number of matches.
+        pairs: pairs (view, other) in any order. None for each pair of views once.
+        max_distance: bound of the median distance in pixels.
+        min_matches: smallest number of matches.
 
     Returns:
         One `EpipolarPair` per sample and pair, sample by sample.
@@ -261,29 +261,30 @@ def tsed(
     if min_matches < 1:
         raise ValueError(f"min_matches: expected at least 1, got {min_matches}")
     views = intrinsics.shape[1]
-    chosen = _chosen_pairs([(i, j) for i in range(views) for j in range(i)] if pairs is None else pairs, views)
+    chosen = _checked_pairs([(i, j) for i in range(views) for j in range(i)] if pairs is None else pairs, views)
     angles = view_angles(extrinsics)
-    found = []
+    judged = []
     for sample in range(intrinsics.shape[0]):
         needed = sorted({view for pair in chosen for view in pair})
-        sets = [
+        found, *found_in_truth = (
             {view: find_keypoints(source[sample, view]) for view in needed}
             for source in (images, truth)
             if source is not None
-        ]
+        )
         for view, other in chosen:
             cameras = intrinsics[sample, [view, other]].cpu(), extrinsics[sample, [view, other]].cpu()
-            results = [_judge(one[view], one[other], cameras, max_distance, min_matches) for one in sets]
-            matches, distance, consistent, reason = results[0]
-            if consistent is not None and truth is not None and not results[1][2]:
-                consistent, reason = None, f"the true images are not found consistent either: {results[1][3]}"
-            keypoints = (len(sets[0][view][0]), len(sets[0][other][0]))
-            angle = float(angles[sample, view, other])
-            found.append(EpipolarPair(sample, view, other, angle, keypoints, matches, distance, consistent, reason))
-    return found
+            verdict = _judge(found[view], found[other], cameras, max_distance, min_matches)
+            for true in found_in_truth if verdict.consistent is not None else ():
+                expected = _judge(true[view], true[other], cameras, max_distance, min_matches)
+                if not expected.consistent:
+                    reason = f"the true images are not found consistent either: {expected.reason}"
+                    verdict = verdict._replace(consistent=None, reason=reason)
+            keypoints = (len(found[view][0]), len(found[other][0]))
+            judged.append(EpipolarPair(sample, view, other, float(angles[sample, view, other]), keypoints, *verdict))
+    return judged
 
 
-def _by_view(pairs: Pairs) -> list[tuple[int, list[int]]]:
+def _by_view(pairs: ViewPairs) -> list[tuple[int, list[int]]]:
     """Group pairs (view, other) by view."""
     return [(view, [j for i, j in pairs if i == view]) for view in dict.fromkeys(i for i, _ in pairs)]
 
@@ -291,27 +292,27 @@ def _by_view(pairs: Pairs) -> list[tuple[int, list[int]]]:
 def _seen_from(
     view: int, others: list[int], geometry: tuple[Tensor, Tensor, Tensor], tolerance: float
 ) -> tuple[Tensor, Tensor]:
-    """Where other views of one sample see the surface of a view's pixels.
+    """Project the surface points of a view's pixels into other views of the same sample.
 
     Args:
-        view: whose pixels.
+        view: the view.
         others: J other views.
-        geometry: depth `[1, V, 1, H, W]`, intrinsics and extrinsics.
+        geometry: depth `[1, V, 1, H, W]`, intrinsics and extrinsics of the sample.
         tolerance: share by which the depth may differ.
 
     Returns:
-        Position ``[J, H*W, 2]`` in pixels of each other view, and whether it is visible there, bool ``[J, H*W]``.
+        Position ``[J, H*W, 2]`` in pixels of each other view, and whether the point is visible there, ``[J, H*W]``.
     """
     depth, intrinsics, extrinsics = geometry
     depth = depth.to(at_least_float32(depth))
-    # Relative to the view, so that a world origin far away costs no accuracy.
+    # Poses relative to the view, so that a distant world origin does not cost accuracy.
     pose = relative_extrinsics(most_exact(extrinsics), reference=view).to(depth)
     intrinsics = intrinsics.to(depth)
-    own = slice(view, view + 1)
-    points = unproject(depth[:, own], intrinsics[:, own], pose[:, own]).flatten(3).mT
+    this = slice(view, view + 1)
+    points = unproject(depth[:, this], intrinsics[:, this], pose[:, this]).flatten(3).mT
     in_camera = transform(points.expand(-1, len(others), -1, -1), pose[:, others])
-    found = look_up(in_camera, intrinsics[:, others], lambda xy, _: sample_depth(depth[:, others], xy), tolerance)
-    return found.xy[0], found.visible[0]
+    seen = look_up(in_camera, intrinsics[:, others], lambda xy, _: sample_depth(depth[:, others], xy), tolerance)
+    return seen.xy[0], seen.visible[0]
 
 
 def _warped_errors(
@@ -327,13 +328,13 @@ def _warped_errors(
     count = visible.sum(-1) * error.shape[1]
     absolute, squared = error.abs().sum(dim=(1, 2)) / count, error.square().sum(dim=(1, 2)) / count
     values = zip(absolute.tolist(), psnr_of_error(squared).tolist(), count.tolist(), strict=True)
-    return [(mean, decibel) if pixels else (None, None) for mean, decibel, pixels in values]
+    return [(mean, decibels) if pixels else (None, None) for mean, decibels, pixels in values]
 
 
-def _same_centre(extrinsics: Tensor) -> bool:
-    """Whether two cameras `[2, 4, 4]` stand at one point, as far as their poses are exact."""
+def _same_center(extrinsics: Tensor) -> bool:
+    """Whether two cameras `[2, 4, 4]` have the same center, within the accuracy of their poses."""
     centers = camera_centers(extrinsics.double())
-    return bool((centers[0] - centers[1]).norm() <= SAME_CENTRE * centers.norm(dim=-1).max())
+    return bool((centers[0] - centers[1]).norm() <= SAME_CENTER * centers.norm(dim=-1).max())
 
 
 def _fundamental_matrix(intrinsics: Tensor, extrinsics: Tensor) -> Tensor:
@@ -346,29 +347,39 @@ def _fundamental_matrix(intrinsics: Tensor, extrinsics: Tensor) -> Tensor:
     return inverse[1].mT @ cross @ pose[:3, :3] @ inverse[0]
 
 
+class _Verdict(NamedTuple):
+    """What `EpipolarPair` says of the keypoints of two views."""
+
+    matches: int
+    distance: float | None
+    consistent: bool | None
+    reason: str | None
+
+
 def _judge(
     first: tuple[Tensor, Tensor],
     second: tuple[Tensor, Tensor],
     cameras: tuple[Tensor, Tensor],
     max_distance: float,
     min_matches: int,
-) -> tuple[int, float | None, bool | None, str | None]:
-    """Number of matches, median distance, whether the pair is consistent, and why not."""
-    here, there = match_descriptors(first[1], second[1]).unbind(1)
-    if _same_centre(cameras[1]):
-        return len(here), None, None, "the two cameras stand at one point, so there are no epipolar lines"
-    distances = symmetric_epipolar_distance(first[0][here], second[0][there], *cameras)
+) -> _Verdict:
+    """Match the keypoints of two views and compare the matches with the epipolar geometry of the cameras."""
+    in_first, in_second = match_descriptors(first[1], second[1]).unbind(1)
+    if _same_center(cameras[1]):
+        reason = "the two cameras stand at one point, so there are no epipolar lines"
+        return _Verdict(len(in_first), None, None, reason)
+    distances = symmetric_epipolar_distance(first[0][in_first], second[0][in_second], *cameras)
     distances = distances[distances.isfinite()]
-    median = float(distances.quantile(0.5)) if len(distances) else None
-    if len(distances) < min_matches or median is None:
-        return len(distances), median, False, f"{len(distances)} matches, at least {min_matches} needed"
+    count, median = len(distances), float(distances.quantile(0.5)) if len(distances) else None
+    if count < min_matches or median is None:
+        return _Verdict(count, median, False, f"{count} matches, at least {min_matches} needed")
     if not median < max_distance:
-        return len(distances), median, False, f"median distance {median:.2f} px, less than {max_distance:g} needed"
-    return len(distances), median, True, None
+        return _Verdict(count, median, False, f"median distance {median:.2f} px, less than {max_distance:g} needed")
+    return _Verdict(count, median, True, None)
 
 
-def _chosen_pairs(pairs: Pairs | None, views: int) -> list[tuple[int, int]]:
-    """Return all ordered pairs, or those given, checked."""
+def _checked_pairs(pairs: ViewPairs | None, views: int) -> list[tuple[int, int]]:
+    """Return the given pairs, checked, or all ordered pairs."""
     if pairs is None:
         return [(i, j) for i in range(views) for j in range(views) if i != j]
     chosen = [(int(i), int(j)) for i, j in pairs]
@@ -386,4 +397,4 @@ def _check_images(name: str, images: Any, views: Sequence[int], size: Sequence[i
     if not images.is_floating_point():
         raise ValueError(f"{name}: expected floating point in [0, 1], got {images.dtype}. Cure: divide by 255")
     if not bool(images.isfinite().all()):
-        raise ValueError(f"{name}: holds values that are not finite, so there is nothing to compare")
+        raise ValueError(f"{name}: expected finite values, got NaN or infinity")

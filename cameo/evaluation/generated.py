@@ -1,4 +1,4 @@
-"""Generate the target views and judge them: against the truth, and against each other.
+"""Generate the target views and compare them with the true views, and with each other.
 
 Axes: V views (reference views first), H W pixels.
 """
@@ -28,10 +28,11 @@ __all__ = ["SampledViews", "consistency", "novel_views", "sample_targets"]
 
 @dataclass(frozen=True)
 class SampledViews:
-    """Generated target views with the truth; what `sample_targets` returns, on the CPU.
+    """Generated target views with the samples they belong to, on the CPU; returned by `sample_targets`.
 
-    - `batches`: collated batches of one sample. `images`: per batch all views `[1, V, 3, H, W]`, the references as they
-      are and the targets as generated.
+    Attributes:
+        batches: collated batches of one sample each.
+        images: all views of each batch, `[1, V, 3, H, W]`: the given reference views and the generated target views.
     """
 
     batches: list[dict[str, Any]]
@@ -41,9 +42,9 @@ class SampledViews:
 def sample_targets(
     model: CameoModel, pipeline: MultiViewPipeline, data: Dataset[MultiViewSample], settings: EvaluationSettings
 ) -> SampledViews:
-    """Generate the target views of samples 0 .. `num_sampled`-1, each from noise of its own.
+    """Generate the target views of samples 0 .. `num_sampled`-1.
 
-    One sample at a time, so that its noise depends on its number alone.
+    Samples are generated one at a time, so that the noise of a sample depends on its number only.
 
     Raises:
         DataError: if the data has fewer samples.
@@ -68,7 +69,7 @@ def sample_targets(
 
 
 def novel_views(sampled: SampledViews, settings: EvaluationSettings) -> Section:
-    """Measure the generated target views against the true ones; a sample's value is the mean over its views."""
+    """Compare the generated target views with the true ones; the value of a sample is the mean over its views."""
     section = Section()
     keys = [batch["key"][0] for batch in sampled.batches]
     references = int(sampled.batches[0]["num_reference_views"])
@@ -97,18 +98,18 @@ def _measure(
     pairs: Sequence[tuple[Tensor, Tensor]],
     metric: Callable[[], Callable[[Tensor, Tensor], Tensor]],
 ) -> None:
-    """Add a metric of image pairs, or the reason why it is not to be had here: no weights, images too small."""
+    """Add a metric of image pairs, or the reason why it cannot be computed: missing weights, images too small."""
     try:
         measured = metric()
         section.add(name, keys, [float(measured(*pair).mean()) for pair in pairs])
-    except WeightsUnavailable as error:  # its message says that the metric is skipped
+    except WeightsUnavailable as error:  # the message says that the metric is skipped
         section.mean[name], section.notes[name] = None, str(error)
     except ShapeError as error:
         section.mean[name], section.notes[name] = None, f"skipped: {error}"
 
 
 def _measure_fid(section: Section, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
-    """Add FID, one number of all images; there is nothing to compare in pairs."""
+    """Add FID, one number for all images together, which has no values per sample."""
     try:
         metric = Fid()
         for images, truth in pairs:
@@ -123,9 +124,10 @@ def _measure_fid(section: Section, pairs: Sequence[tuple[Tensor, Tensor]]) -> No
 
 
 def consistency(sampled: SampledViews, settings: EvaluationSettings) -> Section:
-    """Measure how generated views fit each other and the references; pairs of two references are left out.
+    """Measure the consistency of generated views with each other and with the reference views.
 
-    A sample's value is the mean over its pairs, each of them counted once, however many pixels both views show.
+    The value of a sample is the mean over its pairs of views, whatever number of pixels both views show. Pairs of two
+    reference views are left out.
     """
     section = Section()
     if not settings.consistency:
@@ -145,20 +147,20 @@ def consistency(sampled: SampledViews, settings: EvaluationSettings) -> Section:
         ("warp_psnr", "psnr"),
         ("warp_psnr_truth", "true_psnr"),
     ):
-        values = [_mean_of(getattr(pair, attribute) for pair in found) for found in warped]
+        values = [_mean_of(getattr(pair, attribute) for pair in of_sample) for of_sample in warped]
         section.add(name, keys, values, missing="no two views show the same surface")
     if "epipolar" not in section.notes:
-        told = [[pair for pair in found if pair.consistent is not None] for found in matched]
-        consistent = [_mean_of(pair.consistent for pair in found) for found in told]
+        judged = [[pair for pair in of_sample if pair.consistent is not None] for of_sample in matched]
+        consistent = [_mean_of(pair.consistent for pair in of_sample) for of_sample in judged]
         missing = "no two views whose true images are found consistent"
         section.add("epipolar_consistent", keys, consistent, missing=missing)
-        distance = [_mean_of(pair.distance for pair in found) for found in told]
+        distance = [_mean_of(pair.distance for pair in of_sample) for of_sample in judged]
         section.add("epipolar_distance", keys, distance, missing=f"{missing}, or no SIFT match in them,")
-        section.details["epipolar_pairs"] = [sum(map(len, told)), sum(map(len, matched))]
+        section.details["epipolar_pairs"] = [sum(map(len, judged)), sum(map(len, matched))]
     section.details["warped"] = [
         {"angle": pair.angle, "pixels": pair.pixels, "error": pair.absolute, "truth": pair.true_absolute}
-        for found in warped
-        for pair in found
+        for of_sample in warped
+        for pair in of_sample
     ]
     return section
 
@@ -171,6 +173,7 @@ def _epipolar(
     pairs: Sequence[tuple[int, int]],
     settings: EvaluationSettings,
 ) -> list[EpipolarPair]:
+    """Judge pairs of views; without OpenCV none are, and the section says so."""
     try:
         return tsed(
             images,
@@ -186,8 +189,9 @@ def _epipolar(
 
 
 def _mean_of(values: Iterable[float | None]) -> float | None:
-    found = [float(value) for value in values if value is not None]
-    return sum(found) / len(found) if found else None
+    """Mean of the known values; None if there is none."""
+    known = [float(value) for value in values if value is not None]
+    return sum(known) / len(known) if known else None
 
 
 def _to_cpu(value: Any) -> Any:

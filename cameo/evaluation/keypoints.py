@@ -1,6 +1,6 @@
-"""SIFT keypoints of images, and which of two images match.
+"""SIFT keypoints of an image, and matches between those of two images.
 
-Axes: H W image pixels, M keypoints. Needs OpenCV (extra ``evaluation``).
+Axes: H W image pixels, M keypoints, K matches. Needs OpenCV (extra ``evaluation``).
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from cameo.errors import ShapeError
 
 __all__ = ["find_keypoints", "match_descriptors"]
 
-# As COLMAP was run for the published consistency measure: how little contrast and how much of an edge a keypoint may
-# have. RATIO is COLMAP's default.
+# Settings of COLMAP for the published consistency measure: the least contrast of a keypoint, and the greatest ratio of
+# its principal curvatures, which is high at edges. RATIO is COLMAP's default for the ratio test.
 CONTRAST = 0.02
 EDGE = 30
 RATIO = 0.8
@@ -32,7 +32,7 @@ def find_keypoints(image: Tensor) -> tuple[Tensor, Tensor]:
         image: ``[3, H, W]`` RGB; values outside [0, 1] are clamped.
 
     Returns:
-        x, y ``[M, 2]`` in pixels with centres at +0.5, float64, and descriptors ``[M, 128]``, on the CPU.
+        x, y ``[M, 2]`` in pixels with centers at +0.5, float64, and descriptors ``[M, 128]``, on the CPU.
 
     Raises:
         ImportError: OpenCV is not installed.
@@ -45,18 +45,18 @@ def find_keypoints(image: Tensor) -> tuple[Tensor, Tensor]:
     if image.ndim != 3 or image.shape[0] != 3:
         raise ShapeError("image", expected="[3, H, W]", got=image.shape)
     pixels = (image.detach().float().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
-    # Without the precise upscale all positions are a quarter of a pixel off.
+    # Without enable_precise_upscale, all positions are off by a quarter of a pixel.
     sift = cv2.SIFT.create(contrastThreshold=CONTRAST, edgeThreshold=EDGE, enable_precise_upscale=True)
     keypoints, descriptors = sift.detectAndCompute(cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY), None)
     if not keypoints:
         return torch.zeros(0, 2, dtype=torch.float64), torch.zeros(0, 128)
-    # OpenCV counts pixel centres from 0.
+    # In OpenCV the first pixel center is at 0.
     positions = np.array([keypoint.pt for keypoint in keypoints], dtype=np.float64) + 0.5
     return torch.from_numpy(positions), torch.from_numpy(descriptors)
 
 
 def match_descriptors(first: Tensor, second: Tensor) -> Tensor:
-    """Match descriptors that are each other's nearest, and much nearer than the second nearest in both directions.
+    """Match descriptors that are mutual nearest neighbors and pass the ratio test in both directions.
 
     Example:
         >>> match_descriptors(torch.tensor([[0.0], [5.0], [9.0]]), torch.tensor([[9.1], [0.2]])).tolist()
@@ -67,8 +67,8 @@ def match_descriptors(first: Tensor, second: Tensor) -> Tensor:
         second: ``[M', C]``.
 
     Returns:
-        int64 ``[K, 2]``: index in ``first``, index in ``second``. None where one side has less than two descriptors,
-        because there is no second nearest.
+        int64 ``[K, 2]``: index in ``first``, index in ``second``. K is 0 if one side has fewer than two descriptors,
+        since the ratio test needs the second nearest neighbor.
 
     Source: Lowe 2004, "Distinctive image features from scale-invariant keypoints", section 7.1.
     """

@@ -26,9 +26,9 @@ __all__ = ["MAX_PSNR", "Fid", "Lpips", "WeightsUnavailable", "psnr", "psnr_of_er
 # Side of the Gaussian window of SSIM in pixels, and how far it reaches to each side.
 SSIM_WINDOW = 11
 SSIM_REACH = SSIM_WINDOW // 2
-# How long an unreachable server may keep an evaluation waiting, in seconds.
+# How long to wait for the answer of a server, in seconds.
 TIMEOUT = 10.0
-# Of each LPIPS trunk: the torchvision model, its class of weights, and the smallest image side that it can digest.
+# For each LPIPS trunk: the torchvision model, its class of weights, and the smallest image side that it can process.
 TRUNKS = {
     "alex": ("alexnet", "AlexNet_Weights", 31),
     "vgg": ("vgg16", "VGG16_Weights", 16),
@@ -46,15 +46,15 @@ def psnr(images: Tensor, targets: Tensor, mask: Tensor | None = None) -> Tensor:
         [100.0, 20.0]
 
     Args:
-        images: ``[N, 3, H, W]``; values outside [0, 1] count as they are.
+        images: ``[N, 3, H, W]``; values outside [0, 1] are not clamped.
         targets: ``[N, 3, H, W]`` in [0, 1].
         mask: bool ``[N, 1, H, W]``: the pixels that count; None counts all.
 
     Returns:
-        NaN for an image whose mask is empty, or that holds values that are not finite in the mask.
+        NaN for an image whose mask is empty, or with values in the mask that are not finite.
 
     Raises:
-        ShapeError: wrong shapes, or shapes that do not fit together.
+        ShapeError: wrong shapes, or shapes that do not fit each other.
         ValueError: images that are not floating point, or a mask that is not bool.
     """
     _check_pair(images, targets)
@@ -66,7 +66,7 @@ def psnr(images: Tensor, targets: Tensor, mask: Tensor | None = None) -> Tensor:
         raise ShapeError("mask", expected=str([images.shape[0], 1, *images.shape[2:]]), got=mask.shape)
     if mask.dtype != torch.bool:
         raise ValueError(f"mask: expected bool, got {mask.dtype}. Cure: compare with a threshold")
-    # Not a product with the mask: a value that is not finite outside of it must not count.
+    # Not a product with the mask: outside of it, values may be infinite or NaN.
     total = torch.where(mask, squared, 0).sum(dim=(1, 2, 3))
     return psnr_of_error(total / (mask.sum(dim=(1, 2, 3)) * squared.shape[1]))
 
@@ -74,9 +74,9 @@ def psnr(images: Tensor, targets: Tensor, mask: Tensor | None = None) -> Tensor:
 def ssim(images: Tensor, targets: Tensor) -> Tensor:
     """Structural similarity of each image, ``[N]`` in [-1, 1], computed in float64.
 
-    Gaussian windows of 11 x 11 pixels (sigma 1.5) that lie wholly inside the image, as in the original code and in
+    Gaussian windows of 11 x 11 pixels (sigma 1.5) that lie completely inside the image, as in the original code and in
     scikit-image (``gaussian_weights=True, use_sample_covariance=False``). torchmetrics computes the map; its own mean
-    takes in windows over a mirrored border, or leaves them out, depending on the version.
+    includes or excludes windows over a mirrored border, depending on the version.
 
     Example:
         >>> images = torch.rand(1, 3, 16, 16)
@@ -88,7 +88,7 @@ def ssim(images: Tensor, targets: Tensor) -> Tensor:
         targets: ``[N, 3, H, W]`` in [0, 1].
 
     Raises:
-        ShapeError: wrong shapes, or images of less than 11 pixels: a smaller window would be another metric.
+        ShapeError: wrong shapes, or images with a side below 11 pixels, since a smaller window is another metric.
         ValueError: images that are not floating point, or values outside [0, 1] or not finite.
 
     Source: Wang et al. 2004, "Image quality assessment: from error visibility to structural similarity".
@@ -98,7 +98,7 @@ def ssim(images: Tensor, targets: Tensor) -> Tensor:
     _check_pair(images, targets)
     _check_side("SSIM", images, SSIM_WINDOW)
     _check_range(images, targets)
-    # Variances are differences of squares: in flat areas float32 changes the third digit.
+    # Variances are differences of squares, which in uniform areas are wrong in the third digit in float32.
     dtype = torch.float32 if images.device.type == "mps" else torch.float64
     _, similarity = structural_similarity_index_measure(
         images.to(dtype), targets.to(dtype), data_range=1.0, reduction="none", return_full_image=True
@@ -110,7 +110,7 @@ def ssim(images: Tensor, targets: Tensor) -> Tensor:
 class Lpips:
     """Learned perceptual distance of each image, ``[N]``; 0 is equal.
 
-    Values of different trunks cannot be compared, so the name of the trunk belongs to the figure: `name`.
+    Values of different trunks cannot be compared, so `name` contains the trunk.
 
     Example:
         >>> metric = Lpips("alex")  # doctest: +SKIP
@@ -227,9 +227,9 @@ class Fid:
 
 @contextlib.contextmanager
 def _weights(what: str, url: str) -> Iterator[None]:
-    """Load weights that torch keeps in its hub folder, and say plainly where that fails.
+    """Turn errors of the block, which loads weights from torch's hub folder or downloads ``url``, into clear ones.
 
-    The block may download ``url``. torch waits for a silent server without end, so it is asked for an answer first.
+    torch waits for a server that does not answer without a time limit, so the server is contacted first.
     """
     path = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
     if not path.exists():

@@ -1,4 +1,4 @@
-"""Pictures of what a model does: predictions beside the truth, and where its attention looks."""
+"""Pictures of a model: its predictions beside the true views, and where its attention looks."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ from cameo.probing.mode import evaluation_mode, native_precision
 
 __all__ = ["attention_figure", "comparison_figure", "save_figure"]
 
-PANEL = 1.6  # inches
+PANEL_SIZE = 1.6  # inches
 TITLE_WIDTH = 20  # characters above a panel
 
 
 def comparison_figure(batch: Mapping[str, Any], predictions: Mapping[str, Tensor], *, samples: int = 3) -> Figure:
-    """Draw one row per sample: its references, then the first target view as it is and as each model predicts it.
+    """Draw one row per sample: its reference views, the true first target view, and the prediction of each model.
 
-    Without references the first two views are drawn, which a model must make fit each other.
+    Without reference views the first two views are drawn, which a model must generate consistently.
 
     Args:
         batch: collated samples.
         predictions: name of a model to its images of all views, `[B, V, 3, H, W]`.
-        samples: rows.
+        samples: number of rows.
     """
     references = int(batch["num_reference_views"])
     images: Tensor = batch["images"]
@@ -48,7 +48,7 @@ def comparison_figure(batch: Mapping[str, Any], predictions: Mapping[str, Tensor
         suffix = "" if references else f", view {view}"
         titles += [f"{name}{suffix}" for name in ("truth", *predictions)]
         shown += [(pictures, view) for pictures in (images, *predictions.values())]
-    figure, axes = _grid(samples, len(titles))
+    figure, axes = _panels(samples, len(titles))
     for row in range(samples):
         for axis, (pictures, view), title in zip(axes[row], shown, titles, strict=True):
             _show(axis, pictures[row, view])
@@ -66,14 +66,14 @@ def attention_figure(
 ) -> Figure:
     """Draw where a few query tokens of a target view look in another view.
 
-    One row per query: the first view with the query token (square), then per model the other view under the
-    attention of its supervised layer (mean over heads), the true match as a circle and the most-attended token as a
-    cross. Drawn is the first target view looking at the first reference; where the layer has no match for these two,
-    the next two views that have one, and where the layer knows no reference view, two target views. The sample is the
-    one with most matches; the queries are spread evenly over the tokens that have one.
+    Each row shows a query: the query view with the query token as a square, then for each model the key view under the
+    attention of its supervised layer (mean over heads), with the true match as a circle and the most-attended token as
+    a cross. The query view is the first target view, and the key view the first reference view. If the layer has no
+    match between these two, the next two views with a match are drawn; if the layer has no reference views, two target
+    views. The sample is the one with most matches, and the queries are spread evenly over the tokens with a match.
 
     Raises:
-        ValueError: if no token is visible in another view, or the layer does not attend across whole views.
+        ValueError: if no token has a match in the other view, or the layer does not attend across whole views.
     """
     first = next(iter(models.values()))
     layer = first.supervised_layers[0]
@@ -83,27 +83,23 @@ def attention_figure(
         raise ValueError(f"layer {layer.path!r} attends to a part of the other view; its attention is not drawn")
     references, dropped = int(batch["num_reference_views"]), match.num_views - local.num_views
     query_view, key_view = _views_to_draw(local, max(0, references - dropped), batch)
-    visible = local.matched[:, query_view, key_view]
-    sample = int(visible.sum(1).argmax())
-    target, candidates = local.index[sample, query_view, key_view], visible[sample].nonzero().flatten()
+    matched = local.matched[:, query_view, key_view]
+    sample = int(matched.sum(1).argmax())
+    target, candidates = local.index[sample, query_view, key_view], matched[sample].nonzero().flatten()
     chosen = candidates[torch.linspace(0, len(candidates) - 1, min(queries, len(candidates))).round().long()]
-    shown, looked_at = (batch["images"][sample, dropped + view] for view in (query_view, key_view))
-    query_size, key_size = local.token_grids[query_view], local.token_grids[key_view]
-    figure, axes = _grid(len(chosen), 1 + len(models))
+    query_image, key_image = (batch["images"][sample, dropped + view] for view in (query_view, key_view))
+    query_grid, key_grid = local.token_grids[query_view], local.token_grids[key_view]
+    figure, axes = _panels(len(chosen), 1 + len(models))
     for column, (name, model) in enumerate(models.items(), start=1):
         heat = _attention_between(model, inputs, match, sample, query_view, key_view)
         for row, token in enumerate(chosen.tolist()):
-            _show(axes[row, 0], shown)
-            _mark(axes[row, 0], token, query_size, shown.shape[-2:], "s", "white")
-            _show(axes[row, column], looked_at)
-            axes[row, column].imshow(
-                heat[token].view(key_size).numpy(),
-                extent=(0, looked_at.shape[-1], looked_at.shape[-2], 0),
-                cmap="magma",
-                alpha=0.6,
-            )
-            _mark(axes[row, column], int(target[token]), key_size, looked_at.shape[-2:], "o", "lime")
-            _mark(axes[row, column], int(heat[token].argmax()), key_size, looked_at.shape[-2:], "x", "cyan")
+            _show(axes[row, 0], query_image)
+            _mark(axes[row, 0], token, query_grid, query_image.shape[-2:], "s", "white")
+            axis, (height, width) = axes[row, column], key_image.shape[-2:]
+            _show(axis, key_image)
+            axis.imshow(heat[token].view(key_grid).numpy(), extent=(0, width, height, 0), cmap="magma", alpha=0.6)
+            _mark(axis, int(target[token]), key_grid, (height, width), "o", "lime")
+            _mark(axis, int(heat[token].argmax()), key_grid, (height, width), "x", "cyan")
         title = f"{textwrap.fill(name, TITLE_WIDTH)}\nin view {dropped + key_view}".strip()
         axes[0, column].set_title(title, fontsize=8)
     axes[0, 0].set_title(f"query in view {dropped + query_view}", fontsize=8)
@@ -119,14 +115,14 @@ def save_figure(figure: Figure, path: str | Path) -> Path:
 
 
 def _views_to_draw(local: Correspondence, references: int, batch: Mapping[str, Any]) -> tuple[int, int]:
-    """Choose the query view and the key view, counted as in the layer's own correspondence."""
-    visible = local.matched.any(-1).any(0)
+    """Choose the query view and the key view, by their index in the layer's localized correspondence."""
+    has_match = local.matched.any(-1).any(0)
     for query_view in range(references, local.num_views):
         for key_view in range(references or local.num_views):
-            if visible[query_view, key_view]:
+            if has_match[query_view, key_view]:
                 return query_view, key_view
     raise ValueError(
-        f"batch {batch['key']}: no token of a target view is visible in "
+        f"batch {batch['key']}: no token of a target view has a match in "
         f"{'a reference' if references else 'another target'} view"
     )
 
@@ -134,21 +130,21 @@ def _views_to_draw(local: Correspondence, references: int, batch: Mapping[str, A
 def _attention_between(
     model: CameoModel, inputs: TrainingInputs, match: Correspondence, sample: int, query_view: int, key_view: int
 ) -> Tensor:
-    """Attention `[N, N']` of one view's tokens over those of another, mean over heads; N' as the key view's grid."""
+    """Attention `[N, N']` of one view's tokens over the N' tokens of another view, mean over heads."""
     layer = model.supervised_layers[0]
     with evaluation_mode(model):
         with native_precision(model), model.capture([layer]) as captured:
             model.base_model(*inputs.args, **inputs.kwargs)
         query, key, local = model.split(layer, captured[layer.path], match)
         queries = query[sample : sample + 1, :, query_view : query_view + 1]
-        height, width = size = local.token_grids[key_view]
+        height, width = grid = local.token_grids[key_view]
         keys = key[sample : sample + 1, :, key_view : key_view + 1, : height * width]
-        maps = attention_maps(queries, keys, (size,), None, captured[layer.path].scale)
+        maps = attention_maps(queries, keys, (grid,), None, captured[layer.path].scale)
     return maps["mean"][0, 0, 0, :, 0].cpu()
 
 
-def _grid(rows: int, columns: int) -> tuple[Figure, np.ndarray]:
-    figure = Figure(figsize=(PANEL * columns, PANEL * rows + 0.45), layout="constrained")
+def _panels(rows: int, columns: int) -> tuple[Figure, np.ndarray]:
+    figure = Figure(figsize=(PANEL_SIZE * columns, PANEL_SIZE * rows + 0.45), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False)
     for axis in axes.flat:
         axis.set_axis_off()
@@ -161,8 +157,10 @@ def _show(axis: Axes, image: Tensor) -> None:
     axis.imshow(pixels, extent=(0, width, height, 0), interpolation="nearest")
 
 
-def _mark(axis: Axes, token: int, size: tuple[int, int], image_size: tuple[int, ...], marker: str, colour: str) -> None:
-    row, column = divmod(token, size[1])
-    x, y = (column + 0.5) * image_size[1] / size[1], (row + 0.5) * image_size[0] / size[0]
-    face = colour if marker == "x" else "none"
-    axis.plot(x, y, marker=marker, markersize=7, markeredgewidth=1.5, markeredgecolor=colour, markerfacecolor=face)
+def _mark(
+    axis: Axes, token: int, token_grid: tuple[int, int], image_size: tuple[int, ...], marker: str, color: str
+) -> None:
+    row, column = divmod(token, token_grid[1])
+    x, y = (column + 0.5) * image_size[1] / token_grid[1], (row + 0.5) * image_size[0] / token_grid[0]
+    face = color if marker == "x" else "none"
+    axis.plot(x, y, marker=marker, markersize=7, markeredgewidth=1.5, markeredgecolor=color, markerfacecolor=face)

@@ -1,4 +1,4 @@
-"""One evaluation for every backbone: novel views, attention, consistency of the views, denoising."""
+"""One evaluation for all backbones: novel views, attention, consistency of the views, and denoising."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from cameo.probing.result import NEAR
 
 __all__ = ["EvaluationSettings", "SampledViews", "Section", "evaluate", "sample_targets"]
 
-NO_REFERENCE = "num_reference_views=0: no reference view says which scene is asked for, so there is no truth to meet"
-NOTHING_SEES = "num_reference_views=0: there is no reference view that could see a pixel"
+NO_REFERENCE = "num_reference_views=0: no reference view says which scene is asked for, so there are no true views"
+NOT_COVISIBLE = "num_reference_views=0: there is no reference view that could see a pixel"
 NOT_SAMPLED = "num_sampled=0: no view was generated"
-UNTRAINED = "the alignment head was not trained with these weights, so nothing is read through it"
+UNTRAINED = "the alignment head was not trained with these weights, so its readout is left out"
 WITHIN = (0, 1, 2)
 
 
@@ -66,27 +66,26 @@ def evaluate(
 
     Args:
         model: wraps `pipeline.denoiser`.
-        pipeline: turns batches into inputs, and samples.
-        data: samples with depth; the same data for every model that is compared.
+        pipeline: turns batches into inputs of the denoiser, and samples.
+        data: samples with depth; the same data for all models that are compared.
         settings: see `EvaluationSettings`.
-        sampled: what `sample_targets` returned for this model and these settings, if it was called already.
-        trained_head: whether the alignment heads were trained with the model; else what is read through them means
-            nothing and is left out.
+        sampled: what `sample_targets` returned for this model and these settings, if it was already called.
+        trained_head: whether the alignment heads were trained with the model; if not, their readout is left out.
 
     Returns:
-        A JSON object: `settings`; `data` (views, size, and mean colour and depth per sample, by which a comparison
-        knows that the samples are the same); `sections`, each as `Section`:
+        A JSON object: `settings`; `data` (number of views, image size, and mean color and depth of each sample, with
+        which a comparison checks that the samples are the same); `sections`, each with the attributes of `Section`:
 
         - `novel_views`: `psnr`, `psnr_covisible` (pixels that a reference sees), `ssim`, `lpips_TRUNK`, `fid`.
         - `attention`: per layer, see `cameo.probe_layers`.
-        - `consistency`: of generated views and references with each other, see `cameo.evaluation.consistency`.
+        - `consistency`: of generated views and reference views with each other, see `cameo.evaluation.consistency`.
         - `denoising`: `loss`, `loss_low`, `loss_mid`, `loss_high`; `psnr_covisible` and `psnr_all` of the clean image
           predicted at high noise.
 
     Raises:
-        DataError: if the samples carry no depth, or there are too few.
-        ValueError: if nothing can be measured, see `validate`, if the model's predictions are not finite, or if
-            `sampled` is of another number of samples.
+        DataError: if the samples have no depth, or there are too few.
+        ValueError: if nothing can be measured, see `validate`; if predictions of the model are not finite; or if
+            `sampled` has another number of samples.
     """
     sections = {
         "novel_views": Section(),
@@ -113,7 +112,7 @@ def evaluate(
         "data": _describe(data, settings),
         "sections": {name: asdict(section) for name, section in sections.items()},
     }
-    # As a file gives it back: a result in memory and one that was read can be compared.
+    # As it is read from a file, so that results in memory and results from files can be compared.
     return dict(json.loads(json.dumps(result, allow_nan=False)))
 
 
@@ -132,29 +131,27 @@ def _denoising(
         if levels:
             section.add(name, errors.keys, errors.sample_losses(levels))
         else:
-            section.mean[name], section.notes[name] = None, f"no level of noise_levels={settings.noise_levels} is there"
+            section.mean[name], section.notes[name] = None, f"no level of noise_levels={settings.noise_levels} is in it"
     if errors.references:
         covisible = errors.sample_psnr(errors.squared_covisible, validation.high_levels)
         section.add("psnr_covisible", errors.keys, covisible, missing="no target pixel is seen by a reference")
     else:
-        section.mean["psnr_covisible"], section.notes["psnr_covisible"] = None, NOTHING_SEES
+        section.mean["psnr_covisible"], section.notes["psnr_covisible"] = None, NOT_COVISIBLE
     section.add("psnr_all", errors.keys, errors.sample_psnr(errors.squared, validation.high_levels))
-    at: dict[str, dict[float, list[float]]] = {
-        "loss": errors.loss,
-        "psnr_all": {level: errors.sample_psnr(errors.squared, [level]) for level in errors.squared},
+    squared = {"psnr_all": errors.squared, "psnr_covisible": errors.squared_covisible if errors.references else {}}
+    by_level = {"loss": errors.loss} | {
+        name: {level: errors.sample_psnr(of_levels, [level]) for level in of_levels}
+        for name, of_levels in squared.items()
+        if of_levels
     }
-    if errors.references:
-        at["psnr_covisible"] = {
-            level: errors.sample_psnr(errors.squared_covisible, [level]) for level in errors.squared_covisible
-        }
     section.details["by_level"] = {
-        name: {str(level): _mean(values) for level, values in levels.items()} for name, levels in at.items()
+        name: {str(level): _mean(values) for level, values in of_levels.items()} for name, of_levels in by_level.items()
     }
     return section
 
 
 def _check_finite(errors: DenoisingErrors) -> None:
-    """Refuse a broken model, which would else be measured on the samples that it happens to get through."""
+    """Refuse a broken model, which would otherwise be measured on the samples with finite predictions only."""
     for level, losses in errors.loss.items():
         for key, *values in zip(errors.keys, losses, errors.squared[level], strict=True):
             if not all(map(math.isfinite, values)):
@@ -165,7 +162,7 @@ def _check_finite(errors: DenoisingErrors) -> None:
 
 
 def _describe(data: Dataset[MultiViewSample], settings: EvaluationSettings) -> dict[str, Any]:
-    """Say what was measured on, so that a comparison can tell whether two results are of the same samples."""
+    """Describe the samples, so that a comparison can check whether two results are of the same ones."""
     samples: dict[str, list[float]] = {}
     total = max(settings.num_samples, settings.num_sampled)
     batch: dict[str, Any] = {}
@@ -188,7 +185,7 @@ def _attention(
     settings: EvaluationSettings,
     trained_head: bool,
 ) -> Section:
-    """Precision of the attention per layer; `mean` is over all visible pairs, as the probe has it."""
+    """Precision of the attention of each layer; `mean` is over all matches of all samples, as in the probe."""
     section = Section()
     if settings.attention_layers == "none":
         section.notes["all"] = "attention_layers=none: left out"
@@ -221,42 +218,43 @@ def _attention(
 
 
 def _add_precision(section: Section, probe: LayerProbe, layer: ProbedLayer, readout: str, within: int | str) -> None:
-    place = "view" if layer.reach == "cell" else within
+    """Add the precision of a layer within a distance; with that of the mean over heads, also chance and ceiling."""
+    suffix = "view" if layer.reach == "cell" else within
     column = 0 if layer.reach == "cell" else probe.within.index(within)
     assert layer.pairs is not None
     assert layer.chance is not None
     pairs = layer.pairs.sum(-1)
-    parts = {readout: layer.hits[readout].mean(0)[..., column].sum(-1)}
+    counts = {readout: layer.hits[readout].mean(0)[..., column].sum(-1)}
     pooled = {readout: probe.precision(layer.path, within=within, readout=readout)}
     if readout == "mean":
-        parts["chance"], pooled["chance"] = layer.chance[..., column].sum(-1), probe.chance(layer.path, within=within)
+        counts["chance"], pooled["chance"] = layer.chance[..., column].sum(-1), probe.chance(layer.path, within=within)
         if within == NEAR and layer.ceiling is not None:
-            parts["ceiling"] = layer.ceiling.sum(-1)
-            pooled["ceiling"] = float(parts["ceiling"].sum() / pairs.sum()) if pairs.any() else None
-    for kind, hits in parts.items():
-        name = f"{layer.path} {kind}@{place}"
-        shares = [float(hit / count) if count else None for hit, count in zip(hits, pairs, strict=True)]
+            counts["ceiling"], pooled["ceiling"] = layer.ceiling.sum(-1), probe.ceiling(layer.path)
+    for kind, hits in counts.items():
+        name = f"{layer.path} {kind}@{suffix}"
+        shares = [float(count / total) if total else None for count, total in zip(hits, pairs, strict=True)]
         section.add(name, probe.samples, shares, missing="no token of a view is visible in another")
         section.mean[name] = pooled[kind]
 
 
 def _mean(values: Iterable[float]) -> float:
-    """Mean over the samples that have a value; one at least has."""
-    found = [value for value in values if not math.isnan(value)]
-    return sum(found) / len(found)
+    """Mean over the samples that have a value; at least one has."""
+    known = [value for value in values if not math.isnan(value)]
+    return sum(known) / len(known)
 
 
 def _by_angle_and_level(probe: LayerProbe, layer: ProbedLayer, readout: str) -> dict[str, Any]:
-    """Precision and chance within one token, of all pairs by level, and of all levels by angle."""
-    at: dict[str, Any] = {"readout": readout}
+    """Precision within one token: of all noise levels by angle, with chance, and of all angles by noise level."""
     by_angle = [
         {
             "degrees": list(limits),
             "pairs": probe.pairs(layer.path, angle_bin=limits),
-            "precision": probe.precision(layer.path, angle_bin=limits, **at),
-            "chance": probe.chance(layer.path, angle_bin=limits, **at),
+            "precision": probe.precision(layer.path, angle_bin=limits, readout=readout),
+            "chance": probe.chance(layer.path, angle_bin=limits, readout=readout),
         }
         for limits in probe.angle_bins
     ]
-    by_level = {str(level): probe.precision(layer.path, timestep=level, **at) for level in probe.timesteps}
+    by_level = {
+        str(level): probe.precision(layer.path, noise_level=level, readout=readout) for level in probe.noise_levels
+    }
     return {"by_angle": by_angle, "by_level": by_level}

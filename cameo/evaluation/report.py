@@ -1,4 +1,4 @@
-"""Show a result of the shared evaluation: Markdown table, plots, and the files of an output folder."""
+"""A result of the shared evaluation as a Markdown table, as plots, and as the files of an output folder."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ __all__ = [
 ]
 
 SECTIONS = ("novel_views", "attention", "consistency", "denoising")
-# Of each figure: what it is, whether more (+) or less (-) is better or neither, and its format.
+# For each figure: its title, whether more (+) or less (-) is better or neither, and its number format.
 FIGURES: dict[str, dict[str, tuple[str, str, str]]] = {
     "novel_views": {
         "psnr": ("PSNR of generated views (dB)", "+", ".2f"),
@@ -41,8 +41,8 @@ FIGURES: dict[str, dict[str, tuple[str, str, str]]] = {
         "fid": ("FID of generated views", "-", ".2f"),
     },
     "consistency": {
-        "warp_error": ("colour error of generated views warped onto each other", "-", ".4f"),
-        "warp_error_truth": ("colour error of true views warped onto each other: the floor", "", ".4f"),
+        "warp_error": ("color error of generated views warped onto each other", "-", ".4f"),
+        "warp_error_truth": ("color error of true views warped onto each other: the floor", "", ".4f"),
         "warp_psnr": ("PSNR of generated views warped onto each other (dB)", "+", ".2f"),
         "warp_psnr_truth": ("PSNR of true views warped onto each other: the ceiling (dB)", "", ".2f"),
         "epipolar_consistent": ("share of view pairs with consistent epipolar geometry (TSED)", "+", ".1%"),
@@ -62,13 +62,13 @@ READOUTS = {
     "best_head": ("attention, best head", "+"),
     "through_head": ("attention, through the alignment head", "+"),
     "chance": ("by chance", ""),
-    "ceiling": ("at best, where the nearest token is that far away", ""),
+    "ceiling": ("at best, since tokens are larger than that", ""),
 }
 MISSING = "-"
 
 
 def describe(section: str, metric: str) -> tuple[str, str]:
-    """Return the title of a figure, with an arrow to where it is better, and its format.
+    """Return the title of a figure, with an arrow in the direction that is better, and its number format.
 
     Example:
         >>> describe("denoising", "loss_low")
@@ -77,16 +77,16 @@ def describe(section: str, metric: str) -> tuple[str, str]:
         ('attention, mean of heads, within 1 token ↑ `up_blocks.0.attn1`', '.1%')
     """
     if section != "attention":
-        title, better, form = FIGURES.get(section, {}).get(metric, (metric, "", ".4g"))
-        return f"{title}{_arrow(better)}", form
+        title, better, digits = FIGURES.get(section, {}).get(metric, (metric, "", ".4g"))
+        return f"{title}{_arrow(better)}", digits
     path, _, figure = metric.rpartition(" ")
     readout, _, within = figure.partition("@")
     title, better = READOUTS.get(readout, (readout, ""))
-    return f"{title}, {_place(within)}{_arrow(better)} `{path}`", ".1%"
+    return f"{title}, {_distance_title(within)}{_arrow(better)} `{path}`", ".1%"
 
 
 def is_of_data(section: str, metric: str) -> bool:
-    """Whether a figure is one of the samples alone, the same for every model: chance, or a bound.
+    """Whether a figure depends on the samples only and is the same for every model: chance, or a bound.
 
     Example:
         >>> is_of_data("consistency", "warp_error_truth"), is_of_data("consistency", "warp_error")
@@ -101,7 +101,7 @@ def _arrow(better: str) -> str:
     return {"+": " ↑", "-": " ↓"}.get(better, "")
 
 
-def _place(within: str) -> str:
+def _distance_title(within: str) -> str:
     if within == "view":
         return "view that shows the point"
     if not within.isdecimal():
@@ -109,8 +109,8 @@ def _place(within: str) -> str:
     return {"0": "exact token", "1": "within 1 token"}.get(within, f"within {within} tokens")
 
 
-def number(value: float | None, form: str, *, sign: bool = False) -> str:
-    """Format a figure; None is a dash, and a difference of shares is in percentage points.
+def number(value: float | None, digits: str, *, sign: bool = False) -> str:
+    """Format the value of a figure; None becomes a dash, and a difference of shares is in percentage points.
 
     Example:
         >>> number(0.25, ".1%"), number(0.25, ".1%", sign=True), number(None, ".2f")
@@ -118,30 +118,28 @@ def number(value: float | None, form: str, *, sign: bool = False) -> str:
     """
     if value is None:
         return MISSING
-    if sign and form.endswith("%"):
-        return f"{100 * value:+{form[:-1]}f} pp"
-    return format(value, f"+{form}" if sign else form)
+    if sign and digits.endswith("%"):
+        return f"{100 * value:+{digits[:-1]}f} pp"
+    return format(value, f"+{digits}" if sign else digits)
 
 
 def result_table(result: Mapping[str, Any], *, name: str = "value") -> str:
     """Format a result as a Markdown table, with the number of samples behind each figure; below it the notes."""
     sections = result["sections"]
-    rows = []
+    rows, notes = [], []
     for section in SECTIONS:
-        part = sections[section]
-        for metric, value in part["mean"].items() if section != "attention" else ():
-            title, form = describe(section, metric)
-            count = len(part["per_sample"].get(metric, ())) or MISSING
-            rows.append([title, number(value, form), count])
-    notes = [
-        f"- {section}, {name}: {note}" for section in SECTIONS for name, note in sections[section]["notes"].items()
-    ]
+        figures = sections[section]
+        notes += [f"- {section}, {figure}: {note}" for figure, note in figures["notes"].items()]
+        for metric, value in figures["mean"].items() if section != "attention" else ():
+            title, digits = describe(section, metric)
+            count = len(figures["per_sample"].get(metric, ())) or MISSING
+            rows.append([title, number(value, digits), count])
     tables = [markdown_table(["", name, "samples"], rows), *_attention_table(sections["attention"]["mean"])]
     return "\n\n".join([*tables, "\n".join(notes)]).rstrip()
 
 
 def _attention_table(mean: Mapping[str, float | None]) -> list[str]:
-    """Table of the attention: layers and readouts down, distances across; empty where none was measured."""
+    """The table of the attention, a row per layer and readout, a column per distance; none if none was measured."""
     if not mean:
         return []
     rows: dict[tuple[str, str], dict[str, float | None]] = {}
@@ -150,16 +148,15 @@ def _attention_table(mean: Mapping[str, float | None]) -> list[str]:
         readout, _, within = figure.partition("@")
         rows.setdefault((path, readout), {})[within] = value
     columns = list(dict.fromkeys(within for values in rows.values() for within in values))
-    lines = []
+    cells = []
     for (path, readout), values in rows.items():
         title = READOUTS[readout][0].removeprefix("attention, ")
-        cells = [number(values.get(within), ".1%") for within in columns]
-        lines.append([f"`{path}`, {title}", *cells])
-    return [markdown_table(["attention to the true match", *map(_place, columns)], lines)]
+        cells.append([f"`{path}`, {title}", *(number(values.get(within), ".1%") for within in columns)])
+    return [markdown_table(["attention to the true match", *map(_distance_title, columns)], cells)]
 
 
 def denoising_figure(result: Mapping[str, Any]) -> Figure:
-    """Draw the denoising loss, and the PSNR of the predicted clean image, over the noise level."""
+    """Draw the denoising loss and the PSNR of the predicted clean image over the noise level."""
     by_level = result["sections"]["denoising"]["details"]["by_level"]
     figure = Figure(figsize=(8, 3.2), layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -172,7 +169,7 @@ def denoising_figure(result: Mapping[str, Any]) -> Figure:
     right.set_ylabel("PSNR of predicted clean image (dB)")
     right.legend(fontsize=8)
     for axis in (left, right):
-        axis.set_xlabel("noise level (share of the last time step)")
+        axis.set_xlabel("noise level (share of the last timestep)")
     return figure
 
 
@@ -184,7 +181,7 @@ def _curve(by_level: Mapping[str, float]) -> tuple[list[float], list[float]]:
 def attention_figure(result: Mapping[str, Any], *, readout: str = "mean") -> Figure | None:
     """Draw the precision within one token over the angle between the views and over the noise level, per layer.
 
-    Dotted is what uniform attention would have. None where no attention was measured.
+    Dotted lines show the chance of uniform attention. None if no attention was measured.
     """
     layers = {
         path: readouts[readout]
@@ -195,25 +192,26 @@ def attention_figure(result: Mapping[str, Any], *, readout: str = "mean") -> Fig
         return None
     figure = Figure(figsize=(9, 3.4 + 0.12 * len(layers)), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
-    for place, (path, found) in enumerate(layers.items()):
-        colour, bins = f"C{place % 10}", [one for one in found["by_angle"] if one["pairs"]]
-        ticks = [found["by_angle"].index(one) for one in bins]
-        left.plot(ticks, [one["precision"] for one in bins], marker="o", color=colour, label=path)
-        left.plot(ticks, [one["chance"] for one in bins], linestyle=":", color=colour)
-        known = {level: value for level, value in found["by_level"].items() if value is not None}
-        right.plot(*_curve(known), marker=".", color=colour)
-    limits = [one["degrees"] for one in next(iter(layers.values()))["by_angle"]]
+    for index, (path, measured) in enumerate(layers.items()):
+        color = f"C{index % 10}"
+        bins = {tick: angle_bin for tick, angle_bin in enumerate(measured["by_angle"]) if angle_bin["pairs"]}
+        precision, chance = ([angle_bin[name] for angle_bin in bins.values()] for name in ("precision", "chance"))
+        left.plot(list(bins), precision, marker="o", color=color, label=path)
+        left.plot(list(bins), chance, linestyle=":", color=color)
+        by_level = {level: value for level, value in measured["by_level"].items() if value is not None}
+        right.plot(*_curve(by_level), marker=".", color=color)
+    limits = [angle_bin["degrees"] for angle_bin in next(iter(layers.values()))["by_angle"]]
     left.set_xticks(range(len(limits)), [f"{low:g}-{high:g}" for low, high in limits])
     left.set_ylim(bottom=0)
     left.set_xlabel("angle between the views (degrees)")
     left.set_ylabel("attention precision within 1 token\n(dotted: by chance)")
-    right.set_xlabel("noise level (share of the last time step)")
+    right.set_xlabel("noise level (share of the last timestep)")
     figure.legend(loc="outside lower center", fontsize=7, ncols=1 if len(layers) < 6 else 2)
     return figure
 
 
 def scene_figure(result: Mapping[str, Any]) -> Figure | None:
-    """Draw one point per sample: PSNR of the generated views over their colour error when warped onto each other.
+    """Draw one point per sample: PSNR of the generated views over their color error when warped onto each other.
 
     None where nothing was generated.
     """
@@ -229,7 +227,7 @@ def scene_figure(result: Mapping[str, Any]) -> Figure | None:
     for key in keys:
         axis.plot([floor[key], error[key]], [psnr[key], psnr[key]], color="lightgrey", linewidth=0.8, zorder=0)
     axis.scatter([floor[key] for key in keys], [psnr[key] for key in keys], marker="|", label="true views")
-    axis.set_xlabel("colour error of views warped onto each other")
+    axis.set_xlabel("color error of views warped onto each other")
     axis.set_ylabel("PSNR of generated views (dB)")
     axis.legend(fontsize=8)
     return figure
@@ -246,7 +244,7 @@ def sample_figure(sampled: SampledViews, *, samples: int = 4) -> Figure:
 def write_result(
     result: Mapping[str, Any], folder: str | Path, *, sampled: SampledViews | None = None, name: str = "value"
 ) -> list[Path]:
-    """Write `result.json`, `table.md` and the plots; a plot of an earlier result that has none now is removed."""
+    """Write `result.json`, `table.md` and the plots; plots of an earlier result that this one has not are removed."""
     folder = Path(folder)
     figures = {
         "denoising.png": denoising_figure(result),

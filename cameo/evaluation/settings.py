@@ -1,4 +1,4 @@
-"""Settings of the shared evaluation, and the form of what it finds."""
+"""Settings of the shared evaluation, and the data structure of its results."""
 
 from __future__ import annotations
 
@@ -18,58 +18,58 @@ __all__ = ["EvaluationSettings", "Section"]
 
 @dataclass(frozen=True)
 class EvaluationSettings(Settings):
-    """Evaluation: what is measured, on how many samples. Written into every result file, equal where results compare.
+    """Evaluation: what is measured, and on how many samples. Results of different settings cannot be compared.
 
     Example:
-        >>> EvaluationSettings(num_sampled=0).num_samples  # everything that needs no sampling
+        >>> EvaluationSettings(num_sampled=0).num_samples  # only what needs no sampling
         32
 
     Raises:
         ValueError: for a value out of range; names the setting.
     """
 
-    # Samples 0 .. n-1 of the data for the denoising and the attention, >= 1. 32 by default, as in the validations.
+    # Number of samples of the data for the denoising and the attention, >= 1. 32 by default, as in the validations.
     num_samples: int = setting(32, at_least=1)
-    # Samples per forward, >= 1; does not change the result beyond rounding. 8 by default.
+    # Samples per forward pass, >= 1; changes the result by rounding only. 8 by default.
     batch_size: int = setting(8, at_least=1)
-    # Seed of all noise, >= 0, the same for every model that is compared; each sample has noise of its own. 1234 by
-    # default, as in the validations.
+    # Seed of all noise, >= 0, the same for all models that are compared; the noise of each sample also depends on its
+    # number. 1234 by default, as in the validations.
     noise_seed: int = setting(1234, at_least=0)
-    # Noise levels at which the denoising is measured, shares of the last time step in [0, 1], all different. By default
-    # denser at the end, where the target is seen through the attention alone.
+    # Noise levels at which the denoising is measured, shares of the last timestep in [0, 1], all different. By default
+    # denser at the end, where the target is known through the attention only.
     noise_levels: tuple[float, ...] = setting((0.1, 0.3, 0.5, 0.7, 0.9, 0.95, 1.0), share="[0, 1]")
     # Noise level in [0, 1] from which on levels count for the PSNR of the predicted clean image. 0.95 by default.
     high_noise: float = setting(0.95, share="[0, 1]")
-    # Two rising levels (a, b): below a is low noise, above b high, the others mid. Thirds by default.
+    # Two rising noise levels (a, b): levels below a are low noise, above b high, the others mid. Thirds by default.
     noise_bands: tuple[float, float] = setting((0.33, 0.67), share="[0, 1]")
     # Layers whose attention is measured: the supervised ones (the default), all, or none.
     attention_layers: str = setting("supervised", choices=("supervised", "all", "none"))
-    # Noise levels at which the attention is measured, shares of the last time step in [0, 1], all different.
+    # Noise levels at which the attention is measured, shares of the last timestep in [0, 1], all different.
     attention_levels: tuple[float, ...] = setting((0.1, 0.3, 0.5, 0.7, 0.9, 1.0), share="[0, 1]")
-    # Whether depth and cameras are in meters, so that attention within 2 cm of the match is counted too. The recipes
-    # switch it on for data that is known to be; false by default.
+    # Whether depth and cameras are in meters, so that attention within 2 cm of the match is counted too. false by
+    # default; the recipes switch it on for data that is known to be in meters.
     metric_depth: bool = setting(False)
-    # Samples 0 .. n-1 of the data whose target views are generated, >= 0; 0 leaves out what needs sampling. 8 by
-    # default: sampling is the slowest part.
+    # Number of samples of the data whose target views are generated, >= 0; 0 leaves out what needs sampling. 8 by
+    # default, since sampling is the slowest part.
     num_sampled: int = setting(8, at_least=0)
     # Steps of the sampler, >= 1. 25 by default, as in the pictures of a training.
     num_inference_steps: int = setting(25, at_least=1)
-    # Factor of classifier-free guidance, >= 0. 1, the default, is without guidance.
+    # Factor of classifier-free guidance, >= 0. 1, the default, means no guidance.
     guidance_scale: float = setting(1.0, at_least=0)
-    # Network behind LPIPS, or null to leave it out. alex by default, as most papers have it.
+    # Network of LPIPS, or null to leave it out. alex by default, as in most papers.
     lpips: str | None = setting("alex", choices=LPIPS_TRUNKS)
-    # Whether FID is computed. false by default: with few images its value is noise.
+    # Whether FID is computed. false by default, since with few images its value is mostly noise.
     fid: bool = setting(False)
-    # Whether it is measured how the generated views fit each other, true by default.
+    # Whether the consistency of the generated views with each other is measured. true by default.
     consistency: bool = setting(True)
-    # A pair of views is consistent if the median symmetric epipolar distance of its matches is less pixels than this,
-    # > 0. 2 by default.
+    # A pair of views is consistent if the median symmetric epipolar distance of its matches is below this number of
+    # pixels, > 0. 2 by default.
     epipolar_threshold: float = setting(2.0, above=0)
-    # SIFT matches that a pair of views must have to be counted, >= 1. 10 by default.
+    # Number of SIFT matches below which a pair of views is inconsistent, >= 1. 10 by default.
     epipolar_matches: int = setting(10, at_least=1)
 
     def check(self) -> None:
-        """Refuse settings that contradict each other."""
+        """Raise `ValueError` for settings that contradict each other."""
         for name in ("noise_levels", "attention_levels", "noise_bands"):
             levels = getattr(self, name)
             if not levels or len(set(levels)) < len(levels):
@@ -82,7 +82,7 @@ class EvaluationSettings(Settings):
             )
 
     def validation(self) -> ValidationSettings:
-        """Return the part that the denoising is measured with."""
+        """Return the settings of the denoising."""
         from cameo.probing.denoising import ValidationSettings  # needs torch
 
         return ValidationSettings(
@@ -94,10 +94,11 @@ class EvaluationSettings(Settings):
 class Section:
     """Figures of one part of the evaluation.
 
-    - `mean`: figure to its mean over the samples that have a value; None where none has.
-    - `per_sample`: figure to sample key to value, for comparison in pairs.
-    - `notes`: figure, or "all", to the reason why it is missing or what limits it.
-    - `details`: what only a plot needs.
+    Attributes:
+        mean: figure to its mean over the samples that have a value; None if no sample has one.
+        per_sample: figure to sample key to value, for paired comparisons.
+        notes: figure, or "all", to the reason why values are missing.
+        details: values that only plots need.
     """
 
     mean: dict[str, float | None] = field(default_factory=dict)
@@ -106,7 +107,7 @@ class Section:
     details: dict[str, Any] = field(default_factory=dict)
 
     def add(self, name: str, keys: Sequence[str], values: Sequence[float | None], missing: str = "not finite") -> None:
-        """Note a figure of each sample; None, NaN and infinity are samples without a value, for the reason `missing`.
+        """Add a figure of each sample. None, NaN and infinity mean that a sample has no value; `missing` says why.
 
         Example:
             >>> section = Section()
@@ -114,12 +115,12 @@ class Section:
             >>> section.mean, section.per_sample, section.notes
             ({'psnr': 20.0}, {'psnr': {'room-0/0-1': 20.0}}, {'psnr': 'nothing visible in 1 of 2 samples'})
         """
-        found = {
+        finite = {
             key: float(value)
             for key, value in zip(keys, values, strict=True)
             if value is not None and math.isfinite(value)
         }
-        self.per_sample[name] = found
-        self.mean[name] = sum(found.values()) / len(found) if found else None
-        if len(found) < len(keys):
-            self.notes[name] = f"{missing} in {len(keys) - len(found)} of {len(keys)} samples"
+        self.per_sample[name] = finite
+        self.mean[name] = sum(finite.values()) / len(finite) if finite else None
+        if len(finite) < len(keys):
+            self.notes[name] = f"{missing} in {len(keys) - len(finite)} of {len(keys)} samples"

@@ -1,4 +1,8 @@
-"""Cameras, rays, depth and orbits."""
+"""Cameras, rays, depth and orbits.
+
+Conventions: OpenCV cameras (x right, y down, z forward), world-to-camera extrinsics, intrinsics in pixels, pixel
+centres at +0.5, z-depth in world units where 0, a negative or a non-finite value means "no measurement".
+"""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""What every function on cameras needs: checks of cameras and depth, and enough precision.
+"""What all functions on cameras need: checks of cameras and depth, and sufficient precision.
 
 Axes: B samples, V views, H W image pixels. Conventions as in :mod:`cameo.geometry`.
 """
@@ -20,10 +20,10 @@ __all__ = ["camera_centers", "check_cameras", "check_depth", "full_precision", "
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
 
-# How far R @ R.T may be from the identity: poses stored as text keep three to seven digits.
+# Largest deviation of R @ R.T from the identity: poses stored as text keep three to seven digits.
 ROTATION_TOLERANCE = 1e-3
-# A camera whose intrinsics are divided by the image size has its principal point below 1 and, from 19 degrees of field
-# of view on, its focal length below 3; in pixels that is no camera with more than one pixel.
+# Intrinsics that are divided by the image size have a principal point below 1 and, for a field of view of at least 19
+# degrees, a focal length below 3. In pixels, no camera with more than one pixel has such values.
 NORMALIZED_FOCAL_LENGTH = 3.0
 # In the order of the checks in check_cameras: argument, fault, cure.
 CAMERA_FAULTS = (
@@ -50,7 +50,7 @@ CAMERA_FAULTS = (
     (
         "extrinsics",
         "a rotation that is not orthonormal",
-        "orthonormalize it; a scale belongs into the translation and the depth",
+        "orthonormalize it; a scale belongs in the translation and the depth",
     ),
     ("extrinsics", "a rotation with determinant -1", "convert the axes to OpenCV without a mirror"),
 )
@@ -59,8 +59,8 @@ CAMERA_FAULTS = (
 def full_precision(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
     """Run ``function`` outside autocast.
 
-    Under autocast matrix products are done in half precision, in which a rotation is not orthonormal and a
-    projected point is pixels away from its place.
+    Autocast would compute matrix products in half precision, in which a rotation is not orthonormal and a projected
+    point is off by several pixels.
     """
 
     @functools.wraps(function)
@@ -87,15 +87,15 @@ def check_cameras(
     Args:
         intrinsics: ``[B, V, 3, 3]`` in pixels.
         extrinsics: ``[B, V, 4, 4]`` world-to-camera.
-        batch: the number of samples they must have, if known.
-        check_values: whether to look at the numbers as well; on a GPU the host waits for that.
+        batch: the expected number of samples, or None for any.
+        check_values: whether to check the values as well as the shapes; on a GPU the host waits for this check.
 
     Raises:
-        ShapeError: a wrong shape or number of samples or views.
-        ValueError: a missing or non-finite camera, a focal length that is not positive, a last row other
-            than ``0 0 1`` or ``0 0 0 1``, intrinsics that are transposed, normalized by the image size or have a
-            skew beyond their focal length, or a rotation that is not orthonormal with determinant +1.
-            The message names the sample and the view.
+        ShapeError: a tensor has another shape, or another number of samples or views.
+        ValueError: a camera is missing or not finite, a focal length is not positive, a last row is not ``0 0 1`` or
+            ``0 0 0 1``, intrinsics are transposed, normalized by the image size or have a skew larger than their
+            focal length, or a rotation is not orthonormal with determinant +1. The message names the sample and the
+            view.
     """
     check_matrices("intrinsics", intrinsics, 3)
     check_matrices("extrinsics", extrinsics, 4)
@@ -129,15 +129,15 @@ def _check_camera_values(k: Tensor, e: Tensor) -> None:
         (rotation @ rotation.mT - identity[:3, :3]).abs().amax(dim=(-2, -1)) > tolerance,
         volume < 0,
     ]
-    found = torch.stack(bad).nonzero()  # one look at the values: each one makes a GPU wait
-    if len(found):
-        check, sample, view = found[0].tolist()
+    faults = torch.stack(bad).nonzero()  # all checks are read at once, since the host waits for a GPU each time
+    if len(faults):
+        check, sample, view = faults[0].tolist()
         name, what, cure = CAMERA_FAULTS[check]
         raise ValueError(f"{name}: sample {sample}, view {view} has {what}. Cure: {cure}")
 
 
 def warn_of_another_image_size(intrinsics: Tensor, image_size: Sequence[int]) -> None:
-    """Warn where no principal point ``[B, V]`` lies inside its image ``(H, W)``, as only one cut out far away has it.
+    """Warn if no principal point ``[B, V]`` lies inside the image ``(H, W)``; only a crop far off the centre has none.
 
     Example:
         >>> intrinsics = torch.tensor([[585.0, 0, 320], [0, 585, 240], [0, 0, 1]])  # of 480 x 640 pixels
@@ -148,14 +148,14 @@ def warn_of_another_image_size(intrinsics: Tensor, image_size: Sequence[int]) ->
     if x.numel() and bool(((x < 0) | (x > width) | (y < 0) | (y > height)).all()):
         warnings.warn(
             f"intrinsics: every principal point lies outside the image of {height} x {width} pixels, that of the first "
-            f"view at x={x.flatten()[0].item():.1f}, y={y.flatten()[0].item():.1f}. They seem to be of another image "
+            f"view at x={x.flatten()[0].item():.1f}, y={y.flatten()[0].item():.1f}. They seem to be for another image "
             "size. Cure: cameo.geometry.resize_intrinsics or crop_intrinsics, as the images were resized or cropped",
             stacklevel=3,
         )
 
 
 def check_depth(depth: Tensor, intrinsics: Tensor, extrinsics: Tensor, *, check_values: bool = True) -> None:
-    """Raise unless ``depth [B, V, 1, H, W]`` is floating point and belongs to these usable cameras.
+    """Raise unless ``depth [B, V, 1, H, W]`` is floating point and these cameras are usable and fit it.
 
     `check_values`: see :func:`check_cameras`.
     """
@@ -212,10 +212,10 @@ def camera_centers(extrinsics: Tensor) -> Tensor:
 
 
 def most_exact(extrinsics: Tensor) -> Tensor:
-    """In double precision where there is any, so that a world origin far away costs no accuracy."""
+    """Convert to double precision where the device has it, so that a distant world origin costs no accuracy."""
     return extrinsics.to(at_least_float32(extrinsics)) if extrinsics.device.type == "mps" else extrinsics.double()
 
 
 def at_least_float32(tensor: Tensor) -> torch.dtype:
-    """Return the dtype to compute in: half precision cannot hold a pixel position."""
+    """Return the dtype to compute in, at least float32: half precision cannot represent pixel positions."""
     return torch.promote_types(tensor.dtype, torch.float32)

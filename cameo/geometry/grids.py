@@ -1,4 +1,4 @@
-"""Token grids: how many rows and columns of tokens, or other cells, an image has."""
+"""Token grids: the number of rows and columns of tokens, or of other cells, of an image."""
 
 from __future__ import annotations
 
@@ -13,7 +13,15 @@ TokenGrids = tuple[TokenGrid, ...]
 
 
 def as_grid(name: str, size: object) -> tuple[int, int]:
-    """Read a grid size given as an int or as ``(h, w)``."""
+    """Return a grid size, given as an int or as ``(h, w)``, as two integers of at least 1.
+
+    Example:
+        >>> as_grid("token_grid", 4)
+        (4, 4)
+
+    Raises:
+        ValueError: the size is neither; the message begins with `name`.
+    """
     grid = size if isinstance(size, (tuple, list)) else (size, size)
     try:
         height, width = (as_integer(name, side, least=1) for side in grid)

@@ -1,6 +1,6 @@
-"""Cameras about a centre: where they look, and at which azimuth and elevation they stand.
+"""Cameras around a centre: the point that they look at, and their azimuth and elevation.
 
-Axes: B samples, V views, H W image pixels. Conventions as in :mod:`cameo.geometry`, which is the door for users.
+Axes: B samples, V views, H W image pixels. Conventions as in :mod:`cameo.geometry`.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from cameo.geometry.depth import is_measured
 
 __all__ = ["estimate_up", "orbit_centre", "spherical_angles"]
 
-# Root mean square angle between the optical axes and a direction, in degrees: up to the first the axes do not tell
-# where along it they meet, from the second on they do.
+# Root mean square angle between the optical axes and a direction, in degrees: up to the first value the axes do not
+# determine where along that direction they meet, from the second value on they do.
 VAGUE, CLEAR = 1.0, 3.0
 # Least distance of the centre in front of each camera, as a share of its median depth.
 LEAST_DISTANCE = 0.1
@@ -31,24 +31,24 @@ def orbit_centre(extrinsics: Tensor, depth: Tensor | None = None) -> Tensor:
     Example:
         >>> extrinsics = torch.eye(4).repeat(1, 2, 1, 1)
         >>> extrinsics[0, 1, :3, :3] = torch.tensor([[0.0, 0, -1], [0, 1, 0], [1, 0, 0]])  # looks along x
-        >>> extrinsics[0, :, 2, 3] = 2.0  # both stand two units before the origin
+        >>> extrinsics[0, :, 2, 3] = 2.0  # both are two units in front of the origin
         >>> orbit_centre(extrinsics).tolist()
         [[0.0, 0.0, 0.0]]
 
-    The least-squares point of the optical axes, as far as the axes say where it is. Along a direction from which the
-    axes deviate by less than 1 degree (root mean square) they do not, and the mean of the points at each camera's
-    median depth decides; from 3 degrees on the axes alone decide, and in between both, without a jump. The axes of
-    one camera, or of parallel ones, thus give a point straight ahead. A least-squares point that is not in front of
-    every camera, by a tenth of its median depth where there is depth, is no point that they look at (a camera that
-    turns on the spot); then the median depth decides altogether.
+    This is the least-squares point of the optical axes, as far as the axes determine it. Along a direction from which
+    the axes deviate by less than 1 degree (root mean square) they do not determine it, and the mean of the points at
+    each camera's median depth is taken; from 3 degrees on the axes alone determine it, and in between the two are
+    mixed without a jump. One camera, or parallel cameras, thus give a point straight ahead. A least-squares point that
+    is not in front of every camera, by a tenth of its median depth where depth is given, is not a point that the
+    cameras look at (for example if a camera rotates about its centre); then only the median depth is used.
 
     Args:
         extrinsics: ``[B, V, 4, 4]`` world-to-camera.
-        depth: ``[B, V, 1, H, W]`` z-depth; a view without measurement takes the median of the sample's others. None,
-            or a sample without any measurement: distance 1.
+        depth: ``[B, V, 1, H, W]`` z-depth; for a view without measurements the median of the sample's other views is
+            taken. None, or a sample without any measurement, means distance 1.
 
     Raises:
-        ShapeError, ValueError: wrong shapes.
+        ShapeError, ValueError: a tensor has another shape or dtype.
     """
     check_matrices("extrinsics", extrinsics, 4)
     ahead = _median_depth(extrinsics, depth)
@@ -56,16 +56,16 @@ def orbit_centre(extrinsics: Tensor, depth: Tensor | None = None) -> Tensor:
     centre, axis = camera_centers(exact), exact[..., 2, :3]
     prior = (centre + ahead.to(exact)[..., None] * axis).mean(1)
     across = torch.eye(3, dtype=exact.dtype, device=exact.device) - axis[..., :, None] * axis[..., None, :]
-    # The mean squared distance of a point from the axes is quadratic in it; `bend` is its curvature, whose eigenvalue
-    # along a direction is the mean squared sine of the angle between that direction and the axes.
-    bend = across.mean(1)
+    # The mean squared distance of a point from the axes is quadratic in the point. Its curvature has, along a
+    # direction, the mean squared sine of the angle between that direction and the axes as eigenvalue.
+    curvature = across.mean(1)
     pull = (across @ (centre - prior[:, None])[..., None]).mean(1)[..., 0]
-    # On the CPU, since not every device has it and the matrices are tiny.
-    sine, direction = (part.to(bend) for part in torch.linalg.eigh(bend.cpu()))
+    # On the CPU, since not every device supports eigh and the matrices are tiny.
+    squared_sine, direction = (part.to(curvature) for part in torch.linalg.eigh(curvature.cpu()))
     low, high = (math.sin(math.radians(angle)) ** 2 for angle in (VAGUE, CLEAR))
-    trust = ((sine - low) / (high - low)).clamp(0, 1)
-    step = trust / sine.clamp_min(low) * (direction.mT @ pull[..., None])[..., 0]
-    point = prior + (direction @ step[..., None])[..., 0]
+    trust = ((squared_sine - low) / (high - low)).clamp(0, 1)
+    shift = trust / squared_sine.clamp_min(low) * (direction.mT @ pull[..., None])[..., 0]
+    point = prior + (direction @ shift[..., None])[..., 0]
     in_front = ((point[:, None] - centre) * axis).sum(-1)
     least = LEAST_DISTANCE * ahead.to(exact) if depth is not None else torch.zeros_like(in_front)
     looked_at = (in_front > least).all(1, keepdim=True)
@@ -74,7 +74,7 @@ def orbit_centre(extrinsics: Tensor, depth: Tensor | None = None) -> Tensor:
 
 @full_precision
 def spherical_angles(extrinsics: Tensor, centre: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return where the cameras stand about a centre: azimuth, elevation (degrees) and distance, ``[B, V]`` each.
+    """Return the positions of cameras around a centre: azimuth, elevation (degrees) and distance, ``[B, V]`` each.
 
     Example:
         >>> extrinsics = torch.eye(4).repeat(1, 1, 1, 1)
@@ -83,19 +83,19 @@ def spherical_angles(extrinsics: Tensor, centre: Tensor, up: Tensor) -> tuple[Te
         >>> [round(value.item(), 3) for value in angles]
         [90.0, 45.0, 4.243]
 
-    Azimuth lies in [0, 360) and grows counter-clockwise seen from above, about ``up``. Azimuth 0 is the direction of
-    the world's x axis, made orthogonal to ``up``; of its y axis where ``up`` is within 26 degrees of the x axis. So
-    with z up 0 is x and 90 is y, as in :mod:`cameo.scenes.rigs`. Elevation lies in [-90, 90], positive towards ``up``.
-    A camera straight above has azimuth 0 or any other; one at the centre has angles 0.
+    Azimuth lies in [0, 360) and increases counter-clockwise, seen from above, about ``up``. Azimuth 0 is the direction
+    of the world's x axis, made orthogonal to ``up``, or of its y axis if ``up`` is within 26 degrees of the x axis. So,
+    with z up, 0 is x and 90 is y, as in :mod:`cameo.scenes.rigs`. Elevation lies in [-90, 90] and is positive
+    towards ``up``. A camera straight above the centre has an arbitrary azimuth; one at the centre has angles 0.
 
     Args:
         extrinsics: ``[B, V, 4, 4]`` world-to-camera.
         centre: ``[B, 3]`` in world coordinates, see :func:`orbit_centre`.
-        up: ``[B, 3]`` of any length but 0.
+        up: ``[B, 3]`` of any length except 0.
 
     Raises:
-        ShapeError: a wrong shape.
-        ValueError: an ``up`` of length 0, or not finite.
+        ShapeError: a tensor has another shape.
+        ValueError: ``up`` has length 0 or is not finite.
     """
     check_matrices("extrinsics", extrinsics, 4)
     for name, tensor in (("centre", centre), ("up", up)):
@@ -118,28 +118,28 @@ def spherical_angles(extrinsics: Tensor, centre: Tensor, up: Tensor) -> tuple[Te
     elevation = torch.rad2deg(torch.atan2(z, torch.hypot(x, y)))
     dtype = at_least_float32(extrinsics)
     azimuth = azimuth.to(dtype)
-    # Rounding to float32 may have closed the half-open interval.
+    # Rounding to float32 may give 360 itself.
     azimuth = torch.where(azimuth >= 360, torch.zeros_like(azimuth), azimuth)
     return azimuth, elevation.to(dtype), offset.norm(dim=-1).to(dtype)
 
 
 @full_precision
 def estimate_up(extrinsics: Tensor) -> Tensor:
-    """Return the mean up direction of a sample's images, unit ``[B, 3]``: for data that does not say what is up.
+    """Return the mean up direction of a sample's images, unit ``[B, 3]``, for data that does not define up.
 
     Example:
         >>> estimate_up(torch.eye(4).expand(1, 3, 4, 4)).tolist()  # OpenCV: y points down
         [[0.0, -1.0, 0.0]]
 
-    Exact for level cameras, and for a full turn of upright ones at one elevation. Cameras that all look down from one
-    side by an angle give a direction that is wrong by that angle. Where the directions cancel out, it is that of
-    view 0.
+    The result is exact for level cameras, and for a full orbit of upright cameras at one elevation. Cameras that all
+    look down by an angle from one side give a direction that is wrong by that angle. Where the directions cancel out,
+    the result is the direction of view 0.
 
     Args:
         extrinsics: ``[B, V, 4, 4]`` world-to-camera.
 
     Raises:
-        ShapeError, ValueError: a wrong shape.
+        ShapeError, ValueError: the extrinsics have another shape or dtype.
     """
     check_matrices("extrinsics", extrinsics, 4)
     ups = -extrinsics.to(at_least_float32(extrinsics))[..., 1, :3]
@@ -150,15 +150,15 @@ def estimate_up(extrinsics: Tensor) -> Tensor:
 
 
 def _median_depth(extrinsics: Tensor, depth: Tensor | None) -> Tensor:
-    """Median of the measured depth per view ``[B, V]``, taken on at most some 64 x 64 pixels."""
+    """Median of the measured depth of each view, ``[B, V]``, taken on about 64 x 64 pixels."""
     if depth is None:
         return torch.ones_like(extrinsics[..., 0, 0])
     if depth.ndim != 5 or depth.shape[2] != 1 or depth.shape[:2] != extrinsics.shape[:2]:
         expected = f"[{extrinsics.shape[0]}, {extrinsics.shape[1]}, 1, H, W] (B and V of the extrinsics)"
         raise ShapeError("depth", expected=expected, got=depth.shape)
     rows, columns = (max(1, side // 64) for side in depth.shape[-2:])
-    few = depth[..., ::rows, ::columns].flatten(2).to(at_least_float32(depth))
-    few = torch.where(is_measured(few), few, math.nan)
-    median = few.nanmedian(dim=-1).values
-    whole = median.nanmedian(dim=-1, keepdim=True).values
-    return torch.where(median.isnan(), whole, median).nan_to_num(nan=1.0)
+    pixels = depth[..., ::rows, ::columns].flatten(2).to(at_least_float32(depth))
+    pixels = torch.where(is_measured(pixels), pixels, math.nan)
+    of_view = pixels.nanmedian(dim=-1).values
+    of_sample = of_view.nanmedian(dim=-1, keepdim=True).values
+    return torch.where(of_view.isnan(), of_sample, of_view).nan_to_num(nan=1.0)

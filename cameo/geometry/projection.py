@@ -1,8 +1,6 @@
-"""Cameras, rays and depth.
+"""Projection and its inverse, rays, and changes of cameras.
 
-Axes: B samples, V views, H W image pixels, h w token grid, M points.
-OpenCV cameras (x right, y down, z forward), world-to-camera extrinsics, intrinsics in pixels, pixel
-centres at +0.5, z-depth in world units where 0, a negative or a non-finite value means "no measurement".
+Axes: B samples, V views, H W image pixels, h w token grid, M points. Conventions as in :mod:`cameo.geometry`.
 """
 
 from __future__ import annotations
@@ -95,11 +93,11 @@ def unproject(depth: Tensor, intrinsics: Tensor, extrinsics: Tensor) -> Tensor:
     depth = depth.to(at_least_float32(depth))
     height, width = depth.shape[-2:]
     measured = is_measured(depth)
-    # The safe value keeps NaN out of the backward pass of the measured pixels' cameras.
-    safe = torch.where(measured, depth, torch.ones_like(depth))
+    # Where depth is missing, 1 keeps NaN out of the gradients of the cameras.
+    finite = torch.where(measured, depth, torch.ones_like(depth))
     grid = pixel_grid(height, width, dtype=depth.dtype, device=depth.device)
     ray = camera_rays(rearrange(grid, "h w c -> (h w) c"), intrinsics.to(depth))
-    in_camera = ray * rearrange(safe, "b v 1 h w -> b v (h w) 1")
+    in_camera = ray * rearrange(finite, "b v 1 h w -> b v (h w) 1")
     world = transform(in_camera, invert_extrinsics(extrinsics.to(depth)))
     world = rearrange(world, "b v (h w) c -> b v c h w", h=height)
     return torch.where(measured, world, torch.full_like(world, math.nan))
@@ -186,8 +184,8 @@ def relative_extrinsics(extrinsics: Tensor, reference: int = 0) -> Tensor:
         reference: the view whose extrinsics become the identity.
 
     Raises:
-        ShapeError: a wrong shape.
-        ValueError: no such view.
+        ShapeError: the extrinsics have another shape.
+        ValueError: there is no such view.
     """
     check_matrices("extrinsics", extrinsics, 4)
     views = extrinsics.shape[1]
@@ -204,11 +202,11 @@ def resize_intrinsics(intrinsics: Tensor, from_size: tuple[int, int], to_size: t
         >>> resize_intrinsics(intrinsics, (32, 64), (16, 32))[:2].tolist()
         [[32.0, 0.0, 16.0], [0.0, 32.0, 8.0]]
 
-    Integer intrinsics become float32: a focal length in whole pixels has a fraction in another image size.
+    Integer intrinsics become float32, since a focal length in whole pixels becomes a fraction in another image size.
 
     Raises:
-        ShapeError: intrinsics of another shape.
-        ValueError: a size that is not two positive integers.
+        ShapeError: the intrinsics have another shape.
+        ValueError: a size is not two positive integers.
     """
     intrinsics = _floating_intrinsics(intrinsics)
     from_height, from_width = (as_integer("from_size", side, least=1) for side in from_size)
@@ -218,22 +216,22 @@ def resize_intrinsics(intrinsics: Tensor, from_size: tuple[int, int], to_size: t
 
 
 def crop_intrinsics(intrinsics: Tensor, top: float, left: float) -> Tensor:
-    """Adapt intrinsics ``[..., 3, 3]`` to an image whose first ``top`` rows and ``left`` columns are cut.
+    """Adapt intrinsics ``[..., 3, 3]`` to an image without its first ``top`` rows and ``left`` columns.
 
     Example:
         >>> intrinsics = torch.tensor([[64.0, 0, 32], [0, 64, 16], [0, 0, 1]])
         >>> crop_intrinsics(intrinsics, top=4, left=2)[:2, 2].tolist()
         [30.0, 12.0]
 
-    Integer intrinsics become float32: the cut may lie between two pixels.
+    Integer intrinsics become float32, since an image may be cut between two pixels.
 
     Raises:
-        ShapeError: intrinsics of another shape.
-        ValueError: a cut that is not finite.
+        ShapeError: the intrinsics have another shape.
+        ValueError: ``top`` or ``left`` is not finite.
     """
-    for name, cut in (("top", top), ("left", left)):
-        if not math.isfinite(cut):
-            raise ValueError(f"{name}: expected a finite number of pixels, got {cut}")
+    for name, pixels in (("top", top), ("left", left)):
+        if not math.isfinite(pixels):
+            raise ValueError(f"{name}: expected a finite number of pixels, got {pixels}")
     intrinsics = _floating_intrinsics(intrinsics)
     shift = torch.zeros_like(intrinsics)
     shift[..., 0, 2], shift[..., 1, 2] = left, top
@@ -250,7 +248,7 @@ def _floating_intrinsics(intrinsics: Tensor) -> Tensor:
 def camera_rays(xy: Tensor, intrinsics: Tensor) -> Tensor:
     """Return camera-frame rays of z = 1 through pixels ``[M, 2]`` or ``[V, M, 2]``, ``[B, V, M, 3]``.
 
-    The cameras are known to be usable: `torch.linalg.inv` would look, and the host would wait for a GPU.
+    The cameras are assumed usable: `torch.linalg.inv` would check them, and the host would wait for a GPU.
     """
     homogeneous = torch.cat([xy, torch.ones_like(xy[..., :1])], dim=-1)
     return homogeneous @ torch.linalg.inv_ex(intrinsics).inverse.mT
@@ -263,7 +261,7 @@ def transform(points: Tensor, pose: Tensor) -> Tensor:
 
 
 def to_pixels(in_camera: Tensor, intrinsics: Tensor) -> tuple[Tensor, Tensor]:
-    """Project camera-frame points ``[B, V, M, 3]``; xy is NaN behind the camera."""
+    """Project camera-frame points ``[B, V, M, 3]``; xy is NaN for points that are not in front of it."""
     z = in_camera[..., 2]
     image = einsum(intrinsics, in_camera, "b v r c, b v m c -> b v m r")
     front = (z > 0)[..., None]

@@ -1,6 +1,6 @@
-"""Whether a view sees a point of the scene: the test behind matches, the overlap of views, and warped views.
+"""Test whether a view sees a point of the scene, for matches, the overlap of views, and warped views.
 
-Axes: B samples, V views, M points. Arguments are taken as checked.
+Axes: B samples, V views, M points. Arguments are not checked here.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ DEPTH_TOLERANCE = 0.02
 
 
 def check_tolerance(depth_tolerance: float) -> None:
-    """Raise `ValueError` unless this is a share of the depth."""
+    """Raise `ValueError` unless this is a share of the depth, in (0, 1)."""
     if not 0 < depth_tolerance < 1:
         raise ValueError(f"depth_tolerance: expected a share between 0 and 1, got {depth_tolerance}")
 
 
 class Sighting(NamedTuple):
-    """Points looked up in views.
+    """Where views see points, and whether they see them.
 
     - `xy`: position `[B, V, M, 2]` in pixels, NaN for points that are not in front of the camera.
     - `z`: z-depth of the points, `[B, V, M]`.
     - `surface`: z-depth of the surface that the view shows there, NaN for none.
-    - `visible`: whether the point is that surface, bool.
+    - `visible`: whether the point lies on that surface, bool.
     """
 
     xy: Tensor
@@ -45,7 +45,7 @@ class Sighting(NamedTuple):
 def look_up(
     points: Tensor, intrinsics: Tensor, surface_at: Callable[[Tensor, Tensor], Tensor], tolerance: float
 ) -> Sighting:
-    """Look points up in views: where they are in the image, and whether the view sees them there.
+    """Look up points in views: where they are in the image, and whether the view sees them there.
 
     Example:
         >>> import torch
@@ -59,7 +59,7 @@ def look_up(
         intrinsics: `[B, V, 3, 3]` in pixels.
         surface_at: reads the z-depth of the visible surface, `surface_at(xy, z) -> [B, V, M]`; NaN outside the image
             and without measurement.
-        tolerance: share of the surface's depth by which the point may lie before or behind it.
+        tolerance: share of the surface's depth by which the point may lie in front of it or behind it, in (0, 1).
     """
     xy, z = to_pixels(points, intrinsics)
     surface = surface_at(xy, z)

@@ -1,8 +1,8 @@
-"""The causal check of a layer: what the model loses when the queries of that layer alone see no other view.
+"""Ablation of a layer: what the model loses when the queries of this layer alone see no other view.
 
-A layer may look at the right place without the model using it, and the other way round. So beside the share of
-matches that a layer finds (`cameo.probe_layers`) stands what its cross-view attention is worth: the model is measured
-whole and then with one layer at a time cut to self-view attention, on the same samples and noise.
+A layer may attend to the right token although the model does not use it, and the other way round. The share of matches
+that a layer finds (`cameo.probe_layers`) is therefore completed by the effect of its cross-view attention: the model is
+measured whole and then with one layer at a time cut to self-view attention, on the same samples and noise.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ from cameo.tables import markdown_table
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Drop", "LayerEffect", "effects_figure", "effects_table", "perturb_layers", "self_view_only"]
+__all__ = ["LayerEffect", "QualityLoss", "effects_figure", "effects_table", "perturb_layers", "self_view_only"]
 
-# Title and digits of each metric in a table.
+# Title and number of decimals of each metric in a table.
 METRICS = {"psnr_covisible": ("PSNR covisible (dB)", 2), "psnr_all": ("PSNR all (dB)", 2), "loss": ("loss", 4)}
-Values = dict[str, dict[str, float]]  # metric to scene to value
+SceneValues = dict[str, dict[str, float]]  # metric to scene to value
 
 
-class Drop(NamedTuple):
-    """What a cut costs, mean over scenes, and the ends of its 95 % interval; above 0 the cut model is worse."""
+class QualityLoss(NamedTuple):
+    """By how much the cut model is worse, mean over scenes, with both ends of the 95 % interval; negative if better."""
 
     mean: float
     low: float
@@ -54,18 +54,18 @@ class LayerEffect:
     """What the model loses without the cross-view attention of one layer.
 
     Attributes:
-        index: position of the layer among those of its kind in execution order.
+        index: index of the layer, among the cross-view layers or among those that can be inflated.
         path: dotted path of the attention module.
         loss: denoising loss of the cut model, mean over noise levels and scenes.
-        psnr_covisible: its PSNR in dB at high noise on target pixels that a reference sees; None without references,
-            or where fewer than two scenes have such pixels.
-        psnr_all: its PSNR in dB at high noise on all target pixels.
-        drop_loss: by how much the cut model's loss is higher.
-        drop_psnr_covisible, drop_psnr_all: by how many dB its PSNR is lower.
-        per_scene: metric ("loss", "psnr_covisible", "psnr_all") to scene to what the cut costs there, for a paired
+        psnr_covisible: PSNR of the cut model in dB at high noise on target pixels that a reference view sees; None
+            without reference views, or where fewer than two scenes have such pixels.
+        psnr_all: PSNR of the cut model in dB at high noise on all target pixels.
+        drop_loss: by how much the loss of the cut model is higher.
+        drop_psnr_covisible, drop_psnr_all: by how many dB the PSNR of the cut model is lower.
+        per_scene: metric ("loss", "psnr_covisible", "psnr_all") to scene to the loss of quality there, for a paired
             comparison of two layers.
-        reason: why the layer was not cut, or what cannot be measured without it; everything above is then None or
-            empty.
+        reason: why the layer was not cut, or what cannot be measured without it; the attributes above are then None
+            or empty.
     """
 
     index: int
@@ -73,16 +73,16 @@ class LayerEffect:
     loss: float | None = None
     psnr_covisible: float | None = None
     psnr_all: float | None = None
-    drop_loss: Drop | None = None
-    drop_psnr_covisible: Drop | None = None
-    drop_psnr_all: Drop | None = None
-    per_scene: Values = field(default_factory=dict)
+    drop_loss: QualityLoss | None = None
+    drop_psnr_covisible: QualityLoss | None = None
+    drop_psnr_all: QualityLoss | None = None
+    per_scene: SceneValues = field(default_factory=dict)
     reason: str | None = None
 
 
 @contextmanager
 def self_view_only(model: nn.Module, layer: AttentionLayer, token_grids: TokenGrids) -> Iterator[None]:
-    """Cut one layer's view of the other views: inside the block its queries see the keys of their own view only.
+    """Cut one layer to self-view attention: inside the block, its queries see only the keys of their own view.
 
     Example:
         >>> import torch
@@ -98,16 +98,16 @@ def self_view_only(model: nn.Module, layer: AttentionLayer, token_grids: TokenGr
         >>> torch.equal(cut, torch.cat([model(x[:, :, :4]), model(x[:, :, 4:])], dim=2))
         True
 
-    - Where each query reaches one token per view (temporal layers), it sees itself alone.
-    - Keys that no query belongs to, such as Zero123++'s reference image, are seen by none. Its write pass, in which
-      the reference looks at itself, stays as it is.
-    - Tokens of no view, such as text, are seen by all, and see all.
+    - Where each query reaches one token per view (temporal layers), it sees only itself.
+    - No query sees the keys of a view without queries, such as Zero123++'s reference image. The write pass of
+      Zero123++, in which the reference attends to itself, is not changed.
+    - Tokens that belong to no view, such as text, are seen by all tokens, and see all tokens.
 
-    The kernel is the model's own, called once per view; in explicit attention the logits of other views become -inf
-    before the softmax. Weights and modules are not touched: outside the block the output is what it was, bit for bit.
-    Only the thread that entered the block is affected. An `AttentionCapture` opened inside the block sees the queries
-    and keys of all views. Meant for measuring: a backward pass through checkpointed layers would recompute the layer
-    whole once the block is left.
+    The model's own kernel is called once per view; in explicit attention the logits of other views become -inf before
+    the softmax. Weights and modules are not changed: outside the block the output is the same, bit for bit. Only the
+    thread that entered the block is affected. An `AttentionCapture` inside the block sees the queries and keys of all
+    views. Use it for measuring only: a backward pass of checkpointed layers after the block would recompute the layer
+    without the cut.
 
     Args:
         model: a `CameoModel`, or the model that holds the layer.
@@ -115,10 +115,10 @@ def self_view_only(model: nn.Module, layer: AttentionLayer, token_grids: TokenGr
         token_grids: token grid `(h, w)` of each view, as `layer.token_grids(height, width, num_views)`.
 
     Raises:
-        CaptureError: in the forward, if a call has other numbers of tokens than `token_grids` say, is masked, or the
-            module calls the kernel several times without `layer.kernel_call`; on leaving the block, if the layer did
-            not run, or runs a kernel that is not known (see `AttentionCapture`).
-        ValueError: if the token_grids do not fit the layout.
+        CaptureError: in the forward pass, if the numbers of tokens of a call do not fit `token_grids`, if the attention
+            is masked, or if the module calls the kernel several times without `layer.kernel_call`; on leaving the
+            block, if the layer did not run, or called an unknown kernel (see `AttentionCapture`).
+        ValueError: if `token_grids` do not fit the layout.
     """
     base = model.base_model if isinstance(model, CameoModel) else model
     with cut_other_views(unwrap_peft(base), layer, token_grids):
@@ -148,26 +148,26 @@ def perturb_layers(
         >>> [(effect.index, effect.drop_psnr_all.low <= effect.drop_psnr_all.mean) for effect in effects]
         [(1, True), (3, True)]
 
-    The model is not changed. Scenes are drawn anew for the intervals; samples of one scene are averaged first. Costs
-    one validation per layer and one more.
+    The model is not changed. The intervals are over resampled scenes; the samples of a scene are averaged first. It
+    takes the time of one validation for each layer, and of one more.
 
     Args:
         model: a wrapped model; which layer it supervises does not matter.
-        pipeline: that of the model.
-        data: samples of one image size and number of views, of two scenes at least.
+        pipeline: pipeline of the model.
+        data: samples of one image size and number of views, of at least two scenes.
         settings: samples, noise levels and noise.
-        layers: indices into the adapter's layers (`CameoModel.attention_layers`), or paths. None: all cross-view
-            layers, those that `inflate=True` joined first.
+        layers: indices of the adapter's layers (`CameoModel.attention_layers`), or paths. None: all cross-view layers,
+            starting with those that `inflate=True` inflated.
 
     Returns:
-        One effect per layer, in the order of `layers`. A layer that cannot be cut is there with its `reason`.
+        One effect per layer, in the order of `layers`. A layer that cannot be cut has a `reason`.
 
     Raises:
-        ValueError: for an unknown layer; if the samples are of one scene only.
-        DataError, CaptureError: as `cameo.probing.denoising.measure_denoising` and `self_view_only`.
+        ValueError: for an unknown layer, or if all samples are of one scene.
+        DataError, CaptureError: as `cameo.probing.denoising.measure_denoising` and `self_view_only` raise them.
     """
-    attention_layers = _cross_view_sites(model)
-    chosen = attention_layers if layers is None else [_find(model, attention_layers, layer) for layer in layers]
+    cross_view = _cross_view_layers(model)
+    chosen = cross_view if layers is None else [_find_layer(model, cross_view, layer) for layer in layers]
     whole = _by_scene(measure_denoising(model, pipeline, data, settings), settings)
     if len(whole["loss"]) < 2:
         raise ValueError(
@@ -176,67 +176,64 @@ def perturb_layers(
         )
     first = collate([data[0]])
     effects = []
-    for attention_layer in chosen:
-        if attention_layer.unsupported:
-            effects.append(LayerEffect(attention_layer.index, attention_layer.path, reason=attention_layer.unsupported))
+    for layer in chosen:
+        if layer.unsupported:
+            effects.append(LayerEffect(layer.index, layer.path, reason=layer.unsupported))
             continue
-        with self_view_only(model, attention_layer, layer_grids(attention_layer, first)):
+        with self_view_only(model, layer, layer_grids(layer, first)):
             cut = measure_denoising(model, pipeline, data, settings)
-        effects.append(_effect(attention_layer, whole, _by_scene(cut, settings)))
+        effects.append(_effect(layer, whole, _by_scene(cut, settings)))
     return effects
 
 
-def _cross_view_sites(model: CameoModel) -> list[AttentionLayer]:
+def _cross_view_layers(model: CameoModel) -> list[AttentionLayer]:
+    """The layers of a model in which its views meet, starting with the inflated ones."""
     if not (model.cameo_config.inflate and model.cameo_config.backbone):
         return model.attention_layers
     others = get_backbone(model.cameo_config.backbone).attention_layers(unwrap_peft(model.base_model))
     return [*model.supervised_layers, *others]
 
 
-def _find(model: CameoModel, attention_layers: Sequence[AttentionLayer], layer: int | str) -> AttentionLayer:
-    by_name: dict[int | str, AttentionLayer] = {
-        attention_layer.path: attention_layer for attention_layer in attention_layers
-    }
-    by_name |= {
-        attention_layer.index: attention_layer
-        for attention_layer in model.attention_layers
-        if attention_layer.path in by_name
-    }
-    if layer not in by_name:
-        raise unknown_name("layer", layer, map(str, by_name))
-    return by_name[layer]
+def _find_layer(model: CameoModel, cross_view: Sequence[AttentionLayer], name: int | str) -> AttentionLayer:
+    """The cross-view layer with a path, or with an index among the adapter's layers."""
+    by_name: dict[int | str, AttentionLayer] = {layer.path: layer for layer in cross_view}
+    by_name |= {layer.index: layer for layer in model.attention_layers if layer.path in by_name}
+    if name not in by_name:
+        raise unknown_name("layer", name, map(str, by_name))
+    return by_name[name]
 
 
-def _by_scene(errors: DenoisingErrors, settings: ValidationSettings) -> Values:
-    """Mean of each scene's samples; samples without a value (NaN) do not count."""
+def _by_scene(errors: DenoisingErrors, settings: ValidationSettings) -> SceneValues:
+    """Mean over the samples of each scene; samples without a value (NaN) do not count."""
     values = {
         "loss": errors.sample_losses(settings.noise_levels),
         "psnr_covisible": errors.sample_psnr(errors.squared_covisible, settings.high_levels),
         "psnr_all": errors.sample_psnr(errors.squared, settings.high_levels),
     }
-    found: Values = {}
+    means: SceneValues = {}
     for metric, samples in values.items():
         scenes = defaultdict(list)
         for key, value in zip(errors.keys, samples, strict=True):
             if not math.isnan(value):
                 scenes[scene_of(key)].append(value)
-        found[metric] = {scene: sum(several) / len(several) for scene, several in scenes.items()}
-    return found
+        means[metric] = {scene: sum(of_scene) / len(of_scene) for scene, of_scene in scenes.items()}
+    return means
 
 
-def _effect(layer: AttentionLayer, whole: Values, cut: Values) -> LayerEffect:
+def _effect(layer: AttentionLayer, whole: SceneValues, cut: SceneValues) -> LayerEffect:
+    """Compare the cut model with the whole one, scene by scene."""
     per_scene, means, drops = {}, {}, {}
     for metric, scenes in whole.items():
-        if len(scenes) < 2:  # no references, or none that see anything
+        if len(scenes) < 2:  # no reference view, or none that sees a target pixel
             continue
-        if lost := sorted(scenes.keys() - cut[metric].keys()):
-            reason = f"without it the model's {metric} is not finite in {', '.join(lost[:3])}"
+        if broken := sorted(scenes.keys() - cut[metric].keys()):
+            reason = f"without it the model's {metric} is not finite in {', '.join(broken[:3])}"
             return LayerEffect(layer.index, layer.path, reason=reason)
         before, after = list(scenes.values()), [cut[metric][scene] for scene in scenes]
-        worse = (before, after) if metric == "loss" else (after, before)
         means[metric] = sum(after) / len(after)
-        drops[metric] = Drop(*paired_bootstrap(*worse))
-        per_scene[metric] = {scene: worse[1][place] - worse[0][place] for place, scene in enumerate(scenes)}
+        lower, higher = (before, after) if metric == "loss" else (after, before)  # if the cut model is worse
+        drops[metric] = QualityLoss(*paired_bootstrap(lower, higher))
+        per_scene[metric] = {scene: high - low for scene, low, high in zip(scenes, lower, higher, strict=True)}
     return LayerEffect(
         layer.index,
         layer.path,
@@ -251,11 +248,11 @@ def _effect(layer: AttentionLayer, whole: Values, cut: Values) -> LayerEffect:
 
 
 def effects_table(effects: Sequence[LayerEffect]) -> str:
-    """Write a Markdown table: the whole model, each cut model, and what the cut costs with its 95 % interval.
+    """Format a Markdown table of the whole model and each cut model, with the losses of quality and 95 % intervals.
 
     Example:
-        >>> drop = Drop(0.5, 0.25, 0.75)
-        >>> print(effects_table([LayerEffect(3, "up.attn1", 0.75, None, 15.0, drop, None, drop)]))
+        >>> lost = QualityLoss(0.5, 0.25, 0.75)
+        >>> print(effects_table([LayerEffect(3, "up.attn1", 0.75, None, 15.0, lost, None, lost)]))
         | layer | path | PSNR covisible (dB) | lost | PSNR all (dB) | lost | loss | added |
         | --- | --- | --- | --- | --- | --- | --- | --- |
         | none | | - | - | 15.50 | - | 0.2500 | - |
@@ -273,16 +270,17 @@ def effects_table(effects: Sequence[LayerEffect]) -> str:
 
 
 def _cells(effect: LayerEffect, *, whole: bool = False) -> list[str]:
+    """Cells of the cut model, or of the whole one that it was compared with."""
     cells = []
     for metric, (_, digits) in METRICS.items():
-        value, drop = getattr(effect, metric), getattr(effect, f"drop_{metric}")
-        if drop is None:
+        value, lost = getattr(effect, metric), getattr(effect, f"drop_{metric}")
+        if lost is None:
             cells += ["-", "-"]
         elif whole:
-            before = value - drop.mean if metric == "loss" else value + drop.mean
+            before = value - lost.mean if metric == "loss" else value + lost.mean
             cells += [f"{before:.{digits}f}", "-"]
         else:
-            mean, low, high = (f"{part:.{digits}f}" for part in drop)
+            mean, low, high = (f"{number:.{digits}f}" for number in lost)
             cells += [f"{value:.{digits}f}", f"{mean} ({low} to {high})"]
     return cells
 
@@ -302,15 +300,15 @@ def effects_figure(effects: Sequence[LayerEffect]) -> Figure:
     axes = figure.subplots()
     series = {"drop_psnr_covisible": "target pixels that a reference sees", "drop_psnr_all": "all target pixels"}
     for shift, (name, label) in zip((-0.17, 0.17), series.items(), strict=True):
-        drops = {place + shift: getattr(effect, name) for place, effect in enumerate(shown)}
-        drops = {place: drop for place, drop in drops.items() if drop is not None}
-        if drops:
-            reach = np.array([(drop.mean - drop.low, drop.high - drop.mean) for drop in drops.values()]).T
-            means = [drop.mean for drop in drops.values()]
-            axes.barh(list(drops), means, height=0.32, xerr=reach, capsize=2, label=label)
+        bars = {row + shift: getattr(effect, name) for row, effect in enumerate(shown)}
+        bars = {row: lost for row, lost in bars.items() if lost is not None}
+        if bars:
+            errors = np.array([(lost.mean - lost.low, lost.high - lost.mean) for lost in bars.values()]).T
+            means = [lost.mean for lost in bars.values()]
+            axes.barh(list(bars), means, height=0.32, xerr=errors, capsize=2, label=label)
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set_yticks(range(len(shown)), [f"{effect.index}  {effect.path}" for effect in shown], fontsize=7)
     axes.invert_yaxis()
-    axes.set_xlabel("PSNR lost at high noise when the layer sees its own view only (dB)", fontsize=8)
+    axes.set_xlabel("PSNR lost at high noise when each query sees only its own view (dB)", fontsize=8)
     axes.legend(fontsize=7)
     return figure

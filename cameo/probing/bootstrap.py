@@ -1,8 +1,8 @@
-"""Intervals of figures that are measured on several scenes, by drawing the scenes anew (the bootstrap).
+"""Confidence intervals of figures that are measured on several scenes, by resampling the scenes (the bootstrap).
 
-Samples of one scene are alike, so what is drawn is the scene, and the samples of a scene count together. Two models,
-or two layers, that were measured on the same scenes are compared over the same drawn scenes: their differences
-scatter less than their values.
+Samples of one scene are alike, so scenes are resampled, and the samples of a scene count together. Two models or two
+layers that were measured on the same scenes are compared over the same resampled scenes: their differences vary less
+than their values.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from numpy.typing import ArrayLike
 __all__ = ["bootstrap_interval", "paired_bootstrap", "scene_of"]
 
 RESAMPLES = 10_000
-# Values of drawn scenes that are held at once.
+# Values of resampled scenes that are held in memory at once.
 BLOCK_ENTRIES = 1 << 22
 
 
 def scene_of(key: str) -> str:
-    """Return the scene of a sample's key, which names its views after the last slash.
+    """Return the scene of a sample from its key, in which the views follow the last slash.
 
     Example:
         >>> scene_of("rooms-validation-3/0-4-2"), scene_of("wall")
@@ -48,20 +48,20 @@ def bootstrap_interval(
     Args:
         statistic: called as `statistic(*drawn, axis=-1)` with arrays `[..., resamples, n]`; returns
             `[..., resamples]`. NaN where the drawn scenes do not define it; such draws are left out.
-        *values: `[..., n]` each, of the same n scenes in the same order, n at least 2. They are drawn together.
+        *values: `[..., n]` each, for the same n scenes in the same order, n at least 2. They are drawn together.
         resamples: how often n scenes are drawn.
-        seed: the same seed draws the same scenes, whatever the statistic is.
-        confidence: share of intervals that are to hold the true value.
+        seed: the same seed draws the same scenes for every statistic.
+        confidence: share of intervals that should contain the true value, between 0 and 1.
 
     Returns:
-        Low and high end, in the leading shape of the statistic.
+        Low and high ends, in the leading shape of the statistic.
 
     Source: Efron and Tibshirani 1993, chapter 13; drawn by `scipy.stats.bootstrap` with `paired=True`.
     """
     from scipy.stats import DegenerateDataWarning, bootstrap  # slow to import
 
     samples = [np.asarray(value, dtype=np.float64) for value in values]
-    with warnings.catch_warnings(action="ignore", category=DegenerateDataWarning):  # of NaN, which is left out below
+    with warnings.catch_warnings(action="ignore", category=DegenerateDataWarning):  # NaN is left out below
         drawn = bootstrap(
             samples,
             statistic,
@@ -81,7 +81,7 @@ def bootstrap_interval(
 def paired_bootstrap(
     a: ArrayLike, b: ArrayLike, *, resamples: int = RESAMPLES, seed: int = 0, confidence: float = 0.95
 ) -> tuple[float, float, float]:
-    """Return the mean of `b - a` and the interval that holds it, by drawing pairs anew.
+    """Return the mean of `b - a` and both ends of its confidence interval, by resampling the pairs.
 
     Example:
         >>> paired_bootstrap([1.0, 2.0, 3.0], [2.0, 3.0, 4.0])
@@ -90,18 +90,18 @@ def paired_bootstrap(
         >>> difference, low < difference < high
         (1.125, True)
 
-    The percentile interval of `bootstrap_interval`. With few pairs it is too narrow: of intervals that claim 95 %
-    some 90 % hold the truth at 10 pairs and some 94 % at 50, with normal differences.
+    This is the percentile interval of `bootstrap_interval`. With few pairs it is too narrow: with normally distributed
+    differences, about 90 % of the 95 % intervals contain the true value at 10 pairs, and about 94 % at 50.
 
     Args:
         a, b: values of the same units (scenes) in the same order, `[n]`, n at least 2.
         resamples: how often n pairs are drawn with replacement.
         seed: the same seed gives the same interval.
-        confidence: share of intervals that are to hold the true mean difference.
+        confidence: share of intervals that should contain the true mean difference, between 0 and 1.
 
     Raises:
-        ValueError: for different lengths, fewer than two pairs, values that are not finite, or a share or number
-            out of range.
+        ValueError: for different lengths, fewer than two pairs, values that are not finite, or `resamples` or
+            `confidence` out of range.
     """
     left, right = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     if left.ndim != 1 or left.shape != right.shape:

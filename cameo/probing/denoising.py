@@ -1,4 +1,4 @@
-"""Errors of a denoiser on fixed samples, noise and noise levels: what every comparison of models is measured with."""
+"""Errors of a denoiser on fixed samples, noise and noise levels, with which all models are compared."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = [
     "DenoisingErrors",
     "DenoisingPass",
     "ValidationSettings",
-    "check_levels",
+    "check_noise_levels",
     "covisible_pixels",
     "denoising_passes",
     "fixed_inputs",
@@ -34,20 +34,20 @@ __all__ = [
     "sample_batches",
 ]
 
-# A perfect prediction has no PSNR; it counts as this many dB, a mean squared error of 1e-10.
+# The PSNR of a perfect prediction is infinite; it is capped here, at a mean squared error of 1e-10.
 MAX_PSNR = 100.0
 
 
 @dataclass(frozen=True)
 class ValidationSettings:
-    """Settings of `measure_denoising`; written into every result file.
+    """Settings of `measure_denoising`; they are written into every result file.
 
     Attributes:
-        num_samples: samples 0 .. n-1 of the validation set.
-        batch_size: samples per forward; does not change the result beyond rounding.
-        noise_levels: fractions of the last time step at which everything is measured.
-        high_noise: levels from here on count for the PSNR of the predicted clean image.
-        seed: of the noise, the same for every model that is compared.
+        num_samples: number of samples, the first ones of the validation set.
+        batch_size: samples per forward pass; changes the result by rounding only.
+        noise_levels: shares of the last timestep in [0, 1], at which everything is measured.
+        high_noise: noise level from which on levels count for the PSNR of the predicted clean image.
+        seed: seed of the noise, the same for all models that are compared.
     """
 
     num_samples: int = 32
@@ -58,25 +58,25 @@ class ValidationSettings:
 
     @property
     def high_levels(self) -> tuple[float, ...]:
-        """Levels that count for the PSNR of the predicted clean image."""
+        """Noise levels that count for the PSNR of the predicted clean image."""
         return tuple(level for level in self.noise_levels if level >= self.high_noise)
 
 
-def check_levels(name: str, levels: Sequence[Any]) -> None:
-    """Raise `ValueError` unless these are different noise levels, shares of the last time step.
+def check_noise_levels(name: str, levels: Sequence[Any]) -> None:
+    """Raise `ValueError` unless these are different noise levels; `name` is the argument that gave them.
 
     Example:
-        >>> check_levels("timesteps", (0.5, 2))
+        >>> check_noise_levels("noise_levels", (0.5, 2))
         Traceback (most recent call last):
-        ValueError: timesteps: expected different levels in [0, 1], shares of the last time step, got (0.5, 2)
+        ValueError: noise_levels: expected different shares of the last timestep in [0, 1], got (0.5, 2)
     """
     are_shares = all(isinstance(level, int | float) and 0 <= level <= 1 for level in levels)
     if not levels or not are_shares or len(set(levels)) < len(levels):
-        raise ValueError(f"{name}: expected different levels in [0, 1], shares of the last time step, got {levels}")
+        raise ValueError(f"{name}: expected different shares of the last timestep in [0, 1], got {levels}")
 
 
 def psnr_of_error(squared_error: Tensor) -> Tensor:
-    """Turn mean squared errors of images in [0, 1] into PSNR in dB, at most `MAX_PSNR`; NaN stays NaN.
+    """Convert mean squared errors of images in [0, 1] into PSNR in dB, at most `MAX_PSNR`; NaN stays NaN.
 
     Example:
         >>> psnr_of_error(torch.tensor([0.01, 0.0], dtype=torch.float64)).tolist()
@@ -88,7 +88,7 @@ def psnr_of_error(squared_error: Tensor) -> Tensor:
 def covisible_pixels(batch: MultiViewSample | dict[str, Any]) -> Tensor:
     """Target pixels that some reference view sees, bool `[B, V, 1, H, W]`; False in reference views.
 
-    Without reference views (`num_reference_views=0`) no pixel is.
+    Without reference views (`num_reference_views=0`) no pixel is covisible.
 
     Raises:
         DataError: if the batch has no depth.
@@ -108,16 +108,20 @@ def covisible_pixels(batch: MultiViewSample | dict[str, Any]) -> Tensor:
 
 @dataclass(frozen=True)
 class DenoisingPass:
-    """One forward of the denoiser at a fixed noise level; what `denoising_passes` hands out.
+    """One forward pass of the denoiser at a fixed noise level, as `denoising_passes` yields it.
 
-    - `batch`: collated samples number `indices` of the data; `level`: their noise level.
-    - `seen`: their covisible pixels, see `covisible_pixels`.
-    - `inputs`, `output`: of the denoiser. `captured`: queries and keys of the observed layers.
+    Attributes:
+        batch: collated samples.
+        indices: their numbers in the data.
+        covisible: their covisible pixels, see `covisible_pixels`.
+        level: noise level.
+        inputs, output: inputs and output of the denoiser.
+        captured: queries and keys of the observed layers.
     """
 
     batch: dict[str, Any]
     indices: range
-    seen: Tensor
+    covisible: Tensor
     level: float
     inputs: TrainingInputs
     output: Any
@@ -126,7 +130,7 @@ class DenoisingPass:
 
 @dataclass
 class DenoisingErrors:
-    """Errors of the denoiser per noise level and sample.
+    """Errors of the denoiser by noise level and sample.
 
     Example:
         >>> errors = DenoisingErrors(predict_from=0.95)
@@ -135,11 +139,15 @@ class DenoisingErrors:
         >>> [round(value, 3) for value in errors.sample_losses((0.1, 1.0))], errors.sample_psnr(errors.squared, [1.0])
         ([0.3, 0.5], [20.0, 10.0])
 
-    - `keys`: of the samples, in the order of every list below.
-    - `loss`: denoising loss by level.
-    - `squared`, `squared_covisible`: by level >= `predict_from`, mean squared error of the predicted clean image over
-      the pixels of the target views, and over those that a reference sees; NaN where a sample has none.
-    - `pixels`: covisible pixels over all samples and these levels. `references`: reference views of a sample.
+    Attributes:
+        predict_from: noise level from which on clean images are predicted.
+        keys: keys of the samples, in the order of every list below.
+        loss: noise level to the denoising loss of each sample.
+        squared: noise level, at least `predict_from`, to the mean squared error of the predicted clean image over the
+            pixels of the target views.
+        squared_covisible: the same over the pixels that a reference view sees; NaN where a sample has none.
+        pixels: number of covisible pixels over all samples and these levels.
+        references: number of reference views of a sample.
     """
 
     predict_from: float
@@ -150,38 +158,39 @@ class DenoisingErrors:
     pixels: int = 0
     references: int = 0
 
-    def add(self, one: DenoisingPass, pipeline: MultiViewPipeline) -> None:
-        """Measure a forward; the levels of a batch come one after another, as `denoising_passes` has them."""
-        if len(self.loss.get(one.level, ())) == len(self.keys):  # the first level of a batch
-            self.keys += one.batch["key"]
-        self.references = int(one.batch["num_reference_views"])
-        losses = pipeline.denoising_loss(one.output, one.inputs)
-        self.loss.setdefault(one.level, []).extend(losses.double().tolist())
-        if one.level < self.predict_from:
+    def add(self, denoised: DenoisingPass, pipeline: MultiViewPipeline) -> None:
+        """Measure a forward pass; all noise levels of a batch come one after another, as in `denoising_passes`."""
+        level, batch = denoised.level, denoised.batch
+        if len(self.loss.get(level, ())) == len(self.keys):  # the first level of a batch
+            self.keys += batch["key"]
+        self.references = int(batch["num_reference_views"])
+        losses = pipeline.denoising_loss(denoised.output, denoised.inputs)
+        self.loss.setdefault(level, []).extend(losses.double().tolist())
+        if level < self.predict_from:
             return
-        squared = (pipeline.predict_clean(one.output, one.inputs) - one.batch["images"]).square()
-        # Not inputs.loss_views: a model may train views that are not asked for, or spare some that are.
-        targets = torch.ones_like(one.seen)
+        squared = (pipeline.predict_clean(denoised.output, denoised.inputs) - batch["images"]).square()
+        # Not inputs.loss_views: a model may also train on reference views, or leave out some target views.
+        targets = torch.ones_like(denoised.covisible)
         targets[:, : self.references] = False
-        self.squared.setdefault(one.level, []).extend(_per_sample(squared, targets))
-        self.squared_covisible.setdefault(one.level, []).extend(_per_sample(squared, one.seen))
-        self.pixels += int(one.seen.sum())
+        self.squared.setdefault(level, []).extend(_per_sample(squared, targets))
+        self.squared_covisible.setdefault(level, []).extend(_per_sample(squared, denoised.covisible))
+        self.pixels += int(denoised.covisible.sum())
 
     def sample_losses(self, levels: Sequence[float]) -> list[float]:
-        """Return the loss of each sample, mean over some levels."""
+        """Return the loss of each sample, mean over some noise levels."""
         return torch.tensor([self.loss[level] for level in levels], dtype=torch.float64).mean(0).tolist()
 
     @staticmethod
     def sample_psnr(squared: Mapping[float, Sequence[float]], levels: Sequence[float]) -> list[float]:
-        """Return the PSNR of each sample in dB, mean over some levels of `squared` or `squared_covisible`.
+        """Return the PSNR of each sample in dB, mean over some noise levels of `squared` or `squared_covisible`.
 
-        NaN where a sample has no pixel.
+        NaN where a sample has no such pixel.
         """
         errors = torch.tensor([squared[level] for level in levels], dtype=torch.float64)
         return psnr_of_error(errors).mean(0).tolist()
 
     def check(self, settings: ValidationSettings) -> None:
-        """Raise `ValueError` where the data or the noise levels leave nothing to measure."""
+        """Raise `ValueError` if the data or the noise levels leave nothing to measure."""
         if not settings.high_levels:
             raise ValueError(
                 f"validation settings: no target view at a noise level of high_noise={settings.high_noise} or more, so "
@@ -204,27 +213,27 @@ def measure_denoising(
     layers: Sequence[AttentionLayer] = (),
     observe: Callable[[DenoisingPass], None] | None = None,
 ) -> DenoisingErrors:
-    """Measure loss and predicted clean images per sample; the model is left as it was.
+    """Measure the loss and the error of the predicted clean image of each sample; the model is left as it was.
 
     Args:
         model: wraps `pipeline.denoiser`.
-        pipeline: turns batches into inputs.
+        pipeline: turns batches into inputs of the denoiser.
         data: samples with depth.
         settings: samples, noise levels and noise.
         predict_from: noise level from which on clean images are predicted; default `settings.high_noise`.
-        layers: layers whose queries and keys are captured, for `observe`.
-        observe: is called after each forward, all levels of a batch one after another.
+        layers: layers whose queries and keys are captured for `observe`.
+        observe: is called after each forward pass, with all noise levels of a batch one after another.
 
     Raises:
-        DataError: if the samples carry no depth, or there are too few.
+        DataError: if the samples have no depth, or there are too few.
         ValueError: if no target pixel is seen by a reference, where there is one, or no noise level is high.
     """
     errors = DenoisingErrors(settings.high_noise if predict_from is None else predict_from)
     with evaluation_mode(model):
-        for one in denoising_passes(model, pipeline, data, settings, layers):
-            errors.add(one, pipeline)
+        for denoised in denoising_passes(model, pipeline, data, settings, layers):
+            errors.add(denoised, pipeline)
             if observe is not None:
-                observe(one)
+                observe(denoised)
     errors.check(settings)
     return errors
 
@@ -236,57 +245,56 @@ def denoising_passes(
     settings: ValidationSettings,
     layers: Sequence[AttentionLayer] = (),
 ) -> Iterator[DenoisingPass]:
-    """Run the denoiser on fixed samples and noise, all levels of a batch one after another.
+    """Run the denoiser on fixed samples and noise, at all noise levels of a batch one after another.
 
-    The caller holds the model in `evaluation_mode`. `attention_layers`: layers whose queries and keys are observed.
+    The caller keeps the model in `evaluation_mode`. The queries and keys of `layers` are captured.
     """
     device = next(model.parameters()).device
     for indices, batch in sample_batches(data, settings.num_samples, settings.batch_size, device):
-        seen = covisible_pixels(batch)
+        covisible = covisible_pixels(batch)
         for level in settings.noise_levels:
             inputs = fixed_inputs(pipeline, batch, indices, level, settings.seed)
             with native_precision(model), model.capture(list(layers)) as captured:
                 output = model.base_model(*inputs.args, **inputs.kwargs)
-            yield DenoisingPass(batch, indices, seen, level, inputs, output, captured)
+            yield DenoisingPass(batch, indices, covisible, level, inputs, output, captured)
 
 
 def sample_batches(
     data: Dataset[MultiViewSample], total: int, size: int, device: torch.device, *, setting: str = "num_samples"
 ) -> Iterator[tuple[range, dict[str, Any]]]:
-    """Collate samples 0 .. total-1 of the data, each batch with the numbers of its samples.
+    """Yield batches of samples 0 .. total-1 of the data, each with the numbers of its samples.
 
-    `setting` is what `total` is called in an error.
-
-    Keys are made unique: where a sample shows the same views of a scene as an earlier one, `#2` stands behind its key.
+    Keys are made unique: if a sample shows the same views of a scene as an earlier one, `#2` is appended to its key.
+    `setting` is the name of `total` in an error.
 
     Raises:
         DataError: if the data has fewer samples.
     """
     if isinstance(data, Sized) and len(data) < total:
         raise DataError(f"data: expected at least {setting}={total} samples, got {len(data)}; lower {setting}")
-    known: Counter[str] = Counter()
+    seen: Counter[str] = Counter()
     for start in range(0, total, size):
         indices = range(start, min(start + size, total))
         batch = to_device(collate([data[index] for index in indices]), device)
-        known.update(batch["key"])
-        for place, key in enumerate(batch["key"]):
-            earlier = known[key] - batch["key"][place:].count(key)
-            batch["key"][place] = key if not earlier else f"{key}#{earlier + 1}"
+        seen.update(batch["key"])
+        for position, key in enumerate(batch["key"]):
+            earlier = seen[key] - batch["key"][position:].count(key)
+            batch["key"][position] = key if not earlier else f"{key}#{earlier + 1}"
         yield indices, batch
 
 
 def fixed_inputs(
     pipeline: MultiViewPipeline, batch: dict[str, Any], indices: Sequence[int], level: float, seed: int
 ) -> TrainingInputs:
-    """Noise a batch; time steps and noise depend on the sample's number and the level, not on the batch size."""
+    """Add noise to a batch; it depends on the numbers of the samples and the noise level, not on the batch size."""
     shape = pipeline.latent_shape(batch["images"].shape)[1:]
     noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed + i)) for i in indices])
-    step = round(level * (pipeline.num_train_timesteps - 1))
-    return pipeline.training_inputs(batch, noise=noise, timesteps=torch.full((len(indices),), step))
+    timestep = round(level * (pipeline.num_train_timesteps - 1))
+    return pipeline.training_inputs(batch, noise=noise, timesteps=torch.full((len(indices),), timestep))
 
 
 def _per_sample(squared: Tensor, mask: Tensor) -> list[float]:
-    """Mean squared error of each sample over the masked pixels; NaN for samples without any."""
+    """Mean squared error of each sample over the pixels of the mask; NaN for samples without any."""
     total = torch.where(mask, squared, 0).sum(dim=(1, 2, 3, 4)).double()
     count = (mask.sum(dim=(1, 2, 3, 4)) * squared.shape[2]).double()
     return (total / count).tolist()

@@ -1,4 +1,4 @@
-"""`cameo.LayerProbe`: what a probe of a model's layers found, as numbers, table and picture.
+"""`cameo.LayerProbe`: the result of a probe of a model's layers, as numbers, table and picture.
 
 Axes: S samples.
 """
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from cameo.probing.report import probe_figure, probe_table
 from cameo.probing.result import ProbeResult
+from cameo.renamed import KEYWORDS, old_attributes, old_fields
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -18,11 +19,13 @@ if TYPE_CHECKING:
 __all__ = ["LayerProbe"]
 
 
+@old_attributes
+@old_fields(KEYWORDS["LayerProbe"])
 @dataclass(frozen=True, eq=False)
 class LayerProbe(ProbeResult):
-    """How precisely the attention of each layer finds the true match, by time step, angle between views and scene.
+    """How precisely the attention of each layer finds the true match, by noise level, angle between views and scene.
 
-    Made by `cameo.probe_layers`; `cameo.wrap(..., layer="auto", probe=probe)` takes the best layer from it.
+    Returned by `cameo.probe_layers`; `cameo.wrap(..., layer="auto", probe=probe)` supervises its best layer.
 
     Example:
         >>> import numpy as np
@@ -37,27 +40,27 @@ class LayerProbe(ProbeResult):
         ('up.attn1', 0.6, 0.2, 0.5)
 
     Attributes:
-        layers: what was counted of each layer, in execution order.
-        timesteps: levels, fractions of the last diffusion time step in [0, 1].
-        angle_bins: degrees between the optical axes of the two views.
-        within: distances in tokens; the last one may be "2cm", in the world, for data in metres.
+        layers: the counts of each layer, in execution order.
+        noise_levels: shares of the last timestep in [0, 1].
+        angle_bins: degrees between the optical axes of the two views, (least, below).
+        within: distances in tokens; the last one may be "2cm", in the world, for data in meters.
         scenes: scene of each sample, S names; the samples of a scene count together.
         samples: key of each sample.
         backbone: name of the adapter, or None.
-        inflate: whether the layers are those that `inflate=True` joins.
-        seed: of the noise.
+        inflate: whether the layers are those that `inflate=True` inflates.
+        seed: seed of the noise.
 
-    A probe is written and read with `save` and `load`.
+    `save` writes a probe to a file, and `load` reads it.
     """
 
     def table(self, *, columns: Mapping[str, Mapping[str, str]] | None = None) -> str:
-        """Format the ranking as a Markdown table, best layer first; below it the layers without a place, and why.
+        """Format the ranking as a Markdown table, best layer first; below it the layers that are not ranked, and why.
 
         Args:
-            columns: further columns, from title to the text of each layer by path.
+            columns: additional columns: title of a column to layer path to the text of the cell.
         """
         return probe_table(self, columns or {})
 
     def heat_map(self, *, within: int | str = 1, readout: str = "mean", kind: str = "skill") -> Figure:
-        """Draw layers x time steps, one panel for all pairs and one per angle bin."""
+        """Draw layers x noise levels, one panel for all pairs of views and one per angle bin."""
         return probe_figure(self, within=within, readout=readout, kind=kind)

@@ -1,4 +1,4 @@
-"""Print where a model's views meet: its cross-view attention layers, one line each."""
+"""List the layers of a model in which its views meet, one line each."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ COLUMNS = ("layer", "module", "heads", "tokens per view", "reach", "supervised b
 
 
 def layer_table(adapter: Backbone, model: nn.Module, *, height: int, width: int, num_views: int) -> str:
-    """Format the layers of a model as a Markdown table, those that can be inflated in a second one.
+    """Format the cross-view layers of a model as a Markdown table, and those that can be inflated as a second one.
 
     Example:
         >>> from cameo.backbone import get_backbone
@@ -23,10 +23,10 @@ def layer_table(adapter: Backbone, model: nn.Module, *, height: int, width: int,
         | 0 | down_blocks.1.attentions.0.transformer_blocks.0.attn1 | 4 | 8 x 8 | all | yes |
 
     Args:
-        adapter: knows the model, `cameo.backbone.get_backbone(name)`.
+        adapter: adapter of the model's backbone, `cameo.backbone.get_backbone(name)`.
         model: the denoiser.
-        height, width: image size in pixels that the token grids are told for.
-        num_views: views of a sample, references included.
+        height, width: image size in pixels for which the token grids are listed.
+        num_views: number of views of a sample, including the reference views.
     """
     core = unwrap_peft(model)
     try:
@@ -34,15 +34,12 @@ def layer_table(adapter: Backbone, model: nn.Module, *, height: int, width: int,
     except NotImplementedError:
         default = None
     size = (height, width, num_views)
-    parts = [
-        markdown_table(
-            COLUMNS, [_row(layer, size, layer.index == default, "") for layer in adapter.attention_layers(core)]
-        )
-    ]
+    rows = [_row(layer, size, layer.index == default, "") for layer in adapter.attention_layers(core)]
+    parts = [markdown_table(COLUMNS, rows)]
     if inflatable_layers := adapter.inflatable_layers(core):
         rows = [_row(layer, size, layer.index == default, ", inflate=True") for layer in inflatable_layers]
         parts += [
-            "See one view each; `inflate=True` lets the chosen one attend across views:",
+            "These attend within one view; `inflate=True` lets the chosen one attend across views:",
             markdown_table(COLUMNS, rows),
         ]
     return "\n\n".join(parts)
@@ -55,12 +52,12 @@ def _row(layer: AttentionLayer, size: tuple[int, int, int], is_default: bool, op
         str(layer.heads),
         shown_grids(layer, *size),
         layer.layout.reach,
-        _answer(layer, size[2], option),
+        _supervision(layer, size[2], option),
     )
 
 
-def _answer(layer: AttentionLayer, num_views: int, option: str) -> str:
-    """Whether the layer can be supervised, and if not why."""
+def _supervision(layer: AttentionLayer, num_views: int, option: str) -> str:
+    """Say whether and how the layer can be supervised, or why not."""
     per_view, all_views = (layer.layout.refusal(name, num_views) for name in ("per_view", "all_views"))
     if reason := layer.unsupported or (per_view and all_views):
         return f"no: {reason}"

@@ -1,4 +1,4 @@
-"""Run a model that is in training for a look at it, and leave it as it was."""
+"""Evaluate a model in the middle of its training, and leave it as it was."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["evaluation_mode", "generate_views", "native_precision"]
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Switch dropout and gradients off; every submodule gets its own mode back."""
+    """Switch dropout and gradients off inside the block; on leaving it, every submodule gets its own mode back."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -31,9 +31,9 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def native_precision(model: nn.Module) -> Iterator[None]:
-    """Autocast to the precision in which frozen weights are kept beside a float32 LoRA, as the training does."""
+    """Autocast to the half precision of frozen weights, if a model has any beside a float32 LoRA, as training does."""
     parameters = list(model.parameters())
-    half = next((one.dtype for one in parameters if one.dtype in (torch.float16, torch.bfloat16)), None)
+    half = next((weight.dtype for weight in parameters if weight.dtype in (torch.float16, torch.bfloat16)), None)
     with torch.autocast(parameters[0].device.type, dtype=half, enabled=half is not None):
         yield
 
@@ -47,12 +47,12 @@ def generate_views(
     num_inference_steps: int,
     guidance_scale: float = 1.0,
 ) -> Tensor:
-    """Sample the target views of a batch with the weights of `model`, whichever denoiser the pipeline holds.
+    """Sample the target views of a batch with the weights of `model`, whatever denoiser the pipeline has.
 
     Returns:
-        Images of all views in [0, 1], `[B, V, 3, H, W]`: the references as they are, the targets as generated.
+        Images of all views in [0, 1], `[B, V, 3, H, W]`: the given reference views and the generated target views.
     """
-    kept = pipeline.denoiser
+    denoiser = pipeline.denoiser
     pipeline.denoiser = unwrap_peft(model.base_model)
     try:
         with evaluation_mode(model), native_precision(model):
@@ -63,6 +63,6 @@ def generate_views(
                 generator=generator,
             )
     finally:
-        pipeline.denoiser = kept
+        pipeline.denoiser = denoiser
     references = int(batch["num_reference_views"])
     return torch.cat([batch["images"][:, :references].to(sampled), sampled], dim=1)

@@ -1,6 +1,6 @@
 """`cameo.probe_layers`: which layers of a model look at the same surface point in the other views.
 
-Axes: B samples, V views, N tokens per view, T time steps (levels), A angle bins, W distances, R readouts of one kind.
+Axes: B samples, V views, H W image pixels.
 """
 
 from __future__ import annotations
@@ -24,24 +24,27 @@ from cameo.errors import CaptureError, ShapeError, unknown_name
 from cameo.model import CameoModel, wrapper_of
 from cameo.pipeline import MultiViewPipeline
 from cameo.probing.bootstrap import scene_of
-from cameo.probing.denoising import check_levels, fixed_inputs
+from cameo.probing.denoising import check_noise_levels, fixed_inputs
 from cameo.probing.layer_probe import LayerProbe
 from cameo.probing.mode import evaluation_mode, native_precision
-from cameo.probing.result import NEAR, known_within
-from cameo.probing.tally import BatchTruths, LayerTally
+from cameo.probing.result import NEAR, check_within
+from cameo.probing.tally import BatchMatches, LayerHitCounter
 from cameo.probing.truth import ANGLE_BINS
+from cameo.renamed import old_keywords
 
 __all__ = ["LayerProbe", "probe_layers"]
 
-NEAR_METRES = 0.02
+NEAR_METERS = 0.02
 
-Prepare = Callable[[Mapping[str, Any], float], tuple[Sequence[Any], Mapping[str, Any]]]
+Arguments = tuple[Sequence[Any], Mapping[str, Any]]  # positional ones and keywords of a forward
+Prepare = Callable[[Mapping[str, Any], float], Arguments]
 
 
+@old_keywords
 def probe_layers(
     model: nn.Module | MultiViewPipeline,
     batches: Iterable[Mapping[str, Any]],
-    timesteps: Sequence[float] = (0.1, 0.3, 0.5, 0.7, 0.9, 1.0),
+    noise_levels: Sequence[float] = (0.1, 0.3, 0.5, 0.7, 0.9, 1.0),
     *,
     backbone: str | None = None,
     prepare: Prepare | MultiViewPipeline | None = None,
@@ -51,10 +54,11 @@ def probe_layers(
     metric: bool = False,
     seed: int = 1234,
 ) -> LayerProbe:
-    """Measure how often each layer's attention finds the true match, by time step and angle between the views.
+    """Measure how often each layer's attention finds the true match, by noise level and angle between the views.
 
-    The model is not changed: it runs in eval mode without gradients and gets its modes back; hooks stand on it during
-    a forward only; the random state is put back. One forward per batch and time step serves all layers.
+    The model is not changed: it runs in eval mode without gradients, and each module gets its own mode back; hooks are
+    registered during a forward pass only; the random state is restored. One forward pass per batch and noise level
+    serves all layers.
 
     Example:
         >>> from cameo.backbone import get_backbone
@@ -69,7 +73,7 @@ def probe_layers(
         ...     "extrinsics": extrinsics,
         ...     "num_reference_views": 1,
         ... }
-        >>> probe = probe_layers(pipeline, [batch], timesteps=(0.5,), layers=[0, 1])
+        >>> probe = probe_layers(pipeline, [batch], noise_levels=(0.5,), layers=[0, 1])
         >>> [layer.index for layer in probe.layers]
         [0, 1]
         >>> 0 <= probe.precision(0, within=1) <= 1
@@ -77,80 +81,83 @@ def probe_layers(
 
     Args:
         model: a pipeline of an adapter (`get_backbone(name).build(...)` or `.load(...)`); or a `CameoModel` or plain
-            denoiser together with `prepare`. A model that is held by a `CameoModel` is also read through the trained
-            alignment heads of its supervised layers.
+            denoiser together with `prepare`. The attention of a model that a `CameoModel` wraps is also read through
+            the trained alignment heads of its supervised layers.
         batches: collated batches with `images` `[B, V, 3, H, W]`, `depth`, `intrinsics` and `extrinsics`, see
             `cameo.data.collate`. `key` names the samples and their scenes, `scene/views`.
-        timesteps: levels, fractions of the last diffusion time step in [0, 1].
-        backbone: name of the adapter that knows the layers; None asks the `CameoModel`, then the pipeline, and then
-            the adapters which one of them recognises the model.
-        prepare: brings a batch to the arguments of the denoiser's forward, `prepare(batch, level) -> (args, kwargs)`;
-            or a pipeline that shall do it.
-        inflate: probe the layers that see one view each and could be joined, as if they were: queries and keys of
-            each view's own call, compared across the views.
+        noise_levels: shares of the last timestep in [0, 1], all different.
+        backbone: name of the adapter that knows the layers. None takes the name from the `CameoModel` or the pipeline,
+            or else the one adapter that recognizes the model.
+        prepare: turns a batch into the arguments of the denoiser's forward,
+            `prepare(batch, noise_level) -> (args, kwargs)`; or a pipeline that does so.
+        inflate: probe the layers that attend within one view and can be inflated, as if they were: queries and keys
+            come from each view's own call, and are compared across the views.
         layers: indices or paths; None for all.
-        within: distances in tokens of the view looked at, the larger of the row and the column difference.
-        metric: also count what lies within 2 cm in the world; for depth and cameras in metres.
-        seed: of the noise, which depends on it and on the sample's place, not on the batch size.
+        within: distances from the match that are counted, in tokens of the key view: the larger of the row and the
+            column difference.
+        metric: also count tokens within 2 cm of the match in the world; for depth and cameras in meters.
+        seed: seed of the noise, which also depends on a sample's number, and not on the batch size.
 
     Raises:
-        DataError: if a batch carries no depth.
-        ValueError: for an unknown backbone, layer, level or distance, without batches, or if no layer can be probed.
+        DataError: if a batch has no depth.
+        ValueError: for an unknown backbone, layer, noise level or distance, without batches, or if no layer can be
+            probed.
     """
-    levels = tuple(map(float, timesteps))
-    check_levels("timesteps", levels)
-    subject = _Subject.of(model, backbone, prepare, inflate, seed)
-    tallies = [LayerTally(chosen, subject.refusal(chosen)) for chosen in _chosen(subject.layers, layers)]
-    columns, near = known_within(within), NEAR_METRES if metric else None
-    names = _Names()
-    with evaluation_mode(subject.denoiser), _same_random_state(subject.device):
+    levels = tuple(map(float, noise_levels))
+    check_noise_levels("noise_levels", levels)
+    probed = _ProbedModel.of(model, backbone, prepare, inflate, seed)
+    counters = [LayerHitCounter(layer, probed.refusal(layer)) for layer in _chosen_layers(probed.layers, layers)]
+    distances, near = check_within(within), NEAR_METERS if metric else None
+    names = _SampleNames()
+    with evaluation_mode(probed.denoiser), _same_random_state(probed.device):
         for number, batch in enumerate(batches):
-            truths = BatchTruths(to_device(batch, subject.device), metric)
+            matches = BatchMatches(to_device(batch, probed.device), metric)
             first = names.add(batch)
-            _seed_random_state(subject.device, seed + number)
+            _seed_random_state(probed.device, seed + number)
             for level in levels:
-                make = functools.partial(subject.prepare, truths.batch, level, first)
-                for tally, seen in subject.forward(tallies, make):
+                make = functools.partial(probed.prepare, matches.batch, level, first)
+                for counter, captured in probed.forward(counters, make):
                     try:
-                        call = _joined(tally.layer, seen, truths.match(tally.layer))
-                        tally.count(call, truths, columns, near, subject.head(tally.layer))
+                        call = _inflated_call(counter.layer, captured, matches.match(counter.layer))
+                        counter.count(call, matches, distances, near, probed.head(counter.layer))
                     except ShapeError as error:
-                        tally.reason = str(error)
-            for tally in tallies:
-                tally.close_batch()
+                        counter.reason = str(error)
+            for counter in counters:
+                counter.close_batch()
     if not names.samples:
         raise ValueError("batches: expected at least one batch, got none; an iterator can be used only once")
-    found = tuple(tally.result(truths.batch["images"].shape[1]) for tally in tallies)
-    if all(layer.reason for layer in found):
-        reasons = "; ".join(f"{layer.path}: {layer.reason}" for layer in found)
+    results = tuple(counter.result(matches.batch["images"].shape[1]) for counter in counters)
+    if all(layer.reason for layer in results):
+        reasons = "; ".join(f"{layer.path}: {layer.reason}" for layer in results)
         raise ValueError(f"no layer can be probed: {reasons}")
     return LayerProbe(
-        layers=found,
-        timesteps=levels,
+        layers=results,
+        noise_levels=levels,
         angle_bins=ANGLE_BINS,
-        within=(*columns, NEAR) if metric else columns,
+        within=(*distances, NEAR) if metric else distances,
         scenes=tuple(names.scenes),
         samples=tuple(names.samples),
-        backbone=subject.backbone,
-        inflate=subject.inflate,
+        backbone=probed.backbone,
+        inflate=probed.inflate,
         seed=seed,
     )
 
 
 @dataclass
-class _Subject:
+class _ProbedModel:
     """The denoiser that is probed, its layers, and how it gets its inputs."""
 
     denoiser: nn.Module
     wrapped: CameoModel | None
     backbone: str | None
     layers: list[AttentionLayer]
-    given: Prepare | MultiViewPipeline
+    make_inputs: Prepare | MultiViewPipeline
     inflate: bool
     seed: int
 
     @classmethod
-    def of(cls, model: Any, backbone: str | None, prepare: Any, inflate: bool, seed: int) -> _Subject:
+    def of(cls, model: Any, backbone: str | None, prepare: Any, inflate: bool, seed: int) -> _ProbedModel:
+        """Find out what was given to `probe_layers`; the arguments are its own."""
         pipeline = None if isinstance(model, nn.Module) else model
         denoiser = model if pipeline is None else getattr(pipeline, "denoiser", None)
         if not isinstance(denoiser, nn.Module):
@@ -160,8 +167,8 @@ class _Subject:
         prepare = prepare if prepare is not None else pipeline
         if prepare is None:
             raise ValueError(
-                "prepare: a model without its pipeline needs prepare=, a function (batch, level) -> (args, kwargs) "
-                "of its forward, or the pipeline"
+                "prepare: a model without its pipeline needs prepare=, a function (batch, noise_level) -> "
+                "(args, kwargs) of its forward, or the pipeline"
             )
         wrapped = denoiser if isinstance(denoiser, CameoModel) else wrapper_of(denoiser)
         denoiser = wrapped.base_model if wrapped is not None else denoiser
@@ -170,16 +177,14 @@ class _Subject:
             return cls(denoiser, wrapped, None, wrapped.attention_layers, prepare, inflate, seed)
         config = wrapped.cameo_config if wrapped is not None else None
         name = backbone or (config.backbone if config else None) or getattr(pipeline, "backbone", None)
-        name = name or _recognised(core)
+        name = name or _recognized_backbone(core)
         adapter = get_backbone(name)
         if not adapter.recognizes(core):
             raise ValueError(f"backbone {name!r} does not fit: {adapter.explain_mismatch(core)}")
         inflate = inflate or bool(config and config.inflate)
         layers = adapter.inflatable_layers(core) if inflate else adapter.attention_layers(core)
         if not layers:
-            raise ValueError(
-                f"backbone {name!r} lists no {'inflatable_layers' if inflate else 'cross-view attention'} layer"
-            )
+            raise ValueError(f"backbone {name!r} lists no {'inflatable' if inflate else 'cross-view attention'} layer")
         return cls(denoiser, wrapped, name, layers, prepare, inflate, seed)
 
     @property
@@ -188,61 +193,59 @@ class _Subject:
 
     @staticmethod
     def refusal(layer: AttentionLayer) -> str | None:
-        """Why a layer cannot be probed, as far as that is known before a forward."""
+        """Why a layer cannot be probed, as far as this is known before a forward pass."""
         if layer.unsupported:
             return layer.unsupported
         return "its token grid is not known: the layer has no stride" if layer.stride is None else None
 
     def head(self, layer: AttentionLayer) -> AlignmentHead | None:
-        """The trained head of a supervised layer."""
+        """The trained alignment head of a layer, or None if the layer is not supervised."""
         if self.wrapped is None:
             return None
-        for one, head in zip(self.wrapped.supervised_layers, self.wrapped.alignment_heads, strict=True):
-            if one.path == layer.path:
+        for supervised, head in zip(self.wrapped.supervised_layers, self.wrapped.alignment_heads, strict=True):
+            if supervised.path == layer.path:
                 assert isinstance(head, AlignmentHead)
                 return head
         return None
 
-    def prepare(self, batch: Mapping[str, Any], level: float, first: int) -> tuple[Sequence[Any], Mapping[str, Any]]:
+    def prepare(self, batch: Mapping[str, Any], level: float, first: int) -> Arguments:
         """Arguments of the forward; `first` is the number of the batch's first sample."""
-        if callable(self.given) and not hasattr(self.given, "training_inputs"):
-            return self.given(batch, level)
-        pipeline = cast("MultiViewPipeline", self.given)
+        if callable(self.make_inputs) and not hasattr(self.make_inputs, "training_inputs"):
+            return self.make_inputs(batch, level)
+        pipeline = cast("MultiViewPipeline", self.make_inputs)
         inputs = fixed_inputs(pipeline, dict(batch), range(first, first + len(batch["images"])), level, self.seed)
         return inputs.args, inputs.kwargs
 
     def forward(
-        self, tallies: Sequence[LayerTally], make: Callable[[], tuple[Sequence[Any], Mapping[str, Any]]]
-    ) -> Iterator[tuple[LayerTally, CapturedAttention]]:
-        """Run once, and hand over the call of each layer that can be probed.
+        self, counters: Sequence[LayerHitCounter], make: Callable[[], Arguments]
+    ) -> Iterator[tuple[LayerHitCounter, CapturedAttention]]:
+        """Run the denoiser once, and yield the captured call of each layer that can be probed.
 
-        A layer that cannot be captured is found by looking at one layer after the other, and left out from there on.
+        If the capture fails, the layers are captured one by one, and those that fail are left out from then on.
         """
-        wanted = [tally for tally in tallies if tally.reason is None]
+        wanted = [counter for counter in counters if counter.reason is None]
         try:
-            captured = self._run([tally.layer for tally in wanted], make)
+            captured = self._run([counter.layer for counter in wanted], make)
         except CaptureError:
-            for tally in wanted:
+            for counter in wanted:
                 try:
-                    self._run([tally.layer], make)
+                    self._run([counter.layer], make)
                 except CaptureError as error:
-                    tally.reason = str(error)
-            wanted = [tally for tally in wanted if tally.reason is None]
-            captured = self._run([tally.layer for tally in wanted], make)
-        for tally in wanted:
-            yield tally, captured.take(tally.layer.path)
+                    counter.reason = str(error)
+            wanted = [counter for counter in wanted if counter.reason is None]
+            captured = self._run([counter.layer for counter in wanted], make)
+        for counter in wanted:
+            yield counter, captured.take(counter.layer.path)
 
-    def _run(
-        self, layers: Sequence[AttentionLayer], make: Callable[[], tuple[Sequence[Any], Mapping[str, Any]]]
-    ) -> AttentionCapture:
+    def _run(self, layers: Sequence[AttentionLayer], make: Callable[[], Arguments]) -> AttentionCapture:
         with _same_random_state(self.device), native_precision(self.denoiser):
-            args, kwargs = make()  # again for each run: a forward may write into its inputs
+            args, kwargs = make()  # for each run, since a forward may write into its inputs
             with AttentionCapture(unwrap_peft(self.denoiser), layers) as captured:
                 self.denoiser(*args, **kwargs)
         return captured
 
 
-class _Names:
+class _SampleNames:
     """Keys and scenes of the samples so far."""
 
     def __init__(self) -> None:
@@ -250,7 +253,7 @@ class _Names:
         self.scenes: list[str] = []
 
     def add(self, batch: Mapping[str, Any]) -> int:
-        """Take the names of a batch, and return the number of its first sample."""
+        """Add the names of a batch, and return the number of its first sample."""
         first, count = len(self.samples), len(batch["images"])
         keys = batch.get("key") or [f"sample {number}" for number in range(first, first + count)]
         self.samples += map(str, keys)
@@ -258,51 +261,47 @@ class _Names:
         return first
 
 
-def _joined(layer: AttentionLayer, seen: CapturedAttention, match: Correspondence) -> CapturedAttention:
-    """Calls of each view by itself as the call that they would be if the views were joined; others as they are."""
+def _inflated_call(layer: AttentionLayer, captured: CapturedAttention, match: Correspondence) -> CapturedAttention:
+    """Turn a call within single views into that of the inflated layer; any other call stays as it is."""
     batch, tokens = layer.layout.shape("query", batch=match.batch_size, token_grids=match.token_grids)
     views = match.num_views
-    if (seen.query.shape[0], seen.query.shape[2] * views) != (batch * views, tokens):
-        return seen
-    query, key = (rearrange(part, "(b v) k n d -> b k (v n) d", v=views) for part in (seen.query, seen.key))
-    return CapturedAttention(query, key, seen.scale)
+    if (captured.query.shape[0], captured.query.shape[2] * views) != (batch * views, tokens):
+        return captured
+    query, key = (rearrange(part, "(b v) k n d -> b k (v n) d", v=views) for part in (captured.query, captured.key))
+    return CapturedAttention(query, key, captured.scale)
 
 
-def _recognised(core: nn.Module) -> str:
-    """Name of the one adapter that recognises a denoiser."""
-    found = []
+def _recognized_backbone(core: nn.Module) -> str:
+    """Name of the one adapter that recognizes a denoiser."""
+    names = []
     for name in backbones():
         try:
             if get_backbone(name).recognizes(core):
-                found.append(name)
-        except NotImplementedError:  # an adapter that does not say
+                names.append(name)
+        except NotImplementedError:  # the adapter does not implement the check
             continue
-    if len(found) != 1:
+    if len(names) != 1:
         raise ValueError(
-            f"backbone: {type(core).__name__} is recognised by {' and '.join(found) or 'none'} of {backbones()}; "
+            f"backbone: {type(core).__name__} is recognized by {' and '.join(names) or 'none'} of {backbones()}; "
             "pass backbone="
         )
-    return found[0]
+    return names[0]
 
 
-def _chosen(attention_layers: Sequence[AttentionLayer], layers: Sequence[int | str] | None) -> list[AttentionLayer]:
-    if layers is None:
-        return list(attention_layers)
-    known: dict[int | str, AttentionLayer] = {
-        attention_layer.path: attention_layer for attention_layer in attention_layers
-    }
-    known |= {attention_layer.index: attention_layer for attention_layer in attention_layers}
-    for layer in layers:
-        if layer not in known:
-            raise unknown_name("layers", str(layer), map(str, known))
-    return sorted(
-        {known[layer].index: known[layer] for layer in layers}.values(),
-        key=lambda attention_layer: attention_layer.index,
-    )
+def _chosen_layers(all_layers: Sequence[AttentionLayer], chosen: Sequence[int | str] | None) -> list[AttentionLayer]:
+    """Return the layers with these indices or paths, each once and in execution order."""
+    if chosen is None:
+        return list(all_layers)
+    by_name: dict[int | str, AttentionLayer] = {layer.path: layer for layer in all_layers}
+    by_name |= {layer.index: layer for layer in all_layers}
+    for name in chosen:
+        if name not in by_name:
+            raise unknown_name("layers", str(name), map(str, by_name))
+    return sorted({by_name[name].index: by_name[name] for name in chosen}.values(), key=lambda layer: layer.index)
 
 
 def _seed_random_state(device: torch.device, seed: int) -> None:
-    """Seed what `_same_random_state` puts back; `torch.manual_seed` would reach every GPU."""
+    """Seed the generators that `_same_random_state` restores; `torch.manual_seed` would seed those of every GPU."""
     torch.random.default_generator.manual_seed(seed)
     if device.type == "cuda":
         with torch.cuda.device(device):
@@ -311,6 +310,6 @@ def _seed_random_state(device: torch.device, seed: int) -> None:
 
 @contextmanager
 def _same_random_state(device: torch.device) -> Iterator[None]:
-    """Put the random state of the CPU and of the model's device back."""
+    """Restore the random state of the CPU and of the model's device on leaving the block."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         yield

@@ -1,6 +1,6 @@
-"""What was counted of one layer in a probe, as `LayerProbe` holds it.
+"""The counts of one layer in a probe, as `LayerProbe` holds them.
 
-Axes: T time steps (levels), S samples, A angle bins, W distances.
+Axes: T noise levels, S samples, A angle bins, W distances.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ class ProbedLayer:
     """Counts of one layer.
 
     Attributes:
-        index, path: of the attention layer.
-        reach: what a query sees of each view, as `TokenLayout.reach`; "cell" also where a view has one token only. In
-            a layer of reach "cell" there is no choice among tokens, and its figures are the share of queries whose
-            most-attended view shows the point.
+        index, path: index and path of the attention layer.
+        reach: the tokens of each view that a query reaches, as `TokenLayout.reach`; "cell" also where a view has only
+            one token. In a layer of reach "cell" there is no choice among tokens, so that precision is the share of
+            queries whose most-attended view shows the surface point.
         tokens: token grids of the views, as shown in tables.
-        reason: why the layer was not probed, or None; without counts then.
+        reason: why the layer was not probed, or None; a layer with a reason has no counts.
         unsupervised: why the layer cannot be supervised, or None.
-        pairs: visible pairs by sample and bin, int64 `[S, A]`.
+        pairs: number of matches by sample and bin, int64 `[S, A]`.
         chance: expected hits of uniform attention, `[S, A, W]`.
-        ceiling: pairs whose true token is itself within 2 cm, `[S, A]`, or None.
-        hits: per readout, int64 `[T, S, A, W]`; of several heads those of the one with most hits within 1 token at
-            that time step, over all samples.
-        heads: number of that head by readout and time step.
+        ceiling: number of matches whose matched token has its own center within 2 cm, `[S, A]`, or None.
+        hits: hits per readout, int64 `[T, S, A, W]`; of several heads, those of the head with most hits within 1 token
+            at that noise level, over all samples.
+        heads: index of that head, by readout and noise level.
     """
 
     index: int

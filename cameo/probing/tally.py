@@ -1,13 +1,13 @@
-"""Counts of one layer over the batches of a probe, and the true matches they are counted against.
+"""Counts of one layer over the batches of a probe, and the true matches of each batch.
 
-Axes: B samples, V views, N tokens per view, T time steps (levels), A angle bins, W distances, R readouts of one kind.
+Axes: B samples, A angle bins, W distances, T noise levels, R readouts of one kind.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,13 +24,13 @@ from cameo.model import CameoModel
 from cameo.probing.hits import count_hits
 from cameo.probing.listing import shown_grids
 from cameo.probing.probed_layer import ProbedLayer
-from cameo.probing.truth import ANGLE_BINS, Truth, angle_bins, surface_points
+from cameo.probing.truth import ANGLE_BINS, TrueMatches, angle_bins, surface_points
 
-__all__ = ["BatchTruths", "LayerTally"]
+__all__ = ["BatchMatches", "LayerHitCounter"]
 
 
-class BatchTruths:
-    """A batch, and what the queries of its layers should find, computed once for each token grid."""
+class BatchMatches:
+    """A batch with the true matches of its layers, computed once for each token grid and layout."""
 
     def __init__(self, batch: Mapping[str, Any], metric: bool) -> None:
         if "depth" not in batch:
@@ -38,49 +38,69 @@ class BatchTruths:
                 f"sample {batch.get('key', '?')}: has no depth, and the probe takes the true matches from it"
             )
         self.batch, self.metric = batch, metric
-        self.geometry = (batch["depth"], batch["intrinsics"], batch["extrinsics"])
-        self.groups = angle_bins(batch["extrinsics"]).to(batch["depth"].device)
-        self.matches: dict[TokenGrids, Correspondence] = {}
-        self.found: dict[tuple[TokenLayout, TokenGrids], Truth] = {}
-
-    def token_grids(self, layer: AttentionLayer) -> TokenGrids:
-        """Token grid of each view in a layer."""
-        return layer_grids(layer, self.batch)
+        self._geometry = (batch["depth"], batch["intrinsics"], batch["extrinsics"])
+        self._groups = angle_bins(batch["extrinsics"]).to(batch["depth"].device)
+        self._by_grids: dict[TokenGrids, Correspondence] = {}
+        self._by_layout: dict[tuple[TokenLayout, TokenGrids], TrueMatches] = {}
 
     def match(self, layer: AttentionLayer) -> Correspondence:
         """True matches at the token grids of a layer."""
-        token_grids = self.token_grids(layer)
-        if token_grids not in self.matches:
-            self.matches[token_grids] = Correspondence.from_depth(*self.geometry, token_grid=token_grids)
-        return self.matches[token_grids]
+        token_grids = layer_grids(layer, self.batch)
+        if token_grids not in self._by_grids:
+            self._by_grids[token_grids] = Correspondence.from_depth(*self._geometry, token_grid=token_grids)
+        return self._by_grids[token_grids]
 
-    def truth(self, layer: AttentionLayer) -> Truth:
-        """What the queries of a layer can find of them, by angle bin."""
-        token_grids = self.token_grids(layer)
-        if (layer.layout, token_grids) not in self.found:
-            points = surface_points(*self.geometry, token_grids) if self.metric else None
-            self.found[layer.layout, token_grids] = Truth.of_layer(
-                layer.layout, self.match(layer), self.groups, len(ANGLE_BINS), points
+    def true_matches(self, layer: AttentionLayer) -> TrueMatches:
+        """The matches that the queries of a layer can find, by angle bin."""
+        token_grids = layer_grids(layer, self.batch)
+        if (layer.layout, token_grids) not in self._by_layout:
+            points = surface_points(*self._geometry, token_grids) if self.metric else None
+            self._by_layout[layer.layout, token_grids] = TrueMatches.of_layer(
+                layer.layout, self.match(layer), self._groups, len(ANGLE_BINS), points
             )
-        return self.found[layer.layout, token_grids]
+        return self._by_layout[layer.layout, token_grids]
+
+
+class BatchTotals(NamedTuple):
+    """What a batch offers to a layer: the number of matches, and what uniform attention would find of them.
+
+    `pairs`: `[B, A]`. `chance`: expected hits `[B, A, W]`. `ceiling`: matches that "2cm" can count at most `[B, A]`.
+    """
+
+    pairs: Tensor
+    chance: Tensor
+    ceiling: Tensor | None
+
+
+Hits = dict[str, Tensor]  # of one forward, `[R, B, A, W]` per readout
 
 
 @dataclass
-class LayerTally:
-    """The counts of one layer: of each finished batch, and by time step of the current one."""
+class LayerHitCounter:
+    """Counts the hits of one layer: of each finished batch, and of the current one by noise level.
+
+    Attributes:
+        layer: the layer.
+        reason: why the layer cannot be probed, or None.
+        tokens: token grids of the views, as shown in tables.
+        one_token: whether a query reaches only one token of each view.
+        current: hits of the current batch, one entry for each noise level.
+        finished: the same of each finished batch.
+        totals_by_batch: matches and chance of each batch, the current one included.
+    """
 
     layer: AttentionLayer
     reason: str | None = None
     tokens: str = ""
     one_token: bool = False
-    steps: list[dict[str, Tensor]] = field(default_factory=list)
-    hits: list[list[dict[str, Tensor]]] = field(default_factory=list)
-    truths: list[tuple[Tensor, Tensor, Tensor | None]] = field(default_factory=list)
+    current: list[Hits] = field(default_factory=list)
+    finished: list[list[Hits]] = field(default_factory=list)
+    totals_by_batch: list[BatchTotals] = field(default_factory=list)
 
     def count(
         self,
-        seen: CapturedAttention,
-        truths: BatchTruths,
+        captured: CapturedAttention,
+        matches: BatchMatches,
         within: tuple[int, ...],
         near: float | None,
         head: AlignmentHead | None,
@@ -90,63 +110,62 @@ class LayerTally:
         Raises:
             ShapeError: if the call is not one of the views and tokens of the batch.
         """
-        query, key, _ = CameoModel.split(self.layer, seen, truths.match(self.layer))
-        truth = truths.truth(self.layer)
-        if not self.steps:
-            self.one_token = truth.one_token
-            ceiling = truth.ceiling(near) if near is not None and not self.one_token else None
-            self.truths.append((truth.pairs, truth.chance(within, near), ceiling))
-            views, _, height, width = truths.batch["images"].shape[1:]
+        query, key, _ = CameoModel.split(self.layer, captured, matches.match(self.layer))
+        true_matches = matches.true_matches(self.layer)
+        if not self.current:
+            self.one_token = true_matches.one_token
+            ceiling = true_matches.ceiling(near) if near is not None and not self.one_token else None
+            self.totals_by_batch.append(BatchTotals(true_matches.pairs, true_matches.chance(within, near), ceiling))
+            views, _, height, width = matches.batch["images"].shape[1:]
             self.tokens = shown_grids(self.layer, height, width, views)
-        self.steps.append(count_hits(query, key, truth, head, seen.scale, within, near=near))
+        self.current.append(count_hits(query, key, true_matches, head, captured.scale, within, near=near))
 
     def close_batch(self) -> None:
         """Begin a new batch."""
         if self.reason is None:
-            self.hits.append(self.steps)
-        self.steps = []
+            self.finished.append(self.current)
+        self.current = []
 
-    def totals(self) -> tuple[dict[str, Tensor], int, list[float]]:
-        """Hits of each head `[R, W]` per readout, pairs, and hits expected of uniform attention `[W]`, over all calls.
+    def totals(self) -> tuple[Hits, int, list[float]]:
+        """Hits of each head `[R, W]` per readout, matches, and expected hits of uniform attention `[W]`, of all calls.
 
-        Where a query reaches one token of each view W is 1 and a pair is a query, see `count_hits`.
+        Where a query reaches only one token of each view, W is 1 and queries with a match are counted, see
+        `count_hits`.
         """
-        hits: dict[str, Tensor] = {}
+        hits: Hits = {}
         pairs, chance = 0, torch.zeros(1, dtype=torch.float64)
-        for steps, (of_batch, expected, _) in zip([*self.hits, self.steps], self.truths, strict=False):
-            pairs += len(steps) * int(of_batch.sum())
-            chance = chance + len(steps) * expected.sum((0, 1))
-            for step in steps:
-                hits |= {name: hits.get(name, 0) + value.sum((1, 2)) for name, value in step.items()}
+        for levels, totals in zip([*self.finished, self.current], self.totals_by_batch, strict=False):
+            pairs += len(levels) * int(totals.pairs.sum())
+            chance = chance + len(levels) * totals.chance.sum((0, 1))
+            for level in levels:
+                hits |= {readout: hits.get(readout, 0) + count.sum((1, 2)) for readout, count in level.items()}
         return hits, pairs, chance.tolist()
 
     def result(self, num_views: int) -> ProbedLayer:
-        """Join the batches, and choose one of several heads."""
-        layout = self.layer.layout
-        per_view, all_views = (layout.refusal(name, num_views) for name in ("per_view", "all_views"))
-        unsupervised = self.layer.unsupported or (all_views if per_view else None)
-        if self.one_token and layout.reach != "cell":
-            unsupervised = unsupervised or "at this resolution a view is one token: within a view there is no choice"
-        common = (self.layer.index, self.layer.path, "cell" if self.one_token else layout.reach, self.tokens)
-        counted = next((steps[0] for steps in self.hits if steps and steps[0]), None)
-        if self.reason is None and counted is None:
+        """Join the counts of all batches, and choose one of several heads."""
+        layer, unsupervised = self.layer, self._unsupervised(num_views)
+        reach = "cell" if self.one_token else layer.layout.reach
+        first_hits = next((levels[0] for levels in self.finished if levels and levels[0]), None)
+        if self.reason is None and first_hits is None:
             self.reason = "none of its queries reaches a token that shows the same surface point"
-        if self.reason is not None or counted is None:
-            return ProbedLayer(*common, reason=self.reason, unsupervised=unsupervised)
-        pairs, chance, ceiling = zip(*self.truths, strict=True)
+        if self.reason is not None or first_hits is None:
+            return ProbedLayer(layer.index, layer.path, reach, self.tokens, self.reason, unsupervised)
+        pairs, chance, ceiling = zip(*self.totals_by_batch, strict=True)
         hits: dict[str, np.ndarray] = {}
         heads: dict[str, list[int]] = {}
-        for name, one in counted.items():
-            every = torch.cat(
-                [_stacked(steps, name, one, part) for steps, part in zip(self.hits, chance, strict=True)], 2
-            )
-            column = min(1, every.shape[-1] - 1)
-            ranked = every[..., column].sum((2, 3)).argmax(1)  # [T]
-            if every.shape[1] > 1:
-                heads[name] = ranked.tolist()
-            hits[name] = every[torch.arange(len(every)), ranked].round().long().numpy()
+        for readout, like in first_hits.items():
+            of_batches = zip(self.finished, chance, strict=True)
+            counts = torch.cat([_stacked(levels, readout, like, expected) for levels, expected in of_batches], dim=2)
+            column = min(1, counts.shape[-1] - 1)
+            best_heads = counts[..., column].sum((2, 3)).argmax(1)  # [T]
+            if counts.shape[1] > 1:
+                heads[readout] = best_heads.tolist()
+            hits[readout] = counts[torch.arange(len(counts)), best_heads].round().long().numpy()
         return ProbedLayer(
-            *common,
+            layer.index,
+            layer.path,
+            reach,
+            self.tokens,
             unsupervised=unsupervised,
             pairs=torch.cat(pairs).numpy(),
             chance=torch.cat(chance).numpy(),
@@ -155,8 +174,17 @@ class LayerTally:
             heads=heads,
         )
 
+    def _unsupervised(self, num_views: int) -> str | None:
+        """Why the layer cannot be supervised, or None."""
+        layout = self.layer.layout
+        per_view, all_views = (layout.refusal(name, num_views) for name in ("per_view", "all_views"))
+        reason = self.layer.unsupported or (all_views if per_view else None)
+        if reason is None and self.one_token and layout.reach != "cell":
+            return "at this resolution a view is one token: within a view there is no choice"
+        return reason
 
-def _stacked(steps: list[dict[str, Tensor]], name: str, like: Tensor, chance: Tensor) -> Tensor:
-    """Hits of a batch `[T, R, B, A, W]`; zeros where none of its samples has a pair."""
-    nothing = like.new_zeros(len(like), *chance.shape)
-    return torch.stack([step.get(name, nothing) for step in steps])
+
+def _stacked(levels: list[Hits], readout: str, like: Tensor, chance: Tensor) -> Tensor:
+    """Hits of a batch `[T, R, B, A, W]`; zeros where none of its samples has a match."""
+    no_hits = like.new_zeros(len(like), *chance.shape)
+    return torch.stack([level.get(readout, no_hits) for level in levels])

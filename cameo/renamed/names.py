@@ -44,8 +44,14 @@ KEYWORDS: dict[str, dict[str, str]] = {
     "Correspondence.from_depth": {"size": "token_grid"},
     "Correspondence.from_features": {"size": "token_grid"},
     "Correspondence.from_point_maps": {"size": "token_grid"},
+    "LayerProbe": {"timesteps": "noise_levels"},
+    "ProbeResult.chance": {"timestep": "noise_level"},
+    "ProbeResult.per_scene": {"timestep": "noise_level"},
+    "ProbeResult.precision": {"timestep": "noise_level"},
+    "ProbeResult.skill": {"timestep": "noise_level"},
     "TokenLayout.refusal": {"normalise": "normalize"},
     "alignment_loss": {"normalise": "normalize"},
+    "probe_layers": {"timesteps": "noise_levels"},
     "push_to_hub": {"licence": "license"},
     "save_pretrained": {"licence": "license"},
     "wrap": {"normalise": "normalize"},
@@ -56,6 +62,7 @@ ATTRIBUTES: dict[str, dict[str, str]] = {
     "CameoConfig": {"normalise": "normalize"},
     "CameoModel": {"sites": "attention_layers", "supervised_sites": "supervised_layers"},
     "Correspondence": {"sizes": "token_grids", "visible": "matched", "weight": "match_weight"},
+    "LayerProbe": {"timesteps": "noise_levels"},
     "TokenLayout": {"localise": "localize"},
 }
 # Methods of `cameo.backbone.Backbone`, which adapters of other packages override: old name, new name.

@@ -214,7 +214,7 @@ def test_weights_of_matches_break_a_graph(compiler: None) -> None:
     weight = torch.rand(MATCH.index.shape, generator=torch.Generator().manual_seed(3))
     weighted = Correspondence(MATCH.index, MATCH.token_grids, match_weight=weight)
     with pytest.raises(
-        torch._dynamo.exc.TorchDynamoException, match=r"correspondence\.weight"
+        torch._dynamo.exc.TorchDynamoException, match=r"correspondence\.match_weight"
     ):  # its values are checked
         check_compiled("aot_eager", "mlp", 1, weighted)
     check_compiled("aot_eager", "mlp", 1, weighted, whole=False)

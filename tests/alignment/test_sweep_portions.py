@@ -8,10 +8,10 @@ from torch import Tensor
 
 from cameo import Correspondence, alignment_loss
 from cameo.alignment import sweep
-from tests.alignment.test_alignment import gradients, make_head, make_inputs
+from tests.helpers.alignment_inputs import gradients, make_head, make_inputs
 
 EIGHT_VIEWS = ((8, 8),) * 8
-NORMALISED = pytest.mark.parametrize("normalize", ["per_view", "all_views"])
+every_normalization = pytest.mark.parametrize("normalize", ["per_view", "all_views"])
 
 
 def losses(query: Tensor, key: Tensor, match: Correspondence, normalize: str) -> list[tuple[Tensor, ...]]:
@@ -28,7 +28,7 @@ def assert_equal(got: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-13)
 
 
-@NORMALISED
+@every_normalization
 def test_eight_views_in_several_portions_equal_the_reference(normalize: str) -> None:
     """All matches of one sample: more groups than stand side by side in one portion, each with keys of its own view."""
     query, key, match = make_inputs(batch=1, token_grids=EIGHT_VIEWS, visible=1.0)
@@ -52,7 +52,7 @@ def test_portions_of_any_number_of_groups_equal_the_reference(groups: int, monke
     assert len(set(portions)) > 1, "one portion has nothing to hold from another"
 
 
-@NORMALISED
+@every_normalization
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf])
 def test_a_query_that_nobody_supervises_may_be_anything(normalize: str, poison: float) -> None:
     """Short groups are filled up with token 0 of view 0, which has no match here and is no number."""

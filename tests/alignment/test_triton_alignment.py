@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,12 +10,10 @@ from torch import Tensor
 
 from cameo.alignment import AlignmentHead, alignment_loss
 from cameo.correspondence import Correspondence
-from tests.alignment.test_alignment import PADDED, gradients, make_head, make_inputs
-from tests.alignment.test_chunked_alignment import dense_from_logits
+from tests.helpers.alignment_inputs import PADDED, dense_from_logits, gradients, make_head, make_inputs
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from tests.helpers import triton_interpreter
 from tests.helpers.triton_interpreter import Interpreter
 
 CELLS = ((1, 1),) * 4
@@ -29,12 +26,6 @@ CASES: list[dict[str, Any]] = [
     {"reduction": "sum", "normalize": "all_views", "token_grids": CELLS},
 ]
 HEADS = [{}, {"depth": 0}, {"kind": "mean"}, {"kind": "none"}]
-
-
-@pytest.fixture(scope="module")
-def interpreted() -> Iterator[Interpreter]:
-    with triton_interpreter.interpreter() as call:
-        yield call
 
 
 def triton_loss(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -31,13 +30,7 @@ TOLERANCE = 3e-6
 FAST_TOLERANCE = 1e-5
 
 
-@pytest.fixture(scope="module")
-def interpreted() -> Iterator[Interpreter]:
-    with triton_interpreter.interpreter() as call:
-        yield call
-
-
-def make_rows(count: int, columns: int, targets: int, *, own: bool) -> dict[str, Any]:
+def make_rows(count: int, columns: int, targets: int, *, excluded: bool) -> dict[str, Any]:
     """Rows with several targets each, the second row without any."""
     hidden = columns // 3
     first = torch.randint(0, hidden + 1, (count,))
@@ -45,8 +38,8 @@ def make_rows(count: int, columns: int, targets: int, *, own: bool) -> dict[str,
     weights = torch.rand(count, targets) + 0.1
     weights[1] = 0
     weights[2, 1:] = 0
-    index = torch.randint(hidden if own else 0, columns, (count, targets))
-    return {"targets": index, "weights": weights, "own": ranges if own else None}
+    index = torch.randint(hidden if excluded else 0, columns, (count, targets))
+    return {"targets": index, "weights": weights, "excluded": ranges if excluded else None}
 
 
 def make_head(heads: int, units: int) -> list[Tensor]:
@@ -62,9 +55,11 @@ def scores_of(logits: Tensor, parameters: list[Tensor], scale: float = SCALE) ->
 
 def losses_of(scores: Tensor, rows: dict[str, Any]) -> Tensor:
     """Losses [R] of scores [R, M]."""
-    if rows["own"] is not None:
+    if rows["excluded"] is not None:
         column = torch.arange(scores.shape[1])
-        scores = scores.masked_fill((column >= rows["own"][:, :1]) & (column < rows["own"][:, 1:]), -torch.inf)
+        scores = scores.masked_fill(
+            (column >= rows["excluded"][:, :1]) & (column < rows["excluded"][:, 1:]), -torch.inf
+        )
     distance = scores.logsumexp(dim=1, keepdim=True) - scores.gather(1, rows["targets"])
     weights = rows["weights"].to(scores.dtype)
     return torch.where(weights != 0, weights * distance, 0).sum(dim=1)
@@ -108,7 +103,7 @@ def test_losses_and_gradients_match_float64(interpreted: Interpreter, heads: int
     torch.manual_seed(heads)
     columns = 19 if heads <= 10 else 10
     logits = torch.randn(heads, 3, columns) * 5
-    found = check_mlp(interpreted, logits, make_head(heads, 4 * heads), make_rows(3, columns, 2, own=True))
+    found = check_mlp(interpreted, logits, make_head(heads, 4 * heads), make_rows(3, columns, 2, excluded=True))
     assert found[0][1] == 0
     assert (found[1][:, 1] == 0).all()
 
@@ -116,7 +111,7 @@ def test_losses_and_gradients_match_float64(interpreted: Interpreter, heads: int
 @pytest.mark.parametrize(("heads", "units"), [(5, 3), (10, 23), (17, 96)])
 def test_any_hidden_size(interpreted: Interpreter, heads: int, units: int) -> None:
     torch.manual_seed(units)
-    check_mlp(interpreted, torch.randn(heads, 3, 10) * 5, make_head(heads, units), make_rows(3, 10, 3, own=False))
+    check_mlp(interpreted, torch.randn(heads, 3, 10) * 5, make_head(heads, units), make_rows(3, 10, 3, excluded=False))
 
 
 def test_many_hidden_units_are_shared_among_programs() -> None:
@@ -127,7 +122,7 @@ def test_many_hidden_units_are_shared_among_programs() -> None:
 @pytest.mark.parametrize("columns", [1, 32, 70])
 def test_any_number_of_columns(interpreted: Interpreter, columns: int) -> None:
     torch.manual_seed(columns)
-    rows = make_rows(3, columns, 2, own=False)
+    rows = make_rows(3, columns, 2, excluded=False)
     logits, head = torch.randn(5, 3, columns) * 5, make_head(5, 20)
     losses, gradient, *_ = run_mlp(interpreted, logits, head, rows)
     expected = expected_mlp(logits, head, rows)
@@ -140,7 +135,7 @@ def test_any_number_of_columns(interpreted: Interpreter, columns: int) -> None:
 def test_half_precision_is_closer_than_the_dense_path(interpreted: Interpreter, heads: int, dtype: torch.dtype) -> None:
     torch.manual_seed(heads)
     logits, parameters = (torch.randn(heads, 3, 19) * 5).to(dtype), make_head(heads, 4 * heads)
-    rows = make_rows(3, 19, 2, own=True)
+    rows = make_rows(3, 19, 2, excluded=True)
     found = run_mlp(interpreted, logits, parameters, rows)
     assert found[1].dtype == dtype
     true = expected_mlp(logits, parameters, rows)
@@ -154,7 +149,7 @@ def test_half_precision_is_closer_than_the_dense_path(interpreted: Interpreter, 
 
 def test_fast_gelu(interpreted: Interpreter) -> None:
     torch.manual_seed(0)
-    logits, parameters, rows = torch.randn(5, 3, 19) * 5, make_head(5, 20), make_rows(3, 19, 2, own=True)
+    logits, parameters, rows = torch.randn(5, 3, 19) * 5, make_head(5, 20), make_rows(3, 19, 2, excluded=True)
     fast = check_mlp(interpreted, logits, parameters, rows, "fast")
     exact = check_mlp(interpreted, logits, parameters, rows)
     assert not torch.equal(fast[0], exact[0])
@@ -199,7 +194,7 @@ def test_gelu_has_the_stated_error(interpreted: Interpreter, fast: bool, degree:
 def test_softmax_rows(interpreted: Interpreter, copies: int, columns: int, dtype: torch.dtype, gradients: bool) -> None:
     torch.manual_seed(columns)
     count = 37 if columns < 100 else 3
-    logits, rows = (torch.randn(copies, count, columns) * 5).to(dtype), make_rows(count, columns, 3, own=True)
+    logits, rows = (torch.randn(copies, count, columns) * 5).to(dtype), make_rows(count, columns, 3, excluded=True)
     leaf = logits.double().requires_grad_()
     expected = sum(losses_of(SCALE * part, rows) for part in leaf) / copies
     expected.sum().backward()
@@ -213,7 +208,7 @@ def test_softmax_rows(interpreted: Interpreter, copies: int, columns: int, dtype
 
 def test_losses_alone_leave_the_logits(interpreted: Interpreter) -> None:
     torch.manual_seed(0)
-    logits, parameters, rows = torch.randn(5, 3, 10), make_head(5, 20), make_rows(3, 10, 2, own=False)
+    logits, parameters, rows = torch.randn(5, 3, 10), make_head(5, 20), make_rows(3, 10, 2, excluded=False)
     losses, after = interpreted(triton_interpreter.mlp_rows, logits, parameters, SCALE, rows, None, "exact")
     assert error(losses, expected_mlp(logits, parameters, rows)[0]) <= TOLERANCE
     assert torch.equal(after, logits)
@@ -221,7 +216,7 @@ def test_losses_alone_leave_the_logits(interpreted: Interpreter) -> None:
 
 def test_rows_without_a_weight_may_hold_anything(interpreted: Interpreter) -> None:
     torch.manual_seed(0)
-    logits, parameters, rows = torch.randn(5, 3, 10), make_head(5, 20), make_rows(3, 10, 2, own=False)
+    logits, parameters, rows = torch.randn(5, 3, 10), make_head(5, 20), make_rows(3, 10, 2, excluded=False)
     expected = expected_mlp(logits, parameters, rows)
     logits[:, 1] = torch.tensor([torch.nan, torch.inf, -torch.inf]).repeat(4)[:10]
     for found, wanted in zip(run_mlp(interpreted, logits, parameters, rows), expected, strict=True):
@@ -231,7 +226,7 @@ def test_rows_without_a_weight_may_hold_anything(interpreted: Interpreter) -> No
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_no_number_in_a_supervised_row_shows(interpreted: Interpreter, value: float) -> None:
     torch.manual_seed(0)
-    logits, parameters, rows = torch.randn(5, 3, 10), make_head(5, 20), make_rows(3, 10, 2, own=False)
+    logits, parameters, rows = torch.randn(5, 3, 10), make_head(5, 20), make_rows(3, 10, 2, excluded=False)
     logits[2, 0, 4] = value
     losses, _ = interpreted(triton_interpreter.mlp_rows, logits, parameters, SCALE, rows, None, "exact")
     assert losses.isfinite().tolist() == [False, True, True]
@@ -244,7 +239,7 @@ def test_no_number_in_a_supervised_row_shows(interpreted: Interpreter, value: fl
 def test_the_default_dtype_does_not_matter(interpreted: Interpreter) -> None:
     torch.manual_seed(0)
     logits, parameters = torch.randn(5, 6, 21), make_head(5, 20)
-    rows = make_rows(6, 21, 2, own=True)
+    rows = make_rows(6, 21, 2, excluded=True)
     results = []
     for default in (torch.bfloat16, torch.float32):
         interpreted(torch.set_default_dtype, default)
@@ -259,7 +254,7 @@ def test_the_default_dtype_does_not_matter(interpreted: Interpreter) -> None:
 
 
 def test_no_rows(interpreted: Interpreter) -> None:
-    rows = {"targets": torch.zeros(0, 1, dtype=torch.int64), "weights": torch.zeros(0, 1), "own": None}
+    rows = {"targets": torch.zeros(0, 1, dtype=torch.int64), "weights": torch.zeros(0, 1), "excluded": None}
     losses, _, *sums = run_mlp(interpreted, torch.zeros(5, 0, 11), make_head(5, 20), rows)
     assert losses.shape == (0,)
     assert not any(total.any() for total in sums)
@@ -269,7 +264,7 @@ def test_no_rows(interpreted: Interpreter) -> None:
 
 def test_the_same_bits_on_every_run(interpreted: Interpreter) -> None:
     torch.manual_seed(0)
-    logits, parameters, rows = torch.randn(5, 14, 19), make_head(5, 20), make_rows(14, 19, 2, own=True)
+    logits, parameters, rows = torch.randn(5, 14, 19), make_head(5, 20), make_rows(14, 19, 2, excluded=True)
     first = run_mlp(interpreted, logits, parameters, rows)
     # Gradients are added to what is there: once more the same gives exactly twice as much.
     second = interpreted(triton_interpreter.mlp_rows, logits, parameters, SCALE, rows, first[2:], "exact")
@@ -279,7 +274,7 @@ def test_the_same_bits_on_every_run(interpreted: Interpreter) -> None:
 
 def test_rows_do_not_depend_on_where_they_stand(interpreted: Interpreter) -> None:
     torch.manual_seed(0)
-    logits, parameters, rows = torch.randn(5, 14, 19), make_head(5, 20), make_rows(14, 19, 2, own=True)
+    logits, parameters, rows = torch.randn(5, 14, 19), make_head(5, 20), make_rows(14, 19, 2, excluded=True)
     losses, gradient, *_ = run_mlp(interpreted, logits, parameters, rows)
     part = {name: tensor[9:] for name, tensor in rows.items()}
     part_losses, part_gradient, *_ = run_mlp(interpreted, logits[:, 9:].contiguous(), parameters, part)
@@ -290,7 +285,7 @@ def test_rows_do_not_depend_on_where_they_stand(interpreted: Interpreter) -> Non
 
 
 def test_wrong_arguments() -> None:
-    head, rows = make_head(5, 20), make_rows(3, 11, 2, own=False)
+    head, rows = make_head(5, 20), make_rows(3, 11, 2, excluded=False)
     rest = (SCALE, rows["targets"], rows["weights"], None, None)
     with pytest.raises(ValueError, match=r"unknown gelu 'tanh': Known: exact, fast"):
         triton_heads.mlp_rows(torch.zeros(5, 3, 11), *head, *rest, "tanh")

@@ -15,7 +15,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 import cameo
 import cameo.attention.capture
 from cameo import Correspondence
-from cameo.alignment import sweep
+from cameo.alignment import heads, sweep
 from cameo.attention.kernel_calls import CallWatcher
 from cameo.backbone import get_backbone
 from cameo.errors import CaptureError
@@ -195,7 +195,7 @@ def test_a_step_holds_no_more_than_the_gradients_of_queries_and_keys(
 ) -> None:
     # Portions so small that the workspace, gone before the model's own peak, is not the peak itself.
     monkeypatch.setattr(sweep, "CPU_PRODUCTS", 4096)
-    monkeypatch.setattr(sweep, "CPU_HIDDEN", 1024)
+    monkeypatch.setattr(heads, "CPU_HIDDEN", 1024)
     model, match = wrapped(checkpointing=checkpointing), some_matches()
     with model.capture() as captured:
         loss_of(model, None)

@@ -253,7 +253,7 @@ def test_memory_is_bounded_by_the_block(monkeypatch: pytest.MonkeyPatch) -> None
         ({"features": [1]}, r"features: expected .* got list"),
         ({"cycle_threshold": 0}, r"cycle_threshold: expected more than 0 tokens, got 0"),
         ({"min_similarity": 1.5}, r"min_similarity: expected a cosine in \[-1, 1\] or None, got 1.5"),
-        ({"size": ((4, 4),)}, r"size: expected .* one \(h, w\) for each of 2 views"),
+        ({"token_grid": ((4, 4),)}, r"token_grid: expected .* one \(h, w\) for each of 2 views"),
     ],
 )
 def test_bad_input(arguments: dict, message: str) -> None:

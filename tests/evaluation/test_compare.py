@@ -178,7 +178,7 @@ def changed(part: str, name: str, value: Any) -> dict[str, Any]:
         (changed("data", "source", "office"), r"data.source is None in one and 'office' in the other"),
         (
             changed("data", "samples", {key: [0.6, 2.0] for key in scenes(10)}),
-            r"sample room-0/0-0 is another one in each \(mean colour and depth \[0.5, 2.0\] and \[0.6, 2.0\]\)",
+            r"sample room-0/0-0 differs between them \(mean color and depth \[0.5, 2.0\] and \[0.6, 2.0\]\)",
         ),
         (make_result({"shed/0-1": 0.1}), r"no sample is common, one starts with 'room-0/0-0' and the other with 'shed"),
     ],
@@ -240,7 +240,7 @@ def test_table_has_a_mean_of_the_first_run_for_each_set_of_common_scenes() -> No
 
 def test_two_backbones_are_warned_about_and_a_figure_names_its_units() -> None:
     first, second = ({**make_result(scenes(10)), "run": {"backbone": name}} for name in ("cat3d", "sv3d"))
-    with pytest.warns(UserWarning, match="two backbones, cat3d and sv3d: .*denoising losses do not compare"):
+    with pytest.warns(UserWarning, match="two backbones, cat3d and sv3d: .*denoising losses cannot be compared"):
         compare_results(first, second)
     assert "over scenes" in comparison_figure({"a": first, "b": first}).get_suptitle()
     office = make_result({f"office/{n}": 0.1 * n for n in range(3)})

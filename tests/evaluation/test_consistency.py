@@ -325,7 +325,7 @@ def test_missing_opencv_says_what_to_install(plane: dict[str, Tensor], monkeypat
         ),
         ({"truth": torch.zeros(1, 1, 3, 8, 8)}, ShapeError, r"truth: expected \[1, 2, 3, 8, 8\]"),
         ({"images": torch.zeros(1, 2, 3, 8, 8, dtype=torch.uint8)}, ValueError, "images: .*uint8.*divide by 255"),
-        ({"images": torch.full((1, 2, 3, 8, 8), math.nan)}, ValueError, "images: holds values that are not finite"),
+        ({"images": torch.full((1, 2, 3, 8, 8), math.nan)}, ValueError, "images: expected finite values, got NaN"),
         ({"pairs": [(0, 2)]}, ValueError, r"pairs: expected two different views of 0..1 each, got \(0, 2\)"),
         ({"pairs": [(1, 1)]}, ValueError, r"pairs: .*got \(1, 1\)"),
         ({"depth_tolerance": 1.5}, ValueError, "depth_tolerance: expected a share between 0 and 1"),

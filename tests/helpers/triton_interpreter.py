@@ -17,9 +17,9 @@ import triton
 import triton.language as tl
 import triton.runtime.interpreter as triton_interpreter
 
-from cameo import triton_support
 from cameo.alignment import triton_heads
 from cameo.alignment.triton_head_kernels import normal_cdf
+from cameo.correspondence import triton_support
 
 
 class Interpreter:
@@ -57,7 +57,7 @@ def mlp_rows(
         scale,
         rows["targets"],
         rows["weights"],
-        rows["own"],
+        rows["excluded"],
         None if sums is None else tuple(sums),
         gelu,
     )
@@ -67,7 +67,7 @@ def mlp_rows(
 def softmax_rows(
     logits: torch.Tensor, scale: float, rows: dict[str, Any], gradients: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    losses = triton_heads.softmax_rows(logits, scale, rows["targets"], rows["weights"], rows["own"], gradients)
+    losses = triton_heads.softmax_rows(logits, scale, rows["targets"], rows["weights"], rows["excluded"], gradients)
     return losses, logits
 
 

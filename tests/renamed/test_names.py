@@ -32,6 +32,7 @@ from cameo.hub import push_to_hub, save_load, save_pretrained
 from cameo.renamed import ATTRIBUTES, CONFIG_KEYS, FUNCTIONS, KEYWORDS, METHODS, MOVED, MOVED_NAMES, SETTINGS
 from cameo.training.settings import TrainingConfig, load_config
 from tests.helpers.models import JointModel
+from tests.helpers.probes import LEVELS, NOTHING_PROBED, tiny_model, uneven_probe
 
 LINEAR = nn.Linear(1, 1)
 GRIDS = ((2, 2), (2, 2), (2, 2))
@@ -129,10 +130,18 @@ KEYWORD_EXAMPLES: dict[tuple[str, str], Keyword] = {
     ("Correspondence.from_depth", "size"): Keyword(lambda **given: matches_of_depth(**given), 4, figures),
     ("Correspondence.from_features", "size"): Keyword(lambda **given: matches_of_features(**given), 2, figures),
     ("Correspondence.from_point_maps", "size"): Keyword(lambda **given: matches_of_point_maps(**given), 4, figures),
+    ("LayerProbe", "timesteps"): Keyword(lambda **given: cameo.LayerProbe((), **NOTHING_PROBED, **given), LEVELS, vars),
+    ("ProbeResult.chance", "timestep"): Keyword(lambda **given: uneven_probe().chance(0, **given), 1.0),
+    ("ProbeResult.per_scene", "timestep"): Keyword(lambda **given: uneven_probe().per_scene(0, **given), 1.0),
+    ("ProbeResult.precision", "timestep"): Keyword(lambda **given: uneven_probe().precision(0, **given), 1.0),
+    ("ProbeResult.skill", "timestep"): Keyword(lambda **given: uneven_probe().skill(0, **given), 1.0),
     ("TokenLayout.refusal", "normalise"): Keyword(
         lambda **given: TokenLayout("(b h w) v").refusal(**given), "per_view"
     ),
     ("alignment_loss", "normalise"): Keyword(loss, "all_views"),
+    ("probe_layers", "timesteps"): Keyword(
+        lambda **given: cameo.probe_layers(*tiny_model(), **given).to_dict(), (0.5,)
+    ),
     ("push_to_hub", "licence"): Keyword(card_of_push, "cc-by-4.0"),
     ("save_pretrained", "licence"): Keyword(card_of_save, "cc-by-4.0"),
     ("wrap", "normalise"): Keyword(
@@ -213,6 +222,7 @@ ATTRIBUTE_EXAMPLES: dict[tuple[str, str], Attribute] = {
     ("Correspondence", "sizes"): Attribute(correspondence),
     ("Correspondence", "visible"): Attribute(correspondence),
     ("Correspondence", "weight"): Attribute(correspondence),
+    ("LayerProbe", "timesteps"): Attribute(uneven_probe),
     ("TokenLayout", "localise"): Attribute(lambda: TokenLayout("b (v h w)")),
 }
 

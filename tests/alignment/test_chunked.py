@@ -11,23 +11,23 @@ import pytest
 import torch
 from torch import Tensor
 
-from cameo.alignment import AlignmentHead, alignment_loss, rows, supervision_weights, sweep
+from cameo.alignment import AlignmentHead, alignment_loss, heads, rows, supervision_weights, sweep
 from cameo.alignment.rows import Window, plan_rows
 from cameo.correspondence import Correspondence
-from tests.alignment.test_alignment import PADDED, dense_loss, gradients, make_head, make_inputs
+from tests.helpers.alignment_inputs import PADDED, dense_from_logits, dense_loss, gradients, make_head, make_inputs
 from tests.helpers.memory import memory_of
 
-# Pairs at once, pairs whose hidden units are held at once, keys of a piece.
+# Pairs at once, pairs whose hidden units are held at once, keys at once.
 CUTS = {"as it is": None, "row by row": (1, 1, 5), "some rows": (40, 13, 7), "side by side": (4000, 30, 6)}
 
 
 @pytest.fixture(params=CUTS)
 def cut(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if CUTS[request.param] is not None:
-        products, hidden, piece = CUTS[request.param]
+        products, hidden, keys = CUTS[request.param]
         monkeypatch.setattr(sweep, "CPU_PRODUCTS", products)
-        monkeypatch.setattr(sweep, "CPU_HIDDEN", hidden)
-        monkeypatch.setattr(sweep, "PIECE", piece)
+        monkeypatch.setattr(heads, "CPU_HIDDEN", hidden)
+        monkeypatch.setattr(sweep, "KEYS_AT_ONCE", keys)
         monkeypatch.setattr(rows, "LEAST_ROWS", 1)
     return request.param
 
@@ -133,7 +133,7 @@ def test_a_narrow_gaussian_is_one_token() -> None:
     query, key, match = make_inputs()
     head = make_head()
     assert alignment_loss(query, key, match, head, softness=0.3) == alignment_loss(query, key, match, head)
-    assert len(Window([(4, 4)], 0.34).steps) == 5
+    assert len(Window([(4, 4)], 0.34).offsets) == 5
 
 
 def test_single_precision_stays_within_its_bounds() -> None:
@@ -175,16 +175,9 @@ def test_half_precision_is_no_worse_than_a_dense_path_in_half_precision() -> Non
         assert abs((mine @ flat) / (flat @ flat) - 1) < 1e-3
 
 
-def dense_from_logits(logits: Tensor, match: Correspondence, head: AlignmentHead) -> Tensor:
-    log_p = head(logits).log_softmax(-1)  # [1 or K, B, i, x, j, y]
-    target = match.index.clamp(min=0).permute(0, 1, 3, 2)[None, ..., None].expand(len(log_p), -1, -1, -1, -1, -1)
-    nll = -log_p.gather(-1, target)[..., 0].mean(0).permute(0, 1, 3, 2)
-    return nll[match.matched].mean()
-
-
 def test_the_workspace_is_bounded_and_the_gradient_is_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
     """Peak of all that torch allocates over the inputs: the two gradients and the workspace."""
-    monkeypatch.setattr(sweep, "WORKSPACE_BYTES", 8 << 20)
+    monkeypatch.setattr(heads, "WORKSPACE_BYTES", 8 << 20)
     for side in (8, 24):
         query, key, match = make_inputs(batch=1, heads=5, token_grids=((side, side),) * 4, dim=32, dtype=torch.float32)
         head = make_head(heads=5).float()
@@ -196,7 +189,7 @@ def test_the_workspace_is_bounded_and_the_gradient_is_not_copied(monkeypatch: py
 @pytest.mark.parametrize("normalize", ["per_view", "all_views"])
 def test_one_match_per_view_does_not_bring_all_keys_together(monkeypatch: pytest.MonkeyPatch, normalize: str) -> None:
     """Many groups of one row each have few pairs and many keys."""
-    monkeypatch.setattr(sweep, "WORKSPACE_BYTES", 1 << 20)
+    monkeypatch.setattr(heads, "WORKSPACE_BYTES", 1 << 20)
     query, key, match = make_inputs(batch=16, heads=5, token_grids=((8, 8),) * 4, dim=32, dtype=torch.float32)
     match.index[..., 1:] = -1
     head = make_head(heads=5).float()
@@ -266,7 +259,7 @@ def test_a_weight_that_learns_takes_the_reference() -> None:
     match.match_weight.requires_grad_()
     (gradient,) = torch.autograd.grad(alignment_loss(query, key, match, make_head()), match.match_weight)
     assert gradient.any()
-    with pytest.raises(ValueError, match=r"chunked.*correspondence\.weight.*auto"):
+    with pytest.raises(ValueError, match=r"chunked.*correspondence\.match_weight.*auto"):
         alignment_loss(query, key, match, make_head(), implementation="chunked")
     with torch.no_grad():
         alignment_loss(query, key, match, make_head(), implementation="chunked")

@@ -9,99 +9,21 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from cameo.alignment import AlignmentHead, alignment_loss, supervision_weights
 from cameo.correspondence import Correspondence
-from cameo.errors import ShapeError
+from tests.helpers.alignment_inputs import (
+    PADDED,
+    dense_loss,
+    explicit_head,
+    gradients,
+    make_head,
+    make_inputs,
+    relative_error,
+)
 
 ASSETS = Path(__file__).parents[1] / "assets"
-Inputs = tuple[Tensor, Tensor, Correspondence]
-
-
-def relative_error(got: Tensor | None, expected: Tensor) -> float:
-    assert got is not None
-    return ((got.reshape(-1) - expected.reshape(-1)).abs().max() / expected.abs().max()).item()
-
-
-def make_inputs(
-    batch: int = 2,
-    heads: int = 3,
-    token_grids: tuple[tuple[int, int], ...] = ((2, 3),) * 3,
-    dim: int = 4,
-    *,
-    visible: float = 0.6,
-    weighted: bool = False,
-    dtype: torch.dtype = torch.float64,
-    seed: int = 0,
-) -> Inputs:
-    """Random queries, keys and matches; every token has a distance, as from point maps."""
-    generator = torch.Generator().manual_seed(seed)
-    views, tokens = len(token_grids), max(h * w for h, w in token_grids)
-    index = torch.full((batch, views, views, tokens), -1)
-    for i, (query_height, query_width) in enumerate(token_grids):
-        for j, (height, width) in enumerate(token_grids):
-            if i != j:
-                shape = (batch, query_height * query_width)
-                match = torch.randint(0, height * width, shape, generator=generator)
-                hidden = torch.rand(shape, generator=generator) > visible
-                index[:, i, j, : shape[1]] = match.masked_fill(hidden, -1)
-    weight = torch.rand(index.shape, generator=generator, dtype=torch.float64) if weighted else None
-    distance = torch.rand(index.shape, generator=generator, dtype=torch.float64)
-    shape = (batch, heads, views, tokens, dim)
-    query, key = (torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for _ in range(2))
-    return query.requires_grad_(), key.requires_grad_(), Correspondence(index, token_grids, weight, distance)
-
-
-def make_head(heads: int = 3, **settings: Any) -> AlignmentHead:
-    torch.manual_seed(7)
-    return AlignmentHead(heads, **settings).double()
-
-
-def explicit_head(head: AlignmentHead, logits: Tensor) -> Tensor:
-    """[K, ...] -> [1 or K, ...] from the definition, with the heads moved to the last axis."""
-    if head.kind == "none":
-        return logits
-    if head.kind == "mean":
-        return logits.sum(0, keepdim=True) / logits.shape[0]
-    x = logits.movedim(0, -1)
-    for layer in head.hidden:
-        x = torch.einsum("...k,mk->...m", x, layer.weight) + layer.bias
-        x = x * 0.5 * (1 + torch.erf(x / 2**0.5))
-    return torch.einsum("...m,om->...o", x, head.output.weight).movedim(-1, 0)
-
-
-def dense_loss(
-    query: Tensor,
-    key: Tensor,
-    match: Correspondence,
-    head: AlignmentHead,
-    scale: float,
-    normalize: str = "per_view",
-    pairs: Tensor | None = None,
-) -> Tensor:
-    """Mean loss from the full [K, B, V, N, V, N] logits and dense one-hot targets."""
-    batch, _, views, tokens, _ = query.shape
-    logits = explicit_head(head, scale * torch.einsum("bkixd,bkjyd->kbixjy", query, key))
-    lengths = torch.tensor([h * w for h, w in match.token_grids])
-    real = (torch.arange(tokens) < lengths[:, None]).expand(views, 1, views, tokens).transpose(0, 1)[0]
-    other = ~torch.eye(views, dtype=torch.bool)
-    if normalize == "per_view":
-        log_p = logits.masked_fill(~real[:, None], -torch.inf).log_softmax(-1)
-    else:
-        keys = other[:, None, :, None] & real[0]
-        log_p = logits.masked_fill(~keys, -torch.inf).flatten(-2).log_softmax(-1).unflatten(-1, (views, tokens))
-    wanted = match.matched if pairs is None else match.matched & pairs[None, :, :, None]
-    target = F.one_hot(match.index.clamp(min=0), tokens) * wanted[..., None]
-    weight = torch.ones(match.index.shape) if match.match_weight is None else match.match_weight
-    weight = weight.double() * wanted
-    nll = -(log_p.masked_fill(log_p == -torch.inf, 0).mean(0) * target.permute(0, 1, 3, 2, 4)).sum(-1)
-    assert nll.shape == (batch, views, tokens, views)
-    return (weight.transpose(2, 3) * nll).sum() / weight.sum()
-
-
-def gradients(loss: Tensor, query: Tensor, key: Tensor, head: nn.Module) -> tuple[Tensor, ...]:
-    return torch.autograd.grad(loss, [query, key, *head.parameters()])
 
 
 class Golden:
@@ -164,9 +86,6 @@ def test_golden_released(scene: Golden) -> None:
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
     assert relative_error(scene.query.grad, data["grad_query_released"]) < 1e-5
     assert relative_error(scene.key.grad, data["grad_key_released"]) < 1e-5
-
-
-PADDED = ((2, 3), (2, 3), (3, 4), (1, 2))
 
 
 @pytest.mark.parametrize("normalize", ["per_view", "all_views"])
@@ -301,24 +220,6 @@ def test_weights_act_like_repetition() -> None:
     torch.testing.assert_close(alignment_loss(query, key, weighted, head), repeated, rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("normalize", ["per_view", "all_views"])
-def test_what_is_not_supervised_cannot_matter(normalize: str) -> None:
-    query, key, match = make_inputs(batch=1, token_grids=PADDED)
-    match.index[0, 3] = -1
-    head = make_head()
-    expected = alignment_loss(query, key, match, head, normalize=normalize)
-    expected_gradients = gradients(expected, query, key, head)
-    with torch.no_grad():
-        for v, (height, width) in enumerate(PADDED):
-            query[:, :, v, height * width :] = torch.nan
-            key[:, :, v, height * width :] = torch.inf
-        query[:, :, 3] = -torch.inf
-    got = alignment_loss(query, key, match, head, normalize=normalize)
-    assert torch.equal(got, expected)
-    for one, other in zip(gradients(got, query, key, head), expected_gradients, strict=True):
-        assert torch.equal(one, other)
-
-
 # bfloat16 holds 8 bits: an input rounded to 2^-9 moves a logit by about 1e-2. float16 holds 11.
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 2e-2), (torch.float16, 2e-3)])
 def test_half_precision_rounds_only_the_inputs(dtype: torch.dtype, tolerance: float) -> None:
@@ -347,177 +248,6 @@ def test_half_precision_head_is_read_in_float32() -> None:
     wide = alignment_loss(query, key, match, make_head().bfloat16().float())
     assert loss.dtype == torch.float32
     assert torch.equal(loss, wide)
-
-
-@pytest.mark.parametrize("normalize", ["per_view", "all_views"])
-@pytest.mark.parametrize("poison", [0.0, torch.inf, torch.nan])
-@pytest.mark.parametrize("kind", ["mlp", "mean"])
-def test_nothing_visible_is_zero_with_a_graph(normalize: str, poison: float, kind: str) -> None:
-    query, key, match = make_inputs(visible=0.0)
-    with torch.no_grad():
-        query[0, 0, 0, 0, 0] = poison
-        key[0, 0, 0, 0, 0] = poison
-    head = make_head(kind=kind)
-    loss = alignment_loss(query, key, match, head, normalize=normalize)
-    assert loss.item() == 0
-    assert loss.dtype == torch.float64
-    for gradient in gradients(loss, query, key, head):
-        assert (gradient == 0).all()
-
-
-@pytest.mark.parametrize("why", ["pairs", "weight", "nearest view", "one view"])
-def test_nothing_supervised_is_zero_with_a_graph(why: str) -> None:
-    query, key, match = make_inputs(token_grids=((2, 3),) if why == "one view" else ((2, 3),) * 3)
-    options: dict[str, Any] = {}
-    if why == "pairs":
-        options = {"pairs": torch.zeros(3, 3, dtype=torch.bool)}
-    if why == "weight":
-        match = Correspondence(match.index, match.token_grids, torch.zeros(match.index.shape))
-    if why == "nearest view":  # view 1 is visible in view 0, but view 2 is nearer
-        index, distance = torch.full((2, 3, 3, 6), -1), torch.ones(2, 3, 3, 6)
-        index[:, 0, 1], distance[:, 0, 2] = 4, 0.5
-        match = Correspondence(index, match.token_grids, distance=distance)
-        options = {"reduction": "released", "num_reference_views": 1}
-    head = make_head()
-    loss = alignment_loss(query, key, match, head, **options)
-    assert loss.item() == 0
-    assert all((gradient == 0).all() for gradient in gradients(loss, query, key, head))
-
-
-def test_non_finite_logits_of_supervised_queries_show() -> None:
-    query, key, match = make_inputs(visible=1.0)
-    with torch.no_grad():
-        query[0, 0, 0, 0, 0] = torch.nan
-    assert alignment_loss(query, key, match, make_head()).isnan()
-
-
-@pytest.mark.parametrize(
-    ("settings", "count"),
-    [({}, 12 * 3 + 12 + 12), ({"depth": 0}, 3), ({"depth": 2, "expansion": 2}, 18 + 6 + 36 + 6 + 6)],
-    ids=str,
-)
-def test_heads_have_the_parameters_of_their_formula(settings: dict[str, Any], count: int) -> None:
-    head = make_head(**settings)
-    assert sum(parameter.numel() for parameter in head.parameters()) == count
-    logits = torch.randn(3, 5, 7, dtype=torch.float64)
-    torch.testing.assert_close(head(logits), explicit_head(head, logits), rtol=1e-12, atol=1e-14)
-
-
-def test_heads_without_parameters() -> None:
-    logits = torch.randn(3, 5, 7)
-    assert torch.equal(AlignmentHead(3, "none")(logits), logits)
-    torch.testing.assert_close(AlignmentHead(3, "mean")(logits)[0], (logits[0] + logits[1] + logits[2]) / 3)
-    assert not list(AlignmentHead(3, "mean").parameters())
-    assert "num_heads=3, kind='mean'" in repr(AlignmentHead(3, "mean"))
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ((3, "mpl"), "unknown head kind 'mpl': did you mean 'mlp'"),
-        ((0,), "num_heads: expected an integer of at least 1, got 0"),
-        ((3, "mlp", -1), "depth: expected an integer of at least 0"),
-        ((3, "mlp", 1, 0), "expansion: expected an integer of at least 1"),
-    ],
-)
-def test_head_errors(arguments: tuple[Any, ...], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        AlignmentHead(*arguments)
-
-
-def test_head_refuses_another_head_count() -> None:
-    with pytest.raises(ShapeError, match=r"logits: expected \[3, \.\.\.\] .* got \[4, 2\]"):
-        AlignmentHead(3)(torch.zeros(4, 2))
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"normalize": "views"}, "unknown normalize 'views'"),
-        ({"reduction": "none"}, "unknown reduction 'none'"),
-        ({"pairs": "al"}, "unknown pairs 'al': did you mean 'all'"),
-        (
-            {"pairs": torch.ones(3, 3)},
-            r'pairs: expected "all" or a bool tensor \[V, V\] = \[3, 3\], got torch.float',
-        ),
-        ({"pairs": torch.ones(2, 3).bool()}, r"got torch.bool \[2, 3\]"),
-        ({"pairs": [[True]]}, "got list"),
-        ({"reduction": "released"}, "num_reference_views: .* 0 to 3, got None"),
-        ({"reduction": "released", "num_reference_views": 4}, "0 to 3, got 4"),
-        (
-            {"reduction": "released", "normalize": "all_views", "num_reference_views": 1},
-            'for normalize="per_view"',
-        ),
-    ],
-)
-def test_option_errors(options: dict[str, Any], message: str) -> None:
-    query, key, match = make_inputs()
-    with pytest.raises(ValueError, match=message):
-        alignment_loss(query, key, match, make_head(), **options)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda q, k: (q[0], k[0]), r"query: expected \[B, K, V, N, D\].*TokenLayout"),
-        (lambda q, k: (q, k[..., :2]), r"key: expected the query's \[2, 3, 3, 6, 4\]"),
-        (lambda q, k: (q, k.float()), "key: expected the query's .* got .* of torch.float32"),
-        (lambda q, k: (q.long(), k.long()), "query: expected a floating-point tensor, got torch.int64"),
-        (lambda q, k: (q[:, :2], k[:, :2]), r"K = 3 heads.*Use AlignmentHead\(num_heads=2\)"),
-        (lambda q, k: (q.repeat(2, 1, 1, 1, 1), k.repeat(2, 1, 1, 1, 1)), "B = 2 .*Classifier-free guidance"),
-        (lambda q, k: (q[:, :, :2], k[:, :, :2]), r"V = 3 .*Correspondence\.take_views"),
-        (lambda q, k: (q[..., :5, :], k[..., :5, :]), r"N = 6 .*size=model\.token_grid"),
-        (lambda q, k: (q.to("meta"), k.to("meta")), r"query is on meta .* use correspondence\.to\('meta'\)"),
-    ],
-)
-def test_tensor_errors(change: Any, message: str) -> None:
-    query, key, match = make_inputs()
-    with pytest.raises(ValueError, match=message):
-        alignment_loss(*change(query, key), match, make_head())
-
-
-# Correspondence checks these itself, but on a GPU its values are not read: the loss must still refuse them.
-@pytest.mark.parametrize(
-    ("place", "value", "message"),
-    [
-        (
-            (0, 0, 1, 2),
-            6,
-            r"index\[0, 0, 1, 2\]: expected -1, or a token of view 1 with grid \(2, 3\).* got 6",
-        ),
-        ((1, 2, 0, 0), -2, r"index\[1, 2, 0, 0\].* got -2"),
-        ((0, 1, 1, 0), 3, r"index\[0, 1, 1, 0\].* another view 1"),
-        ((0, 3, 0, 2), 0, r"index\[0, 3, 0, 2\].* view 3 with grid \(1, 2\)"),
-    ],
-)
-def test_matches_that_are_no_tokens(place: tuple[int, ...], value: int, message: str) -> None:
-    query, key, match = make_inputs(token_grids=((2, 3), (2, 3), (2, 3), (1, 2)))
-    match.index[place] = value
-    with pytest.raises(ValueError, match=message):
-        alignment_loss(query, key, match, make_head())
-
-
-@pytest.mark.parametrize("value", [-0.5, torch.nan, torch.inf])
-def test_weights_that_are_no_weights(value: float) -> None:
-    query, key, match = make_inputs(weighted=True)
-    assert match.match_weight is not None
-    match.match_weight[0, 0, 1, 0] = value
-    with pytest.raises(ValueError, match=r"correspondence.match_weight: expected finite values of at least 0"):
-        alignment_loss(query, key, match, make_head())
-
-
-def test_released_needs_distances() -> None:
-    query, key, match = make_inputs()
-    without = Correspondence(match.index, match.token_grids)
-    with pytest.raises(ValueError, match=r"correspondence.distance: .*from_point_maps"):
-        alignment_loss(query, key, without, make_head(), reduction="released", num_reference_views=1)
-
-
-def test_one_reachable_token_per_view_is_refused() -> None:
-    query, key, match = make_inputs(token_grids=((1, 1),) * 3)
-    with pytest.raises(ValueError, match=r'a softmax per view is constant .* use normalize="all_views"'):
-        alignment_loss(query, key, match, make_head())
-    assert alignment_loss(query, key, match, make_head(), normalize="all_views") > 0
 
 
 def test_one_token_per_view_equals_a_loop() -> None:

@@ -1,0 +1,137 @@
+"""Validation and pictures of models whose layers see their views in other ways."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from cameo.attention.layout import TokenLayout
+from cameo.correspondence import Correspondence
+from cameo.data import collate
+from cameo.evaluation.pictures import attention_figure, comparison_figure
+from cameo.evaluation.validation import validate
+from cameo.model import wrapper_of
+from tests.helpers.batches import make_batch
+from tests.helpers.evaluations import VALIDATION, rig_data
+from tests.helpers.planted_attention import ZERO123, PlantedAttention, joined, per_cell, prompt_last, tiled
+
+
+def true_match(data: Any, token_grids: Any) -> Correspondence:
+    batch = collate([data[0], data[1]])
+    return Correspondence.from_depth(batch["depth"], batch["intrinsics"], batch["extrinsics"], token_grid=token_grids)
+
+
+def test_validation_without_references(tmp_path: Path) -> None:
+    data, pipeline = rig_data("mvdream", 0, tmp_path), PlantedAttention(TokenLayout("b (v h w)"), joined)
+    found = validate(pipeline.wrapped(), pipeline, data, VALIDATION)
+    assert found["psnr_covisible"] is None
+    assert "num_reference_views=0" in found["notes"]["psnr_covisible"]
+    assert found["pixels"] == 0
+    assert found["loss"] == 0.25
+    # All four views are targets, the first of them at 6 dB, the others at 20 dB.
+    assert found["psnr_all"] == pytest.approx(-10 * math.log10((0.25 + 3 * 0.01) / 4), abs=1e-4)
+    assert found["precision"]["mean@0"] == found["precision"]["best_head@1"] == 1.0
+    assert found["precision_view"] is None
+    assert found["pairs"] == 2 * int(true_match(data, 4).matched.sum())
+
+    figures = pictures_of(pipeline, data)
+    assert [axis.get_title() for axis in figures[0].axes[:4]] == [
+        "truth, view 0",
+        "one, view 0",
+        "truth, view 1",
+        "one, view 1",
+    ]
+    assert [axis.get_title() for axis in figures[1].axes[:2]] == ["query in view 0", "one\nin view 1"]
+
+
+def pictures_of(pipeline: PlantedAttention, data: Any) -> list[Any]:
+    """The comparison, and the attention with its marks checked: what is looked at is the true match."""
+    batch = collate([data[0], data[1]])
+    inputs = pipeline.training_inputs(batch, timesteps=torch.tensor([999, 999]))
+    model = wrapper_of(pipeline) or pipeline.wrapped()
+    attention = attention_figure({"one": model}, batch, inputs)
+    for axis in attention.axes[:2]:  # what is drawn is the view that the title names
+        drawn = torch.from_numpy(axis.images[0].get_array()).movedim(-1, 0)
+        view = int(axis.get_title().split()[-1])
+        assert any(torch.equal(drawn, one[view]) for one in batch["images"])  # type: ignore[attr-defined]
+    for right in attention.axes[1::2]:
+        match, best = (line.get_xydata().tolist() for line in right.lines)
+        assert match == best
+    comparison = comparison_figure(batch, {"one": pipeline.predict_clean(None, inputs)})
+    return [comparison, attention]
+
+
+def test_validation_of_tiles_with_a_reference_on_a_grid_of_its_own(tmp_path: Path) -> None:
+    """Zero123++: the reference has no queries, and tokens half as large as those of the tiles."""
+    data = rig_data("zero123plus-v1.2", 1, tmp_path)
+    token_grids = ((8, 8), *[(4, 4)] * 6)
+    index = true_match(data, token_grids).index[:, 1:]
+    pairs = int((index >= 0).sum())
+    # One token further is one column further, in the grid of the view looked at, or else in the next row.
+    beside = int((index[:, :, 0] % 8 < 7).where(index[:, :, 0] >= 0, False).sum())
+    beside += int((index[:, :, 1:] % 4 < 3).where(index[:, :, 1:] >= 0, False).sum())
+    for shift, exact, near in ((0, pairs, pairs), (1, 0, beside)):
+        pipeline = PlantedAttention(ZERO123, tiled, shift=shift)
+        model = pipeline.wrapped()
+        pipeline.layer = replace(pipeline.layer, reference_size=(96, 96))
+        model._supervised = [pipeline.layer]
+        found = validate(model, pipeline, data, VALIDATION)
+        assert found["pairs"] == 2 * pairs > 0
+        assert found["precision"]["mean@0"] == pytest.approx(exact / pairs)
+        assert found["precision"]["mean@1"] == pytest.approx(near / pairs)
+        # Target views only, whatever carries the denoising loss.
+        assert found["psnr_all"] == pytest.approx(20, abs=1e-4)
+        assert found["psnr_covisible"] == pytest.approx(20, abs=1e-4)
+        if not shift:
+            _, attention = pictures_of(pipeline, data)
+            query, looked_at = attention.axes[:2]
+            assert [query.get_title(), looked_at.get_title()] == ["query in view 1", "one\nin view 0"]
+            # Centres of tokens of 12 px there and 6 px here.
+            assert all(float(at) % 12 == 6 for at in query.lines[0].get_xydata().ravel())
+            assert all(float(at) % 6 == 3 for at in looked_at.lines[0].get_xydata().ravel())
+
+
+def test_validation_without_the_image_prompt(tmp_path: Path) -> None:
+    """ImageDream: the reference is part of the attention, and not of what is supervised."""
+    data = rig_data("imagedream", 1, tmp_path)
+    pipeline = PlantedAttention(TokenLayout("b (v h w)", unsupervised_views=1, references_last=1), prompt_last)
+    found = validate(pipeline.wrapped(), pipeline, data, VALIDATION)
+    assert found["pairs"] == 2 * int(true_match(data, 4).matched[:, 1:, 1:].sum()) > 0
+    assert found["precision"]["mean@0"] == 1.0
+    assert found["psnr_covisible"] == pytest.approx(20, abs=1e-4)
+    assert found["pixels"] > 0
+    _, attention = pictures_of(pipeline, data)
+    assert [axis.get_title() for axis in attention.axes[:2]] == ["query in view 1", "one\nin view 2"]
+
+
+class Pairs:
+    """Two cameras at each of two places before a wall: the second one of a place shows the same in each cell."""
+
+    def __getitem__(self, index: int) -> Any:
+        batch = make_batch(samples=1, views=4, size=48, seed=index)
+        batch["extrinsics"][0, :, 0, 3] = torch.tensor([0.0, 0.0, -0.5, -0.5])
+        return {name: value[0] if isinstance(value, (Tensor, list)) else value for name, value in batch.items()}
+
+
+@pytest.mark.parametrize(("sign", "expected"), [(1.0, 1.0), (-1.0, 0.0)])
+def test_validation_of_a_layer_that_sees_one_token_per_view(sign: float, expected: float) -> None:
+    pipeline = PlantedAttention(TokenLayout("(b h w) v", references_last=1), per_cell, sign=sign)
+    model = pipeline.wrapped(normalize="all_views")
+    found = validate(model, pipeline, Pairs(), VALIDATION)  # type: ignore[arg-type]
+    assert found["precision"] is None
+    assert "one token of each view" in found["notes"]["precision"]
+    # Each query has a match in one of three other views.
+    assert found["precision_view"]["mean"] == found["precision_view"]["best_head"] == expected
+    assert found["precision_view"]["chance"] == pytest.approx(1 / 3)
+    assert found["pairs"] == 2 * 2 * 4 * 16
+    assert found["psnr_all"] == pytest.approx(20, abs=1e-4)
+    batch = collate([Pairs()[0]])
+    inputs = pipeline.training_inputs(batch, timesteps=torch.tensor([999]))
+    with pytest.raises(ValueError, match="layer 'attn' attends to a part of the other view"):
+        attention_figure({"one": model}, batch, inputs)

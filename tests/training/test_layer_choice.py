@@ -1,0 +1,57 @@
+"""A training run with `layer=auto` probes its own data, where it runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from cameo.adapters.common.latent_pipeline import LatentPipeline
+from cameo.backbone import get_backbone
+from cameo.training import setup
+from cameo.training.data import build_dataset
+from cameo.training.layer_choice import probe_for
+from cameo.training.setup import load_pipeline
+from tests.helpers.training_runs import make_config, scene_cache
+
+
+def test_a_training_run_probes_its_own_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CAMEO_CACHE", scene_cache())
+    config = make_config(tmp_path, train_batch_size=5)
+    data = build_dataset(config, "train")
+    pipeline = load_pipeline(config)
+    found = probe_for(pipeline, data, config)
+    assert len(found.samples) == 16
+    assert len(found.scene_names) == config.num_scenes
+    assert [layer.index for layer in found.layers] == list(
+        range(len(get_backbone("cat3d").attention_layers(pipeline.denoiser)))
+    )
+
+
+def test_the_layers_are_probed_on_the_device_of_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CAMEO_CACHE", scene_cache())
+    config, order = make_config(tmp_path, layer="auto"), []
+    data, device = build_dataset(config, "train"), torch.device("meta")
+    monkeypatch.setattr(setup, "make_accelerator", lambda _config: SimpleNamespace(device=device))
+    monkeypatch.setattr(LatentPipeline, "to", lambda _self, place: order.append(place))
+
+    def probe(*_given: Any) -> None:
+        order.append("probe")
+        raise KeyboardInterrupt  # the rest of the run is not of interest
+
+    monkeypatch.setattr(setup, "probe_for", probe)
+    with pytest.raises(KeyboardInterrupt):
+        setup.train_lora(config, data, data)
+    assert order == [device, "probe"]
+
+
+def test_all_processes_take_the_probe_of_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CAMEO_CACHE", scene_cache())
+    config = make_config(tmp_path)
+    data, pipeline = build_dataset(config, "train"), load_pipeline(config)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "broadcast_object_list", lambda shared: shared.__setitem__(0, "the first"))
+    assert probe_for(pipeline, data, config) == "the first"
