@@ -4,8 +4,8 @@ The loss is a scalar, so its gradient is computed together with it, and the grad
 nothing is computed twice, and no tensor of tokens times tokens is ever held.
 
 Axes: B samples, V views, K heads, N tokens per view, L = V * N tokens of a sample, D head dimension, G groups, R rows
-of a group, M keys of a group, n of them in a range, C channels of the products: K, or 1 where the head joins the heads
-linearly (then the head dimensions of all heads are one long one).
+of a group, M keys of a group, n of them in a range, C channels of the products: K, or 1 where the alignment head
+joins the heads linearly (the head dimensions of all heads are then concatenated).
 """
 
 from __future__ import annotations
@@ -70,9 +70,9 @@ def sweep(
     Args:
         query, key: as in `cameo.alignment_loss`.
         index, weights: `[B, V, V, N]`, see `plan_rows`.
-        head: of the supervised layer.
+        head: weights of the alignment head.
         token_grids, normalize, softness: see `plan_rows`.
-        scale: what the layer multiplies q.k by.
+        scale: the factor of q.k in the layer.
         implementation: "chunked" or "triton".
         gelu: "exact", or "fast", which only "triton" offers.
         gradients: whether to compute the gradient.

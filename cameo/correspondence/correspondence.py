@@ -206,7 +206,7 @@ class Correspondence:
         cycle_threshold: float = 1.5,
         max_distance: float | None = None,
     ) -> Correspondence:
-        """Match tokens by nearest neighbours in 3D that are cycle-consistent (the paper).
+        """Match tokens by nearest neighbors in 3D that are cycle-consistent (the paper).
 
         Example:
             >>> points = torch.stack(torch.meshgrid(torch.arange(4.0), torch.arange(4.0), indexing="ij"))
@@ -216,10 +216,10 @@ class Correspondence:
 
         Args:
             points: ``[B, V, 3, H, W]`` world coordinates; non-finite = no measurement. They are resampled to
-                the token grid (bilinear, half-pixel centres, not antialiased); a token has a measurement only if
+                the token grid (bilinear, half-pixel centers, not antialiased); a token has a measurement only if
                 all pixels that its interpolation reads have one.
             token_grid: ``(h, w)`` or an int for all views, or one ``(h, w)`` per view.
-            cycle_threshold: a match is kept if the nearest neighbour of the nearest neighbour lies less than
+            cycle_threshold: a match is kept if the nearest neighbor of the nearest neighbor lies less than
                 this many tokens from the start.
             max_distance: drop matches whose points lie farther apart than this, in world units. The cycle check
                 alone also keeps points that the other view does not show.
@@ -255,7 +255,7 @@ class Correspondence:
     ) -> Correspondence:
         """Match tokens by projecting their surface points and comparing depth.
 
-        The surface point of a token is the one at the token's centre. It matches the token of the other view onto
+        The surface point of a token is the one at the token's center. It matches the token of the other view onto
         which it is projected, if it lies inside that image, the depth there is the same, and that token has a
         measurement.
 
@@ -304,7 +304,7 @@ class Correspondence:
         cycle_threshold: float = 1.5,
         min_similarity: float | None = None,
     ) -> Correspondence:
-        """Match tokens by image features, where no geometry is known: nearest neighbours that are cycle-consistent.
+        """Match tokens by image features, where no geometry is known: nearest neighbors that are cycle-consistent.
 
         Example:
             >>> features = torch.randn(1, 1, 8, 4, 4, generator=torch.Generator().manual_seed(0))
@@ -315,10 +315,10 @@ class Correspondence:
         Args:
             features: ``[B, V, C, h, w]`` of any scale, such as `cameo.correspondence.features.FeatureExtractor`
                 returns them; a vector of zeros or with a non-finite value = no measurement.
-            token_grid: as in `from_point_maps`; the features are resampled to it (bilinear, half-pixel centres,
+            token_grid: as in `from_point_maps`; the features are resampled to it (bilinear, half-pixel centers,
                 antialiased). A token has a measurement only if all features that its interpolation reads are
                 measurements. None takes the grid of the features.
-            cycle_threshold: a match is kept if the nearest neighbour (by cosine similarity) of the nearest neighbour
+            cycle_threshold: a match is kept if the nearest neighbor (by cosine similarity) of the nearest neighbor
                 lies less than this many tokens from the start.
             min_similarity: drop matches with a smaller cosine similarity.
 

@@ -1,4 +1,4 @@
-"""The ways of finding correspondence: nearest neighbours of point maps or image features, and projection of depth.
+"""The ways of finding correspondence: nearest neighbors of point maps or image features, and projection of depth.
 
 Axes: B samples, V views, C channels, H W image pixels, h w token grid, N = h*w tokens per view (row-major).
 Arguments are not checked here; users call :class:`cameo.correspondence.Correspondence`, which checks them.
@@ -31,7 +31,7 @@ BLOCK = 1 << 24
 def match_point_maps(
     points: Tensor, token_grids: TokenGrids, cycle_threshold: float, max_distance: float | None
 ) -> tuple[Tensor, Tensor]:
-    """Match ``points [B, V, 3, H, W]`` by cycle-consistent nearest neighbours.
+    """Match ``points [B, V, 3, H, W]`` by cycle-consistent nearest neighbors.
 
     Returns:
         Index and distance ``[B, V, V, N]`` as in :class:`cameo.correspondence.Correspondence`.
@@ -59,7 +59,7 @@ def match_depth(
     depth = depth.to(torch.promote_types(depth.dtype, torch.float32))
     intrinsics = intrinsics.to(depth)
     centres = _padded_centres(token_grids, depth)
-    # [B, V, N]: depth at the token centres, NaN for padding and missing depth.
+    # [B, V, N]: depth at the token centers, NaN for padding and missing depth.
     centre_depth = read_depth(depth, centres.expand(depth.shape[0], -1, -1, -1))
     surface = camera_rays(centres, intrinsics) * centre_depth[..., None]
     pose = _relative_poses(extrinsics).to(depth)
@@ -83,7 +83,7 @@ def match_depth(
 def match_features(
     features: Tensor, token_grids: TokenGrids, cycle_threshold: float, min_similarity: float | None
 ) -> Tensor:
-    """Match ``features [B, V, C, h, w]`` by cycle-consistent nearest neighbours in cosine similarity.
+    """Match ``features [B, V, C, h, w]`` by cycle-consistent nearest neighbors in cosine similarity.
 
     Returns:
         Index ``[B, V, V, N]`` as in :class:`cameo.correspondence.Correspondence`.
@@ -96,7 +96,7 @@ def match_features(
 
 
 def resample_features(features: Tensor, token_grid: TokenGrid) -> Tensor:
-    """Resample ``[X, C, h, w]`` to a token grid, ``[X, C, *token_grid]``: bilinear, half-pixel centres, antialiased.
+    """Resample ``[X, C, h, w]`` to a token grid, ``[X, C, *token_grid]``: bilinear, half-pixel centers, antialiased.
 
     Example:
         >>> resample_features(torch.arange(16.0).view(1, 1, 4, 4), (1, 1)).item()
@@ -138,13 +138,13 @@ def _most_similar(tokens: Tensor) -> tuple[Tensor, Tensor]:
                 stop = min(start + rows, count)
                 cosine = tokens[:, i, start:stop] @ tokens[:, j].mT
                 cosine.masked_fill_(missing[:, i, start:stop, None] | missing[:, j, None], -math.inf)
-                highest, found = cosine.max(dim=2)
+                highest, similar = cosine.max(dim=2)
                 best[:, i, j, start:stop] = highest
-                index[:, i, j, start:stop] = found.masked_fill_(highest.isinf(), -1)
-                highest, found = cosine.max(dim=1)
+                index[:, i, j, start:stop] = similar.masked_fill_(highest.isinf(), -1)
+                highest, similar = cosine.max(dim=1)
                 # Later tokens win only if they are closer, so that ties stay with the lower index.
                 closer = highest > best[:, j, i]
-                index[:, j, i] = torch.where(closer, found + start, index[:, j, i])
+                index[:, j, i] = torch.where(closer, similar + start, index[:, j, i])
                 best[:, j, i] = torch.where(closer, highest, best[:, j, i])
     return index, best
 
@@ -162,8 +162,8 @@ def _token_points(points: Tensor, token_grids: TokenGrids) -> Tensor:
 def _resample(points: Tensor, token_grid: TokenGrid) -> Tensor:
     """Resample ``[B, V, 3, H, W]`` to a token grid, ``[B, V, N, 3]``; NaN where a pixel that is read is missing.
 
-    Bilinear with half-pixel centres, as `torch.nn.functional.interpolate`; only the four pixels around each token's
-    centre are read.
+    Bilinear with half-pixel centers, as `torch.nn.functional.interpolate`; only the four pixels around each token's
+    center are read.
     """
     low, high, share = zip(*map(_interpolated_axis, points.shape[-2:], token_grid, [points] * 2), strict=True)
     rows, columns = (torch.stack(pair) for pair in zip(low, high, strict=True))  # [2, h], [2, w]
@@ -180,7 +180,7 @@ def _resample(points: Tensor, token_grid: TokenGrid) -> Tensor:
 
 
 def _interpolated_axis(length: int, cells: int, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """For each cell's centre the pixels before and after it, and the share of the second pixel, each ``[cells]``."""
+    """For each cell's center the pixels before and after it, and the share of the second pixel, each ``[cells]``."""
     centre = (torch.arange(cells, dtype=like.dtype, device=like.device) + 0.5) * (length / cells) - 0.5
     centre = centre.clamp(min=0)
     low = centre.long().clamp(max=length - 1)
@@ -188,7 +188,7 @@ def _interpolated_axis(length: int, cells: int, like: Tensor) -> tuple[Tensor, T
 
 
 def _padded_centres(token_grids: TokenGrids, depth: Tensor) -> Tensor:
-    """Token centres in pixels, ``[V, N, 2]``, NaN for padding."""
+    """Token centers in pixels, ``[V, N, 2]``, NaN for padding."""
     image_size = (depth.shape[-2], depth.shape[-1])
     if len(set(token_grids)) == 1:
         grid = cell_centres(token_grids[0], image_size, dtype=depth.dtype, device=depth.device)

@@ -1,14 +1,12 @@
-"""Exact nearest neighbours between the tokens of all pairs of views, in plain torch.
+"""Exact nearest neighbors between the tokens of all pairs of views, in plain torch.
 
-Axes: B samples, V views, N tokens per view (row-major, padded), R rows (tokens whose neighbour is sought), S tokens per
+Axes: B samples, V views, N tokens per view (row-major, padded), R rows (tokens whose neighbor is sought), S tokens per
 block, G blocks per view, P unordered pairs of views. A token without a measurement has non-finite coordinates; it has
-no neighbour and is the neighbour of no token. Ties go to the lower index. No tensor of size N x N is stored but tiles.
+no neighbor and is the neighbor of no token. Ties go to the lower index. No tensor of size N x N is stored but tiles.
 """
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 import math
 
 import torch
@@ -16,7 +14,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from cameo.correspondence.triton_support import INSTALL_TRITON, interpreted
+from cameo.correspondence.triton_support import device_refusal
 from cameo.errors import unknown_name
 
 __all__ = ["IMPLEMENTATIONS", "cycle_consistent", "match_tokens", "nearest_by_differences", "nearest_by_products"]
@@ -29,8 +27,8 @@ BLOCKS_BYTES = 1 << 20
 MOST_BLOCKS = 64
 # The lowest compute capability that Triton supports, that of Turing.
 LEAST_CAPABILITY = (7, 5)
-# Bound, in units of epsilon (|a| + d)^2, on the difference between the squared distances d^2 of a and its neighbour in
-# the two forms below: 13 for the five products with their norms, 7 for centring and the rounding of the differences.
+# Bound, in units of epsilon (|a| + d)^2, on the difference between the squared distances d^2 of a and its neighbor in
+# the two forms below: 13 for the five products with their norms, 7 for centering and the rounding of the differences.
 ROUNDING = 20
 
 
@@ -48,7 +46,7 @@ def match_tokens(
     Args:
         tokens: ``[B, V, N, 3]`` float32 or float64 world coordinates; non-finite = no measurement or padding.
         widths: number of columns of each view's grid.
-        cycle_threshold: a match is kept if the nearest neighbour of the nearest neighbour lies less than this many
+        cycle_threshold: a match is kept if the nearest neighbor of the nearest neighbor lies less than this many
             tokens from the start.
         implementation: "differences": coordinate differences, tile by tile, on any device; "products": matrix products
             whose near-ties are settled by differences, on the CPU; "triton": one kernel for all pairs, on CUDA;
@@ -94,25 +92,9 @@ def triton_refusal(device: torch.device) -> str | None:
 
     Example:
         >>> triton_refusal(torch.device("meta"))
-        'the tokens are on meta; the kernels need a CUDA device'
+        'the tensors are on meta; the Triton kernels need a CUDA device'
     """
-    if device.type == "cpu" and interpreted():
-        return None
-    if device.type != "cuda":
-        return f"the tokens are on {device.type}; the kernels need a CUDA device"
-    if importlib.util.find_spec("triton") is None:
-        return f"Triton is not installed: {INSTALL_TRITON}"
-    if torch.version.hip is not None:
-        return "this torch is built for ROCm; the kernels are written for NVIDIA GPUs"
-    capability = _capability(device)
-    if capability < LEAST_CAPABILITY:
-        return f"{device} has compute capability {capability[0]}.{capability[1]}; the kernels need 7.5 or later"
-    return None
-
-
-@functools.cache
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
+    return device_refusal(device, LEAST_CAPABILITY, "Triton needs 7.5 (RTX 20) or later")
 
 
 def nearest_by_differences(tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -162,9 +144,9 @@ def nearest_by_products(tokens: Tensor) -> tuple[Tensor, Tensor]:
     pairs = max(1, BLOCKS_BYTES // (2 * blocked.padded * blocked.blocks * tokens.element_size()))
     for part in both.split(pairs, dim=1):
         rows, keys = part.flatten(), part.flip(0).flatten()
-        found, apart = blocked.settle(blocked.least_of_blocks(*part), rows, keys)
-        index.view(batch * views, views, count)[rows, keys % views] = found[:, :count]
-        distance.view(batch * views, views, count)[rows, keys % views] = apart[:, :count]
+        nearest, squared = blocked.settle(blocked.least_of_blocks(*part), rows, keys)
+        index.view(batch * views, views, count)[rows, keys % views] = nearest[:, :count]
+        distance.view(batch * views, views, count)[rows, keys % views] = squared[:, :count]
     return index, distance.sqrt_()
 
 
@@ -246,16 +228,16 @@ class _Blocked:
             magnitude = norm[part].sqrt() + nearest.clamp(min=0).sqrt_()
             rounding = magnitude.square_().mul_(2 * ROUNDING * info.eps).add_(64 * info.tiny)
             candidates, chosen = _count(block, nearest + rounding, count_blocks)
-            found = measured[part] & nearest.isfinite()
+            has_neighbor = measured[part] & nearest.isfinite()
             clear = candidates == 1
             chosen.masked_fill_(~clear, 0)
             near = self.blocked_keys.index_select(0, view[part] * blocks + chosen).view(-1, 3, length)
             apart = _squared(near, query[part, :, None])
             smallest = apart.amin(-1)
             ties, place = _count(apart, smallest, count_tokens)
-            index[part] = place.add_(chosen, alpha=length).masked_fill_(~found, -1)
-            squared[part] = smallest.masked_fill_(~found, math.inf)
-            self._decide(found & ~(clear & (ties == 1)), query[part], view[part], index[part], squared[part])
+            index[part] = place.add_(chosen, alpha=length).masked_fill_(~has_neighbor, -1)
+            squared[part] = smallest.masked_fill_(~has_neighbor, math.inf)
+            self._decide(has_neighbor & ~(clear & (ties == 1)), query[part], view[part], index[part], squared[part])
         return index.view(-1, padded), squared.view(-1, padded)
 
     def _decide(self, undecided: Tensor, query: Tensor, view: Tensor, index: Tensor, squared: Tensor) -> None:
@@ -296,13 +278,13 @@ def _count(values: Tensor, bound: Tensor, counter: Tensor) -> tuple[Tensor, Tens
 
 
 def cycle_consistent(index: Tensor, widths: tuple[int, ...], threshold: float) -> Tensor:
-    """Tell which tokens have, as neighbour of their neighbour, one less than ``threshold`` tokens away from them."""
+    """Tell which tokens have, as neighbor of their neighbor, one less than ``threshold`` tokens away from them."""
     start = torch.arange(index.shape[-1], device=index.device)
     consistent = torch.zeros_like(index, dtype=torch.bool)
     for i, width in enumerate(widths):
-        neighbour = index[:, i]
-        end = torch.gather(index[:, :, i], -1, neighbour.clamp(min=0))
+        neighbor = index[:, i]
+        end = torch.gather(index[:, :, i], -1, neighbor.clamp(min=0))
         row = end.div(width, rounding_mode="floor")
         rows, columns = row - start // width, end - row * width - start % width
-        consistent[:, i] = (neighbour >= 0) & (rows.square() + columns.square() < threshold**2)
+        consistent[:, i] = (neighbor >= 0) & (rows.square() + columns.square() < threshold**2)
     return consistent

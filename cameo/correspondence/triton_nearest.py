@@ -1,11 +1,11 @@
 # Compile-time constants of Triton are written in capitals, and its functions have no type annotations.
 # ruff: noqa: N803
 # mypy: disable-error-code="no-untyped-def"
-"""Exact nearest neighbours between the tokens of all pairs of views on CUDA, in Triton.
+"""Exact nearest neighbors between the tokens of all pairs of views on CUDA, in Triton.
 
 Axes: B samples, V views, N tokens per view (row-major, padded). There are two launches, and neither stores the
 distances between all tokens: the first keeps each token's nearest one in registers, the second follows the nearest
-neighbour of the nearest neighbour.
+neighbor of the nearest neighbor.
 """
 
 from __future__ import annotations
@@ -56,9 +56,9 @@ def nearest_kernel(points, index, distance, views, tokens, QUERIES: tl.constexpr
         start_of_least = tl.where(closer, start, start_of_least)
     nearest = tl.min(least, axis=1)
     tied = (least == nearest[:, None]) & (start_of_least >= 0)
-    found = tl.min(tl.where(tied, start_of_least + tl.arange(0, KEYS)[None, :], NO_INDEX), axis=1)
+    first_nearest = tl.min(tl.where(tied, start_of_least + tl.arange(0, KEYS)[None, :], NO_INDEX), axis=1)
     out = pair.to(tl.int64) * tokens + rows
-    tl.store(index + out, tl.where(found == NO_INDEX, -1, found), mask=real)
+    tl.store(index + out, tl.where(first_nearest == NO_INDEX, -1, first_nearest), mask=real)
     nearest = tl.sqrt_rn(nearest) if nearest.dtype == tl.float32 else tl.sqrt(nearest)
     tl.store(distance + out, nearest, mask=real)
 
@@ -75,15 +75,15 @@ def cycle_kernel(nearest, kept, widths, views, tokens, squared_threshold, BLOCK:
     token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     real = token < tokens
     out = pair.to(tl.int64) * tokens + token
-    neighbour = tl.where(i == j, -1, tl.load(nearest + out, mask=real, other=-1))
-    # A neighbour has a neighbour too, since its distance to this token is finite.
+    neighbor = tl.where(i == j, -1, tl.load(nearest + out, mask=real, other=-1))
+    # A neighbor has a neighbor too, since its distance to this token is finite.
     back_pair = (pair // (views * views) * views + j) * views + i
-    end = tl.load(nearest + back_pair.to(tl.int64) * tokens + neighbour, mask=neighbour >= 0, other=0)
+    end = tl.load(nearest + back_pair.to(tl.int64) * tokens + neighbor, mask=neighbor >= 0, other=0)
     width = tl.load(widths + i).to(tl.int32)
     rows = end // width - token // width
     columns = end % width - token % width
-    consistent = (neighbour >= 0) & ((rows * rows + columns * columns).to(tl.float32) < squared_threshold)
-    tl.store(kept + out, tl.where(consistent, neighbour, -1).to(tl.int64), mask=real)
+    consistent = (neighbor >= 0) & ((rows * rows + columns * columns).to(tl.float32) < squared_threshold)
+    tl.store(kept + out, tl.where(consistent, neighbor, -1).to(tl.int64), mask=real)
 
 
 def match_tokens(tokens: Tensor, widths: tuple[int, ...], cycle_threshold: float) -> tuple[Tensor, Tensor]:

@@ -8,12 +8,12 @@ import os
 
 import torch
 
-__all__ = ["DTYPES", "INSTALL_TRITON", "MAX_HEADS", "interpreted", "refusal"]
+__all__ = ["DTYPES", "INSTALL_TRITON", "MAX_HEADS", "device_refusal", "interpreted", "refusal"]
 
 INSTALL_TRITON = "pip install triton (the CUDA builds of torch for Linux bring it along)"
 MAX_HEADS = 32
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_LEAST_CAPABILITY = (8, 0)
+_TF32_CAPABILITY = (8, 0)
 
 
 def refusal(device: torch.device, dtype: torch.dtype, num_heads: int, depth: int) -> str | None:
@@ -29,25 +29,36 @@ def refusal(device: torch.device, dtype: torch.dtype, num_heads: int, depth: int
         num_heads: K, number of attention heads that the alignment head joins, 1 to 32.
         depth: number of hidden layers of the alignment head, 0 or 1.
     """
-    if importlib.util.find_spec("triton") is None:
-        return f"Triton is not installed: {INSTALL_TRITON}"
     if dtype not in DTYPES:
         return f"the logits are {dtype}; the Triton kernels accumulate in float32 and take float32, bfloat16 or float16"
     if num_heads > MAX_HEADS:
         return f"{num_heads} heads; the Triton kernels take at most {MAX_HEADS}"
     if depth > 1:
         return f"the alignment head has depth={depth}; the Triton kernels take one hidden layer at most"
-    if device.type == "cpu" and interpreted():
-        return None
-    if device.type != "cuda":
+    return device_refusal(device, _TF32_CAPABILITY, "they multiply in TF32 and need 8.0 (A100, RTX 30) or later")
+
+
+def device_refusal(device: torch.device, least_capability: tuple[int, int], need: str) -> str | None:
+    """Return why Triton kernels cannot run on this device, or None if they can.
+
+    Args:
+        device: device of the tensors.
+        least_capability: lowest compute capability that the kernels support.
+        need: clause for a device below it: what the kernels need, and why.
+    """
+    on_interpreter = device.type == "cpu" and interpreted()
+    if device.type != "cuda" and not on_interpreter:
         return f"the tensors are on {device.type}; the Triton kernels need a CUDA device"
+    if importlib.util.find_spec("triton") is None:
+        return f"Triton is not installed: {INSTALL_TRITON}"
+    if on_interpreter:
+        return None
     if torch.version.hip is not None:
         return "this torch is built for ROCm; the Triton kernels are written for NVIDIA GPUs"
     capability = _capability(device)
-    if capability < _LEAST_CAPABILITY:
+    if capability < least_capability:
         return (
-            f"{device} has compute capability {capability[0]}.{capability[1]}; the Triton kernels multiply in TF32 "
-            "and need 8.0 (A100, RTX 30) or later"
+            f"{device} has compute capability {capability[0]}.{capability[1]}, too low for the Triton kernels: {need}"
         )
     return None
 

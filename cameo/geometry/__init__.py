@@ -1,7 +1,7 @@
 """Cameras, rays, depth and orbits.
 
 Conventions: OpenCV cameras (x right, y down, z forward), world-to-camera extrinsics, intrinsics in pixels, pixel
-centres at +0.5, z-depth in world units where 0, a negative or a non-finite value means "no measurement".
+centers at +0.5, z-depth in world units where 0, a negative or a non-finite value means "no measurement".
 """
 
 from typing import TYPE_CHECKING
@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING
 from cameo.lazy import load_on_use
 
 if TYPE_CHECKING:
-    from cameo.geometry.cameras import check_cameras
+    from cameo.geometry.cameras import check_cameras, invert_extrinsics
     from cameo.geometry.grids import as_grid
     from cameo.geometry.orbits import estimate_up, orbit_centre, spherical_angles
     from cameo.geometry.projection import (
         camera_rays,
         cell_centres,
         crop_intrinsics,
-        invert_extrinsics,
         pixel_grid,
         plucker_rays,
         project,
@@ -36,7 +35,7 @@ else:
             "check_cameras": "cameo.geometry.cameras",
             "crop_intrinsics": "cameo.geometry.projection",
             "estimate_up": "cameo.geometry.orbits",
-            "invert_extrinsics": "cameo.geometry.projection",
+            "invert_extrinsics": "cameo.geometry.cameras",
             "orbit_centre": "cameo.geometry.orbits",
             "pixel_grid": "cameo.geometry.projection",
             "plucker_rays": "cameo.geometry.projection",

@@ -137,7 +137,7 @@ def _check_camera_values(k: Tensor, e: Tensor) -> None:
 
 
 def warn_of_another_image_size(intrinsics: Tensor, image_size: Sequence[int]) -> None:
-    """Warn if no principal point ``[B, V]`` lies inside the image ``(H, W)``; only a crop far off the centre has none.
+    """Warn if no principal point ``[B, V]`` lies inside the image ``(H, W)``; only a crop far off the center has none.
 
     Example:
         >>> intrinsics = torch.tensor([[585.0, 0, 320], [0, 585, 240], [0, 0, 1]])  # of 480 x 640 pixels

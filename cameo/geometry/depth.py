@@ -42,7 +42,7 @@ def sample_depth(depth: Tensor, xy: Tensor) -> Tensor:
 
     Args:
         depth: ``[B, V, 1, H, W]`` z-depth.
-        xy: ``[B, V, M, 2]`` in pixels, pixel centres at +0.5.
+        xy: ``[B, V, M, 2]`` in pixels, pixel centers at +0.5.
 
     Returns:
         ``[B, V, M]`` z-depth.
@@ -66,8 +66,8 @@ def read_depth(depth: Tensor, xy: Tensor) -> Tensor:
     x, y = xy.unbind(-1)
     inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
     x, y = torch.where(inside, x, 0.5), torch.where(inside, y, 0.5)
-    columns, weight_x, offset_x = _neighbours(x, width)  # [2, B, V, M]
-    rows, weight_y, offset_y = _neighbours(y, height)
+    columns, weight_x, offset_x = _neighbors(x, width)  # [2, B, V, M]
+    rows, weight_y, offset_y = _neighbors(y, height)
     # Axis K = (row, column) comes first, so that what follows is computed on long vectors.
     inverse, slope_x, slope_y = _inverse_depth_slopes(depth, rows, columns)
     weight = (weight_y[:, None] * weight_x[None]).flatten(0, 1) * (inverse > 0)
@@ -85,8 +85,8 @@ def read_depth(depth: Tensor, xy: Tensor) -> Tensor:
     return torch.where(inside & (total > 0), total / torch.where(value > 0, value, 1), math.nan)
 
 
-def _neighbours(position: Tensor, length: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Along one axis: the two pixels around each position, their weights, and the offsets from their centres."""
+def _neighbors(position: Tensor, length: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Along one axis: the two pixels around each position, their weights, and the offsets from their centers."""
     corner = (position - 0.5).floor()
     share = position - 0.5 - corner
     corner = corner.long()
@@ -97,7 +97,7 @@ def _neighbours(position: Tensor, length: int) -> tuple[Tensor, Tensor, Tensor]:
 def _inverse_depth_slopes(depth: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Inverse depth (0 = no measurement) and its x and y slope at the pixels in two rows and two columns, ``[K, ...]``.
 
-    The slope is the smaller one of the differences to the left and to the right neighbour: at a depth edge the other
+    The slope is the smaller one of the differences to the left and to the right neighbor: at a depth edge the other
     one is the difference to another surface.
     """
     height, width = depth.shape[-2:]

@@ -1,4 +1,4 @@
-"""Cameras around a centre: the point that they look at, and their azimuth and elevation.
+"""Cameras around a center: the point that they look at, and their azimuth and elevation.
 
 Axes: B samples, V views, H W image pixels. Conventions as in :mod:`cameo.geometry`.
 """
@@ -19,7 +19,7 @@ __all__ = ["estimate_up", "orbit_centre", "spherical_angles"]
 # Root mean square angle between the optical axes and a direction, in degrees: up to the first value the axes do not
 # determine where along that direction they meet, from the second value on they do.
 VAGUE, CLEAR = 1.0, 3.0
-# Least distance of the centre in front of each camera, as a share of its median depth.
+# Least distance of the center in front of each camera, as a share of its median depth.
 LEAST_DISTANCE = 0.1
 
 
@@ -40,7 +40,7 @@ def orbit_centre(extrinsics: Tensor, depth: Tensor | None = None) -> Tensor:
     each camera's median depth is taken; from 3 degrees on the axes alone determine it, and in between the two are
     mixed without a jump. One camera, or parallel cameras, thus give a point straight ahead. A least-squares point that
     is not in front of every camera, by a tenth of its median depth where depth is given, is not a point that the
-    cameras look at (for example if a camera rotates about its centre); then only the median depth is used.
+    cameras look at (for example if a camera rotates about its center); then only the median depth is used.
 
     Args:
         extrinsics: ``[B, V, 4, 4]`` world-to-camera.
@@ -74,7 +74,7 @@ def orbit_centre(extrinsics: Tensor, depth: Tensor | None = None) -> Tensor:
 
 @full_precision
 def spherical_angles(extrinsics: Tensor, centre: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the positions of cameras around a centre: azimuth, elevation (degrees) and distance, ``[B, V]`` each.
+    """Return the positions of cameras around a center: azimuth, elevation (degrees) and distance, ``[B, V]`` each.
 
     Example:
         >>> extrinsics = torch.eye(4).repeat(1, 1, 1, 1)
@@ -86,7 +86,7 @@ def spherical_angles(extrinsics: Tensor, centre: Tensor, up: Tensor) -> tuple[Te
     Azimuth lies in [0, 360) and increases counter-clockwise, seen from above, about ``up``. Azimuth 0 is the direction
     of the world's x axis, made orthogonal to ``up``, or of its y axis if ``up`` is within 26 degrees of the x axis. So,
     with z up, 0 is x and 90 is y, as in :mod:`cameo.scenes.rigs`. Elevation lies in [-90, 90] and is positive
-    towards ``up``. A camera straight above the centre has an arbitrary azimuth; one at the centre has angles 0.
+    towards ``up``. A camera straight above the center has an arbitrary azimuth; one at the center has angles 0.
 
     Args:
         extrinsics: ``[B, V, 4, 4]`` world-to-camera.

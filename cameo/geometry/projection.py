@@ -40,7 +40,7 @@ __all__ = [
 
 
 def pixel_grid(height: int, width: int, *, dtype: torch.dtype, device: torch.device | str) -> Tensor:
-    """Return the x, y of every pixel centre, ``[H, W, 2]``.
+    """Return the x, y of every pixel center, ``[H, W, 2]``.
 
     Example:
         >>> pixel_grid(1, 2, dtype=torch.float32, device="cpu").tolist()
@@ -56,7 +56,7 @@ def cell_centres(
     dtype: torch.dtype,
     device: torch.device | str,
 ) -> Tensor:
-    """Return the x, y in image pixels of the centres of a grid of ``size`` (h, w) cells, ``[h, w, 2]``.
+    """Return the x, y in image pixels of the centers of a grid of ``size`` (h, w) cells, ``[h, w, 2]``.
 
     Example:
         >>> cell_centres((1, 2), (8, 8), dtype=torch.float32, device="cpu").tolist()
@@ -136,7 +136,7 @@ def project(points: Tensor, intrinsics: Tensor, extrinsics: Tensor) -> tuple[Ten
 
 @full_precision
 def plucker_rays(intrinsics: Tensor, extrinsics: Tensor, image_size: tuple[int, int], size: tuple[int, int]) -> Tensor:
-    """Return the ray through each cell centre as unit direction and moment.
+    """Return the ray through each cell center as unit direction and moment.
 
     Example:
         >>> intrinsics = torch.tensor([[8.0, 0, 4], [0, 8, 4], [0, 0, 1]]).expand(1, 1, 3, 3)
@@ -151,7 +151,7 @@ def plucker_rays(intrinsics: Tensor, extrinsics: Tensor, image_size: tuple[int, 
         size: ``(h, w)`` cells, for example the latent grid.
 
     Returns:
-        ``[B, V, 6, h, w]``: unit direction ``d``, then moment ``o x d`` with the camera centre ``o``.
+        ``[B, V, 6, h, w]``: unit direction ``d``, then moment ``o x d`` with the camera center ``o``.
 
     Raises:
         ShapeError, ValueError: see :func:`check_cameras`.

@@ -1,4 +1,4 @@
-"""The chunked implementation against the readable reference, however its work is cut."""
+"""The chunked implementation against the readable reference, for portions of any size."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from tests.helpers.alignment_inputs import PADDED, dense_from_logits, dense_loss
 from tests.helpers.memory import memory_of
 
 # Pairs at once, pairs whose hidden units are held at once, keys at once.
-CUTS = {"as it is": None, "row by row": (1, 1, 5), "some rows": (40, 13, 7), "side by side": (4000, 30, 6)}
+PORTIONS = {"as it is": None, "row by row": (1, 1, 5), "some rows": (40, 13, 7), "side by side": (4000, 30, 6)}
 
 
-@pytest.fixture(params=CUTS)
+@pytest.fixture(params=PORTIONS)
 def cut(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    if CUTS[request.param] is not None:
-        products, hidden, keys = CUTS[request.param]
+    if PORTIONS[request.param] is not None:
+        products, hidden, keys = PORTIONS[request.param]
         monkeypatch.setattr(sweep, "CPU_PRODUCTS", products)
         monkeypatch.setattr(heads, "CPU_HIDDEN", hidden)
         monkeypatch.setattr(sweep, "KEYS_AT_ONCE", keys)
@@ -33,7 +33,7 @@ def cut(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def both(query: Tensor, key: Tensor, match: Correspondence, head: AlignmentHead, **options: Any) -> list[tuple]:
-    """Loss and gradients `(chunked, reference)` one after the other."""
+    """Pairs `(chunked, reference)` of the loss and of each gradient."""
     found = []
     for implementation in ("chunked", "reference"):
         loss = alignment_loss(query, key, match, head, implementation=implementation, **options)
@@ -103,7 +103,7 @@ def test_the_cuts_do_what_they_say(cut: str) -> None:
 
 @pytest.mark.parametrize("normalize", ["per_view", "all_views"])
 def test_soft_targets_are_a_gaussian_on_the_token_grid(normalize: str) -> None:
-    """Against targets laid out densely, one match after the other, by the definition."""
+    """Against dense targets by the definition, one match after the other."""
     softness, token_grids = 0.8, ((3, 4), (2, 3), (3, 4))
     query, key, match = make_inputs(batch=1, token_grids=token_grids, weighted=True, visible=0.3)
     head, expected, total = make_head(), torch.zeros((), dtype=torch.float64), 0.0
@@ -148,7 +148,7 @@ def test_single_precision_stays_within_its_bounds() -> None:
 
 
 def test_half_precision_is_no_worse_than_a_dense_path_in_half_precision() -> None:
-    """The dense path rounds its logits; this one rounds inputs and gradients only. Judged by error, angle and bias."""
+    """The dense path rounds its logits; this one rounds inputs and gradients only. Compares error, angle and bias."""
     query, key, match = make_inputs(batch=1, heads=8, token_grids=((8, 8),) * 3, dim=40, seed=4, dtype=torch.bfloat16)
     head = make_head(heads=8)
     exact_query, exact_key = (tensor.detach().double().requires_grad_() for tensor in (query, key))
@@ -171,12 +171,12 @@ def test_half_precision_is_no_worse_than_a_dense_path_in_half_precision() -> Non
     for mine, other in zip(ours, expected, strict=True):
         mine, flat = mine.double().flatten(), other.flatten()
         assert torch.cosine_similarity(mine, flat, dim=0) > 0.9999
-        # Rounding must not make gradients longer or shorter on the whole.
+        # Rounding must not make the gradients longer or shorter on average.
         assert abs((mine @ flat) / (flat @ flat) - 1) < 1e-3
 
 
 def test_the_workspace_is_bounded_and_the_gradient_is_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Peak of all that torch allocates over the inputs: the two gradients and the workspace."""
+    """The peak of torch's allocations beyond the inputs is that of the two gradients and the workspace."""
     monkeypatch.setattr(heads, "WORKSPACE_BYTES", 8 << 20)
     for side in (8, 24):
         query, key, match = make_inputs(batch=1, heads=5, token_grids=((side, side),) * 4, dim=32, dtype=torch.float32)

@@ -30,7 +30,7 @@ class Checkpointed(Toy):
 
 
 def model_of(kind: type[nn.Module] = Toy, **options: Any) -> cameo.CameoModel:
-    """The same weights in every process; sums, so that the gradients of processes add up to those of all samples."""
+    """The same weights in every process. Losses are sums, so that the gradients of the processes add up."""
     torch.manual_seed(0)
     return cameo.wrap(kind().double(), layer=LAYER, layout="b (v h w)", reduction="sum", **options).double()
 
@@ -104,7 +104,7 @@ def train(rank: int, folder: str) -> None:
 
 @pytest.fixture(scope="module")
 def processes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[tuple[str, bool], Result]]:
-    """What each of two processes found."""
+    """Return the results of each of two processes."""
     folder = tmp_path_factory.mktemp("processes")
     other = torch.multiprocessing.get_context("spawn").Process(target=train, args=(1, str(folder)))
     other.start()
@@ -131,6 +131,6 @@ def test_gradients_are_those_of_one_process_on_all_samples(
     torch.testing.assert_close(found[0]["loss"] + found[1]["loss"], expected.pop("loss"), rtol=1e-12, atol=0)
     assert expected.keys() == dict(model.named_parameters()).keys()
     for name, gradient in expected.items():
-        # Both take the mean over the processes. That of the key's bias is 0 but for rounding.
+        # Both take the mean over the processes. The gradient of the key's bias is 0 up to rounding.
         torch.testing.assert_close(2 * found[0][name], gradient, rtol=1e-11, atol=1e-14)
         assert torch.equal(found[0][name], found[1][name])

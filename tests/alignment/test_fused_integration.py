@@ -1,4 +1,4 @@
-"""The fused loss among the things that training adds: the operator's contract, half precision, compilation, copies."""
+"""The fused loss in training: the operator's contract, half precision, compilation, autocast, backbones, copies."""
 
 from __future__ import annotations
 
@@ -43,9 +43,6 @@ def queries_and_keys(dtype: torch.dtype = torch.float32, *, tokens: int = TOKENS
     return tuple(one.to(dtype).requires_grad_() for one in made)
 
 
-# 1. The operator
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @every_kind
 def test_the_operator_keeps_its_contract(kind: str, depth: int, dtype: torch.dtype) -> None:
@@ -65,7 +62,7 @@ def test_the_operator_keeps_its_contract(kind: str, depth: int, dtype: torch.dty
             fake = operator(*torch.utils._pytree.tree_map_only(Tensor, mode.from_tensor, arguments))
         real = operator(*arguments)
         layouts = [[(one.stride(), one.dtype) for one in torch.utils._pytree.tree_leaves(out)] for out in (real, fake)]
-        assert layouts[0] == layouts[1]  # not all of it is compared above; inductor relies on it
+        assert layouts[0] == layouts[1]  # opcheck does not compare all of this, and inductor relies on it
 
 
 def test_a_second_derivative_is_refused_and_the_reference_has_it() -> None:
@@ -90,7 +87,7 @@ def test_a_graph_that_is_kept_gives_the_same_gradients_again(dtype: torch.dtype)
     first = torch.autograd.grad(loss, sources, retain_graph=True)
     kept = [gradient.clone() for gradient in first]
     for gradient in first:
-        gradient.fill_(torch.nan)  # they are the caller's to change
+        gradient.fill_(torch.nan)  # the caller may change them
     again = torch.autograd.grad(loss, sources, retain_graph=True)
     last = torch.autograd.grad(loss, sources)
     for gradients in (again, last):
@@ -115,14 +112,15 @@ def test_a_scaler_of_the_loss_neither_overflows_nor_loses_gradients() -> None:
     truth = [tensor.detach().double().requires_grad_() for tensor in (query, key)]
     expected = torch.autograd.grad(alignment_loss(*truth, match, make_head().double()), truth)
     size = max(gradient.abs().max() for gradient in expected)
-    assert 1e-5 < size < 65504 / 65536  # so that the factor takes it neither out of float16 nor leaves it below
+    # So that the product with the factor neither overflows in float16 nor underflows.
+    assert 1e-5 < size < 65504 / 65536
     factor = 65536.0
     gradients = torch.autograd.grad(factor * alignment_loss(query, key, match, make_head()), (query, key))
     plain = torch.autograd.grad(alignment_loss(query, key, match, make_head()), (query, key))
     for gradient, without, exact in zip(gradients, plain, expected, strict=True):
         assert gradient.dtype == torch.float16
         assert gradient.isfinite().all()
-        # Half a unit in the last place; where the factor was not, float16 has no places left.
+        # Half a unit in the last place; without the factor, float16 has no digits left.
         torch.testing.assert_close(gradient.double() / factor, exact, rtol=2**-11 * 1.1, atol=size.item() * 1e-6)
         assert (without == 0).sum() > (gradient == 0).sum()
 
@@ -131,7 +129,7 @@ def test_rounding_after_the_factor_of_the_loss_has_no_bias() -> None:
     match = checks.random_matches(((32, 32),) * 2)
     query, key = queries_and_keys(torch.bfloat16, tokens=1024, views=2)
     truth = [tensor.detach().double().requires_grad_() for tensor in (query, key)]
-    factor = 0.3  # not a number of bfloat16: rounded to it first, all gradients would be 0.1 % too large
+    factor = 0.3  # bfloat16 does not contain this number: rounded first, it would make all gradients 0.1 % too large
     expected = torch.autograd.grad(factor * alignment_loss(*truth, match, make_head().double()), truth)
     found = torch.autograd.grad(factor * alignment_loss(query, key, match, make_head()), (query, key))
     for gradient, exact in zip(found, expected, strict=True):
@@ -155,9 +153,6 @@ def test_the_loss_inside_of_a_checkpoint() -> None:
     assert all(map(torch.equal, found, expected))
 
 
-# 2. Compiled code around it
-
-
 @pytest.fixture
 def compiler() -> Iterator[None]:
     torch.compiler.reset()
@@ -168,7 +163,7 @@ def compiler() -> Iterator[None]:
 def check_compiled(
     backend: str, kind: str, depth: int, match: Correspondence = MATCH, whole: bool = True, **options: Any
 ) -> None:
-    """A function that makes queries and keys and takes their loss: compiled, without a break if `whole`, as not.
+    """A function that makes queries and keys and computes their loss: compiled (as one graph if `whole`) and not.
 
     Code that "inductor" generates may sum in another order, as the vectors of the processor suggest.
     """
@@ -201,12 +196,12 @@ def test_compiled_it_is_the_same(kind: str, depth: int, options: dict[str, Any],
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="the backend inductor needs a C++ compiler")
 def test_compiled_to_machine_code_it_is_the_same(compiler: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Inductor keeps what it generates, and does not ask later whether torch still uses the same vectors.
+    # Inductor caches the code that it generates, and does not check whether torch still uses the same vector width.
     folder = (
         Path(tempfile.gettempdir()) / f"cameo-inductor-{torch.__version__}-{torch.backends.cpu.get_cpu_capability()}"
     )
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(folder))
-    with torch._inductor.config.patch(compile_threads=1):  # no pool of processes for one small graph
+    with torch._inductor.config.patch(compile_threads=1):  # one small graph needs no pool of processes
         check_compiled("inductor", "mlp", 1)
 
 
@@ -218,9 +213,6 @@ def test_weights_of_matches_break_a_graph(compiler: None) -> None:
     ):  # its values are checked
         check_compiled("aot_eager", "mlp", 1, weighted)
     check_compiled("aot_eager", "mlp", 1, weighted, whole=False)
-
-
-# 3. Autocast
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -250,9 +242,6 @@ def test_the_loss_of_a_model_under_autocast_is_that_of_its_queries_and_keys() ->
     query, key, local = model.split(layer, seen, match)
     expected = alignment_loss(query, key, local, model.alignment_heads[0], scale=seen.scale)
     assert torch.equal(model.alignment_loss, expected)
-
-
-# 4. The backbones: rows, cells, views with a grid of their own, several layers
 
 
 def loss_and_gradients(model: cameo.CameoModel, given: checks.Inputs, match: Any) -> list[Tensor]:
@@ -316,9 +305,6 @@ def test_cells_have_the_loss_of_the_reference() -> None:
     model = cameo.wrap(JointModel().double(), layer="temporal", layout=TokenLayout("(b h w) v")).double()
     match = next_view(shift=0)
     check_against_reference(model, ((frames().double(),), {"num_frames": VIEWS}), match)
-
-
-# 5. Copies while a loss is alive
 
 
 @pytest.mark.parametrize(

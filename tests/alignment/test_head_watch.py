@@ -1,4 +1,4 @@
-"""A head that no optimizer holds is noticed in the first steps, and nothing else is taken for one."""
+"""A head that no optimizer holds is noticed in the first steps, and there are no false alarms."""
 
 from __future__ import annotations
 

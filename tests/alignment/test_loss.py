@@ -27,7 +27,7 @@ ASSETS = Path(__file__).parents[1] / "assets"
 
 
 class Golden:
-    """One file of published-method values; `distance` from the resampled point maps, by its own formula."""
+    """Values of the published method from one file; `distance` is computed from the resampled point maps."""
 
     def __init__(self, path: Path) -> None:
         data = {name: torch.as_tensor(value) for name, value in np.load(path).items()}
@@ -153,7 +153,7 @@ def test_released_takes_the_nearest_view_before_visibility() -> None:
     index = torch.full((1, 3, 3, 4), -1)
     index[0, 0, 1] = 2
     distance = torch.ones(1, 3, 3, 4)
-    distance[0, 0, 2, :3] = 0.5  # the nearest view of tokens 0 to 2 is view 2, where they are not visible
+    distance[0, 0, 2, :3] = 0.5  # the nearest view of tokens 0 to 2 is view 2, where they have no match
     match = Correspondence(index, ((2, 2),) * 3, distance=distance)
     weights = supervision_weights(match, reduction="released", num_reference_views=1)
     assert weights[0, 0, 1].tolist() == [0, 0, 0, 0.25]

@@ -58,7 +58,7 @@ def test_tensor_errors(change: Any, message: str) -> None:
         alignment_loss(*change(query, key), match, make_head())
 
 
-# Correspondence checks these itself, but on a GPU its values are not read: the loss must still refuse them.
+# Correspondence checks its values on the CPU only, so the loss must refuse them too.
 @pytest.mark.parametrize(
     ("place", "value", "message"),
     [

@@ -1,4 +1,4 @@
-"""The sweep over groups of queries that stand side by side: whose keys are held, and what fills up short groups."""
+"""The sweep over several groups side by side: which keys are kept for the next portion, and how groups are padded."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def assert_equal(got: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
 
 @every_normalization
 def test_eight_views_in_several_portions_equal_the_reference(normalize: str) -> None:
-    """All matches of one sample: more groups than stand side by side in one portion, each with keys of its own view."""
+    """A sample with all matches has more groups than fit side by side into a portion, each with another view's keys."""
     query, key, match = make_inputs(batch=1, token_grids=EIGHT_VIEWS, visible=1.0)
     assert_equal(*losses(query, key, match, normalize))
 
@@ -48,14 +48,14 @@ def test_portions_of_any_number_of_groups_equal_the_reference(groups: int, monke
 
     monkeypatch.setattr(sweep._Products, "losses", counting)
     assert_equal(*losses(query, key, match, "per_view"))
-    assert len(portions[0]) == groups, "they do not stand side by side"
-    assert len(set(portions)) > 1, "one portion has nothing to hold from another"
+    assert len(portions[0]) == groups, "the groups are not side by side"
+    assert len(set(portions)) > 1, "no portion can reuse the keys of another"
 
 
 @every_normalization
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf])
 def test_a_query_that_nobody_supervises_may_be_anything(normalize: str, poison: float) -> None:
-    """Short groups are filled up with token 0 of view 0, which has no match here and is no number."""
+    """Shorter groups are padded with token 0 of view 0, which has no match here and is not finite."""
     query, key, match = make_inputs(batch=2, token_grids=EIGHT_VIEWS)
     match.index[:, 0, :, 0] = -1
     expected = losses(query, key, match, normalize)[1]

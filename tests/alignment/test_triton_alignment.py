@@ -56,7 +56,7 @@ def run(
 
 
 def exactly(query: Tensor, key: Tensor, match: Correspondence, head: AlignmentHead, **options: Any) -> list[Tensor]:
-    """The reference in float64, of the inputs as they are rounded."""
+    """The reference in float64, for the rounded inputs."""
     query, key = (tensor.detach().double().requires_grad_() for tensor in (query, key))
     head = AlignmentHead(head.num_heads, head.kind, head.depth, head.expansion).double()
     loss = alignment_loss(query, key, match, head, implementation="reference", **options)
@@ -104,7 +104,7 @@ def test_half_precision_is_no_worse_than_the_dense_path(
     theirs = errors([dense.detach(), *gradients(dense, query, key, head)], expected)
     got = run(interpreted, query, key, match, head)
     ours = errors(got, expected)
-    # A loss is off by chance more or less: its bound is a rounding of the logits.
+    # The error of one loss varies by chance, so its bound is the rounding of the logits.
     assert ours[0] <= max(theirs[0], torch.finfo(dtype).eps)
     for mine, other in zip(ours[1:], theirs[1:], strict=True):
         assert mine <= max(1.1 * other, torch.finfo(torch.float16).eps)

@@ -1,4 +1,4 @@
-"""The Triton kernels compile for A100 and H100 without a GPU, and need what a good kernel may need."""
+"""The Triton kernels compile for A100 and H100 without a GPU, within bounds on registers, spills and instructions."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_registers_spills_and_instructions(
 
 @pytest.mark.parametrize(("heads", "dtype", "architecture"), [(20, "fp32", 80), (32, "bf16", 90)])
 def test_many_heads_compile(compiler: ModuleType, heads: int, dtype: str, architecture: int) -> None:
-    # Fewer hidden units than by default: compiling takes as long as there are units.
+    # Fewer hidden units than by default, since the time of compiling is proportional to their number.
     check(compiler.measure_scores(heads, dtype, architecture))
     for figures in compiler.measure_gradient(heads, dtype, architecture, units=8):
         check(figures)

@@ -141,7 +141,7 @@ def test_half_precision_is_closer_than_the_dense_path(interpreted: Interpreter, 
     true = expected_mlp(logits, parameters, rows)
     for tensor, dense, expected in zip(found, expected_mlp(logits, parameters, rows, dtype), true, strict=True):
         assert error(tensor, expected) <= error(dense, expected)
-    # The loss leaves the half precision behind, and what is not stored in it keeps the 11 bits of TF32.
+    # The loss is not stored in half precision, and the gradients of the weights keep the 11 bits of TF32.
     assert error(found[0], true[0]) <= TOLERANCE
     for tensor, expected in zip(found[2:], true[2:], strict=True):
         assert error(tensor, expected) <= 2**-11
@@ -181,7 +181,7 @@ def test_gelu_has_the_stated_error(interpreted: Interpreter, fast: bool, degree:
     true = x.double() * torch.from_numpy(special.ndtr(x.double().numpy()))
     # Not compared with torch's GELU, whose error depends on the processor: between 3.7e-7 and 1.2e-6 were seen.
     assert float((found - true).abs().max()) <= stated
-    # The coefficients are those of the best polynomial: the same function but for float32.
+    # The coefficients are those of the best polynomial: the same function up to the rounding of float32.
     square = np.minimum(x.double().numpy() ** 2, 5.5**2)
     fitted = x.double().numpy() * special.expit(-np.log(2) * x.double().numpy() * minimax(degree)(square))
     assert np.abs(found.numpy() - fitted).max() <= 8e-7
@@ -266,7 +266,7 @@ def test_the_same_bits_on_every_run(interpreted: Interpreter) -> None:
     torch.manual_seed(0)
     logits, parameters, rows = torch.randn(5, 14, 19), make_head(5, 20), make_rows(14, 19, 2, excluded=True)
     first = run_mlp(interpreted, logits, parameters, rows)
-    # Gradients are added to what is there: once more the same gives exactly twice as much.
+    # Gradients are added to the given tensors, so a second call gives exactly twice as much.
     second = interpreted(triton_interpreter.mlp_rows, logits, parameters, SCALE, rows, first[2:], "exact")
     for one, other, times in zip(first, second, (1, 1, 2, 2, 2), strict=True):
         assert torch.equal(times * one, other)

@@ -1,4 +1,4 @@
-"""What is not supervised: it changes nothing, whatever it holds, and where nothing is, the loss is 0."""
+"""Tokens that are not supervised change nothing, whatever they hold; where nothing is supervised, the loss is 0."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_nothing_supervised_is_zero_with_a_graph(why: str) -> None:
         options = {"pairs": torch.zeros(3, 3, dtype=torch.bool)}
     if why == "weight":
         match = Correspondence(match.index, match.token_grids, torch.zeros(match.index.shape))
-    if why == "nearest view":  # view 1 is visible in view 0, but view 2 is nearer
+    if why == "nearest view":  # view 0 has matches in view 1, but view 2 is nearer
         index, distance = torch.full((2, 3, 3, 6), -1), torch.ones(2, 3, 3, 6)
         index[:, 0, 1], distance[:, 0, 2] = 4, 0.5
         match = Correspondence(index, match.token_grids, distance=distance)

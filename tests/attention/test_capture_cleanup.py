@@ -18,7 +18,7 @@ from tests.helpers.captured_models import Attention, Model, capture, expected_qu
 
 
 def test_the_calls_are_free_with_the_capture(x: Tensor) -> None:
-    """Without a garbage collection, which may be long in coming."""
+    """Without a garbage collection, which may come much later."""
     with AttentionCapture(model := make_model(sdpa), [layer()]) as captured:
         model(x)
     query = weakref.ref(captured[layer().path].query)
@@ -49,7 +49,7 @@ def test_an_exception_inside_the_layer_leaves_nothing(error: BaseException, x: T
     assert torch.overrides._get_current_function_mode_stack() == []
     assert xformers_ops.memory_efficient_attention is original
     with pytest.raises(CaptureError, match="did not run"):
-        captured["first"]  # half a forward is no result
+        captured["first"]  # an incomplete forward gives no result
     model.second.kernel = sdpa
     with captured:
         model(x)
@@ -82,7 +82,7 @@ def test_another_thread_is_neither_observed_nor_disturbed(x: Tensor, xformers_op
     results: dict[str, Any] = {}
 
     def elsewhere() -> None:
-        results["same model"] = model(2 * x)  # its modules carry our hooks
+        results["same model"] = model(2 * x)  # its modules have the hooks of the capture
         results["other model"] = other(2 * x)
         results["fetched"] = xformers_ops.memory_efficient_attention
 
@@ -99,7 +99,7 @@ def test_another_thread_is_neither_observed_nor_disturbed(x: Tensor, xformers_op
     assert torch.equal(results["same model"], model(2 * x))
     assert torch.equal(results["other model"], other(2 * x))
     assert xformers_ops.memory_efficient_attention is original
-    late = results["fetched"](*(x[..., :DIMENSION] for _ in range(3)))  # the call of a thread that was slow
+    late = results["fetched"](*(x[..., :DIMENSION] for _ in range(3)))  # the late call of another thread
     assert torch.equal(late, original(*(x[..., :DIMENSION] for _ in range(3))))
 
 
@@ -107,7 +107,7 @@ def test_of_two_threads_the_last_one_puts_the_kernel_back(x: Tensor, xformers_op
     sdpa_inside = xformers_ops.memory_efficient_attention
 
     def original(*args: Any, **kwargs: Any) -> Tensor:
-        with torch._C.DisableTorchFunction():  # as the real one, whose kernel is not PyTorch's
+        with torch._C.DisableTorchFunction():  # like the real operator, whose kernel is not PyTorch's
             return sdpa_inside(*args, **kwargs)
 
     xformers_ops.memory_efficient_attention = original

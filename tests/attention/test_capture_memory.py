@@ -1,4 +1,4 @@
-"""The supervised layer keeps its fused kernel, and of its attention nothing but queries and keys is ever held."""
+"""The supervised layer keeps its fused kernel, and of its attention only queries and keys are ever held."""
 
 from __future__ import annotations
 
@@ -61,8 +61,8 @@ def attention_of(model: cameo.CameoModel) -> nn.Module:
     return model.get_submodule(f"base_model.{model.supervised_layers[0].path}")
 
 
-class Made:
-    """Queries and keys that the supervised layer makes while it is open; holds none of them."""
+class LiveQueriesAndKeys:
+    """Counts the queries and keys of the supervised layer that are still in memory, without holding them itself."""
 
     def __init__(self, model: cameo.CameoModel) -> None:
         layer = attention_of(model)
@@ -77,8 +77,8 @@ class Made:
 
 
 @pytest.fixture
-def no_collector() -> Iterator[None]:
-    """What dies, dies because nothing holds it, not because the garbage collector came by."""
+def no_garbage_collection() -> Iterator[None]:
+    """Without garbage collection, so that a tensor is freed only because nothing refers to it."""
     gc.disable()
     yield
     gc.enable()
@@ -127,7 +127,7 @@ def test_inside_the_supervised_layer_the_profiler_sees_the_fused_kernel() -> Non
     assert not [name for name in inside if "softmax" in name or "bmm" in name or "cameo" in name]
 
 
-def test_checkpointed_queries_and_keys_die_with_the_forward(no_collector: None, monkeypatch: Any) -> None:
+def test_checkpointed_queries_and_keys_die_with_the_forward(no_garbage_collection: None, monkeypatch: Any) -> None:
     watchers: list[int] = []
 
     class Counting(CallWatcher):
@@ -137,22 +137,22 @@ def test_checkpointed_queries_and_keys_die_with_the_forward(no_collector: None, 
 
     monkeypatch.setattr(cameo.attention.capture, "CallWatcher", Counting)
     model = wrapped(checkpointing=True)
-    made = Made(model)
+    made = LiveQueriesAndKeys(model)
     loss = loss_of(model, some_matches())
     assert len(made.storages) == 2
-    assert made.alive() == 0  # the loss holds their gradients, not them
+    assert made.alive() == 0  # the loss holds the gradients of queries and keys, not these
     kept = [StorageWeakRef(tensor.untyped_storage()) for tensor in saved_by_the_loss(model)]
     assert not any(storage.expired() for storage in kept)
     loss.backward()
     assert len(made.storages) == 4, "the layer was not computed again: nothing was tested"
-    assert watchers == [0]  # once, before the first of them was made: the second time nothing is captured
+    assert watchers == [0]  # once, before the first was computed: nothing is captured in the recomputation
     assert made.alive() == 0
-    assert float(model.alignment_loss.detach()) > 0  # still there, without
-    assert all(storage.expired() for storage in kept[:2])  # those by the head have become the gradients of its weights
+    assert float(model.alignment_loss.detach()) > 0  # the value remains
+    assert all(storage.expired() for storage in kept[:2])  # the others have become the gradients of the head's weights
 
 
 def saved_by_the_loss(model: cameo.CameoModel) -> tuple[Tensor, ...]:
-    """Gradients by query, key and the head that the operator keeps for the backward."""
+    """Gradients with respect to query, key and head that the operator keeps for the backward pass."""
     node = model.alignment_loss.grad_fn
     while node is not None and "alignment_loss" not in node.name():
         node = node.next_functions[0][0]
@@ -160,18 +160,18 @@ def saved_by_the_loss(model: cameo.CameoModel) -> tuple[Tensor, ...]:
     return node.saved_tensors
 
 
-def test_without_checkpointing_they_die_with_the_graph(no_collector: None) -> None:
+def test_without_checkpointing_they_die_with_the_graph(no_garbage_collection: None) -> None:
     model = wrapped()
-    made = Made(model)
+    made = LiveQueriesAndKeys(model)
     loss = loss_of(model, some_matches())
-    assert made.alive() == 2  # for the backward of the kernel
+    assert made.alive() == 2  # for the backward pass of the kernel
     loss.backward()
     assert made.alive() == 0
 
 
-def test_the_loss_without_a_gradient_holds_nothing(no_collector: None) -> None:
+def test_the_loss_without_a_gradient_holds_nothing(no_garbage_collection: None) -> None:
     model = wrapped()
-    made = Made(model)
+    made = LiveQueriesAndKeys(model)
     with torch.no_grad():
         loss_of(model, some_matches())
     assert made.alive() == 0
@@ -179,7 +179,7 @@ def test_the_loss_without_a_gradient_holds_nothing(no_collector: None) -> None:
 
 
 def memory_of_a_step(model: cameo.CameoModel, match: Correspondence | None) -> tuple[int, int]:
-    """Bytes that a step takes at the most beyond what was held before it, and that are left of it."""
+    """Return the most bytes that a step holds beyond those before it, and the bytes that remain after it."""
 
     def step() -> None:
         loss_of(model, match).backward()
@@ -191,9 +191,9 @@ def memory_of_a_step(model: cameo.CameoModel, match: Correspondence | None) -> t
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_step_holds_no_more_than_the_gradients_of_queries_and_keys(
-    checkpointing: bool, no_collector: None, monkeypatch: pytest.MonkeyPatch
+    checkpointing: bool, no_garbage_collection: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Portions so small that the workspace, gone before the model's own peak, is not the peak itself.
+    # Portions so small that the peak is the model's and not that of the workspace, which is freed before.
     monkeypatch.setattr(sweep, "CPU_PRODUCTS", 4096)
     monkeypatch.setattr(heads, "CPU_HIDDEN", 1024)
     model, match = wrapped(checkpointing=checkpointing), some_matches()

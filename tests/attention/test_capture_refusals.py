@@ -84,7 +84,7 @@ def test_two_different_calls_in_one_module_are_refused(x: Tensor) -> None:
         capture(model, x)
 
 
-def test_only_neighbouring_slices_of_one_tensor_are_joined() -> None:
+def test_only_neighboring_slices_of_one_tensor_are_joined() -> None:
     query, key = torch.randn(6, 4, 8), torch.randn(6, 4, 8)
     calls = [KernelCall(query[i : i + 2], key[i : i + 2], 1.0) for i in (0, 2, 4)]
     (joined,) = join_slices(calls)
@@ -135,8 +135,8 @@ def test_zero_logits_have_no_scale(x: Tensor) -> None:
 def test_a_softmax_that_is_not_the_attention_is_left_alone(x: Tensor) -> None:
     def kernel(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         logits = rows(q) @ rows(k).mT
-        gate = v.softmax(-1)  # between product and attention
-        mixed = logits.flatten().softmax(0).sum() + logits.softmax(0).sum()  # of the logits, but another axis
+        gate = v.softmax(-1)  # between the product and the softmax of the attention
+        mixed = logits.flatten().softmax(0).sum() + logits.softmax(0).sum()  # of the logits, but along another axis
         return from_rows((logits * SCALE).softmax(-1) @ rows(v)) * gate + mixed
 
     model = make_model(kernel)

@@ -21,7 +21,7 @@ Place = Callable[[int, int, int, int], tuple[int, int] | None]
 
 @dataclass
 class Case:
-    """One row of attention layers in use, with the position of (sample, view, row, column) written out."""
+    """A layout in use, with the position of each (sample, view, row, column) written out."""
 
     name: str
     layout: TokenLayout
@@ -179,7 +179,7 @@ every_case = pytest.mark.parametrize("case", CASES, ids=[case.name for case in C
 
 
 def folded_place(case: Case, b: int, y: int, x: int, width: int) -> tuple[int, int]:
-    """Position (B', N') of a token after folding, from the reach alone."""
+    """Position (B', N') of a token after folding, derived from the reach only."""
     return {
         "all": (b, y * width + x),
         "row": (b * H + y, x),

@@ -41,7 +41,7 @@ def test_batched_equals_loop(rooms):
 
 
 def test_autocast_changes_nothing(rooms):
-    rooms = {name: tensor.float() for name, tensor in rooms.items()}  # autocast leaves float64 alone
+    rooms = {name: tensor.float() for name, tensor in rooms.items()}  # autocast does not change float64
     with torch.autocast("cpu", dtype=torch.bfloat16):
         inside = both_ways(rooms, 8)
     for got, expected in zip(inside, both_ways(rooms, 8), strict=True):
@@ -143,7 +143,7 @@ def test_wrong_arguments_are_named():
 
 
 class NoWaiting(TorchDispatchMode):
-    """Fails where the host would wait for a GPU: values read, shapes that depend on them, copies from the host."""
+    """Fails where the host would wait for a GPU: reading values, shapes that depend on values, copies from the host."""
 
     waiting = (
         "_local_scalar_dense",
@@ -190,7 +190,7 @@ def test_unchecked_values_still_have_checked_shapes(rooms):
 
 
 class Matched(torch.utils.data.Dataset):
-    """Correspondences made where a sample is loaded."""
+    """Makes the correspondences in the process that loads the sample."""
 
     def __init__(self, rooms: dict[str, Tensor]) -> None:
         self.rooms = rooms
@@ -203,7 +203,7 @@ class Matched(torch.utils.data.Dataset):
 
 
 def test_in_the_workers_of_a_loader(rooms):
-    expected = both_ways(rooms, 16)  # in this process too, before it forks
+    expected = both_ways(rooms, 16)  # also in this process, before it forks
     loader = torch.utils.data.DataLoader(Matched(rooms), batch_size=2, num_workers=1, collate_fn=collate)
     for got, whole in zip(next(iter(loader)), expected, strict=True):
         assert torch.equal(got.index, whole.index)

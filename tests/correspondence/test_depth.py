@@ -29,7 +29,7 @@ def test_occluded_points_do_not_match_but_have_a_distance():
     depth[0, 1, :, :32] = 1.0
     match = Correspondence.from_depth(depth, *two_views(), token_grid=2)
     assert match.index[0, 0, 1].tolist() == [-1, -1, 2, 3]
-    # Token 0 at (16, 16): what hides the point lies half way to the camera.
+    # Token 0 at (16, 16): the surface that hides the point lies half way to the camera.
     point = torch.tensor([-0.5, -0.5, 2.0])
     torch.testing.assert_close(match.distance[0, 0, 1, 0], (point / 2).norm())
 
@@ -41,7 +41,7 @@ def test_points_behind_the_other_camera_do_not_match():
 
 
 def test_a_target_token_needs_a_measurement():
-    # The hole is the centre of the target token; the points land beside it, where there is depth.
+    # The hole is the center of the target token; the points are projected beside it, where there is depth.
     depth = wall()
     depth[0, 1, 0, 7:9, 7:9] = 0
     match = Correspondence.from_depth(depth, *two_views(right=0.125), token_grid=4)
@@ -52,7 +52,7 @@ def test_a_target_token_needs_a_measurement():
 
 
 def test_depth_edges_are_not_averaged():
-    # The centres of the middle tokens lie on the edge between depth 1 and depth 4.
+    # The centers of the middle tokens lie on the edge between depth 1 and depth 4.
     depth = wall(4.0)
     depth[..., :32] = 1.0
     match = Correspondence.from_depth(depth, *two_views(), token_grid=1)
@@ -87,5 +87,5 @@ def test_depth_reaches_its_goal_on_analytic_rooms(benchmark):
     assert scores["depth"].recall >= 0.95
     assert scores["depth"].false <= 0.01
     assert scores["depth"].on_token >= 0.98
-    # What the cycle check alone lets through is the reason why depth is offered.
+    # The wrong matches that the cycle check alone keeps are the reason to offer matching by depth.
     assert scores["points"].false > 0.05

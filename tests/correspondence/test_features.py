@@ -1,4 +1,4 @@
-"""Frozen image features, and the matches that are made of them."""
+"""Frozen image features, and the matches that are made from them."""
 
 from __future__ import annotations
 
@@ -43,9 +43,6 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("weights") / "vit.safetensors"
     save_file(timm.create_model(NAME, num_classes=10).state_dict(), path)
     return path
-
-
-# ---- the network
 
 
 def test_features_are_the_patch_tokens_of_the_network(checkpoint: Path) -> None:
@@ -137,11 +134,8 @@ def test_images_of_another_shape_are_refused(extractor: FeatureExtractor) -> Non
         extractor(torch.zeros(2, 3, 8, 8))
 
 
-# ---- matches
-
-
 def by_loops(features: Tensor, threshold: float, least: float = -math.inf) -> Tensor:
-    """The definition: every pair of tokens by itself; features on the grid of the tokens."""
+    """Matches by their definition, one pair of tokens at a time, for features on the token grid."""
     batch, views, _, h, w = features.shape
     index = torch.full((batch, views, views, h * w), -1)
     for b in range(batch):
@@ -230,7 +224,7 @@ def test_features_are_resampled_to_each_view_s_grid() -> None:
     assert found.token_grids == ((4, 4), (8, 8))
     assert found.index.shape == (1, 2, 2, 64)
     assert (found.index[0, 0, 1, 16:] == -1).all()
-    # antialiased, constant cells keep their direction closely enough to find their own place again
+    # Antialiasing changes the direction of constant cells so little that each still finds its own token.
     same = Correspondence.from_features(torch.cat([fine[:, :1], fine[:, :1]], dim=1), token_grid=4)
     assert same.index[0, 0, 1].tolist() == list(range(16))
     missing = fine.clone()
@@ -267,9 +261,6 @@ def test_a_batch_is_matched_by_its_features() -> None:
     assert torch.equal(found.index, Correspondence.from_features(features, cycle_threshold=3.0).index)
     with pytest.raises(DataError, match=r"sample \['room/1'\]: has no features"):
         match_batch({"key": ["room/1"]}, (4, 4), kind="features")
-
-
-# ---- the benchmark
 
 
 @pytest.fixture(scope="module")

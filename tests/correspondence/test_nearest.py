@@ -1,3 +1,5 @@
+"""Nearest neighbors: matrix products and the Triton kernels against coordinate differences."""
+
 from __future__ import annotations
 
 import functools
@@ -76,7 +78,7 @@ def test_products_settle_ties_everywhere(dtype):
 
 
 def test_what_products_cannot_resolve_is_settled(monkeypatch):
-    # Two clusters far apart, in which neighbours differ by less than the rounding of a product.
+    # Two clusters far apart, in which neighbors differ by less than the rounding of a product.
     tokens = torch.rand(1, 2, 256, 3, generator=torch.Generator().manual_seed(0)) / 50
     tokens[:, :, ::2, 0] += 100
     tokens[:, :, 1::2, 0] -= 100
@@ -115,7 +117,9 @@ def test_an_implementation_that_cannot_serve_is_refused():
         match_tokens(torch.zeros(1, 2, 4, 3), (2, 2), 1.5, implementation="product")
     with pytest.raises(ValueError, match="settles its near-ties on the CPU, got tokens on meta"):
         match_tokens(torch.zeros(1, 2, 4, 3, device="meta"), (2, 2), 1.5, implementation="products")
-    with pytest.raises(ValueError, match="cannot serve this: the tokens are on cpu; the kernels need a CUDA device"):
+    with pytest.raises(
+        ValueError, match="cannot serve this: the tensors are on cpu; the Triton kernels need a CUDA device"
+    ):
         match_tokens(torch.zeros(1, 2, 4, 3), (2, 2), 1.5, implementation="triton")
 
 

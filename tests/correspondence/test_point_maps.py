@@ -1,4 +1,4 @@
-"""Matches of point maps: nearest neighbours that are cycle-consistent."""
+"""Matches of point maps: nearest neighbors that are cycle-consistent."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_golden_four_views(golden):
 
 
 def loop_match(tokens: Tensor, width: int, threshold: float) -> tuple[Tensor, Tensor]:
-    """Nearest neighbours and cycle check by plain loops over ``tokens [V, N, 3]``."""
+    """Nearest neighbors and cycle check by plain loops over ``tokens [V, N, 3]``."""
     views, count, _ = tokens.shape
 
     def nearest(i: int, j: int, x: int) -> tuple[int, float]:
@@ -94,20 +94,20 @@ def test_far_from_the_origin_single_precision_is_exact():
     assert torch.equal(near.distance, far.distance)
 
 
-def test_missing_points_do_not_leak_into_their_neighbours():
+def test_missing_points_do_not_leak_into_their_neighbors():
     rows, columns = torch.meshgrid(torch.arange(9.0), torch.arange(9.0), indexing="ij")
     points = torch.stack([columns, rows, torch.ones(9, 9)]).expand(1, 2, 3, 9, 9).clone()
     whole = Correspondence.from_point_maps(points, token_grid=3)
     assert whole.index[0, 0, 1].tolist() == list(range(9))
-    points[0, 1, 1, 0, 0] = math.nan  # nothing reads it: the centre of each token is a pixel centre
+    points[0, 1, 1, 0, 0] = math.nan  # no token reads it, since the center of each token is a pixel center
     assert torch.equal(Correspondence.from_point_maps(points, token_grid=3).index, whole.index)
-    points[0, 1, 1, 4, 4] = math.nan  # the centre of the middle token
+    points[0, 1, 1, 4, 4] = math.nan  # the center of the middle token
     holed = Correspondence.from_point_maps(points, token_grid=3)
     assert not (holed.index[0, 0, 1] == 4).any()
     assert holed.index[0, 1, 0, 4] == -1
     assert holed.distance[0, 1, 0, 4] == math.inf
     assert holed.distance[0, 0, 1, 4] == 3.0  # the nearest one that is measured
-    # With an even number of pixels per token one missing pixel of four takes the token away.
+    # With an even number of pixels per token one missing pixel of four is enough for a token without a measurement.
     even = Correspondence.from_point_maps(points[..., :8, :8], token_grid=4)
     assert even.distance[0, 1, 0].isinf().nonzero().flatten().tolist() == [0, 10]
 
@@ -121,7 +121,7 @@ def test_max_distance_drops_far_matches_only():
 
 
 def test_cycle_threshold_is_strict():
-    # Token 0 of view 0 meets the only point of view 1, whose own nearest is token 1, one column away.
+    # Token 0 of view 0 meets the only point of view 1, whose nearest neighbor is token 1, one column away.
     points = torch.tensor([[1.0, 0.0], [0.1, 9.0]])[None, :, None, None, :].repeat(1, 1, 3, 1, 1)
     points[0, 1, :, 0, 1] = math.nan
     assert Correspondence.from_point_maps(points, token_grid=(1, 2)).index[0, 0, 1].tolist() == [0, 0]

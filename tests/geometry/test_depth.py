@@ -24,7 +24,7 @@ def test_sample_depth_is_exact_on_planes():
 
 def test_sample_depth_takes_one_side_of_an_edge():
     depth = torch.tensor([1.0, 1, 1, 4, 4, 4]).expand(1, 1, 1, 6, 6)
-    x = torch.linspace(0.05, 5.95, 60)  # does not hold the edge itself, where either side is right
+    x = torch.linspace(0.05, 5.95, 60)  # without the edge itself, where either side is right
     xy = torch.stack([x, torch.full_like(x, 3.0)], dim=-1)[None, None]
     assert sample_depth(depth, xy).flatten().tolist() == [1.0 if a < 3 else 4.0 for a in x.tolist()]
 
@@ -32,7 +32,7 @@ def test_sample_depth_takes_one_side_of_an_edge():
 def test_sample_depth_follows_the_surface_with_most_weight():
     depth = torch.full((1, 1, 1, 2, 2), 1.0)
     depth[..., 0, 0] = 4.0
-    # In the middle all four pixels are equally near and three agree; in the corner the single one prevails.
+    # In the middle all four pixels are equally near and three agree; in the corner the single one has the most weight.
     xy = torch.tensor([[1.0, 1.0], [0.9, 0.9], [0.6, 0.6]])[None, None]
     assert sample_depth(depth, xy).flatten().tolist() == [1.0, 1.0, 4.0]
 

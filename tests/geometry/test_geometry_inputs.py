@@ -1,4 +1,4 @@
-"""What functions on cameras do with integers, with values that are no camera, and with token_grids that are none."""
+"""How functions on cameras treat integers, invalid cameras, invalid sizes, and cameras of another image size."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_integer_intrinsics_are_resized_and_cropped_as_the_same_numbers(dtype):
 
 
 def test_integers_count_as_the_same_numbers_or_are_refused():
-    """What every function of tensors does with integers: the same result as with floats, or an error by name."""
+    """Each function gives the same result for integer tensors as for floats, or an error that names the argument."""
     cameras = torch.tensor([[8.0, 0, 4], [0, 8, 4], [0, 0, 1]]).expand(1, 2, 3, 3), torch.eye(4).expand(1, 2, 4, 4)
     points = torch.tensor([[[[1.0, 2, 4]]]]).expand(1, 2, 1, 3)
     depth, up = torch.full((1, 2, 1, 4, 4), 3.0), torch.tensor([[0.0, 1, 0]])
@@ -91,6 +91,6 @@ def test_intrinsics_of_another_image_size_are_noticed():
         Correspondence.from_depth(depth, resize_intrinsics(pixels, (8, 8), (64, 64)), extrinsics, token_grid=2)
     with warnings.catch_warnings(action="error"):
         Correspondence.from_depth(depth, pixels, extrinsics, token_grid=2)
-        # one view cut out far from the middle is nothing unusual
+        # A single view whose principal point lies outside its image is usual for a crop.
         some = torch.cat([pixels, crop_intrinsics(pixels, 0, -20)], dim=1)
         Correspondence.from_depth(depth.expand(1, 2, 1, 8, 8), some, extrinsics.expand(1, 2, 4, 4), token_grid=2)

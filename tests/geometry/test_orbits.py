@@ -1,4 +1,4 @@
-"""Orbits: the centre that cameras look at, up, azimuth and elevation."""
+"""Orbits: the center that cameras look at, up, azimuth and elevation."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def test_orbit_centre_is_where_the_axes_meet() -> None:
     extrinsics = looking_at(positions, [1.0, 2.0, 0.5])
     expected = torch.tensor([[1.0, 2.0, 0.5]], dtype=torch.float64)
     torch.testing.assert_close(orbit_centre(extrinsics), expected)
-    # Whatever the depth says, as long as the point is in front.
+    # Independent of the depth, as long as the point is in front of the cameras.
     torch.testing.assert_close(orbit_centre(extrinsics, flat_depth(2.0, 9.0, 1.0)), expected)
     # In single precision, and far from the origin of the world.
     far = looking_at([[x + 5000, y, z] for x, y, z in positions], [5001.0, 2.0, 0.5]).float()
@@ -50,7 +50,7 @@ def test_orbit_centre_of_parallel_axes_is_at_the_median_depth() -> None:
 
 
 def test_orbit_centre_goes_over_from_depth_to_axes_without_a_jump() -> None:
-    """Two cameras 10 m from a point, ever nearer to each other; the depth says 4 m."""
+    """Two cameras 10 m from a point, ever nearer to each other; the depth is 4 m."""
     found = []
     for degrees in torch.linspace(0.5, 4.0, 36).tolist():  # of each axis from the middle
         side = 10 * math.sin(math.radians(degrees))
@@ -97,17 +97,17 @@ def test_spherical_angles_hand_computed() -> None:
     torch.testing.assert_close(azimuth[0], expected, atol=1e-6, rtol=0)
     torch.testing.assert_close(elevation[0], azimuth.new_tensor([0, 0, 0, 0, 45, -45, 0]), atol=1e-6, rtol=0)
     assert distance[0, :6].tolist() == pytest.approx([2, 2, 2, 2, math.sqrt(2), math.sqrt(8)])
-    # y up: 0 is x still, and it grows counter-clockwise seen from +y, so from x towards -z.
+    # y up: azimuth 0 is still x, and it increases counter-clockwise seen from +y, that is, from x towards -z.
     turned = torch.tensor([[1.0, 0, 0], [0, 0, -1], [0, 1, 0]], dtype=torch.float64)
     rotated = extrinsics.clone()
     rotated[..., :3, :3] = extrinsics[..., :3, :3] @ turned
     again = spherical_angles(rotated, torch.zeros(1, 3), torch.tensor([[0.0, 1, 0]]))
     torch.testing.assert_close(again[0], azimuth, atol=1e-6, rtol=0)
     torch.testing.assert_close(again[1], elevation)
-    # x up: 0 is y.
+    # x up: azimuth 0 is y.
     azimuth, _, _ = spherical_angles(extrinsics, torch.zeros(1, 3), torch.tensor([[1.0, 0, 0]]))
     assert azimuth[0, 1] == pytest.approx(0.0)
-    # From another centre: the camera at (2, 0, 0) stands at (0, 2, 0) as seen from (2, -2, 0).
+    # From another center: the camera at (2, 0, 0) stands at (0, 2, 0) as seen from (2, -2, 0).
     moved = spherical_angles(extrinsics, torch.tensor([[2.0, -2, 0]]), up)
     assert [float(part[0, 0]) for part in moved] == pytest.approx([90, 0, 2])
 
@@ -116,7 +116,7 @@ def test_azimuth_stays_below_360_in_single_precision_and_poles_have_numbers() ->
     extrinsics = looking_at([[1.0, -1e-9, 0], [1.0, 0, 0]], [0.0, 0, 0]).float()
     extrinsics[0, 0, :3, 3] = torch.linalg.solve(torch.eye(3), -extrinsics[0, 0, :3, :3] @ torch.tensor([1, -1e-9, 0]))
     above = torch.eye(4).repeat(1, 2, 1, 1)
-    above[0, 0, 2, 3] = -3.0  # centre (0, 0, 3)
+    above[0, 0, 2, 3] = -3.0  # center (0, 0, 3)
     for cameras in (extrinsics, above):
         azimuth, elevation, distance = spherical_angles(cameras, torch.zeros(1, 3), torch.tensor([[0.0, 0, 1]]))
         assert ((azimuth >= 0) & (azimuth < 360)).all()
@@ -129,10 +129,10 @@ def test_estimated_up() -> None:
     ring = looking_at([[2.0, 0, 1], [0, 2, 1], [-2, 0, 1], [0, -2, 1]], [0.0, 0, 0])
     up = torch.tensor([[0.0, 0, 1]], dtype=torch.float64)
     torch.testing.assert_close(estimate_up(ring), up)
-    # One camera that looks down by 45 degrees: wrong by as much, as documented.
+    # One camera that looks down by 45 degrees gives a direction that is wrong by 45 degrees, as documented.
     slope = estimate_up(looking_at([[1.0, 0, 1]], [0.0, 0, 0]))
     torch.testing.assert_close(slope, up.new_tensor([[-math.sqrt(0.5), 0, math.sqrt(0.5)]]))
-    # Up and down cancel out: that of view 0.
+    # Up and down cancel out, so the direction of view 0 is taken.
     opposite = torch.eye(4).repeat(1, 2, 1, 1)
     opposite[0, 1, :2, :2] *= -1
     assert estimate_up(opposite).tolist() == [[0.0, -1.0, 0.0]]

@@ -33,7 +33,7 @@ def test_unproject_hand_computed():
     depth = torch.zeros(1, 1, 1, 48, 64)
     depth[..., 24, 32] = 10.0
     points = unproject(depth, *camera_towards_x())
-    # The pixel centre (32.5, 24.5) is half a pixel right of and below the axis: 10 * 0.5 / 100 units.
+    # The pixel center (32.5, 24.5) is half a pixel right of and below the axis: 10 * 0.5 / 100 units.
     torch.testing.assert_close(points[0, 0, :, 24, 32], torch.tensor([11.0, 2.05, 2.95]))
     assert points.isnan().sum() == 3 * (48 * 64 - 1)
 

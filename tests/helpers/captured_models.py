@@ -1,4 +1,4 @@
-"""A small model of two attentions whose kernel has any form, and how its calls are captured."""
+"""A small model of two attentions with any kernel, and the capture of its calls."""
 
 from __future__ import annotations
 
