@@ -1,4 +1,4 @@
-"""Evaluate a multi-view diffusion model, or set evaluated models side by side.
+"""Evaluate a multi-view diffusion model, or compare models that were evaluated.
 
     python recipes/evaluate.py backbone=cat3d                                       # a base as it is
     python recipes/evaluate.py checkpoint=outputs/lora-cat3d-tiny/adapter output=results/with
@@ -8,11 +8,12 @@
 
 A checkpoint is a saved adapter or pipeline, a `checkpoint-N` of a run, or the id of a Hub repository
 (`checkpoint_revision=`). Its data is the validation set of its run (`config.yaml` beside it), else that of the
-backbone's settings file; every setting of `cameo.training.settings.TrainingConfig` can be given as key=value and wins.
-What is measured, on how many samples and with how many sampling steps are the settings of
-`cameo.evaluation.settings.EvaluationSettings`, given the same way. --help lists all of them, --print-config prints
+backbone's settings file; every setting of `cameo.training.settings.TrainingConfig` can be given as key=value, which
+takes precedence. The settings of `cameo.evaluation.settings.EvaluationSettings`, given the same way, say what is
+measured, on how many samples and with how many sampling steps. --help lists all of them, --print-config prints
 those that a run would use.
-Without GPU and with the default settings a small model takes minutes; num_sampled=0 leaves out what needs sampling.
+Without a GPU and with the default settings a small model takes minutes; num_sampled=0 skips the figures that need
+sampling.
 
 Written to `output` (default `outputs/evaluation`): result.json, table.md, denoising.png, attention.png, scenes.png,
 samples.png; with --compare table.md and comparison.png (default `outputs/comparison`).
@@ -44,10 +45,10 @@ class Options(Settings):
     checkpoint_revision: str | None = setting(None)
     # Folder of the result. null, the default, is outputs/evaluation, or outputs/comparison with --compare.
     output: str | None = setting(None, path=True)
-    # Whether results are set side by side instead: --compare FOLDER FOLDER ..., the first is what the others are
-    # compared with. false by default.
+    # Whether results are compared instead: --compare FOLDER FOLDER ...; all others are compared with the first. false
+    # by default.
     compare: bool = setting(False)
-    # Folders of the results that --compare sets side by side.
+    # Folders of the results that --compare compares.
     results: list[str] = setting(factory=list, positional=True)
 
     def check(self) -> None:
@@ -60,7 +61,7 @@ class Options(Settings):
 
 
 def read(arguments: list[str]) -> tuple[Options, dict[str, Any], dict[str, Any]]:
-    """Read the options, and sort the other settings into those of the evaluation and those of the training."""
+    """Read the options, and separate the other settings into those of the evaluation and those of the training."""
     options, evaluation, settings = split_arguments(arguments, Options, EvaluationSettings, TrainingConfig)
     return Options(**typed_values(Options, options)), evaluation, settings
 
@@ -82,14 +83,11 @@ def read_all(arguments: list[str]) -> tuple[Any, ...]:
 
 
 def main(arguments: list[str]) -> None:
-    """Evaluate or compare; prints the table."""
+    """Evaluate or compare, and print the table."""
     from cameo.processes.launch import Launch
 
     Launch.from_environment().refuse_several_processes("recipes/evaluate.py")
     options, evaluation, settings = read(arguments)
-    from cameo.processes.launch import Launch
-
-    Launch.from_environment().refuse_several_processes("recipes/evaluate.py")
     if options.compare:
         compare(options.results, Path(options.output or "outputs/comparison"))
         return
@@ -99,12 +97,14 @@ def main(arguments: list[str]) -> None:
     from cameo.training.runs import data_settings, load_evaluated
 
     run = load_evaluated(settings, CONFIGS, checkpoint=options.checkpoint, revision=options.checkpoint_revision)
-    measured = evaluation_settings(evaluation, run.config)
+    settings_of_evaluation = evaluation_settings(evaluation, run.config)
     data = build_dataset(run.config, "validation")
     sampled = None
-    if measured.num_sampled and run.config.num_reference_views:
-        sampled = sample_targets(run.model, run.pipeline, data, measured)
-    result = evaluate(run.model, run.pipeline, data, measured, sampled=sampled, trained_head=run.trained_head)
+    if settings_of_evaluation.num_sampled and run.config.num_reference_views:
+        sampled = sample_targets(run.model, run.pipeline, data, settings_of_evaluation)
+    result = evaluate(
+        run.model, run.pipeline, data, settings_of_evaluation, sampled=sampled, trained_head=run.trained_head
+    )
     result["data"] |= data_settings(run.config)
     result["run"] = run.facts
     output = Path(options.output or "outputs/evaluation")
@@ -115,7 +115,7 @@ def main(arguments: list[str]) -> None:
 
 
 def compare(paths: list[str], output: Path) -> None:
-    """Set result files side by side; the first one is what the others are compared with."""
+    """Compare the results of several evaluations with the first of them."""
     from cameo.evaluation.compare import comparison_figure, comparison_table, name_results
     from cameo.evaluation.pictures import save_figure
 

@@ -38,7 +38,7 @@ def main(arguments: list[str]) -> None:
 
 
 def run(config: TrainingConfig) -> None:
-    """Train one model, and write what came of it."""
+    """Train one model, and write its results."""
     from cameo.training.data import build_dataset
     from cameo.training.setup import (
         card_metrics,
@@ -53,12 +53,13 @@ def run(config: TrainingConfig) -> None:
     from cameo.training.trainer import Trainer
 
     check_push(config)
-    train, held_out = build_dataset(config, "train"), build_dataset(config, "validation")
+    training_set, validation_set = build_dataset(config, "train"), build_dataset(config, "validation")
     pipeline = load_pipeline(config)
     pipeline.denoiser.requires_grad_(True)
     to_run_device(pipeline, config)
-    model = wrap_denoiser(pipeline, config, train)
-    trainer = Trainer(model, pipeline, train, config, on_validation=validation_callback(pipeline, held_out, config))
+    model = wrap_denoiser(pipeline, config, training_set)
+    on_validation = validation_callback(pipeline, validation_set, config)
+    trainer = Trainer(model, pipeline, training_set, config, on_validation=on_validation)
     result, accelerator = trainer.train(), trainer.accelerator
     accelerator.end_training()
     if result.stopped_by:
@@ -69,7 +70,7 @@ def run(config: TrainingConfig) -> None:
         return
     output = Path(config.output_dir)
     name = "with CAMEO" if config.loss_weight else "without CAMEO"
-    pictures = write_pictures({name: model}, pipeline, held_out, config, output / "pictures")
+    pictures = write_pictures({name: model}, pipeline, validation_set, config, output / "pictures")
     write_atomically(output / "validation.json", json.dumps({name: result.validations}, indent=2) + "\n")
     table = metrics_table({f"step {entry['step']}": entry for entry in result.validations[-3:]})
     print(f"\n{table}\n")

@@ -36,20 +36,20 @@ def main(arguments: list[str]) -> None:
     from cameo.training.setup import begin_run
 
     with begin_run(config, demonstration=not arguments):
-        run_arms(config)
+        train_and_compare(config)
 
 
-def run_arms(config: TrainingConfig) -> None:
-    """Train each run of the recipe, one after the other, and write what came of them."""
+def train_and_compare(config: TrainingConfig) -> None:
+    """Train each run of the recipe, one after the other, and write their results."""
     from cameo.training.data import build_dataset
-    from cameo.training.setup import arms_of, card_metrics, check_push, metrics_table, train_lora, write_pictures
+    from cameo.training.setup import card_metrics, check_push, metrics_table, planned_runs, train_lora, write_pictures
 
     check_push(config)
-    arms = arms_of(config)
-    train, held_out = build_dataset(config, "train"), build_dataset(config, "validation")
+    planned = planned_runs(config)
+    training_set, validation_set = build_dataset(config, "train"), build_dataset(config, "validation")
     runs = {}
-    for name, settings in arms.items():
-        run = runs[name] = train_lora(settings, train, held_out)
+    for name, settings in planned.items():
+        run = runs[name] = train_lora(settings, training_set, validation_set)
         if run.result.stopped_by:
             break
     accelerator = run.trainer.accelerator
@@ -62,7 +62,7 @@ def run_arms(config: TrainingConfig) -> None:
         return
     output = Path(config.output_dir)
     pictures = write_pictures(
-        {name: run.model for name, run in runs.items()}, run.pipeline, held_out, config, output / "pictures"
+        {name: run.model for name, run in runs.items()}, run.pipeline, validation_set, config, output / "pictures"
     )
     validations = {name: run.validations for name, run in runs.items()}
     write_atomically(output / "validation.json", json.dumps(validations, indent=2) + "\n")

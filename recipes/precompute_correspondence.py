@@ -4,12 +4,12 @@
     python recipes/lora_finetune.py             config=my.yaml precomputed_correspondence=matches
     torchrun --nproc_per_node 2 recipes/precompute_correspondence.py config=my.yaml precomputed_correspondence=matches
 
-Settings are those of the training, so its settings file serves both, and a few besides; --help lists all of them,
+The settings are those of the training, so one settings file serves both, and a few more; --help lists all of them,
 --print-config prints those that a run would use.
 
-What is written stays: a run that was interrupted goes on and has lost ten minutes at most, a longer training adds to
-the folder, and where all is there nothing is done. Processes share the scenes by their number in the environment and
-need not run at the same time.
+Matches that are written are kept: an interrupted run continues and loses ten minutes of work at most, a longer training
+adds to the folder, and if no match is missing nothing is done. Processes divide the scenes by their number in the
+environment, and need not run at the same time.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def read(arguments: list[str]) -> tuple[Options, TrainingConfig]:
 
 
 def main(arguments: list[str]) -> None:
-    """Fill the folder, and say how much was written and what is still to be done."""
+    """Fill the folder, and print how much was written and which processes have not finished."""
     options, config = read(arguments)
     from cameo.training.precompute import Share, precompute
 

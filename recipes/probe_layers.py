@@ -1,21 +1,21 @@
-"""Find the layers of a multi-view diffusion model whose attention looks at the same surface point in other views.
+"""Find the layers of a multi-view diffusion model whose attention matches the same surface point in other views.
 
     python recipes/probe_layers.py backbone=cat3d                                    # the base of the settings file
     python recipes/probe_layers.py checkpoint=outputs/lora-cat3d-tiny/adapter        # a trained model, or its run's
     python recipes/probe_layers.py backbone=sv3d layers=0,2 timesteps=0.5,1.0 train_data_dir=path/to/rgbd
-    python recipes/probe_layers.py backbone=cat3d --perturb                          # and what each layer is needed for
+    python recipes/probe_layers.py backbone=cat3d --perturb                          # and the effect of each layer
     python recipes/probe_layers.py --list backbone=zero123plus                       # only list the layers
     python recipes/probe_layers.py --list backbone=mvdream pretrained_model_name_or_path=path/to/model
 
-Settings are those of the training recipes, and a few besides; --help lists all of them, --print-config prints those
-that a run would use. Probed are `num_validation_samples` samples of the validation set; with `inflate=true` the layers
-that see one view each, as if they were joined. A checkpoint is what `recipes/evaluate.py` takes
-(`checkpoint_revision=` for a Hub repository). `--perturb` validates the model with the attention of one layer at a time
-cut to its own view.
+The settings are those of the training recipes, and a few more; --help lists all of them, --print-config prints those
+that a run would use. The layers are probed on `num_validation_samples` samples of the validation set; with
+`inflate=true` these are the layers that see one view each, as if they were inflated. A checkpoint is given as for
+`recipes/evaluate.py` (`checkpoint_revision=` for a Hub repository). `--perturb` validates the model with the attention
+of one layer at a time restricted to its own view.
 
 Written to `output` (default `outputs/probe`): probe.json, for `cameo.wrap(layer="auto", probe=LayerProbe.load(...))`,
-table.md and heat_map.png; with --perturb also perturbation.png. With --list nothing is written, and `resolution` and
-`num_views` are what the token grids are told for.
+table.md and heat_map.png; with --perturb also perturbation.png. With --list nothing is written, and the token grids are
+those for `resolution` and `num_views`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ CONFIGS = Path(__file__).parent / "configs"
 
 @dataclass
 class Options(Settings):
-    """What is probed, and where the result goes."""
+    """What is probed, and where the result is written."""
 
     # Saved adapter or pipeline, checkpoint-N of a run, or id of a Hub repository. null, the default, probes the base
     # that the settings name.
@@ -51,10 +51,11 @@ class Options(Settings):
     timesteps: tuple[float, ...] = setting((0.1, 0.3, 0.5, 0.7, 0.9, 1.0), share="[0, 1]")
     # Folder of the result. outputs/probe by default.
     output: str = setting("outputs/probe", path=True)
-    # Whether the model is also validated with each layer cut to its own view, to see what it is needed for. false by
-    # default: one validation for each layer.
+    # Whether the model is also validated with each layer restricted to its own view, to measure the effect of the
+    # layer. false by default, since it takes one validation for each layer.
     perturb: bool = setting(False)
-    # Whether the layers are only listed, with what can be supervised; nothing is measured or written. false by default.
+    # Whether the layers are only listed, and whether each can be supervised; nothing is measured or written. false by
+    # default.
     list: bool = setting(False)
 
 
@@ -80,14 +81,11 @@ def read_all(arguments: list[str]) -> tuple[Options, TrainingConfig]:
 
 
 def main(arguments: list[str]) -> None:
-    """Probe the layers, or list them; prints a table."""
+    """Probe the layers, or list them, and print a table."""
     from cameo.processes.launch import Launch
 
     Launch.from_environment().refuse_several_processes("recipes/probe_layers.py")
     options, settings = read(arguments)
-    from cameo.processes.launch import Launch
-
-    Launch.from_environment().refuse_several_processes("recipes/probe_layers.py")
     if options.list:
         list_layers(read_settings(settings))
         return
@@ -118,7 +116,7 @@ def main(arguments: list[str]) -> None:
     if options.perturb:
         model = wrapped or cameo.wrap(pipeline.denoiser, config.backbone)  # which layer it supervises does not matter
         checked = ValidationSettings(num_samples=config.num_validation_samples, batch_size=config.train_batch_size)
-        # Layers that were probed as if they were joined mix no views yet; then those that do are cut.
+        # Layers that were probed as if they were inflated see one view each so far; then the cross-view layers are cut.
         chosen = None if probe.inflate and wrapped is None else [layer.path for layer in probe.layers]
         effects = perturb_layers(model, pipeline, data, checked, chosen)
         lost = {
@@ -157,14 +155,14 @@ def load_model(
 
 
 def read_settings(settings: dict[str, Any]) -> TrainingConfig:
-    """Read the settings file of the backbone, with the settings of the command line in place of its own."""
+    """Read the settings file of the backbone; the settings of the command line take precedence."""
     if "pretrained_model_name_or_path" in settings:
         settings = {"preset": "null", **settings}  # that of the settings file
     return load_config(settings_file("lora", CONFIGS, settings), settings)
 
 
 def list_layers(config: TrainingConfig) -> None:
-    """Print the layers in which the views meet."""
+    """Print the layers in which tokens of several views attend to each other."""
     from cameo.backbone import get_backbone
     from cameo.probing.listing import layer_table
     from cameo.training.setup import load_pipeline

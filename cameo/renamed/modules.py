@@ -114,6 +114,7 @@ MOVED_NAMES: dict[str, str] = {
     "cameo.adapters.zero123plus_unet.noise_schedule": "cameo.adapters.common.noise_schedules.linear_ddpm",
     "cameo.adapters.zero123plus_unet.reads_references": "cameo.adapters.zero123plus.layers.reads_references",
     "cameo.capture.AttentionSite": "cameo.attention.capture.AttentionLayer",
+    "cameo.evaluation.runs.Evaluated": "cameo.training.runs.EvaluatedModel",
     "cameo.evaluation.truth.Truth": "cameo.probing.truth.TrueMatches",
     "cameo.perturbation.Drop": "cameo.probing.ablation.QualityLoss",
     "cameo.probe_tally.BatchTruths": "cameo.probing.tally.BatchMatches",

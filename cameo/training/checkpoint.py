@@ -1,8 +1,8 @@
-"""Checkpoints that are either whole or not there.
+"""Checkpoints that are either complete or absent.
 
 A checkpoint is written into a hidden folder and renamed to `checkpoint-N` when it is complete, so a killed process
-leaves the earlier ones untouched. It holds the trained weights in the format they are published in, the alignment
-head, and accelerate's optimizer, scheduler and random states.
+leaves the earlier ones untouched. It holds the trained weights in the format in which they are published, the
+alignment head, and the states of the optimizer, the scheduler and the random generators, as accelerate saves them.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ __all__ = [
 ]
 
 NAME = re.compile(r"checkpoint-(\d+)")
-# What a killed process may leave: a checkpoint that was being written or removed, and what save_pretrained stages.
+# Folders that a killed process may leave: of a checkpoint that was being written or removed, and of save_pretrained.
 LEFTOVER = re.compile(r"\.checkpoint-\d+\.(partial|removed)|\.\.checkpoint-\d+\.partial\.[0-9a-f]{8}\.tmp")
 STATE_NAME = "trainer_state.json"
 
@@ -55,8 +55,8 @@ def find_checkpoint(output_dir: str | Path, resume_from_checkpoint: str) -> Path
     """Return the checkpoint that `latest`, a path, or a name within `output_dir` means.
 
     Raises:
-        DataError: if there is none (a run that was told to resume never starts anew in silence), or `output_dir`
-            holds later ones, which would not belong to the run that goes on.
+        DataError: if there is none (a run that is to resume never starts from the beginning instead), or `output_dir`
+            holds later checkpoints, which would not belong to the continued run.
     """
     known = list_checkpoints(output_dir)
     if resume_from_checkpoint == "latest":
@@ -69,13 +69,13 @@ def find_checkpoint(output_dir: str | Path, resume_from_checkpoint: str) -> Path
     path = Path(resume_from_checkpoint)
     path = path if path.is_dir() else Path(output_dir) / resume_from_checkpoint
     if not (path / STATE_NAME).is_file():
-        names = ", ".join(one.name for one in known) or "none"
+        names = ", ".join(checkpoint.name for checkpoint in known) or "none"
         raise DataError(
             f"resume_from_checkpoint={resume_from_checkpoint}: not a complete checkpoint folder; "
             f"in {output_dir}: {names}"
         )
     step = int(read_state(path)["step"])
-    if later := [one.name for one in known if _step(one) > step]:
+    if later := [checkpoint.name for checkpoint in known if _step(checkpoint) > step]:
         raise DataError(
             f"resume_from_checkpoint={resume_from_checkpoint}: {output_dir} holds later checkpoints "
             f"({', '.join(later)}). Remove them, or choose another output_dir for the branch"
@@ -84,7 +84,7 @@ def find_checkpoint(output_dir: str | Path, resume_from_checkpoint: str) -> Path
 
 
 def refuse_used_folder(output_dir: str | Path) -> None:
-    """Raise `DataError` where a new run would mix with the checkpoints of an earlier one."""
+    """Raise `DataError` if a new run would mix its checkpoints with those of an earlier run."""
     if list_checkpoints(output_dir):
         raise DataError(
             f"output_dir={output_dir} holds checkpoints of an earlier run. Continue it with "
@@ -132,13 +132,13 @@ def check_continues(checkpoint: Path, settings: Mapping[str, Any], max_train_ste
         ValueError: if a setting differs, so that another run would continue, or the checkpoint lies beyond the end.
     """
     state = read_state(checkpoint)
-    now = json.loads(json.dumps(dict(settings)))  # tuples come back from JSON as lists
-    # A setting that is younger than the checkpoint had its default.
-    then = {name: getattr(TrainingConfig, name, None) for name in now}
-    then |= current_names(TrainingConfig, state["settings"], warn=False)
-    differing = sorted(name for name in now.keys() | then.keys() if now.get(name) != then.get(name))
+    given = json.loads(json.dumps(dict(settings)))  # tuples come back from JSON as lists
+    # A setting that the checkpoint does not know had its default value.
+    saved = {name: getattr(TrainingConfig, name, None) for name in given}
+    saved |= current_names(TrainingConfig, state["settings"], warn=False)
+    differing = sorted(name for name in given.keys() | saved.keys() if given.get(name) != saved.get(name))
     if differing:
-        shown = ", ".join(f"{name}: {then.get(name)} -> {now.get(name)}" for name in differing)
+        shown = ", ".join(f"{name}: {saved.get(name)} -> {given.get(name)}" for name in differing)
         raise ValueError(
             f"{checkpoint}: the run cannot continue with other settings ({shown}). Restore them, or start a new run "
             "in another output_dir"
@@ -155,11 +155,11 @@ def load_trained(model: CameoModel, folder: str | Path) -> None:
         DataError: if the folder does not hold exactly the weights that the model trains.
     """
     folder = Path(folder)
-    core, form = core_module(model.base_model), format_in(folder)
+    core, weight_format = core_module(model.base_model), format_in(folder)
     try:
-        if form in ADAPTER_FORMATS:
-            _load_adapter(model.base_model, folder, form)
-        elif form == "module":
+        if weight_format in ADAPTER_FORMATS:
+            _load_adapter(model.base_model, folder, weight_format)
+        elif weight_format == "module":
             load_model(core, str(folder / MODULE_FILE))
         else:
             state: dict[str, Tensor] = {}
@@ -173,11 +173,11 @@ def load_trained(model: CameoModel, folder: str | Path) -> None:
         raise DataError(f"{folder}: does not fit the model that trains: {first}") from error
 
 
-def _load_adapter(base: nn.Module, folder: Path, form: str) -> None:
-    path = folder / (LORA_FILE if form == "diffusers_lora" else PEFT_FILE)
+def _load_adapter(base: nn.Module, folder: Path, weight_format: str) -> None:
+    path = folder / (LORA_FILE if weight_format == "diffusers_lora" else PEFT_FILE)
     state, name = load_file(str(path)), adapter_name(base)
     if not hasattr(base, "get_base_model"):  # only the keys of a PeftModel carry the prefix of the file themselves
-        prefix = next(iter(state), "").split(".")[0] if form == "diffusers_lora" else "base_model.model"
+        prefix = next(iter(state), "").split(".")[0] if weight_format == "diffusers_lora" else "base_model.model"
         state = {key.removeprefix(f"{prefix}."): value for key, value in state.items()}
     expected = get_peft_model_state_dict(base, adapter_name=name)
     if differing := sorted(expected.keys() ^ state.keys()):

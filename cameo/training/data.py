@@ -1,4 +1,4 @@
-"""Data sets of a run, the order in which processes draw from them, and the noise that is added."""
+"""The data sets of a run, the order in which its processes draw samples, and the noise that is added to them."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ ENDLESS = 2**40
 
 def build_dataset(config: TrainingConfig, split: str) -> MultiViewDataset:
     """Build the training or validation set of a run; both are pure functions of their seed and an index."""
-    form = data_format(config)
-    rig = config.camera_rig if form in ("objects", "meshes") else None
+    kind = data_format(config)
+    rig = config.camera_rig if kind in ("objects", "meshes") else None
     if rig:
         try:
             rig_views(rig, config.num_views)
@@ -50,11 +50,11 @@ def build_dataset(config: TrainingConfig, split: str) -> MultiViewDataset:
     elif config.camera_rig:
         warnings.warn(
             f"camera_rig={config.camera_rig} does not apply to {config.train_data_dir}: the cameras are those of the "
-            "sequence. A backbone whose poses are fixed learns them as they come",
+            "sequence. A backbone with fixed poses learns from the poses of the sequence",
             stacklevel=2,
         )
     return MultiViewDataset(
-        _source(config, split, form, rig),
+        _source(config, split, kind, rig),
         num_views=config.num_views,
         num_reference_views=config.num_reference_views,
         selection="in_order" if rig else "overlap",
@@ -66,9 +66,9 @@ def build_dataset(config: TrainingConfig, split: str) -> MultiViewDataset:
     )
 
 
-def _source(config: TrainingConfig, split: str, form: str, rig: str | None) -> SceneSource:
+def _source(config: TrainingConfig, split: str, kind: str, rig: str | None) -> SceneSource:
     size = (config.resolution, config.resolution)
-    if form == "rgbd":
+    if kind == "rgbd":
         if not config.train_data_dir:
             raise DataError("data_format=rgbd needs train_data_dir=, the folder of the sequence")
         return RGBDSequence(
@@ -78,28 +78,28 @@ def _source(config: TrainingConfig, split: str, form: str, rig: str | None) -> S
             intrinsics=config.intrinsics,
             depth_scale=config.depth_scale,
         )
-    if form == "meshes" and not config.train_data_dir:
+    if kind == "meshes" and not config.train_data_dir:
         raise DataError("data_format=meshes needs train_data_dir=, a folder of .glb, .obj or .ply files")
     return EmbeddedScenes(
-        content={"objects": "objects", "bare_rooms": "bare_rooms"}.get(form, "rooms"),
+        content={"objects": "objects", "bare_rooms": "bare_rooms"}.get(kind, "rooms"),
         rig=rig,
         split=split,
         num_scenes=config.num_scenes if split == "train" else config.num_validation_scenes,
         views_per_scene=config.num_views if rig else config.views_per_scene,
         size=size,
         seed=config.data_seed,
-        mesh_dir=config.train_data_dir if form == "meshes" else None,
+        mesh_dir=config.train_data_dir if kind == "meshes" else None,
     )
 
 
 def match_settings(config: TrainingConfig) -> dict[str, Any]:
     """Return the settings that decide the matches of a run's training views, as a folder of them notes them.
 
-    The token grids are no part of it: a folder may hold several. Nor are the files, which may have moved: depth and
-    cameras are compared view by view when the matches are read.
+    The token grids are not among them, since a folder may hold matches for several grids. Nor are the paths of the
+    files, which may have moved: depth and cameras are compared view by view when the matches are read.
     """
-    form = data_format(config)
-    embedded, rigged = form != "rgbd", form in ("objects", "meshes") and config.camera_rig is not None
+    kind = data_format(config)
+    embedded, rigged = kind != "rgbd", kind in ("objects", "meshes") and config.camera_rig is not None
     from_depth = config.correspondence == "depth"
     return {
         "correspondence": config.correspondence,
@@ -107,7 +107,7 @@ def match_settings(config: TrainingConfig) -> dict[str, Any]:
         "depth_tolerance": DEPTH_TOLERANCE if from_depth else None,
         "distances": config.reduction == "released",
         "resolution": config.resolution,
-        "data_format": form,
+        "data_format": kind,
         "data_seed": config.data_seed if embedded else None,
         "camera_rig": config.camera_rig if rigged else None,
         "views_per_scene": (config.num_views if rigged else config.views_per_scene) if embedded else None,
@@ -117,7 +117,7 @@ def match_settings(config: TrainingConfig) -> dict[str, Any]:
 
 
 def supervised_grids(model: CameoModel, config: TrainingConfig) -> list[TokenGrids]:
-    """Return the token grids of a run's views in its supervised layers, one entry for layers with the same ones."""
+    """Return the token grids of a run's views in its supervised layers; layers with the same grids share an entry."""
     grids = [
         layer.token_grids(config.resolution, config.resolution, config.num_views) for layer in model.supervised_layers
     ]
@@ -127,7 +127,7 @@ def supervised_grids(model: CameoModel, config: TrainingConfig) -> list[TokenGri
 def with_matches(
     dataset: MultiViewDataset, model: CameoModel, config: TrainingConfig, *, num_processes: int = 1
 ) -> MultiViewDataset | MatchedDataset:
-    """Let the loader of one of `num_processes` hand over the matches, where the settings of the run say so.
+    """Let the data loader of one of `num_processes` return the matches, if the settings of the run say so.
 
     Raises:
         DataError: if `precomputed_correspondence` is no folder of matches, or was made with other settings.
@@ -154,7 +154,7 @@ def with_matches(
 def _open_matches(config: TrainingConfig, token_grids: list[TokenGrids]) -> MatchReader:
     folder = str(config.precomputed_correspondence)
     reader, expected = MatchReader(folder), match_settings(config)
-    if not expected["distances"]:  # they need not be read
+    if not expected["distances"]:  # a run that needs no distances does not read them
         expected["distances"] = reader.settings.get("distances")
     check_settings(folder, reader.settings, expected)
     needed = {
@@ -170,9 +170,9 @@ def _open_matches(config: TrainingConfig, token_grids: list[TokenGrids]) -> Matc
 
 
 class StepSampler(Sampler[list[int]]):
-    """Batches of sample numbers for one process, from any step on.
+    """Batches of sample numbers for one process, from a given step on.
 
-    Every micro step takes the next `batch_size * num_processes` numbers, so the order is the same whether or not a
+    Every micro step takes the next `batch_size * num_processes` numbers, so the order is the same whether or not the
     run was interrupted.
 
     Example:
@@ -199,7 +199,7 @@ def training_batches(
 ) -> Iterator[Iterator[tuple[int, dict[str, Any]]]]:
     """Load the batches of `sampler` in order, each with the number of its micro step; ends the workers on leaving.
 
-    Warns if matches that should have been in a folder had to be computed: once when it happens, and on leaving.
+    Warns if matches that were expected in a folder had to be computed: the first time, and on leaving.
     """
     loader = DataLoader(
         dataset,
@@ -207,7 +207,8 @@ def training_batches(
         num_workers=config.dataloader_num_workers,
         collate_fn=collate,
         worker_init_fn=leave_signals_to_parent,
-        # A loader draws a seed when it starts: from torch's own generator, a resumed run would go on shifted.
+        # A loader draws a seed when it starts. From the default generator of torch, that would change the random
+        # numbers of a resumed run.
         generator=torch.Generator().manual_seed(config.seed),
     )
     batches, missing = iter(loader), _MissingMatches(config)
@@ -216,7 +217,7 @@ def training_batches(
     finally:
         missing.report()
         if config.dataloader_num_workers:
-            # Not left to the garbage collector: the traceback of an error keeps the iterator alive.
+            # The garbage collector may be late: the traceback of an error keeps the iterator alive.
             batches._shutdown_workers()  # type: ignore[attr-defined]
 
 
@@ -224,19 +225,19 @@ class _MissingMatches:
     """Counts the samples whose matches were not in the folder."""
 
     def __init__(self, config: TrainingConfig) -> None:
-        self.folder, self.samples, self.missing, self.told = config.precomputed_correspondence, 0, 0, 0
+        self.folder, self.samples, self.missing, self.reported = config.precomputed_correspondence, 0, 0, 0
 
     def watch(self, batches: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         for batch in batches:
             flags = batch.pop("not_precomputed", [])
             self.samples, self.missing = self.samples + len(flags), self.missing + sum(flags)
-            if self.missing and not self.told:
+            if self.missing and not self.reported:
                 self.report()
             yield batch
 
     def report(self) -> None:
-        if self.missing > self.told:
-            self.told = self.missing
+        if self.missing > self.reported:
+            self.reported = self.missing
             warnings.warn(
                 f"precomputed_correspondence={self.folder}: {self.missing} of {self.samples} samples have pairs of "
                 f"views that are not in the folder; their matches are computed while loading. {RECIPE} with the "
@@ -254,11 +255,11 @@ def step_generator(config: TrainingConfig, micro_step: int, process: int, *purpo
 def noisy_inputs(
     pipeline: MultiViewPipeline, batch: Mapping[str, Any], config: TrainingConfig, micro_step: int, process: int = 0
 ) -> TrainingInputs:
-    """Noise a batch with time steps and noise that are functions of seed, step and process alone."""
+    """Add noise to a batch; time steps and noise are functions of seed, step and process alone."""
     generator = step_generator(config, micro_step, process)
     uniform = torch.rand(batch["images"].shape[0], generator=generator)
-    level = uniform if config.timestep_sampling == "uniform" else 1 - uniform.square()
-    timesteps = (level * pipeline.num_train_timesteps).long().clamp(max=pipeline.num_train_timesteps - 1)
+    noise_levels = uniform if config.timestep_sampling == "uniform" else 1 - uniform.square()
+    timesteps = (noise_levels * pipeline.num_train_timesteps).long().clamp(max=pipeline.num_train_timesteps - 1)
     return pipeline.training_inputs(
         batch, generator=generator, timesteps=timesteps, condition_dropout=config.condition_dropout
     )

@@ -1,4 +1,4 @@
-"""`layer: auto` in a training run: probe the model that is about to be trained on its own training data."""
+"""The setting `layer=auto` of a run: the layers of the model are probed on its training data before the training."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ PROBED_SAMPLES = 16
 def probe_for(pipeline: MultiViewPipeline, dataset: Dataset[MultiViewSample], config: TrainingConfig) -> LayerProbe:
     """Probe the pipeline's denoiser on the first samples of a training set, for `cameo.wrap(layer="auto")`.
 
-    Call it before the denoiser is wrapped. It runs where the denoiser stands; the processes of a run all take what the
-    first one found, since on another kind of device a close ranking might turn. A denoiser with fresh weights has
-    nothing to tell, and its ranking is close to noise.
+    Call it before the denoiser is wrapped. The probe runs on the device of the denoiser. All processes of a run take
+    the result of the first one, since on another kind of device a close ranking might come out differently. For a
+    denoiser with fresh weights the ranking carries almost no information.
 
     Args:
         pipeline: holds the denoiser, with or without LoRA (which changes nothing before the training).

@@ -1,4 +1,4 @@
-"""The folder of a run belongs to one run at a time, and the demonstration replaces nothing but itself."""
+"""An output folder belongs to one run at a time, and the demonstration replaces only an earlier demonstration."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ except ImportError:  # Windows has other locks
 __all__ = ["WITHOUT_CAMEO", "hold_folder", "refuse_other_runs"]
 
 LOCK_FILE = ".run.lock"
-# Where the run without CAMEO of a comparison stands within the output folder.
+# Folder, within the output folder, of the run without CAMEO of a comparison.
 WITHOUT_CAMEO = "without_cameo"
-# Settings that do not make another run of the demonstration: how it was started, where it stands, and the token.
+# Settings that may differ between two demonstrations: how the run was started, where it is written, and the token.
 NOT_COMPARED = frozenset(("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "hub_token"))
 
-# Folders that this process holds: how often, and the open lock file.
+# Folders that this process holds: how many times, and the descriptor of the open lock file.
 _held: dict[Path, tuple[int, int]] = {}
 
 
 @contextlib.contextmanager
 def hold_folder(output_dir: str | Path) -> Iterator[None]:
-    """Keep other processes from running in a folder while the `with` block runs; a second hold by this one is free.
+    """Keep other processes from writing to a folder during the `with` block; this process may hold it several times.
 
-    Of the processes of one run the main process alone holds it. The lock ends with the process, also with one that is
-    killed.
+    Of the processes of one run only the main process holds the folder. The lock ends with the process, also if the
+    process is killed.
 
     Example:
         >>> import tempfile
@@ -44,7 +44,7 @@ def hold_folder(output_dir: str | Path) -> Iterator[None]:
         ...     pass
 
     Raises:
-        DataError: if another process holds the folder, whose id is named, or nothing can be written there.
+        DataError: if another process holds the folder (the message gives its id), or the folder cannot be written to.
     """
     if fcntl is None or not Launch.from_environment().is_main_process:
         yield
@@ -66,7 +66,7 @@ def hold_folder(output_dir: str | Path) -> Iterator[None]:
 def _lock(folder: Path) -> int:
     """Lock the file of a folder and write the id of this process into it; returns the open file.
 
-    A record lock rather than `flock`: data workers, which are forked, would keep the latter after a killed run.
+    A record lock rather than `flock`: after a run was killed, its forked data workers would keep a lock by `flock`.
     """
     path = folder / LOCK_FILE
     while True:
@@ -89,7 +89,7 @@ def _lock(folder: Path) -> int:
         except OSError as error:
             warnings.warn(f"{path}: cannot be locked ({error}); start no second run in this folder", stacklevel=4)
             return file
-        try:  # the holder before may have removed the file between the two calls
+        try:  # the previous holder may have removed the file between the two calls
             current = path.stat().st_ino == os.fstat(file).st_ino
         except FileNotFoundError:
             current = False
@@ -100,13 +100,13 @@ def _lock(folder: Path) -> int:
         os.close(file)
 
 
-def refuse_other_runs(arms: Mapping[str, TrainingConfig]) -> None:
-    """Raise `DataError` where the demonstration would replace a run with settings of its own.
+def refuse_other_runs(planned: Mapping[str, TrainingConfig]) -> None:
+    """Raise `DataError` if the demonstration would replace a run with settings of its own.
 
-    An output folder may be empty, or hold what the demonstration with the same settings has left: its `config.yaml` and
-    the settings in its checkpoints say so.
+    An output folder may be empty, or hold the results of a demonstration with the same settings, which its
+    `config.yaml` and the settings in its checkpoints show.
     """
-    for config in arms.values():
+    for config in planned.values():
         folder = Path(config.output_dir)
         if reason := _other_run(folder, config):
             raise DataError(
@@ -116,7 +116,7 @@ def refuse_other_runs(arms: Mapping[str, TrainingConfig]) -> None:
 
 
 def _other_run(folder: Path, config: TrainingConfig) -> str | None:
-    """Say by what a folder shows that it holds another run than the one with these settings, or None."""
+    """Say why a folder holds another run than the one with these settings; None if it does not."""
     if not folder.is_dir():
         return f"{folder} is a file" if folder.exists() else None
     if not any(path.name != WITHOUT_CAMEO and not path.name.startswith(".") for path in folder.iterdir()):
@@ -141,8 +141,8 @@ def _other_run(folder: Path, config: TrainingConfig) -> str | None:
     return None
 
 
-def _differing(then: Mapping[str, object], now: Mapping[str, object]) -> str:
+def _differing(saved: Mapping[str, object], given: Mapping[str, object]) -> str:
     """List the settings that differ, with both values; a setting that is missing had its default."""
-    names = sorted(name for name in now.keys() | then.keys() if name not in NOT_COMPARED)
-    pairs = {name: (then.get(name, getattr(TrainingConfig, name, None)), now.get(name)) for name in names}
+    names = sorted(name for name in given.keys() | saved.keys() if name not in NOT_COMPARED)
+    pairs = {name: (saved.get(name, getattr(TrainingConfig, name, None)), given.get(name)) for name in names}
     return ", ".join(f"{name}={old}, not {new}" for name, (old, new) in pairs.items() if old != new)

@@ -1,8 +1,8 @@
 """Matches of a run's training set, computed before the training and written to a folder.
 
-The work is cut into units: a few views of a scene that are matched together. Which units there are and which process
-does which follows from the settings, so processes need not talk to each other; what the folder has already is left
-out when a unit is done.
+The work is divided into groups of a few views of a scene that are matched together. The groups, and the process that
+computes each, follow from the settings, so processes need not communicate; pairs of views that the folder already holds
+are skipped.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ from cameo.training.settings import TrainingConfig, continued_settings
 __all__ = ["PAIRS", "Share", "Summary", "precompute"]
 
 PAIRS = ("auto", "drawn", "all")
-# Up to so many views in the first scene, "auto" takes all pairs.
+# If the first scene has at most this many views, "auto" takes all pairs.
 FEW_VIEWS = 16
-# Views of a long scene are matched in blocks of so many, two blocks with each other at a time.
+# Views of a long scene are matched in blocks of this size, two blocks with each other at a time.
 BLOCK = 8
 
 
 @dataclass(frozen=True)
 class Share:
-    """Which part of the work a process does; processes may run at the same time, on several machines, or in turn.
+    """The share of the work that a process does; processes may run at the same time, on several machines, or in turn.
 
     Example:
         >>> [Share(process, 2).owns(number) for process in (0, 1) for number in (4, 5)]
@@ -61,19 +61,19 @@ class Share:
         return cls(launch.process, launch.num_processes)
 
     def owns(self, number: int) -> bool:
-        """Tell whether a scene or unit is this process's."""
+        """Return whether a scene or a group of views is in the share of this process."""
         return number % self.num_processes == self.process
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What a process has done.
+    """The work that a process has done.
 
     Attributes:
-        num_pairs, num_bytes: how much it wrote.
-        num_kept: pairs of its share that were in the folder; None where all was finished and nothing was looked up.
-        seconds: how long that took.
-        waiting: processes that have not finished yet; with none of them the folder is complete.
+        num_pairs, num_bytes: numbers of pairs of views and of bytes that it wrote.
+        num_kept: pairs of its share that the folder already held; None if the folder was finished and was not read.
+        seconds: time that it took.
+        waiting: numbers of the processes that have not finished yet; if there are none, the folder is complete.
     """
 
     num_pairs: int = 0
@@ -84,16 +84,16 @@ class Summary:
 
 
 @dataclass(frozen=True)
-class _Unit:
-    """Views of a scene with their token grids, and the ordered pairs of them that are wanted, by position.
+class _ViewGroup:
+    """Views of a scene with their token grids, and the ordered pairs of them to match, by position.
 
-    `part` is what it contributes to the progress; one with no pairs contributes nothing else.
+    `progress` is its share of the progress of its scene.
     """
 
     scene: int
     views: list[tuple[int, tuple[int, int]]]
     pairs: list[tuple[int, int]]
-    part: float
+    progress: float
 
     def keys(self, pair: tuple[int, int]) -> tuple[int, int, GridPair]:
         """Return the numbers of the two views and their grids."""
@@ -159,16 +159,16 @@ def precompute(
     )
     kept = 0
     with bar, MatchWriter(folder, settings, process=share.process, shard_bytes=shard_bytes) as writer:
-        for unit in planner.units():
-            kept += _write(unit, dataset, config, written, writer)
-            bar.update(unit.part)
+        for group in planner.groups():
+            kept += _write(group, dataset, config, written, writer)
+            bar.update(group.progress)
             bar.set_postfix_str(f"{writer.num_pairs:,} pairs", refresh=False)
     waiting = finish_share(folder, settings, plan, process=share.process, num_processes=share.num_processes)
     return Summary(writer.num_pairs, writer.num_bytes, kept, time.monotonic() - start, waiting)
 
 
 def _fingerprint(config: TrainingConfig, pairs: str, training_processes: int) -> str:
-    """Digits of all that must be the same for a finished folder to be left alone without a look at the data."""
+    """Hexadecimal digits of everything that must be equal for a finished folder to be kept without reading the data."""
     data = config.train_data_dir and str(Path(config.train_data_dir).resolve())
     facts = continued_settings(config) | {"train_data_dir": data, "max_train_steps": config.max_train_steps}
     facts |= {"version": FORMAT_VERSION, "pairs": pairs, "training_processes": training_processes}
@@ -176,7 +176,7 @@ def _fingerprint(config: TrainingConfig, pairs: str, training_processes: int) ->
 
 
 class _LatestScene:
-    """A source that keeps the scene it handed over last: its views are chosen first, and then matched."""
+    """A source that keeps the scene that it loaded last, since views are first chosen and then matched."""
 
     def __init__(self, source: SceneSource) -> None:
         self.source = source
@@ -192,9 +192,9 @@ class _LatestScene:
 
 
 class _Planner:
-    """Lists the units of a process scene by scene, so that the views of a scene are loaded once.
+    """Lists the groups of views of a process, scene by scene, so that the views of a scene are loaded once.
 
-    With fewer scenes than processes, as for one long sequence, each process walks all units and keeps every n-th.
+    With fewer scenes than processes, as for one long sequence, each process lists all groups and keeps every n-th.
     """
 
     def __init__(
@@ -206,74 +206,78 @@ class _Planner:
         self.by_scene = count >= share.num_processes
         self.scenes = [scene for scene in range(count) if not self.by_scene or share.owns(scene)]
         self.all_pairs = take_all and dataset.selection == "overlap"
-        # In order, a sample is a whole scene, so one pass draws all there is.
+        # A sample in order is a whole scene, so one pass over the scenes draws every pair.
         self.num_samples = count if take_all else num_samples
         epochs = range(0 if self.all_pairs else -(-self.num_samples // count))
-        # In which place each pass takes each scene.
-        self.places = [np.argsort(dataset.scene_order(epoch)).astype(np.int32) for epoch in epochs]
+        # The position of each scene in each pass.
+        self.positions = [np.argsort(dataset.scene_order(epoch)).astype(np.int32) for epoch in epochs]
 
-    def units(self) -> Iterator[_Unit]:
-        """Yield the units of this process, each pair of views of a scene once."""
+    def groups(self) -> Iterator[_ViewGroup]:
+        """Yield the groups of this process, with each pair of views of a scene once."""
         number = 0
         for scene in self.scenes:
             planned: set[tuple[int, tuple[int, int, GridPair]]] = set()
-            for unit in self._all_views(scene) if self.all_pairs else self._drawn_views(scene):
-                keys = {pair: (unit.scene, unit.keys(pair)) for pair in unit.pairs}
-                fresh = [pair for pair in unit.pairs if keys[pair] not in planned]
+            for group in self._all_views(scene) if self.all_pairs else self._drawn_views(scene):
+                keys = {pair: (group.scene, group.keys(pair)) for pair in group.pairs}
+                new_pairs = [pair for pair in group.pairs if keys[pair] not in planned]
                 planned.update(keys.values())
-                mine = self.by_scene or self.share.owns(number)
-                number += bool(fresh)
-                yield _Unit(unit.scene, unit.views, fresh if mine else [], unit.part)
+                is_owned = self.by_scene or self.share.owns(number)
+                number += bool(new_pairs)
+                yield _ViewGroup(group.scene, group.views, new_pairs if is_owned else [], group.progress)
 
-    def _all_views(self, scene: int) -> Iterator[_Unit]:
+    def _all_views(self, scene: int) -> Iterator[_ViewGroup]:
         """All views of a scene, at each of the grids that a view may have in a sample."""
         views = list(range(len(self.dataset.source.views(scene))))
         blocks = [views[start : start + BLOCK] for start in range(0, len(views), BLOCK)]
-        groups = [first + second for first, second in combinations(blocks, 2)] or blocks
+        pairs_of_blocks = [first + second for first, second in combinations(blocks, 2)] or blocks
         for token_grids in self.token_grids:
             wanted = {(token_grids[i], token_grids[j]) for i, j in permutations(range(len(token_grids)), 2)}
-            for group in groups:
-                placed = [(view, size) for view in group for size in dict.fromkeys(token_grids)]
+            for chosen in pairs_of_blocks:
+                placed = [(view, size) for view in chosen for size in dict.fromkeys(token_grids)]
                 pairs = [
                     (i, j)
                     for i, j in permutations(range(len(placed)), 2)
                     if placed[i][0] != placed[j][0] and (placed[i][1], placed[j][1]) in wanted
                 ]
-                yield _Unit(scene, placed, pairs, 1 / len(groups) / len(self.token_grids))
+                yield _ViewGroup(scene, placed, pairs, 1 / len(pairs_of_blocks) / len(self.token_grids))
 
-    def _drawn_views(self, scene: int) -> Iterator[_Unit]:
-        """The views of each sample that takes its turn with a scene, which may have to pass it on to the next."""
+    def _drawn_views(self, scene: int) -> Iterator[_ViewGroup]:
+        """The views of each sample drawn from a scene, or from the next scene if this one has no admissible set."""
         count = len(self.dataset.source)
-        numbers = [epoch * count + int(places[scene]) for epoch, places in enumerate(self.places)]
+        numbers = [epoch * count + int(positions[scene]) for epoch, positions in enumerate(self.positions)]
         numbers = [index for index in numbers if index < self.num_samples]
         for index in numbers:
-            found, chosen = scene, self.dataset.views_of(index, scene)
+            drawn_scene, chosen = scene, self.dataset.views_of(index, scene)
             if chosen is None:
-                found, chosen = self.dataset.choose(index)
+                drawn_scene, chosen = self.dataset.choose(index)
             for token_grids in self.token_grids:
                 placed = list(zip(chosen, token_grids, strict=True))
                 pairs = list(permutations(range(len(placed)), 2))
-                yield _Unit(found, placed, pairs, 1 / len(numbers) / len(self.token_grids))
+                yield _ViewGroup(drawn_scene, placed, pairs, 1 / len(numbers) / len(self.token_grids))
 
 
 def _write(
-    unit: _Unit, dataset: MultiViewDataset, config: TrainingConfig, written: MatchReader | None, writer: MatchWriter
+    group: _ViewGroup,
+    dataset: MultiViewDataset,
+    config: TrainingConfig,
+    written: MatchReader | None,
+    writer: MatchWriter,
 ) -> int:
-    """Match the views of a unit and write the pairs that are wanted and not yet in the folder; counts the others."""
-    pairs = unit.pairs
+    """Match the views of a group and write the pairs that the folder lacks; return the number of the others."""
+    pairs = group.pairs
     if written is not None:
-        pairs = [pair for pair in pairs if not written.contains(unit.scene, *unit.keys(pair))]
+        pairs = [pair for pair in pairs if not written.contains(group.scene, *group.keys(pair))]
     if not pairs:
-        return len(unit.pairs)
-    scene, numbers = dataset.source.views(unit.scene), [view for view, _ in unit.views]
+        return len(group.pairs)
+    scene, numbers = dataset.source.views(group.scene), [view for view, _ in group.views]
     geometry = dataset.geometry(scene, numbers)
     if written is not None:
-        written.check_views(unit.scene, numbers, geometry, sample=scene.key)
+        written.check_views(group.scene, numbers, geometry, sample=scene.key)
     for position, view in enumerate(numbers):
-        writer.add_view(unit.scene, view, view_checksum(geometry, position))
+        writer.add_view(group.scene, view, view_checksum(geometry, position))
     match = match_batch(
         {"key": [scene.key], **to_device({name: value[None] for name, value in geometry.items()}, _device())},
-        [size for _, size in unit.views],
+        [size for _, size in group.views],
         kind=config.correspondence,
         cycle_threshold=config.cycle_threshold,
     )
@@ -283,15 +287,15 @@ def _write(
         assert match.distance is not None
         distance = match.distance[0].cpu().numpy()
     for i, j in pairs:
-        first, second, grids = unit.keys((i, j))
+        first, second, grids = group.keys((i, j))
         tokens = grids[0][0] * grids[0][1]
-        apart = None if distance is None else distance[i, j, :tokens]
-        writer.add(unit.scene, first, second, grids, index[i, j, :tokens], apart)
-    return len(unit.pairs) - len(pairs)
+        distances = None if distance is None else distance[i, j, :tokens]
+        writer.add(group.scene, first, second, grids, index[i, j, :tokens], distances)
+    return len(group.pairs) - len(pairs)
 
 
 def _device() -> torch.device:
-    """The GPU of this process where there is one: what training computes on it is then the same."""
+    """The GPU of this process if there is one, so that the matches equal those that the training would compute."""
     if not torch.cuda.is_available() or Launch.from_environment().asks_for_cpu:
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())

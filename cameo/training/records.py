@@ -1,4 +1,4 @@
-"""What a run measured, step by step: files with one JSON object per line."""
+"""The figures that a run measures, step by step, in files with one JSON object per line."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["Records", "TrainingResult"]
 
 
 class Records:
-    """A file of entries in the order of their `step`, which survives being killed at any moment.
+    """A file of entries in the order of their `step`, which stays readable if the process is killed at any moment.
 
     Example:
         >>> import tempfile
@@ -30,7 +30,7 @@ class Records:
         self.path = Path(path)
 
     def read(self) -> list[dict[str, Any]]:
-        """Read all entries; a last line that a killed process left unfinished is not one."""
+        """Read all entries; an unfinished last line, which a killed process may leave, is skipped."""
         if not self.path.is_file():
             return []
         complete, _, _ = self.path.read_text(encoding="utf-8").rpartition("\n")
@@ -42,14 +42,14 @@ class Records:
             file.write(json.dumps(entry) + "\n")
 
     def keep_until(self, step: int) -> None:
-        """Cut back to `step`, where a resumed run goes on; with 0 a new run keeps nothing."""
+        """Remove the entries after `step`, from which a resumed run continues; 0 removes all of them."""
         kept = [entry for entry in self.read() if entry["step"] <= step] if step else []
         write_atomically(self.path, "".join(json.dumps(entry) + "\n" for entry in kept))
 
 
 @dataclass
 class TrainingResult:
-    """What a run leaves behind.
+    """The result of a training run.
 
     Attributes:
         step: optimizer steps done.

@@ -1,4 +1,4 @@
-"""REPA for comparison: a hidden layer is aligned with frozen image features, instead of its attention with matches.
+"""REPA, for comparison: hidden tokens are aligned with frozen image features, in place of attention with matches.
 
 Source: REPA (Yu et al. 2024, arXiv 2410.06940): cosine similarity of projected hidden tokens and patch features of the
 clean image; the projector has three linear layers with SiLU between them and is dropped after the training.
@@ -37,7 +37,7 @@ NO_LOSS = "no alignment loss: call the model with features= before reading align
 
 
 class FeatureAlignment(nn.Module):
-    """A wrapped model of which the output of the supervised layers is aligned with image features.
+    """A wrapped model in which the outputs of the supervised layers are aligned with image features.
 
     Called like the model, with `features`, `grids` and `kept` it sets `alignment_loss`: minus the mean cosine
     similarity of the projected hidden tokens and the features at their place, in [-1, 1], mean over the layers.
@@ -50,7 +50,7 @@ class FeatureAlignment(nn.Module):
         seed: of the projectors.
 
     Attributes:
-        projectors: one per supervised layer; trained with the model, no part of it.
+        projectors: one per supervised layer; they are trained with the model and are not part of it.
         num_supervised: number of tokens behind the latest alignment loss.
     """
 
@@ -102,8 +102,8 @@ class FeatureAlignment(nn.Module):
             kept: samples that count, bool `[B]`; None takes all. If there are none, the loss is 0.
 
         Raises:
-            CaptureError: if a layer did not run once, in training carries no gradient, or its output has no place for
-                the views.
+            CaptureError: if a layer did not run exactly once, its output carries no gradient in training, or its output
+                does not hold the tokens of the views.
         """
         self._alignment_loss, self.num_supervised = None, 0
         if features is None:
@@ -169,7 +169,7 @@ def align_features(
     candidates = {layer.path: [layer.path.rpartition(".")[0], layer.path] for layer in layers}
     paths = list(dict.fromkeys(path for pair in candidates.values() for path in pair if path))
     with evaluation_mode(model), native_precision(model), outputs_of(core, paths) as seen:
-        # Noise of its own: the random numbers of the run stay where they are.
+        # A generator of its own leaves the random numbers of the run unchanged.
         generator = torch.Generator().manual_seed(seed)
         steps = torch.zeros(len(sample["images"]), dtype=torch.long)
         inputs = pipeline.training_inputs(sample, generator=generator, timesteps=steps)
@@ -222,13 +222,13 @@ def outputs_of(core: nn.Module, paths: Sequence[str]) -> Iterator[dict[str, list
 def hidden_tokens(
     layer: AttentionLayer, path: str, outputs: Sequence[Tensor], batch: int, token_grids: TokenGrids
 ) -> tuple[Tensor, Tensor, TokenLayout]:
-    """Bring the output of a module to `[B', V, N', C]`, and tell which of these tokens there are, bool `[B', V, N']`.
+    """Bring the output of a module to `[B', V, N', C]`; also return which of these tokens exist, bool `[B', V, N']`.
 
     An output has either the shape that the layer's queries have (all views in one sequence, or a row of tokens), or
     the tokens of one view in each row of its batch.
 
     Returns:
-        The tokens, which there are, and the layout in which the output holds them.
+        The tokens, which of them exist, and the layout in which the output holds them.
 
     Raises:
         CaptureError: unless exactly one of the outputs has such a shape, or where both shapes are the same.
@@ -246,15 +246,15 @@ def hidden_tokens(
                 f"row, or be ordered as the queries ({layer.layout!r}). Cure: another number of views or resolution"
             )
         layouts.setdefault(shape, per_view)
-    found = [output for output in outputs if output.shape[:-1] in layouts]
-    if len(found) != 1:
+    fitting = [output for output in outputs if output.shape[:-1] in layouts]
+    if len(fitting) != 1:
         wanted = " or ".join(f"[{rows}, {tokens}, C]" for rows, tokens in layouts)
         raise CaptureError(
             f"layer {layer.path!r}: to align its hidden tokens with features the output of {path!r} should once be "
             f"{wanted} for {batch} samples with token grids {tuple(token_grids)}, got "
             f"{', '.join(str(list(output.shape)) for output in outputs) or 'no tensor'}. Cure: another layer="
         )
-    layout, output = layouts[found[0].shape[:-1]], found[0][:, None]
+    layout, output = layouts[fitting[0].shape[:-1]], fitting[0][:, None]
     present = layout.split_query(output.new_ones(*output.shape[:-1], 1), batch=batch, token_grids=token_grids)
     return layout.split_query(output, batch=batch, token_grids=token_grids)[:, 0], present[:, 0, ..., 0] > 0, layout
 
@@ -269,7 +269,7 @@ def feature_tokens(layout: TokenLayout, features: Tensor, token_grids: TokenGrid
     longest = max(height * width for height, width in token_grids)
     tokens = []
     for view, size in enumerate(token_grids):
-        part = rearrange(resample_features(features[:, view], size), "b c h w -> b (h w) c")
-        tokens.append(F.pad(part, (0, 0, 0, longest - part.shape[1])))
+        view_tokens = rearrange(resample_features(features[:, view], size), "b c h w -> b (h w) c")
+        tokens.append(F.pad(view_tokens, (0, 0, 0, longest - view_tokens.shape[1])))
     stacked = torch.stack(tokens[len(tokens) - views :], dim=1)
     return fold_tokens(stacked, layout, token_grids[0])

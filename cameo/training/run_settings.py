@@ -1,4 +1,4 @@
-"""Settings of what is evaluated, read without loading any model."""
+"""Settings of an evaluation, read without loading any model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from cameo.training.settings.config import TrainingConfig, load_config, settings
 __all__ = ["evaluation_settings", "run_settings"]
 
 RUN_SETTINGS = "config.yaml"
-METRIC = ("scenes", "bare_rooms", "rgbd")
+# Formats of data whose depth is known to be in meters.
+METRIC_FORMATS = ("scenes", "bare_rooms", "rgbd")
 
 
 def evaluation_settings(given: Mapping[str, Any], config: TrainingConfig) -> EvaluationSettings:
@@ -29,26 +30,26 @@ def evaluation_settings(given: Mapping[str, Any], config: TrainingConfig) -> Eva
     Raises:
         ValueError: for a value of the wrong type or out of range; names the setting.
     """
-    metric = data_format(config) in METRIC
-    return EvaluationSettings(**{"metric_depth": metric, **typed_values(EvaluationSettings, given)})
+    metric_depth = data_format(config) in METRIC_FORMATS
+    return EvaluationSettings(**{"metric_depth": metric_depth, **typed_values(EvaluationSettings, given)})
 
 
 def run_settings(given: Mapping[str, Any], configs: str | Path, folder: Path | None) -> tuple[TrainingConfig, bool]:
     """Return the settings with which a model is loaded, and whether they are those of its own run.
 
     Args:
-        given: settings of the command line, which win; see `cameo.settings.split_arguments`.
-        configs: folder of the settings files that stand in where there is no other.
-        folder: of the checkpoint. Without `config=` the `config.yaml` in it or beside it holds the settings of its run;
-            interpolations in that file are not resolved, since the checkpoint may be of someone else.
+        given: settings of the command line, which take precedence; see `cameo.settings.split_arguments`.
+        configs: folder of the settings files, one of which is used where no other is given or found.
+        folder: folder of the checkpoint. Without `config=` the `config.yaml` in it or beside it holds the settings of
+            its run; interpolations in that file are not resolved, since the checkpoint may come from someone else.
     """
     given = dict(given)
     if "pretrained_model_name_or_path" in given:
         given.setdefault("preset", "null")  # that of the settings file
     if folder is not None and "config" not in given:
-        for place in (folder, folder.absolute().parent):
-            if (place / RUN_SETTINGS).is_file():
-                return load_config(place / RUN_SETTINGS, given, interpolate=False), True
+        for candidate in (folder, folder.absolute().parent):
+            if (candidate / RUN_SETTINGS).is_file():
+                return load_config(candidate / RUN_SETTINGS, given, interpolate=False), True
         if (folder / CONFIG_NAME).is_file():
             given.setdefault("backbone", CameoConfig.load(folder).backbone)
     return load_config(settings_file("lora", configs, given), given), "config" in given

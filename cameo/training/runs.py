@@ -1,4 +1,4 @@
-"""Load what shall be evaluated: a trained adapter, a pipeline, a checkpoint of a run, or a base as it is."""
+"""Load a model to evaluate: a trained adapter, a pipeline, a checkpoint of a run, or a base model as it is."""
 
 from __future__ import annotations
 
@@ -25,22 +25,23 @@ from cameo.training.run_settings import RUN_SETTINGS, evaluation_settings, run_s
 from cameo.training.settings import TrainingConfig
 from cameo.training.setup import base_name, load_pipeline, wrap_denoiser
 
-__all__ = ["Evaluated", "data_settings", "evaluation_settings", "load_evaluated"]
+__all__ = ["EvaluatedModel", "data_settings", "evaluation_settings", "load_evaluated"]
 
-INDEX = "model_index.json"
-SAVED = ("layer", "head")  # what a saved model brings along
-# What of a run's settings decides which samples it is validated on.
-DATA = ("resolution", "data_format", "camera_rig", "views_per_scene", "intrinsics", "depth_scale")
+PIPELINE_INDEX = "model_index.json"
+# Settings that a saved model brings along, and that cannot be given with it.
+KEPT_IN_CHECKPOINT = ("layer", "head")
+# Settings of a run that decide which samples it is validated on.
+DATA_SETTINGS = ("resolution", "data_format", "camera_rig", "views_per_scene", "intrinsics", "depth_scale")
 
 
 @dataclass(frozen=True)
-class Evaluated:
-    """A model with all that its evaluation needs.
+class EvaluatedModel:
+    """A model with everything that its evaluation needs.
 
     Attributes:
         model: wraps the pipeline's denoiser, in eval mode.
-        pipeline: with everything around the denoiser.
-        config: settings of the run, from which the data is built.
+        pipeline: the denoiser with its VAE, encoders and noise schedule.
+        config: settings of the run, from which the validation set is built.
         trained_head: whether the alignment heads were trained with these weights.
         facts: where the weights came from, for the result file.
     """
@@ -53,12 +54,12 @@ class Evaluated:
 
 
 def data_settings(config: TrainingConfig) -> dict[str, Any]:
-    """Return what decides the validation samples of a run; equal in results that can be compared."""
+    """Return the settings that decide the validation samples of a run; comparable results have equal ones."""
     known = match_settings(config)
     embedded = known["data_format"] != "rgbd"
     return {
         "source": Path(config.train_data_dir).name if config.train_data_dir else "embedded",
-        **{name: known[name] for name in DATA},
+        **{name: known[name] for name in DATA_SETTINGS},
         "data_seed": config.data_seed,
         "num_scenes": config.num_validation_scenes if embedded else None,
         "overlap": None if known["camera_rig"] else [config.min_overlap, config.max_overlap],
@@ -71,13 +72,14 @@ def load_evaluated(
     *,
     checkpoint: str | None = None,
     revision: str | None = None,
-) -> Evaluated:
+) -> EvaluatedModel:
     """Load a model and its pipeline from command-line settings, on the GPU where there is one.
 
-    Without `checkpoint` it is the base that the settings name, wrapped as a training would start from it. With it, the
-    settings of the run are those of `config=`, else of the `config.yaml` in the checkpoint's folder or the one above.
-    Where there is none the backbone's settings file stands in for the data, and `cameo_config.json` names the base.
-    The supervised layers and heads are those of `cameo_config.json`; with `layer=auto` too nothing is probed again.
+    Without `checkpoint` the model is the base that the settings name, wrapped as a training would start from it. With
+    `checkpoint` the settings are those of the file `config=`, or else of the `config.yaml` in the checkpoint's folder
+    or in the folder above. Where neither exists, the settings file of the backbone decides the data, and
+    `cameo_config.json` names the base. The supervised layers and heads are those of `cameo_config.json`; with
+    `layer=auto` nothing is probed again either.
 
     Args:
         arguments: `key=value` settings of `TrainingConfig`, or what `cameo.settings.split_arguments` made of them; they
@@ -93,8 +95,8 @@ def load_evaluated(
     """
     folder = None if checkpoint is None else local_folder(checkpoint, revision)
     given = dict(arguments) if isinstance(arguments, Mapping) else split_arguments(arguments, TrainingConfig)[0]
-    config, of_run = run_settings(given, configs, folder)
-    if folder is not None and config.use_ema and of_run and (folder / STATE_NAME).is_file():
+    config, are_of_run = run_settings(given, configs, folder)
+    if folder is not None and config.use_ema and are_of_run and (folder / STATE_NAME).is_file():
         warnings.warn(
             f"{folder}: its weights are those of the last step, not the averaged ones of use_ema=true; evaluate what "
             "the finished run saved to measure these",
@@ -104,27 +106,14 @@ def load_evaluated(
         pipeline = load_pipeline(config)
         model, trained_head = _wrapped(pipeline, config), False
     elif (folder / CONFIG_NAME).is_file():
-        for name in given:
-            if name in SAVED:
-                raise ValueError(
-                    f"{name}: checkpoint={checkpoint} has its own in {CONFIG_NAME}; leave it out. attention_layers=all "
-                    "measures every layer"
-                )
-        cameo_config = CameoConfig.load(folder)
-        if cameo_config.backbone != config.backbone:
-            raise ValueError(
-                f"checkpoint={checkpoint}: is of backbone {cameo_config.backbone!r}, got backbone={config.backbone}"
-            )
-        pipeline = _base_pipeline(folder, cameo_config, config, of_run)
-        model = from_pretrained(folder, base_model=pipeline.denoiser)
-        trained_head = (folder / HEAD_FILE).is_file() and cameo_config.weight > 0
-    elif (folder / INDEX).is_file():
+        pipeline, model, trained_head = _load_checkpoint(folder, str(checkpoint), config, given, are_of_run)
+    elif (folder / PIPELINE_INDEX).is_file():
         pipeline = get_backbone(config.backbone).load(str(folder))
         model, trained_head = _wrapped(pipeline, config), False
     else:
         raise DataError(
-            f"checkpoint={checkpoint}: holds neither {CONFIG_NAME} nor {INDEX}; expected a saved adapter or model, a "
-            "checkpoint-N, or a pipeline in diffusers layout"
+            f"checkpoint={checkpoint}: holds neither {CONFIG_NAME} nor {PIPELINE_INDEX}; expected a saved adapter or "
+            "model, a checkpoint-N, or a pipeline in diffusers layout"
         )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if hasattr(pipeline, "to"):
@@ -141,7 +130,7 @@ def load_evaluated(
         "device": torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU",
         "torch": torch.__version__,
     }
-    return Evaluated(model, pipeline, config, trained_head, facts)
+    return EvaluatedModel(model, pipeline, config, trained_head, facts)
 
 
 def _wrapped(pipeline: MultiViewPipeline, config: TrainingConfig) -> CameoModel:
@@ -149,16 +138,38 @@ def _wrapped(pipeline: MultiViewPipeline, config: TrainingConfig) -> CameoModel:
     return wrap_denoiser(pipeline, config, build_dataset(config, "train") if config.layer == "auto" else None)
 
 
-def _base_pipeline(folder: Path, cameo_config: CameoConfig, config: TrainingConfig, of_run: bool) -> MultiViewPipeline:
+def _load_checkpoint(
+    folder: Path, checkpoint: str, config: TrainingConfig, given: Mapping[str, Any], are_of_run: bool
+) -> tuple[MultiViewPipeline, CameoModel, bool]:
+    """Load saved weights into the pipeline of their base; also returns whether their head was trained."""
+    for name in given:
+        if name in KEPT_IN_CHECKPOINT:
+            raise ValueError(
+                f"{name}: checkpoint={checkpoint} has its own in {CONFIG_NAME}; leave it out. attention_layers=all "
+                "measures every layer"
+            )
+    cameo_config = CameoConfig.load(folder)
+    if cameo_config.backbone != config.backbone:
+        raise ValueError(
+            f"checkpoint={checkpoint}: is of backbone {cameo_config.backbone!r}, got backbone={config.backbone}"
+        )
+    pipeline = _base_pipeline(folder, cameo_config, config, are_of_run)
+    model = from_pretrained(folder, base_model=pipeline.denoiser)
+    return pipeline, model, (folder / HEAD_FILE).is_file() and cameo_config.weight > 0
+
+
+def _base_pipeline(
+    folder: Path, cameo_config: CameoConfig, config: TrainingConfig, are_of_run: bool
+) -> MultiViewPipeline:
     """Build the pipeline into whose denoiser the saved weights go."""
     backbone = get_backbone(config.backbone)
     pipeline: MultiViewPipeline
-    if (folder / INDEX).is_file():
+    if (folder / PIPELINE_INDEX).is_file():
         pipeline = backbone.load(str(folder))
         return pipeline
     base, preset = cameo_config.base_model, (cameo_config.base_model or "").partition("preset:")[2]
     is_adapter = format_in(folder) in ADAPTER_FORMATS
-    if of_run:
+    if are_of_run:
         given = base_name(config)
         if is_adapter and given != base:
             warnings.warn(f"{folder}: was trained on {base}, and is put on {given} as the settings say", stacklevel=3)

@@ -1,4 +1,4 @@
-"""The steps that the recipes have in common: load the pipeline, add LoRA, wrap, validate."""
+"""The steps that the recipes have in common: load the pipeline, add LoRA, wrap the denoiser, validate."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ from cameo.wrap import wrap
 __all__ = [
     "LoraRun",
     "add_lora",
-    "arms_of",
     "base_name",
     "begin_run",
     "card_metrics",
     "check_push",
     "load_pipeline",
     "metrics_table",
+    "planned_runs",
     "train_lora",
     "validation_callback",
     "wrap_denoiser",
@@ -74,18 +74,18 @@ class LoraRun:
 def begin_run(config: TrainingConfig, *, demonstration: bool = False) -> Iterator[None]:
     """Check what was launched and keep other runs out of the output folder, before anything is computed or deleted.
 
-    The demonstration, a recipe without arguments, can be repeated: it may replace what it has left itself, in the
-    folders of both runs of a comparison, and nothing else.
+    The demonstration, a recipe without arguments, can be repeated: it may replace the results of an earlier
+    demonstration, in the folders of both runs of a comparison, and nothing else.
 
     Raises:
         DataError: if another run is writing to the folder, or the demonstration would replace another run.
-        ValueError: if the launcher asks for what the run would not do.
+        ValueError: if the launcher requests something that the run would not do.
     """
     Launch.from_environment().check(config)
     with hold_folder(config.output_dir):
         if demonstration:
             config.overwrite_output_dir = True
-            refuse_other_runs(arms_of(config))
+            refuse_other_runs(planned_runs(config))
         yield
 
 
@@ -140,11 +140,11 @@ def add_lora(denoiser: nn.Module, config: TrainingConfig) -> None:
 def wrap_denoiser(
     pipeline: MultiViewPipeline, config: TrainingConfig, dataset: MultiViewDataset | None = None
 ) -> CameoModel:
-    """Wrap the pipeline's denoiser with the run's CAMEO settings and note where its base weights came from.
+    """Wrap the pipeline's denoiser with the run's CAMEO settings, and record where its base weights came from.
 
-    With `layer=auto` the layers are probed on the first samples of `dataset`, the training set, where the denoiser
-    stands (`to_run_device`). A resumed run takes the layer of its checkpoint: files that have moved, or another device,
-    might turn a close ranking.
+    With `layer=auto` the layers are probed on the first samples of `dataset`, the training set, on the device of the
+    denoiser (`to_run_device`). A resumed run takes the layer of its checkpoint: if its files have moved, or on another
+    device, a close ranking might come out differently.
 
     Raises:
         DataError: if there is no checkpoint to resume from.
@@ -194,7 +194,7 @@ def wrap_denoiser(
 
 
 def _supervision_facts(config: TrainingConfig) -> dict[str, Any]:
-    """What a model card has to tell of a supervision other than plain CAMEO from depth."""
+    """What a model card has to state about a supervision other than CAMEO with matches from depth."""
     facts: dict[str, Any] = {}
     if config.supervision == "repa" and config.loss_weight:
         facts["supervision"] = f"REPA, weight {config.loss_weight}, features of {config.feature_model}"
@@ -211,14 +211,14 @@ def _supervision_facts(config: TrainingConfig) -> dict[str, Any]:
 def validation_callback(
     pipeline: MultiViewPipeline, dataset: MultiViewDataset, config: TrainingConfig
 ) -> Callable[[CameoModel, int], Mapping[str, Any]]:
-    """Build the trainer's `on_validation`: measures, and draws pictures into `output_dir/pictures/step-N`."""
+    """Build the trainer's `on_validation`: it measures, and draws pictures into `output_dir/pictures/step-N`."""
     settings = ValidationSettings(num_samples=config.num_validation_samples, batch_size=config.train_batch_size)
 
     def on_validation(model: CameoModel, step: int) -> Mapping[str, Any]:
-        found = validate(model, pipeline, dataset, settings)
+        metrics = validate(model, pipeline, dataset, settings)
         output = Path(config.output_dir)
         pictures = write_pictures({"": model}, pipeline, dataset, config, output / "pictures" / f"step-{step}")
-        return {**found, "pictures": [str(path.relative_to(output)) for path in pictures]}
+        return {**metrics, "pictures": [str(path.relative_to(output)) for path in pictures]}
 
     return on_validation
 
@@ -280,37 +280,40 @@ def _sampled(
     )
 
 
-def arms_of(config: TrainingConfig) -> dict[str, TrainingConfig]:
-    """Return the settings of each run of a recipe, by name: one, or two with `compare_without_cameo`.
+def planned_runs(config: TrainingConfig) -> dict[str, TrainingConfig]:
+    """Return the settings of each run of a recipe, by name: one run, or two with `compare_without_cameo`.
 
-    The run without CAMEO comes first and lives in `output_dir/without_cameo`. With `resume_from_checkpoint=latest` a
-    run that had not begun is begun.
+    The run without CAMEO comes first and is written to `output_dir/without_cameo`. With `resume_from_checkpoint=latest`
+    a run that has no checkpoint yet starts from its first step.
 
     Raises:
         DataError: if there is nothing to resume from, or an output folder holds checkpoints of an earlier comparison.
-        ValueError: if a comparison shall resume from a single checkpoint.
+        ValueError: if a comparison is to resume from a single checkpoint.
     """
-    with_it = f"with {config.supervision.upper()}"
+    with_supervision = f"with {config.supervision.upper()}"
     if not config.compare_without_cameo:
-        return {with_it if config.loss_weight else "without CAMEO": config}
-    without = replace(config, loss_weight=0.0, compare_without_cameo=False)
-    without.output_dir = str(Path(config.output_dir) / WITHOUT_CAMEO)
-    arms = {"without CAMEO": without, with_it: config}
+        return {with_supervision if config.loss_weight else "without CAMEO": config}
+    without_cameo = replace(config, loss_weight=0.0, compare_without_cameo=False)
+    without_cameo.output_dir = str(Path(config.output_dir) / WITHOUT_CAMEO)
+    planned = {"without CAMEO": without_cameo, with_supervision: config}
     if config.resume_from_checkpoint is None:
         if not config.overwrite_output_dir:
-            for arm in arms.values():  # now, and not when the first run has finished
-                refuse_used_folder(arm.output_dir)
-        return arms
+            for run in planned.values():  # before the first run starts, and not only when it has finished
+                refuse_used_folder(run.output_dir)
+        return planned
     if config.resume_from_checkpoint != "latest":
         raise ValueError("resume_from_checkpoint: with compare_without_cameo=true there are two runs; expected latest")
-    begun = {name: bool(list_checkpoints(arm.output_dir)) for name, arm in arms.items()}
-    if not any(begun.values()):
+    has_checkpoint = {name: bool(list_checkpoints(run.output_dir)) for name, run in planned.items()}
+    if not any(has_checkpoint.values()):
         find_checkpoint(config.output_dir, "latest")  # raises
-    return {name: arm if begun[name] else replace(arm, resume_from_checkpoint=None) for name, arm in arms.items()}
+    return {
+        name: run if has_checkpoint[name] else replace(run, resume_from_checkpoint=None)
+        for name, run in planned.items()
+    }
 
 
 def check_push(config: TrainingConfig) -> None:
-    """Find out before the training whether a push after it would be refused.
+    """Check before the training whether a push after it would be refused.
 
     Raises:
         PermissionError: if there is no token.
@@ -338,13 +341,14 @@ def base_name(config: TrainingConfig) -> str:
     return config.pretrained_model_name_or_path or f"preset:{config.preset or 'tiny'}"
 
 
-def train_lora(config: TrainingConfig, train: MultiViewDataset, held_out: MultiViewDataset) -> LoraRun:
+def train_lora(config: TrainingConfig, training_set: MultiViewDataset, validation_set: MultiViewDataset) -> LoraRun:
     """Train one LoRA from the base weights."""
     pipeline = load_pipeline(config)
     add_lora(pipeline.denoiser, config)
     to_run_device(pipeline, config)
-    model = wrap_denoiser(pipeline, config, train)
-    trainer = Trainer(model, pipeline, train, config, on_validation=validation_callback(pipeline, held_out, config))
+    model = wrap_denoiser(pipeline, config, training_set)
+    on_validation = validation_callback(pipeline, validation_set, config)
+    trainer = Trainer(model, pipeline, training_set, config, on_validation=on_validation)
     return LoraRun(model, pipeline, trainer, trainer.train())
 
 
@@ -380,5 +384,5 @@ def _view_share(metrics: Mapping[str, Any], name: str) -> str:
     return _figure((metrics.get("precision_view") or {}).get(name), ".1%")
 
 
-def _figure(value: float | None, form: str) -> str:
-    return NOT_MEASURED if value is None else format(value, form)
+def _figure(value: float | None, format_spec: str) -> str:
+    return NOT_MEASURED if value is None else format(value, format_spec)

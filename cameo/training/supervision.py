@@ -1,4 +1,4 @@
-"""What a run is supervised with beside the denoising loss: CAMEO's matches or REPA's features, and when.
+"""The supervision of a run beside the denoising loss: CAMEO's matches or REPA's features, and at which steps.
 
 Axes: B samples, V views.
 """
@@ -52,7 +52,7 @@ class Supervision:
 
     Attributes:
         module: what the training calls in place of `model`: `model` itself, or `FeatureAlignment` around it.
-        heads: the parameters that get a gradient from the auxiliary loss alone, and that nobody publishes.
+        heads: the modules whose parameters get a gradient from the auxiliary loss alone, and which are not published.
     """
 
     def __init__(
@@ -83,20 +83,31 @@ class Supervision:
         """Number of matches, or of tokens with features, behind the latest alignment loss."""
         return self.module.num_supervised if self.config.loss_weight else 0
 
-    def arguments(
+    def targets(
         self, batch: Mapping[str, Any], inputs: TrainingInputs, micro_step: int, process: int = 0
     ) -> dict[str, Any]:
-        """Return what `module` takes beside the denoiser's arguments; nothing at a step without alignment."""
+        """Return the arguments with which `module` computes its alignment loss; none at a step without alignment."""
         config = self.config
         if not (self.weight(micro_step) and inputs.aligned):
             return {}
-        level = inputs.timesteps / (self.pipeline.num_train_timesteps - 1)
+        noise_levels = inputs.timesteps / (self.pipeline.num_train_timesteps - 1)
         if self.features is not None:
             batch = {**batch, "features": self.features(batch["images"])}
         if isinstance(self.module, FeatureAlignment):
-            kept = level >= config.alignment_min_noise
+            kept = noise_levels >= config.alignment_min_noise
             return {"features": batch["features"], "grids": self.module.grids(batch), "kept": kept}
-        return {"correspondence": training_matches(self.model, batch, level, config, micro_step, process)}
+        return {"correspondence": training_matches(self.model, batch, noise_levels, config, micro_step, process)}
+
+    def no_loss(self, denoising: Tensor) -> Tensor:
+        """Return an alignment loss of 0 like `denoising`, for a step without alignment.
+
+        In a run with alignment it has a gradient of 0 for every head: `DistributedDataParallel` waits for a gradient of
+        each parameter.
+        """
+        zero = torch.zeros_like(denoising)
+        if not self.config.loss_weight:
+            return zero
+        return zero + sum(parameter.sum() * 0 for parameter in self.heads.parameters())
 
     def weight(self, micro_step: int) -> float:
         """Return the factor of the alignment loss in a micro step."""
@@ -133,7 +144,7 @@ def alignment_weight(config: TrainingConfig, step: int) -> float:
 def training_matches(
     model: CameoModel,
     batch: Mapping[str, Any],
-    level: Tensor,
+    noise_levels: Tensor,
     config: TrainingConfig,
     micro_step: int,
     process: int = 0,
@@ -143,7 +154,7 @@ def training_matches(
     Args:
         model: whose supervised layers decide the token grids.
         batch: collated samples; matches that a loader handed over are used.
-        level: time step of each sample as a share of the last one, `[B]`.
+        noise_levels: time step of each sample as a share of the last one, `[B]`.
         config: controls and noise.
         micro_step: decides the random numbers, with the seed of the run.
         process: decides them too.
@@ -161,9 +172,9 @@ def training_matches(
         matches = [matches_of_next_sample(match) for match in matches]
     elif config.correspondence_control == "random":
         generators = [step_generator(config, micro_step, process, RANDOM_MATCHES) for _ in matches]
-        matches = [random_matches(match, one) for match, one in zip(matches, generators, strict=True)]
+        matches = [random_matches(match, generator) for match, generator in zip(matches, generators, strict=True)]
     if config.alignment_min_noise:
-        matches = [drop_low_noise(match, level, config.alignment_min_noise) for match in matches]
+        matches = [drop_low_noise(match, noise_levels, config.alignment_min_noise) for match in matches]
     return matches
 
 
@@ -182,8 +193,9 @@ def noisy_depth(depth: Tensor, relative: float, generator: torch.Generator) -> T
 def matches_of_next_sample(match: Correspondence) -> Correspondence:
     """Give each sample the matches of the next one, and the last those of the first.
 
-    A control: where they are is what real matches look like, but they belong to other pictures. What scenes and camera
-    positions have in common can still be learnt from them, so what this gains is no evidence of correspondence.
+    A control: the matches are distributed as real ones are, but belong to other images. A model can still learn from
+    them what the scenes and camera positions have in common, so an improvement with this control is no evidence that
+    the correspondence itself helps.
 
     Example:
         >>> index = torch.tensor([[[[-1], [0]], [[0], [-1]]], [[[-1], [-1]], [[0], [-1]]]])
@@ -209,7 +221,7 @@ def matches_of_next_sample(match: Correspondence) -> Correspondence:
 def random_matches(match: Correspondence, generator: torch.Generator) -> Correspondence:
     """Replace each match by a token of the same view drawn uniformly; tokens without a match stay without.
 
-    A control: as many matches in the same places, without any content.
+    A control: the same tokens have a match, but it carries no information.
 
     Example:
         >>> index = torch.tensor([[[-1, -1], [1, -1]], [[-1, 0], [-1, -1]]])[None]
@@ -224,7 +236,7 @@ def random_matches(match: Correspondence, generator: torch.Generator) -> Corresp
     return replace(match, index=torch.where(match.matched, drawn, -1))
 
 
-def drop_low_noise(match: Correspondence, level: Tensor, least: float) -> Correspondence:
+def drop_low_noise(match: Correspondence, noise_levels: Tensor, least: float) -> Correspondence:
     """Leave the samples whose noise level is below `least` without matches.
 
     Example:
@@ -233,5 +245,5 @@ def drop_low_noise(match: Correspondence, level: Tensor, least: float) -> Corres
         >>> match.matched.sum(dim=(1, 2, 3)).tolist()
         [0, 2]
     """
-    low = level.to(match.device) < least
+    low = noise_levels.to(match.device) < least
     return replace(match, index=match.index.masked_fill(low[:, None, None, None], -1))

@@ -1,4 +1,4 @@
-"""The training loop that all recipes share: accelerate around any backbone's pipeline, with or without CAMEO."""
+"""The training loop that all recipes share: it trains the pipeline of any backbone, with or without CAMEO."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Trainer:
     Args:
         model: wraps `pipeline.denoiser`, with LoRA or fully trainable.
         pipeline: turns batches into the denoiser's inputs and target.
-        dataset: endless training set, a pure function of seed and index.
+        dataset: training set without an end, a pure function of seed and index.
         config: all settings; written to `output_dir/config.yaml`.
         on_validation: called with (model, step) on the main process before the first step, every
             `validation_steps` and at the end, with the EMA weights where they are used. What it returns is kept in
@@ -66,13 +66,13 @@ class Trainer:
         self.accelerator = make_accelerator(config)
         set_seed(config.seed, device_specific=True)
         torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
-        if hasattr(pipeline, "to"):  # its VAE is no part of the model
+        if hasattr(pipeline, "to"):  # its VAE is not part of the model
             pipeline.to(self.device)
         self.supervision = Supervision(model, pipeline, dataset, config, self.device)
         self.trained = [parameter for parameter in self.supervision.module.parameters() if parameter.requires_grad]
         if not self.trained:
             raise ValueError("model: no parameter requires a gradient; add LoRA or call requires_grad_(True) first")
-        for parameter in self.trained:  # mixed precision keeps what is trained in float32
+        for parameter in self.trained:  # mixed precision keeps trained parameters in float32
             parameter.data = parameter.data.float()
         optimizer = torch.optim.AdamW(
             self.trained,
@@ -153,7 +153,7 @@ class Trainer:
         start_trackers(accelerator, config)
 
     def _run(self, dataset: MultiViewDataset | MatchedDataset) -> str | None:
-        """Train to the end, or to a signal, whose name is returned."""
+        """Train to the end, or until a signal, whose name is returned."""
         config, accelerator = self.config, self.accelerator
         accumulate = config.gradient_accumulation_steps
         sampler = StepSampler(
@@ -189,60 +189,82 @@ class Trainer:
         return None
 
     def _train_step(self, batches: Iterator[tuple[int, Any]], stop: StopSignal) -> tuple[dict[str, float], bool]:
-        """Accumulate the gradient, step, record; returns the entry and whether some process was told to stop."""
-        config, accelerator = self.config, self.accelerator
-        accumulate = config.gradient_accumulation_steps
+        """Take one optimizer step; returns its entry of the records, and whether a process was told to stop."""
+        sums, samples = self._accumulate_gradients(batches)
+        norm = self.accelerator.clip_grad_norm_(self.trained, self.config.max_grad_norm)
+        entry, norm_sum, stopping = self._exchange(sums, norm, stop)
+        self._check_finite(entry, norm_sum, samples)
+        self._update_weights()
+        self._record(entry)
+        return entry, stopping
+
+    def _accumulate_gradients(self, batches: Iterator[tuple[int, Any]]) -> tuple[Tensor, list[str]]:
+        """Run the forward and backward passes of a step.
+
+        Returns:
+            The sums of the denoising losses, the alignment losses and the numbers of matches; the keys of the samples.
+        """
+        accumulate = self.config.gradient_accumulation_steps
         sums, samples = torch.zeros(3, device=self.device), []
         for part, (micro_step, batch) in enumerate(islice(batches, accumulate), start=1):
-            with nullcontext() if part == accumulate else accelerator.no_sync(self.prepared):
+            with nullcontext() if part == accumulate else self.accelerator.no_sync(self.prepared):
                 loss, denoising, alignment = self._losses(to_device(batch, self.device), micro_step)
-                accelerator.backward(loss / accumulate)
-            supervised = torch.tensor(float(self.supervision.num_supervised), device=self.device)
-            sums += torch.stack([denoising.detach(), alignment.detach(), supervised])
+                self.accelerator.backward(loss / accumulate)
+            num_supervised = torch.tensor(float(self.supervision.num_supervised), device=self.device)
+            sums += torch.stack([denoising.detach(), alignment.detach(), num_supervised])
             samples += batch["key"]
-        norm = accelerator.clip_grad_norm_(self.trained, config.max_grad_norm)
-        # The one exchange of a step, in which all processes agree on the figures and on stopping.
-        stopping = torch.tensor(float(stop.received is not None), device=self.device)
-        total = accelerator.reduce(torch.stack([*sums, stopping, norm.float()]), reduction="sum").tolist()
-        processes = accelerator.num_processes
-        entry = {
-            "step": self.step + 1,
-            "loss": total[0] / accumulate / processes,
-            "alignment_loss": total[1] / accumulate / processes,
-            "supervised": total[2],
-            "learning_rate": float(self.scheduler.get_last_lr()[0]),
-        }
-        self._check_finite(entry, total[4], samples)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.step += 1
-        if not accelerator.optimizer_step_was_skipped:  # fp16 skips the steps whose gradient overflows
-            self.scheduler.step()
-            if self.ema is not None:
-                self.ema.step(self.trained)
-        accelerator.log({name: value for name, value in entry.items() if name != "step"}, step=self.step)
-        if accelerator.is_main_process:
-            self.metrics.append(entry)
-        return entry, total[3] > 0
+        return sums, samples
 
     def _losses(self, batch: dict[str, Any], micro_step: int) -> tuple[Tensor, Tensor, Tensor]:
         """Return the training loss of a micro batch, its denoising part and its alignment part."""
         process = self.accelerator.process_index
         inputs = noisy_inputs(self.pipeline, batch, self.config, micro_step, process)
-        supervised = self.supervision.arguments(batch, inputs, micro_step, process)
-        output = self.prepared(*inputs.args, **supervised, **inputs.kwargs)
+        targets = self.supervision.targets(batch, inputs, micro_step, process)
+        output = self.prepared(*inputs.args, **targets, **inputs.kwargs)
         denoising = self.pipeline.denoising_loss(output, inputs).mean()
-        if not supervised:
-            nothing = torch.zeros_like(denoising)
-            if self.config.loss_weight:  # DistributedDataParallel waits for a gradient of every parameter
-                nothing = nothing + sum(parameter.sum() * 0 for parameter in self.supervision.heads.parameters())
-            return denoising + nothing, denoising, nothing
-        alignment = self.supervision.module.alignment_loss
-        return denoising + self.supervision.weight(micro_step) * alignment, denoising, alignment
+        alignment = self.supervision.module.alignment_loss if targets else self.supervision.no_loss(denoising)
+        loss_weight = self.supervision.weight(micro_step)
+        return denoising + loss_weight * alignment, denoising, alignment
+
+    def _exchange(self, sums: Tensor, norm: Tensor, stop: StopSignal) -> tuple[dict[str, float], float, bool]:
+        """Let all processes agree on the figures of a step and on stopping, in the one exchange of the step.
+
+        Returns:
+            The entry of the records, the sum of the processes' gradient norms, and whether a process was told to stop.
+        """
+        stopping = torch.tensor(float(stop.received is not None), device=self.device)
+        figures = torch.stack([*sums, stopping, norm.float()])
+        denoising, alignment, supervised, stopping_sum, norm_sum = self.accelerator.reduce(figures, "sum").tolist()
+        count = self.config.gradient_accumulation_steps * self.accelerator.num_processes
+        entry = {
+            "step": self.step + 1,
+            "loss": denoising / count,
+            "alignment_loss": alignment / count,
+            "supervised": supervised,
+            "learning_rate": float(self.scheduler.get_last_lr()[0]),
+        }
+        return entry, norm_sum, stopping_sum > 0
+
+    def _update_weights(self) -> None:
+        """Apply the accumulated gradient to the weights, the learning rate schedule and the averaged weights."""
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        if self.accelerator.optimizer_step_was_skipped:  # fp16 skips the steps whose gradient overflows
+            return
+        self.scheduler.step()
+        if self.ema is not None:
+            self.ema.step(self.trained)
+
+    def _record(self, entry: Mapping[str, float]) -> None:
+        """Write the figures of a step to the tracker and to `metrics.jsonl`."""
+        self.accelerator.log({name: value for name, value in entry.items() if name != "step"}, step=self.step)
+        if self.accelerator.is_main_process:
+            self.metrics.append(entry)
 
     def _check_finite(self, entry: Mapping[str, float], norm: float, samples: list[str]) -> None:
         values = {"denoising": entry["loss"], "alignment": entry["alignment_loss"], "norm of the gradient": norm}
-        if self.accelerator.scaler is not None:  # with fp16 a gradient that overflows is an everyday event
+        if self.accelerator.scaler is not None:  # with fp16 a gradient may overflow, and the step is skipped
             del values["norm of the gradient"]
         if not all(map(math.isfinite, values.values())):
             shown = ", ".join(f"{name} {value}" for name, value in values.items())
@@ -257,26 +279,26 @@ class Trainer:
         if self.on_validation is not None and accelerator.is_main_process and not self._is_validated():
             averaged = self.ema if use_ema else None
             devices = [self.device] if self.device.type == "cuda" else []
-            with torch.random.fork_rng(devices=devices):  # a validation must not shift the dropout of later steps
+            with torch.random.fork_rng(devices=devices):  # a validation must not change the dropout of later steps
                 if averaged is not None:
                     averaged.store(self.trained)
                     averaged.copy_to(self.trained)
                 try:
-                    found = self.on_validation(self.model, self.step)
+                    metrics = self.on_validation(self.model, self.step)
                 finally:
                     if averaged is not None:
                         averaged.restore(self.trained)
             self.prepared.train()
-            self.validations.append({"step": self.step, **found})
-            accelerator.log({f"validation/{name}": value for name, value in numbers_in(found)}, step=self.step)
-            log_pictures(accelerator, [self.output_dir / path for path in found.get("pictures", [])], step=self.step)
+            self.validations.append({"step": self.step, **metrics})
+            accelerator.log({f"validation/{name}": value for name, value in numbers_in(metrics)}, step=self.step)
+            log_pictures(accelerator, [self.output_dir / path for path in metrics.get("pictures", [])], step=self.step)
         accelerator.wait_for_everyone()
 
     def _is_validated(self) -> bool:
         return any(entry["step"] == self.step for entry in self.validations.read())
 
     def save_checkpoint(self) -> Path:
-        """Write `checkpoint-N` whole or not at all, then remove what is beyond `checkpoints_total_limit`."""
+        """Write `checkpoint-N` whole or not at all, then remove checkpoints beyond `checkpoints_total_limit`."""
         staged = self.output_dir / f".checkpoint-{self.step}.partial"
         final = self.output_dir / f"checkpoint-{self.step}"
         if self.accelerator.is_main_process:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from tests.recipes.test_recipes import write_sequence
+from tests.helpers.sequences import write_sequence
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 SETTINGS = """

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from cameo.training.checkpoint import list_checkpoints
+from tests.helpers.sequences import write_sequence
 from tests.helpers.training_runs import RECIPES, read_lines, run_in_process, scene_cache, write_settings
-from tests.recipes.test_recipes import write_sequence
 
 README = (RECIPES.parent / "README.md").read_text(encoding="utf-8")
 LAUNCHERS = {

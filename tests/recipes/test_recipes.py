@@ -20,29 +20,12 @@ from cameo.errors import DataError
 from cameo.training.checkpoint import list_checkpoints, load_trained
 from cameo.training.data import build_dataset
 from cameo.training.settings import load_config
-from cameo.training.setup import add_lora, arms_of, check_push, load_pipeline
+from cameo.training.setup import add_lora, check_push, load_pipeline, planned_runs
 from cameo.wrap import attach
+from tests.helpers.sequences import write_sequence
 from tests.helpers.training_runs import RecipeProcess, make_config, read_lines, same_files
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
-
-
-def write_sequence(folder: Path, frames: int = 10) -> Path:
-    """A 7-Scenes folder: a patterned wall two metres away, seen by a camera that moves sideways."""
-    folder.mkdir(parents=True)
-    height, width, focal = 48, 64, 60.0
-    y, x = np.mgrid[:height, :width] + 0.5
-    for frame in range(frames):
-        shift = 0.08 * frame
-        wall_x, wall_y = shift + 2 * (x - width / 2) / focal, 2 * (y - height / 2) / focal
-        pattern = np.stack([np.sin(7 * wall_x + 3 * wall_y), np.sin(5 * wall_y), np.sin(11 * wall_x)], axis=-1)
-        Image.fromarray(np.uint8(127 + 120 * pattern)).save(folder / f"frame-{frame:06d}.color.png")
-        Image.fromarray(np.full((height, width), 2000, dtype=np.uint16)).save(folder / f"frame-{frame:06d}.depth.png")
-        pose = np.eye(4)
-        pose[0, 3] = shift
-        np.savetxt(folder / f"frame-{frame:06d}.pose.txt", pose)
-    np.savetxt(folder / "camera-intrinsics.txt", [[focal, 0, width / 2], [0, focal, height / 2], [0, 0, 1]])
-    return folder
 
 
 def test_lora_on_an_rgbd_folder_end_to_end(tmp_path: Path) -> None:
@@ -101,6 +84,7 @@ def test_lora_on_an_rgbd_folder_end_to_end(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_comparison_stopped_in_its_first_run_goes_on(tmp_path: Path) -> None:
     settings = {"max_train_steps": 6, "compare_without_cameo": True, "checkpointing_steps": 100}
     whole = RecipeProcess("lora_finetune", tmp_path / "whole", **settings)
@@ -163,28 +147,28 @@ def test_two_processes_train_one_adapter_and_resume(tmp_path: Path) -> None:
     assert seen == [entry["supervised"] for entry in history[:2]]
 
 
-def test_arms_of_a_comparison(tmp_path: Path) -> None:
+def test_planned_runs_of_a_comparison(tmp_path: Path) -> None:
     config = make_config(tmp_path)
-    assert arms_of(config) == {"with CAMEO": config}
-    assert list(arms_of(make_config(tmp_path, loss_weight=0.0))) == ["without CAMEO"]
-    both = arms_of(make_config(tmp_path, compare_without_cameo=True))
-    assert {name: (arm.loss_weight, arm.output_dir) for name, arm in both.items()} == {
+    assert planned_runs(config) == {"with CAMEO": config}
+    assert list(planned_runs(make_config(tmp_path, loss_weight=0.0))) == ["without CAMEO"]
+    both = planned_runs(make_config(tmp_path, compare_without_cameo=True))
+    assert {name: (run.loss_weight, run.output_dir) for name, run in both.items()} == {
         "without CAMEO": (0.0, str(tmp_path / "without_cameo")),
         "with CAMEO": (config.loss_weight, str(tmp_path)),
     }
     resumed = {"compare_without_cameo": True, "resume_from_checkpoint": "latest"}
     with pytest.raises(DataError, match="holds no complete checkpoint-N"):
-        arms_of(make_config(tmp_path, **resumed))
+        planned_runs(make_config(tmp_path, **resumed))
     done = tmp_path / "without_cameo" / "checkpoint-6"
     done.mkdir(parents=True)
     (done / "trainer_state.json").write_text("{}")
-    again = arms_of(make_config(tmp_path, **resumed))
-    assert [arm.resume_from_checkpoint for arm in again.values()] == ["latest", None]
+    again = planned_runs(make_config(tmp_path, **resumed))
+    assert [run.resume_from_checkpoint for run in again.values()] == ["latest", None]
     with pytest.raises(DataError, match=r"without_cameo holds checkpoints of an earlier run"):
-        arms_of(make_config(tmp_path, compare_without_cameo=True))
-    assert len(arms_of(make_config(tmp_path, compare_without_cameo=True, overwrite_output_dir=True))) == 2
+        planned_runs(make_config(tmp_path, compare_without_cameo=True))
+    assert len(planned_runs(make_config(tmp_path, compare_without_cameo=True, overwrite_output_dir=True))) == 2
     with pytest.raises(ValueError, match="there are two runs; expected latest"):
-        arms_of(make_config(tmp_path, compare_without_cameo=True, resume_from_checkpoint="checkpoint-6"))
+        planned_runs(make_config(tmp_path, compare_without_cameo=True, resume_from_checkpoint="checkpoint-6"))
 
 
 def test_push_without_token_is_refused_before_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,7 +180,7 @@ def test_push_without_token_is_refused_before_the_training(tmp_path: Path, monke
     check_push(config)
 
 
-def test_push_without_licence_is_refused_before_the_training(tmp_path: Path) -> None:
+def test_push_without_license_is_refused_before_the_training(tmp_path: Path) -> None:
     settings = {"push_to_hub": True, "hub_model_id": "me/rooms", "hub_token": "hf_secret", "preset": None}
     config = make_config(tmp_path, pretrained_model_name_or_path=str(tmp_path), **settings)
     with pytest.raises(ValueError, match=r"no license is known.*hub_license=. Nothing was trained yet"):

@@ -20,8 +20,8 @@ from cameo.probing.denoising import ValidationSettings
 from cameo.training import setup
 from cameo.training.settings import load_config, settings_file
 from cameo.training.setup import load_pipeline
+from tests.helpers.sequences import write_sequence
 from tests.helpers.training_runs import RECIPES, fresh_accelerate, read_lines, scene_cache
-from tests.recipes.test_recipes import write_sequence
 
 SHORT = {
     "max_train_steps": 2,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ from typing import Any
 import pytest
 
 from cameo.errors import DataError
-from cameo.processes.stopping import ECHO_SECONDS
 from cameo.training import checkpoint
 from cameo.training.records import Records
 from tests.helpers.training_runs import (
@@ -58,13 +56,10 @@ def hidden(folder: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, RecipeProcess]:
-    """Runs to compare with, under way beside the tests; the LoRA run loads its data without worker processes."""
-    root = tmp_path_factory.mktemp("uninterrupted")
-    return {
-        "lora": RecipeProcess("lora_finetune", root / "lora", **{**LORA, "dataloader_num_workers": 0}),
-        "full": RecipeProcess("full_finetune", root / "full", **FULL),
-    }
+def uninterrupted_lora(tmp_path_factory: pytest.TempPathFactory) -> RecipeProcess:
+    """A run to compare with, under way beside the tests; it loads its data without worker processes."""
+    folder = tmp_path_factory.mktemp("uninterrupted") / "lora"
+    return RecipeProcess("lora_finetune", folder, **{**LORA, "dataloader_num_workers": 0})
 
 
 def finished(run: RecipeProcess) -> Path:
@@ -72,7 +67,7 @@ def finished(run: RecipeProcess) -> Path:
     return run.output_dir
 
 
-def test_lora_survives_kill_and_sigterm_bit_for_bit(uninterrupted: dict[str, RecipeProcess], tmp_path: Path) -> None:
+def test_lora_survives_kill_and_sigterm_bit_for_bit(uninterrupted_lora: RecipeProcess, tmp_path: Path) -> None:
     out = tmp_path / "run"
     run = RecipeProcess("lora_finetune", out, **LORA, signal_at=(5, signal.SIGKILL))
     assert run.wait() == -signal.SIGKILL
@@ -96,7 +91,7 @@ def test_lora_survives_kill_and_sigterm_bit_for_bit(uninterrupted: dict[str, Rec
 
     run = RecipeProcess("lora_finetune", out, **LORA, resume_from_checkpoint="latest")
     assert run.wait() == 0, run.output
-    whole = finished(uninterrupted["lora"])
+    whole = finished(uninterrupted_lora)
     assert [entry["step"] for entry in read_lines(out / "metrics.jsonl")] == list(range(1, 15))
     assert (out / "metrics.jsonl").read_text() == (whole / "metrics.jsonl").read_text()
     assert (out / "validations.jsonl").read_text() == (whole / "validations.jsonl").read_text()
@@ -105,9 +100,9 @@ def test_lora_survives_kill_and_sigterm_bit_for_bit(uninterrupted: dict[str, Rec
     assert same_files(out / weights, whole / weights)
 
 
-def test_full_training_with_ema_survives_kill_and_sigint_bit_for_bit(
-    uninterrupted: dict[str, RecipeProcess], tmp_path: Path
-) -> None:
+@pytest.mark.slow
+def test_full_training_with_ema_survives_kill_and_sigint_bit_for_bit(tmp_path: Path) -> None:
+    uninterrupted = RecipeProcess("full_finetune", tmp_path / "uninterrupted", **FULL)
     out = tmp_path / "run"
     run = RecipeProcess("full_finetune", out, **FULL, signal_at=(3, signal.SIGKILL))
     run.wait()
@@ -120,7 +115,7 @@ def test_full_training_with_ema_survives_kill_and_sigint_bit_for_bit(
 
     run = RecipeProcess("full_finetune", out, **FULL, resume_from_checkpoint="latest")
     assert run.wait() == 0, run.output
-    whole = finished(uninterrupted["full"])
+    whole = finished(uninterrupted)
     assert (out / "metrics.jsonl").read_text() == (whole / "metrics.jsonl").read_text()
     assert (out / "validations.jsonl").read_text() == (whole / "validations.jsonl").read_text()
     weights = "model/unet/diffusion_pytorch_model.safetensors"
@@ -136,19 +131,8 @@ def test_full_training_with_ema_survives_kill_and_sigint_bit_for_bit(
     assert same_files(out / weights, whole / weights)
 
 
-def test_second_interrupt_stops_at_once(tmp_path: Path) -> None:
-    settings = {"max_train_steps": 500, "checkpointing_steps": 500}
-    run = RecipeProcess("lora_finetune", tmp_path, **settings, signal_at=(2, signal.SIGINT), stall="checkpoint-")
-    run.reach(lambda: any(tmp_path.glob(".*checkpoint-*/*.half")))  # hangs in its checkpoint for ten minutes
-    time.sleep(ECHO_SECONDS + 0.2)
-    run.signal(signal.SIGINT)
-    assert run.wait(timeout=20) != 0
-    assert "KeyboardInterrupt" in run.output
-    assert checkpoints(tmp_path) == []
-
-
-def test_runs_that_cannot_go_on_end_with_an_error(uninterrupted: dict[str, RecipeProcess], tmp_path: Path) -> None:
-    whole = finished(uninterrupted["lora"])
+def test_runs_that_cannot_go_on_end_with_an_error(uninterrupted_lora: RecipeProcess, tmp_path: Path) -> None:
+    whole = finished(uninterrupted_lora)
     before = (whole / "metrics.jsonl").read_text()
     cases = {
         "holds no complete checkpoint-N; leave the setting out": (

@@ -17,7 +17,7 @@ from cameo.errors import DataError
 from cameo.training import checkpoint
 from cameo.training.output_folder import LOCK_FILE, hold_folder
 from cameo.training.settings import TrainingConfig, continued_settings, load_config, save_config
-from cameo.training.setup import arms_of
+from cameo.training.setup import planned_runs
 from tests.helpers.training_runs import RECIPES, RecipeProcess
 
 DEMONSTRATION = RECIPES / "configs" / "lora_cat3d_tiny.yaml"
@@ -40,7 +40,7 @@ def demonstrate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[],
         with pytest.raises(Started):
             main([])
 
-    monkeypatch.setitem(main.__globals__, "build_dataset", begin)
+    monkeypatch.setattr("cameo.training.data.build_dataset", begin)
     return demonstrate
 
 
@@ -59,7 +59,7 @@ def leave_run(config: TrainingConfig, *steps: int, processes: int = 1) -> Path:
 def leave_demonstration(**changes: Any) -> tuple[Path, Path]:
     """Write what the demonstration leaves, in the folders of both of its runs."""
     config = replace(load_config(DEMONSTRATION), overwrite_output_dir=True, **changes)
-    without, with_cameo = (leave_run(arm, 200) for arm in arms_of(config).values())
+    without, with_cameo = (leave_run(run, 200) for run in planned_runs(config).values())
     (with_cameo / "adapter").mkdir()
     return without, with_cameo
 
@@ -73,14 +73,14 @@ def test_the_demonstration_begins_in_an_empty_folder_and_replaces_itself(demonst
     without, _ = leave_demonstration()
     demonstrate()
     # One that was stopped and resumed is still the demonstration.
-    config = arms_of(replace(load_config(DEMONSTRATION), overwrite_output_dir=True))["without CAMEO"]
+    config = planned_runs(replace(load_config(DEMONSTRATION), overwrite_output_dir=True))["without CAMEO"]
     save_config(replace(config, resume_from_checkpoint="latest"), without / "config.yaml")
     demonstrate()
 
 
 def test_the_demonstration_begins_where_its_first_run_was_stopped(demonstrate: Callable[[], None]) -> None:
     config = replace(load_config(DEMONSTRATION), overwrite_output_dir=True)
-    leave_run(arms_of(config)["without CAMEO"], 100, processes=2)
+    leave_run(planned_runs(config)["without CAMEO"], 100, processes=2)
     demonstrate()
 
 
@@ -109,7 +109,7 @@ def test_a_single_run_is_not_replaced(demonstrate: Callable[[], None]) -> None:
     assert (folder / "checkpoint-200").is_dir()
 
 
-def test_either_arm_protects_both(demonstrate: Callable[[], None]) -> None:
+def test_either_run_protects_both(demonstrate: Callable[[], None]) -> None:
     without, folder = leave_demonstration()
     other = replace(load_config(DEMONSTRATION), output_dir="other", seed=1)
     (leave_run(other, 300) / "checkpoint-300").rename(folder / "checkpoint-300")

@@ -20,8 +20,9 @@ from cameo.data import collate
 from cameo.data.batches import match_batch
 from cameo.errors import DataError
 from cameo.training.data import noisy_inputs, step_generator
-from cameo.training.settings import CHANGEABLE, TrainingConfig
-from cameo.training.setup import arms_of, load_pipeline, wrap_denoiser
+from cameo.training.settings import TrainingConfig
+from cameo.training.settings.config import CHANGEABLE
+from cameo.training.setup import load_pipeline, planned_runs, wrap_denoiser
 from cameo.training.supervision import (
     PROJECTOR_FILE,
     alignment_weight,
@@ -283,7 +284,7 @@ def test_a_resumed_run_keeps_its_supervision(tmp_path: Path) -> None:
         ({"geometry_noise": 0.1, "precomputed_correspondence": "x"}, r"precomputed_correspondence=null"),
         ({"correspondence": "features", "correspondence_in": "worker"}, r"features: .*correspondence_in=step"),
         ({"correspondence": "features", "precomputed_correspondence": "x"}, r"precomputed_correspondence=null"),
-        ({"correspondence": "features", "reduction": "released"}, r"features: knows no distances .*reduction=mean"),
+        ({"correspondence": "features", "reduction": "released"}, r"features: gives no distances .*reduction=mean"),
         ({"supervision": "repa", "correspondence_control": "random"}, r"correspondence_control=random: .*repa uses"),
         ({"supervision": "repa", "geometry_noise": 0.1}, r"geometry_noise=0.1: .*give supervision=cameo"),
         ({"supervision": "repa", "correspondence_in": "worker"}, r"correspondence_in=worker: .*repa uses none"),
@@ -320,8 +321,8 @@ def test_the_card_tells_how_the_run_was_supervised(tmp_path: Path) -> None:
 
 def test_the_arms_of_a_comparison_are_named_after_the_supervision(tmp_path: Path) -> None:
     config = make_config(tmp_path, compare_without_cameo=True, **REPA)
-    assert list(arms_of(config)) == ["without CAMEO", "with REPA"]
-    assert list(arms_of(replace(config, compare_without_cameo=False))) == ["with REPA"]
+    assert list(planned_runs(config)) == ["without CAMEO", "with REPA"]
+    assert list(planned_runs(replace(config, compare_without_cameo=False))) == ["with REPA"]
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import multiprocessing
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +22,9 @@ from cameo.training.data import StepSampler, build_dataset, noisy_inputs
 from cameo.training.setup import add_lora, load_pipeline, train_lora, wrap_denoiser, write_pictures
 from cameo.training.trainer import Trainer
 from tests.helpers.batches import make_batch
-from tests.helpers.training_runs import fresh_accelerate, make_config, make_trainer, scene_cache
+from tests.helpers.training_runs import make_config, make_trainer
 
-
-@pytest.fixture(autouse=True)
-def _alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("CAMEO_CACHE", scene_cache())
-    with fresh_accelerate():
-        yield
+pytestmark = pytest.mark.usefixtures("alone_on_shared_scenes")
 
 
 class Changed(Dataset):
@@ -260,7 +255,7 @@ def test_two_trainings_in_one_process_do_not_touch_each_other(tmp_path: Path) ->
 
 def test_workers_load_the_same_samples_and_tell_what_is_wrong(tmp_path: Path) -> None:
     def broken(index: int, sample: dict[str, Any]) -> dict[str, Any]:
-        raise DataError("room/frame-000007.color.png: cannot decode the colour image")
+        raise DataError("room/frame-000007.color.png: cannot decode the color image")
 
     plain = losses(make_trainer(tmp_path / "plain", max_train_steps=2))
     assert losses(make_trainer(tmp_path / "workers", max_train_steps=2, dataloader_num_workers=2)) == plain
@@ -279,14 +274,6 @@ def test_several_layers_with_different_grids(tmp_path: Path) -> None:
     token_grids = [match.token_grids[0] for match in match_layers(trainer.model.supervised_layers, make_batch(size=32))]
     assert token_grids == [(8, 8), (4, 4)]
     assert trainer.train().history()[0]["supervised"] > 0
-
-
-def test_trackers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match=r"unknown report_to 'tensorbord': did you mean 'tensorboard'"):
-        make_accelerator(make_config(tmp_path, report_to="tensorbord"))
-    monkeypatch.setattr("accelerate.tracking.get_available_trackers", list)
-    with pytest.raises(ImportError, match=r"report_to=wandb: not installed; pip install wandb"):
-        make_accelerator(make_config(tmp_path, report_to="wandb"))
 
 
 def test_processes_draw_different_samples_of_one_order() -> None:

@@ -6,19 +6,23 @@ variable, or without the checkout, these tests skip.
 
 from __future__ import annotations
 
-import importlib
-import importlib.machinery
+import inspect
 import os
 import sys
-import types
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
-import torch.nn.functional as F
-from torch import Tensor
+from torch import nn
+
+from tests.helpers import backbone_checks as checks
+from tests.helpers import upstream_mvdream as mvdream
+from tests.helpers import upstream_sv3d as sv3d
+from tests.helpers import upstream_zero123plus as zero123plus
+from tests.helpers.upstream_imports import imports_from, stand_in, xformers_by_sdpa
 
 VARIABLE = "CAMEO_UPSTREAM"
 
@@ -39,73 +43,6 @@ def upstream() -> Callable[[str], Path]:
     return find
 
 
-@contextmanager
-def imports_from(folder: Path) -> Iterator[Path]:
-    """Put `folder` first on `sys.path`; afterwards take it away again, with every module that came from it."""
-    folder = folder.resolve()
-    entry = str(folder)
-    sys.path.insert(0, entry)
-    importlib.invalidate_caches()
-    try:
-        yield folder
-    finally:
-        sys.path.remove(entry)
-        for name, module in list(sys.modules.items()):
-            if any(Path(place).resolve().is_relative_to(folder) for place in _places(module)):
-                del sys.modules[name]
-        sys.path_importer_cache.pop(entry, None)
-
-
-@contextmanager
-def stand_in(name: str, **attributes: Any) -> Iterator[types.ModuleType]:
-    """Let `import <name>` give an empty module with these attributes; parents that are missing are made up too.
-
-    Parents that can be imported stay as they are and get the module as an attribute for the time being.
-    """
-    with pytest.MonkeyPatch.context() as patch:
-        parent, _, last = name.rpartition(".")
-        module = _empty(name, attributes)
-        patch.setitem(sys.modules, name, module)
-        if not parent:
-            yield module
-            return
-        with ExitStack() as stack:
-            try:
-                package = importlib.import_module(parent)
-            except ImportError:
-                package = stack.enter_context(stand_in(parent))
-            patch.setattr(package, last, module, raising=False)
-            yield module
-
-
-@contextmanager
-def xformers_by_sdpa() -> Iterator[types.ModuleType]:
-    """Stand in for `xformers.ops.memory_efficient_attention`, whose real kernel exists on CUDA only."""
-    with (
-        stand_in("xformers", __version__="0.0.35"),
-        stand_in("xformers.ops", memory_efficient_attention=memory_efficient_attention) as ops,
-    ):
-        yield ops
-
-
-def memory_efficient_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_bias: Tensor | None = None,
-    p: float = 0.0,
-    scale: float | None = None,
-    *,
-    op: Any = None,
-) -> Tensor:
-    """The operator's two layouts, `[A, L, D]` and `[A, L, K, D]`, computed by PyTorch."""
-    if query.ndim == 4:
-        query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
-        output = F.scaled_dot_product_attention(query, key, value, attn_mask=attn_bias, dropout_p=p, scale=scale)
-        return output.transpose(1, 2)
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=attn_bias, dropout_p=p, scale=scale)
-
-
 @pytest.fixture
 def checkout(upstream: Callable[[str], Path]) -> Iterator[Callable[..., Path]]:
     """`checkout(name, *subfolders)`: for the rest of the test, imports come from that checkout first.
@@ -121,34 +58,96 @@ def checkout(upstream: Callable[[str], Path]) -> Iterator[Callable[..., Path]]:
 
 
 @pytest.fixture
-def missing() -> Iterator[Callable[..., types.ModuleType]]:
+def missing() -> Iterator[Callable[..., ModuleType]]:
     """`missing(name, **attributes)`: for the rest of the test, a stand-in for an import that is not installed."""
     with ExitStack() as stack:
         yield lambda name, **attributes: stack.enter_context(stand_in(name, **attributes))
 
 
 @pytest.fixture
-def xformers() -> Iterator[types.ModuleType]:
+def xformers() -> Iterator[ModuleType]:
     """For the length of a test, `xformers.ops` whose kernel is PyTorch's; ask for it before importing upstream."""
     with xformers_by_sdpa() as ops:
         yield ops
 
 
-def _empty(name: str, attributes: dict[str, Any]) -> types.ModuleType:
-    module = types.ModuleType(name)
-    module.__path__ = []  # a package, so that submodules may be stood in for as well
-    module.__spec__ = importlib.machinery.ModuleSpec(name, None, is_package=True)  # find_spec() asks for it
-    for key, value in attributes.items():
-        setattr(module, key, value)
-    return module
+@pytest.fixture
+def build_mvdream(
+    checkout: Callable[..., Path],
+    missing: Callable[..., ModuleType],
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+) -> Callable[..., nn.Module]:
+    """`build_mvdream(kind, **settings)`: a narrow U-Net of one of `mvdream.KINDS`, of the class of its repository."""
+
+    def make(kind: str, **settings: Any) -> nn.Module:
+        if kind == "mvdream-einsum":
+            for name in ("xformers", "xformers.ops"):  # `import` finds nothing, whether or not it is installed
+                monkeypatch.setitem(sys.modules, name, None)
+        else:
+            request.getfixturevalue("xformers")
+        missing("pkg_resources")
+        if kind.startswith("port"):
+            missing("kiui.cam", orbit_camera=None)
+            folder = checkout("mvdream_diffusers")
+            tokens = {"ip_dim": 16} if kind == "port-imagedream" else {}
+            options = {**mvdream.SETTINGS, "num_head_channels": mvdream.HEAD_CHANNELS, **tokens, **settings}
+            module = __import__("mv_unet")
+        else:
+            package = kind.split("-")[0]
+            place = ("ImageDream", "extern", "ImageDream") if package == "imagedream" else ("MVDream",)
+            folder = checkout(*place)
+            heads = {"num_heads": 4} if kind == "mvdream-1.5" else mvdream.LINEAR
+            tokens = {"with_ip": True, "ip_dim": 16} if package == "imagedream" else {}
+            options = {**mvdream.SETTINGS, **mvdream.LDM, **heads, **tokens, **settings}
+            module = __import__(f"{package}.{mvdream.OPENAI}", fromlist=["MultiViewUNetModel"])
+        assert Path(inspect.getfile(module)).is_relative_to(folder)
+        return mvdream.randomize(module.MultiViewUNetModel(**options))
+
+    return make
 
 
-def _places(module: types.ModuleType | None) -> list[str]:
-    """Files and folders a module came from."""
-    file = getattr(module, "__file__", None)
-    if isinstance(file, str):
-        return [file]
-    try:
-        return [place for place in getattr(module, "__path__", []) if isinstance(place, str)]
-    except (KeyError, TypeError):  # the path of a namespace package whose parent is gone
-        return []
+@pytest.fixture(scope="module")
+def sgm(upstream: Callable[[str], Path]) -> Iterator[SimpleNamespace]:
+    """The Python modules around SGM's `VideoUNet`."""
+    with sv3d.sgm_modules(upstream("generative-models")) as modules:
+        yield modules
+
+
+@pytest.fixture(scope="module")
+def published(upstream: Callable[[str], Path]) -> Iterator[ModuleType]:
+    """The file of the published pipeline of Zero123++."""
+    with zero123plus.published_module(upstream("zero123plus") / "diffusers-support" / "pipeline.py") as module:
+        yield module
+
+
+KINDS = ["zero123plus", *(f"mvdream/{kind}" for kind in mvdream.KINDS), "sv3d", "sv3d/inflated"]
+
+
+@pytest.fixture(params=KINDS)
+def subject(request: pytest.FixtureRequest) -> checks.Subject:
+    backbone, _, kind = request.param.partition("/")
+    if backbone == "zero123plus":
+        module = request.getfixturevalue("published")
+        return checks.Subject(
+            backbone,
+            build=lambda: zero123plus.wrapper(module, width=32),  # 8 would be too narrow to learn random matches
+            inputs=lambda _: zero123plus.inputs(samples=1),
+            grids=(zero123plus.REFERENCE, *(zero123plus.TILE,) * 6),
+        )
+    if backbone == "mvdream":
+        make = request.getfixturevalue("build_mvdream")
+        return checks.Subject(
+            backbone,
+            build=lambda: make(kind),
+            inputs=lambda unet: ((), mvdream.inputs_of(unet, samples=1)),
+            grids=((4, 4),) * (4 if "imagedream" in kind else 3),
+        )
+    modules = request.getfixturevalue("sgm")
+    return checks.Subject(
+        backbone,
+        build=lambda: sv3d.build(modules),
+        inputs=lambda _: ((), sv3d.arguments(samples=1)),
+        grids=(sv3d.GRID,) * sv3d.FRAMES,
+        wrap={"inflate": True} if kind else {},
+    )

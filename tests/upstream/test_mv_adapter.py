@@ -17,8 +17,7 @@ import cameo
 from cameo import CameoModel, TokenLayout
 from cameo.errors import CaptureError
 from tests.helpers.models import SAMPLES, add_lora, check_bit_identical, check_layout, check_overfits, frames, next_view
-
-from .conftest import imports_from
+from tests.helpers.upstream_imports import imports_from
 
 SIDE = 4  # the processors know square token grids only
 GRID = (SIDE, SIDE)

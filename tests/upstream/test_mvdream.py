@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -26,95 +24,7 @@ from cameo.backbone import get_backbone
 from cameo.errors import CaptureError
 from tests.helpers.mvdream_models import check_match_in_images, executed
 from tests.helpers.orbits import orbit
-
-HEAD_CHANNELS = 16
-SETTINGS: dict[str, Any] = {
-    "image_size": 8,
-    "in_channels": 4,
-    "out_channels": 4,
-    "model_channels": 32,
-    "num_res_blocks": 2,
-    "attention_resolutions": [4, 2, 1],
-    "channel_mult": [1, 2, 2, 2],
-    "context_dim": 24,
-    "camera_dim": 16,
-}
-LDM = {"use_spatial_transformer": True, "legacy": False, "use_checkpoint": False}
-LINEAR = {"num_head_channels": HEAD_CHANNELS, "use_linear_in_transformer": True}
-OPENAI = "ldm.modules.diffusionmodules.openaimodel"
-KINDS = ("port", "port-imagedream", "mvdream", "mvdream-1.5", "mvdream-einsum", "imagedream")
-
-
-def randomise(model: nn.Module) -> nn.Module:
-    """Fresh weights everywhere: the code starts many layers at zero, which would hide them."""
-    generator = torch.Generator().manual_seed(0)
-    for name, parameter in model.named_parameters():
-        scale = 0.1 if parameter.ndim == 1 else parameter[0].numel() ** -0.5
-        noise = torch.randn(parameter.shape, generator=generator) * scale
-        parameter.data = noise + (1 if parameter.ndim == 1 and name.endswith("weight") else 0)
-    return model.eval()
-
-
-@pytest.fixture
-def build(
-    checkout: Callable[..., Path],
-    missing: Callable[..., ModuleType],
-    monkeypatch: pytest.MonkeyPatch,
-    request: pytest.FixtureRequest,
-) -> Callable[..., nn.Module]:
-    """`build(kind, **settings)`: a narrow U-Net of one of `KINDS`, of the class that the repository defines."""
-
-    def make(kind: str, **settings: Any) -> nn.Module:
-        if kind == "mvdream-einsum":
-            for name in ("xformers", "xformers.ops"):  # `import` finds nothing, whether or not it is installed
-                monkeypatch.setitem(sys.modules, name, None)
-        else:
-            request.getfixturevalue("xformers")
-        missing("pkg_resources")
-        if kind.startswith("port"):
-            missing("kiui.cam", orbit_camera=None)
-            folder = checkout("mvdream_diffusers")
-            tokens = {"ip_dim": 16} if kind == "port-imagedream" else {}
-            options = {**SETTINGS, "num_head_channels": HEAD_CHANNELS, **tokens, **settings}
-            module = __import__("mv_unet")
-        else:
-            package = kind.split("-")[0]
-            place = ("ImageDream", "extern", "ImageDream") if package == "imagedream" else ("MVDream",)
-            folder = checkout(*place)
-            heads = {"num_heads": 4} if kind == "mvdream-1.5" else LINEAR
-            tokens = {"with_ip": True, "ip_dim": 16} if package == "imagedream" else {}
-            options = {**SETTINGS, **LDM, **heads, **tokens, **settings}
-            module = __import__(f"{package}.{OPENAI}", fromlist=["MultiViewUNetModel"])
-        assert Path(inspect.getfile(module)).is_relative_to(folder)
-        return randomise(module.MultiViewUNetModel(**options))
-
-    return make
-
-
-def inputs_of(unet: nn.Module, *, samples: int = 2, height: int = 8, width: int = 8) -> dict[str, Any]:
-    """Arguments of the original forward; the image prompt is the last view and has no camera."""
-    generator = torch.Generator().manual_seed(1)
-    has_image = hasattr(unet, "image_embed")
-    views = 4 if has_image else 3
-    rows = samples * views
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator)
-
-    cameras = normal(samples, views, 16)
-    if has_image:
-        cameras[:, -1] = 0
-    inputs = {
-        "x": normal(rows, 4, height, width),
-        "timesteps": torch.tensor([300.0, 700.0])[:samples].repeat_interleave(views),
-        "context": normal(rows, 7, 24),
-        "camera": cameras.flatten(0, 1),
-        "num_frames": views,
-    }
-    if has_image:
-        inputs["ip"] = normal(samples, 5, 1280).repeat_interleave(views, dim=0)
-        inputs["ip_img"] = normal(samples, 4, height, width)
-    return inputs
+from tests.helpers.upstream_mvdream import HEAD_CHANNELS, KINDS, inputs_of
 
 
 def ours(inputs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -129,8 +39,8 @@ def ours(inputs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_layers_of_the_released_classes(kind: str, build: Callable[..., nn.Module]) -> None:
-    unet, adapter = build(kind), get_backbone("mvdream")
+def test_layers_of_the_released_classes(kind: str, build_mvdream: Callable[..., nn.Module]) -> None:
+    unet, adapter = build_mvdream(kind), get_backbone("mvdream")
     inputs = inputs_of(unet)
     layers = adapter.attention_layers(unet)
     assert [layer.path for layer in layers] == executed(unet, (), inputs)
@@ -153,8 +63,8 @@ def test_layers_of_the_released_classes(kind: str, build: Callable[..., nn.Modul
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_wrapping_changes_nothing(kind: str, build: Callable[..., nn.Module]) -> None:
-    unet = build(kind)
+def test_wrapping_changes_nothing(kind: str, build_mvdream: Callable[..., nn.Module]) -> None:
+    unet = build_mvdream(kind)
     inputs = inputs_of(unet)
     views = inputs["num_frames"]
     with torch.no_grad():
@@ -171,8 +81,8 @@ def test_wrapping_changes_nothing(kind: str, build: Callable[..., nn.Module]) ->
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_match_reaches_its_token_and_the_keys_of_its_view(kind: str, build: Callable[..., nn.Module]) -> None:
-    unet = build(kind)
+def test_a_match_reaches_its_token_and_the_keys_of_its_view(kind: str, build_mvdream: Callable[..., nn.Module]) -> None:
+    unet = build_mvdream(kind)
     inputs = inputs_of(unet, height=8, width=16)
     views = inputs["num_frames"]
     model = cameo.wrap(unet, "mvdream", head="mean")
@@ -188,8 +98,8 @@ def test_a_match_reaches_its_token_and_the_keys_of_its_view(kind: str, build: Ca
     )
 
 
-def test_the_image_prompt_carries_no_loss(build: Callable[..., nn.Module]) -> None:
-    unet = build("imagedream")
+def test_the_image_prompt_carries_no_loss(build_mvdream: Callable[..., nn.Module]) -> None:
+    unet = build_mvdream("imagedream")
     inputs = inputs_of(unet)
     model = cameo.wrap(unet, "mvdream")
     index = torch.full((2, 4, 4, 16), -1)
@@ -208,8 +118,8 @@ def test_the_image_prompt_carries_no_loss(build: Callable[..., nn.Module]) -> No
 
 
 @pytest.mark.parametrize("kind", ["mvdream", "mvdream-1.5", "imagedream"])
-def test_the_interface_around_the_unet(kind: str, build: Callable[..., nn.Module]) -> None:
-    unet = build(kind)
+def test_the_interface_around_the_unet(kind: str, build_mvdream: Callable[..., nn.Module]) -> None:
+    unet = build_mvdream(kind)
 
     class Wrapper(nn.Module):  # as LatentDiffusionInterface holds it
         def __init__(self) -> None:
@@ -228,8 +138,8 @@ def test_the_interface_around_the_unet(kind: str, build: Callable[..., nn.Module
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_example_inputs_are_repeatable(kind: str, build: Callable[..., nn.Module]) -> None:
-    unet, adapter = build(kind), get_backbone("mvdream")
+def test_example_inputs_are_repeatable(kind: str, build_mvdream: Callable[..., nn.Module]) -> None:
+    unet, adapter = build_mvdream(kind), get_backbone("mvdream")
     with torch.no_grad():
         outputs = []
         for seed in (0, 0, 1):
@@ -240,8 +150,8 @@ def test_example_inputs_are_repeatable(kind: str, build: Callable[..., nn.Module
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_lora_is_trained_saved_and_loaded(kind: str, build: Callable[..., nn.Module], tmp_path: Path) -> None:
-    unet = build(kind)
+def test_a_lora_is_trained_saved_and_loaded(kind: str, build_mvdream: Callable[..., nn.Module], tmp_path: Path) -> None:
+    unet = build_mvdream(kind)
     base = copy.deepcopy(unet)
     unet.requires_grad_(False)
     lora = LoraConfig(r=2, target_modules=["to_q", "to_k", "to_v", "to_out.0"], init_lora_weights="gaussian")
@@ -273,8 +183,8 @@ def test_a_lora_is_trained_saved_and_loaded(kind: str, build: Callable[..., nn.M
 
 
 @pytest.mark.parametrize("kind", ["mvdream", "imagedream"])
-def test_the_codes_own_checkpointing_is_refused(kind: str, build: Callable[..., nn.Module]) -> None:
-    unet = build(kind, use_checkpoint=True).train()
+def test_the_codes_own_checkpointing_is_refused(kind: str, build_mvdream: Callable[..., nn.Module]) -> None:
+    unet = build_mvdream(kind, use_checkpoint=True).train()
     model = cameo.wrap(unet, "mvdream")
     inputs = inputs_of(unet)
     views = inputs["num_frames"]
@@ -304,8 +214,8 @@ def deviation(theirs: nn.Module, converted: nn.Module, inputs: dict[str, Any]) -
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_our_unet_computes_what_the_original_does(kind: str, build: Callable[..., nn.Module]) -> None:
-    unet = build(kind)
+def test_our_unet_computes_what_the_original_does(kind: str, build_mvdream: Callable[..., nn.Module]) -> None:
+    unet = build_mvdream(kind)
     heads = {"num_heads": 4} if kind == "mvdream-1.5" else {"num_head_channels": HEAD_CHANNELS}
     state = unet.state_dict()
     converted = convert_unet(state, **heads)
@@ -327,10 +237,10 @@ def test_our_unet_computes_what_the_original_does(kind: str, build: Callable[...
 
 @pytest.mark.parametrize("kind", ["port", "port-imagedream"])
 def test_in_double_precision_the_difference_vanishes(
-    kind: str, build: Callable[..., nn.Module], monkeypatch: pytest.MonkeyPatch
+    kind: str, build_mvdream: Callable[..., nn.Module], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Tensor, "float", lambda tensor: tensor)  # the original resampler's softmax is in float32
-    unet = build(kind).double()
+    unet = build_mvdream(kind).double()
     converted = convert_unet(unet.state_dict(), num_head_channels=HEAD_CHANNELS)
     prepare(converted, image_view=kind == "port-imagedream", latent_stride=8)
     inputs = {
@@ -340,8 +250,8 @@ def test_in_double_precision_the_difference_vanishes(
     assert deviation(unet, converted, inputs) < 1e-10  # seen: 0 and 5.3e-15
 
 
-def test_a_single_image_batch_is_the_originals(build: Callable[..., nn.Module]) -> None:
-    unet = build("mvdream")
+def test_a_single_image_batch_is_the_originals(build_mvdream: Callable[..., nn.Module]) -> None:
+    unet = build_mvdream("mvdream")
     converted = prepare(convert_unet(unet.state_dict(), num_head_channels=HEAD_CHANNELS), image_view=False)
     inputs = inputs_of(unet) | {"camera": None, "num_frames": 1}
     nowhere = torch.full((6, 16), float("nan"))

@@ -9,8 +9,6 @@ from torch import Tensor, nn
 from cameo.probing.ablation import self_view_only
 from tests.helpers import backbone_checks as checks
 
-from .test_matrix import KINDS, build, published, sgm, subject  # noqa: F401 - fixtures
-
 
 def view_by_view(module: nn.Module, tokens: Tensor, views: int) -> Tensor:
     """The same attention, called with one view at a time."""
@@ -19,7 +17,7 @@ def view_by_view(module: nn.Module, tokens: Tensor, views: int) -> Tensor:
 
 
 def test_a_cut_layer_equals_itself_run_view_by_view(
-    subject: checks.Subject,  # noqa: F811
+    subject: checks.Subject,
 ) -> None:
     model = subject.wrapped().eval()
     (layer,), inputs = model.supervised_layers, subject.inputs(model.base_model)

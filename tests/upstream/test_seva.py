@@ -22,8 +22,7 @@ from tests.helpers.models import (
     frames,
     next_view,
 )
-
-from .conftest import imports_from
+from tests.helpers.upstream_imports import imports_from
 
 LATENT, GRID = (8, 16), (4, 8)  # of the layer below, at half the latent's resolution
 JOINT = "output_blocks.6.1.transformer_blocks.0.attn1"  # 10th of 16 in execution order

@@ -1,4 +1,4 @@
-"""SGM's `VideoUNet` as it is: attached, inflated, checkpointed, and equal to `SV3DUNet` with its weights.
+"""SGM's `VideoUNet` as it is: attached, inflated and checkpointed.
 
 Axes: B samples, V views, T frames, h w token grid, C channels, K heads.
 """
@@ -7,110 +7,32 @@ from __future__ import annotations
 
 import copy
 import functools
-import importlib
 import math
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
-from pathlib import Path
-from types import FunctionType, ModuleType, SimpleNamespace
+from collections.abc import Iterator
+from types import FunctionType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.utils.checkpoint
 from einops import rearrange
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import cameo
-from cameo import Correspondence
 from cameo.adapters.common.joined_frames import deflate, is_inflated
 from cameo.adapters.sv3d import use_non_reentrant_checkpointing
-from cameo.adapters.sv3d.convert import from_sgm, settings_from_sgm, to_sgm
-from cameo.adapters.sv3d.denoiser import SV3DUNet
 from cameo.backbone import get_backbone
-from cameo.errors import CaptureError, DataError
+from cameo.errors import CaptureError
 from tests.helpers.models import add_lora, check_layout
-
-from .conftest import imports_from, xformers_by_sdpa
-
-SAMPLES, FRAMES, GRID = 2, 3, (3, 4)  # the token grid of the supervised layer
-CHANNELS, HEADS, CONTEXT, FEATURES = 32, 2, 8, 1280
-
-
-@pytest.fixture(scope="module")
-def sgm(upstream: Callable[[str], Path]) -> Iterator[SimpleNamespace]:
-    """The Python modules around `VideoUNet`; its packages' own imports need Lightning and more, so they stay away."""
-    folder = upstream("generative-models")
-    with ExitStack() as stack:
-        stack.enter_context(imports_from(folder))
-        stack.enter_context(xformers_by_sdpa())
-        patch = stack.enter_context(pytest.MonkeyPatch.context())
-        for name in ("sgm", "sgm.modules", "sgm.modules.diffusionmodules"):
-            package = ModuleType(name)
-            package.__path__ = [str(folder / name.replace(".", "/"))]
-            patch.setitem(sys.modules, name, package)
-        names = (
-            "attention",
-            "video_attention",
-            *(f"diffusionmodules.{name}" for name in ("openaimodel", "util", "video_model")),
-        )
-        modules = [importlib.import_module(f"sgm.modules.{name}") for name in names]
-        yield SimpleNamespace(**{module.__name__.rpartition(".")[2]: module for module in modules})
-
-
-def build(sgm: SimpleNamespace, **options: Any) -> nn.Module:
-    """The release's settings, but two levels and narrow; no weight is zero."""
-    torch.manual_seed(0)
-    settings: dict[str, Any] = {
-        "in_channels": 8,
-        "model_channels": CHANNELS,
-        "out_channels": 4,
-        "num_res_blocks": 1,
-        "attention_resolutions": [1, 2],
-        "channel_mult": [1, 2],
-        "num_head_channels": CHANNELS // HEADS,
-        "num_classes": "sequential",
-        "adm_in_channels": FEATURES,
-        "context_dim": CONTEXT,
-        "use_linear_in_transformer": True,
-        "extra_ff_mix_layer": True,
-        "use_spatial_context": True,
-        "merge_strategy": "learned_with_images",
-        "video_kernel_size": [3, 1, 1],
-        "spatial_transformer_attn_type": "softmax-xformers",
-    }
-    model = sgm.video_model.VideoUNet(**(settings | options))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if not parameter.is_meta and not parameter.any():
-                parameter.normal_(std=0.05)
-    return model
-
-
-def arguments(samples: int = SAMPLES, frames: int = FRAMES, grid: tuple[int, int] = GRID, **to: Any) -> dict[str, Any]:
-    """Inputs whose supervised layer, one level down, has this token grid."""
-    generator = torch.Generator().manual_seed(1)
-    rows = samples * frames
-    shapes = {
-        "x": (rows, 8, 2 * grid[0], 2 * grid[1]),
-        "timesteps": (rows,),
-        "context": (rows, 1, CONTEXT),
-        "y": (rows, FEATURES),
-    }
-    given = {name: torch.randn(shape, generator=generator).to(**to) for name, shape in shapes.items()}
-    indicator = torch.zeros(samples, frames).to(**to)
-    return {**given, "num_video_frames": frames, "image_only_indicator": indicator}
-
-
-def matches(grid: tuple[int, int] = GRID, samples: int = SAMPLES, frames: int = FRAMES) -> Correspondence:
-    """Every token matches the same cell of the next view."""
-    tokens = grid[0] * grid[1]
-    index = torch.full((samples, frames, frames, tokens), -1)
-    for view in range(frames):
-        index[:, view, (view + 1) % frames] = torch.arange(tokens)
-    return Correspondence(index, (grid,) * frames)
+from tests.helpers.upstream_sv3d import (
+    FRAMES,
+    GRID,
+    HEADS,
+    SAMPLES,
+    arguments,
+    build,
+    matches,
+)
 
 
 def executed(model: nn.Module, kind: str) -> list[str]:
@@ -121,9 +43,6 @@ def executed(model: nn.Module, kind: str) -> list[str]:
     with torch.no_grad():
         model(**arguments())
     return order
-
-
-# The layers
 
 
 def test_layers_in_the_order_they_run(sgm: SimpleNamespace) -> None:
@@ -205,9 +124,6 @@ def test_output_is_bit_identical(sgm: SimpleNamespace, kind: str, inflate: bool)
         assert is_inflated(model, path)
         deflate(model, path)
         assert torch.equal(model(**given), plain)
-
-
-# What the tokens mean
 
 
 def project(attention: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -309,9 +225,6 @@ def test_slices_of_the_kernel_are_joined(sgm: SimpleNamespace, monkeypatch: pyte
     assert captured[layer.path].query.shape[:3] == captured[layer.path].key.shape[:3] == (rows, 2 * HEADS, tokens)
 
 
-# Gradient checkpointing
-
-
 def gradients(model: nn.Module, wrapped: Any) -> dict[str, Tensor]:
     model.zero_grad()
     output = wrapped(**arguments(), correspondence=matches())
@@ -366,9 +279,6 @@ def test_a_function_of_others_is_not_judged(sgm: SimpleNamespace) -> None:
     assert get_backbone("sv3d").unsupported(model) is None
 
 
-# LoRA and copies
-
-
 def test_lora_trains_through_both_kinds_of_layer(sgm: SimpleNamespace) -> None:
     for inflate in (False, True):
         model = add_lora(build(sgm), "to_q", "to_k")
@@ -391,76 +301,3 @@ def test_a_deepcopy_has_hooks_of_its_own(sgm: SimpleNamespace) -> None:
         deflate(twin, path)
         assert torch.equal(model(**arguments()), model(**arguments()))
     assert is_inflated(model, path)
-
-
-# The same weights in diffusers
-
-
-@pytest.fixture
-def double(sgm: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let SGM's norms and embeddings, which are fixed to float32, go on in float64."""
-    monkeypatch.setattr(sgm.util.GroupNorm32, "forward", nn.GroupNorm.forward)
-    for module in (sgm.video_model, sgm.video_attention):
-        original = module.timestep_embedding
-        monkeypatch.setattr(
-            module,
-            "timestep_embedding",
-            lambda *args, _original=original, **kwargs: _original(*args, **kwargs).double(),
-        )
-
-
-@pytest.mark.parametrize("numbers", [1, 3])
-@pytest.mark.parametrize(
-    "layout", [{}, {"attention_resolutions": [2, 4], "channel_mult": [1, 2, 2], "num_res_blocks": 2}]
-)
-@pytest.mark.usefixtures("double")
-def test_own_unet_computes_the_same(sgm: SimpleNamespace, numbers: int, layout: dict[str, Any]) -> None:
-    features = {1: 256, 3: 1280}[numbers]
-    theirs = build(sgm, adm_in_channels=features, **layout).double()
-    settings = settings_from_sgm(theirs.state_dict(), head_channels=CHANNELS // HEADS)
-    ours = SV3DUNet(**settings).double()
-    weights = from_sgm(theirs.state_dict(), ours.config)
-    ours.load_state_dict(weights)  # all there, nothing else
-    back = to_sgm(ours.state_dict(), ours.config)
-    assert back.keys() == theirs.state_dict().keys()
-    assert all(torch.equal(value, back[name]) for name, value in theirs.state_dict().items())
-
-    given = arguments(grid=(4, 6), dtype=torch.float64)
-    generator = torch.Generator().manual_seed(2)
-    level = torch.randn(SAMPLES, generator=generator, dtype=torch.float64)
-    angles = 6 * torch.rand(SAMPLES, FRAMES, numbers, generator=generator, dtype=torch.float64)
-    embed = sgm.util.timestep_embedding
-    widths = (256, 512, 512)[:numbers]
-    parts = [embed(angles[..., column].flatten(), width) for column, width in enumerate(widths)]
-    context = given["context"].view(SAMPLES, FRAMES, 1, CONTEXT)[:, :1].expand(-1, FRAMES, -1, -1)
-    given |= {
-        "timesteps": level.repeat_interleave(FRAMES),
-        "y": torch.cat(parts, dim=-1).double(),
-        "context": context.flatten(0, 1),
-    }
-    with torch.no_grad():
-        expected = theirs(**given)
-        sample = rearrange(given["x"], "(b t) c h w -> b t c h w", t=FRAMES)
-        output = ours(sample, level, context[:, 0], angles).sample
-        swapped = ours(sample, level, context[:, 0], angles.flip(1)).sample
-    torch.testing.assert_close(output.flatten(0, 1), expected, rtol=1e-9, atol=1e-9)
-    assert (swapped - output).abs().max() > 1e-4  # the angles are looked at, frame by frame
-
-
-def test_a_checkpoint_file_becomes_a_pipeline(sgm: SimpleNamespace, tmp_path: Path) -> None:
-    from tests.helpers.sv3d_models import tiny_vae
-
-    model, adapter = build(sgm), get_backbone("sv3d")
-    state = {f"model.diffusion_model.{name}": value for name, value in model.state_dict().items()}
-    state["first_stage_model.decoder.conv_in.weight"] = torch.zeros(1)
-    file = tmp_path / "sv3d_p.safetensors"
-    save_file(state, file)
-    built = adapter.load(str(file), vae=tiny_vae(), head_channels=CHANNELS // HEADS)
-    assert torch.equal(built.unet.conv_in.weight, model.input_blocks[0][0].weight)
-    assert built.unet.config.num_attention_heads == (HEADS, 2 * HEADS)
-    assert built.unet.config.projection_class_embeddings_input_dim == FEATURES
-    with pytest.raises(ValueError, match=r"vae: .* is read for its U-Net only; pass the VAE"):
-        adapter.load(str(file))
-    save_file({"time_embed.0.weight": torch.zeros(2)}, file)
-    with pytest.raises(DataError, match=r"expected those of SGM's VideoUNet, got none called 'input_blocks.1.0"):
-        adapter.load(str(file), vae=tiny_vae())

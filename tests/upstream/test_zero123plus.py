@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
-import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers import DDIMScheduler
 from peft import LoraConfig
 from PIL import Image
 from torch import Tensor, nn
@@ -25,46 +22,9 @@ from cameo.backbone import get_backbone
 from cameo.errors import CaptureError
 from cameo.memory import align_module
 from tests.helpers import zero123plus_models as parts
+from tests.helpers.upstream_zero123plus import REFERENCE, TILE, inputs, run, wrapper
 
 ADAPTER = get_backbone("zero123plus")
-TILE, REFERENCE = (4, 4), (8, 8)  # tokens of layer 10 for the inputs below
-Inputs = tuple[tuple[Any, ...], dict[str, Any]]
-
-
-@pytest.fixture(scope="module")
-def published(upstream: Callable[[str], Path]) -> Iterator[ModuleType]:
-    file = upstream("zero123plus") / "diffusers-support" / "pipeline.py"
-    spec = importlib.util.spec_from_file_location("zero123plus_published", file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
-
-
-def wrapper(published: ModuleType, width: int = 8) -> nn.Module:
-    sampler = parts.sampler(timestep_spacing="trailing")
-    training = DDPMScheduler.from_config(sampler.config)
-    return published.RefOnlyNoisedUNet(parts.stable_diffusion_unet(width), training, sampler).train()
-
-
-def inputs(samples: int = 1) -> Inputs:
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(samples, *shape, generator=generator)
-
-    timesteps = torch.tensor([500, 20])[:samples]
-    args = (draw(4, 24, 16), timesteps, draw(parts.TOKENS, parts.WIDTH))
-    return args, {"cross_attention_kwargs": {"cond_lat": draw(4, 16, 16)}}
-
-
-def run(model: nn.Module, given: Inputs, **options: Any) -> Tensor:
-    torch.manual_seed(0)  # the noise on the reference
-    args, kwargs = given
-    return model(*args, **kwargs, **options).sample
 
 
 def test_the_published_wrapper_is_attached_and_stays_bit_identical(published: ModuleType) -> None:

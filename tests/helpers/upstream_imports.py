@@ -1,0 +1,103 @@
+"""Imports from checkouts of the original repositories, and stand-ins for what they import and nobody has installed."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.machinery
+import sys
+import types
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@contextmanager
+def imports_from(folder: Path) -> Iterator[Path]:
+    """Put `folder` first on `sys.path`; afterwards take it away again, with every module that came from it."""
+    folder = folder.resolve()
+    entry = str(folder)
+    sys.path.insert(0, entry)
+    importlib.invalidate_caches()
+    try:
+        yield folder
+    finally:
+        sys.path.remove(entry)
+        for name, module in list(sys.modules.items()):
+            if any(Path(place).resolve().is_relative_to(folder) for place in _places(module)):
+                del sys.modules[name]
+        sys.path_importer_cache.pop(entry, None)
+
+
+@contextmanager
+def stand_in(name: str, **attributes: Any) -> Iterator[types.ModuleType]:
+    """Let `import <name>` give an empty module with these attributes; parents that are missing are made up too.
+
+    Parents that can be imported stay as they are and get the module as an attribute for the time being.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        parent, _, last = name.rpartition(".")
+        module = _empty(name, attributes)
+        patch.setitem(sys.modules, name, module)
+        if not parent:
+            yield module
+            return
+        with ExitStack() as stack:
+            try:
+                package = importlib.import_module(parent)
+            except ImportError:
+                package = stack.enter_context(stand_in(parent))
+            patch.setattr(package, last, module, raising=False)
+            yield module
+
+
+@contextmanager
+def xformers_by_sdpa() -> Iterator[types.ModuleType]:
+    """Stand in for `xformers.ops.memory_efficient_attention`, whose real kernel exists on CUDA only."""
+    with (
+        stand_in("xformers", __version__="0.0.35"),
+        stand_in("xformers.ops", memory_efficient_attention=memory_efficient_attention) as ops,
+    ):
+        yield ops
+
+
+def memory_efficient_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_bias: Tensor | None = None,
+    p: float = 0.0,
+    scale: float | None = None,
+    *,
+    op: Any = None,
+) -> Tensor:
+    """The operator's two layouts, `[A, L, D]` and `[A, L, K, D]`, computed by PyTorch."""
+    if query.ndim == 4:
+        query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
+        output = F.scaled_dot_product_attention(query, key, value, attn_mask=attn_bias, dropout_p=p, scale=scale)
+        return output.transpose(1, 2)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=attn_bias, dropout_p=p, scale=scale)
+
+
+def _empty(name: str, attributes: dict[str, Any]) -> types.ModuleType:
+    module = types.ModuleType(name)
+    module.__path__ = []  # a package, so that submodules may be stood in for as well
+    module.__spec__ = importlib.machinery.ModuleSpec(name, None, is_package=True)  # find_spec() asks for it
+    for key, value in attributes.items():
+        setattr(module, key, value)
+    return module
+
+
+def _places(module: types.ModuleType | None) -> list[str]:
+    """Files and folders a module came from."""
+    file = getattr(module, "__file__", None)
+    if isinstance(file, str):
+        return [file]
+    try:
+        return [place for place in getattr(module, "__path__", []) if isinstance(place, str)]
+    except (KeyError, TypeError):  # the path of a namespace package whose parent is gone
+        return []
