@@ -18,7 +18,7 @@ from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, load_model
 from torch import Tensor, nn
 
-from cameo.backbone import core_module
+from cameo.backbone import unwrap_peft
 from cameo.errors import DataError
 from cameo.files import move_into_place
 from cameo.hub.weights import ADAPTER_FORMATS, HEAD_FILE, LORA_FILE, MODULE_FILE, PEFT_FILE, adapter_name, format_in
@@ -155,7 +155,7 @@ def load_trained(model: CameoModel, folder: str | Path) -> None:
         DataError: if the folder does not hold exactly the weights that the model trains.
     """
     folder = Path(folder)
-    core, weight_format = core_module(model.base_model), format_in(folder)
+    core, weight_format = unwrap_peft(model.base_model), format_in(folder)
     try:
         if weight_format in ADAPTER_FORMATS:
             _load_adapter(model.base_model, folder, weight_format)
