@@ -92,7 +92,7 @@ class Backbone:
     pipeline_tag: ClassVar[str] = "image-to-3d"
 
     def __init_subclass__(cls, **options: Any) -> None:
-        """Let a method that overrides an old name count as the new one, and keep the old names callable."""
+        """Let a method that overrides an old name override the new one, and keep the old names callable."""
         super().__init_subclass__(**options)
         for old, new in METHODS.items():
             overriding = vars(next(kind for kind in cls.__mro__ if {old, new} & vars(kind).keys()))
@@ -133,7 +133,7 @@ class Backbone:
         raise NotImplementedError(f"backbone {self.name!r} has no layers to inflate")
 
     def unsupported(self, model: nn.Module) -> str | None:
-        """Say why `model`, as it is now, cannot be trained with an alignment loss, and the cure; None if it can.
+        """Say why `model`, as it is, cannot be trained with an alignment loss, and the cure; None if it can.
 
         Asked before every training forward with a correspondence.
         """

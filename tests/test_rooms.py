@@ -30,7 +30,7 @@ def test_at_most_ten_floors_of_rooms() -> None:
 
 def test_the_list_of_upward_imports_is_short_and_gives_reasons() -> None:
     assert len(RULES["upward"]) <= 3
-    assert all(len(one["reason"]) > 20 for one in RULES["upward"])
+    assert all(len(exception["reason"]) > 20 for exception in RULES["upward"])
 
 
 def test_a_room_holds_few_files_and_a_file_few_lines() -> None:

@@ -165,13 +165,9 @@ def mlp_rows(
     units = len(bias)
     if not 1 <= heads <= MAX_HEADS:
         raise ShapeError("logits", expected=f"[K, R, M] with K from 1 to {MAX_HEADS}", got=logits.shape)
-    _check("weight_in", weight_in, "[m, K]", (units, heads), torch.float32)
-    _check("bias", bias, "[m]", (units,), torch.float32)
-    _check("weight_out", weight_out, "[m]", (units,), torch.float32)
-    for name, sums, like in zip(
-        ("weight_in", "bias", "weight_out"), gradients or (), (weight_in, bias, weight_out), strict=False
-    ):
-        _check(f"gradients of {name}", sums, "as it", tuple(like.shape), torch.float32)
+    _check_weights("", (weight_in, bias, weight_out), heads, units)
+    if gradients is not None:
+        _check_weights("gradients of ", gradients, heads, units)
     float32: dict[str, Any] = {"dtype": torch.float32, "device": logits.device}  # not torch's default dtype
     losses = torch.zeros(rows, **float32)
     pairs = rows * columns
@@ -197,10 +193,10 @@ def mlp_rows(
         _launch_softmax(scores, 1.0, targets, weights, excluded, gradients is not None, losses)
         if gradients is None:
             return losses
-        # With several groups the gradient of the weights comes first, because that of the logits overwrites the logits.
         program_bytes = plan.chunks * (plan.padded_heads + 1) * 8 * 4
         summing = min(programs, max(1, at_once // plan.groups), max(1, _PARTIAL_BYTES // program_bytes))
         partial = torch.empty(summing, plan.chunks, plan.padded_heads + 1, 8, **float32)
+        # With several groups the gradient of the weights comes first, because that of the logits overwrites the logits.
         sweeps = [(True, True)] if plan.groups == 1 else [(False, True), (True, False)]
         for for_logits, for_weights in sweeps:
             grid = (summing, plan.groups) if for_weights else (min(programs, at_once), 1)
@@ -305,6 +301,13 @@ def _check_rows(logits: Tensor, targets: Tensor, weights: Tensor, excluded: Tens
     _check("weights", weights, "[R, T]", (rows, targets.shape[1]), torch.float32)
     if excluded is not None:
         _check("excluded", excluded, "[R, 2]", (rows, 2), torch.int64)
+
+
+def _check_weights(prefix: str, tensors: tuple[Tensor, Tensor, Tensor], heads: int, units: int) -> None:
+    weight_in, bias, weight_out = tensors
+    _check(f"{prefix}weight_in", weight_in, "[m, K]", (units, heads), torch.float32)
+    _check(f"{prefix}bias", bias, "[m]", (units,), torch.float32)
+    _check(f"{prefix}weight_out", weight_out, "[m]", (units,), torch.float32)
 
 
 def _check(name: str, tensor: Tensor, axes: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:

@@ -1,4 +1,4 @@
-"""Collated batches: on which device they are, and their matches, from their geometry or handed over by the loader."""
+"""Collated batches: their device, and their matches, which are computed from geometry or returned by the loader."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def match_batch(
     Args:
         batch: with `depth` and cameras, `point_map` `[B, V, 3, H, W]`, or `features` `[B, V, C, h, w]`.
         size: token grid of the supervised layer, `(h, w)` or one per view.
-        kind: "depth" projects each token's surface point into the other views; "point_map" takes nearest neighbours
-            in 3D with the cycle check of the paper; "features" takes nearest neighbours in cosine similarity with
+        kind: "depth" projects each token's surface point into the other views; "point_map" takes nearest neighbors
+            in 3D with the cycle check of the paper; "features" takes nearest neighbors in cosine similarity with
             the same check.
         cycle_threshold: in tokens, for "point_map" and "features".
 
@@ -43,7 +43,7 @@ def match_batch(
     if kind not in KINDS:
         raise unknown_name("correspondence", kind, KINDS)
     if kind == "depth" and "depth" in batch:
-        # A data set checks its cameras; on a GPU the host would wait for another look.
+        # A data set checks its cameras; on a GPU a second check would make the host wait.
         return Correspondence.from_depth(
             batch["depth"],
             batch["intrinsics"],
@@ -73,13 +73,13 @@ def match_batch(
 def match_layers(layers: Sequence[AttentionLayer], batch: Mapping[str, Any], **options: Any) -> list[Correspondence]:
     """Return the correspondence of each layer; layers with the same token grid share it.
 
-    What the loader has handed over as `correspondences` is used; grids that are not among them are matched here, with
-    the options of `match_batch`.
+    Matches that the loader has returned as `correspondences` are used; those at other token grids are computed here,
+    with the options of `match_batch`.
     """
     token_grids = [layer_grids(layer, batch) for layer in layers]
-    found = {match.token_grids: match for match in batch.get("correspondences", ())}
-    found |= {size: match_batch(batch, size, **options) for size in set(token_grids) - found.keys()}
-    return [found[size] for size in token_grids]
+    matches = {match.token_grids: match for match in batch.get("correspondences", ())}
+    matches |= {grids: match_batch(batch, grids, **options) for grids in set(token_grids) - matches.keys()}
+    return [matches[grids] for grids in token_grids]
 
 
 def layer_grids(layer: AttentionLayer, batch: Mapping[str, Any]) -> TokenGrids:
@@ -100,23 +100,23 @@ def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
 def _moved(value: Any, device: torch.device) -> Any:
     if isinstance(value, Tensor | Correspondence):
         return value.to(device)
-    return [_moved(one, device) for one in value] if isinstance(value, list) else value
+    return [_moved(item, device) for item in value] if isinstance(value, list) else value
 
 
 class MatchedDataset(Dataset[MultiViewSample]):
     """The samples of a data set with their `correspondences`, read from a folder or computed in the data worker.
 
     Args:
-        dataset: samples with geometry, and with `scene` and `scene_views` where they are to be looked up.
-        token_grids: token grids of the views, as a supervised layer has them; one entry for each layer that has others.
-        kind, cycle_threshold: as `match_batch` takes them, for what is computed.
+        dataset: samples with geometry, and with `scene` and `scene_views` if their matches are to be looked up.
+        token_grids: token grids of the views in the supervised layers, each different set of grids once.
+        kind, cycle_threshold: options of `match_batch`, for matches that are computed.
         distances: whether the loss needs the 3D distances.
-        precomputed: where the matches are; None computes all of them. A sample of which the folder lacks a pair is
-            computed, and says so in `not_precomputed`.
+        precomputed: reader of the matches; None computes all of them. If the folder lacks a pair of a sample, the
+            matches of the sample are computed, and `not_precomputed` is true.
         until: samples from this number on get no matches, because the run does not use them.
 
     Raises:
-        DataError: from a sample whose depth or cameras are not those that its matches were computed from.
+        DataError: from a sample whose depth or cameras differ from those from which its matches were computed.
     """
 
     def __init__(
@@ -139,12 +139,12 @@ class MatchedDataset(Dataset[MultiViewSample]):
         sample = self.dataset[index]
         if self.until is not None and index >= self.until:
             return sample
-        found = [self._read(sample, token_grids) for token_grids in self.token_grids]
+        stored = [self._read(sample, token_grids) for token_grids in self.token_grids]
         matches = [
             match or self._compute(sample, token_grids)
-            for match, token_grids in zip(found, self.token_grids, strict=True)
+            for match, token_grids in zip(stored, self.token_grids, strict=True)
         ]
-        extra = {} if self.precomputed is None else {"not_precomputed": any(match is None for match in found)}
+        extra = {} if self.precomputed is None else {"not_precomputed": any(match is None for match in stored)}
         return MultiViewSample(**sample, correspondences=matches, **extra)  # type: ignore[typeddict-item]
 
     def _read(self, sample: MultiViewSample, token_grids: TokenGrids) -> Correspondence | None:

@@ -33,10 +33,11 @@ from cameo.geometry.grids import TokenGrids
 
 __all__ = ["GridPair", "MatchReader", "MatchWriter", "TokenGrids", "view_checksum"]
 
-# Bits of a key that hold a view; the scene has what is left of 63.
+# Bits of a key that hold a view; the scene has the rest of 63 bits.
 VIEW_BITS = 20
 SCENE_BITS = 63 - 2 * VIEW_BITS
-# A shard that is not full is written after so many seconds, which bounds what a kill can destroy.
+# A shard that is not full is written after this many seconds, which bounds the work that is lost if the process is
+# killed.
 SHARD_SECONDS = 600
 
 GridPair = tuple[tuple[int, int], tuple[int, int]]
@@ -59,7 +60,7 @@ def view_checksum(geometry: Mapping[str, Any], view: int) -> int:
 
 
 class MatchWriter:
-    """Collects records and writes a shard whenever enough of them have come.
+    """Collects records and writes a shard whenever there are enough of them.
 
     Example:
         >>> import tempfile
@@ -70,8 +71,8 @@ class MatchWriter:
         >>> MatchReader(folder).read(0, [3, 5], grids).index[0, 0, 1]
         tensor([-1,  0])
 
-    Shards that are there stay. Several processes may write into one folder, each with a `process` of its own.
-    `shard_bytes` bounds the size of a shard, and with it the memory; what waits for ten minutes is written too.
+    Existing shards are kept. Several processes may write to one folder, each with a `process` number of its own.
+    `shard_bytes` bounds the size of a shard and the memory; records that wait for ten minutes are written too.
 
     Raises:
         DataError: if the folder cannot be created or takes no file.
@@ -107,7 +108,7 @@ class MatchWriter:
             self.flush()
 
     def add_view(self, scene: int, view: int, checksum: int) -> None:
-        """Note the checksum of a view, before the first of its pairs."""
+        """Record the checksum of a view, before its first pair."""
         self._views[scene, view] = checksum
 
     def add(
@@ -141,7 +142,7 @@ class MatchWriter:
         self.num_pairs += 1
 
     def flush(self) -> None:
-        """Write what has come since the last shard."""
+        """Write the records that were added since the last shard."""
         if self._bytes:
             self._write()
 
@@ -158,7 +159,7 @@ class MatchWriter:
         Shard.write(path, tensors, self.settings)
         self._number += 1
         self.num_bytes += path.stat().st_size
-        # The pairs of the latest scene go on in the next shard.
+        # The next shard may hold more pairs of the latest scene.
         latest = views[-1][0] if views else None
         self._views = {view: checksum for view, checksum in self._views.items() if view[0] == latest}
         self._clear()
@@ -190,8 +191,8 @@ class _Table:
 class MatchReader:
     """Reads the matches of samples from a folder of shards.
 
-    What stays in memory is the list of pairs, 16 bytes each; the matches are read when they are asked for. Nothing
-    stays open, so data workers may be forked or spawned. `complete=False` takes a folder that lacks shards, to fill it.
+    The list of pairs stays in memory, 16 bytes each; matches are read on demand. No file stays open, so data workers
+    may be forked or spawned. `complete=False` accepts a folder that lacks shards, so that it can be filled.
 
     Raises:
         DataError: if the folder holds no shards, lacks one that its index names (unless `complete=False`), or a shard
@@ -243,9 +244,9 @@ class MatchReader:
 
         Args:
             scene: its number in the source.
-            views: their numbers in the scene; such that are not in the folder are passed over.
+            views: their numbers in the scene; views that are not in the folder are skipped.
             geometry: `depth`, `intrinsics` and `extrinsics` of these views, which lead the axes.
-            sample: what the message calls them.
+            sample: name of the sample in the message.
 
         Raises:
             DataError: if they differ.

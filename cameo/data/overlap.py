@@ -1,4 +1,4 @@
-"""How much of one view another view shows, measured by reprojecting depth."""
+"""Overlap of views: the share of one view that another view shows, measured by reprojecting depth."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def view_overlap(views: Views, *, grid: int = 16) -> Tensor:
     nearest, farthest = nearest.flatten(1), farthest.flatten(1)
 
     def surface_at(xy: Tensor, z: Tensor) -> Tensor:
-        """Of the depths in the 3x3 pixels the one that is nearest to the point's own."""
+        """The depth in the range of the 3x3 pixels that is nearest to the depth of the point."""
         inside = (z > 0) & (xy >= 0).all(-1) & (xy[..., 0] < width) & (xy[..., 1] < height)
         pixel = torch.where(inside[..., None], xy, 0.0).long()
         index = (pixel[..., 1] * width + pixel[..., 0])[0]

@@ -1,4 +1,4 @@
-"""Reader of posed RGB-D sequences: colour, 16-bit depth and a pose per frame."""
+"""Reader of posed RGB-D sequences: color, 16-bit depth and a pose per frame."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from cameo.scenes.views import Views
 __all__ = ["RGBDSequence"]
 
 SPLITS = (None, "train", "validation")
-# Colour and depth images may differ in size, but must show the same field of view up to rounding.
+# Color and depth images may differ in size, but must show the same field of view up to rounding.
 ASPECT_TOLERANCE = 0.01
-# In metres; no depth camera measures a sequence in which nothing is farther away.
+# In meters; no depth camera measures a sequence in which nothing is farther away.
 LEAST_RANGE = 0.1
 
 
@@ -38,20 +38,20 @@ class RGBDSequence:
     Layouts (found by their files, or given by `layout`):
 
     - "7scenes": `frame-NNNNNN.color.png` (or .jpg), `.depth.png` (16 bit, millimetres, 0 and 65535 = none),
-      `.pose.txt` (4x4 camera-to-world, OpenCV axes, metres), `camera-intrinsics.txt` (3x3, optional).
+      `.pose.txt` (4x4 camera-to-world, OpenCV axes, meters), `camera-intrinsics.txt` (3x3, optional).
     - "tum": `rgb.txt`, `depth.txt`, `groundtruth.txt` (`timestamp tx ty tz qx qy qz qw`, camera-to-world),
       depth in 1/5000 m; images and poses are joined by the nearest time stamp within `time_tolerance`
       seconds. Intrinsics: the argument, or the published ones if the path holds freiburg1, 2 or 3.
       Their lens distortion is not undone.
 
-    Frames are cropped at the centre to the aspect of `size` (H, W) and resized: colour antialiased, depth by
-    the pixel that lies under each new pixel's centre, so that missing depth stays missing and two surfaces
-    are never averaged. A depth image of another size than its colour image is taken to show the same field of
+    Frames are cropped at the center to the aspect of `size` (H, W) and resized: color antialiased, depth by
+    the pixel that lies under each new pixel's center, so that missing depth stays missing and two surfaces
+    are never averaged. A depth image of another size than its color image is taken to show the same field of
     view; another aspect is an error.
 
     - `split`: None = all frames; "validation" = the last `holdout` part of the sequence, "train" = the rest.
-    - `intrinsics`: `[3, 3]` of the full colour image in pixels, pixel centres at +0.5; wins over files.
-    - `depth_scale`: depth units per metre; None = the layout's.
+    - `intrinsics`: `[3, 3]` of the full color image in pixels, pixel centers at +0.5; wins over files.
+    - `depth_scale`: depth units per meter; None = the layout's.
     - `stride`: keep every n-th frame.
 
     Frames without all files or with an unusable pose are left out with a warning. Raises `DataError` that
@@ -80,7 +80,7 @@ class RGBDSequence:
         if min(size) < 1 or stride < 1:
             raise ValueError(f"size, stride: expected at least 1, got {size} and {stride}")
         if depth_scale is not None and not depth_scale > 0:
-            raise ValueError(f"depth_scale: expected units per metre > 0, got {depth_scale}")
+            raise ValueError(f"depth_scale: expected units per meter > 0, got {depth_scale}")
         self.path, self.size, self.split = Path(path), (int(size[0]), int(size[1])), split
         self.layout = detect_layout(self.path, layout)
         listing = self.layout.frames(self.path, time_tolerance)
@@ -99,7 +99,7 @@ class RGBDSequence:
         return 1
 
     def views(self, scene: int = 0) -> Views:
-        """Return all frames of the split: uint8 images, float32 depth in metres (0 = none) and cameras."""
+        """Return all frames of the split: uint8 images, float32 depth in meters (0 = none) and cameras."""
         if scene != 0:
             raise IndexError(f"scene: an RGB-D sequence is one scene (0), got {scene}")
         return self._views
@@ -120,7 +120,7 @@ class RGBDSequence:
         if depth.max() < LEAST_RANGE:
             warnings.warn(
                 f"{self.path}: the largest depth of all frames is {depth.max().item():.3g} m with "
-                f"depth_scale={depth_scale:g} units per metre; for depth stored in metres pass depth_scale=1",
+                f"depth_scale={depth_scale:g} units per meter; for depth stored in meters pass depth_scale=1",
                 stacklevel=3,
             )
         poses = np.linalg.inv(np.stack([frame.pose for frame in frames]))
@@ -145,7 +145,7 @@ def _report_dropped(path: Path, listing: Listing, layout: Layout) -> None:
 
 
 def _hold_out(frames: list[Frame], split: str | None, holdout: float) -> list[Frame]:
-    """Cut the sequence in time: neighbouring frames look alike, so single held-out frames would leak."""
+    """Cut the sequence in time: neighboring frames look alike, so single held-out frames would leak."""
     if split is None:
         return frames
     cut = len(frames) - math.ceil(len(frames) * holdout)
@@ -163,7 +163,7 @@ def _calibration(path: Path, layout: Layout, intrinsics: Tensor | Sequence[Seque
         looked = "camera-intrinsics.txt" if layout.name == "7scenes" else "freiburg1, 2 or 3 in the folder's name"
         raise DataError(
             f"{path}: no camera intrinsics ({looked} not found); pass intrinsics= as a 3x3 matrix in pixels "
-            "of the full colour image, for example [[585, 0, 320], [0, 585, 240], [0, 0, 1]] for a 640x480 "
+            "of the full color image, for example [[585, 0, 320], [0, 585, 240], [0, 0, 1]] for a 640x480 "
             "Kinect"
         )
     return torch.from_numpy(found)
@@ -192,7 +192,7 @@ def _read_color(path: Path, calibration: Tensor, size: tuple[int, int]) -> tuple
     """Return the image `[H, W, 3]` uint8, its full size (H, W) on disk, and its intrinsics at `size`."""
     from PIL import Image
 
-    image = _open_image(path, "colour").convert("RGB")
+    image = _open_image(path, "color").convert("RGB")
     full = (image.height, image.width)
     cx, cy = calibration[0, 2].item(), calibration[1, 2].item()
     if not (0 < cx < full[1] and 0 < cy < full[0]):
@@ -207,7 +207,7 @@ def _read_color(path: Path, calibration: Tensor, size: tuple[int, int]) -> tuple
 
 
 def _crop_box(full: tuple[int, int], size: tuple[int, int]) -> tuple[int, int, int, int]:
-    """Return left, top, right, bottom of the largest centred box of whole pixels in the aspect of `size`."""
+    """Return left, top, right, bottom of the largest centered box of whole pixels in the aspect of `size`."""
     height, width = full
     aspect = size[1] / size[0]
     box_width = min(width, max(1, round(height * aspect)))
@@ -219,15 +219,15 @@ def _crop_box(full: tuple[int, int], size: tuple[int, int]) -> tuple[int, int, i
 def _read_depth(
     path: Path, color_size: tuple[int, int], size: tuple[int, int], invalid: tuple[int, ...], scale: float
 ) -> np.ndarray:
-    """Return z-depth `[H, W]` float32 in metres, 0 = none, at the pixels under the new pixel centres."""
+    """Return z-depth `[H, W]` float32 in meters, 0 = none, at the pixels under the new pixel centers."""
     raw = np.array(_open_image(path, "depth"))
     if raw.ndim != 2 or raw.dtype not in (np.uint16, np.int32):
-        raise DataError(f"{path}: expected a 16-bit grey depth image, got {raw.dtype} {raw.shape}")
+        raise DataError(f"{path}: expected a 16-bit gray depth image, got {raw.dtype} {raw.shape}")
     height, width = raw.shape
     if abs(width / height - color_size[1] / color_size[0]) > ASPECT_TOLERANCE:
         raise DataError(
-            f"{path}: depth of {width}x{height} has another aspect than its colour image of "
-            f"{color_size[1]}x{color_size[0]}; register the depth to the colour camera first"
+            f"{path}: depth of {width}x{height} has another aspect than its color image of "
+            f"{color_size[1]}x{color_size[0]}; register the depth to the color camera first"
         )
     left, top, right, bottom = _crop_box(color_size, size)
     x = left + (np.arange(size[1]) + 0.5) * (right - left) / size[1]

@@ -16,7 +16,7 @@ __all__ = ["LAYOUTS", "Frame", "Layout", "detect_layout"]
 Array = np.ndarray
 
 # Calibrations published with the TUM RGB-D benchmark per freiburg number (fx, fy, cx, cy). They count pixel
-# centres from 0; half a pixel is added where they are used. Lens distortion of freiburg 1 and 2 stays in.
+# centers from 0; half a pixel is added where they are used. Lens distortion of freiburg 1 and 2 stays in.
 TUM_CALIBRATIONS = {
     "1": (517.3, 516.5, 318.6, 255.3),
     "2": (520.9, 521.0, 325.1, 249.7),
@@ -26,7 +26,7 @@ TUM_CALIBRATIONS = {
 
 @dataclass(frozen=True)
 class Frame:
-    """One frame: its files and its camera-to-world matrix `[4, 4]` (OpenCV axes, metres)."""
+    """One frame: its files and its camera-to-world matrix `[4, 4]` (OpenCV axes, meters)."""
 
     name: str
     color: Path

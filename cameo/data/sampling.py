@@ -1,4 +1,4 @@
-"""Picks views that overlap and hands them out as training samples; a pure function of seed and index."""
+"""Training samples of views that overlap, as a pure function of seed and index."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cameo.scenes.views import MultiViewSample, SceneSource, Views, check_sample
 __all__ = ["MultiViewDataset", "choose_views"]
 
 SELECTIONS = ("overlap", "in_order")
-# Scenes whose overlap is remembered; a matrix is 4 F² bytes.
+# Number of scenes whose overlap is kept in memory; a matrix takes 4 F² bytes.
 REMEMBERED_SCENES = 4096
 
 
@@ -67,8 +67,8 @@ class MultiViewDataset(Dataset[MultiViewSample]):
         >>> sample["images"].shape, sample["num_reference_views"]
         (torch.Size([2, 3, 16, 16]), 1)
 
-    `dataset[i]` depends on `seed` and `i` only, so a resumed run needs no loader state. Scenes go round in an
-    order drawn anew for each pass.
+    `dataset[i]` depends on `seed` and `i` only, so a resumed run needs no loader state. Each pass over the scenes takes
+    them in another random order.
 
     - `num_views`: views per sample, references included; `num_reference_views` of them come first.
     - `min_overlap`, `max_overlap`: bounds of the share of each other view's measured surface points that the
@@ -124,7 +124,7 @@ class MultiViewDataset(Dataset[MultiViewSample]):
         return self.length
 
     def __getitem__(self, index: int) -> MultiViewSample:
-        """Return sample number `index`; the same for the same seed, in any process and any order."""
+        """Return sample number `index`; the same for the same seed, in any process and in any order."""
         scene, chosen, views = self._draw(index)
         return self._sample(scene, self.source.views(scene) if views is None else views, chosen)
 
@@ -133,11 +133,11 @@ class MultiViewDataset(Dataset[MultiViewSample]):
         return self._draw(index)[:2]
 
     def scene_order(self, epoch: int) -> np.ndarray:
-        """Return the scenes in the order in which pass number `epoch` takes them, one a sample."""
+        """Return the scenes in the order in which pass number `epoch` takes them, one scene per sample."""
         return np.random.default_rng((self.seed, 0, epoch)).permutation(len(self.source))
 
     def views_of(self, index: int, scene: int, views: Views | None = None) -> list[int] | None:
-        """Return the views that sample number `index` takes of a scene; None where the scene has no admissible set."""
+        """Return the views that sample number `index` takes of a scene; None if the scene has no admissible set."""
         if self.selection == "in_order":
             return list(range(self.num_views))
         return choose_views(
@@ -149,12 +149,12 @@ class MultiViewDataset(Dataset[MultiViewSample]):
         )
 
     def _draw(self, index: int) -> tuple[int, list[int], Views | None]:
-        """Scene and views of a sample, and the scene's views if they had to be loaded to choose among them."""
+        """Scene and views of a sample, and the views of the scene if they were loaded for the choice."""
         if not 0 <= index < self.length:
             raise IndexError(f"index: expected 0 to {self.length - 1}, got {index}")
-        epoch, place = divmod(index, len(self.source))
+        epoch, position = divmod(index, len(self.source))
         order = self.scene_order(epoch)
-        for scene in map(int, np.roll(order, -place)):
+        for scene in map(int, np.roll(order, -position)):
             views = None
             if self.selection == "overlap" and scene not in self._overlaps:
                 views = self.source.views(scene)
@@ -164,7 +164,7 @@ class MultiViewDataset(Dataset[MultiViewSample]):
         raise self._no_admissible_set()
 
     def overlap(self, scene: int, views: Views | None = None) -> Tensor:
-        """Return the overlap matrix of a scene (see `view_overlap`), measured once and remembered."""
+        """Return the overlap matrix of a scene (see `view_overlap`), measured once and kept in memory."""
         if scene not in self._overlaps:
             self._overlaps[scene] = view_overlap(views if views is not None else self.source.views(scene))
             if len(self._overlaps) > REMEMBERED_SCENES:

@@ -1,4 +1,4 @@
-"""Folders of safetensors shards that several processes fill: one file each, their index, and who has finished."""
+"""Folders of safetensors shards that several processes fill: the shards, their index, and who has finished."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = [
     "shard_files",
 ]
 
-# Raised whenever the same settings give other matches or other files.
+# To be raised whenever the same settings give other matches or other files.
 FORMAT_VERSION = 1
 INDEX_NAME = "matches.json"
 RECIPE = "recipes/precompute_correspondence.py"
@@ -34,7 +34,7 @@ TYPES = {"I8": np.int8, "I16": np.int16, "I32": np.int32, "I64": np.int64, "F32"
 
 @dataclass(frozen=True)
 class _Rows:
-    """Where the rows of a tensor lie in its file."""
+    """Position of the rows of a tensor in its file."""
 
     offset: int
     shape: tuple[int, ...]
@@ -47,10 +47,10 @@ class _Rows:
 
 @dataclass(frozen=True)
 class Shard:
-    """A safetensors file whose rows are read when they are asked for.
+    """A safetensors file whose rows are read on demand.
 
-    By plain reads: a mapped file would crash the process when somebody truncates it, and nothing stays open that a
-    data worker could share with its parent.
+    It is not memory-mapped, since a mapped file that is truncated crashes the process; and it is not kept open, since a
+    data worker would share the open file with its parent.
 
     Example:
         >>> import tempfile
@@ -67,7 +67,7 @@ class Shard:
 
     @staticmethod
     def write(path: Path, tensors: Mapping[str, np.ndarray], settings: Mapping[str, Any]) -> None:
-        """Write a shard; a reader never sees a part of it.
+        """Write a shard, whole or not at all.
 
         Raises:
             DataError: if it cannot be written.
@@ -112,35 +112,34 @@ class Shard:
         """Read rows, each given by the name of its tensor and its number.
 
         Raises:
-            DataError: if the file is gone, or ends before one of them.
+            DataError: if the file is missing, or ends before one of the rows.
         """
         try:
             with self.path.open("rb", buffering=0) as file:
-                found = []
+                contents = []
                 for name, row in wanted:
-                    place = self.tensors[name]
-                    file.seek(place.offset + row * place.row_bytes)
-                    content = file.read(place.row_bytes)
-                    if len(content) != place.row_bytes:
+                    table = self.tensors[name]
+                    file.seek(table.offset + row * table.row_bytes)
+                    content = file.read(table.row_bytes)
+                    if len(content) != table.row_bytes:
                         raise ValueError(f"ends within row {row} of {name}")
-                    found.append(np.frombuffer(content, place.kind).reshape(place.shape[1:]))
-                return found
+                    contents.append(np.frombuffer(content, table.kind).reshape(table.shape[1:]))
+                return contents
         except (OSError, ValueError) as error:
             raise damaged(self.path, error) from error
 
     def whole(self, name: str) -> np.ndarray:
         """Read all rows of a tensor."""
-        place = self.tensors[name]
+        table = self.tensors[name]
         try:
-            return np.fromfile(self.path, place.kind, int(np.prod(place.shape)), offset=place.offset).reshape(
-                place.shape
-            )
+            count = int(np.prod(table.shape))
+            return np.fromfile(self.path, table.kind, count, offset=table.offset).reshape(table.shape)
         except (OSError, ValueError) as error:
             raise damaged(self.path, error) from error
 
 
 def check_writable(folder: Path) -> None:
-    """Create a folder where there is none, and open a file in it, so that a wrong one is not found out hours later.
+    """Create a folder if there is none, and open a file in it, so that a wrong folder is refused at once.
 
     Raises:
         DataError: if that cannot be done.
@@ -168,7 +167,7 @@ def damaged(path: Path, reason: Exception) -> DataError:
 
 
 def shard_files(folder: str | Path) -> list[Path]:
-    """Return the shards of a folder, none where there is no such folder."""
+    """Return the shards of a folder, or none if there is no such folder."""
     return sorted(Path(folder).glob("matches-*.safetensors"))
 
 
@@ -189,7 +188,7 @@ def check_settings(folder: str | Path, found: Mapping[str, Any], expected: Mappi
 
 
 def missing_shards(folder: str | Path) -> list[str]:
-    """Return the shards that the index of a folder names, and that are gone or have another size."""
+    """Return the shards in the index of a folder that are missing or have another size."""
     path = Path(folder) / INDEX_NAME
     if not path.is_file():
         return []
@@ -198,7 +197,7 @@ def missing_shards(folder: str | Path) -> list[str]:
 
 
 def is_finished(folder: str | Path, plan: str) -> bool:
-    """Tell whether all processes have written everything of a plan, and all of it is still there."""
+    """Return whether all processes have written their share of a plan, and no shard is missing."""
     path = Path(folder) / INDEX_NAME
     return path.is_file() and plan in _read_index(path)["finished"] and not missing_shards(folder)
 
@@ -206,7 +205,7 @@ def is_finished(folder: str | Path, plan: str) -> bool:
 def finish_share(
     folder: str | Path, settings: Mapping[str, Any], plan: str, *, process: int = 0, num_processes: int = 1
 ) -> list[int]:
-    """Note that a process has written its share of a plan; the last one writes the index.
+    """Record that a process has written its share of a plan; the last one writes the index.
 
     Example:
         >>> import tempfile
@@ -227,7 +226,7 @@ def finish_share(
     if waiting and not is_finished(folder, plan):  # finished: another process has just removed the markers
         return waiting
     if not waiting:
-        # Where shards are gone, what was finished before lacks them.
+        # If shards are missing, plans that were finished before are no longer complete.
         finished = _read_index(path)["finished"] if path.is_file() and not missing_shards(folder) else []
         index = {
             "version": FORMAT_VERSION,

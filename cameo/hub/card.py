@@ -45,7 +45,7 @@ class CardFacts:
     Attributes:
         place: Hub id, or the folder's name, as the code on the card is to spell it.
         on_hub: whether `place` is a Hub id.
-        weights_format: format of the weights, see `cameo.hub.weights`.
+        weight_format: format of the weights, see `cameo.hub.weights`.
         config: the settings saved beside the weights.
         class_name: class of the base module.
         component: name of the denoiser in its pipeline, the prefix of a LoRA file's keys.
@@ -60,7 +60,7 @@ class CardFacts:
 
     place: str
     on_hub: bool
-    weights_format: str
+    weight_format: str
     config: CameoConfig
     class_name: str
     component: str
@@ -103,7 +103,7 @@ def model_card(facts: CardFacts) -> str:
 def _front_matter(facts: CardFacts) -> str:
     from huggingface_hub import ModelCardData
 
-    adapter = facts.weights_format in ADAPTER_FORMATS
+    adapter = facts.weight_format in ADAPTER_FORMATS
     entries: dict[str, Any] = dict(facts.license)
     if base := hub_id(facts.config.base_model):
         entries["base_model"] = base
@@ -111,7 +111,7 @@ def _front_matter(facts: CardFacts) -> str:
     tags = [*TAGS, *([facts.config.backbone] if facts.config.backbone else [])]
     if facts.adapter.get("type", "").lower() == "lora":
         tags.append("lora")
-    library = {"peft": "peft", "module": "pytorch"}.get(facts.weights_format, "diffusers")
+    library = {"peft": "peft", "module": "pytorch"}.get(facts.weight_format, "diffusers")
     data = ModelCardData(library_name=library, pipeline_tag=facts.pipeline_tag, tags=tags, **entries)
     return str(data.to_yaml())
 
@@ -124,7 +124,7 @@ def _introduction(facts: CardFacts) -> str:
     )
     return (
         f"# {facts.place.rpartition('/')[2]}\n\n"
-        f"{KINDS[facts.weights_format]} for {backbone} (`{facts.class_name}`), trained with "
+        f"{KINDS[facts.weight_format]} for {backbone} (`{facts.class_name}`), trained with "
         f"[CAMEO](https://arxiv.org/abs/{PAPER}): during training the attention between views is supervised "
         "with geometric correspondence. "
     ) + _inference_text(facts.config)
@@ -157,24 +157,24 @@ def _needs_base(facts: CardFacts) -> bool:
     """Whether `from_pretrained` cannot find the base, or the model's class, by itself."""
     base, backbone = facts.config.base_model or "", facts.config.backbone
     by_name = bool(base) and backbone is not None
-    if facts.weights_format in ADAPTER_FORMATS:
+    if facts.weight_format in ADAPTER_FORMATS:
         return not by_name or base.startswith("preset:")
-    if facts.weights_format == "diffusers" and backbone is None:
+    if facts.weight_format == "diffusers" and backbone is None:
         return not facts.in_diffusers
-    return facts.weights_format != "pipeline" and not by_name
+    return facts.weight_format != "pipeline" and not by_name
 
 
 def _usage_without_cameo(facts: CardFacts, variable: str) -> list[str]:
     name, place = facts.class_name, facts.place
-    if facts.weights_format == "diffusers_lora":
+    if facts.weight_format == "diffusers_lora":
         kind = f"a `{name}`), in plain diffusers" if facts.in_diffusers else f"a `{name}`, a class of its own code)"
         text = f"Without `cameo.from_pretrained`, on the base model's `{variable}` ({kind}:"
         options = f'prefix="{facts.component}", weight_name="{LORA_FILE}"'
         code = [f'{variable}.load_lora_adapter("{place}", {options})']
-    elif facts.weights_format == "peft":
+    elif facts.weight_format == "peft":
         text = f"Without cameo, with PEFT; `base` is the `{name}` this was trained on:"
         code = ["from peft import PeftModel", "", f'model = PeftModel.from_pretrained(base, "{place}")']
-    elif facts.weights_format == "module":
+    elif facts.weight_format == "module":
         text = f"Without cameo; `base` is a `{name}`:"
         path, code = f'"{place}/{MODULE_FILE}"', ["from safetensors.torch import load_model"]
         if facts.on_hub:
@@ -183,7 +183,7 @@ def _usage_without_cameo(facts: CardFacts, variable: str) -> list[str]:
         code += ["", f"load_model(base, {path})"]
     elif facts.in_diffusers:
         text = "Without cameo, in plain diffusers:"
-        folder = f', subfolder="{facts.component}"' if facts.weights_format == "pipeline" else ""
+        folder = f', subfolder="{facts.component}"' if facts.weight_format == "pipeline" else ""
         code = [f"from diffusers import {name}", ""]
         code.append(f'{variable} = {name}.from_pretrained("{place}"{folder})')
     else:

@@ -57,7 +57,7 @@ def load_base(config: CameoConfig, **place: Any) -> nn.Module:
     return denoiser
 
 
-def read_adapter(folder: Path, weights_format: str, base: nn.Module, *, is_trainable: bool) -> nn.Module:
+def read_adapter(folder: Path, weight_format: str, base: nn.Module, *, is_trainable: bool) -> nn.Module:
     """Load a saved adapter into `base`, in place; returns `base`, or a `PeftModel` around it.
 
     Raises:
@@ -69,16 +69,16 @@ def read_adapter(folder: Path, weights_format: str, base: nn.Module, *, is_train
 
     if adapter_layers(base):
         raise ValueError("base_model: carries an adapter already; pass the base without it")
-    path = folder / (LORA_FILE if weights_format == "diffusers_lora" else PEFT_FILE)
-    for needed in (path, folder / PEFT_CONFIG) if weights_format == "peft" else (path,):
+    path = folder / (LORA_FILE if weight_format == "diffusers_lora" else PEFT_FILE)
+    for needed in (path, folder / PEFT_CONFIG) if weight_format == "peft" else (path,):
         if not needed.is_file():
             raise DataError(f"{needed}: no such file; the saved adapter is incomplete")
     stored = load_file(str(path))
     check_numbers(path, stored)
-    prefix = "base_model.model" if weights_format == "peft" else next(iter(stored), "").split(".")[0]
+    prefix = "base_model.model" if weight_format == "peft" else next(iter(stored), "").split(".")[0]
     inner = {key.removeprefix(f"{prefix}."): value for key, value in stored.items()}
     _check_fit(path, inner, base)
-    if weights_format == "peft":
+    if weight_format == "peft":
         device = str(next(base.parameters()).device)
         loaded: nn.Module = PeftModel.from_pretrained(
             base, str(folder), adapter_name=ADAPTER, torch_device=device, autocast_adapter_dtype=False
@@ -158,9 +158,7 @@ def without_adapter(model: nn.Module) -> nn.Module:
     return core
 
 
-def read_full(
-    folder: Path, weights_format: str, config: CameoConfig, base: nn.Module | None, **place: Any
-) -> nn.Module:
+def read_full(folder: Path, weight_format: str, config: CameoConfig, base: nn.Module | None, **place: Any) -> nn.Module:
     """Load a full model: into `base` in place, or as a new module where the files and the backbone determine its class.
 
     A base that is needed for its class is read from `place`, see `load_base`.
@@ -170,33 +168,24 @@ def read_full(
         DataError: if a file is missing or incomplete.
         ValueError: if names or shapes differ from `base`.
     """
-    loaded = _read_whole(folder, weights_format, config, base, **place)
-    check_numbers(folder, loaded.state_dict())
-    return loaded
-
-
-def _read_whole(
-    folder: Path, weights_format: str, config: CameoConfig, base: nn.Module | None, **place: Any
-) -> nn.Module:
     from safetensors.torch import load_file
 
     backbone = None if config.backbone is None else get_backbone(config.backbone)
-    preset = (config.base_model or "").partition("preset:")[2]
-    if weights_format == "pipeline":
-        loaded = _read_pipeline(folder, backbone)
-    elif weights_format == "diffusers":
-        loaded = _read_diffusers(folder, base)
-    if base is None and weights_format != "pipeline":
-        if weights_format == "diffusers" and (backbone is None or backbone.recognizes(loaded)):
-            return loaded
-        # The files lack the class, or the attention of the backbone; the base model has both.
-        if backbone is None:
-            raise BaseNeededError(f"{folder}: {MODULE_FILE} holds weights only; pass the module as base_model=")
-        base = backbone.build(preset).denoiser if preset else load_base(config, **place)
-    if base is None:
-        return loaded
-    state = load_file(str(folder / MODULE_FILE)) if weights_format == "module" else loaded.state_dict()
+    if weight_format == "module":
+        loaded, state = None, load_file(str(folder / MODULE_FILE))
+    else:
+        loaded = _read_pipeline(folder, backbone) if weight_format == "pipeline" else _read_diffusers(folder, base)
+        state = loaded.state_dict()
     check_numbers(folder, state)  # before the base is changed
+    if base is not None:
+        return _copy_into(base, state, folder)
+    # The class in the files may lack the attention of the backbone; the base model has it.
+    if loaded is not None and (weight_format == "pipeline" or backbone is None or backbone.recognizes(loaded)):
+        return loaded
+    if backbone is None:
+        raise BaseNeededError(f"{folder}: {MODULE_FILE} holds weights only; pass the module as base_model=")
+    preset = (config.base_model or "").partition("preset:")[2]
+    base = backbone.build(preset).denoiser if preset else load_base(config, **place)
     return _copy_into(base, state, folder)
 
 

@@ -144,16 +144,16 @@ def from_pretrained(
         raise TypeError("base_model: is wrapped; pass the plain module, base_model=model.unwrap()")
     folder = local_folder(str(name_or_path), revision, token, cache_dir, local_files_only)
     config = CameoConfig.load(folder)
-    weights_format = format_in(folder)
-    check_readable(folder, weights_format)
+    weight_format = format_in(folder)
+    check_readable(folder, weight_format)
     # The base is in another repository, to which the token of this one may give no access.
     place: dict[str, Any] = {"cache_dir": cache_dir} if cache_dir is not None else {}
     place |= {"local_files_only": True} if local_files_only else {}
-    if weights_format in ADAPTER_FORMATS:
+    if weight_format in ADAPTER_FORMATS:
         base = load_base(config, **place) if base_model is None else base_model
-        module = read_adapter(folder, weights_format, base, is_trainable=is_trainable)
+        module = read_adapter(folder, weight_format, base, is_trainable=is_trainable)
     else:
-        module = read_full(folder, weights_format, config, base_model, **place)
+        module = read_full(folder, weight_format, config, base_model, **place)
         # A training of this model starts from these weights, and not from the base that they were trained from.
         is_local = Path(name_or_path).is_dir()
         config = replace(config, base_model=str(name_or_path), base_revision=None if is_local else folder.name)
@@ -264,7 +264,7 @@ def _stage(
             "base model %s is a local folder: others have to pass base_model= to load this", config.base_model
         )
         config.base_model = config.base_revision = None
-    weights_format = write_weights(base, folder, config=config, pipeline=pipeline)
+    weight_format = write_weights(base, folder, config=config, pipeline=pipeline)
     if on_hub:
         _forget_local_names(folder)
     config.save(folder)
@@ -275,14 +275,14 @@ def _stage(
     card = CardFacts(
         place=place,
         on_hub=on_hub,
-        weights_format=weights_format,
+        weight_format=weight_format,
         config=config,
         class_name=type(core).__name__,
         component=component_name(core, pipeline),
         in_diffusers=getattr(diffusers, type(core).__name__, None) is type(core),
         license=license,
         has_head=include_head and bool(head),
-        adapter=_adapter_facts(base) if weights_format in ADAPTER_FORMATS else {},
+        adapter=_adapter_facts(base) if weight_format in ADAPTER_FORMATS else {},
         metrics=metrics,
         pictures=copy_pictures(pictures, folder),
     )

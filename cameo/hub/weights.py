@@ -99,7 +99,7 @@ def format_in(folder: Path) -> str:
     raise DataError(f"{folder}: no weights; expected one of {expected}")
 
 
-def check_readable(folder: Path, weights_format: str) -> None:
+def check_readable(folder: Path, weight_format: str) -> None:
     """Open each file of a format, and the head, as far as is needed to see that it is complete.
 
     A changed value within a file is not detected: the formats hold no checksums.
@@ -109,7 +109,7 @@ def check_readable(folder: Path, weights_format: str) -> None:
     """
     from safetensors import SafetensorError, safe_open
 
-    for pattern in (*FILES[weights_format], HEAD_FILE):
+    for pattern in (*FILES[weight_format], HEAD_FILE):
         for path in sorted(folder.glob(pattern)):
             try:
                 if path.suffix == ".json":
@@ -125,9 +125,7 @@ def formats_among(names: Iterable[str]) -> list[str]:
     """List the formats whose weights are among file names."""
     names = list(names)
     return [
-        weights_format
-        for weights_format, patterns in FILES.items()
-        if any(_matches(name, patterns[0]) for name in names)
+        weight_format for weight_format, patterns in FILES.items() if any(_matches(name, patterns[0]) for name in names)
     ]
 
 
@@ -146,13 +144,13 @@ def stale_files(existing: Iterable[str], new: Iterable[str], *, place: str) -> l
     existing, new = set(existing), set(new)
     found, written = formats_among(existing), formats_among(new)
     if CONFIG_NAME not in existing:
-        if foreign := [weights_format for weights_format in found if weights_format not in written]:
+        if foreign := [weight_format for weight_format in found if weight_format not in written]:
             raise ValueError(
                 f"{place}: holds {FILES[foreign[0]][0]}, not written by cameo, and this model is saved as "
                 f"{FILES[written[0]][0]}; a reader could not tell which to load. Choose another place"
             )
         return []
-    patterns = [HEAD_FILE, *(pattern for weights_format in found for pattern in FILES[weights_format])]
+    patterns = [HEAD_FILE, *(pattern for weight_format in found for pattern in FILES[weight_format])]
     return sorted(name for name in existing - new if any(_matches(name, pattern) for pattern in patterns))
 
 
@@ -198,19 +196,19 @@ def write_weights(model: nn.Module, folder: Path, *, config: CameoConfig, pipeli
     """Write the weights of `model` into an empty folder, safetensors only, and return the format's name."""
     from safetensors.torch import save_model
 
-    weights_format, core = format_to_write(model, pipeline), unwrap_peft(model)
-    if weights_format == "diffusers_lora":
+    weight_format, core = format_to_write(model, pipeline), unwrap_peft(model)
+    if weight_format == "diffusers_lora":
         _write_diffusers_lora(core, folder / LORA_FILE, component_name(core, pipeline))
-    elif weights_format == "peft":
+    elif weight_format == "peft":
         _write_peft(model, folder, config)
-    elif weights_format == "pipeline":
+    elif weight_format == "pipeline":
         component_name(core, pipeline)  # raises if the pipeline holds another model
         pipeline.save_pretrained(str(folder), safe_serialization=True)
-    elif weights_format == "diffusers":
+    elif weight_format == "diffusers":
         core.save_pretrained(str(folder), safe_serialization=True)  # type: ignore[operator]
     else:
         save_model(core, str(folder / MODULE_FILE), metadata={"format": "pt"})
-    return weights_format
+    return weight_format
 
 
 def component_name(core: nn.Module, pipeline: Any = None) -> str:

@@ -1,4 +1,4 @@
-"""The processes of a run and their trackers, through accelerate."""
+"""The accelerator of a run, with its processes and trackers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from cameo.training.settings import TrainingConfig
 
 __all__ = ["log_pictures", "make_accelerator", "numbers_in", "start_trackers"]
 
-# The others wait this long for the main process, which validates alone.
+# The other processes wait this long for the main process, which validates alone.
 PATIENCE = timedelta(hours=6)
 
 
@@ -28,7 +28,7 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
 
     Raises:
         ValueError: for an unknown tracker, a precision that the device does not have, or a launcher that asks for
-            what the run does not do (see `Launch.check`).
+            what the run does not support (see `Launch.check`).
         ImportError: if the tracker's package is not installed.
     """
     from accelerate.tracking import get_available_trackers
@@ -38,7 +38,7 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
     if config.report_to not in (*known, "none"):
         raise unknown_name("report_to", config.report_to, [*known, "none"])
     available = [str(kind) for kind in get_available_trackers()]
-    if config.report_to not in ("none", "all", *available):  # accelerate leaves it out without a word
+    if config.report_to not in ("none", "all", *available):  # accelerate would skip it without a message
         raise ImportError(
             f"report_to={config.report_to}: not installed; pip install {config.report_to}, or report_to=none"
         )
@@ -51,7 +51,7 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
         log_with=None if config.report_to == "none" else config.report_to,
         project_config=ProjectConfiguration(project_dir=str(output), logging_dir=str(output / config.logging_dir)),
         kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
-        # The trainer accumulates by itself; without this accelerate divides the loss by a variable of the launcher.
+        # The trainer accumulates by itself. Without this, accelerate divides the loss by a number from the launcher.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
     )
     launch.check_came(accelerator, config)
@@ -69,7 +69,7 @@ def start_trackers(accelerator: Accelerator, config: TrainingConfig) -> None:
 
 
 def log_pictures(accelerator: Accelerator, paths: Sequence[str | Path], *, step: int) -> None:
-    """Show picture files in TensorBoard and Weights & Biases; other trackers have the files alone."""
+    """Show picture files in TensorBoard and Weights & Biases; other trackers show no pictures."""
     for tracker in accelerator.trackers:
         for path in map(Path, paths):
             picture = Image.open(path).convert("RGB")
@@ -81,7 +81,7 @@ def log_pictures(accelerator: Accelerator, paths: Sequence[str | Path], *, step:
 
 
 def numbers_in(values: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    """List the floats of a result for a tracker, also those of groups that hold nothing else.
+    """List the floats of a result for a tracker, also those in groups that hold only floats.
 
     Example:
         >>> list(numbers_in({"loss": 0.5, "precision": {"mean@0": 0.25}, "settings": {"seed": 1}}))

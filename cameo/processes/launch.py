@@ -1,7 +1,7 @@
-"""What a launcher asked for: how many processes, on which device, in which precision; and whether it comes about.
+"""What a launcher requests (processes, device, precision), and a check that the run carries it out.
 
-`torchrun` and `accelerate launch` tell a script what they want through environment variables, and neither is told when
-the script does something else. Here each request is either carried out or refused by name.
+`torchrun` and `accelerate launch` pass their requests to a script through environment variables, and neither notices
+when the script does something else. Here each request is either carried out or refused by name.
 """
 
 from __future__ import annotations
@@ -17,33 +17,33 @@ from cameo.training.settings import TrainingConfig
 
 __all__ = ["Launch"]
 
-# Variables in which launchers say which process of how many this is: torchrun and accelerate, then those of MPI.
+# Variables that hold the number of this process and the number of all processes: of torchrun and accelerate, then MPI.
 RANKS = (
     ("RANK", "WORLD_SIZE"),
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
     ("PMI_RANK", "PMI_SIZE"),
     ("MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE"),
 )
-# What accelerate's launcher switches on with these variables, and the trainer does not do.
+# What accelerate's launcher switches on with these variables, and the trainer does not support.
 UNSUPPORTED = {
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed (--use_deepspeed)",
     "ACCELERATE_USE_FSDP": "sharding by FSDP (--use_fsdp)",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM (--use_megatron_lm)",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "tensor, context or sequence parallelism (--use_parallelism_config)",
 }
-# Variables that say the same as a setting. accelerate's launcher sets the precision always, to "no" without a request.
+# Variables with the meaning of a setting. accelerate's launcher always sets the precision, to "no" without a request.
 SAME_AS_SETTING = {
     "ACCELERATE_MIXED_PRECISION": "mixed_precision",
     "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "gradient_accumulation_steps",
     "ACCELERATE_GRADIENT_CLIPPING": "max_grad_norm",
 }
-# Set by every form of `accelerate launch` that the trainer supports, and by nobody else.
+# Set by every form of `accelerate launch` that the trainer supports, and by nothing else.
 MARK_OF_ACCELERATE = "ACCELERATE_DYNAMO_BACKEND"
 
 
 @dataclass(frozen=True)
 class Launch:
-    """What the launcher of this process asked for.
+    """What the launcher of this process requests.
 
     Attributes:
         process: number of this process, from 0.
@@ -67,7 +67,7 @@ class Launch:
         """Read the variables of `torchrun`, `accelerate launch` or MPI; without any of them there is one process.
 
         Raises:
-            ValueError: if several processes were asked for and this one was started alone.
+            ValueError: if several processes were requested and this one was started alone.
         """
         environment = dict(os.environ if environment is None else environment)
         for rank, size in RANKS:
@@ -84,7 +84,7 @@ class Launch:
                 f"WORLD_SIZE={environment['WORLD_SIZE']} asks for that many processes, but RANK does not say which of "
                 "them this one is; start them with torchrun, which sets both, or unset WORLD_SIZE"
             )
-        # For several processes without GPUs of their own, accelerate starts one, and exports where they would meet.
+        # For several processes without GPUs of their own, accelerate starts one, and exports the address of the group.
         if MARK_OF_ACCELERATE in environment and "MASTER_ADDR" in environment and "MASTER_PORT" in environment:
             raise ValueError(
                 "accelerate launch was asked for several processes and has started one: it starts several on CPUs "
@@ -101,20 +101,20 @@ class Launch:
 
     @property
     def asks_for_cpu(self) -> bool:
-        """Whether the launcher wants the CPU also where there is a GPU."""
+        """Whether the launcher requests the CPU, even if there is a GPU."""
         device = self.environment.get("ACCELERATE_TORCH_DEVICE", "").partition(":")[0]
         return device == "cpu" or _is_on(self.environment.get("ACCELERATE_USE_CPU"))
 
     @property
     def needs_cpu(self) -> bool:
-        """Whether accelerate has to be told to use the CPU, or each of several processes would run for itself."""
+        """Whether accelerate has to be told to use the CPU; otherwise each of several processes would run alone."""
         if self.num_processes == 1:
             return self.asks_for_cpu
-        # Processes of Apple's GPU cannot work together.
+        # Several processes cannot share Apple's GPU.
         return self.asks_for_cpu or _accelerator_type() in (None, "mps")
 
     def check(self, config: TrainingConfig) -> None:
-        """Refuse what the launcher asks for and the trainer does not do.
+        """Refuse requests of the launcher that the trainer does not support.
 
         Raises:
             ValueError: naming the request, what the run would do instead, and the cure.
@@ -136,7 +136,7 @@ class Launch:
         self._check_devices()
 
     def refuse_several_processes(self, recipe: str) -> None:
-        """Raise `ValueError` where each of several processes would do the whole work of a recipe."""
+        """Raise `ValueError` if each of several processes would do the whole work of a recipe."""
         if self.num_processes > 1:
             raise ValueError(
                 f"{recipe} runs as one process, and {self.num_processes} were launched, which would all write the same "
@@ -144,7 +144,7 @@ class Launch:
             )
 
     def _check_settings(self, config: TrainingConfig) -> None:
-        """Refuse variables that disagree with a setting; a precision of "no" is no request and yields."""
+        """Refuse variables that disagree with a setting; a precision of "no" is no request, and the setting is used."""
         for name, setting in SAME_AS_SETTING.items():
             asked, given = self.environment.get(name), getattr(config, setting)
             if asked is None or (setting == "mixed_precision" and asked == "no"):
@@ -157,11 +157,11 @@ class Launch:
                 )
 
     def _check_devices(self) -> None:
-        """Refuse processes for which this machine has no GPU, if the launcher wants one for each."""
+        """Refuse processes for which this machine has no GPU, if the launcher requests one for each."""
         kind = _accelerator_type()
         if self.num_processes == 1 or self.asks_for_cpu:
             return
-        # Without --multi_gpu, which alone starts several processes, accelerate's launcher says whether it wants a CPU.
+        # accelerate starts several processes with --multi_gpu alone; without it, its launcher sets ACCELERATE_USE_CPU.
         if kind is None and MARK_OF_ACCELERATE in self.environment and "ACCELERATE_USE_CPU" not in self.environment:
             raise ValueError(
                 f"accelerate launch --multi_gpu asks for {self.num_processes} processes on GPUs, and this machine has "
@@ -175,7 +175,7 @@ class Launch:
             )
 
     def check_came(self, accelerator: Accelerator, config: TrainingConfig) -> None:
-        """Compare what was asked for with what accelerate has made of it.
+        """Compare the request with the accelerator that came of it.
 
         Raises:
             ValueError: if there are fewer or more processes, another device, or another precision.
@@ -200,5 +200,5 @@ def _accelerator_type() -> str | None:
 
 
 def _is_on(value: str | None) -> bool:
-    """Read a switch as accelerate does."""
+    """Read a switch in the way that accelerate does."""
     return (value or "").lower() in ("1", "true", "t", "yes", "y", "on")

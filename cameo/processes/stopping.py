@@ -11,14 +11,15 @@ from types import FrameType, TracebackType
 __all__ = ["StopSignal", "leave_signals_to_parent"]
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-# A launcher hands Ctrl-C on to processes that the terminal has told already; that is not a second key press.
+# A launcher passes Ctrl-C on to processes that have received it from the terminal already. A signal within this time
+# is not a second key press.
 ECHO_SECONDS = 0.5
-# A data worker that was told to end does so after this time at the latest.
+# Seconds after which a data worker that received SIGTERM ends by itself.
 WORKER_SECONDS = 60
 
 
 class StopSignal:
-    """While the `with` block runs, the first SIGTERM or SIGINT is noted; a later one interrupts at once.
+    """During the `with` block the first SIGTERM or SIGINT is recorded, and a later one interrupts at once.
 
     Example:
         >>> with StopSignal() as stop:
@@ -55,9 +56,9 @@ class StopSignal:
 
 
 def leave_signals_to_parent(worker: int) -> None:
-    """Let a data worker outlive the signals of `StopSignal`, which a terminal or scheduler sends to it as well.
+    """Let a data worker ignore the signals of `StopSignal`, which a terminal or scheduler sends to it as well.
 
-    The parent ends its workers when it has written its checkpoint; one that was forgotten ends by itself.
+    The parent ends its workers when it has written its checkpoint. A worker whose parent is gone ends by itself.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "alarm"):

@@ -1,4 +1,4 @@
-"""Names of earlier releases and what they are called today: of modules in `modules`, of everything else in `names`."""
+"""Names of earlier releases and the current ones: of modules in `modules`, of everything else in `names`."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from typing import Any
 
 __all__ = ["MOVED", "MOVED_NAMES", "install", "place_today"]
 
-# Old name of a module: its name today.
+# Old name of a module: its current name.
 MOVED: dict[str, str] = {
     "cameo.adapters.cat3d_pipeline": "cameo.adapters.cat3d.pipeline",
     "cameo.adapters.joined_frames": "cameo.adapters.common.joined_frames",
@@ -93,7 +93,7 @@ MOVED: dict[str, str] = {
 }
 
 
-# Old name of something that is not in the module that `MOVED` names: where it is today.
+# Old name of something that is not in the module that `MOVED` names: where it is.
 MOVED_NAMES: dict[str, str] = {
     "cameo.adapters.cat3d_pipeline.JointViewAttnProcessor": "cameo.adapters.common.joint_views.JointViewAttnProcessor",
     "cameo.adapters.mvdream_loading.noise_schedule": "cameo.adapters.common.noise_schedules.ddim",
@@ -132,7 +132,7 @@ class _MovedFinder(MetaPathFinder, Loader):
         return ModuleSpec(fullname, self) if fullname in MOVED else None
 
     def exec_module(self, module: ModuleType) -> None:
-        """Replace the empty `module` by the one it is called today, or let it find names of it that went elsewhere."""
+        """Replace the empty `module` by the current one, or let it find what is in several modules."""
         old, new = module.__name__, MOVED[module.__name__]
         warnings.warn(f"{old} is now {new}; import it from there", FutureWarning, stacklevel=2)
         if not any(name.rpartition(".")[0] == old for name in MOVED_NAMES):
@@ -147,7 +147,7 @@ class _MovedFinder(MetaPathFinder, Loader):
 
 
 def place_today(module: str, name: str) -> tuple[str, str]:
-    """Return the module in which something is today, and its name there; what did not move stays as it is.
+    """Return the current module and name of something; what did not move keeps both.
 
     Example:
         >>> place_today("cameo.adapters.joint_dit", "JointDiT")

@@ -80,7 +80,7 @@ CONFIG_KEYS: dict[str, str] = {"normalise": "normalize"}
 
 
 def warn_renamed(old: str, new: str, *, stacklevel: int) -> None:
-    """Warn that `old` is called `new` today; `stacklevel` counts from the caller of this function."""
+    """Warn that `old` is now called `new`; `stacklevel` counts from the caller of this function."""
     warnings.warn(f"{old} is now called {new}; the next release drops the old name", FutureWarning, stacklevel + 1)
 
 
@@ -167,7 +167,7 @@ def old_attributes(cls: Class) -> Class:
 
 
 def rename_keys(values: Mapping[str, Any], table: Mapping[str, str], where: str) -> dict[str, Any]:
-    """Return the values of a saved file with the keys of today; no warning, since nobody has to change a saved file.
+    """Return the values of a saved file with the current keys; no warning, since nobody has to change a saved file.
 
     Example:
         >>> rename_keys({"normalise": "per_view", "weight": 0.1}, {"normalise": "normalize"}, "cameo_config.json")

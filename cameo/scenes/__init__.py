@@ -1,1 +1,1 @@
-"""What a scene hands over, and the scenes that are rendered: rooms, objects and meshes."""
+"""The views of a scene, and the scenes that are rendered: rooms, objects and meshes."""

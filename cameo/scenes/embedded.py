@@ -17,12 +17,12 @@ from cameo.scenes.views import Views
 __all__ = ["EmbeddedScenes"]
 
 CONTENTS = ("rooms", "bare_rooms", "objects")
-# Without a rig, and with one that takes any number, unless it has a number of its own.
+# Number of views per scene without a rig.
 DEFAULT_VIEWS = 8
 # An object of radius 1 beside a mesh in a unit box, for whose corners the orbit leaves less room than it may need.
 OBJECT_SCALE = 1.4
 SPLITS = {"train": 0, "validation": 1, "test": 2}
-# Part of every cache key: raise it whenever the same settings give other pixels.
+# Part of every cache key; to be raised whenever the same settings give other pixels.
 FORMAT_VERSION = 1
 
 
@@ -37,7 +37,7 @@ class EmbeddedScenes:
         >>> views.images.shape, views.images.dtype, views.key
         (torch.Size([2, 3, 8, 8]), torch.uint8, 'train-00000')
 
-    Rooms are boxes of 3 to 5 m with furniture and things on it; the unit is the metre. Objects are textured solids
+    Rooms are boxes of 3 to 5 m with furniture and things on it; the unit is the meter. Objects are textured solids
     grown together inside the unit sphere, seen from an orbit on a white background without depth. Bare rooms are empty
     but for a solid or two, with bold patterns: small models learn something on them within minutes. World z points up,
     and `Views.up` says so. Scene number i of a split is the same whatever `num_scenes` is; splits never share a scene.
@@ -46,7 +46,7 @@ class EmbeddedScenes:
     - `views_per_scene`: None = the views of the rig, 8 without one.
     - `size`: height and width in pixels.
     - `cache_dir`: where rendered scenes are kept; None = `$CAMEO_CACHE` or `~/.cache/cameo`. Missing scenes
-      are rendered now, with a progress bar unless `progress=False`; a damaged file is rendered again with a
+      are rendered at once, with a progress bar unless `progress=False`; a damaged file is rendered again with a
       warning.
     - `mesh_dir`: a folder with .glb, .obj or .ply files (searched recursively) to show instead of rooms, each
       scaled to a unit box and seen from an orbit on a white background without depth. Eight of ten meshes
@@ -95,7 +95,7 @@ class EmbeddedScenes:
         }
         if self.meshes is not None:
             settings["meshes"] = [(str(path.resolve()), path.stat().st_mtime_ns) for path in self.meshes]
-        # Only where they differ from the default: scenes that were rendered before these settings came stay valid.
+        # Added only if they differ from the default, so that scenes rendered without these settings stay valid.
         if content != "rooms":
             settings["content"] = content
         if rig is not None:
@@ -112,7 +112,7 @@ class EmbeddedScenes:
         if not 0 <= scene < self.num_scenes:
             raise IndexError(f"scene: expected 0 to {self.num_scenes - 1}, got {scene}")
         cached = read_views(self._path(scene))
-        # The cache has no field for it, since it is the same everywhere.
+        # The cache has no field for it, since it is the same in all scenes.
         return replace(cached if cached is not None else self._render(scene), up=torch.tensor([0.0, 0.0, 1.0]))
 
     def _path(self, scene: int) -> Path:

@@ -35,10 +35,10 @@ def find_meshes(folder: Path) -> list[Path]:
 
 
 def load_mesh(path: Path, rng: np.random.Generator) -> TriangleScene:
-    """Load a mesh, centred, with its longest side 1, and in the colours of its texture or vertices.
+    """Load a mesh, centered, with its longest side 1, and in the colors of its texture or vertices.
 
     glTF and OBJ have y up by convention, PLY has none and is taken as z up; the result has z up. A mesh
-    without colours gets a procedural texture drawn from `rng`. Raises `DataError` that names the file.
+    without colors gets a procedural texture drawn from `rng`. Raises `DataError` that names the file.
     """
     import trimesh
 
@@ -88,7 +88,7 @@ def random_orbit(
 
 
 def _painter(mesh: Any, faces: Array, rng: np.random.Generator) -> Callable[[Surface], Array]:
-    """Return what colours a surface: an image texture, vertex or face colours, else a procedural texture."""
+    """Return what colors a surface: an image texture, vertex or face colors, else a procedural texture."""
     visual = mesh.visual
     if visual.defined and visual.kind == "texture" and visual.uv is not None:
         material = visual.material

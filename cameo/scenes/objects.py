@@ -1,6 +1,6 @@
 """Random objects: a few textured solids grown together, inside the unit sphere. World: z up.
 
-They stand in for scanned or modelled objects where nothing shall be downloaded. Axes: T triangles.
+They replace scanned or modeled objects where nothing is to be downloaded. Axes: T triangles.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from cameo.scenes.textures import PATTERNS, random_palette, random_rotation, ran
 __all__ = ["random_object"]
 
 Array = np.ndarray
-# Convex, so that the distance from the centre to the surface is a minimum over planes.
+# Convex, so that the distance from the center to the surface is a minimum over planes.
 SOLIDS = ("box", "sphere", "cylinder", "capsule", "cone")
-# How much of the new part, from its centre towards the old one, sticks in the old one.
+# Share of the new part, from its center towards the old one, that lies inside the old one.
 SUNK = 0.6
 
 
 def random_object(rng: np.random.Generator) -> TriangleScene:
-    """Build an object of 3 to 7 solids, each in a pattern and colours of its own, centred at the origin.
+    """Build an object of 3 to 7 solids, each in a pattern and colors of its own, centered at the origin.
 
     Each solid is joined to an earlier one. The farthest corner lies on the unit sphere; the lamp stands above,
-    outside it. The colour of a point is the same in every view.
+    outside it. The color of a point is the same in every view.
 
     Example:
         >>> scene = random_object(np.random.default_rng(0))

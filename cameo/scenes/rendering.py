@@ -1,4 +1,4 @@
-"""Ray casting of triangle meshes: exact z-depth at pixel centres, supersampled colour.
+"""Ray casting of triangle meshes: exact z-depth at pixel centers, supersampled color.
 
 Axes: F views, H W pixels, T triangles, M rays or surface points.
 """
@@ -24,7 +24,7 @@ RAYS_PER_CALL = 32768
 
 @dataclass(frozen=True)
 class Surface:
-    """Where rays met the scene, float32: `points [M, 3]` in the world, unit `normals [M, 3]`.
+    """The points where rays meet the scene, float32: `points [M, 3]` in the world, unit `normals [M, 3]`.
 
     `triangles [M]` are the triangles met and `barycentric [M, 3]` the weights of their corners.
     """
@@ -42,7 +42,7 @@ class TriangleScene:
     - `corners` `[T, 3, 3]`: the three corners of each triangle, world units.
     - `corner_normals` `[T, 3, 3]`: unit normals at the corners, interpolated over the triangle.
     - `color`: maps a `Surface` to RGB `[M, 3]` in [0, 1]; it must not depend on the viewing direction, so
-      that all views of a scene show the same colour at the same point.
+      that all views of a scene show the same color at the same point.
 
     Example:
         >>> corners = np.array([[[-9.0, -9.0, 2.0], [9.0, -9.0, 2.0], [0.0, 9.0, 2.0]]])
@@ -80,7 +80,7 @@ class TriangleScene:
         return normal, (normal * self.corners[:, 0]).sum(-1)
 
     def depth(self, origins: Array, directions: Array) -> Array:
-        """Return the ray parameter `[M]` of the first surface each ray meets, 0 where it meets none.
+        """Return the ray parameter `[M]` of the first surface that each ray meets, 0 if it meets none.
 
         The ray tracer works in float32 and only says which triangle is met; the parameter is the float64
         intersection with that triangle's plane.
@@ -125,7 +125,7 @@ def _single(rays: Array) -> Array:
 
 
 def _cells(size: tuple[int, int], grid: tuple[int, int]) -> Array:
-    """Positions `[P, 3]` (x, y, 1) of the centres of `grid` cells over an image of `size`, row-major."""
+    """Positions `[P, 3]` (x, y, 1) of the centers of `grid` cells over an image of `size`, row-major."""
     y = (np.arange(grid[0]) + 0.5) * (size[0] / grid[0])
     x = (np.arange(grid[1]) + 0.5) * (size[1] / grid[1])
     columns, rows = np.meshgrid(x, y)
@@ -148,7 +148,7 @@ def cast_views(
     *,
     grid: tuple[int, int],
 ) -> Array:
-    """Return the z-depth at the centres of a `grid` (rows, columns) over views of `size`, 0 = none.
+    """Return the z-depth at the centers of a `grid` (rows, columns) over views of `size`, 0 = none.
 
     `intrinsics` `[F, 3, 3]`, `extrinsics` `[F, 4, 4]`; the result is `[F, rows, columns]` float64.
 
@@ -176,7 +176,7 @@ def render(
     """Render all views of a scene: `(images [F, 3, H, W] uint8, depth [F, 1, H, W] float32)`.
 
     `intrinsics` `[F, 3, 3]` in pixels of `size` (H, W), `extrinsics` `[F, 4, 4]` world-to-camera. Depth is
-    the z-depth of the ray through the pixel centre, 0 where it meets nothing. Colour is the mean over
+    the z-depth of the ray through the pixel center, 0 where it meets nothing. Color is the mean over
     `supersampling`² rays per pixel; it is antialiased, depth never is.
 
     Example:

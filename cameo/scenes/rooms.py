@@ -1,4 +1,4 @@
-"""Random furnished rooms and the camera paths through them. World: metres, z up, floor at z = 0."""
+"""Random furnished rooms and the camera paths through them. World: meters, z up, floor at z = 0."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SMOOTH_SHAPES = ("sphere", "cylinder", "capsule", "torus", "cone")
 
 
 def random_room(rng: np.random.Generator) -> tuple[TriangleScene, Array]:
-    """Build a furnished room; returns the scene and the room's extent `[3]` (x, y, z) in metres.
+    """Build a furnished room; returns the scene and the room's extent `[3]` (x, y, z) in meters.
 
     Walls, floor and ceiling, furniture along the walls, a table or pile in the middle, things on top of them,
     pictures on the walls and a rug: every surface carries a texture.
@@ -35,10 +35,10 @@ def random_room(rng: np.random.Generator) -> tuple[TriangleScene, Array]:
 
 
 def bare_room(rng: np.random.Generator) -> tuple[TriangleScene, Array]:
-    """Build an empty room with bold patterns and one or two solids on the floor; `(scene, extent [3])` in metres.
+    """Build an empty room with bold patterns and one or two solids on the floor; `(scene, extent [3])` in meters.
 
-    Each surface has colours of its own and cells of about a metre, so that at 32 pixels another view of the room is
-    the only way to know a colour. Room, solids, cameras and lamp differ from scene to scene.
+    Each surface has colors of its own and cells of about a meter, so that at 32 pixels another view of the room is
+    the only way to know a color. Room, solids, cameras and lamp differ from scene to scene.
 
     Example:
         >>> scene, extent = bare_room(np.random.default_rng(0))
@@ -174,7 +174,7 @@ def look_at(centers: Array, targets: Array) -> Array:
 
 
 def random_intrinsics(rng: np.random.Generator, count: int, size: tuple[int, int]) -> Array:
-    """One hand-held camera `[count, 3, 3]`: 50 to 65 degrees across, principal point near the centre."""
+    """One hand-held camera `[count, 3, 3]`: 50 to 65 degrees across, principal point near the center."""
     height, width = size
     focal = 0.5 * width / np.tan(np.radians(rng.uniform(50.0, 65.0)) / 2)
     center = np.array([width, height]) * (0.5 + rng.uniform(-0.015, 0.015, 2))

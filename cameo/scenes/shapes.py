@@ -1,4 +1,4 @@
-"""Simple solids with textures of their own, put together to a scene that can be ray-cast.
+"""Simple solids with textures of their own, joined to a scene for ray casting.
 
 Axes: T triangles, M surface points.
 """
@@ -45,7 +45,7 @@ class SceneBuilder:
     Example:
         >>> build = SceneBuilder(np.random.default_rng(0))
         >>> build.add("box", center=np.zeros(3), extent=np.array([1.0, 2.0, 2.0]))
-        >>> build.fit(radius=3.0)  # the corners of the box were 1.5 from its centre
+        >>> build.fit(radius=3.0)  # the corners of the box were 1.5 from its center
         >>> build.scene(light=np.array([0.0, 0.0, 9.0])).corners.reshape(-1, 3).max(0)
         array([1., 2., 2.])
     """
@@ -76,9 +76,9 @@ class SceneBuilder:
             cos, sin = np.cos(turn), np.sin(turn)
             rotation = np.array([[cos, -sin, 0.0], [sin, cos, 0.0], [0.0, 0.0, 1.0]])
         self.corners.append((corners * extent) @ rotation.T + center)
-        bent = normals / extent
-        bent /= np.linalg.norm(bent, axis=-1, keepdims=True)
-        self.normals.append(bent @ rotation.T)
+        scaled = normals / extent
+        scaled /= np.linalg.norm(scaled, axis=-1, keepdims=True)
+        self.normals.append(scaled @ rotation.T)
         self.textures.append(texture or self.texture())
 
     def texture(self, **options: object) -> Texture:
@@ -86,14 +86,14 @@ class SceneBuilder:
         return random_texture(self.rng, self.palette, **options)  # type: ignore[arg-type]
 
     def fit(self, radius: float) -> None:
-        """Centre the shapes' bounding box at the origin and scale them until the farthest corner is `radius` away."""
+        """Center the shapes' bounding box at the origin and scale them until the farthest corner is `radius` away."""
         points = np.concatenate(self.corners).reshape(-1, 3)
         center = (points.min(0) + points.max(0)) / 2
         scale = radius / np.linalg.norm(points - center, axis=-1).max()
         self.corners = [(corners - center) * scale for corners in self.corners]
 
     def scene(self, light: Array) -> TriangleScene:
-        """Close the collection: its geometry, lit by a lamp that stands at `light` `[3]`."""
+        """Return the scene of all shapes, lit by a lamp at `light` `[3]`."""
         counts = [len(corners) for corners in self.corners]
         material = np.repeat(np.arange(len(counts)), counts)
         scene = TriangleScene(

@@ -1,7 +1,7 @@
-"""Procedural solid textures: colour as a deterministic function of the surface point.
+"""Procedural solid textures: color as a deterministic function of the surface point.
 
 Patterns live in three dimensions, so that no mesh needs texture coordinates and every view sees the same
-colour at the same point. Axes: M surface points, P palette colours.
+color at the same point. Axes: M surface points, P palette colors.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def _column(index: Array) -> Array:
 class Texture:
     """One material: a pattern over `points @ frame + offset`, with coarse and fine variation on top.
 
-    - `frame` `[3, 3]`: rotation times frequency (pattern units per metre).
+    - `frame` `[3, 3]`: rotation times frequency (pattern units per meter).
     - `palette` `[P, 3]` RGB in [0, 1].
     - `directions` `[K, 3]`, `phases` `[K]`: plane waves that the patterns share.
 
@@ -76,14 +76,14 @@ class Texture:
         return total
 
     def gradient(self, value: Array) -> Array:
-        """Colour `[M, 3]` at `value` `[M]` in [0, 1] along the palette, linear in between."""
+        """Color `[M, 3]` at `value` `[M]` in [0, 1] along the palette, linear in between."""
         scaled = np.clip(value, 0.0, 1.0) * np.float32(len(self.palette) - 1)
         lower = np.minimum(scaled.astype(np.int64), len(self.palette) - 2)
         share = (scaled - lower)[:, None]
         return self.palette.take(lower, 0) * (1.0 - share) + self.palette.take(lower + 1, 0) * share
 
     def pick(self, chance: Array) -> Array:
-        """Palette colour `[M, 3]` chosen by `chance` `[M]` in [0, 1), with a shade of its own."""
+        """Palette color `[M, 3]` chosen by `chance` `[M]` in [0, 1), with a shade of its own."""
         color = self.palette.take((chance * len(self.palette)).astype(np.int64), 0)
         return color * (0.8 + 0.35 * np.mod(chance * 97.0, 1.0))[:, None]
 
@@ -164,7 +164,7 @@ PATTERNS: dict[str, Callable[[Texture, Array], Array]] = {
 
 
 def random_palette(rng: np.random.Generator, count: int = 7) -> Array:
-    """Draw the colours of one scene `[count, 3]`: vivid, pastel, earthy, or one hue with accents.
+    """Draw the colors of one scene `[count, 3]`: vivid, pastel, earthy, or one hue with accents.
 
     Example:
         >>> random_palette(np.random.default_rng(0)).shape
@@ -203,10 +203,10 @@ def random_texture(
     upright: bool | None = None,
     bleach: float = 0.0,
 ) -> Texture:
-    """Draw a texture with 3 to 5 colours of `palette` and pattern cells of `cell` metres.
+    """Draw a texture with 3 to 5 colors of `palette` and pattern cells of `cell` meters.
 
     `upright=True` keeps the pattern's axes along the world's, False turns them at random, None draws either.
-    `bleach` mixes the colours with a pale wall colour by that share.
+    `bleach` mixes the colors with a pale wall color by that share.
     """
     turned = rng.random() < 0.4 if upright is None else not upright
     rotation = random_rotation(rng) if turned else np.eye(3)

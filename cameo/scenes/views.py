@@ -1,4 +1,4 @@
-"""What every data source hands over: the views of one scene, and the sample that training sees.
+"""What every data source provides: the views of one scene, and the sample on which a model trains.
 
 Axes: F views of a scene, V views of a sample, B samples, H W pixels.
 """
@@ -24,8 +24,8 @@ class Views:
     """All views of one scene, with cameras and depth.
 
     - `images` `[F, 3, H, W]`: uint8 in 0..255, or float in [0, 1].
-    - `depth` `[F, 1, H, W]` float32: z-depth in metres; 0, negative or non-finite = no measurement.
-    - `intrinsics` `[F, 3, 3]` float32 in pixels, pixel centres at +0.5.
+    - `depth` `[F, 1, H, W]` float32: z-depth in meters; 0, negative or non-finite = no measurement.
+    - `intrinsics` `[F, 3, 3]` float32 in pixels, pixel centers at +0.5.
     - `extrinsics` `[F, 4, 4]` float32, world-to-camera, OpenCV axes.
     - `key`: a name for messages.
     - `up` `[3]` float32: unit vector that points up in the world; None where the source does not know it.
@@ -73,7 +73,7 @@ class Views:
 
 @runtime_checkable
 class SceneSource(Protocol):
-    """Anything that has a number of scenes and hands over the views of each.
+    """Anything that has a number of scenes and provides the views of each.
 
     A source must be a pure function of the scene index: the same index always gives the same views.
 
@@ -96,10 +96,10 @@ class SceneSource(Protocol):
 
 
 class MultiViewSample(TypedDict):
-    """One training sample; reference (clean, conditioning) views stand first, then target views.
+    """One training sample; reference (clean, conditioning) views come first, then target views.
 
     - `images` `[V, 3, H, W]` float32 in [0, 1]
-    - `intrinsics` `[V, 3, 3]` float32 in pixels, pixel centres at +0.5
+    - `intrinsics` `[V, 3, 3]` float32 in pixels, pixel centers at +0.5
     - `extrinsics` `[V, 4, 4]` float32, world-to-camera, OpenCV axes, in the world frame of the source
     - `depth` `[V, 1, H, W]` float32 z-depth, 0 = no measurement
     - `point_map` `[V, 3, H, W]`, optional: world coordinates, non-finite = no measurement

@@ -117,7 +117,7 @@ def renamed_settings(table: Mapping[str, str]) -> Callable[[Kind], Kind]:
 
 
 def current_names(kind: type, given: Mapping[str, Any], *, warn: bool = True) -> dict[str, Any]:
-    """Replace the old names among settings by those of today.
+    """Replace the old names among settings by the current ones.
 
     Raises:
         ValueError: if a setting is given under both.

@@ -195,13 +195,13 @@ def test_dropped_frames_are_counted_and_the_first_is_named(seven_scenes: Path) -
 def test_truncated_image_is_named(seven_scenes: Path, kind: str) -> None:
     path = seven_scenes / f"frame-000004.{kind}.png"
     path.write_bytes(path.read_bytes()[:200])
-    with pytest.raises(DataError, match=rf"frame-000004.{kind}.png: cannot decode the (colour|depth) image"):
+    with pytest.raises(DataError, match=rf"frame-000004.{kind}.png: cannot decode the (color|depth) image"):
         RGBDSequence(seven_scenes)
 
 
 def test_depth_that_is_not_16_bit(seven_scenes: Path) -> None:
     Image.new("L", (WIDTH, HEIGHT), 7).save(seven_scenes / "frame-000000.depth.png")
-    with pytest.raises(DataError, match=r"frame-000000.depth.png: expected a 16-bit grey depth image, got uint8"):
+    with pytest.raises(DataError, match=r"frame-000000.depth.png: expected a 16-bit gray depth image, got uint8"):
         RGBDSequence(seven_scenes)
 
 
@@ -245,7 +245,7 @@ def test_nothing_to_read(tmp_path: Path, make: Callable[[Path], Path], message: 
         ({"layout": "7scene"}, "unknown layout '7scene': did you mean '7scenes'"),
         ({"holdout": 1.0}, "holdout: expected a share between 0 and 1"),
         ({"stride": 0}, "expected at least 1"),
-        ({"depth_scale": 0.0}, "depth_scale: expected units per metre > 0"),
+        ({"depth_scale": 0.0}, "depth_scale: expected units per meter > 0"),
         ({"layout": "tum"}, "looked for rgb.txt, depth.txt and groundtruth.txt"),
     ],
 )
@@ -328,5 +328,5 @@ def test_files_of_the_wrong_kind_are_named(seven_scenes: Path, tum: Path, monkey
     with pytest.warns(UserWarning, match=r"first: frame-000001 \(its pose"):
         RGBDSequence(seven_scenes)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 16)  # what is a bomb in earnest would take long to write
-    with pytest.raises(DataError, match=r"frame-000000.color.png: cannot decode the colour image .*decompression bomb"):
+    with pytest.raises(DataError, match=r"frame-000000.color.png: cannot decode the color image .*decompression bomb"):
         RGBDSequence(seven_scenes)

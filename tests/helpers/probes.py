@@ -13,12 +13,19 @@ from tests.helpers.backbone_rows import TINY, Row
 
 LEVELS = (0.5, 1.0)
 CAT3D = TINY[0]
+# Arguments of a `LayerProbe` beside its layers and noise levels.
+NOTHING_PROBED: dict[str, tuple[Any, ...]] = {"angle_bins": (), "within": (1,), "scenes": (), "samples": ()}
 
 
 def small_batches(row: Row) -> list[dict[str, Any]]:
     batch = row.batch(samples=2)
     batch["key"] = ["wall-0/0", "wall-1/0"]
     return [batch]
+
+
+def tiny_model() -> tuple[Any, list[dict[str, Any]]]:
+    """Pipeline and batches of the smallest model, as `probe_layers` takes them."""
+    return CAT3D.pipeline(), small_batches(CAT3D)
 
 
 def made_probe(

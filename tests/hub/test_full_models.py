@@ -135,7 +135,7 @@ class TestFolder:
         with pytest.raises(KeyboardInterrupt):
             new.save_pretrained(folder, include_head=True)
         whole = {
-            name: [(tmp_path / one / "rooms" / name).read_bytes() for one in ("old", "new")] for name in names(folder)
+            name: [(tmp_path / save / "rooms" / name).read_bytes() for save in ("old", "new")] for name in names(folder)
         }
         fresh = [name for name in names(folder) if (folder / name).read_bytes() == whole[name][1] != whole[name][0]]
         assert all((folder / name).read_bytes() in versions for name, versions in whole.items())

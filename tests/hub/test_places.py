@@ -74,9 +74,9 @@ def test_examples_wrap_what_can_be_supervised(module: str, monkeypatch: pytest.M
         models.append(wrap(*args, **kwargs))
         return models[-1]
 
-    found = importlib.import_module(module)
+    documented = importlib.import_module(module)
     monkeypatch.setattr(cameo, "wrap", recording)
-    assert doctest.testmod(found, optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE).failed == 0
+    assert doctest.testmod(documented, optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE).failed == 0
     assert models
     for model in models:
         assert model.cameo_config.backbone, "the example names no backbone that could show it"

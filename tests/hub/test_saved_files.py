@@ -1,4 +1,4 @@
-"""What cameo 0.1.0 saved loads today, gives the recorded numbers, and continues; the files are in tests/assets."""
+"""What cameo 0.1.0 saved loads, gives the recorded numbers, and continues; the files are in tests/assets."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ CASES = {
     "sv3d-inflated": Case("sv3d", "tiny", 3, {"block_out_channels": [32, 32], "heads": 2}),
 }
 every_case = pytest.mark.parametrize("name", CASES)
-# Of class paths and settings that have other names today.
+# Of class paths and settings that have been renamed since.
 old_names = pytest.mark.filterwarnings("ignore::FutureWarning")
 
 

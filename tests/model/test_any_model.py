@@ -1,4 +1,4 @@
-"""Models without an adapter: `cameo.wrap(model, layer=..., layout=...)`, proven on own models of four kinds."""
+"""Models without an adapter: `cameo.wrap(model, layer=..., layout=...)`, proven on small models of four kinds."""
 
 from __future__ import annotations
 
@@ -135,8 +135,8 @@ def test_one_match_pulls_its_tokens_and_no_others(case: Case) -> None:
     layer = model.base_model.get_submodule(case.layer)
 
     def project(images: Tensor) -> tuple[Tensor, Tensor]:
-        linear = [layer.get_submodule(name) for name in case.projections]
-        query, key = (one(images).unflatten(-1, (layer.heads, -1)) for one in linear)
+        projections = [layer.get_submodule(name) for name in case.projections]
+        query, key = (projection(images).unflatten(-1, (layer.heads, -1)) for projection in projections)
         return query, key
 
     check_layout(model, run, case.to_images, query=case.query, key=case.key, reached=case.reached, project=project)
@@ -156,9 +156,9 @@ def test_lora_is_saved_and_loaded_with_the_description(tmp_path: Path) -> None:
             nn.init.normal_(parameter)
     again = cameo.from_pretrained(model.save_pretrained(tmp_path), base_model=case.model())
     losses = []
-    for one in (model, again):
-        output = run(one, correspondence=next_view())
-        losses.append(one.alignment_loss)
+    for wrapped in (model, again):
+        output = run(wrapped, correspondence=next_view())
+        losses.append(wrapped.alignment_loss)
         assert torch.equal(output, run(model))
     assert torch.equal(*losses)
     assert not torch.equal(run(case.model()), run(model))

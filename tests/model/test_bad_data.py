@@ -96,10 +96,10 @@ CASES: dict[str, tuple[Callable[[Bench], Any], type[Exception], str]] = {
         ValueError,
         r"no scene has 2 views whose overlap.*Widen the bounds",
     ),
-    "truncated image": (truncated, ValueError, r"frame-000002.color.png: cannot decode the colour image"),
+    "truncated image": (truncated, ValueError, r"frame-000002.color.png: cannot decode the color image"),
     "sequence without intrinsics": (without_intrinsics, ValueError, r"office: no camera intrinsics .*pass intrinsics="),
     "sequence without any depth": (without_depth, ValueError, r"office: no frame has any depth .*16-bit originals"),
-    "8-bit depth image": (eight_bit_depth, ValueError, r"frame-000000.depth.png: expected a 16-bit grey depth image"),
+    "8-bit depth image": (eight_bit_depth, ValueError, r"frame-000000.depth.png: expected a 16-bit gray depth image"),
     "absent data folder": (
         lambda b: build_dataset(make_config(b.folder, train_data_dir=str(b.folder / "rooms")), "train"),
         ValueError,

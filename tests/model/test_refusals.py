@@ -51,7 +51,7 @@ def test_a_second_wrap_is_refused_and_the_cure_works() -> None:
     assert float(run_loss(second).detach()) > 0
     with pytest.raises(RuntimeError, match="unwrapped already"):
         model.unwrap()
-    with pytest.raises(ValueError, match="wrapped already"):  # the old wrapper has no say any more
+    with pytest.raises(ValueError, match="wrapped already"):  # the old wrapper cannot release it
         cameo.wrap(base, layer=LAYER, layout="b (v h w)")
     assert second.unwrap() is base
 

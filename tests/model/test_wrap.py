@@ -149,9 +149,9 @@ def test_several_layers_are_averaged() -> None:
         joint = run_loss(model)
         single = []
         for index, layer in enumerate(layers):
-            one = toy(layer=layer)
-            one.alignment_heads[0].load_state_dict(model.alignment_heads[index].state_dict())
-            single.append(run_loss(one))
+            alone = toy(layer=layer)
+            alone.alignment_heads[0].load_state_dict(model.alignment_heads[index].state_dict())
+            single.append(run_loss(alone))
     torch.testing.assert_close(joint, torch.stack(single).mean())
     assert model.num_supervised == 2 * int(matches().matched.sum())
     model(tokens(), correspondence=[matches(), nothing_visible()])

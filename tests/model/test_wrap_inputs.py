@@ -69,12 +69,12 @@ def test_a_weight_that_is_none_is_refused_wherever_it_is_set(value: Any) -> None
 def test_a_loss_that_was_not_computed_is_no_attribute() -> None:
     model = wrapped()
     features = FeatureAlignment(model, ["joint"], [16], 4, seed=0)
-    for one in (model, features):
-        assert not hasattr(one, "alignment_loss")
-        assert getattr(one, "alignment_loss", None) is None
+    for wrapper in (model, features):
+        assert not hasattr(wrapper, "alignment_loss")
+        assert getattr(wrapper, "alignment_loss", None) is None
         for kind in (RuntimeError, AttributeError):
             with pytest.raises(kind, match="no alignment loss: call the model with"):
-                _ = one.alignment_loss
+                _ = wrapper.alignment_loss
     run(model)
     assert hasattr(model, "alignment_loss")
     model(frames(views=2), num_frames=2)

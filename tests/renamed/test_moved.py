@@ -88,7 +88,7 @@ def test_a_pipeline_saved_with_an_old_path_loads(
     saved = adapter.build(preset) if preset else with_image_tokens()
     saved.save_pretrained(tmp_path)
     index = json.loads((tmp_path / "model_index.json").read_text())
-    assert index["unet"] == [new, old[1]]  # what is written today
+    assert index["unet"] == [new, old[1]]  # what is written
     (tmp_path / "model_index.json").write_text(json.dumps({**index, "unet": old}))
     monkeypatch.delitem(sys.modules, old[0], raising=False)
     with pytest.warns(

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 import cameo
-from cameo import AlignmentHead, Correspondence, LayerProbe, TokenLayout, alignment_loss, renamed
+from cameo import AlignmentHead, Correspondence, TokenLayout, alignment_loss, renamed
 from cameo.attention.capture import AttentionLayer
 from cameo.backbone import Backbone, get_backbone
 from cameo.config import CONFIG_NAME, CameoConfig
@@ -31,7 +31,7 @@ from cameo.hub import push_to_hub, save_load, save_pretrained
 from cameo.renamed import ATTRIBUTES, CONFIG_KEYS, FUNCTIONS, KEYWORDS, METHODS, SETTINGS
 from cameo.training.settings import TrainingConfig, load_config
 from tests.helpers.models import JointModel
-from tests.helpers.probes import CAT3D, LEVELS, small_batches, uneven_probe
+from tests.helpers.probes import LEVELS, NOTHING_PROBED, tiny_model, uneven_probe
 
 LINEAR = nn.Linear(1, 1)
 GRIDS = ((2, 2), (2, 2), (2, 2))
@@ -111,16 +111,6 @@ def card_of_push(**keywords: Any) -> str:
         return push_to_hub(wrapped(), "me/rooms", token="hf_of_nobody", **keywords)
 
 
-def counts_of_first_layer(**keywords: Any) -> dict[str, Any]:
-    """What `probe_layers` with these keywords counts in the first layer of the smallest model."""
-    return cameo.probe_layers(CAT3D.pipeline(), small_batches(CAT3D), layers=[0], **keywords).to_dict()
-
-
-def counts_of_no_layer(**keywords: Any) -> dict[str, Any]:
-    """What a `LayerProbe` made with these keywords holds, beside its layers."""
-    return LayerProbe((), angle_bins=(), within=(1,), scenes=(), samples=(), **keywords).to_dict()
-
-
 @dataclass(frozen=True)
 class Keyword:
     """A call that takes the keyword under both names, another value than the default, and what is compared."""
@@ -139,7 +129,7 @@ KEYWORD_EXAMPLES: dict[tuple[str, str], Keyword] = {
     ("Correspondence.from_depth", "size"): Keyword(lambda **given: matches_of_depth(**given), 4, figures),
     ("Correspondence.from_features", "size"): Keyword(lambda **given: matches_of_features(**given), 2, figures),
     ("Correspondence.from_point_maps", "size"): Keyword(lambda **given: matches_of_point_maps(**given), 4, figures),
-    ("LayerProbe", "timesteps"): Keyword(counts_of_no_layer, LEVELS),
+    ("LayerProbe", "timesteps"): Keyword(lambda **given: cameo.LayerProbe((), **NOTHING_PROBED, **given), LEVELS, vars),
     ("ProbeResult.chance", "timestep"): Keyword(lambda **given: uneven_probe().chance(0, **given), 1.0),
     ("ProbeResult.per_scene", "timestep"): Keyword(lambda **given: uneven_probe().per_scene(0, **given), 1.0),
     ("ProbeResult.precision", "timestep"): Keyword(lambda **given: uneven_probe().precision(0, **given), 1.0),
@@ -148,7 +138,9 @@ KEYWORD_EXAMPLES: dict[tuple[str, str], Keyword] = {
         lambda **given: TokenLayout("(b h w) v").refusal(**given), "per_view"
     ),
     ("alignment_loss", "normalise"): Keyword(loss, "all_views"),
-    ("probe_layers", "timesteps"): Keyword(counts_of_first_layer, (0.5,)),
+    ("probe_layers", "timesteps"): Keyword(
+        lambda **given: cameo.probe_layers(*tiny_model(), **given).to_dict(), (0.5,)
+    ),
     ("push_to_hub", "licence"): Keyword(card_of_push, "cc-by-4.0"),
     ("save_pretrained", "licence"): Keyword(card_of_save, "cc-by-4.0"),
     ("wrap", "normalise"): Keyword(

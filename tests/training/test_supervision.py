@@ -284,7 +284,7 @@ def test_a_resumed_run_keeps_its_supervision(tmp_path: Path) -> None:
         ({"geometry_noise": 0.1, "precomputed_correspondence": "x"}, r"precomputed_correspondence=null"),
         ({"correspondence": "features", "correspondence_in": "worker"}, r"features: .*correspondence_in=step"),
         ({"correspondence": "features", "precomputed_correspondence": "x"}, r"precomputed_correspondence=null"),
-        ({"correspondence": "features", "reduction": "released"}, r"features: knows no distances .*reduction=mean"),
+        ({"correspondence": "features", "reduction": "released"}, r"features: gives no distances .*reduction=mean"),
         ({"supervision": "repa", "correspondence_control": "random"}, r"correspondence_control=random: .*repa uses"),
         ({"supervision": "repa", "geometry_noise": 0.1}, r"geometry_noise=0.1: .*give supervision=cameo"),
         ({"supervision": "repa", "correspondence_in": "worker"}, r"correspondence_in=worker: .*repa uses none"),

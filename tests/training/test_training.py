@@ -255,7 +255,7 @@ def test_two_trainings_in_one_process_do_not_touch_each_other(tmp_path: Path) ->
 
 def test_workers_load_the_same_samples_and_tell_what_is_wrong(tmp_path: Path) -> None:
     def broken(index: int, sample: dict[str, Any]) -> dict[str, Any]:
-        raise DataError("room/frame-000007.color.png: cannot decode the colour image")
+        raise DataError("room/frame-000007.color.png: cannot decode the color image")
 
     plain = losses(make_trainer(tmp_path / "plain", max_train_steps=2))
     assert losses(make_trainer(tmp_path / "workers", max_train_steps=2, dataloader_num_workers=2)) == plain

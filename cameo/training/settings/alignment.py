@@ -30,10 +30,10 @@ class AlignmentSettings(Settings):
     # Factor of the alignment loss in the training loss, >= 0; 0 trains without it. 0.02 by default, as in the paper.
     # Small models learn within a few hundred steps with 0.05 to 0.1; 0.5 costs quality at low noise (docs/results.md).
     loss_weight: float = setting(CameoConfig.weight, at_least=0)
-    # How loss_weight goes on: constant, or down to 0 at max_train_steps, linear or as a cosine. constant by default, as
-    # in the paper; a weight that decays spoils low noise less.
+    # How loss_weight changes over the steps: constant, or down to 0 at max_train_steps, linear or as a cosine. constant
+    # by default, as in the paper; a weight that decays harms the quality at low noise less.
     weight_schedule: str = setting("constant", choices=("constant", "linear", "cosine"))
-    # Step from which on nothing is aligned, >= 1. null, the default, aligns to the end.
+    # Step from which on there is no alignment loss, >= 1. null, the default, aligns to the last step.
     alignment_until: int | None = setting(None, at_least=1)
     # Samples whose noise level, a share of the last time step in [0, 1), is lower are not aligned. 0, the default,
     # aligns all.
@@ -59,15 +59,15 @@ class AlignmentSettings(Settings):
     # start, > 0. 1.5 by default, the paper's.
     cycle_threshold: float = setting(1.5, above=0)
     # Where matches are computed: in the training step on its device (step, the default), or by the data workers beside
-    # it (worker), which pays where there is no GPU.
+    # it (worker), which is faster if there is no GPU.
     correspondence_in: str = setting("step", choices=("step", "worker"), changeable=True)
-    # Folder of matches that recipes/precompute_correspondence.py has filled. null, the default, computes them.
+    # Folder of matches that recipes/precompute_correspondence.py has filled. null, the default, computes the matches.
     precomputed_correspondence: str | None = setting(None, path=True, changeable=True)
-    # Controls, with matches that must not help: those of the next sample of the batch (other_scene), or a token drawn
-    # anew (random). none by default.
+    # Control experiments, with matches that carry no information about the sample: those of the next sample of the
+    # batch (other_scene), or random tokens (random). none by default.
     correspondence_control: str = setting("none", choices=("none", "other_scene", "random"))
-    # Relative standard deviation of noise on each pixel's depth before matching, in [0, 1); to see how exact depth must
-    # be. 0 by default.
+    # Relative standard deviation of noise on each pixel's depth before matching, in [0, 1), to measure how exact the
+    # depth must be. 0 by default.
     geometry_noise: float = setting(0.0, share="[0, 1)")
 
     def check(self) -> None:
@@ -100,6 +100,6 @@ class AlignmentSettings(Settings):
             )
         if self.correspondence == "features" and self.reduction == "released":
             raise ValueError(
-                "correspondence=features: knows no distances in space, which reduction=released needs; give "
+                "correspondence=features: gives no distances in space, which reduction=released needs; give "
                 "reduction=mean, or correspondence=depth"
             )

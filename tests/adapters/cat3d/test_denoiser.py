@@ -21,8 +21,8 @@ from cameo.adapters.common.joint_views import inflate
 from cameo.adapters.common.noise_schedules import ddim
 from cameo.backbone import get_backbone
 from cameo.errors import ShapeError
-from tests.helpers.batches import make_batch
 from tests.helpers.backbone_checks import build_pipeline, one_match
+from tests.helpers.batches import make_batch
 from tests.helpers.cat3d_models import tiny_kl
 
 

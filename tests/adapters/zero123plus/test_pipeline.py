@@ -18,8 +18,8 @@ from cameo.adapters.zero123plus.cameras import to_canvas
 from cameo.adapters.zero123plus.denoiser import ReferenceUNet
 from cameo.adapters.zero123plus.pipeline import Zero123PlusPipeline
 from cameo.errors import ShapeError
-from tests.helpers.batches import make_batch
 from tests.helpers import zero123plus_models as parts
+from tests.helpers.batches import make_batch
 from tests.helpers.zero123plus_models import SIZE, batch, pipeline
 from tests.helpers.zero123plus_released import REFERENCE, released
 
