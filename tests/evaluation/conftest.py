@@ -1,4 +1,4 @@
-"""A small model with its pipeline and data, and its evaluation, once for all tests of the room."""
+"""A small model with its pipeline and data, and its evaluation, made once for all tests of the evaluation."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ LOSS, PSNR = ("denoising", "loss"), ("novel_views", "psnr")
 
 
 def pairs(count: int, shift: float = 0.3, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Values that scatter by 1 from unit to unit, and by 0.5 from one run to the other."""
+    """Values with standard deviation 1 between units, and 0.5 between two runs on the same unit."""
     rng = np.random.default_rng(seed)
     first = rng.normal(size=count)
     return first, first + shift + 0.5 * rng.normal(size=count)
@@ -48,7 +48,7 @@ def test_pairs_that_all_differ_alike_have_no_spread_and_pairing_matters() -> Non
     a = np.random.default_rng(0).normal(size=12)
     assert paired_bootstrap(a, a) == (0.0, 0.0, 0.0)
     assert paired_bootstrap(a, a + 2) == pytest.approx((2.0, 2.0, 2.0))
-    shuffled = np.roll(a, 1) + 2  # the same values, no longer in pairs
+    shuffled = np.roll(a, 1) + 2  # the same values in other pairs
     _, low, high = paired_bootstrap(a, shuffled)
     assert high - low > 0.5
 
@@ -63,7 +63,7 @@ def test_95_percent_intervals_hold_the_truth_95_percent_of_the_time(scale: float
         b = a + 0.3 + 0.5 * rng.normal(size=50) * (1 + scale * np.abs(a))
         _, low, high = paired_bootstrap(a, b, resamples=500, seed=trial)
         held += low <= 0.3 <= high
-    # Standard error of the share: 0.009. With 50 pairs 0.94 is to be expected.
+    # Standard error of the share: 0.009. With 50 pairs the expected share is 0.94.
     assert 0.91 <= held / trials <= 0.97
 
 

@@ -39,12 +39,12 @@ def texture(points: Tensor, *, waves: int = 60, slowest: float = 4.0, fastest: f
     frequency, direction = slowest + frequency * (fastest - slowest), 2 * math.pi * direction
     phase = 2 * math.pi * torch.rand(waves, 3, generator=generator, dtype=torch.float64)
     wave = torch.stack([frequency * direction.cos(), frequency * direction.sin()])
-    colour = ((points @ wave)[..., None] + phase).sin().sum(-2)
-    return (0.5 + 0.3 * colour / math.sqrt(waves)).clamp(0, 1)
+    color = ((points @ wave)[..., None] + phase).sin().sum(-2)
+    return (0.5 + 0.3 * color / math.sqrt(waves)).clamp(0, 1)
 
 
 def render_plane(intrinsics: Tensor, extrinsics: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Images and depth of a textured plane, exact at every pixel centre."""
+    """Images and depth of a textured plane, exact at every pixel center."""
     grid = pixel_grid(size, size, dtype=torch.float64, device="cpu").flatten(0, 1)
     pose = invert_extrinsics(extrinsics.double())
     rays = camera_rays(grid, intrinsics.double()) @ pose[..., :3, :3].mT
@@ -95,13 +95,11 @@ def warped_by_hand(batch: dict[str, Tensor], view: int, other: int) -> tuple[int
             if abs(depth[other, int(y), int(x)] - z) > 0.1 * z:  # slanted depth between the pixels is not hidden
                 continue
             left, top = math.floor(x - 0.5), math.floor(y - 0.5)
-            colour = np.zeros(3)
+            color = np.zeros(3)
             for i, share_y in ((top, top + 1.5 - y), (top + 1, y - top - 0.5)):
                 for j, share_x in ((left, left + 1.5 - x), (left + 1, x - left - 0.5)):
-                    colour += (
-                        share_y * share_x * images[other, :, min(max(i, 0), height - 1), min(max(j, 0), width - 1)]
-                    )
-            differences.append(colour - images[view, :, row, column])
+                    color += share_y * share_x * images[other, :, min(max(i, 0), height - 1), min(max(j, 0), width - 1)]
+            differences.append(color - images[view, :, row, column])
     error = np.array(differences)
     return len(error), float(np.abs(error).mean()), float(np.square(error).mean())
 
@@ -217,7 +215,7 @@ def test_epipolar_distance_agrees_with_lines_drawn_through_two_depths() -> None:
 def test_epipolar_distance_of_shifted_points_is_the_shift() -> None:
     batch = wall(64)
     points = torch.rand(20, 2, generator=torch.Generator().manual_seed(0)) * 64
-    shift = torch.tensor([-7.0, 3.0])  # along the epipolar line, which counts for nothing, and off it
+    shift = torch.tensor([-7.0, 3.0])  # along the epipolar line, which does not change the distance, and off the line
     found = symmetric_epipolar_distance(points, points + shift, batch["intrinsics"][0], batch["extrinsics"][0])
     torch.testing.assert_close(found, torch.full((20,), 3.0, dtype=torch.float64), rtol=0, atol=1e-5)
 
@@ -230,7 +228,7 @@ def test_epipolar_distance_is_nan_where_there_is_no_line() -> None:
     points = torch.tensor([[3.0, 4.0], [32.0, 32.0]])
     assert symmetric_epipolar_distance(points, points, intrinsics, extrinsics).isnan().all()
     ahead = torch.eye(4).repeat(2, 1, 1)
-    ahead[1, 2, 3] = -1.0  # one unit ahead: the image centre is the epipole
+    ahead[1, 2, 3] = -1.0  # one unit ahead: the image center is the epipole
     found = symmetric_epipolar_distance(points, points, intrinsics, ahead)
     assert found.isnan().tolist() == [False, True]
 

@@ -33,9 +33,6 @@ def figures(result: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, float]
             yield section, metric, values
 
 
-# 1. The same numbers each time, and the model as it was
-
-
 def test_evaluation_is_a_pure_function_and_leaves_the_model_alone(trained: Any, result: dict[str, Any]) -> None:
     model, pipeline, data = trained
     weights = {name: value.clone() for name, value in model.state_dict().items()}
@@ -60,14 +57,11 @@ def test_batch_size_does_not_matter(trained: Any, result: dict[str, Any]) -> Non
     for (section, metric, values), (*same, others) in zip(figures(result), figures(apart), strict=True):
         assert [section, metric] == same
         assert values.keys() == others.keys()
-        # Rounding: an argmax of the attention between two equal tokens may turn.
+        # Rounding may decide an argmax between two equal tokens.
         tolerance = 0.01 if section == "attention" else 1e-4
         assert list(values.values()) == pytest.approx(list(others.values()), abs=tolerance), metric
         pairs += len(values)
     assert pairs > 50
-
-
-# 2. The figures
 
 
 def test_generated_views_match_an_independent_computation(trained: Any, result: dict[str, Any]) -> None:
@@ -182,13 +176,10 @@ def test_degenerate_models_have_the_figures_they_deserve(rooms: MultiViewDataset
             assert worse["novel_views"]["mean"][metric] < perfect["novel_views"]["mean"][metric]
         assert worse["consistency"]["mean"]["warp_error"] > 2 * perfect["consistency"]["mean"]["warp_error"]
         assert worse["consistency"]["mean"]["warp_error_truth"] == perfect["consistency"]["mean"]["warp_error_truth"]
-    # Black views agree with each other: only pairs with the reference tell.
+    # Black views agree with each other, so that only pairs with the reference view show the error.
     pairs = black["consistency"]["details"]["warped"]
     assert {pair["error"] > 0 for pair in pairs} == {True, False}
     assert black["consistency"]["mean"]["epipolar_consistent"] in (0, None)
-
-
-# 3. What is missing says why
 
 
 def test_sections_that_are_not_measured_say_why(trained: Any, rooms: MultiViewDataset) -> None:

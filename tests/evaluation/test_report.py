@@ -1,4 +1,4 @@
-"""Files of a result."""
+"""The files that a result is written to."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Settings of the evaluation, and the form of what it finds."""
+"""Settings of the evaluation, and how a section counts samples without a value."""
 
 from __future__ import annotations
 

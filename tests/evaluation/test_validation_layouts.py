@@ -73,7 +73,7 @@ def test_validation_of_tiles_with_a_reference_on_a_grid_of_its_own(tmp_path: Pat
     token_grids = ((8, 8), *[(4, 4)] * 6)
     index = true_match(data, token_grids).index[:, 1:]
     pairs = int((index >= 0).sum())
-    # One token further is one column further, in the grid of the view looked at, or else in the next row.
+    # The next token is in the next column of the key view, or at the end of a row in the next row.
     beside = int((index[:, :, 0] % 8 < 7).where(index[:, :, 0] >= 0, False).sum())
     beside += int((index[:, :, 1:] % 4 < 3).where(index[:, :, 1:] >= 0, False).sum())
     for shift, exact, near in ((0, pairs, pairs), (1, 0, beside)):
@@ -85,20 +85,20 @@ def test_validation_of_tiles_with_a_reference_on_a_grid_of_its_own(tmp_path: Pat
         assert found["pairs"] == 2 * pairs > 0
         assert found["precision"]["mean@0"] == pytest.approx(exact / pairs)
         assert found["precision"]["mean@1"] == pytest.approx(near / pairs)
-        # Target views only, whatever carries the denoising loss.
+        # PSNR is over the target views only, whichever views have a denoising loss.
         assert found["psnr_all"] == pytest.approx(20, abs=1e-4)
         assert found["psnr_covisible"] == pytest.approx(20, abs=1e-4)
         if not shift:
             _, attention = pictures_of(pipeline, data)
             query, looked_at = attention.axes[:2]
             assert [query.get_title(), looked_at.get_title()] == ["query in view 1", "one\nin view 0"]
-            # Centres of tokens of 12 px there and 6 px here.
+            # The marks are at the centers of tokens of 12 px and of 6 px.
             assert all(float(at) % 12 == 6 for at in query.lines[0].get_xydata().ravel())
             assert all(float(at) % 6 == 3 for at in looked_at.lines[0].get_xydata().ravel())
 
 
 def test_validation_without_the_image_prompt(tmp_path: Path) -> None:
-    """ImageDream: the reference is part of the attention, and not of what is supervised."""
+    """ImageDream: the reference view is part of the attention, but is not supervised."""
     data = rig_data("imagedream", 1, tmp_path)
     pipeline = PlantedAttention(TokenLayout("b (v h w)", unsupervised_views=1, references_last=1), prompt_last)
     found = validate(pipeline.wrapped(), pipeline, data, VALIDATION)
@@ -110,8 +110,8 @@ def test_validation_without_the_image_prompt(tmp_path: Path) -> None:
     assert [axis.get_title() for axis in attention.axes[:2]] == ["query in view 1", "one\nin view 2"]
 
 
-class Pairs:
-    """Two cameras at each of two places before a wall: the second one of a place shows the same in each cell."""
+class PairedCameras:
+    """Two cameras at each of two positions before a wall; both cameras of a position show the same in each cell."""
 
     def __getitem__(self, index: int) -> Any:
         batch = make_batch(samples=1, views=4, size=48, seed=index)
@@ -123,7 +123,7 @@ class Pairs:
 def test_validation_of_a_layer_that_sees_one_token_per_view(sign: float, expected: float) -> None:
     pipeline = PlantedAttention(TokenLayout("(b h w) v", references_last=1), per_cell, sign=sign)
     model = pipeline.wrapped(normalize="all_views")
-    found = validate(model, pipeline, Pairs(), VALIDATION)  # type: ignore[arg-type]
+    found = validate(model, pipeline, PairedCameras(), VALIDATION)  # type: ignore[arg-type]
     assert found["precision"] is None
     assert "one token of each view" in found["notes"]["precision"]
     # Each query has a match in one of three other views.
@@ -131,7 +131,7 @@ def test_validation_of_a_layer_that_sees_one_token_per_view(sign: float, expecte
     assert found["precision_view"]["chance"] == pytest.approx(1 / 3)
     assert found["pairs"] == 2 * 2 * 4 * 16
     assert found["psnr_all"] == pytest.approx(20, abs=1e-4)
-    batch = collate([Pairs()[0]])
+    batch = collate([PairedCameras()[0]])
     inputs = pipeline.training_inputs(batch, timesteps=torch.tensor([999]))
     with pytest.raises(ValueError, match="layer 'attn' attends to a part of the other view"):
         attention_figure({"one": model}, batch, inputs)

@@ -1,4 +1,4 @@
-"""Settings of evaluations that take about a second."""
+"""Settings and data of evaluations that take about a second."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A denoiser whose attention looks where the test says, and how its tokens are arranged in the kernel."""
+"""A denoiser whose attention has planted matches, in the arrangement of tokens of several layouts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ZERO123 = TokenLayout("b (r h c w)", key="b (r h c w + h' w')", r=3, c=2, refere
 
 
 class Kernel(nn.Module):
-    """An attention layer that hands its arguments to the kernel."""
+    """An attention layer that passes its arguments to the kernel."""
 
     heads = 2
 
@@ -26,7 +26,7 @@ class Kernel(nn.Module):
 
 
 class PlantedAttention(nn.Module):
-    """Denoiser and pipeline in one, whose attention looks where the test says; views as the layout has them.
+    """Denoiser and pipeline in one, whose attention looks at the true matches; views in the order of the layout.
 
     `arrange` brings queries and keys `[B, V, N, D]`, in correspondence order, to the `[AB, L, D]` of the kernel;
     `shift` moves what is looked at by some tokens.
@@ -60,7 +60,7 @@ class PlantedAttention(nn.Module):
         looked_at = (match.index + self.shift) % counts
         codes = nn.functional.one_hot(looked_at, tokens) * match.matched[..., None]  # [B, i, j, N, N]
         query = codes.permute(0, 1, 3, 2, 4).flatten(3).float() * 99 * self.sign
-        # Most of all each token looks at itself, which must count for nothing.
+        # Each token attends most to itself, which must not count.
         query += 999 * torch.eye(views * tokens).view(views, tokens, -1)
         key = torch.eye(views * tokens).view(1, views, tokens, -1).expand(samples, -1, -1, -1)
         query, key = (part[:, None].expand(-1, 2, -1, -1) for part in self.arrange(query, key, token_grids))
@@ -87,7 +87,7 @@ def prompt_last(query: Tensor, key: Tensor, token_grids: Any) -> tuple[Tensor, T
 
 
 def tiled(query: Tensor, key: Tensor, token_grids: Any) -> tuple[Tensor, Tensor]:
-    """Views 1 to 6 as 3 x 2 tiles of one image; the reference's tokens stand behind those of the tiles in the keys."""
+    """Views 1 to 6 as 3 x 2 tiles of one image; in the keys, the tokens of the reference follow those of the tiles."""
     height, width = token_grids[1]
     rows = [
         (1 + 2 * tile_row + tile_column, row * width + column)
@@ -102,7 +102,7 @@ def tiled(query: Tensor, key: Tensor, token_grids: Any) -> tuple[Tensor, Tensor]
 
 
 def per_cell(query: Tensor, key: Tensor, token_grids: Any) -> tuple[Tensor, Tensor]:
-    """One call per token of the grid; a view is looked at if its token there is."""
+    """One call per cell, in which a query attends to the tokens of all views in this cell."""
     order = [*range(1, query.shape[1]), 0]
     return query[:, order].transpose(1, 2).flatten(0, 1), key[:, order].transpose(1, 2).flatten(0, 1)
 
@@ -126,5 +126,5 @@ class Painter(PlantedAttention):
         return self
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name != "denoiser":  # a module that holds itself would have no end
+        if name != "denoiser":  # a module that contains itself would recurse without end
             super().__setattr__(name, value)

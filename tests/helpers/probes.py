@@ -1,4 +1,4 @@
-"""Small probes: batches of the tiny backbones to run them on, and probes made up of numbers."""
+"""Batches of the tiny backbones for small probes, and probes with made-up counts."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def tiny_model() -> tuple[Any, list[dict[str, Any]]]:
 def made_probe(
     *hits: list[int], pairs: int = 100, scenes: tuple[str, ...] = ("a", "b", "c", "d"), **options: Any
 ) -> Any:
-    """Layers with so many hits within one token in each scene; chance is a fifth."""
+    """A probe of layers with these hits within one token in each scene; chance is one fifth."""
     layers = []
     for number, of_scene in enumerate(hits):
         counts = np.array(of_scene)[None, :, None, None].repeat(2, axis=0)  # two levels

@@ -36,7 +36,7 @@ from tests.helpers.training_runs import make_config, scene_cache
 
 
 class Attention(nn.Module):
-    """Attention whose queries, keys and values come from outside."""
+    """Attention with the given queries, keys and values."""
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return sdpa(query, key, value)
@@ -87,13 +87,13 @@ class OneUsedLayer(nn.Module):
 
 
 def planted_samples(scenes: int = 6, *, views: int = 2) -> list[dict[str, Any]]:
-    """Scenes of one colour each: the reference shows it, and only cross-view attention brings it to the target."""
+    """Scenes of one color each, which the target view can take from the reference view by cross-view attention only."""
     samples = []
     for scene in range(scenes):
         batch = make_batch(samples=1, views=views, size=32, seed=scene)
-        colour = torch.rand(3, generator=torch.Generator().manual_seed(scene))
+        color = torch.rand(3, generator=torch.Generator().manual_seed(scene))
         sample = {name: value[0] if isinstance(value, Tensor) else value for name, value in batch.items()}
-        sample["images"] = colour[None, :, None, None] * torch.ones(views, 1, 32, 32)
+        sample["images"] = color[None, :, None, None] * torch.ones(views, 1, 32, 32)
         for number in range(2):  # two samples of each scene
             samples.append({**sample, "key": f"scene-{scene}/{number}"})
     return samples
@@ -113,7 +113,7 @@ def test_a_layer_that_is_used_costs_and_one_that_is_not_costs_nothing() -> None:
     used, unused = perturb_layers(model, pipeline, data, SETTINGS)
     assert (used.index, used.path, unused.index, unused.path) == (0, "used", 1, "unused")
     assert unused.drop_loss == unused.drop_psnr_all == unused.drop_psnr_covisible == QualityLoss(0.0, 0.0, 0.0)
-    # Whole, the picture is perfect (100 dB is the cap); cut, the target stays black.
+    # The whole model predicts a perfect image (capped at 100 dB), the cut model a black target view.
     black = [float((sample["images"][1] ** 2).mean()) for sample in data[::2]]
     assert used.loss == pytest.approx(sum(black) / 6, rel=1e-5)
     assert used.drop_loss.mean == pytest.approx(used.loss, rel=1e-4)
@@ -162,7 +162,7 @@ def test_without_references_all_pixels_remain() -> None:
     used, _ = perturb_layers(model, pipeline, data, SETTINGS)
     assert used.psnr_covisible is None
     assert used.drop_psnr_covisible is None
-    assert used.drop_psnr_all == QualityLoss(0.0, 0.0, 0.0)  # the first view wins what the second one loses
+    assert used.drop_psnr_all == QualityLoss(0.0, 0.0, 0.0)  # what the first view gains, the second one loses
     assert used.psnr_all < 20
     assert "psnr_covisible" not in used.per_scene
     (bars,) = effects_figure([used]).axes[0].containers[1:]  # beside the error bars
@@ -205,7 +205,7 @@ def bundled(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def test_validation_is_not_disturbed_by_a_cut_around_it(bundled: Any) -> None:
-    """Inside the block `validate` measures what `perturb_layers` reports, and after it what it measured before."""
+    """Inside the block `validate` measures what `perturb_layers` reports, and after it the whole model."""
     pipeline, data = bundled
     settings = ValidationSettings(num_samples=4, batch_size=4, noise_levels=(1.0,))
     model = cameo.wrap(pipeline.denoiser, "cat3d", head="mean")
@@ -219,7 +219,7 @@ def test_validation_is_not_disturbed_by_a_cut_around_it(bundled: Any) -> None:
         model.unwrap()
     # Four samples of four scenes, so that the mean over scenes is that over samples.
     assert len(effect.per_scene["loss"]) == 4
-    assert before["psnr_covisible"] - cut["psnr_covisible"] > 1  # the layer that matters
+    assert before["psnr_covisible"] - cut["psnr_covisible"] > 1  # the layer that the model needs
     for metric in ("loss", "psnr_covisible", "psnr_all"):
         assert getattr(effect, metric) == pytest.approx(cut[metric], rel=1e-6)
         worse = (cut[metric] - before[metric]) * (1 if metric == "loss" else -1)
@@ -227,7 +227,7 @@ def test_validation_is_not_disturbed_by_a_cut_around_it(bundled: Any) -> None:
 
 
 def test_the_layer_that_the_probe_ranks_first_is_needed_most(bundled: Any) -> None:
-    """Of the shipped base: cutting it costs more than cutting any other layer, scene by scene."""
+    """In the shipped base, cutting this layer costs more than cutting any other, scene by scene."""
     pipeline, data = bundled
     batches = (batch for _, batch in sample_batches(data, 16, 8, torch.device("cpu")))
     probe = probe_layers(pipeline, batches, (0.5, 0.9, 1.0))

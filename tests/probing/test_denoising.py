@@ -1,4 +1,4 @@
-"""Covisible pixels."""
+"""Covisible pixels, against a plain loop."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_covisible_pixels_are_those_of_a_plain_loop() -> None:
     for column in range(size):
         z = float(batch["depth"][0, 2, 0, 0, column])
         x = shifts[2] + z * (column + 0.5 - size / 2) / focal
-        # The shifts are whole pixels at both depths, so every point lands on the centre of a pixel.
+        # The shifts are whole pixels at both depths, so every point lands on the center of a pixel.
         landings = [(r, focal * (x - shifts[r]) / z + size / 2) for r in range(2)]
         expected = any(0 <= at < size and float(batch["depth"][0, r, 0, 0, int(at)]) == z for r, at in landings)
         assert seen[0, 2, 0, :, column].tolist() == [expected] * size, column

@@ -1,4 +1,4 @@
-"""Hits are counted as a plain loop counts them, whatever the attention and the block."""
+"""Hits agree with those of a plain loop, for planted and random attention and any size of blocks."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def one_hot(target: Tensor, tokens: int) -> Tensor:
 
 
 def hits_of(logits: Tensor, match: Correspondence, within: tuple[int, ...] = (0, 1)) -> tuple[dict[str, Tensor], int]:
-    """Hits `[R, W]` of a layer with these logits `[B, K, V, N, V, N]`, and the pairs that they are counted over."""
+    """Hits `[R, W]` of a layer with these logits `[B, K, V, N, V, N]`, and the number of matches."""
     true_matches, (views, tokens) = TrueMatches.plain(match), logits.shape[-2:]
     keys = torch.eye(views * tokens).view(views, tokens, -1).expand(*logits.shape[:2], -1, -1, -1)
     found = count_hits(logits.flatten(-2), keys, true_matches, None, 1.0, within)
@@ -42,7 +42,7 @@ def test_oracle_attention_hits_always_and_shifted_attention_as_geometry_says() -
     columns = match.index[match.matched] % 4
     assert hits["mean"].tolist() == [[0, int((columns < 3).sum())]]
 
-    # Two rows down, within two tokens where it stays inside.
+    # Two rows down: within two tokens unless the shift leaves the grid.
     lower = match.index + 8
     hits, _ = hits_of(one_hot(lower % 16, 16), match, within=(1, 2))
     rows = match.index[match.matched] // 4
@@ -53,13 +53,13 @@ def test_random_attention_hits_at_chance() -> None:
     match = random_matches(40, ((4, 4),) * 3)
     attention = torch.rand(40, 2, 3, 16, 3, 16, generator=torch.Generator().manual_seed(1))
     hits, pairs = hits_of(attention, match)
-    # Chance within one token: the number of neighbours, edges included, of each true token, over all tokens.
+    # Chance within one token: the share of tokens that are neighbors of the matched one, which has fewer at the edges.
     neighbours = 0
     for token in match.index[match.matched].tolist():
         row, column = divmod(token, 4)
         neighbours += sum(abs(row - r) <= 1 and abs(column - c) <= 1 for r in range(4) for c in range(4))
     expected = torch.tensor([1 / 16, neighbours / pairs / 16])
-    # Some 3600 pairs: the standard error of a share is below 0.009.
+    # About 3600 matches: the standard error of a share is below 0.009.
     torch.testing.assert_close(hits["best_head"] / pairs, expected.expand(2, 2), rtol=0, atol=0.03)
 
 

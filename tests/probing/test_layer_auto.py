@@ -77,7 +77,7 @@ def test_auto_without_its_probe_is_refused(options: dict[str, Any], message: str
         options = {**options, "probe": probe_of(unet, best=1, backbone=backbone)}
     with pytest.raises(ValueError, match=message):
         cameo.wrap(unet, "cat3d", **options)
-    assert isinstance(cameo.wrap(unet, "cat3d"), CameoModel)  # nothing is left behind
+    assert isinstance(cameo.wrap(unet, "cat3d"), CameoModel)  # the refused call left nothing behind
 
 
 def test_auto_passes_over_a_layer_that_cannot_be_supervised() -> None:
@@ -104,7 +104,7 @@ def test_the_bundled_base_is_probed_and_its_best_layer_supervised(monkeypatch: p
     assert probe.ranking[0].interval is not None
     assert probe.ranking[0].interval[0] > 0
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # a choice that is not above chance is warned about
+        warnings.simplefilter("error")  # `wrap` warns about a choice that is not above chance
         model = cameo.wrap(pipeline.unet, "cat3d", layer="auto", probe=probe)
     assert model.cameo_config.layers == [probe.best]
     assert model.supervised_layers[0].index == get_backbone("cat3d").default_layer(pipeline.unet)

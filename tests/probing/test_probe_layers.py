@@ -88,7 +88,7 @@ def test_a_layer_with_one_token_per_view_is_asked_for_the_view(shift: int | None
 
 @pytest.mark.parametrize("within", [(0, 1, 2), (1,)])
 def test_a_view_of_one_token_is_asked_for_too_and_not_supervised(within: tuple[int, ...]) -> None:
-    """As in the middle of a latent UNet at a small resolution, where the layer's layout knows no cells."""
+    """As in the middle of a latent U-Net at a small resolution, where the layout itself has no cells."""
     batch = make_batch(samples=2, views=4, size=12)
     batch["extrinsics"][:, :, 0, 3] = torch.tensor([0.0, 0.0, -5.0, -5.0])
     model = PlantedAttention(TokenLayout("b (v h w)"), joined)
@@ -137,13 +137,13 @@ def test_every_backbone_is_probed_and_left_as_it_was(row: Row, monkeypatch: pyte
 
 
 def test_layers_are_probed_as_if_they_were_joined() -> None:
-    """The first layer's queries and keys do not change when it is joined, so neither does what they find."""
+    """Inflating the first layer does not change its queries and keys, so that its hits stay the same."""
     row = TINY[-1]
     pipeline = row.pipeline()
     apart = probe_layers(pipeline, small_batches(row), LEVELS, inflate=True, layers=[0])
     get_backbone("sv3d").inflate(pipeline.denoiser, apart.layers[0].path)
     joined_up = probe_layers(pipeline, small_batches(row), LEVELS, inflate=True, layers=[0])
-    # The kernel of the joined call sums in another order; an argmax between equal tokens may turn.
+    # The inflated call sums in another order, which may decide an argmax between equal tokens.
     for readout in ("mean", "best_head"):
         difference = apart.layers[0].hits[readout] - joined_up.layers[0].hits[readout]
         assert np.abs(difference).sum() <= 0.01 * apart.pairs(0)
@@ -167,7 +167,7 @@ def test_the_probe_agrees_with_the_validation_and_reads_through_the_head() -> No
     ):
         for readout in ("mean", "through_head"):
             for within in (0, 1):
-                # An argmax between two equal tokens may turn with the batch size.
+                # The batch size may decide an argmax between two equal tokens.
                 shown = probe.precision(1, within=within, readout=readout)
                 assert shown == pytest.approx(found[f"{readout}@{within}"], abs=2 / probe.pairs(1))
         assert "through_head" not in probe.layers[0].hits
@@ -199,7 +199,7 @@ def test_layers_that_cannot_be_probed_are_listed_with_the_reason(monkeypatch: py
     extra = [
         replace(known[1], unsupported="its attention is masked"),
         replace(known[2], stride=None),
-        AttentionLayer(3, "conv_in", 4, known[0].layout, stride=8),  # runs, and is no attention
+        AttentionLayer(3, "conv_in", 4, known[0].layout, stride=8),  # this module runs, but is no attention
     ]
     monkeypatch.setattr(adapter, "attention_layers", lambda self, model: [known[0], *extra])
     probe = probe_layers(pipeline, small_batches(CAT3D), LEVELS)

@@ -16,7 +16,7 @@ from tests.helpers.probes import CAT3D, LEVELS, made_probe, small_batches
 
 def test_ranking_is_by_skill_and_says_what_it_cannot_tell_apart() -> None:
     probe = made_probe([30, 31, 30, 29], [61, 60, 59, 60], [60, 58, 60, 61])
-    assert [place.index for place in probe.ranking] == [1, 2, 0]
+    assert [ranked.index for ranked in probe.ranking] == [1, 2, 0]
     first, second, third = probe.ranking
     assert first.skill == pytest.approx((0.6 - 0.2) / 0.8)
     assert probe.skill(1) == first.skill
@@ -30,7 +30,7 @@ def test_ranking_is_by_skill_and_says_what_it_cannot_tell_apart() -> None:
 
 
 def test_the_interval_is_that_of_scenes_drawn_anew() -> None:
-    """Against a plain loop over the same drawn scenes; those of a layer and of the first one are drawn together."""
+    """Against a plain loop that draws the same scenes for both layers."""
     first, second = np.random.default_rng(0).integers(20, 90, size=(2, 12))
     first = first + 20
     probe = made_probe(list(first), list(second), scenes=tuple("abcdefghijkl"))
@@ -41,7 +41,7 @@ def test_the_interval_is_that_of_scenes_drawn_anew() -> None:
     behind = [one - two for one, two in skills]
     expected = [np.quantile(values, (0.025, 0.975)) for values in (*zip(*skills, strict=True), behind)]
     found = [probe.ranking[0].interval, probe.ranking[1].interval, probe.ranking[1].behind]
-    assert [place.index for place in probe.ranking] == [0, 1]
+    assert [ranked.index for ranked in probe.ranking] == [0, 1]
     np.testing.assert_allclose(found, expected, atol=1e-12)
 
 
@@ -93,13 +93,13 @@ def test_the_heat_map_shows_every_layer_and_step() -> None:
     drawn = np.asarray(panels[0].images[0].get_array())
     assert drawn.shape == (len(probe.layers), len(LEVELS))
     assert drawn[2, 1] == pytest.approx(probe.skill(2, noise_level=1.0))
-    assert np.ma.getmaskarray(panels[3].images[0].get_array()).all()  # no such pair
+    assert np.ma.getmaskarray(panels[3].images[0].get_array()).all()  # no pair of views at this angle
     with pytest.raises(ValueError, match="kind"):
         probe.heat_map(kind="skills")
 
 
 def test_a_saved_probe_keeps_the_keys_of_its_format(tmp_path: Path) -> None:
-    """Files of earlier releases are read, and theirs can read new ones."""
+    """Files of earlier releases can be read, and earlier releases can read new ones."""
     probe = made_probe([10, 30, 80, 40])
     saved = json.loads(probe.save(tmp_path / "probe.json").read_text())
     assert set(saved) == {

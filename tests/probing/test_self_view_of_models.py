@@ -23,7 +23,7 @@ from tests.helpers.backbone_rows import TINY, Row, every_tiny
 
 
 def _module_call(module: nn.Module) -> tuple[list[Any], Any]:
-    """Hook that keeps the arguments and outputs of a module's calls."""
+    """Record the arguments and outputs of a module's calls; returns the list of records and the hook."""
     calls: list[Any] = []
     hook = module.register_forward_hook(
         lambda _, args, kwargs, output: calls.append((args, dict(kwargs), output)), with_kwargs=True
@@ -32,12 +32,12 @@ def _module_call(module: nn.Module) -> tuple[list[Any], Any]:
 
 
 def joint(module: Any, args: Any, kwargs: dict[str, Any], row: Row) -> Tensor:
-    """The processor joins `num_views` views; told there is one, it attends view by view."""
+    """The processor joins `num_views` views; with num_views=1 it attends view by view."""
     return module(*args, **{**kwargs, "num_views": 1})
 
 
 def tile_by_tile(module: Any, args: Any, kwargs: dict[str, Any], row: Row) -> Tensor:
-    """Each tile of the canvas in a write pass of its own: no other tile and no reference."""
+    """Run each tile of the canvas in its own write pass, without other tiles and without the reference."""
     tiles = {"r": 3, "c": 2, "h": 4, "w": 4}
     tokens = rearrange(args[0], "b (r h c w) d -> (b r c) (h w) d", **tiles)
     output = module(tokens, **{**kwargs, "mode": "w", "ref_dict": {}})
@@ -45,7 +45,7 @@ def tile_by_tile(module: Any, args: Any, kwargs: dict[str, Any], row: Row) -> Te
 
 
 def frame_by_frame(module: Any, args: Any, kwargs: dict[str, Any], row: Row) -> Tensor:
-    """Every frame of every cell alone."""
+    """Run every frame of every cell alone."""
     output = module(args[0].flatten(0, 1)[:, None], **kwargs)
     return output[:, 0].unflatten(0, args[0].shape[:2])
 
@@ -120,7 +120,7 @@ def test_row_wise_and_temporal_layers_of_other_models() -> None:
             hook.remove()
         ((given, _, output),) = calls
         with torch.no_grad():
-            if path == "rows":  # told that there is one view, it takes each view for a sample
+            if path == "rows":  # with one view, each view is a sample of its own
                 expected = module(given[0], given[1], 1, given[3])
             else:
                 alone = module(rearrange(given[0], "b (v n) d -> (b v) n d", v=models.VIEWS))

@@ -101,7 +101,7 @@ CASES: dict[str, tuple[TokenLayout, tuple[tuple[int, int], ...], Tensor, Tensor]
         torch.cat([by("b (v h w)"), some(NO_VIEW, 4)], 1),
     ),
 }
-# Rows of this layout are not whole samples in a slice of 5.
+# With these layouts, five rows of a sliced kernel are not whole samples.
 ROWWISE = [name for name, (layout, *_) in CASES.items() if layout.query.startswith(("(b v", "(v b"))]
 # Every layout with one kernel of each way to cut, every kernel with layouts of each kind.
 PAIRS = sorted(
@@ -113,7 +113,7 @@ PAIRS = sorted(
 
 
 class Layer(nn.Module):
-    """Attention whose queries, keys and values come from outside."""
+    """Attention with the given queries, keys and values."""
 
     def __init__(self, kernel: Callable[..., Tensor] = sdpa) -> None:
         super().__init__()
@@ -149,7 +149,7 @@ def random_call(case: str) -> tuple[Tensor, ...]:
 
 
 def token_by_token(case: str, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Attention in float64, each query over the list of keys it may see."""
+    """Attention in float64, computed for each query over the keys that it may see."""
     *_, of_query, of_key = CASES[case]
     output = torch.empty(*query.shape, dtype=torch.float64)
     for row, token in torch.cartesian_prod(torch.arange(query.shape[0]), torch.arange(query.shape[1])).tolist():
@@ -187,7 +187,7 @@ def test_part_of_a_sample_is_refused(xformers_ops: types.ModuleType) -> None:
 
 
 def test_queries_of_other_views_do_not_change_a_bit() -> None:
-    """Cut, what one view holds cannot reach another view, whatever it is."""
+    """In a cut layer, no value of one view can change another view."""
     model, (query, key, value) = Model(), random_call("joint")
     far = [torch.where(CASES["joint"][2][..., None] == 1, 1e4 * x, x) for x in (query, key, value)]
     with self_view_only(model, make_site("joint"), (GRID,) * 3):

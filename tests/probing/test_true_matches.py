@@ -1,4 +1,4 @@
-"""What the queries should find: angles between views, surface points, and the chance of uniform attention."""
+"""Angles between views, surface points, and the chance of uniform attention."""
 
 from __future__ import annotations
 
@@ -96,5 +96,5 @@ def test_surface_points_are_where_the_camera_sees_them() -> None:
     torch.testing.assert_close(points[0, 0, 0], torch.tensor([-0.5, -0.5, 2.0]))
     torch.testing.assert_close(points[0, 0, 3], torch.tensor([0.5, 0.5, 2.0]))
     assert points[0, 1, 2:].isnan().all()  # beyond its two tokens
-    # Its camera stands at x = 0.25, and both tokens have their centre on the lower, measured half.
+    # Its camera stands at x = 0.25, and both tokens have their center on the lower, measured half.
     torch.testing.assert_close(points[0, 1, 0], torch.tensor([-0.25, 0.0, 2.0]))

@@ -118,7 +118,7 @@ def test_a_saved_model_keeps_its_layer(runs: Any, tmp_path: Path, monkeypatch: p
 def test_the_layer_of_a_base_is_looked_for_with_auto(runs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cameo.training.layer_choice.PROBED_SAMPLES", 2)
     settings = [f"config={runs['folder'] / 'lora' / 'config.yaml'}", "layer=auto"]
-    with warnings.catch_warnings(action="ignore"):  # fresh weights have nothing to tell
+    with warnings.catch_warnings(action="ignore"):  # the ranking of fresh weights is not above chance
         loaded = load_evaluated(settings, CONFIGS)
     choice = loaded.model.cameo_config.layer_choice
     assert choice is not None

@@ -1,4 +1,4 @@
-"""A training run with `layer=auto` probes its own data, where it runs."""
+"""A training run with `layer=auto` probes its own data, on its own device."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_the_layers_are_probed_on_the_device_of_the_run(tmp_path: Path, monkeypa
 
     def probe(*_given: Any) -> None:
         order.append("probe")
-        raise KeyboardInterrupt  # the rest of the run is not of interest
+        raise KeyboardInterrupt  # nothing after this is tested
 
     monkeypatch.setattr(setup, "probe_for", probe)
     with pytest.raises(KeyboardInterrupt):
