@@ -30,7 +30,7 @@ def test_a_cut_layer_equals_itself_run_view_by_view(
             hook.remove()
         assert not checks.same(cut, whole)
         assert checks.same(checks.run(model, inputs), whole)
-        if subject.backbone == "zero123plus":  # its module joins the reference by itself; tests/test_perturbation.py
+        if subject.backbone == "zero123plus":  # its module joins the reference by itself; see tests/probing
             return
         tokens, output = calls[-1]
         hooks = dict(module._forward_hooks), dict(module._forward_pre_hooks)
