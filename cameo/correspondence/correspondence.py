@@ -14,9 +14,8 @@ from torch import Tensor
 
 from cameo.correspondence.matching import match_depth, match_features, match_point_maps
 from cameo.errors import ShapeError
-from cameo.geometry import as_grid
 from cameo.geometry.cameras import check_depth, warn_of_another_image_size
-from cameo.geometry.grids import TokenGrids
+from cameo.geometry.grids import TokenGrids, as_grid, as_grids
 from cameo.geometry.visibility import DEPTH_TOLERANCE, check_tolerance
 from cameo.renamed import KEYWORDS, old_attributes, old_fields, old_keywords
 
@@ -70,7 +69,7 @@ class Correspondence:
             raise ShapeError("index", expected="[B, V, V, N]", got=self.index.shape)
         if self.index.dtype != torch.int64:
             raise ValueError(f"index: expected int64, got {self.index.dtype}. Cure: convert with .long()")
-        object.__setattr__(self, "token_grids", tuple(as_grid("token_grids", size) for size in self.token_grids))
+        object.__setattr__(self, "token_grids", as_grids("token_grids", self.token_grids))
         views, tokens = self.index.shape[2:]
         if len(self.token_grids) != views:
             raise ShapeError("token_grids", expected=f"one (h, w) per view, {views}", got=f"{len(self.token_grids)}")
@@ -345,7 +344,7 @@ def _grid_per_view(token_grid: GridSize, views: int) -> TokenGrids:
     one_each = isinstance(token_grid, (tuple, list)) and all(isinstance(grid, (tuple, list)) for grid in token_grid)
     if not token_grid or not one_each:
         return (as_grid("token_grid", token_grid),) * views
-    grids = tuple(as_grid("token_grid", grid) for grid in token_grid)  # type: ignore[union-attr]
+    grids = as_grids("token_grid", token_grid)  # type: ignore[arg-type]
     if len(grids) != views:
         raise ShapeError("token_grid", expected=f"(h, w), or one (h, w) for each of {views} views", got=str(token_grid))
     return grids
