@@ -256,12 +256,13 @@ class MatchReader:
             at = int(np.searchsorted(self._view_keys, key))
             if key in self._checked or at == len(self._view_keys) or self._view_keys[at] != key:
                 continue
-            found = view_checksum(geometry, position)
-            if self._checksums[at] != found:
+            checksum = view_checksum(geometry, position)
+            if self._checksums[at] != checksum:
                 raise DataError(
                     f"precomputed_correspondence={self.folder}: view {view} of scene {scene} (sample {sample}) has "
                     f"other depth or cameras than its matches were computed from: expected checksum "
-                    f"{self._checksums[at]:08x}, got {found:08x}. Restore the data, or run {RECIPE} into another folder"
+                    f"{self._checksums[at]:08x}, got {checksum:08x}. Restore the data, or run {RECIPE} into another "
+                    "folder"
                 )
             self._checked.add(key)
 
@@ -312,11 +313,11 @@ class MatchReader:
             if grids not in self._tables:
                 return None
             table, (first, second) = self._tables[grids], np.array(pairs).T
-            found = table.find(_pair_keys(scene, numbers[first], numbers[second]))
-            if (found < 0).any():
+            positions = table.find(_pair_keys(scene, numbers[first], numbers[second]))
+            if (positions < 0).any():
                 return None
-            at = zip(table.shard[found].tolist(), table.row[found].tolist(), pairs, strict=True)
-            places += [(shard, row, i, j) for shard, row, (i, j) in at]
+            records = zip(table.shard[positions].tolist(), table.row[positions].tolist(), pairs, strict=True)
+            places += [(shard, row, i, j) for shard, row, (i, j) in records]
         return sorted(places)
 
 

@@ -60,8 +60,8 @@ def view_overlap(views: Views, *, grid: int = 16) -> Tensor:
     for part in range(0, count, max(1, POINTS_PER_CALL // (count * grid**2))):
         chosen = slice(part, part + max(1, POINTS_PER_CALL // (count * grid**2)))
         flat = points[chosen].flatten(0, 1).expand(1, count, -1, 3)
-        found = look_up(transform(flat, extrinsics), intrinsics, surface_at, DEPTH_TOLERANCE)
-        agrees = found.visible[0].unflatten(1, (-1, grid**2)) & measured[chosen]
+        sighting = look_up(transform(flat, extrinsics), intrinsics, surface_at, DEPTH_TOLERANCE)
+        agrees = sighting.visible[0].unflatten(1, (-1, grid**2)) & measured[chosen]
         shown.append(agrees.sum(-1).T)
     share = torch.cat(shown) / measured.sum(-1, keepdim=True).clamp(min=1)
     return share.float().fill_diagonal_(1.0)

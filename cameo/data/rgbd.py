@@ -37,7 +37,7 @@ class RGBDSequence:
 
     Layouts (found by their files, or given by `layout`):
 
-    - "7scenes": `frame-NNNNNN.color.png` (or .jpg), `.depth.png` (16 bit, millimetres, 0 and 65535 = none),
+    - "7scenes": `frame-NNNNNN.color.png` (or .jpg), `.depth.png` (16 bit, millimeters, 0 and 65535 = none),
       `.pose.txt` (4x4 camera-to-world, OpenCV axes, meters), `camera-intrinsics.txt` (3x3, optional).
     - "tum": `rgb.txt`, `depth.txt`, `groundtruth.txt` (`timestamp tx ty tz qx qy qz qw`, camera-to-world),
       depth in 1/5000 m; images and poses are joined by the nearest time stamp within `time_tolerance`

@@ -207,11 +207,11 @@ class MultiViewDataset(Dataset[MultiViewSample]):
             )
 
     def _no_admissible_set(self) -> DataError:
-        found = []
+        overlaps = []
         for scene in range(len(self.source)):
             overlap = self.overlap(scene)
-            found.append(overlap[~torch.eye(len(overlap), dtype=torch.bool)])
-        pairs = torch.cat(found)
+            overlaps.append(overlap[~torch.eye(len(overlap), dtype=torch.bool)])
+        pairs = torch.cat(overlaps)
         shown = f"{pairs.min():.2f} to {pairs.max():.2f}" if len(pairs) else "none (one view per scene)"
         return DataError(
             f"no scene has {self.num_views} views whose overlap with a reference lies between "

@@ -46,8 +46,8 @@ STATE_NAME = "trainer_state.json"
 
 def list_checkpoints(output_dir: str | Path) -> list[Path]:
     """List the complete checkpoints of a run, oldest first."""
-    found = Path(output_dir).glob("checkpoint-*")
-    complete = [path for path in found if NAME.fullmatch(path.name) and (path / STATE_NAME).is_file()]
+    folders = Path(output_dir).glob("checkpoint-*")
+    complete = [path for path in folders if NAME.fullmatch(path.name) and (path / STATE_NAME).is_file()]
     return sorted(complete, key=_step)
 
 
@@ -111,8 +111,8 @@ def publish_checkpoint(staged: Path, step: int, state: Mapping[str, Any]) -> Pat
 def prune_checkpoints(output_dir: str | Path, limit: int | None) -> None:
     """Remove the oldest checkpoints beyond `limit`, and partial ones that a killed process left."""
     if limit is not None:
-        found = list_checkpoints(output_dir)
-        for path in found[: max(len(found) - limit, 0)]:
+        checkpoints = list_checkpoints(output_dir)
+        for path in checkpoints[: max(len(checkpoints) - limit, 0)]:
             # Renamed first: a process killed while deleting leaves nothing that looks like a checkpoint.
             path.rename(path.with_name(f".{path.name}.removed"))
     for leftover in Path(output_dir).glob(".*checkpoint-*"):

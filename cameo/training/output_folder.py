@@ -125,10 +125,10 @@ def _other_run(folder: Path, config: TrainingConfig) -> str | None:
     if not file.is_file():
         return "holds files, and no config.yaml that says of which run"
     try:
-        found = shown_settings(load_config(file, interpolate=False))
+        saved = shown_settings(load_config(file, interpolate=False))
     except ValueError as error:
         return f"holds a run whose settings cannot be read ({error})"
-    if differing := _differing(found, shown_settings(config)):
+    if differing := _differing(saved, shown_settings(config)):
         return f"holds a run with settings of its own ({differing})"
     for checkpoint in list_checkpoints(folder):
         try:

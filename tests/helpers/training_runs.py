@@ -21,7 +21,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 
-import cameo.adapters.cat3d.pipeline  # noqa: F401  (what the server below shall have imported)
+import cameo.adapters.cat3d.pipeline  # noqa: F401  (the server below is to have imported it)
 from cameo.training.data import build_dataset
 from cameo.training.records import Records
 from cameo.training.settings import TrainingConfig

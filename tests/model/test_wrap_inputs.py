@@ -225,9 +225,9 @@ def test_a_scale_that_is_no_number_is_refused() -> None:
 @pytest.mark.parametrize(
     ("name", "value", "error", "message"),
     [
-        ("match_weight", NAN, ValueError, "match_weight: holds negative or NaN values, or infinite ones"),
-        ("match_weight", INF, ValueError, "match_weight: holds negative or NaN values, or infinite ones"),
-        ("match_weight", -1.0, ValueError, "match_weight: holds negative or NaN values, or infinite ones"),
+        ("match_weight", NAN, ValueError, "match_weight: holds negative or NaN or infinite values"),
+        ("match_weight", INF, ValueError, "match_weight: holds negative or NaN or infinite values"),
+        ("match_weight", -1.0, ValueError, "match_weight: holds negative or NaN or infinite values"),
         ("distance", NAN, ValueError, "distance: holds negative or NaN values. Cure: use inf"),
         ("distance", -1.0, ValueError, "distance: holds negative or NaN values"),
         ("match_weight", None, TypeError, "^match_weight: expected a tensor, got ndarray"),

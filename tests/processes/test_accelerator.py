@@ -1,4 +1,4 @@
-"""Trackers of a run: which there are, and what they are told."""
+"""Trackers of a run: unknown and missing ones are refused, and none receives the token of the Hub."""
 
 from __future__ import annotations
 

@@ -173,7 +173,7 @@ def test_the_accelerator_of_a_run_is_what_was_launched(tmp_path: Path, monkeypat
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
     settings = make_config(tmp_path, gradient_accumulation_steps=4)
     accelerator = make_accelerator(settings)
-    assert accelerator.gradient_accumulation_steps == 1  # the trainer divides by 4, and nobody a second time
+    assert accelerator.gradient_accumulation_steps == 1  # the trainer alone divides by 4
     # Another number than came, as where accelerate knows no way to start processes on a device.
     with pytest.raises(ValueError, match=r"was to have 2 processes and mixed_precision=no; accelerate has made 1 and"):
         Launch.from_environment(TORCHRUN).check_came(accelerator, settings)

@@ -132,7 +132,7 @@ def test_two_processes_train_one_adapter_and_resume(tmp_path: Path) -> None:
     # Two processes see in a step the samples that one sees with twice the accumulation.
     alone = RecipeProcess("lora_finetune", tmp_path / "alone", max_train_steps=2, gradient_accumulation_steps=4)
 
-    # Only the first is told, for only it keeps records; both must stop, and at the same step.
+    # Only the first process receives the signal, since only it keeps records; both must stop, at the same step.
     runs = two_processes(out, **settings, signal_at=(2, signal.SIGTERM))
     assert [run.wait() for run in runs] == [0, 0], runs[0].output + runs[1].output
     assert "continue with resume_from_checkpoint=latest" in runs[0].output

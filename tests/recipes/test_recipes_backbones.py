@@ -54,7 +54,7 @@ every_run = pytest.mark.parametrize("name", RUNS)
 
 def run(recipe: str, backbone: str, output: Path, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> list[str]:
     monkeypatch.setenv("CAMEO_CACHE", scene_cache())
-    # One noise level of seven: the levels differ in nothing but the noise, and tests/evaluation has them all.
+    # One noise level of seven: the levels differ in their noise alone, and the tests of the evaluation cover all.
     monkeypatch.setattr(setup, "ValidationSettings", functools.partial(ValidationSettings, noise_levels=(1.0,)))
     settings = {**SHORT, **changes, "output_dir": output}
     arguments = [f"backbone={backbone}", *(f"{name}={value}" for name, value in settings.items())]

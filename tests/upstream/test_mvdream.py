@@ -261,9 +261,6 @@ def test_a_single_image_batch_is_the_originals(build_mvdream: Callable[..., nn.M
     assert worst < 1e-5
 
 
-# Cameras
-
-
 @pytest.mark.parametrize("name", ["MVDream", "ImageDream"])
 @pytest.mark.parametrize("elevation", [0.0, 5.0, 15.0, -20.0])
 def test_cameras_are_those_of_the_release(

@@ -117,9 +117,6 @@ def test_keeping_the_references_changes_no_output(published: ModuleType) -> None
     assert torch.equal(run(keep_references(theirs), inputs(2)), before)
 
 
-# The complete pipeline
-
-
 def complete(published: ModuleType) -> Any:
     theirs = published.Zero123PlusPipeline(**deterministic_parts(), ramping_coefficients=parts.RAMP)
     theirs.set_progress_bar_config(disable=True)
