@@ -18,7 +18,7 @@ from cameo.geometry.depth import is_measured
 from cameo.model import CameoModel
 from cameo.pipeline import MultiViewPipeline
 from cameo.probing import probe_layers
-from cameo.probing.denoising import DenoisingErrors, measure_denoising, sample_batches
+from cameo.probing.denoising import NOT_COVISIBLE, DenoisingErrors, measure_denoising, sample_batches
 from cameo.probing.hits import READOUTS
 from cameo.probing.layer_probe import LayerProbe
 from cameo.probing.probed_layer import ProbedLayer
@@ -27,7 +27,6 @@ from cameo.probing.result import NEAR
 __all__ = ["EvaluationSettings", "SampledViews", "Section", "evaluate", "sample_targets"]
 
 NO_REFERENCE = "num_reference_views=0: no reference view says which scene is asked for, so there are no true views"
-NOT_COVISIBLE = "num_reference_views=0: there is no reference view that could see a pixel"
 NOT_SAMPLED = "num_sampled=0: no view was generated"
 UNTRAINED = "the alignment head was not trained with these weights, so its readout is left out"
 WITHIN = (0, 1, 2)

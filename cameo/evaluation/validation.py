@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from cameo.data import MultiViewSample
 from cameo.model import CameoModel
 from cameo.pipeline import MultiViewPipeline
-from cameo.probing.denoising import DenoisingErrors, DenoisingPass, ValidationSettings, measure_denoising
+from cameo.probing.denoising import NOT_COVISIBLE, DenoisingErrors, DenoisingPass, ValidationSettings, measure_denoising
 from cameo.probing.tally import BatchMatches, LayerHitCounter
 
 __all__ = ["validate"]
@@ -87,7 +87,7 @@ def _attention_report(counter: LayerHitCounter, references: int) -> dict[str, An
     one_token = counter.one_token and pairs > 0
     notes = {}
     if not references:
-        notes["psnr_covisible"] = "num_reference_views=0: there is no reference view that could see a pixel"
+        notes["psnr_covisible"] = NOT_COVISIBLE
     if one_token:
         notes["precision"] = "a query reaches one token of each view, so there is no choice; see precision_view"
     else:

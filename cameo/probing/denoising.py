@@ -22,6 +22,7 @@ from cameo.probing.mode import evaluation_mode, native_precision
 
 __all__ = [
     "MAX_PSNR",
+    "NOT_COVISIBLE",
     "DenoisingErrors",
     "DenoisingPass",
     "ValidationSettings",
@@ -36,6 +37,8 @@ __all__ = [
 
 # The PSNR of a perfect prediction is infinite; it is capped here, at a mean squared error of 1e-10.
 MAX_PSNR = 100.0
+# Why there are no covisible pixels, in the notes of results.
+NOT_COVISIBLE = "num_reference_views=0: there is no reference view that could see a pixel"
 
 
 @dataclass(frozen=True)
