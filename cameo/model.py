@@ -19,7 +19,7 @@ from cameo.config import CameoConfig, finite
 from cameo.correspondence import Correspondence
 from cameo.errors import CaptureError, NoLossError, ShapeError
 from cameo.geometry.grids import TokenGrids
-from cameo.renamed import old_attributes, old_functions
+from cameo.renamed import old_attributes, old_functions, old_keywords
 
 __all__ = ["CameoModel", "attach", "check_plain", "wrapped_bases", "wrapper_of"]
 
@@ -285,12 +285,14 @@ class CameoModel(nn.Module):
         self._alignment_loss = self._num_supervised = None
         return base
 
+    @old_keywords
     def save_pretrained(self, folder: str | Path, **options: Any) -> Path:
         """Write weights and `cameo_config.json` to a folder; see `cameo.hub.save_pretrained`."""
         from cameo.hub import save_pretrained
 
         return save_pretrained(self, folder, **options)
 
+    @old_keywords
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
         """Check, then upload to the Hugging Face Hub; see `cameo.hub.push_to_hub`."""
         from cameo.hub import push_to_hub

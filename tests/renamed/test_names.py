@@ -96,19 +96,19 @@ def loss(**keywords: Any) -> float:
     return float(alignment_loss(query, key, Correspondence(INDEX, GRIDS), AlignmentHead(2, "mean"), **keywords))
 
 
-def card_of_save(**keywords: Any) -> str:
+def card_of_save(save: Callable[..., Path], **keywords: Any) -> str:
     with tempfile.TemporaryDirectory() as folder:
-        save_pretrained(wrapped(), f"{folder}/rooms", **keywords)
+        save(wrapped(), f"{folder}/rooms", **keywords)
         return (Path(folder) / "rooms" / "README.md").read_text()
 
 
-def card_of_push(**keywords: Any) -> str:
+def card_of_push(push: Callable[..., str], **keywords: Any) -> str:
     def read(api: Any, stage: Path, repo_id: str, **options: Any) -> str:
         return (stage / "README.md").read_text()
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(save_load, "upload", read)
-        return push_to_hub(wrapped(), "me/rooms", token="hf_of_nobody", **keywords)
+        return push(wrapped(), "me/rooms", token="hf_of_nobody", **keywords)
 
 
 @dataclass(frozen=True)
@@ -122,6 +122,12 @@ class Keyword:
 
 KEYWORD_EXAMPLES: dict[tuple[str, str], Keyword] = {
     ("CameoConfig", "normalise"): Keyword(lambda **given: CameoConfig("cat3d", ["mid"], **given), "all_views"),
+    ("CameoModel.push_to_hub", "licence"): Keyword(
+        lambda **given: card_of_push(cameo.CameoModel.push_to_hub, **given), "cc-by-4.0"
+    ),
+    ("CameoModel.save_pretrained", "licence"): Keyword(
+        lambda **given: card_of_save(cameo.CameoModel.save_pretrained, **given), "cc-by-4.0"
+    ),
     ("Correspondence", "sizes"): Keyword(lambda **given: Correspondence(INDEX, **given), GRIDS, figures),
     ("Correspondence", "weight"): Keyword(
         lambda **given: Correspondence(INDEX, GRIDS, **given), torch.full(INDEX.shape, 0.5), figures
@@ -141,8 +147,8 @@ KEYWORD_EXAMPLES: dict[tuple[str, str], Keyword] = {
     ("probe_layers", "timesteps"): Keyword(
         lambda **given: cameo.probe_layers(*tiny_model(), **given).to_dict(), (0.5,)
     ),
-    ("push_to_hub", "licence"): Keyword(card_of_push, "cc-by-4.0"),
-    ("save_pretrained", "licence"): Keyword(card_of_save, "cc-by-4.0"),
+    ("push_to_hub", "licence"): Keyword(lambda **given: card_of_push(push_to_hub, **given), "cc-by-4.0"),
+    ("save_pretrained", "licence"): Keyword(lambda **given: card_of_save(save_pretrained, **given), "cc-by-4.0"),
     ("wrap", "normalise"): Keyword(
         lambda **given: cameo.wrap(JointModel(), layer="joint", layout="b (v h w)", **given),
         "all_views",
