@@ -123,10 +123,7 @@ class CameoModel(nn.Module):
 
     @torch.compiler.disable
     def _forward_aligned(
-        self,
-        correspondence: Correspondence | Sequence[Correspondence],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
+        self, correspondence: Correspondence | Sequence[Correspondence], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         matches = self._one_per_layer(correspondence)
         self._check_supported()
@@ -350,9 +347,10 @@ class CameoModel(nn.Module):
         return {**self.__dict__, "_alignment_loss": None, "_num_supervised": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(
-            {"_watch": HeadWatch(), **state}
-        )  # a model that was pickled by an earlier release has none
+        # A model that was pickled by an earlier release has no watch, and a weight beside that of `cameo_config`.
+        super().__setstate__({"_watch": HeadWatch(), **state})
+        if "weight" in state:
+            self.weight = vars(self).pop("weight")
         if self._attached:
             _wrappers[self.base_model] = weakref.ref(self)
 

@@ -116,7 +116,7 @@ def old_keywords(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def old_fields(table: Mapping[str, str]) -> Callable[[Class], Class]:
-    """Class decorator: accept fields of a dataclass as keywords under their old names too.
+    """Class decorator: accept fields of a dataclass under their old names too, as keywords and in old pickles.
 
     `dataclasses.replace` passes every field under its new name, and then what the caller changes. Where all fields
     are given, a value under an old name is therefore such a change, and counts.
@@ -145,7 +145,12 @@ def old_fields(table: Mapping[str, str]) -> Callable[[Class], Class]:
             _rename_keywords(cls.__name__, table, kwargs, by_replace=names <= kwargs.keys())
             initialize(self, *args, **kwargs)
 
-        setattr(cls, "__init__", accepting)  # noqa: B010 - a type checker takes the assignment for one to an instance
+        def restore(self: Any, state: Mapping[str, Any]) -> None:
+            vars(self).update(rename_keys(state, table, f"pickled {cls.__name__}"))
+
+        # setattr, since a type checker takes the assignments for ones to an instance.
+        setattr(cls, "__init__", accepting)  # noqa: B010
+        setattr(cls, "__setstate__", restore)  # noqa: B010
         return cls
 
     return decorate
@@ -169,14 +174,14 @@ def old_attributes(cls: Class) -> Class:
 
 
 def rename_keys(values: Mapping[str, Any], table: Mapping[str, str], where: str) -> dict[str, Any]:
-    """Return the values of a saved file with the current keys; no warning, since nobody has to change a saved file.
+    """Return the values of a saved file or pickle with the current keys; no warning, since nobody has to change it.
 
     Example:
         >>> rename_keys({"normalise": "per_view", "weight": 0.1}, {"normalise": "normalize"}, "cameo_config.json")
         {'normalize': 'per_view', 'weight': 0.1}
 
     Raises:
-        ValueError: if the file holds a value under both names.
+        ValueError: if it holds a value under both names.
     """
     renamed = {table.get(name, name): value for name, value in values.items()}
     if len(renamed) < len(values):

@@ -9,14 +9,21 @@ import re
 import sys
 import warnings
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 import torch
 
+import cameo
+from cameo import Correspondence
 from cameo.backbone import get_backbone
-from cameo.renamed import MOVED, MOVED_NAMES
+from cameo.config import CameoConfig
+from cameo.renamed import KEYWORDS, MOVED, MOVED_NAMES, SETTINGS
+from cameo.training.settings import TrainingConfig
+from tests.helpers.models import JointModel
 from tests.helpers.mvdream_models import with_image_tokens
 
+T = TypeVar("T")
 # Modules some of whose names are elsewhere today; the others are the very modules of today.
 SPLIT = {name.rpartition(".")[0] for name in MOVED_NAMES}
 
@@ -70,6 +77,36 @@ def test_a_pickle_with_an_old_path_loads() -> None:
 
     assert pickle.loads(b"ccameo.adapters.joint_dit\nJointDiT\n.") is JointDiT
     assert pickle.loads(b"ccameo.adapters.sv3d_pipeline\nSV3DPipeline\n.") is SV3DPipeline
+
+
+def pickled_by_an_earlier_release(current: T, names: dict[str, str]) -> T:
+    """Pickle an object with the fields that `names` lists under their old names, and load it again."""
+    new_to_old = {new: old for old, new in names.items()}
+    earlier = object.__new__(type(current))
+    vars(earlier).update({new_to_old.get(name, name): value for name, value in vars(current).items()})
+    with warnings.catch_warnings(action="error"):
+        loaded: T = pickle.loads(pickle.dumps(earlier))
+    return loaded
+
+
+def test_fields_are_found_in_a_pickle_under_their_old_names() -> None:
+    config = CameoConfig("cat3d", ["mid"], normalize="all_views")
+    assert pickled_by_an_earlier_release(config, KEYWORDS["CameoConfig"]) == config
+    settings = TrainingConfig(hub_license="openrail", normalize="all_views", loss_weight=0.5)
+    assert pickled_by_an_earlier_release(settings, SETTINGS) == settings
+    match = Correspondence(torch.full((1, 2, 2, 4), -1), ((2, 2), (2, 2)), match_weight=torch.ones(1, 2, 2, 4))
+    loaded = pickled_by_an_earlier_release(match, KEYWORDS["Correspondence"])
+    assert loaded.token_grids == match.token_grids
+    assert loaded.match_weight is not None
+    assert torch.equal(loaded.match_weight, match.match_weight)
+
+
+def test_a_model_keeps_the_weight_that_an_earlier_release_pickled_beside_its_config() -> None:
+    model = cameo.wrap(JointModel(), layer="joint", layout="b (v h w)")
+    vars(model)["weight"] = 0.5
+    loaded = pickle.loads(pickle.dumps(model))
+    assert loaded.weight == loaded.cameo_config.weight == 0.5
+    assert model.weight == CameoConfig.weight
 
 
 @pytest.mark.parametrize(
