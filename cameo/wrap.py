@@ -55,7 +55,7 @@ def wrap(
         True
 
     Build the optimizer after `wrap`: one that was built before does not hold the parameters of the alignment head, so
-    that the head keeps its initial weights, which a warning says after three steps. `recipes/minimal_loop.py` is a
+    that the head keeps its initial weights, which a warning says after ten steps. `recipes/minimal_loop.py` is a
     complete training loop, `docs/your_own_loop.md` adds CAMEO to an existing script.
 
     Args:
@@ -199,7 +199,7 @@ def _probed_choice(
         warnings.warn(
             f'layer="auto": {best.path} is the best of the probe, but the probe does not show that its attention finds '
             "the true match more often than chance. Probe a trained model, or more scenes, or name the layer",
-            stacklevel=3,
+            stacklevel=4,  # past the decorator of `wrap`
         )
     return probe.choice()
 

@@ -22,12 +22,10 @@ from tests.helpers.probes import CAT3D, LEVELS, made_probe
 from tests.helpers.training_runs import scene_cache
 
 
-def probe_of(model: nn.Module, best: int, **options: Any) -> LayerProbe:
-    """A probe of a CAT3D model in which one layer is far ahead."""
+def probe_of(model: nn.Module, best: int, *, hits: tuple[int, int] = (70, 30), **options: Any) -> LayerProbe:
+    """A probe of a CAT3D model in which one layer has the first number of hits among 100, and the others the second."""
     attention_layers = get_backbone("cat3d").attention_layers(unwrap_peft(model))
-    probe = made_probe(
-        *[[70 if attention_layer.index == best else 30] * 4 for attention_layer in attention_layers], **options
-    )
+    probe = made_probe(*[[hits[attention_layer.index != best]] * 4 for attention_layer in attention_layers], **options)
     layers = tuple(
         replace(layer, path=attention_layer.path)
         for layer, attention_layer in zip(probe.layers, attention_layers, strict=True)
@@ -90,6 +88,14 @@ def test_auto_passes_over_a_layer_that_cannot_be_supervised() -> None:
     assert "Cannot be supervised:" in probe.table()
     assert [place["index"] for place in probe.choice(top=1)["ranking"]] == [3, 0]  # the evidence holds the choice
     assert cameo.wrap(unet, "cat3d", layer="auto", probe=probe).supervised_layers[0].index == 0
+
+
+def test_a_choice_that_is_not_above_chance_warns_with_the_line_of_the_caller() -> None:
+    unet = CAT3D.pipeline().unet
+    probe = probe_of(unet, best=0, hits=(20, 10), backbone="cat3d")
+    with pytest.warns(UserWarning, match="does not show that its attention finds the true match") as warned:
+        cameo.wrap(unet, "cat3d", layer="auto", probe=probe)
+    assert [warning.filename for warning in warned] == [__file__]
 
 
 def test_the_bundled_base_is_probed_and_its_best_layer_supervised(monkeypatch: pytest.MonkeyPatch) -> None:
