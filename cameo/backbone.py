@@ -6,8 +6,8 @@ An adapter is one class and one registration: the entry-point group `cameo.backb
 
 from __future__ import annotations
 
+import contextlib
 import functools
-import operator
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from torch import nn
 from cameo.attention.capture import AttentionLayer
 from cameo.attention.layout import TokenLayout
 from cameo.config import CameoConfig
-from cameo.errors import unknown_name
+from cameo.errors import as_integer, unknown_name
 from cameo.renamed import METHODS, old_functions, warn_renamed
 
 __all__ = [
@@ -278,8 +278,10 @@ def find_layer(layers: Sequence[AttentionLayer], wanted: int | str) -> Attention
         ValueError: if there is none, or the layer cannot be supervised; says why.
     """
     by_path = {layer.path: layer for layer in layers}
-    if not isinstance(wanted, str | bool) and hasattr(wanted, "__index__"):
-        index = operator.index(wanted)
+    index: int | None = None
+    with contextlib.suppress(ValueError):
+        index = as_integer("layer", wanted)
+    if index is not None:
         if not 0 <= index < len(layers):
             raise ValueError(
                 f"layer {index} does not exist: this model has {len(layers)} cross-view attention layers, "

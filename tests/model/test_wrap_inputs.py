@@ -103,7 +103,9 @@ def test_layers_by_an_array(unet: nn.Module) -> None:
     model.unwrap()
 
 
-@pytest.mark.parametrize("layer", [1.0, np.float32(1), np.bool_(True), [True], [0, 1.5], [[1]]], ids=str)
+@pytest.mark.parametrize(
+    "layer", [1.0, np.float32(1), torch.tensor(1.0), np.bool_(True), [True], [0, 1.5], [[1]]], ids=str
+)
 def test_what_is_no_layer_is_refused_by_name(layer: Any, unet: nn.Module) -> None:
     with pytest.raises(ValueError, match=r"unknown layer .*Known: down_blocks"):
         cameo.wrap(unet, "cat3d", layer)
