@@ -148,6 +148,8 @@ class AttentionCapture:
 
     def _require(self, path: str) -> CapturedAttention:
         if path not in self._captured:
+            if path not in self._attention_layers:
+                raise KeyError(path)
             if path in self._taken:
                 raise CaptureError(f"layer {path!r}: take() handed its call over already; keep what it returned")
             raise CaptureError(self._layers.explain_no_call(path))
