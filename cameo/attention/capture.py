@@ -84,7 +84,7 @@ class CapturedAttention:
 
 
 class AttentionCapture:
-    """Observe the kernel calls of `attention_layers` during one forward of `model`.
+    """Observe the kernel calls of `layers` during one forward of `model`.
 
     Example:
         >>> import torch

@@ -67,7 +67,7 @@ def match_batch(
     cure = "correspondence=point_map" if "point_map" in batch else "data with geometry"
     raise DataError(
         f"sample {batch.get('key', '?')}: has no depth{'' if 'point_map' in batch else ' and no point_map'}, so there "
-        f"are no correspondences. Use {cure}, or weight=0 to train without CAMEO"
+        f"are no correspondences. Use {cure}, or loss_weight=0 to train without CAMEO"
     )
 
 
