@@ -7,6 +7,7 @@ __all__ = [
     "HEAD_KINDS",
     "IMPLEMENTATIONS",
     "LPIPS_TRUNKS",
+    "MESH_SUFFIXES",
     "NORMALIZATIONS",
     "REDUCTIONS",
     "RIG_NAMES",
@@ -20,5 +21,7 @@ IMPLEMENTATIONS = ("auto", "reference", "chunked", "triton")
 GELUS = ("exact", "fast")
 # Of `cameo.data.RIGS`.
 RIG_NAMES = ("zero123plus-v1.1", "zero123plus-v1.2", "mvdream", "imagedream", "sv3d-orbit", "sv3d-dynamic")
+# Of the files that `cameo.scenes.meshes` reads.
+MESH_SUFFIXES = (".glb", ".obj", ".ply")
 # Networks behind LPIPS, of `cameo.evaluation.metrics`.
 LPIPS_TRUNKS = ("alex", "vgg", "squeeze")

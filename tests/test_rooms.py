@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import tomllib
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -74,6 +75,27 @@ def test_a_wrong_import_is_told_with_both_names(importer: str, imported: str, sa
     tree.imports.setdefault(importer, set()).add(imported)
     (problem,) = graph.broken_rules(tree, RULES)
     assert says in problem
+
+
+def test_every_form_of_import_is_read(tmp_path: Path) -> None:
+    modules = {
+        "cameo/__init__.py": "",
+        "cameo/model.py": "",
+        "cameo/room/__init__.py": "from . import beside",
+        "cameo/room/beside.py": "",
+        "cameo/room/absolute.py": "import cameo.model\nfrom cameo.room.beside import name",
+        "cameo/room/relative.py": "from .. import model\nfrom .beside import name",
+        "cameo/room/late.py": "def function():\n    from ..model import name",
+    }
+    for name, text in modules.items():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    imports = graph.read_tree(tmp_path).imports
+    assert imports["cameo/room/__init__.py"] == {"cameo/room/beside.py"}
+    assert imports["cameo/room/absolute.py"] == {"cameo/model.py", "cameo/room/beside.py"}
+    assert imports["cameo/room/relative.py"] == {"cameo/model.py", "cameo/room/beside.py"}
+    assert imports["cameo/room/late.py"] == {"cameo/model.py"}
 
 
 def test_a_listed_import_that_is_gone_is_told() -> None:

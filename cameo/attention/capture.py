@@ -84,7 +84,7 @@ class CapturedAttention:
 
 
 class AttentionCapture:
-    """Observe the kernel calls of `attention_layers` during one forward of `model`.
+    """Observe the kernel calls of `layers` during one forward of `model`.
 
     Example:
         >>> import torch
@@ -148,6 +148,8 @@ class AttentionCapture:
 
     def _require(self, path: str) -> CapturedAttention:
         if path not in self._captured:
+            if path not in self._attention_layers:
+                raise KeyError(path)
             if path in self._taken:
                 raise CaptureError(f"layer {path!r}: take() handed its call over already; keep what it returned")
             raise CaptureError(self._layers.explain_no_call(path))

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from cameo.attention.axes import first_position, num_positions, position_of, take_segment
 from cameo.attention.pattern import RESERVED, Pattern, Segment, check_pair
+from cameo.choices import NORMALIZATIONS
 from cameo.errors import ShapeError, as_integer, unknown_name
 from cameo.geometry.grids import TokenGrids
 from cameo.renamed import old_attributes, old_keywords
@@ -24,10 +25,8 @@ from cameo.renamed import old_attributes, old_keywords
 if TYPE_CHECKING:
     from cameo.correspondence import Correspondence
 
-__all__ = ["NORMALIZATIONS", "TokenLayout"]
+__all__ = ["TokenLayout"]
 
-# The softmax of the alignment loss is taken over the tokens of each other view, or over those of all other views.
-NORMALIZATIONS = ("per_view", "all_views")
 REACH: dict[Segment, str] = {(): "all", ("h",): "row", ("w",): "column", ("h", "w"): "cell"}
 
 
@@ -149,6 +148,7 @@ class TokenLayout:
             return "with 2 views a query reaches one token of other views, so the softmax is constant"
         return None
 
+    @old_keywords
     def shape(self, of: str, *, batch: int, token_grids: TokenGrids) -> tuple[int, int]:
         """Return attention batch and number of tokens (AB, L) of a call; `of` is "query" or "key".
 
@@ -170,6 +170,7 @@ class TokenLayout:
         first = num_views - len(self._key.extra) + self.references_last
         return sorted(view % num_views for view in range(first, first + len(self._key.extra)))
 
+    @old_keywords
     def split_query(self, tensor: Tensor, *, batch: int, token_grids: TokenGrids) -> Tensor:
         """Bring queries [AB, K, L, D] to [B', K, V, N', D]; views without queries are zeros.
 
@@ -189,6 +190,7 @@ class TokenLayout:
         """
         return self._split("query", tensor, batch, token_grids)
 
+    @old_keywords
     def split_key(self, tensor: Tensor, *, batch: int, token_grids: TokenGrids) -> Tensor:
         """Bring keys [AB, K, L, D] to [B', K, V, N', D]; arguments and errors as `split_query`.
 
@@ -243,6 +245,7 @@ class TokenLayout:
             distance=None if distance is None else folded(distance),
         )
 
+    @old_keywords
     def locate(
         self, view: int, row: int, col: int, *, batch_index: int, batch: int, token_grids: TokenGrids, of: str = "query"
     ) -> tuple[int, int]:

@@ -287,7 +287,7 @@ class Correspondence:
         """
         check_depth(depth, intrinsics, extrinsics, check_values=check_values)
         if check_values:
-            warn_of_another_image_size(intrinsics, depth.shape[-2:])
+            warn_of_another_image_size(intrinsics, depth.shape[-2:], stacklevel=3)  # `old_keywords` is in between
         check_tolerance(depth_tolerance)
         token_grids = _grid_per_view(token_grid, depth.shape[1])
         index, distance = match_depth(depth, intrinsics, extrinsics, token_grids, depth_tolerance)

@@ -43,7 +43,8 @@ def match_batch(
     if kind not in KINDS:
         raise unknown_name("correspondence", kind, KINDS)
     if kind == "depth" and "depth" in batch:
-        # A data set checks its cameras; on a GPU a second check would make the host wait.
+        # The data sets here have checked their cameras; a loader of somebody else may not have. On a CPU checking again
+        # takes a fraction of a millisecond, on a GPU the host would have to wait for it.
         return Correspondence.from_depth(
             batch["depth"],
             batch["intrinsics"],
@@ -66,7 +67,7 @@ def match_batch(
     cure = "correspondence=point_map" if "point_map" in batch else "data with geometry"
     raise DataError(
         f"sample {batch.get('key', '?')}: has no depth{'' if 'point_map' in batch else ' and no point_map'}, so there "
-        f"are no correspondences. Use {cure}, or weight=0 to train without CAMEO"
+        f"are no correspondences. Use {cure}, or loss_weight=0 to train without CAMEO"
     )
 
 

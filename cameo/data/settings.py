@@ -5,14 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from cameo.choices import RIG_NAMES
+from cameo.choices import MESH_SUFFIXES, RIG_NAMES
 from cameo.errors import DataError
 from cameo.settings import Settings, setting
 
 __all__ = ["EMBEDDED", "DataSettings", "data_format"]
 
 EMBEDDED = ("scenes", "bare_rooms", "objects")
-MESH_ENDINGS = (".glb", ".obj", ".ply")
 
 
 @dataclass
@@ -49,8 +48,8 @@ class DataSettings(Settings):
     # Largest overlap of the views of a sample, a share in [0, 1]. 0.9 by default: views that are almost the same teach
     # nothing.
     max_overlap: float = setting(0.9, share="[0, 1]")
-    # Embedded scenes or meshes to train on, >= 1. 256 by default, which a
-    # small model does not learn by heart.
+    # Embedded scenes or meshes to train on, >= 1. 256 by default, which a small model does not learn
+    # by heart.
     num_scenes: int = setting(256, at_least=1)
     # Embedded scenes to validate on, >= 1; none of them is trained on. 16 by default.
     num_validation_scenes: int = setting(16, at_least=1, changeable=True)
@@ -59,8 +58,8 @@ class DataSettings(Settings):
     views_per_scene: int = setting(8, at_least=1)
     # Seed of the embedded scenes and of the validation samples, >= 0; keep it, and runs can be compared. 0 by default.
     data_seed: int = setting(0, at_least=0)
-    # Processes that load data, >= 0. 0, the default, loads in the training process and needs no core of
-    # its own.
+    # Processes that load data, >= 0. 0, the default, loads in the training process and needs no core of its
+    # own.
     dataloader_num_workers: int = setting(0, at_least=0, changeable=True)
 
     def check(self) -> None:
@@ -106,5 +105,5 @@ def data_format(settings: DataSettings) -> str:
         folder = Path(settings.train_data_dir)
         if not folder.is_dir():
             raise DataError(f"train_data_dir={folder}: no such folder")
-        return "meshes" if any(path.suffix.lower() in MESH_ENDINGS for path in folder.rglob("*")) else "rgbd"
+        return "meshes" if any(path.suffix.lower() in MESH_SUFFIXES for path in folder.rglob("*")) else "rgbd"
     return "objects" if settings.camera_rig else "scenes"

@@ -136,8 +136,10 @@ def _check_camera_values(k: Tensor, e: Tensor) -> None:
         raise ValueError(f"{name}: sample {sample}, view {view} has {what}. Cure: {cure}")
 
 
-def warn_of_another_image_size(intrinsics: Tensor, image_size: Sequence[int]) -> None:
+def warn_of_another_image_size(intrinsics: Tensor, image_size: Sequence[int], *, stacklevel: int = 2) -> None:
     """Warn if no principal point ``[B, V]`` lies inside the image ``(H, W)``; only a crop far off the center has none.
+
+    `stacklevel` counts from the caller of this function.
 
     Example:
         >>> intrinsics = torch.tensor([[585.0, 0, 320], [0, 585, 240], [0, 0, 1]])  # of 480 x 640 pixels
@@ -150,7 +152,7 @@ def warn_of_another_image_size(intrinsics: Tensor, image_size: Sequence[int]) ->
             f"intrinsics: every principal point lies outside the image of {height} x {width} pixels, that of the first "
             f"view at x={x.flatten()[0].item():.1f}, y={y.flatten()[0].item():.1f}. They seem to be for another image "
             "size. Cure: cameo.geometry.resize_intrinsics or crop_intrinsics, as the images were resized or cropped",
-            stacklevel=3,
+            stacklevel=stacklevel + 1,
         )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from cameo.choices import MESH_SUFFIXES
 from cameo.errors import DataError
 from cameo.scenes.rendering import Surface, TriangleScene
 from cameo.scenes.rooms import look_at, random_intrinsics
@@ -16,7 +17,6 @@ from cameo.scenes.textures import random_palette, random_texture
 __all__ = ["find_meshes", "load_mesh", "random_orbit"]
 
 Array = np.ndarray
-SUFFIXES = (".glb", ".obj", ".ply")
 # Fixed in the world, so that the shading of a point is the same in every view.
 LIGHT_DIRECTION = np.array([0.4, -0.3, 0.87])
 
@@ -28,9 +28,9 @@ def find_meshes(folder: Path) -> list[Path]:
     """
     if not folder.is_dir():
         raise DataError(f"{folder}: expected a folder of meshes, found {'a file' if folder.exists() else 'nothing'}")
-    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in MESH_SUFFIXES)
     if not found:
-        raise DataError(f"{folder}: no meshes found; looked for {', '.join(SUFFIXES)}, also in subfolders")
+        raise DataError(f"{folder}: no meshes found; looked for {', '.join(MESH_SUFFIXES)}, also in subfolders")
     return found
 
 

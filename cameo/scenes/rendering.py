@@ -136,7 +136,7 @@ def _rays(pixels: Array, intrinsics: Array, extrinsics: Array) -> tuple[Array, A
     """Rays of one view through `pixels` `[P, 3]`, scaled so that their parameter is the z-depth."""
     rotation = extrinsics[:3, :3]
     directions = pixels @ (np.linalg.inv(intrinsics).T @ rotation)
-    origin = camera_centers(torch.from_numpy(extrinsics)).numpy()
+    origin = camera_centers(torch.tensor(extrinsics)).numpy()
     return np.broadcast_to(origin, directions.shape), directions
 
 

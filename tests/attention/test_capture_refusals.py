@@ -107,6 +107,15 @@ def test_a_layer_that_did_not_run_is_an_error(x: Tensor) -> None:
         model.second.forward(x)  # hooks are not called
 
 
+def test_a_path_that_is_not_captured_is_no_layer_that_did_not_run(x: Tensor) -> None:
+    with AttentionCapture(model := make_model(), [layer()]) as captured:
+        model(x)
+    with pytest.raises(KeyError, match="first"):
+        captured["first"]
+    with pytest.raises(KeyError, match="first"):
+        captured.take("first")
+
+
 def test_a_layer_without_a_known_kernel_is_an_error(x: Tensor) -> None:
     with pytest.raises(CaptureError, match="ran, but no attention kernel was seen"):
         capture(make_model(lambda q, k, v: v), x)

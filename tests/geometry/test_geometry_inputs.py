@@ -87,8 +87,11 @@ def test_intrinsics_of_another_image_size_are_noticed():
     extrinsics = torch.eye(4).expand(1, 1, 4, 4)
     depth = torch.full((1, 1, 1, 8, 8), 2.0)
     pixels = torch.tensor([[8.0, 0, 4], [0, 8, 4], [0, 0, 1]]).expand(1, 1, 3, 3)
-    with pytest.warns(UserWarning, match=r"principal point lies outside the image of 8 x 8 pixels.*resize_intrinsics"):
+    with pytest.warns(
+        UserWarning, match=r"principal point lies outside the image of 8 x 8 pixels.*resize_intrinsics"
+    ) as caught:
         Correspondence.from_depth(depth, resize_intrinsics(pixels, (8, 8), (64, 64)), extrinsics, token_grid=2)
+    assert caught[0].filename == __file__  # the line that called, not one of the library
     with warnings.catch_warnings(action="error"):
         Correspondence.from_depth(depth, pixels, extrinsics, token_grid=2)
         # A single view whose principal point lies outside its image is usual for a crop.

@@ -55,24 +55,26 @@ def read_tree(root: Path) -> Tree:
     for module, name in files.items():
         package = module if name.endswith("__init__.py") else module.rpartition(".")[0]
         siblings = {one.removeprefix(package + "."): one for one in files if one.startswith(package + ".")}
-        found = set(_imported(ast.parse((root / name).read_text(encoding="utf-8")), files))
+        found = set(_imported(ast.parse((root / name).read_text(encoding="utf-8")), package, files))
         if name.startswith(SCRIPTS):  # scripts import the scripts beside them by their bare names
             found |= {siblings[one] for one in _bare_names(root / name) if one in siblings}
         imports[name] = {files[one] for one in found if one != module}
     return Tree(files, imports)
 
 
-def _imported(tree: ast.AST, files: Mapping[str, str]) -> Iterable[str]:
+def _imported(tree: ast.AST, package: str, files: Mapping[str, str]) -> Iterable[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names if alias.name in files)
-        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+        elif isinstance(node, ast.ImportFrom):
+            around = package.split(".")[: package.count(".") + 2 - node.level] if node.level else []
+            origin = ".".join([*around, node.module] if node.module else around)
             for alias in node.names:
-                full = f"{node.module}.{alias.name}"
+                full = f"{origin}.{alias.name}"
                 if full in files:
                     yield full
-                elif node.module in files:
-                    yield node.module
+                elif origin in files:
+                    yield origin
 
 
 def _bare_names(path: Path) -> Iterable[str]:

@@ -121,7 +121,7 @@ CASES: dict[str, tuple[Callable[[Bench], Any], type[Exception], str]] = {
     "no geometry": (
         lambda b: match_batch({"images": b.batch["images"], "key": ["room/1"]}, (4, 4)),
         ValueError,
-        r"sample \['room/1'\]: has no depth and no point_map.*weight=0",
+        r"sample \['room/1'\]: has no depth and no point_map.*, or loss_weight=0 to train without",
     ),
     "point maps where depth is asked for": (
         lambda b: match_batch({"point_map": torch.zeros(1, 2, 3, 8, 8), "key": ["room/1"]}, (4, 4)),

@@ -37,6 +37,7 @@ LINEAR = nn.Linear(1, 1)
 GRIDS = ((2, 2), (2, 2), (2, 2))
 INDEX = torch.full((1, 3, 3, 4), -1)
 INDEX[0, 0, 1] = torch.tensor([3, 1, -1, 0])
+TOKENS = torch.arange(12.0).reshape(1, 1, 12, 1)
 
 
 def rows(table: Mapping[str, Mapping[str, str]]) -> list[tuple[str, str, str]]:
@@ -142,6 +143,18 @@ KEYWORD_EXAMPLES: dict[tuple[str, str], Keyword] = {
     ("ProbeResult.skill", "timestep"): Keyword(lambda **given: uneven_probe().skill(0, **given), 1.0),
     ("TokenLayout.refusal", "normalise"): Keyword(
         lambda **given: TokenLayout("(b h w) v").refusal(**given), "per_view"
+    ),
+    ("TokenLayout.locate", "sizes"): Keyword(
+        lambda **given: TokenLayout("b (v h w)").locate(2, 1, 0, batch_index=0, batch=1, **given), GRIDS
+    ),
+    ("TokenLayout.shape", "sizes"): Keyword(
+        lambda **given: TokenLayout("b (v h w)").shape("key", batch=1, **given), GRIDS
+    ),
+    ("TokenLayout.split_key", "sizes"): Keyword(
+        lambda **given: TokenLayout("b (v h w)").split_key(TOKENS, batch=1, **given), GRIDS, Tensor.tolist
+    ),
+    ("TokenLayout.split_query", "sizes"): Keyword(
+        lambda **given: TokenLayout("b (v h w)").split_query(TOKENS, batch=1, **given), GRIDS, Tensor.tolist
     ),
     ("alignment_loss", "normalise"): Keyword(loss, "all_views"),
     ("probe_layers", "timesteps"): Keyword(

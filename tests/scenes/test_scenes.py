@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -69,6 +70,14 @@ def test_depth_is_the_analytic_plane() -> None:
     _, depth = render(scene_of(plane), INTRINSICS, extrinsics, SIZE)
     assert downward.mean() > 0.5
     np.testing.assert_allclose(depth[0, 0][downward], expected[downward], rtol=1e-6)
+
+
+def test_cameras_may_be_arrays_that_cannot_be_written() -> None:
+    scene = scene_of(trimesh.creation.box(extents=(9.0, 9.0, 1.0)))
+    extrinsics = look_at(np.array([[0.0, 0.1, 4.0]]), np.zeros((1, 3)))
+    extrinsics.flags.writeable = False
+    with warnings.catch_warnings(action="error"):
+        assert render(scene, INTRINSICS, extrinsics, SIZE)[1].min() > 3
 
 
 def test_depth_is_the_analytic_sphere_and_zero_beside_it() -> None:
