@@ -46,7 +46,7 @@ class Options(Settings):
     checkpoint_revision: str | None = setting(None)
     # Layers to probe, by index in execution order or module path: 0,2. null, the default, probes all.
     layers: tuple[int | str, ...] | None = setting(None)
-    # Noise levels at which the layers are probed, shares of the last time step in [0, 1]: 0.5,1.0. By default from
+    # Noise levels at which the layers are probed, shares of the last timestep in [0, 1]: 0.5,1.0. By default from
     # little noise to pure noise, as `cameo.probe_layers` has them.
     timesteps: tuple[float, ...] = setting((0.1, 0.3, 0.5, 0.7, 0.9, 1.0), share="[0, 1]")
     # Folder of the result. outputs/probe by default.

@@ -255,7 +255,7 @@ def step_generator(config: TrainingConfig, micro_step: int, process: int, *purpo
 def noisy_inputs(
     pipeline: MultiViewPipeline, batch: Mapping[str, Any], config: TrainingConfig, micro_step: int, process: int = 0
 ) -> TrainingInputs:
-    """Add noise to a batch; time steps and noise are functions of seed, step and process alone."""
+    """Add noise to a batch; timesteps and noise are functions of seed, step and process alone."""
     generator = step_generator(config, micro_step, process)
     uniform = torch.rand(batch["images"].shape[0], generator=generator)
     noise_levels = uniform if config.timestep_sampling == "uniform" else 1 - uniform.square()
