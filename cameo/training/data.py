@@ -39,7 +39,12 @@ ENDLESS = 2**40
 
 
 def build_dataset(config: TrainingConfig, split: str) -> MultiViewDataset:
-    """Build the training or validation set of a run; both are pure functions of their seed and an index."""
+    """Build the training or validation set of a run; both are pure functions of their seed and an index.
+
+    Raises:
+        DataError: if `train_data_dir` is missing or cannot be read.
+        ValueError: if `camera_rig` does not have `num_views` views.
+    """
     kind = data_format(config)
     rig = config.camera_rig if kind in ("objects", "meshes") else None
     if rig:

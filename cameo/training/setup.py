@@ -84,7 +84,11 @@ def begin_run(config: TrainingConfig, *, demonstration: bool = False) -> Iterato
 
 
 def load_pipeline(config: TrainingConfig) -> MultiViewPipeline:
-    """Load the weights to start from, or build a preset with weights drawn from `seed`."""
+    """Load the weights to start from, or build a preset with weights drawn from `seed`.
+
+    Raises:
+        ImportError: if the run is to use xformers on a GPU, and it is not installed.
+    """
     adapter = get_backbone(config.backbone)
     if config.pretrained_model_name_or_path:
         pipeline = adapter.load(config.pretrained_model_name_or_path, revision=config.revision, **config.preset_options)
