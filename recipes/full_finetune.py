@@ -40,16 +40,8 @@ def main(arguments: list[str]) -> None:
 def run(config: TrainingConfig) -> None:
     """Train one model, and write its results."""
     from cameo.training.data import build_dataset
-    from cameo.training.setup import (
-        card_metrics,
-        check_push,
-        load_pipeline,
-        metrics_table,
-        to_run_device,
-        validation_callback,
-        wrap_denoiser,
-        write_pictures,
-    )
+    from cameo.training.report import card_metrics, metrics_table, write_pictures
+    from cameo.training.setup import check_push, load_pipeline, to_run_device, validation_callback, wrap_denoiser
     from cameo.training.trainer import Trainer
 
     check_push(config)

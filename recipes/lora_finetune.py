@@ -42,7 +42,8 @@ def main(arguments: list[str]) -> None:
 def train_and_compare(config: TrainingConfig) -> None:
     """Train each run of the recipe, one after the other, and write their results."""
     from cameo.training.data import build_dataset
-    from cameo.training.setup import card_metrics, check_push, metrics_table, planned_runs, train_lora, write_pictures
+    from cameo.training.report import card_metrics, metrics_table, write_pictures
+    from cameo.training.setup import check_push, planned_runs, train_lora
 
     check_push(config)
     planned = planned_runs(config)

@@ -26,7 +26,8 @@ from typing import TYPE_CHECKING, Any
 
 from cameo.files import write_atomically
 from cameo.settings import Settings, run_recipe, setting, split_arguments, typed_values
-from cameo.training.settings import TrainingConfig, load_config, settings_file
+from cameo.training.run_settings import evaluation_settings, run_settings
+from cameo.training.settings import TrainingConfig
 
 if TYPE_CHECKING:
     from cameo import CameoModel
@@ -46,7 +47,7 @@ class Options(Settings):
     checkpoint_revision: str | None = setting(None)
     # Layers to probe, by index in execution order or module path: 0,2. null, the default, probes all.
     layers: tuple[int | str, ...] | None = setting(None)
-    # Noise levels at which the layers are probed, shares of the last time step in [0, 1]: 0.5,1.0. By default from
+    # Noise levels at which the layers are probed, shares of the last timestep in [0, 1]: 0.5,1.0. By default from
     # little noise to pure noise, as `cameo.probe_layers` has them.
     timesteps: tuple[float, ...] = setting((0.1, 0.3, 0.5, 0.7, 0.9, 1.0), share="[0, 1]")
     # Folder of the result. outputs/probe by default.
@@ -69,8 +70,6 @@ def read(arguments: list[str]) -> tuple[Options, dict[str, Any]]:
 
 def read_all(arguments: list[str]) -> tuple[Options, TrainingConfig]:
     """Read the settings that a run would use, for --print-config."""
-    from cameo.training.run_settings import run_settings
-
     options, settings = read(arguments)
     folder = None if options.checkpoint is None else Path(options.checkpoint)
     if folder is not None and not folder.is_dir():
@@ -87,14 +86,13 @@ def main(arguments: list[str]) -> None:
     Launch.from_environment().refuse_several_processes("recipes/probe_layers.py")
     options, settings = read(arguments)
     if options.list:
-        list_layers(read_settings(settings))
+        list_layers(run_settings(settings, CONFIGS, None)[0])
         return
     import cameo
     from cameo.evaluation.pictures import save_figure
     from cameo.probing.ablation import effects_figure, effects_table, perturb_layers
     from cameo.probing.denoising import ValidationSettings, sample_batches
     from cameo.training.data import build_dataset
-    from cameo.training.run_settings import evaluation_settings
 
     pipeline, wrapped, config = load_model(options, settings)
     data = build_dataset(config, "validation")
@@ -141,7 +139,7 @@ def load_model(
 
         from cameo.training.setup import load_pipeline
 
-        config = read_settings(settings)
+        config, _ = run_settings(settings, CONFIGS, None)
         pipeline: Any = load_pipeline(config)
         return pipeline.to("cuda") if torch.cuda.is_available() else pipeline, None, config
     from cameo.training.runs import load_evaluated
@@ -152,13 +150,6 @@ def load_model(
         return run.pipeline, run.model, run.config
     run.model.unwrap()
     return run.pipeline, None, run.config
-
-
-def read_settings(settings: dict[str, Any]) -> TrainingConfig:
-    """Read the settings file of the backbone; the settings of the command line take precedence."""
-    if "pretrained_model_name_or_path" in settings:
-        settings = {"preset": "null", **settings}  # that of the settings file
-    return load_config(settings_file("lora", CONFIGS, settings), settings)
 
 
 def list_layers(config: TrainingConfig) -> None:

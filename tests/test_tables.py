@@ -7,7 +7,7 @@ import pytest
 from cameo.evaluation.report import result_table
 from cameo.probing.ablation import LayerEffect, effects_table
 from cameo.tables import markdown_table
-from cameo.training.setup import metrics_table
+from cameo.training.report import metrics_table
 
 
 def cells(line: str) -> list[str]:

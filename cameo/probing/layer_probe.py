@@ -62,5 +62,14 @@ class LayerProbe(ProbeResult):
         return probe_table(self, columns or {})
 
     def heat_map(self, *, within: int | str = 1, readout: str = "mean", kind: str = "skill") -> Figure:
-        """Draw layers x noise levels, one panel for all pairs of views and one per angle bin."""
+        """Draw layers x noise levels, one panel for all pairs of views and one per angle bin.
+
+        Args:
+            within: one of `self.within`.
+            readout: "mean" of the heads, "best_head" or "through_head"; layers without it are left out.
+            kind: "precision", "chance" or "skill".
+
+        Raises:
+            ValueError: for another distance or kind, or if no probed layer has the readout.
+        """
         return probe_figure(self, within=within, readout=readout, kind=kind)

@@ -332,7 +332,15 @@ def _skill(hits: np.ndarray, chance: np.ndarray, pairs: np.ndarray) -> np.ndarra
 
 
 def check_within(within: Sequence[int]) -> tuple[int, ...]:
-    """Return the distances in tokens, checked; 1 must be among them, since layers are ranked by it."""
+    """Return the distances in tokens, checked; 1 must be among them, since layers are ranked by it.
+
+    Example:
+        >>> check_within([0, 1])
+        (0, 1)
+
+    Raises:
+        ValueError: for a distance that is no whole number of tokens or is given twice, or without 1.
+    """
     distances = tuple(within)
     are_counts = all(type(distance) is int and distance >= 0 for distance in distances)
     if not are_counts or len(set(distances)) < len(distances) or 1 not in distances:

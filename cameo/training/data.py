@@ -39,7 +39,12 @@ ENDLESS = 2**40
 
 
 def build_dataset(config: TrainingConfig, split: str) -> MultiViewDataset:
-    """Build the training or validation set of a run; both are pure functions of their seed and an index."""
+    """Build the training or validation set of a run; both are pure functions of their seed and an index.
+
+    Raises:
+        DataError: if `train_data_dir` is missing or cannot be read.
+        ValueError: if `camera_rig` does not have `num_views` views.
+    """
     kind = data_format(config)
     rig = config.camera_rig if kind in ("objects", "meshes") else None
     if rig:
@@ -255,7 +260,7 @@ def step_generator(config: TrainingConfig, micro_step: int, process: int, *purpo
 def noisy_inputs(
     pipeline: MultiViewPipeline, batch: Mapping[str, Any], config: TrainingConfig, micro_step: int, process: int = 0
 ) -> TrainingInputs:
-    """Add noise to a batch; time steps and noise are functions of seed, step and process alone."""
+    """Add noise to a batch; timesteps and noise are functions of seed, step and process alone."""
     generator = step_generator(config, micro_step, process)
     uniform = torch.rand(batch["images"].shape[0], generator=generator)
     noise_levels = uniform if config.timestep_sampling == "uniform" else 1 - uniform.square()

@@ -135,8 +135,8 @@ def _other_run(folder: Path, config: TrainingConfig) -> str | None:
             state = current_names(TrainingConfig, read_state(checkpoint)["settings"], warn=False)
         except (ValueError, KeyError) as error:
             return f"holds {checkpoint.name}, whose settings cannot be read ({error!r})"
-        then = {name: value for name, value in state.items() if name != "processes"}
-        if differing := _differing(then, continued_settings(config)):
+        saved_settings = {name: value for name, value in state.items() if name != "processes"}
+        if differing := _differing(saved_settings, continued_settings(config)):
             return f"holds {checkpoint.name} of a run with settings of its own ({differing})"
     return None
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -15,23 +14,20 @@ from torch import nn
 
 from cameo.backbone import get_backbone
 from cameo.config import CameoConfig
-from cameo.data import MultiViewDataset, collate
-from cameo.data.batches import to_device
-from cameo.evaluation.pictures import attention_figure, comparison_figure, save_figure
+from cameo.data import MultiViewDataset
 from cameo.evaluation.validation import validate
 from cameo.hub.license import require_license
 from cameo.model import CameoModel
-from cameo.pipeline import MultiViewPipeline, TrainingInputs
+from cameo.pipeline import MultiViewPipeline
 from cameo.probing.denoising import ValidationSettings
-from cameo.probing.mode import evaluation_mode, generate_views, native_precision
 from cameo.processes.accelerator import make_accelerator
 from cameo.processes.launch import Launch
-from cameo.tables import markdown_table
 from cameo.training.checkpoint import find_checkpoint, list_checkpoints, refuse_used_folder
 from cameo.training.data import data_format
 from cameo.training.layer_choice import probe_for
 from cameo.training.output_folder import WITHOUT_CAMEO, hold_folder, refuse_other_runs
 from cameo.training.records import TrainingResult
+from cameo.training.report import card_metrics, metrics_table, write_pictures
 from cameo.training.settings import TrainingConfig
 from cameo.training.trainer import Trainer
 from cameo.wrap import wrap
@@ -51,8 +47,6 @@ __all__ = [
     "wrap_denoiser",
     "write_pictures",
 ]
-
-NOT_MEASURED = "-"
 
 
 @dataclass
@@ -90,7 +84,11 @@ def begin_run(config: TrainingConfig, *, demonstration: bool = False) -> Iterato
 
 
 def load_pipeline(config: TrainingConfig) -> MultiViewPipeline:
-    """Load the weights to start from, or build a preset with weights drawn from `seed`."""
+    """Load the weights to start from, or build a preset with weights drawn from `seed`.
+
+    Raises:
+        ImportError: if the run is to use xformers on a GPU, and it is not installed.
+    """
     adapter = get_backbone(config.backbone)
     if config.pretrained_model_name_or_path:
         pipeline = adapter.load(config.pretrained_model_name_or_path, revision=config.revision, **config.preset_options)
@@ -223,63 +221,6 @@ def validation_callback(
     return on_validation
 
 
-def write_pictures(
-    models: Mapping[str, CameoModel],
-    pipeline: MultiViewPipeline,
-    dataset: MultiViewDataset,
-    config: TrainingConfig,
-    folder: str | Path,
-) -> list[Path]:
-    """Draw predictions and attention maps of one or several models, by name; returns the files.
-
-    Each model is shown twice: the clean image it predicts from pure noise in one step, which the validation measures,
-    and sampled in `num_inference_steps`. All models get the same samples and the same noise. Where no attention can be
-    drawn, a warning says why; `num_validation_images=0` draws nothing.
-    """
-    if not config.num_validation_images:
-        return []
-    device = next(next(iter(models.values())).parameters()).device
-    batch = to_device(collate([dataset[index] for index in range(config.num_validation_images)]), device)
-    with evaluation_mode(pipeline.denoiser):  # without what a pipeline does in training only
-        inputs = pipeline.training_inputs(
-            batch,
-            timesteps=torch.full((len(batch["images"]),), pipeline.num_train_timesteps - 1),
-            generator=torch.Generator().manual_seed(config.data_seed),
-        )
-    predictions = {f"{name} one step".strip(): _in_one_step(model, pipeline, inputs) for name, model in models.items()}
-    predictions |= {
-        f"{name} sampled".strip(): _sampled(model, pipeline, batch, config) for name, model in models.items()
-    }
-    folder = Path(folder)
-    written = [save_figure(comparison_figure(batch, predictions, samples=len(batch["images"])), folder / "views.png")]
-    try:
-        figure = attention_figure(models, batch, inputs)
-    except ValueError as error:
-        warnings.warn(f"attention.png is left out: {error}", stacklevel=2)
-        return written
-    return [*written, save_figure(figure, folder / "attention.png")]
-
-
-def _in_one_step(model: CameoModel, pipeline: MultiViewPipeline, inputs: TrainingInputs) -> torch.Tensor:
-    """Images of all views: the references as they are, the targets as predicted from the noisy input."""
-    with evaluation_mode(model), native_precision(model):
-        return pipeline.predict_clean(model.base_model(*inputs.args, **inputs.kwargs), inputs)
-
-
-def _sampled(
-    model: CameoModel, pipeline: MultiViewPipeline, batch: Mapping[str, Any], config: TrainingConfig
-) -> torch.Tensor:
-    """Images of all views: the references as they are, the targets sampled."""
-    return generate_views(
-        model,
-        pipeline,
-        batch,
-        num_inference_steps=config.num_inference_steps,
-        guidance_scale=config.guidance_scale,
-        generator=torch.Generator().manual_seed(config.data_seed),
-    )
-
-
 def planned_runs(config: TrainingConfig) -> dict[str, TrainingConfig]:
     """Return the settings of each run of a recipe, by name: one run, or two with `compare_without_cameo`.
 
@@ -350,39 +291,3 @@ def train_lora(config: TrainingConfig, training_set: MultiViewDataset, validatio
     on_validation = validation_callback(pipeline, validation_set, config)
     trainer = Trainer(model, pipeline, training_set, config, on_validation=on_validation)
     return LoraRun(model, pipeline, trainer, trainer.train())
-
-
-def card_metrics(validation: Mapping[str, Any]) -> dict[str, Any]:
-    """Pick what a model card shows of a validation result: its figures and settings, without notes and pictures."""
-    return {name: value for name, value in validation.items() if name not in ("notes", "pictures", "step")}
-
-
-def metrics_table(columns: Mapping[str, Mapping[str, Any]]) -> str:
-    """Format validation results side by side as a Markdown table."""
-    covisible = "PSNR of predicted clean image at high noise, pixels the reference sees (dB)"
-    rows: dict[str, Callable[[Mapping[str, Any]], str]] = {
-        "denoising loss, fixed noise": lambda m: f"{m['loss']:.4f}",
-        covisible: lambda m: _figure(m["psnr_covisible"], ".2f"),
-        "the same, all target pixels (dB)": lambda m: f"{m['psnr_all']:.2f}",
-        "attention precision, mean of heads, exact token": lambda m: _share(m, "mean@0"),
-        "attention precision, mean of heads, within 1 token": lambda m: _share(m, "mean@1"),
-        "attention precision, best head, within 1 token": lambda m: _share(m, "best_head@1"),
-        "attention precision, through the alignment head, within 1 token": lambda m: _share(m, "through_head@1"),
-        "share of queries whose most-attended view shows the same point": lambda m: _view_share(m, "mean"),
-        "the same by chance": lambda m: _view_share(m, "chance"),
-    }
-    shown = {title: [show(metrics) for metrics in columns.values()] for title, show in rows.items()}
-    measured = {title: cells for title, cells in shown.items() if any(cell != NOT_MEASURED for cell in cells)}
-    return markdown_table(["", *columns], [[title, *cells] for title, cells in measured.items()])
-
-
-def _share(metrics: Mapping[str, Any], name: str) -> str:
-    return _figure((metrics["precision"] or {}).get(name), ".1%")
-
-
-def _view_share(metrics: Mapping[str, Any], name: str) -> str:
-    return _figure((metrics.get("precision_view") or {}).get(name), ".1%")
-
-
-def _figure(value: float | None, format_spec: str) -> str:
-    return NOT_MEASURED if value is None else format(value, format_spec)

@@ -154,7 +154,7 @@ def training_matches(
     Args:
         model: whose supervised layers decide the token grids.
         batch: collated samples; matches that a loader handed over are used.
-        noise_levels: time step of each sample as a share of the last one, `[B]`.
+        noise_levels: noise level of each sample, its share of the last timestep in [0, 1], `[B]`.
         config: controls and noise.
         micro_step: decides the random numbers, with the seed of the run.
         process: decides them too.

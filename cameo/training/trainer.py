@@ -44,7 +44,7 @@ class Trainer:
             `validation_steps` and at the end, with the EMA weights where they are used. What it returns is kept in
             `output_dir/validations.jsonl`, and its numbers are logged.
 
-    Resuming is exact: samples, time steps and noise are functions of seed and step, and the rest of the state is in
+    Resuming is exact: samples, timesteps and noise are functions of seed and step, and the rest of the state is in
     the checkpoint. A checkpoint is written every `checkpointing_steps`, at the end, and on SIGTERM or SIGINT.
     """
 

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from cameo.evaluation.pictures import attention_figure, comparison_figure, save_figure
-from cameo.training.setup import write_pictures
+from cameo.training.report import write_pictures
 from cameo.wrap import CameoModel
 from tests.helpers.batches import make_batch
 from tests.helpers.training_runs import make_config

@@ -19,7 +19,8 @@ from cameo.errors import DataError
 from cameo.processes.accelerator import make_accelerator
 from cameo.training.checkpoint import list_checkpoints
 from cameo.training.data import StepSampler, build_dataset, noisy_inputs
-from cameo.training.setup import add_lora, load_pipeline, train_lora, wrap_denoiser, write_pictures
+from cameo.training.report import write_pictures
+from cameo.training.setup import add_lora, load_pipeline, train_lora, wrap_denoiser
 from cameo.training.trainer import Trainer
 from tests.helpers.batches import make_batch
 from tests.helpers.training_runs import make_config, make_trainer

@@ -35,7 +35,7 @@ class AlignmentSettings(Settings):
     weight_schedule: str = setting("constant", choices=("constant", "linear", "cosine"))
     # Step from which on there is no alignment loss, >= 1. null, the default, aligns to the last step.
     alignment_until: int | None = setting(None, at_least=1)
-    # Samples whose noise level, a share of the last time step in [0, 1), is lower are not aligned. 0, the default,
+    # Samples whose noise level, a share of the last timestep in [0, 1), is lower are not aligned. 0, the default,
     # aligns all.
     alignment_min_noise: float = setting(0.0, share="[0, 1)")
     # Softmax over the keys of each view alone (per_view, the paper's) or of all other views together (all_views). null,
