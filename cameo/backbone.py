@@ -20,7 +20,7 @@ from cameo.attention.capture import AttentionLayer
 from cameo.attention.layout import TokenLayout
 from cameo.config import CameoConfig
 from cameo.errors import as_integer, unknown_name
-from cameo.renamed import METHODS, old_functions, warn_renamed
+from cameo.renamed import METHODS, old_attributes, old_functions, warn_renamed
 
 __all__ = [
     "Backbone",
@@ -39,6 +39,7 @@ if not TYPE_CHECKING:
     __getattr__ = old_functions(__name__)
 
 
+@old_attributes
 @dataclass(frozen=True)
 class Release:
     """Published weights, as a backbone's `released` lists them by Hub id.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TypeVar
 
-from diffusers import ModelMixin, UNet2DConditionModel  # noqa: F401 - the second for the example below
+from diffusers import ModelMixin
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0, XFormersAttnProcessor
 from einops import rearrange
 from torch import Tensor, nn
@@ -64,6 +64,7 @@ def inflate(unet: Denoiser, *, use_xformers: bool = False, latent_stride: int | 
 
     Example:
         >>> import torch
+        >>> from diffusers import UNet2DConditionModel
         >>> unet = UNet2DConditionModel(
         ...     sample_size=8, block_out_channels=(32,), layers_per_block=1, norm_num_groups=8,
         ...     down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",),

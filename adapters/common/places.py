@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["place_of"]
+__all__ = ["PLACE_OPTIONS", "place_of"]
+
+PLACE_OPTIONS = ("cache_dir", "local_files_only", "token")
 
 
 def place_of(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -15,4 +17,4 @@ def place_of(options: Mapping[str, Any]) -> dict[str, Any]:
         >>> place_of({"local_files_only": True, "torch_dtype": "auto"})
         {'local_files_only': True}
     """
-    return {name: options[name] for name in ("cache_dir", "local_files_only", "token") if name in options}
+    return {name: options[name] for name in PLACE_OPTIONS if name in options}

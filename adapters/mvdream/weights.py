@@ -12,7 +12,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, UNet2DCon
 from torch import Tensor
 
 from cameo.adapters.common.noise_schedules import ddim
-from cameo.adapters.common.places import place_of
+from cameo.adapters.common.places import PLACE_OPTIONS, place_of
 from cameo.adapters.mvdream.convert import from_ldm, unet_config, unet_part
 from cameo.adapters.mvdream.denoiser import ImageDreamUNet
 from cameo.adapters.mvdream.pipeline import MVDreamPipeline
@@ -187,9 +187,10 @@ def _in_precision(unet: UNet2DConditionModel, options: Mapping[str, Any]) -> UNe
 
 def _split_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Options of our pipeline, and those of the components' `from_pretrained`."""
+    known = (*PIPELINE_OPTIONS, "torch_dtype", *PLACE_OPTIONS)
     for name in options:
-        if name not in (*PIPELINE_OPTIONS, "torch_dtype", *place_of(options)):
-            raise unknown_name("option of mvdream", name, (*PIPELINE_OPTIONS, "torch_dtype"))
+        if name not in known:
+            raise unknown_name("option of mvdream", name, known)
     return {name: options[name] for name in PIPELINE_OPTIONS if name in options}, {
         name: value for name, value in options.items() if name not in PIPELINE_OPTIONS
     }

@@ -33,7 +33,7 @@ __all__ = [
     "unet_name",
 ]
 
-# Of the canvas the queries, and the keys with those of the reference behind them.
+# The queries are tokens of the canvas; the keys are the same tokens, followed by those of the reference.
 LAYOUT = TokenLayout("b (r h c w)", key="b (r h c w + h' w')", references_last=1, r=3, c=2)
 RELEASED_STRIDE = 8  # of Stable Diffusion's VAE, on which the releases are built
 RELEASED_REFERENCE_SIZE = (512, 512)  # height and width in pixels at which the releases encode the reference image
@@ -48,7 +48,7 @@ def find_attentions(model: nn.Module) -> dict[str, Any]:
         >>> list(find_attentions(get_backbone("zero123plus").build("tiny").unet))[0]
         'down_blocks.1.attentions.0.transformer_blocks.0.attn1'
     """
-    return self_attentions(model, prefix=unet_name(model))
+    return self_attentions(model) or self_attentions(model, prefix="unet")
 
 
 def find_levels(model: nn.Module) -> dict[str, int]:

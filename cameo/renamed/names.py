@@ -69,6 +69,7 @@ ATTRIBUTES: dict[str, dict[str, str]] = {
     "CameoModel": {"sites": "attention_layers", "supervised_sites": "supervised_layers"},
     "Correspondence": {"sizes": "token_grids", "visible": "matched", "weight": "match_weight"},
     "LayerProbe": {"timesteps": "noise_levels"},
+    "Release": {"licence": "license"},
     "TokenLayout": {"localise": "localize"},
 }
 # Methods of `cameo.backbone.Backbone`, which adapters of other packages override: old name, new name.

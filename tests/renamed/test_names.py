@@ -24,7 +24,7 @@ from torch import Tensor, nn
 import cameo
 from cameo import AlignmentHead, Correspondence, TokenLayout, alignment_loss, renamed
 from cameo.attention.capture import AttentionLayer
-from cameo.backbone import Backbone, get_backbone
+from cameo.backbone import Backbone, Release, get_backbone
 from cameo.config import CONFIG_NAME, CameoConfig
 from cameo.errors import DataError
 from cameo.hub import push_to_hub, save_load, save_pretrained
@@ -241,6 +241,7 @@ ATTRIBUTE_EXAMPLES: dict[tuple[str, str], Attribute] = {
     ("Correspondence", "visible"): Attribute(correspondence),
     ("Correspondence", "weight"): Attribute(correspondence),
     ("LayerProbe", "timesteps"): Attribute(uneven_probe),
+    ("Release", "licence"): Attribute(lambda: Release("openrail++")),
     ("TokenLayout", "localise"): Attribute(lambda: TokenLayout("b (v h w)")),
 }
 

@@ -78,9 +78,9 @@ def test_seven_of_sixteen_layers_join_the_views(build: Callable[[], nn.Module]) 
             module.register_forward_pre_hook(note(name))
     run(model)
     height, width = LATENT
-    token_grids = [1, 1, 2, 2, 4, 4, 8, 4, 4, 4, 2, 2, 2, 1, 1, 1]  # latent cells per token side, in execution order
+    cells = [1, 1, 2, 2, 4, 4, 8, 4, 4, 4, 2, 2, 2, 1, 1, 1]  # latent cells per token side, in execution order
     joined = [VIEWS if 6 <= index <= 12 else 1 for index in range(16)]
-    expected = [views * height * width // size**2 for views, size in zip(joined, token_grids, strict=True)]
+    expected = [views * height * width // side**2 for views, side in zip(joined, cells, strict=True)]
     assert list(tokens.values()) == expected
     assert list(tokens)[10] == JOINT
 

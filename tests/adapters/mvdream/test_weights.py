@@ -209,6 +209,12 @@ def test_load_an_original_checkpoint(tokens: bool, tmp_path: Path) -> None:
     assert built.scheduler.config.prediction_type == "epsilon"
 
 
+def test_an_unknown_option_names_those_that_there_are(tmp_path: Path) -> None:
+    (tmp_path / "4view.pt").touch()
+    with pytest.raises(ValueError, match=r"'cache_folder'.* Known: cache_dir, local_files_only, prompt, .*torch_dtype"):
+        get_backbone("mvdream").load(str(tmp_path / "4view.pt"), cache_folder="cache")
+
+
 def test_a_checkpoint_cannot_run_code(tmp_path: Path) -> None:
     class Evil:
         def __reduce__(self) -> Any:
