@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby, permutations
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -30,8 +30,12 @@ from cameo.correspondence import Correspondence
 from cameo.data.shards import RECIPE, Shard, check_settings, check_writable, damaged, missing_shards, shard_files
 from cameo.errors import DataError
 from cameo.geometry.grids import TokenGrids
+from cameo.renamed import old_functions
 
 __all__ = ["GridPair", "MatchReader", "MatchWriter", "TokenGrids", "view_checksum"]
+
+if not TYPE_CHECKING:  # a type checker is to see the new names alone
+    __getattr__ = old_functions(__name__)
 
 # Bits of a key that hold a view; the scene has the rest of 63 bits.
 VIEW_BITS = 20

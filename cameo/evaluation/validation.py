@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import Dataset
 
@@ -19,8 +19,12 @@ from cameo.model import CameoModel
 from cameo.pipeline import MultiViewPipeline
 from cameo.probing.denoising import NOT_COVISIBLE, DenoisingErrors, DenoisingPass, ValidationSettings, measure_denoising
 from cameo.probing.tally import BatchMatches, LayerHitCounter
+from cameo.renamed import old_functions
 
 __all__ = ["validate"]
+
+if not TYPE_CHECKING:  # a type checker is to see the new names alone
+    __getattr__ = old_functions(__name__)
 
 
 def validate(

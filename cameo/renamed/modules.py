@@ -122,7 +122,11 @@ MOVED_NAMES: dict[str, str] = {
     "cameo.probe_tally.BatchTruths": "cameo.probing.tally.BatchMatches",
     "cameo.probe_tally.LayerTally": "cameo.probing.tally.LayerHitCounter",
     "cameo.evaluation.runs.Evaluated": "cameo.training.runs.EvaluatedModel",
+    "cameo.kernels.sweep.Swept": "cameo.alignment.sweep.LossAndGradients",
+    "cameo.licence.find_licence": "cameo.hub.license.find_license",
+    "cameo.licence.require_licence": "cameo.hub.license.require_license",
     "cameo.self_view.self_view_only": "cameo.probing.ablation.self_view_only",
+    "cameo.weights.format_of": "cameo.hub.weights.format_to_write",
 }
 
 

@@ -7,7 +7,7 @@ of an old name gives a `FutureWarning` that says what to write instead.
 from __future__ import annotations
 
 import functools
-import sys
+import importlib
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import fields
@@ -32,10 +32,19 @@ P = ParamSpec("P")
 R = TypeVar("R")
 Class = TypeVar("Class", bound=type)
 
-# Module: old name of a function in it, new name.
+# Module: old name of a function or type in it, new name, with its module where that is another one.
 FUNCTIONS: dict[str, dict[str, str]] = {
     "cameo.backbone": {"core_module": "unwrap_peft"},
+    "cameo.data.matches": {"Sizes": "cameo.geometry.grids.TokenGrids"},
+    "cameo.evaluation.validation": {
+        "covisible_pixels": "cameo.probing.denoising.covisible_pixels",
+        "denoising_passes": "cameo.probing.denoising.denoising_passes",
+        "fixed_inputs": "cameo.probing.denoising.fixed_inputs",
+        "sample_batches": "cameo.probing.denoising.sample_batches",
+    },
     "cameo.model": {"holder": "wrapper_of"},
+    "cameo.training.data": {"to_device": "cameo.data.batches.to_device"},
+    "cameo.training.setup": {"arms_of": "planned_runs"},
 }
 # Callable, by its qualified name: old keyword, new keyword.
 KEYWORDS: dict[str, dict[str, str]] = {
@@ -97,8 +106,10 @@ def old_functions(module: str) -> Callable[[str], Any]:
     def get(name: str) -> Any:
         if name not in FUNCTIONS[module]:
             raise AttributeError(f"module {module!r} has no attribute {name!r}")
-        warn_renamed(f"{module}.{name}", FUNCTIONS[module][name], stacklevel=2)
-        return getattr(sys.modules[module], FUNCTIONS[module][name])
+        new = FUNCTIONS[module][name]
+        warn_renamed(f"{module}.{name}", new, stacklevel=2)
+        place, _, current = new.rpartition(".")
+        return getattr(importlib.import_module(place or module), current)
 
     return get
 

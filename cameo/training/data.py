@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from cameo.errors import DataError
 from cameo.model import CameoModel
 from cameo.pipeline import MultiViewPipeline, TrainingInputs
 from cameo.processes.stopping import leave_signals_to_parent
+from cameo.renamed import old_functions
 from cameo.training.settings import TrainingConfig
 
 __all__ = [
@@ -34,6 +35,9 @@ __all__ = [
     "training_batches",
     "with_matches",
 ]
+
+if not TYPE_CHECKING:  # a type checker is to see the new names alone
+    __getattr__ = old_functions(__name__)
 
 ENDLESS = 2**40
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -22,6 +22,7 @@ from cameo.pipeline import MultiViewPipeline
 from cameo.probing.denoising import ValidationSettings
 from cameo.processes.accelerator import make_accelerator
 from cameo.processes.launch import Launch
+from cameo.renamed import old_functions
 from cameo.training.checkpoint import find_checkpoint, list_checkpoints, refuse_used_folder
 from cameo.training.data import data_format
 from cameo.training.layer_choice import probe_for
@@ -47,6 +48,9 @@ __all__ = [
     "wrap_denoiser",
     "write_pictures",
 ]
+
+if not TYPE_CHECKING:  # a type checker is to see the new names alone
+    __getattr__ = old_functions(__name__)
 
 
 @dataclass

@@ -30,6 +30,7 @@ from cameo.errors import DataError
 from cameo.hub import push_to_hub, save_load, save_pretrained
 from cameo.renamed import ATTRIBUTES, CONFIG_KEYS, FUNCTIONS, KEYWORDS, METHODS, SETTINGS
 from cameo.training.settings import TrainingConfig, load_config
+from tests.helpers.batches import make_batch
 from tests.helpers.models import JointModel
 from tests.helpers.probes import LEVELS, NOTHING_PROBED, tiny_model, uneven_probe
 
@@ -202,7 +203,14 @@ def test_replace_takes_an_old_keyword(old: str) -> None:
 # A call of the function, which is handed over, and what it returns.
 FUNCTION_EXAMPLES: dict[tuple[str, str], Callable[[Callable[..., Any]], bool]] = {
     ("cameo.backbone", "core_module"): lambda function: function(LINEAR) is LINEAR,
+    ("cameo.data.matches", "Sizes"): lambda alias: alias == tuple[tuple[int, int], ...],
+    ("cameo.evaluation.validation", "covisible_pixels"): lambda function: function(make_batch()).dtype == torch.bool,
+    ("cameo.evaluation.validation", "denoising_passes"): callable,
+    ("cameo.evaluation.validation", "fixed_inputs"): callable,
+    ("cameo.evaluation.validation", "sample_batches"): callable,
     ("cameo.model", "holder"): lambda function: function(LINEAR) is None,
+    ("cameo.training.data", "to_device"): lambda function: function({"seed": 1}, torch.device("cpu")) == {"seed": 1},
+    ("cameo.training.setup", "arms_of"): lambda function: list(function(TrainingConfig())) == ["with CAMEO"],
 }
 
 
@@ -211,7 +219,8 @@ def test_an_old_function_is_the_new_one(module: str, old: str, new: str) -> None
     place = importlib.import_module(module)
     with warns_once(f"{module}.{old} is now called {new}; "):
         function = getattr(place, old)
-    assert function is getattr(place, new)
+    elsewhere, _, current = new.rpartition(".")
+    assert function is getattr(importlib.import_module(elsewhere or module), current)
     assert FUNCTION_EXAMPLES[module, old](function)
     with pytest.raises(AttributeError, match=f"module '{module}' has no attribute 'nothing'"):
         _ = place.nothing  # type: ignore[attr-defined]
