@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from cameo.alignment import AlignmentHead, alignment_loss, check_options
-from cameo.alignment.head import check_head_options
+from cameo.alignment import AlignmentHead, alignment_loss, check_head_options, check_options
 from cameo.alignment.head_watch import HeadWatch
 from cameo.attention.capture import AttentionCapture, AttentionLayer, CapturedAttention
 from cameo.backbone import get_backbone, resolve_layers, unwrap_peft
@@ -26,8 +25,7 @@ __all__ = ["CameoModel", "attach", "check_plain", "wrapped_bases", "wrapper_of"]
 if not TYPE_CHECKING:
     __getattr__ = old_functions(__name__)
 
-# Base modules and the CameoModel that wraps each, both by weak references: a base whose CameoModel was deleted without
-# unwrap() can be wrapped again, and is freed when nothing else uses it.
+# Base modules and the CameoModel that wraps each, both by weak references, so that a deleted wrapper frees its base.
 _wrappers: weakref.WeakKeyDictionary[nn.Module, weakref.ref[CameoModel]] = weakref.WeakKeyDictionary()
 
 NO_LOSS = "no alignment loss: call the model with correspondence= before reading alignment_loss"
@@ -248,11 +246,13 @@ class CameoModel(nn.Module):
             )
         return grids.pop()
 
+    @old_keywords
     def capture(self, layers: Sequence[AttentionLayer] | None = None) -> AttentionCapture:
-        """Observe queries and keys of `attention_layers` (default: the supervised ones) inside a `with` block."""
+        """Observe queries and keys of `layers` (default: the supervised ones) inside a `with` block."""
         return AttentionCapture(unwrap_peft(self.base_model), self._supervised if layers is None else layers)
 
     @staticmethod
+    @old_keywords
     def split(
         layer: AttentionLayer, seen: CapturedAttention, match: Correspondence
     ) -> tuple[Tensor, Tensor, Correspondence]:

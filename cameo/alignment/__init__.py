@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from cameo.lazy import load_on_use
 
 if TYPE_CHECKING:
-    from cameo.alignment.head import AlignmentHead
+    from cameo.alignment.head import AlignmentHead, check_head_options
     from cameo.alignment.loss import alignment_loss
     from cameo.alignment.options import check_options
     from cameo.alignment.supervision import supervision_weights
@@ -15,6 +15,7 @@ else:
         {
             "AlignmentHead": "cameo.alignment.head",
             "alignment_loss": "cameo.alignment.loss",
+            "check_head_options": "cameo.alignment.head",
             "check_options": "cameo.alignment.options",
             "supervision_weights": "cameo.alignment.supervision",
         },
@@ -23,6 +24,7 @@ else:
 __all__ = [
     "AlignmentHead",
     "alignment_loss",
+    "check_head_options",
     "check_options",
     "supervision_weights",
 ]

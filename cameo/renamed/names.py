@@ -49,8 +49,10 @@ FUNCTIONS: dict[str, dict[str, str]] = {
 # Callable, by its qualified name: old keyword, new keyword.
 KEYWORDS: dict[str, dict[str, str]] = {
     "CameoConfig": {"normalise": "normalize"},
+    "CameoModel.capture": {"sites": "layers"},
     "CameoModel.push_to_hub": {"licence": "license"},
     "CameoModel.save_pretrained": {"licence": "license"},
+    "CameoModel.split": {"site": "layer"},
     "Correspondence": {"sizes": "token_grids", "weight": "match_weight"},
     "Correspondence.from_depth": {"size": "token_grid"},
     "Correspondence.from_features": {"size": "token_grid"},

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 import cameo
 from cameo import AlignmentHead, Correspondence, TokenLayout, alignment_loss, renamed
-from cameo.attention.capture import AttentionLayer
+from cameo.attention.capture import AttentionLayer, CapturedAttention
 from cameo.backbone import Backbone, Release, get_backbone
 from cameo.config import CONFIG_NAME, CameoConfig
 from cameo.errors import DataError
@@ -35,6 +35,7 @@ from tests.helpers.models import JointModel
 from tests.helpers.probes import LEVELS, NOTHING_PROBED, tiny_model, uneven_probe
 
 LINEAR = nn.Linear(1, 1)
+LAYER = AttentionLayer(0, "joint", 2, TokenLayout("b (v h w)"), stride=8)
 GRIDS = ((2, 2), (2, 2), (2, 2))
 INDEX = torch.full((1, 3, 3, 4), -1)
 INDEX[0, 0, 1] = torch.tensor([3, 1, -1, 0])
@@ -113,6 +114,13 @@ def card_of_push(push: Callable[..., str], **keywords: Any) -> str:
         return push(wrapped(), "me/rooms", token="hf_of_nobody", **keywords)
 
 
+def split(**keywords: Any) -> tuple[Tensor, Tensor, Correspondence]:
+    tokens = torch.zeros(1, 2, 12, 4)
+    return cameo.CameoModel.split(
+        seen=CapturedAttention(tokens, tokens, 0.5), match=Correspondence(INDEX, GRIDS), **keywords
+    )
+
+
 @dataclass(frozen=True)
 class Keyword:
     """A call that takes the keyword under both names, another value than the default, and what is compared."""
@@ -124,9 +132,13 @@ class Keyword:
 
 KEYWORD_EXAMPLES: dict[tuple[str, str], Keyword] = {
     ("CameoConfig", "normalise"): Keyword(lambda **given: CameoConfig("cat3d", ["mid"], **given), "all_views"),
+    ("CameoModel.capture", "sites"): Keyword(
+        lambda **given: wrapped().capture(**given), [LAYER], lambda capture: list(capture._attention_layers)
+    ),
     ("CameoModel.push_to_hub", "licence"): Keyword(
         lambda **given: card_of_push(cameo.CameoModel.push_to_hub, **given), "cc-by-4.0"
     ),
+    ("CameoModel.split", "site"): Keyword(split, LAYER, lambda parts: [part.shape for part in parts[:2]]),
     ("CameoModel.save_pretrained", "licence"): Keyword(
         lambda **given: card_of_save(cameo.CameoModel.save_pretrained, **given), "cc-by-4.0"
     ),
@@ -205,9 +217,7 @@ FUNCTION_EXAMPLES: dict[tuple[str, str], Callable[[Callable[..., Any]], bool]] =
     ("cameo.backbone", "core_module"): lambda function: function(LINEAR) is LINEAR,
     ("cameo.data.matches", "Sizes"): lambda alias: alias == tuple[tuple[int, int], ...],
     ("cameo.evaluation.validation", "covisible_pixels"): lambda function: function(make_batch()).dtype == torch.bool,
-    ("cameo.evaluation.validation", "denoising_passes"): callable,
-    ("cameo.evaluation.validation", "fixed_inputs"): callable,
-    ("cameo.evaluation.validation", "sample_batches"): callable,
+    **{("cameo.evaluation.validation", f): callable for f in ("denoising_passes", "fixed_inputs", "sample_batches")},
     ("cameo.model", "holder"): lambda function: function(LINEAR) is None,
     ("cameo.training.data", "to_device"): lambda function: function({"seed": 1}, torch.device("cpu")) == {"seed": 1},
     ("cameo.training.setup", "arms_of"): lambda function: list(function(TrainingConfig())) == ["with CAMEO"],
@@ -242,7 +252,7 @@ def correspondence() -> Correspondence:
 
 
 ATTRIBUTE_EXAMPLES: dict[tuple[str, str], Attribute] = {
-    ("AttentionLayer", "sizes"): Attribute(lambda: AttentionLayer(0, "joint", 2, TokenLayout("b (v h w)"), stride=8)),
+    ("AttentionLayer", "sizes"): Attribute(lambda: LAYER),
     ("CameoConfig", "normalise"): Attribute(lambda: CameoConfig("cat3d", ["mid"]), "all_views"),
     ("CameoModel", "sites"): Attribute(wrapped),
     ("CameoModel", "supervised_sites"): Attribute(wrapped),
