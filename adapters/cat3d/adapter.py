@@ -43,6 +43,7 @@ class Cat3D(Backbone):
             "attention_levels": (False, True),
             "heads": 4,
             "norm_num_groups": 16,
+            "position": "sincos",
         },
         "small": {
             "image_size": 128,
@@ -50,6 +51,7 @@ class Cat3D(Backbone):
             "attention_levels": (False, True, True),
             "heads": 8,
             "layers_per_block": 2,
+            "position": "sincos",
         },
         "transformer-tiny": {"image_size": 32, "heads": 4, "width": 128, "blocks": 6},
         "transformer-small": {"image_size": 64, "heads": 8, "width": 384, "blocks": 12},
@@ -115,12 +117,21 @@ class Cat3D(Backbone):
             preset: one of `presets`.
             **options: override a preset's values: `image_size`, `patch_size`, `heads`, `prediction_type`,
                 `zero_terminal_snr`; of a U-Net also `block_out_channels`, `attention_levels` (per resolution, finest
-                first), `layers_per_block`, `norm_num_groups`; of a transformer `width` and `blocks`.
+                first), `layers_per_block`, `norm_num_groups`, `position` ("sincos" or "none", see
+                `cameo.adapters.common.positions`); of a transformer `width` and `blocks`.
+
+        Raises:
+            ValueError: for an unknown preset or option; for `position` of a transformer, which has its own.
         """
         from cameo.adapters.cat3d.pipeline import Cat3DPipeline
         from cameo.adapters.common.noise_schedules import ddim
 
         is_transformer = "blocks" in self.presets.get(preset, ())
+        if is_transformer and "position" in options:
+            raise ValueError(
+                f"position: is an option of the U-Nets; the transformer of preset {preset!r} has a position embedding "
+                "of its own. Leave the option out"
+            )
         defaults = {} if is_transformer else {"layers_per_block": 1, "norm_num_groups": 32}
         schedule = {"prediction_type": "v_prediction", "zero_terminal_snr": True}
         values = preset_values(self, preset, options, patch_size=4, **defaults, **schedule)
@@ -128,7 +139,8 @@ class Cat3D(Backbone):
         unet = joint_dit(values, channels) if is_transformer else unet_2d(values, in_channels=channels)
         snr = values["zero_terminal_snr"]
         scheduler = ddim(values["prediction_type"], zero_terminal_snr=snr, whole_range=True)
-        return Cat3DPipeline(unet, scheduler, patch_size=values["patch_size"])
+        position = values.get("position", "none")
+        return Cat3DPipeline(unet, scheduler, patch_size=values["patch_size"], position=position)
 
     def load(self, name_or_path: str, *, revision: str | None = None, **options: Any) -> Any:
         """Load a saved `Cat3DPipeline`, the bundled base, or start from Stable Diffusion.

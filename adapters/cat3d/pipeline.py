@@ -20,6 +20,7 @@ from cameo.adapters.cat3d.cameras import CONDITION_CHANNELS, camera_maps, withou
 from cameo.adapters.cat3d.denoiser import JointDiT
 from cameo.adapters.common.joint_views import check_joined, inflate
 from cameo.adapters.common.latent_pipeline import LatentPipeline, reference_views
+from cameo.adapters.common.positions import set_position
 from cameo.adapters.common.sampler import sample_latents
 from cameo.pipeline import TrainingInputs
 
@@ -47,6 +48,8 @@ class Cat3DPipeline(LatentPipeline):
         scheduler: noise schedule for training and sampling; prediction type "v_prediction" or "epsilon".
         vae: `AutoencoderKL` or `AutoencoderTiny`; None works on pixels, folded into channels by `patch_size`.
         patch_size: side of the pixel blocks that become one latent cell, without a VAE.
+        position: "sincos" adds a map of positions behind the U-Net's first convolution, see
+            `cameo.adapters.common.positions`; "none" takes it off.
     """
 
     backbone = "cat3d"
@@ -58,6 +61,7 @@ class Cat3DPipeline(LatentPipeline):
         scheduler: DDIMScheduler,
         vae: Any = None,
         patch_size: int = 4,
+        position: str = "none",
     ) -> None:
         super().__init__()
         settings = scheduler.config
@@ -79,7 +83,8 @@ class Cat3DPipeline(LatentPipeline):
                 f"{unet.config.out_channels}"
             )
         self.register_modules(unet=unet, scheduler=scheduler, vae=vae)
-        self.register_to_config(patch_size=patch_size)
+        set_position(unet, position)
+        self.register_to_config(patch_size=patch_size, position=position)
         inflate(unet, latent_stride=self.latent_stride)
 
     def enable_xformers_memory_efficient_attention(self, attention_op: Any = None) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from cameo.adapters.common.images import process
 from cameo.adapters.common.joint_views import check_joined
 from cameo.adapters.common.latent_pipeline import LatentPipeline
+from cameo.adapters.common.positions import set_position
 from cameo.adapters.common.sampler import sample_latents
 from cameo.adapters.mvdream.cameras import camera_vectors
 from cameo.adapters.mvdream.denoiser import ImageDreamUNet, prepare
@@ -65,6 +66,8 @@ class MVDreamPipeline(LatentPipeline):
         single_image_share: share of the training batches in which each view is a sample of its own, without camera,
             and nothing is aligned (`TrainingInputs.aligned` is False). The paper trains 30 % of its batches
             like this, on other images, so that the model keeps what it knew.
+        position: "sincos" adds a map of positions behind the U-Net's first convolution, see
+            `cameo.adapters.common.positions`; "none", as published, takes it off.
 
     Raises:
         ValueError: if the components do not go together; says which.
@@ -89,6 +92,7 @@ class MVDreamPipeline(LatentPipeline):
         condition: str = "text",
         prompt: str = "",
         single_image_share: float = 0.0,
+        position: str = "none",
     ) -> None:
         super().__init__()
         if condition not in CONDITIONS:
@@ -126,8 +130,13 @@ class MVDreamPipeline(LatentPipeline):
             image_encoder=image_encoder,
             feature_extractor=feature_extractor,
         )
+        set_position(unet, position)
         self.register_to_config(
-            patch_size=patch_size, condition=condition, prompt=prompt, single_image_share=single_image_share
+            patch_size=patch_size,
+            condition=condition,
+            prompt=prompt,
+            single_image_share=single_image_share,
+            position=position,
         )
         prepare(unet, image_view=condition == "image", latent_stride=self.latent_stride)
 

@@ -56,6 +56,7 @@ class SV3D(Backbone):
             "heads": 4,
             "layers_per_block": 1,
             "embed_dim": 32,
+            "position": "sincos",
         },
         "small": {
             "image_size": 64,
@@ -64,6 +65,7 @@ class SV3D(Backbone):
             "heads": 8,
             "layers_per_block": 2,
             "embed_dim": 128,
+            "position": "sincos",
         },
     }
     preset_license = "apache-2.0"
@@ -150,7 +152,8 @@ class SV3D(Backbone):
             preset: "tiny" or "small".
             **options: override a preset's values: `image_size`, `patch_size`, `block_out_channels` (multiples of 32),
                 `attention_levels` (per resolution, finest first), `layers_per_block`, `heads`, `embed_dim` (Fourier
-                features of one number), `camera` (False: without angles, as SV3D_u), `noise_mean`, `noise_deviation`.
+                features of one number), `camera` (False: without angles, as SV3D_u), `noise_mean`, `noise_deviation`,
+                `position` ("sincos" or "none", see `cameo.adapters.common.positions`).
         """
         from cameo.adapters.common.noise_schedules import edm_euler
         from cameo.adapters.sv3d.denoiser import SV3DUNet
@@ -180,6 +183,7 @@ class SV3D(Backbone):
             patch_size=values["patch_size"],
             noise_mean=values["noise_mean"],
             noise_deviation=values["noise_deviation"],
+            position=values["position"],
         )
 
     def load(self, name_or_path: str, *, revision: str | None = None, **options: Any) -> Any:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from cameo.adapters.common.joint_views import JointViewAttnProcessor
 from cameo.adapters.common.latent_pipeline import LatentPipeline, reference_views
+from cameo.adapters.common.positions import set_position
 from cameo.adapters.common.sampler import sample_latents
 from cameo.adapters.sv3d.cameras import orbit_angles
 from cameo.adapters.sv3d.denoiser import SV3DUNet
@@ -62,6 +63,8 @@ class SV3DPipeline(LatentPipeline):
         image_encoder: `CLIPVisionModelWithProjection`; None gives the cross-attention zeros.
         patch_size: side of the pixel blocks that become one latent cell, without a VAE.
         noise_mean, noise_deviation: of the logarithm of the noise level in training.
+        position: "sincos" adds a map of positions behind the U-Net's first convolution, see
+            `cameo.adapters.common.positions`; "none", as published, takes it off.
     """
 
     backbone = "sv3d"
@@ -77,6 +80,7 @@ class SV3DPipeline(LatentPipeline):
         patch_size: int = 4,
         noise_mean: float = 0.7,
         noise_deviation: float = 1.6,
+        position: str = "none",
     ) -> None:
         super().__init__()
         settings = scheduler.config
@@ -100,7 +104,10 @@ class SV3DPipeline(LatentPipeline):
                 f"cross-attention takes, got {image_encoder.config.projection_dim}"
             )
         self.register_modules(unet=unet, scheduler=scheduler, vae=vae, image_encoder=image_encoder)
-        self.register_to_config(patch_size=patch_size, noise_mean=noise_mean, noise_deviation=noise_deviation)
+        set_position(unet, position)
+        self.register_to_config(
+            patch_size=patch_size, noise_mean=noise_mean, noise_deviation=noise_deviation, position=position
+        )
         if unet.config.get("latent_stride") != self.latent_stride:
             unet.register_to_config(latent_stride=self.latent_stride)
 

@@ -48,6 +48,7 @@ class Zero123Plus(Backbone):
             "attention_levels": (False, True),
             "heads": 4,
             "norm_num_groups": 16,
+            "position": "sincos",
         },
         "small": {
             "image_size": 128,
@@ -56,6 +57,7 @@ class Zero123Plus(Backbone):
             "attention_levels": (False, True, True),
             "heads": 8,
             "layers_per_block": 2,
+            "position": "sincos",
         },
     }
     preset_license = "apache-2.0"
@@ -149,7 +151,7 @@ class Zero123Plus(Backbone):
             preset: "tiny" or "small".
             **options: override a preset's values: `image_size` and `reference_size` (pixels), `patch_size`,
                 `block_out_channels`, `attention_levels` (per resolution, finest first), `layers_per_block`, `heads`,
-                `norm_num_groups`.
+                `norm_num_groups`, `position` ("sincos" or "none", see `cameo.adapters.zero123plus.positions`).
         """
         from cameo.adapters.common.noise_schedules import linear_euler_ancestral
         from cameo.adapters.zero123plus.pipeline import Zero123PlusPipeline
@@ -157,7 +159,7 @@ class Zero123Plus(Backbone):
         values = preset_values(self, preset, options, patch_size=4, layers_per_block=1, norm_num_groups=32)
         cell = values["image_size"] // values["patch_size"]
         unet = unet_2d(values, sample_size=(3 * cell, 2 * cell))
-        settings = {name: values[name] for name in ("reference_size", "patch_size")}
+        settings = {name: values[name] for name in ("reference_size", "patch_size", "position")}
         return Zero123PlusPipeline(unet, linear_euler_ancestral(), **settings)
 
     def load(self, name_or_path: str, *, revision: str | None = None, **options: Any) -> Any:

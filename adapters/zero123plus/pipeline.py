@@ -25,6 +25,7 @@ from cameo.adapters.common.unet_layers import self_attentions
 from cameo.adapters.zero123plus.cameras import NUM_VIEWS, by_canvas, from_canvas, same_poses, to_canvas
 from cameo.adapters.zero123plus.denoiser import ReferenceUNet
 from cameo.adapters.zero123plus.layers import check_references, set_reference_processors
+from cameo.adapters.zero123plus.positions import set_tile_position
 from cameo.errors import ShapeError
 from cameo.pipeline import TrainingInputs
 
@@ -63,6 +64,8 @@ class Zero123PlusPipeline(LatentPipeline):
         reference_size: side in pixels at which the reference is encoded; an extractor's own size has precedence.
         patch_size: side of the pixel blocks that become one latent cell, without a VAE.
         safety_checker: not used; the releases list none under this name.
+        position: "sincos" adds a map of positions behind the U-Net's first convolution, see
+            `cameo.adapters.zero123plus.positions`; "none", as published, takes it off.
     """
 
     backbone = "zero123plus"
@@ -91,6 +94,7 @@ class Zero123PlusPipeline(LatentPipeline):
         reference_size: int = 512,
         patch_size: int = 4,
         safety_checker: Any = None,
+        position: str = "none",
     ) -> None:
         super().__init__()
         if (text_encoder is None) != (tokenizer is None):
@@ -116,11 +120,13 @@ class Zero123PlusPipeline(LatentPipeline):
             ramping_coefficients=None if ramping_coefficients is None else list(ramping_coefficients),
             reference_size=reference_size,
             patch_size=patch_size,
+            position=position,
         )
         _check_channels(self)
         multiple = self.latent_stride * 2 ** (len(unet.config.block_out_channels) - 1)
         if reference_size % multiple:
             raise ValueError(f"reference_size: expected a multiple of {multiple} pixels, got {reference_size}")
+        set_tile_position(unet, position)
         ReferenceUNet.from_unet(unet, noise_scheduler=self.train_scheduler, **self._settings())
 
     def _settings(self) -> dict[str, Any]:
