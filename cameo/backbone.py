@@ -133,6 +133,25 @@ class Backbone:
         """
         raise NotImplementedError(f"backbone {self.name!r} has no layers to inflate")
 
+    def position(self, model: nn.Module) -> str:
+        """Name the map of positions that is added to the features of `model` beside its weights; "none" by default.
+
+        A fixed map is no weight, so `cameo.save_pretrained` keeps its name, and `cameo.from_pretrained` hands the name
+        to `set_position`.
+        """
+        return "none"
+
+    def set_position(self, model: nn.Module, position: str) -> None:
+        """Let `model` add the map of positions with this name, or none, in place; its weights stay.
+
+        Raises:
+            ValueError: for a name that the backbone does not know.
+        """
+        if position != "none":
+            raise ValueError(
+                f"position: backbone {self.name!r} has no maps of positions; expected 'none', got {position!r}"
+            )
+
     def unsupported(self, model: nn.Module) -> str | None:
         """Say why `model`, as it is, cannot be trained with an alignment loss, and the cure; None if it can.
 
@@ -157,12 +176,12 @@ class Backbone:
         raise NotImplementedError(f"backbone {self.name!r} only attaches; load the model yourself")
 
     def license(self, name_or_path: str | None) -> str | Mapping[str, str] | None:
-        """Return the license of a preset or of weights in `released`, None for others.
+        """Return the license of a preset, of bundled weights or of those in `released`, None for others.
 
         An identifier of the Hub, or front-matter entries `license`, `license_name`, `license_link`.
         """
         name = name_or_path or ""
-        if name.startswith("preset:"):
+        if name.startswith(("preset:", "bundled:")):  # what is bundled was trained from a preset
             return self.preset_license
         return self.released[name].license if name in self.released else None
 

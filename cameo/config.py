@@ -34,6 +34,8 @@ class CameoConfig:
         heads, stride, kernel_call: see `cameo.wrap`; only without a backbone.
         inflate: whether the supervised layers saw one view each before CAMEO joined the views in them; loading
             joins them again.
+        position: map of positions that the adapter adds to the first features of the denoiser, "none" or a name that
+            the adapter knows; loading adds it again, or takes it off.
         base_model: Hub id or path of the base weights, `preset:NAME` for a fresh preset, None if unknown.
         base_revision: revision of the Hub id.
         layer_choice: the ranking of a probe that `layer="auto"` took the layer from, see `LayerProbe.choice`; None
@@ -54,6 +56,7 @@ class CameoConfig:
     stride: int | None = None
     kernel_call: int | None = None
     inflate: bool = False
+    position: str = "none"
     base_model: str | None = None
     base_revision: str | None = None
     layer_choice: dict[str, Any] | None = None
@@ -154,6 +157,7 @@ TYPES: dict[str, tuple[type, bool]] = {
     "reduction": (str, False),
     "layout": (dict, True),
     "inflate": (bool, False),
+    "position": (str, False),
     "base_model": (str, True),
     "base_revision": (str, True),
     "layer_choice": (dict, True),

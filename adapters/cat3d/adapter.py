@@ -11,6 +11,7 @@ from torch import nn
 from cameo.adapters.cat3d.cameras import CONDITION_CHANNELS
 from cameo.adapters.cat3d.denoiser import JointDiT, joint_dit
 from cameo.adapters.cat3d.layers import LAYOUT, default_layer, find_attentions, joins_views, token_stride
+from cameo.adapters.common.positions import get_position, set_position
 from cameo.adapters.common.presets import preset_values, unet_2d
 from cameo.attention.capture import AttentionLayer
 from cameo.backbone import Backbone, Release
@@ -89,6 +90,14 @@ class Cat3D(Backbone):
             for index, (path, attention) in enumerate(find_attentions(model).items())
         ]
 
+    def position(self, model: nn.Module) -> str:
+        """Name the map behind the first convolution of a U-Net, see `cameo.adapters.common.positions`."""
+        return get_position(model)
+
+    def set_position(self, model: nn.Module, position: str) -> None:
+        """Add the map "sincos", or take it off with "none"."""
+        set_position(model, position)
+
     def default_layer(self, model: nn.Module) -> int:
         """First attention of the up block one level below full resolution (SD 2.1: 10, the paper's best layer).
 
@@ -146,7 +155,7 @@ class Cat3D(Backbone):
         """Load a saved `Cat3DPipeline`, the bundled base, or start from Stable Diffusion.
 
         Args:
-            name_or_path: Hub id or folder in diffusers layout, or `bundled:cat3d-transformer-tiny`.
+            name_or_path: Hub id or folder in diffusers layout, or `bundled:NAME`.
             revision: commit, tag or branch of a Hub id; default the one in `released`.
             **options: passed to `from_pretrained`; for Stable Diffusion also `prediction_type`,
                 `zero_terminal_snr`.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
@@ -10,12 +9,10 @@ from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
 from cameo.adapters.cat3d.convert import widen_input
 from cameo.adapters.cat3d.pipeline import Cat3DPipeline
 from cameo.adapters.common.noise_schedules import ddim
-from cameo.adapters.common.places import place_of
-from cameo.errors import DataError, unknown_name
+from cameo.adapters.common.places import place_of, unbundled
+from cameo.errors import DataError
 
 __all__ = ["from_stable_diffusion", "load_pipeline"]
-
-BUNDLED_FOLDER = Path(__file__).parents[1] / "weights"
 
 
 def load_pipeline(name_or_path: str, *, revision: str | None = None, **options: Any) -> Cat3DPipeline:
@@ -25,12 +22,7 @@ def load_pipeline(name_or_path: str, *, revision: str | None = None, **options: 
         >>> load_pipeline("bundled:cat3d-transformer-tiny").unet.config.num_layers
         6
     """
-    if name_or_path.startswith("bundled:"):
-        folder = BUNDLED_FOLDER / name_or_path.removeprefix("bundled:")
-        if not folder.is_dir():
-            known = [f"bundled:{path.name}" for path in BUNDLED_FOLDER.glob("*") if path.is_dir()]
-            raise unknown_name("bundled weights", name_or_path, known)
-        return Cat3DPipeline.from_pretrained(str(folder), **options)
+    name_or_path = unbundled(name_or_path)
     kind = DiffusionPipeline.load_config(name_or_path, revision=revision, **place_of(options)).get("_class_name")
     if kind == "Cat3DPipeline":
         return Cat3DPipeline.from_pretrained(name_or_path, revision=revision, **options)

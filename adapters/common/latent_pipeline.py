@@ -14,6 +14,7 @@ from diffusers import DiffusionPipeline
 from einops import rearrange
 from torch import Tensor, nn
 
+from cameo.adapters.common.positions import get_position
 from cameo.errors import ShapeError
 from cameo.memory import align_module
 from cameo.pipeline import TrainingInputs
@@ -40,6 +41,12 @@ class LatentPipeline(DiffusionPipeline):
             if isinstance(component, nn.Module):
                 align_module(component)
         return loaded
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **options: Any) -> Any:
+        """Write all components as diffusers does, with the map of positions that the denoiser has now."""
+        if "position" in self.config:
+            self.register_to_config(position=get_position(self.unet))
+        return super().save_pretrained(save_directory, *args, **options)
 
     @classmethod
     def load_config(cls, *args: Any, **options: Any) -> Any:

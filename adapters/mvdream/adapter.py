@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from cameo.adapters.common.positions import get_position, set_position
 from cameo.adapters.common.presets import preset_values, unet_2d
 from cameo.adapters.common.unet_layers import default_layer_index, self_attentions
 from cameo.adapters.mvdream.cameras import CAMERA_CHANNELS
@@ -127,6 +128,14 @@ class MVDream(Backbone):
         """First attention of the up block one level below full resolution (in the releases: 10 of 16)."""
         return default_layer_index(find_levels(model))
 
+    def position(self, model: nn.Module) -> str:
+        """Name the map behind the first convolution of a U-Net of diffusers, see `cameo.adapters.common.positions`."""
+        return get_position(model)
+
+    def set_position(self, model: nn.Module, position: str) -> None:
+        """Add the map "sincos", or take it off with "none"."""
+        set_position(model, position)
+
     def unsupported(self, model: nn.Module) -> str | None:
         """Name the blocks of the original code that would recompute themselves without a graph."""
         if not (blocks := checkpointed_blocks(model)):
@@ -215,7 +224,7 @@ class MVDream(Backbone):
         `stable_diffusion` names where those come from.
 
         Args:
-            name_or_path: Hub id, folder or file.
+            name_or_path: Hub id, folder or file, or `bundled:NAME`.
             revision: commit, tag or branch of a Hub id; default the one in `released`.
             **options: `weights` and `stable_diffusion` (see above), `num_heads` or `num_head_channels` of an original
                 checkpoint that is not of the released shape, `image_encoder` (Hub id or folder of ImageDream's CLIP

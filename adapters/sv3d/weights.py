@@ -11,7 +11,7 @@ import diffusers
 import torch
 
 from cameo.adapters.common.noise_schedules import edm_euler
-from cameo.adapters.common.places import place_of
+from cameo.adapters.common.places import place_of, unbundled
 from cameo.adapters.sv3d.convert import from_sgm, read_sgm_checkpoint, settings_from_sgm
 from cameo.adapters.sv3d.denoiser import SV3DUNet
 from cameo.adapters.sv3d.pipeline import SV3DPipeline
@@ -26,6 +26,7 @@ def load_pipeline(name_or_path: str, *, revision: str | None = None, **options: 
     Example:
         >>> load_pipeline("chenguolin/sv3d-diffusers", torch_dtype=torch.float16)  # doctest: +SKIP
     """
+    name_or_path = unbundled(name_or_path)
     if Path(name_or_path).suffix == ".safetensors":
         components = {name: value for name, value in options.items() if name not in place_of(options)}
         return from_checkpoint(name_or_path, **components)

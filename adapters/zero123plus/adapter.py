@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from cameo.adapters.common.positions import get_position
 from cameo.adapters.common.presets import preset_values, unet_2d
 from cameo.adapters.common.unet_layers import checkpoints_reentrantly, default_layer_index
 from cameo.adapters.zero123plus.layers import (
@@ -101,6 +102,16 @@ class Zero123Plus(Backbone):
         """First attention of the up block one level below full resolution: 10 of 16 in the releases."""
         return default_layer_index(find_levels(model))
 
+    def position(self, model: nn.Module) -> str:
+        """Name the map behind the first convolution of the U-Net, see `cameo.adapters.common.positions`."""
+        return get_position(model.get_submodule(unet_name(model)))
+
+    def set_position(self, model: nn.Module, position: str) -> None:
+        """Add the map "sincos", or take it off with "none"."""
+        from cameo.adapters.zero123plus.denoiser import set_tile_position
+
+        set_tile_position(model, position)
+
     def unsupported(self, model: nn.Module) -> str | None:
         """Name gradient checkpointing with the published processors, or with a reentrant function."""
         if not any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
@@ -151,7 +162,8 @@ class Zero123Plus(Backbone):
             preset: "tiny" or "small".
             **options: override a preset's values: `image_size` and `reference_size` (pixels), `patch_size`,
                 `block_out_channels`, `attention_levels` (per resolution, finest first), `layers_per_block`, `heads`,
-                `norm_num_groups`, `position` ("sincos" or "none", see `cameo.adapters.zero123plus.positions`).
+                `norm_num_groups`, `position` ("sincos" or "none", see
+                `cameo.adapters.zero123plus.denoiser.TilePositionMap`).
         """
         from cameo.adapters.common.noise_schedules import linear_euler_ancestral
         from cameo.adapters.zero123plus.pipeline import Zero123PlusPipeline
@@ -166,7 +178,7 @@ class Zero123Plus(Backbone):
         """Load a saved `Zero123PlusPipeline` or a release; code in the repository is not run.
 
         Args:
-            name_or_path: Hub id or folder in diffusers layout.
+            name_or_path: Hub id or folder in diffusers layout, or `bundled:NAME`.
             revision: commit, tag or branch of a Hub id; default the one in `released`.
             **options: passed to `from_pretrained`, such as `torch_dtype` or another `unet`.
 

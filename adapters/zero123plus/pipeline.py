@@ -23,9 +23,8 @@ from cameo.adapters.common.latent_pipeline import LatentPipeline, reference_view
 from cameo.adapters.common.sampler import sample_latents
 from cameo.adapters.common.unet_layers import self_attentions
 from cameo.adapters.zero123plus.cameras import NUM_VIEWS, by_canvas, from_canvas, same_poses, to_canvas
-from cameo.adapters.zero123plus.denoiser import ReferenceUNet
+from cameo.adapters.zero123plus.denoiser import ReferenceUNet, set_tile_position
 from cameo.adapters.zero123plus.layers import check_references, set_reference_processors
-from cameo.adapters.zero123plus.positions import set_tile_position
 from cameo.errors import ShapeError
 from cameo.pipeline import TrainingInputs
 
@@ -65,7 +64,7 @@ class Zero123PlusPipeline(LatentPipeline):
         patch_size: side of the pixel blocks that become one latent cell, without a VAE.
         safety_checker: not used; the releases list none under this name.
         position: "sincos" adds a map of positions behind the U-Net's first convolution, see
-            `cameo.adapters.zero123plus.positions`; "none", as published, takes it off.
+            `cameo.adapters.zero123plus.denoiser.TilePositionMap`; "none", as published, takes it off.
     """
 
     backbone = "zero123plus"
@@ -138,7 +137,10 @@ class Zero123PlusPipeline(LatentPipeline):
         return DDPMScheduler.from_config(self.scheduler.config)
 
     def save_pretrained(self, save_directory: Any, *args: Any, **options: Any) -> Any:
-        """Write all components; the U-Net as diffusers' own class, so that the published pipeline loads it too."""
+        """Write all components; the U-Net as diffusers' own class, so that the published pipeline loads it too.
+
+        It loads it without a map of positions, though: with `position="sincos"` its output is another.
+        """
         self.register_to_config(unet=("diffusers", "UNet2DConditionModel"))
         return super().save_pretrained(save_directory, *args, **options)
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from diffusers import DiffusionPipeline
 
-from cameo.adapters.common.places import place_of
+from cameo.adapters.common.places import place_of, unbundled
 from cameo.adapters.zero123plus.pipeline import Zero123PlusPipeline
 from cameo.errors import DataError
 
@@ -19,6 +19,7 @@ def load_pipeline(name_or_path: str, *, revision: str | None = None, **options: 
     Example:
         >>> load_pipeline("sudo-ai/zero123plus-v1.2", torch_dtype=torch.float16)  # doctest: +SKIP
     """
+    name_or_path = unbundled(name_or_path)
     settings = DiffusionPipeline.load_config(name_or_path, revision=revision, **place_of(options))
     kind = settings.get("_class_name")
     if kind != "Zero123PlusPipeline":

@@ -150,7 +150,22 @@ def _usage(facts: CardFacts) -> str:
     lines = ["import cameo", "", f'model = cameo.from_pretrained("{facts.place}"{argument})']
     lines.append(f"{variable} = model.unwrap()  # the denoiser itself, in eval mode")
     parts = ["## Use", "With cameo (`pip install cameo-diffusion`):", needed, _code(lines)]
-    return "\n\n".join(part for part in [*parts, *_usage_without_cameo(facts, variable)] if part)
+    parts += [*_usage_without_cameo(facts, variable), _position_text(facts, variable)]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _position_text(facts: CardFacts, variable: str) -> str:
+    """Say that a map beside the weights belongs to the model; empty where there is none."""
+    config = facts.config
+    if config.position == "none":
+        return ""
+    name = f'"{config.position}"'
+    return (
+        "**The weights alone are not the whole model.** Behind its first convolution it adds a fixed map of positions "
+        f"(`position={name}`), which is in no file of weights: plain diffusers loads the U-Net without it, and its "
+        "output is another. The pipelines of cameo and `cameo.from_pretrained` add the map; in your own code call "
+        f'`cameo.backbone.get_backbone("{config.backbone}").set_position({variable}, {name})`.'
+    )
 
 
 def _needs_base(facts: CardFacts) -> bool:
@@ -165,9 +180,11 @@ def _needs_base(facts: CardFacts) -> bool:
 
 
 def _usage_without_cameo(facts: CardFacts, variable: str) -> list[str]:
-    name, place = facts.class_name, facts.place
+    name, place, has_map = facts.class_name, facts.place, facts.config.position != "none"
     if facts.weight_format == "diffusers_lora":
         kind = f"a `{name}`), in plain diffusers" if facts.in_diffusers else f"a `{name}`, a class of its own code)"
+        if has_map and facts.in_diffusers:
+            kind = f"a `{name}` with its map of positions)"
         text = f"Without `cameo.from_pretrained`, on the base model's `{variable}` ({kind}:"
         options = f'prefix="{facts.component}", weight_name="{LORA_FILE}"'
         code = [f'{variable}.load_lora_adapter("{place}", {options})']
@@ -183,6 +200,8 @@ def _usage_without_cameo(facts: CardFacts, variable: str) -> list[str]:
         code += ["", f"load_model(base, {path})"]
     elif facts.in_diffusers:
         text = "Without cameo, in plain diffusers:"
+        if has_map:
+            text = "Without cameo, the weights alone, in plain diffusers without the map of positions:"
         folder = f', subfolder="{facts.component}"' if facts.weight_format == "pipeline" else ""
         code = [f"from diffusers import {name}", ""]
         code.append(f'{variable} = {name}.from_pretrained("{place}"{folder})')
@@ -205,6 +224,8 @@ def _details(facts: CardFacts) -> str:
     }
     if config.layer_choice:
         rows["Layer chosen by"] = _choice_text(config.layer_choice)
+    if config.position != "none":
+        rows["Position map"] = f"{config.position}, fixed, behind the first convolution; not part of the weights"
     if config.inflate:
         rows["Inflated"] = "the supervised layer attends across all views, in training and at inference"
     if facts.adapter:

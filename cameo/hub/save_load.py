@@ -158,6 +158,8 @@ def from_pretrained(
         is_local = Path(name_or_path).is_dir()
         config = replace(config, base_model=str(name_or_path), base_revision=None if is_local else folder.name)
     model = attach(module, config)
+    if config.backbone is not None:
+        get_backbone(config.backbone).set_position(unwrap_peft(module), config.position)
     _read_head(model, folder)
     return model.eval()
 
@@ -258,7 +260,9 @@ def _stage(
     from safetensors.torch import save_file
 
     base, core = model.base_model, unwrap_peft(model.base_model)
-    config = replace(model.cameo_config, cameo_version=__version__)
+    backbone = _backbone(model.cameo_config)
+    position = "none" if backbone is None else backbone.position(core)
+    config = replace(model.cameo_config, cameo_version=__version__, position=position)
     if on_hub and config.base_model is not None and not _is_loadable_elsewhere(config.base_model):
         logger.warning(
             "base model %s is a local folder: others have to pass base_model= to load this", config.base_model
@@ -271,7 +275,6 @@ def _stage(
     head = {key: value.contiguous() for key, value in model.alignment_heads.state_dict().items()}
     if include_head and head:
         save_file(head, str(folder / HEAD_FILE), metadata={"format": "pt"})
-    backbone = _backbone(config)
     card = CardFacts(
         place=place,
         on_hub=on_hub,

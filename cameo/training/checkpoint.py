@@ -18,7 +18,8 @@ from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, load_model
 from torch import Tensor, nn
 
-from cameo.backbone import unwrap_peft
+from cameo.backbone import get_backbone, unwrap_peft
+from cameo.config import CameoConfig
 from cameo.errors import DataError
 from cameo.files import move_into_place
 from cameo.hub.weights import ADAPTER_FORMATS, HEAD_FILE, LORA_FILE, MODULE_FILE, PEFT_FILE, adapter_name, format_in
@@ -151,6 +152,8 @@ def check_continues(checkpoint: Path, settings: Mapping[str, Any], max_train_ste
 def load_trained(model: CameoModel, folder: str | Path) -> None:
     """Load the trained weights and the heads of a checkpoint into the modules that are being trained, in place.
 
+    They get the checkpoint's map of positions too, since a preset of an earlier release may have had none.
+
     Raises:
         DataError: if the folder does not hold exactly the weights that the model trains.
     """
@@ -168,6 +171,9 @@ def load_trained(model: CameoModel, folder: str | Path) -> None:
             core.load_state_dict(state)
         heads = model.alignment_heads.state_dict()
         model.alignment_heads.load_state_dict(load_file(str(folder / HEAD_FILE)) if heads else {})
+        if model.cameo_config.backbone is not None:
+            position = CameoConfig.load(folder).position
+            get_backbone(model.cameo_config.backbone).set_position(core, position)
     except RuntimeError as error:
         first = " ".join(str(error).split("\n\t")[:2])  # torch lists every parameter
         raise DataError(f"{folder}: does not fit the model that trains: {first}") from error
