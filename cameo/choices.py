@@ -11,6 +11,7 @@ __all__ = [
     "NORMALIZATIONS",
     "REDUCTIONS",
     "RIG_NAMES",
+    "ROOM_RIG_NAMES",
 ]
 
 # Of the alignment head and loss, see `cameo.AlignmentHead` and `cameo.alignment_loss`.
@@ -21,6 +22,8 @@ IMPLEMENTATIONS = ("auto", "reference", "chunked", "triton")
 GELUS = ("exact", "fast")
 # Of `cameo.data.RIGS`.
 RIG_NAMES = ("zero123plus-v1.1", "zero123plus-v1.2", "mvdream", "imagedream", "sv3d-orbit", "sv3d-dynamic")
+# Of the rigs that stand in rooms, see `cameo.data.RoomRig`.
+ROOM_RIG_NAMES = ("fan",)
 # Of the files that `cameo.scenes.meshes` reads.
 MESH_SUFFIXES = (".glb", ".obj", ".ply")
 # Networks behind LPIPS, of `cameo.evaluation.metrics`.

@@ -14,9 +14,18 @@ from einops import rearrange
 from torch import Tensor
 
 from cameo.errors import ShapeError, unknown_name
-from cameo.geometry import spherical_angles
+from cameo.geometry import orbit_centre, spherical_angles
 
-__all__ = ["NUM_VIEWS", "RIG_NAMES", "by_canvas", "from_canvas", "pose_error", "same_poses", "to_canvas"]
+__all__ = [
+    "NUM_VIEWS",
+    "RIG_NAMES",
+    "by_canvas",
+    "from_canvas",
+    "pose_error",
+    "same_poses",
+    "shared_poses",
+    "to_canvas",
+]
 
 NUM_VIEWS = 7  # the reference and the six tiles
 RIG_NAMES = ("zero123plus-v1.1", "zero123plus-v1.2")
@@ -64,6 +73,27 @@ def pose_error(extrinsics: Tensor, rig: str, *, up: Tensor | None = None) -> flo
 def same_poses(extrinsics: Tensor, *, up: Tensor | None = None, tolerance: float = 2.0) -> str | None:
     """Name of the release whose poses these cameras have within `tolerance` degrees, or None."""
     return next((rig for rig in RIG_NAMES if pose_error(extrinsics, rig, up=up) <= tolerance), None)
+
+
+def shared_poses(extrinsics: Tensor, *, up: Tensor | None = None, tolerance: float = 2.0) -> bool:
+    """Tell whether the cameras of all samples have the same angles relative to view 0, within `tolerance` degrees.
+
+    Angles are those about the point that a sample's cameras look at, so the cameras of `cameo.data.RoomRig` share them.
+
+    Example:
+        >>> import numpy as np, torch
+        >>> from cameo.scenes.rigs import rig_cameras
+        >>> orbits = [rig_cameras("sv3d-orbit", np.random.default_rng(seed), (64, 64), 7)[1] for seed in (0, 1)]
+        >>> shared_poses(torch.as_tensor(np.stack(orbits)))
+        True
+    """
+    samples = extrinsics.shape[0]
+    up = extrinsics.new_tensor([0.0, 0.0, 1.0]) if up is None else up
+    exact = extrinsics.double()
+    azimuth, elevation, _ = spherical_angles(exact, orbit_centre(exact), up.to(exact).expand(samples, 3))
+    turn = ((azimuth - azimuth[:, :1]) - (azimuth - azimuth[:, :1])[:1] + 180) % 360 - 180
+    lift = (elevation - elevation[:, :1]) - (elevation - elevation[:, :1])[:1]
+    return bool(torch.maximum(turn.abs(), lift.abs()).max() <= tolerance)
 
 
 def to_canvas(views: Tensor) -> Tensor:

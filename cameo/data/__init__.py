@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from cameo.data.sampling import MultiViewDataset
     from cameo.scenes.embedded import EmbeddedScenes
     from cameo.scenes.rigs import RIGS, Rig, rig_cameras, rig_views
+    from cameo.scenes.room_rig import RoomRig
     from cameo.scenes.views import MultiViewSample, SceneSource, Views, collate
 else:
     __getattr__, __dir__ = load_on_use(
@@ -23,6 +24,7 @@ else:
             "MultiViewSample": "cameo.scenes.views",
             "RGBDSequence": "cameo.data.rgbd",
             "Rig": "cameo.scenes.rigs",
+            "RoomRig": "cameo.scenes.room_rig",
             "SceneSource": "cameo.scenes.views",
             "Views": "cameo.scenes.views",
             "collate": "cameo.scenes.views",
@@ -39,6 +41,7 @@ __all__ = [
     "MultiViewSample",
     "RGBDSequence",
     "Rig",
+    "RoomRig",
     "SceneSource",
     "Views",
     "collate",

@@ -5,13 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from cameo.choices import MESH_SUFFIXES, RIG_NAMES
+from cameo.choices import MESH_SUFFIXES, RIG_NAMES, ROOM_RIG_NAMES
 from cameo.errors import DataError
+from cameo.scenes.room_rig import RoomRig
 from cameo.settings import Settings, setting
 
-__all__ = ["EMBEDDED", "DataSettings", "data_format"]
+__all__ = ["EMBEDDED", "RIG_SETTINGS", "DataSettings", "data_format", "room_rig"]
 
 EMBEDDED = ("scenes", "bare_rooms", "objects")
+
+
+# Settings that a rig in rooms has.
+RIG_SETTINGS = ("rig_azimuths", "rig_elevations", "rig_jitter", "rig_separation", "rig_distance")
 
 
 @dataclass
@@ -23,7 +28,7 @@ class DataSettings(Settings):
     train_data_dir: str | None = setting(None, path=True, changeable=True)
     # What the data is: scenes (furnished rooms), bare_rooms (empty rooms with bold patterns, on which small models
     # learn within minutes) and objects are embedded; meshes and rgbd are read from train_data_dir. auto, the default,
-    # looks into train_data_dir, and without it takes objects if there is a camera_rig, else scenes.
+    # looks into train_data_dir, and without it takes objects if there is a camera_rig around an object, else scenes.
     data_format: str = setting("auto", choices=("auto", *EMBEDDED, "meshes", "rgbd"))
     # Camera matrix [[fx, 0, cx], [0, fy, cy], [0, 0, 1]] in pixels of the full color image, for a sequence that does
     # not state its own. null, the default, reads it from the sequence.
@@ -31,9 +36,27 @@ class DataSettings(Settings):
     # Units of a sequence's depth images per meter, > 0. null, the default, takes that of the layout (1000 for 7-Scenes,
     # 5000 for TUM).
     depth_scale: float | None = setting(None, above=0)
-    # Poses of the cameras around an object or mesh, as a backbone expects them; a sample is then all views of the rig.
-    # null, the default, draws cameras that overlap. A sequence has cameras of its own.
-    camera_rig: str | None = setting(None, choices=RIG_NAMES)
+    # Poses of the cameras, for backbones that are told none; a sample is then all views of the rig. fan stands in
+    # scenes or bare_rooms: all views look at a point of the room, at the angles of rig_azimuths and rig_elevations
+    # and with an overlap from min_overlap to max_overlap; the others stand around an object or mesh, as a release has
+    # them. null, the default, draws cameras that overlap. A sequence has cameras of its own.
+    camera_rig: str | None = setting(None, choices=(*RIG_NAMES, *ROOM_RIG_NAMES))
+    # Azimuths of a fan's views relative to view 0 in degrees, [-180, 180], one per view, that of view 0 being 0. null,
+    # the default, stands the targets evenly on both sides of view 0, out to 24 degrees.
+    rig_azimuths: list[float] | None = setting(None)
+    # Elevations of a fan's views relative to view 0 in degrees, [-90, 90], one per view, that of view 0 being 0. null,
+    # the default, is 6 degrees higher and lower in turn, so that views differ in rows as well.
+    rig_elevations: list[float] | None = setting(None)
+    # Degrees, >= 0, by which azimuth and elevation of a fan's targets vary from scene to scene, uniformly to both
+    # sides. [0, 0] by default: fixed poses, which a backbone can learn without being told. One that is told the poses
+    # should see others in each scene, or it learns a shift instead of looking up.
+    rig_jitter: tuple[float, float] = setting((0.0, 0.0), at_least=0)
+    # Least angle between the directions of any two cameras of a fan, in degrees, [0, 180). 0 by default, since fixed
+    # angles need none; with a large rig_jitter it keeps the views apart.
+    rig_separation: float = setting(0.0, at_least=0)
+    # Least and largest distance of a fan's cameras from the point that they look at, in meters, > 0; drawn once per
+    # scene. 1.2 to 1.7 by default, which fits into every embedded room.
+    rig_distance: tuple[float, float] = setting((1.2, 1.7), above=0)
     # Side of the square images in pixels, >= 1; the backbone says which sides it can divide. 64 by default: small
     # enough for a CPU; released models are trained at 256 to 576.
     resolution: int = setting(64, at_least=1)
@@ -77,16 +100,34 @@ class DataSettings(Settings):
             raise ValueError(
                 f"intrinsics: expected 3 rows of 3 numbers, [[fx,0,cx],[0,fy,cy],[0,0,1]], got {self.intrinsics}"
             )
-        if self.camera_rig is not None and self.data_format in ("scenes", "bare_rooms", "rgbd"):
-            raise ValueError(
-                f"camera_rig={self.camera_rig}: stands around an object, so it needs data_format=objects, meshes or "
-                f"auto, got {self.data_format}; give camera_rig=null"
-            )
+        self._check_rig()
         if self.train_data_dir and self.data_format in EMBEDDED:
             raise ValueError(
                 f"data_format={self.data_format} is embedded, so train_data_dir={self.train_data_dir} would not be "
                 "read; give data_format=auto, or train_data_dir=null"
             )
+
+    def _check_rig(self) -> None:
+        around_object, of_fan = self.camera_rig in RIG_NAMES, self.camera_rig in ROOM_RIG_NAMES
+        if around_object and self.data_format in ("scenes", "bare_rooms", "rgbd"):
+            raise ValueError(
+                f"camera_rig={self.camera_rig}: stands around an object, so it needs data_format=objects, meshes or "
+                f"auto, got {self.data_format}; give camera_rig=fan, which stands in rooms, or camera_rig=null"
+            )
+        if of_fan and (self.data_format not in ("scenes", "bare_rooms", "auto") or self.train_data_dir):
+            got = f"train_data_dir={self.train_data_dir}" if self.train_data_dir else self.data_format
+            raise ValueError(
+                f"camera_rig={self.camera_rig}: stands in an embedded room, so it needs data_format=scenes, "
+                f"bare_rooms or auto, got {got}; give another camera_rig, or null"
+            )
+        for name in RIG_SETTINGS:
+            value, default = getattr(self, name), type(self).__dataclass_fields__[name].default
+            if value != default and not of_fan:
+                raise ValueError(
+                    f"{name}={value}: is of the rig {' or '.join(ROOM_RIG_NAMES)}, got camera_rig={self.camera_rig}; "
+                    f"give camera_rig={ROOM_RIG_NAMES[0]}, or {name}={'null' if default is None else default}"
+                )
+        room_rig(self)  # which checks the angles and ranges
 
 
 def data_format(settings: DataSettings) -> str:
@@ -106,4 +147,32 @@ def data_format(settings: DataSettings) -> str:
         if not folder.is_dir():
             raise DataError(f"train_data_dir={folder}: no such folder")
         return "meshes" if any(path.suffix.lower() in MESH_SUFFIXES for path in folder.rglob("*")) else "rgbd"
-    return "objects" if settings.camera_rig else "scenes"
+    return "objects" if settings.camera_rig in RIG_NAMES else "scenes"
+
+
+def room_rig(settings: DataSettings) -> RoomRig | None:
+    """Return the rig that the settings place in rooms; None where `camera_rig` is another or none.
+
+    Example:
+        >>> room_rig(DataSettings(camera_rig="fan", rig_azimuths=[0, -16, 16])).azimuths
+        (0.0, -16.0, 16.0)
+
+    Raises:
+        ValueError: if the settings of the rig do not fit `num_views`, or each other; names the setting.
+    """
+    if settings.camera_rig not in ROOM_RIG_NAMES:
+        return None
+    try:
+        return RoomRig.fan(
+            settings.num_views,
+            azimuths=settings.rig_azimuths,
+            elevations=settings.rig_elevations,
+            distance=settings.rig_distance,
+            jitter=settings.rig_jitter,
+            separation=settings.rig_separation,
+            overlap=(settings.min_overlap, settings.max_overlap),
+        )
+    except ValueError as error:
+        raise ValueError(
+            f"camera_rig={settings.camera_rig} with num_views={settings.num_views}: rig_{error}"
+        ) from error

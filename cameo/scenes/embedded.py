@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +12,8 @@ from cameo.errors import DataError, unknown_name
 from cameo.scenes.cache import default_cache_dir, fingerprint, read_views, write_views
 from cameo.scenes.rendering import TriangleScene, render
 from cameo.scenes.rigs import rig_cameras, rig_views
+from cameo.scenes.room_rig import RoomRig
+from cameo.scenes.room_rigs import rigged_room
 from cameo.scenes.views import Views
 
 __all__ = ["EmbeddedScenes"]
@@ -52,8 +54,9 @@ class EmbeddedScenes:
       scaled to a unit box and seen from an orbit on a white background without depth. Eight of ten meshes
       are train, one validation, one test; scenes go round the meshes with new cameras each time.
     - `content`: "rooms", "bare_rooms" or "objects"; without `mesh_dir`.
-    - `rig`: cameras in the poses that a model generates, by a name of `cameo.data.RIGS`, for objects and meshes; the
-      views of a scene are those of the rig, in its order, from where the object just fits into the image.
+    - `rig`: cameras in the poses that a model generates; the views of a scene are those of the rig, in its order. For
+      objects and meshes a name of `cameo.data.RIGS`, from where the object just fits into the image; for rooms a
+      `cameo.data.RoomRig`, about a point of the room.
 
     Raises `ValueError` on a wrong setting, `DataError` on an unusable mesh folder, mesh file or cache folder.
     """
@@ -69,7 +72,7 @@ class EmbeddedScenes:
         mesh_dir: str | Path | None = None,
         progress: bool = True,
         content: str = "rooms",
-        rig: str | None = None,
+        rig: str | RoomRig | None = None,
     ) -> None:
         if split not in SPLITS:
             raise unknown_name("split", split, SPLITS)
@@ -99,7 +102,7 @@ class EmbeddedScenes:
         if content != "rooms":
             settings["content"] = content
         if rig is not None:
-            settings["rig"] = rig
+            settings["rig"] = asdict(rig) if isinstance(rig, RoomRig) else rig
         root = Path(cache_dir).expanduser() if cache_dir is not None else default_cache_dir()
         self.folder = root / "scenes" / fingerprint(settings)
         self._render_missing(progress)
@@ -152,29 +155,42 @@ class EmbeddedScenes:
 
         count = self.views_per_scene
         if self.meshes is None and self.content != "objects":
-            geometry, extent = (random_room if self.content == "rooms" else bare_room)(rng)
+            make_room = random_room if self.content == "rooms" else bare_room
+            if isinstance(self.rig, RoomRig):
+                return rigged_room(self.rig, rng, make_room, self.size)
+            geometry, extent = make_room(rng)
             return geometry, *random_cameras(rng, geometry, extent, count, self.size)
         geometry = load_mesh(self.meshes[scene % len(self.meshes)], rng) if self.meshes else random_object(rng)
-        if self.rig is not None:
+        if isinstance(self.rig, str):
             # The sphere about the origin that holds it: 1 for an object, 0.5 to 0.87 for a mesh in its unit box.
             radius = float(np.linalg.norm(geometry.corners, axis=-1).max())
             return geometry, *rig_cameras(self.rig, rng, self.size, count, radius=radius)
         return geometry, *random_orbit(rng, count, self.size, scale=1.0 if self.meshes else OBJECT_SCALE)
 
 
-def _check_content(content: str, rig: str | None, mesh_dir: str | Path | None) -> None:
+def _check_content(content: str, rig: str | RoomRig | None, mesh_dir: str | Path | None) -> None:
     if content not in CONTENTS:
         raise unknown_name("content", content, CONTENTS)
     if content != "rooms" and mesh_dir is not None:
         raise ValueError(f"content={content!r} and mesh_dir={str(mesh_dir)!r}: expected one of them; leave one out")
-    if rig is not None and content != "objects" and mesh_dir is None:
+    in_room = content != "objects" and mesh_dir is None
+    if isinstance(rig, str) and in_room:
         raise ValueError(
             f"rig={rig!r}: expected an object in the middle, got content={content!r}; "
-            "pass content='objects' or mesh_dir=, or leave rig out"
+            "pass content='objects' or mesh_dir=, or a cameo.data.RoomRig, or leave rig out"
+        )
+    if isinstance(rig, RoomRig) and not in_room:
+        raise ValueError(
+            f"{rig}: stands in a room, got {f'content={content!r}' if mesh_dir is None else f'{mesh_dir=}'}; pass "
+            "content='rooms' or 'bare_rooms', or a name of cameo.data.RIGS as rig"
         )
 
 
-def _number_of_views(rig: str | None, views_per_scene: int | None) -> int:
+def _number_of_views(rig: str | RoomRig | None, views_per_scene: int | None) -> int:
+    if isinstance(rig, RoomRig):
+        if views_per_scene not in (None, rig.num_views):
+            raise ValueError(f"views_per_scene: expected {rig.num_views}, the views of the rig, got {views_per_scene}")
+        return rig.num_views
     if rig is not None:
         return rig_views(rig, views_per_scene)
     return DEFAULT_VIEWS if views_per_scene is None else views_per_scene

@@ -15,7 +15,7 @@ import torch
 
 from cameo.geometry.cameras import camera_centers
 
-__all__ = ["Surface", "TriangleScene", "cast_views", "dot", "render"]
+__all__ = ["Surface", "TriangleScene", "cast_points", "cast_views", "dot", "render"]
 
 Array = np.ndarray
 # Rays per call: large enough to hide the call, small enough for the intermediate arrays to stay in cache.
@@ -158,10 +158,39 @@ def cast_views(
         >>> cast_views(scene, np.eye(3)[None], np.eye(4)[None], (1, 1), grid=(1, 2))
         array([[[2., 2.]]])
     """
+    origins, directions = _all_rays(intrinsics, extrinsics, size, grid)
+    return scene.depth(origins, directions).reshape(len(intrinsics), *grid)
+
+
+def cast_points(
+    scene: TriangleScene,
+    intrinsics: Array,
+    extrinsics: Array,
+    size: tuple[int, int],
+    *,
+    grid: tuple[int, int],
+) -> Array:
+    """Return the surface points in world coordinates, `[F, rows, columns, 3]`, NaN = none; otherwise as `cast_views`.
+
+    Example:
+        >>> corners = np.array([[[-9.0, -9.0, 2.0], [9.0, -9.0, 2.0], [0.0, 9.0, 2.0]]])
+        >>> scene = TriangleScene(corners, np.full((1, 3, 3), [0.0, 0.0, -1.0]), lambda s: s.points * 0)
+        >>> cast_points(scene, np.eye(3)[None], np.eye(4)[None], (1, 1), grid=(1, 2)).tolist()
+        [[[[0.5, 1.0, 2.0], [1.5, 1.0, 2.0]]]]
+    """
+    origins, directions = _all_rays(intrinsics, extrinsics, size, grid)
+    depth = scene.depth(origins, directions)
+    points = origins + directions * np.where(depth > 0, depth, np.nan)[:, None]
+    return points.reshape(len(intrinsics), *grid, 3)
+
+
+def _all_rays(
+    intrinsics: Array, extrinsics: Array, size: tuple[int, int], grid: tuple[int, int]
+) -> tuple[Array, Array]:
+    """Rays of all views through the centers of `grid` cells, view by view, `[M, 3]` each."""
     pixels = _cells(size, grid)
     rays = [_rays(pixels, k, e) for k, e in zip(intrinsics, extrinsics, strict=True)]
-    depth = scene.depth(np.concatenate([origin for origin, _ in rays]), np.concatenate([d for _, d in rays]))
-    return depth.reshape(len(intrinsics), *grid)
+    return np.concatenate([origin for origin, _ in rays]), np.concatenate([direction for _, direction in rays])
 
 
 def render(

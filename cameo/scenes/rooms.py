@@ -8,7 +8,7 @@ from cameo.scenes.rendering import TriangleScene, cast_views
 from cameo.scenes.shapes import SceneBuilder
 from cameo.scenes.textures import Texture, random_texture
 
-__all__ = ["bare_room", "look_at", "random_cameras", "random_room"]
+__all__ = ["bare_room", "clearance", "look_at", "random_cameras", "random_intrinsics", "random_room"]
 
 Array = np.ndarray
 BOLD_PATTERNS = ("waves", "checker", "mosaic", "stripes", "bands")
@@ -194,10 +194,10 @@ def random_cameras(
     best, best_clearance = None, -np.inf
     for _ in range(30):
         extrinsics = look_at(*_random_arc(rng, extent, count))
-        clearance = _clearance(scene, intrinsics, extrinsics, size)
-        if clearance > best_clearance:
-            best, best_clearance = extrinsics, clearance
-        if clearance > 1.0:
+        freely = clearance(scene, intrinsics, extrinsics, size)
+        if freely > best_clearance:
+            best, best_clearance = extrinsics, freely
+        if freely > 1.0:
             break
     assert best is not None
     return intrinsics, best
@@ -216,7 +216,17 @@ def _random_arc(rng: np.random.Generator, extent: Array, count: int) -> tuple[Ar
     return centers, focus + rng.normal(0, 0.2, (count, 3))
 
 
-def _clearance(scene: TriangleScene, intrinsics: Array, extrinsics: Array, size: tuple[int, int]) -> float:
-    """How freely the cameras stand: 1 is good, from the nearest and the median depth of a coarse image."""
+def clearance(scene: TriangleScene, intrinsics: Array, extrinsics: Array, size: tuple[int, int]) -> float:
+    """Return how freely cameras stand: above 1 is good, from the nearest and the median depth of a coarse image.
+
+    A camera inside a solid, or whose view a close surface fills, stays below 1.
+
+    Example:
+        >>> rng = np.random.default_rng(0)
+        >>> scene, extent = bare_room(rng)
+        >>> at_the_wall = look_at(np.array([[extent[0] / 2 - 0.1, 0.0, 1.0]]), np.array([[extent[0] / 2, 0.0, 1.0]]))
+        >>> clearance(scene, random_intrinsics(rng, 1, (8, 8)), at_the_wall, (8, 8)) < 1
+        True
+    """
     coarse = cast_views(scene, intrinsics, extrinsics, size, grid=(6, 6)).reshape(len(intrinsics), -1)
     return float(min(np.quantile(coarse, 0.05, axis=1).min() / 0.45, np.median(coarse, axis=1).min() / 1.1))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,10 +13,10 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 
 from cameo.correspondence import DEPTH_TOLERANCE
-from cameo.data import EmbeddedScenes, MultiViewDataset, RGBDSequence, SceneSource, collate, rig_views
+from cameo.data import EmbeddedScenes, MultiViewDataset, RGBDSequence, RoomRig, SceneSource, collate, rig_views
 from cameo.data.batches import MatchedDataset
 from cameo.data.matches import MatchReader, TokenGrids
-from cameo.data.settings import data_format
+from cameo.data.settings import data_format, room_rig
 from cameo.data.shards import RECIPE, check_settings
 from cameo.errors import DataError
 from cameo.model import CameoModel
@@ -50,13 +51,13 @@ def build_dataset(config: TrainingConfig, split: str) -> MultiViewDataset:
         ValueError: if `camera_rig` does not have `num_views` views.
     """
     kind = data_format(config)
-    rig = config.camera_rig if kind in ("objects", "meshes") else None
-    if rig:
+    rig = room_rig(config) or (config.camera_rig if kind in ("objects", "meshes") else None)
+    if isinstance(rig, str):
         try:
             rig_views(rig, config.num_views)
         except ValueError as error:
             raise ValueError(f"camera_rig={rig} with num_views={config.num_views}: {error}") from error
-    elif config.camera_rig:
+    elif config.camera_rig and rig is None:
         warnings.warn(
             f"camera_rig={config.camera_rig} does not apply to {config.train_data_dir}: the cameras are those of the "
             "sequence. A backbone with fixed poses learns from the poses of the sequence",
@@ -75,7 +76,7 @@ def build_dataset(config: TrainingConfig, split: str) -> MultiViewDataset:
     )
 
 
-def _source(config: TrainingConfig, split: str, kind: str, rig: str | None) -> SceneSource:
+def _source(config: TrainingConfig, split: str, kind: str, rig: str | RoomRig | None) -> SceneSource:
     size = (config.resolution, config.resolution)
     if kind == "rgbd":
         if not config.train_data_dir:
@@ -108,7 +109,8 @@ def match_settings(config: TrainingConfig) -> dict[str, Any]:
     files, which may have moved: depth and cameras are compared view by view when the matches are read.
     """
     kind = data_format(config)
-    embedded, rigged = kind != "rgbd", kind in ("objects", "meshes") and config.camera_rig is not None
+    embedded, in_room = kind != "rgbd", room_rig(config)
+    rigged = in_room is not None or (kind in ("objects", "meshes") and config.camera_rig is not None)
     from_depth = config.correspondence == "depth"
     return {
         "correspondence": config.correspondence,
@@ -118,7 +120,7 @@ def match_settings(config: TrainingConfig) -> dict[str, Any]:
         "resolution": config.resolution,
         "data_format": kind,
         "data_seed": config.data_seed if embedded else None,
-        "camera_rig": config.camera_rig if rigged else None,
+        "camera_rig": asdict(in_room) if in_room else config.camera_rig if rigged else None,
         "views_per_scene": (config.num_views if rigged else config.views_per_scene) if embedded else None,
         "intrinsics": None if embedded else config.intrinsics,
         "depth_scale": None if embedded else config.depth_scale,

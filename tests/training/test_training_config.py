@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from cameo.data.settings import room_rig
 from cameo.errors import DataError
 from cameo.training.checkpoint import check_continues
 from cameo.training.settings import TrainingConfig, continued_settings, load_config, save_config, settings_file
@@ -123,6 +124,33 @@ def test_wrong_settings_are_refused(file: Path, override: str, message: str) -> 
 def test_data_settings_that_contradict_each_other(file: Path, overrides: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load_config(file, overrides)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["rig_azimuths=0,-24", "num_views=3"], r"num_views=3: rig_azimuths: expected one per view, 3, got 2"),
+        (["rig_elevations=5,0,0"], r"rig_elevations: expected angles relative to view 0, .* got 5.0"),
+        (["rig_distance=2,1"], r"rig_distance: expected meters .* got \[2.0, 1.0\]"),
+        (["rig_jitter=3"], r"rig_jitter: expected a list \[a, b\], got '3'"),
+        (["rig_separation=180"], r"rig_separation: expected degrees in \[0, 180\)"),
+        (["data_format=objects"], r"camera_rig=fan: stands in an embedded room, .* got objects"),
+        (["train_data_dir=office"], r"camera_rig=fan: stands in an embedded room, .* got train_data_dir=office"),
+        (["camera_rig=null", "rig_jitter=3,1"], r"rig_jitter=\(3.0, 1.0\): is of the rig fan, got camera_rig=None"),
+    ],
+)
+def test_settings_of_a_rig_in_rooms_that_make_none(file: Path, overrides: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_config(file, ["camera_rig=fan", *overrides])
+
+
+def test_a_rig_in_rooms_leaves_the_rooms_of_a_settings_file(file: Path) -> None:
+    file.write_text("data_format: bare_rooms\nrig_azimuths: [0, -16, 16]\ncamera_rig: fan\n")
+    assert load_config(file, ["camera_rig=fan"]).data_format == "bare_rooms"
+    rig = room_rig(load_config(file, ["rig_distance=1,2", "min_overlap=0.4"]))
+    assert rig is not None
+    assert (rig.azimuths, rig.distance, rig.overlap) == ((0, -16, 16), (1, 2), (0.4, 0.9))
+    assert room_rig(TrainingConfig()) is None
 
 
 def test_a_settings_file_of_another_backbone_gives_way_to_the_override() -> None:

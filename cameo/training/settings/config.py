@@ -8,6 +8,7 @@ from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from cameo.choices import ROOM_RIG_NAMES
 from cameo.correspondence.settings import FeatureSettings
 from cameo.data.settings import EMBEDDED, DataSettings
 from cameo.errors import unknown_name
@@ -142,7 +143,9 @@ def load_config(
             raise ValueError(f"{path}: {unknown_name('setting', name, _NAMES)}")
     given = current_names(TrainingConfig, given)
     named = {name: value for name, value in changed.items() if not is_null(value)}
-    other = "train_data_dir" in named or ("camera_rig" in named and given.get("data_format") != "objects")
+    # A rig in rooms goes with embedded rooms, one around an object with objects.
+    fits = ("objects",) if named.get("camera_rig") not in ROOM_RIG_NAMES else ("scenes", "bare_rooms")
+    other = "train_data_dir" in named or ("camera_rig" in named and given.get("data_format") not in fits)
     if given.get("data_format") in EMBEDDED and other:
         given["data_format"] = "auto"
     places = {name: str(path) for name in given if name not in changed}

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from cameo.adapters.zero123plus.cameras import from_canvas, pose_error, same_poses, to_canvas
+from cameo.data import RoomRig
 from cameo.errors import ShapeError
+from cameo.scenes.room_rigs import rigged_room
+from cameo.scenes.rooms import bare_room
 from tests.helpers.batches import make_batch
 from tests.helpers.zero123plus_models import SIZE, batch, pipeline
+from tests.helpers.zero123plus_released import released
 
 
 def test_views_lie_row_by_row_in_the_canvas() -> None:
@@ -46,14 +52,33 @@ def test_bad_poses_are_refused() -> None:
         pose_error(torch.eye(4).expand(1, 6, 4, 4), "zero123plus-v1.2")
 
 
-def test_poses_of_no_release_are_warned_about_once() -> None:
-    built = pipeline()
+def test_a_release_warns_once_about_poses_that_it_was_not_trained_on() -> None:
+    built = released()
+    given = {**on_fans(0, 1), "images": torch.rand(2, 7, 3, 64, 64)}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        built.training_inputs(batch())
-    built = pipeline()
-    with pytest.warns(UserWarning, match="learns the poses of its data"):
-        built.training_inputs(make_batch(views=7, size=SIZE))
+        built.training_inputs({**batch(), "images": given["images"]})
+    built = released()
+    with pytest.warns(UserWarning, match=r"not the fixed poses of a release. Use .*zero123plus-v1.2"):
+        built.training_inputs(given)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        built.training_inputs(make_batch(views=7, size=SIZE))
+        built.training_inputs(given)
+
+
+def test_from_scratch_any_poses_will_do_that_all_samples_share() -> None:
+    built = [pipeline() for _ in range(3)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        built[0].training_inputs(batch())
+        built[1].training_inputs(on_fans(0, 1))
+    with pytest.warns(UserWarning, match="differ from sample to sample. Use .*camera_rig=fan without rig_jitter"):
+        built[2].training_inputs(on_fans(0, 1, jitter=(5.0, 0.0)))
+
+
+def on_fans(*seeds: int, jitter: tuple[float, float] = (0.0, 0.0)) -> dict[str, Any]:
+    """Random pictures of views on a fan about a point of a room, in another room each."""
+    rig = RoomRig.fan(7, jitter=jitter)
+    cameras = [rigged_room(rig, np.random.default_rng(seed), bare_room, (SIZE, SIZE))[1:] for seed in seeds]
+    intrinsics, extrinsics = (torch.tensor(np.stack(one)).float() for one in zip(*cameras, strict=True))
+    return {**make_batch(len(seeds), views=7, size=SIZE), "intrinsics": intrinsics, "extrinsics": extrinsics}
