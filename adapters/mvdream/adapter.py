@@ -45,9 +45,10 @@ class MVDream(Backbone):
     `UNet2DConditionModel` of an `MVDreamPipeline`. Presets: `tiny` (pixel space, 64 px, CPU) and `small` (128 px, one
     GPU) are conditioned by a text, `imagedream-tiny` and `imagedream-small` by an image.
 
-    Of ImageDream the last view of the attention is the image prompt: the first view of a correspondence, without a
-    loss of its own. Its variant "ipmv-local" has the image tokens alone and no such view; the models have the
-    same layers, so call `set_image_view(unet, False)` before `cameo.wrap`.
+    Of ImageDream the last view of the attention is the image prompt, the first view of a correspondence. Its matches
+    are supervised like those of any other view, in both directions; it has no denoising loss, as published. The variant
+    "ipmv-local" has the image tokens alone and no such view; the models have the same layers, so call
+    `set_image_view(unet, False)` before `cameo.wrap`.
     """
 
     name = "mvdream"
