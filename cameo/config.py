@@ -34,6 +34,7 @@ class CameoConfig:
         heads, stride, kernel_call: see `cameo.wrap`; only without a backbone.
         inflate: whether the supervised layers saw one view each before CAMEO joined the views in them; loading
             joins them again.
+        own_view: whether the supervised layers attend within each view, whose own tokens show the reference view too.
         base_model: Hub id or path of the base weights, `preset:NAME` for a fresh preset, None if unknown.
         base_revision: revision of the Hub id.
         layer_choice: the ranking of a probe that `layer="auto"` took the layer from, see `LayerProbe.choice`; None
@@ -54,6 +55,7 @@ class CameoConfig:
     stride: int | None = None
     kernel_call: int | None = None
     inflate: bool = False
+    own_view: bool = False
     base_model: str | None = None
     base_revision: str | None = None
     layer_choice: dict[str, Any] | None = None
@@ -83,6 +85,11 @@ class CameoConfig:
                 raise ValueError(f"{name}: expected {NAMES_OF_TYPES[type_]}, got {value!r}")
         if self.reduction == "released" and self.num_reference_views is None:
             raise ValueError('num_reference_views: reduction="released" needs the number of clean views, got None')
+        if self.inflate and self.own_view:
+            raise ValueError(
+                "own_view: supervises layers as they attend, within each view, and inflate=True joins the views; got "
+                "both. Leave one of them out"
+            )
         if not all(isinstance(path, str) for path in self.layers):
             raise ValueError(f"layers: expected a list of module paths, got {self.layers!r}")
         if self.backbone is not None:
@@ -154,6 +161,7 @@ TYPES: dict[str, tuple[type, bool]] = {
     "reduction": (str, False),
     "layout": (dict, True),
     "inflate": (bool, False),
+    "own_view": (bool, False),
     "base_model": (str, True),
     "base_revision": (str, True),
     "layer_choice": (dict, True),
