@@ -126,6 +126,20 @@ class Backbone:
         """
         return []
 
+    def own_view_layers(self, model: nn.Module) -> list[AttentionLayer]:
+        """List self-attention layers that can be supervised within each view, since it carries the reference view.
+
+        For models that concatenate the reference with the input channels of every view: their layouts have
+        `own_view_shows`, and nothing in the model changes. `default_layer` counts in this list as well.
+        """
+        return []
+
+    def layers(self, model: nn.Module, *, inflate: bool = False, own_view: bool = False) -> list[AttentionLayer]:
+        """List the layers of one of the three ways to supervise; the options are those of `cameo.wrap`."""
+        if own_view:
+            return self.own_view_layers(model)
+        return self.inflatable_layers(model) if inflate else self.attention_layers(model)
+
     def inflate(self, model: nn.Module, path: str) -> None:
         """Let the layer at `path`, one of `inflatable_layers`, attend across views, in place; its weights stay.
 
@@ -325,8 +339,7 @@ def resolve_layers(core: nn.Module, config: CameoConfig) -> list[AttentionLayer]
         ValueError: if a layer does not exist or cannot be supervised, or its number of heads is not known.
     """
     if config.backbone is not None:
-        adapter = get_backbone(config.backbone)
-        layers = adapter.inflatable_layers(core) if config.inflate else adapter.attention_layers(core)
+        layers = get_backbone(config.backbone).layers(core, inflate=config.inflate, own_view=config.own_view)
         return [find_layer(layers, path) for path in config.layers]
     assert config.layout is not None
     layout = TokenLayout(**config.layout)

@@ -36,6 +36,7 @@ class CameoConfig:
             joins them again.
         position: map of positions that the adapter adds to the first features of the denoiser, "none" or a name that
             the adapter knows; loading adds it again, or takes it off.
+        own_view: whether the supervised layers attend within each view, whose own tokens show the reference view too.
         base_model: Hub id or path of the base weights, `preset:NAME` for a fresh preset, None if unknown.
         base_revision: revision of the Hub id.
         layer_choice: the ranking of a probe that `layer="auto"` took the layer from, see `LayerProbe.choice`; None
@@ -57,6 +58,7 @@ class CameoConfig:
     kernel_call: int | None = None
     inflate: bool = False
     position: str = "none"
+    own_view: bool = False
     base_model: str | None = None
     base_revision: str | None = None
     layer_choice: dict[str, Any] | None = None
@@ -86,6 +88,11 @@ class CameoConfig:
                 raise ValueError(f"{name}: expected {NAMES_OF_TYPES[type_]}, got {value!r}")
         if self.reduction == "released" and self.num_reference_views is None:
             raise ValueError('num_reference_views: reduction="released" needs the number of clean views, got None')
+        if self.inflate and self.own_view:
+            raise ValueError(
+                "own_view: supervises layers as they attend, within each view, and inflate=True joins the views; got "
+                "both. Leave one of them out"
+            )
         if not all(isinstance(path, str) for path in self.layers):
             raise ValueError(f"layers: expected a list of module paths, got {self.layers!r}")
         if self.backbone is not None:
@@ -158,6 +165,7 @@ TYPES: dict[str, tuple[type, bool]] = {
     "layout": (dict, True),
     "inflate": (bool, False),
     "position": (str, False),
+    "own_view": (bool, False),
     "base_model": (str, True),
     "base_revision": (str, True),
     "layer_choice": (dict, True),

@@ -154,8 +154,8 @@ class CameoModel(nn.Module):
                 f"num_reference_views: expected at most {match.num_views}, the views of the correspondence, got "
                 f"{references}"
             )
-        if references is not None:  # the layout has removed reference views that are not supervised
-            references = max(0, references - (match.num_views - local.num_views))
+        if references is not None:
+            references = layer.layout.view_order.num_references(references)
         loss = alignment_loss(
             query,
             key,
@@ -202,11 +202,11 @@ class CameoModel(nn.Module):
 
     @property
     def attention_layers(self) -> list[AttentionLayer]:
-        """All cross-view attention layers of the model in execution order."""
+        """All layers of the model, in execution order, among which the supervised ones were chosen."""
         if self.cameo_config.backbone is None:
             return list(self._supervised)
-        adapter, core = get_backbone(self.cameo_config.backbone), unwrap_peft(self.base_model)
-        return adapter.inflatable_layers(core) if self.cameo_config.inflate else adapter.attention_layers(core)
+        adapter, config = get_backbone(self.cameo_config.backbone), self.cameo_config
+        return adapter.layers(unwrap_peft(self.base_model), inflate=config.inflate, own_view=config.own_view)
 
     @property
     def supervised_layers(self) -> list[AttentionLayer]:

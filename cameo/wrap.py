@@ -39,6 +39,7 @@ def wrap(
     stride: int | None = None,
     kernel_call: int | None = None,
     inflate: bool = False,
+    own_view: bool = False,
     softness: float = CameoConfig.softness,
     implementation: str = "auto",
     gelu: str = "exact",
@@ -81,6 +82,9 @@ def wrap(
         implementation, gelu: see `cameo.alignment_loss`; kept as `model.implementation` and `model.gelu`, not saved.
         inflate: let layers that see one view each attend across views, and supervise those. The weights stay,
             but inference changes, also after `unwrap()`: `layer` then counts the layers that can be inflated.
+        own_view: supervise layers that see one view each as they are, for a model that carries the reference in the
+            input channels of every view: the match of a token in the reference view is also a token of its own view,
+            see `TokenLayout(own_view_shows=)`. Nothing changes at inference; `layer` then counts these layers.
 
     Raises:
         ValueError: for an unknown backbone, layer or option, a model the adapter does not recognize, a model that
@@ -92,7 +96,7 @@ def wrap(
         cure = "pass its denoiser (pipeline.unet)" if hasattr(model, "unet") else "pass the denoiser itself"
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}; {cure}")
     check_plain(model)
-    choice = _probed_choice(layer, probe, backbone, inflate)
+    choice = _probed_choice(layer, probe, backbone, {"inflate": inflate, "own_view": own_view})
     layer = layer if choice is None else choice["layer"]
     if not isinstance(head, str | Mapping):
         raise TypeError(f"head: expected its kind or the keyword arguments of AlignmentHead, got {head!r}")
@@ -110,6 +114,7 @@ def wrap(
         stride=stride,
         kernel_call=kernel_call,
         inflate=inflate,
+        own_view=own_view,
         softness=softness,
         layer_choice=choice,
     )
@@ -136,6 +141,11 @@ def _layers_of_description(
         )
     if config.inflate:
         raise ValueError("inflate=True needs an adapter that knows how to; join the views in your model yourself")
+    if config.own_view:
+        raise ValueError(
+            "own_view=True needs an adapter that knows which layers; without one say it in the layout, "
+            'layout=TokenLayout("(b v) (h w)", own_view_shows=0)'
+        )
     layout = TokenLayout(layout) if isinstance(layout, str) else layout
     config.layout = layout.to_dict()
     return [_module_path(core, path) for path in wanted], [layout]
@@ -153,9 +163,12 @@ def _layers_of_backbone(
     adapter = get_backbone(backbone)
     if not adapter.recognizes(core):
         raise ValueError(f"backbone {backbone!r} does not fit: {adapter.explain_mismatch(core)}")
-    layers = adapter.inflatable_layers(core) if config.inflate else adapter.attention_layers(core)
+    config.check()
+    layers = adapter.layers(core, inflate=config.inflate, own_view=config.own_view)
     if config.inflate and not layers:
         raise ValueError(f"inflate=True: {backbone!r} has no layer that sees one view each and could be inflated")
+    if config.own_view and not layers:
+        raise ValueError(f"own_view=True: {backbone!r} does not carry the reference in the input channels of each view")
     chosen = [find_layer(layers, name) for name in wanted or [adapter.default_layer(core)]]
     return [layer.path for layer in chosen], [layer.layout for layer in chosen]
 
@@ -174,7 +187,7 @@ def _wanted_layers(layer: object) -> list[int | str]:
 
 
 def _probed_choice(
-    layer: int | str | Sequence[int | str] | None, probe: LayerProbe | None, backbone: str | None, inflate: bool
+    layer: int | str | Sequence[int | str] | None, probe: LayerProbe | None, backbone: str | None, way: dict[str, bool]
 ) -> dict[str, Any] | None:
     """Return the ranking behind `layer="auto"`; None for a layer that the caller names."""
     if not isinstance(layer, str) or layer != "auto":
@@ -186,10 +199,17 @@ def _probed_choice(
             'layer="auto": expected probe=, what cameo.probe_layers(pipeline, batches) found on this model, got None; '
             "or name a layer"
         )
-    if (probe.backbone, probe.inflate) != (backbone, inflate):
+    probed = {name: getattr(probe, name) for name in way}
+    if (probe.backbone, probed) != (backbone, way):
+        of_probe, wanted = (
+            " and ".join(
+                f"{name}={value}" for name, value in of.items() if name == "inflate" or probed[name] != way[name]
+            )
+            for of in (probed, way)
+        )
         raise ValueError(
-            f"probe: is of backbone={probe.backbone!r} with inflate={probe.inflate}, expected backbone={backbone!r} "
-            f"with inflate={inflate}; probe the layers that are to be chosen from"
+            f"probe: is of backbone={probe.backbone!r} with {of_probe}, expected backbone={backbone!r} "
+            f"with {wanted}; probe the layers that are to be chosen from"
         )
     best = probe.layer(probe.best)
     skill = next(

@@ -106,6 +106,7 @@ def main(arguments: list[str]) -> None:
         prepare=pipeline,
         backbone=config.backbone,
         inflate=config.inflate,
+        own_view=config.own_view,
         metric=evaluation_settings({}, config).metric_depth,
     )
     output = Path(options.output)
@@ -114,8 +115,10 @@ def main(arguments: list[str]) -> None:
     if options.perturb:
         model = wrapped or cameo.wrap(pipeline.denoiser, config.backbone)  # which layer it supervises does not matter
         checked = ValidationSettings(num_samples=config.num_validation_samples, batch_size=config.train_batch_size)
-        # Layers that were probed as if they were inflated see one view each so far; then the cross-view layers are cut.
-        chosen = None if probe.inflate and wrapped is None else [layer.path for layer in probe.layers]
+        # Layers that see one view each cannot be cut; then the cross-view layers are.
+        chosen = (
+            None if probe.own_view or (probe.inflate and wrapped is None) else [layer.path for layer in probe.layers]
+        )
         effects = perturb_layers(model, pipeline, data, checked, chosen)
         lost = {
             effect.path: "{:.2f} [{:.2f}, {:.2f}]".format(*effect.drop_psnr_all)

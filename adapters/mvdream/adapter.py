@@ -60,9 +60,10 @@ class MVDream(Backbone):
     by the clean image that one prediction stands for: read out of a predicted noise, its errors are amplified by the
     share of noise over that of signal, 11 times at noise level 0.95 and 15 times at 1.
 
-    Of ImageDream the last view of the attention is the image prompt: the first view of a correspondence, without a
-    loss of its own. Its variant "ipmv-local" has the image tokens alone and no such view; the models have the
-    same layers, so call `set_image_view(unet, False)` before `cameo.wrap`.
+    Of ImageDream the last view of the attention is the image prompt, the first view of a correspondence. Its matches
+    are supervised like those of any other view, in both directions; it has no denoising loss, as published. The variant
+    "ipmv-local" has the image tokens alone and no such view; the models have the same layers, so call
+    `set_image_view(unet, False)` before `cameo.wrap`.
     """
 
     name = "mvdream"

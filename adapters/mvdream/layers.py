@@ -84,10 +84,8 @@ def embeds_cameras(model: nn.Module) -> bool:
 
 
 def token_layout(unet: nn.Module) -> TokenLayout:
-    """Layout of the tokens in every layer; ImageDream's image prompt is the last view, without a loss of its own."""
-    if has_image_view(unet):
-        return TokenLayout("b (v h w)", unsupervised_views=1, references_last=1)
-    return TokenLayout("b (v h w)")
+    """Layout of the tokens in every layer; ImageDream's image prompt is the last view, supervised like any other."""
+    return TokenLayout("b (v h w)", references_last=int(has_image_view(unet)))
 
 
 def has_image_view(unet: nn.Module) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -16,6 +17,7 @@ from cameo.adapters.sv3d.layers import (
     embedding_width,
     find_attentions,
     find_levels,
+    own_view_layout,
     reentrant_checkpointing,
     token_layout,
     token_strides,
@@ -39,7 +41,8 @@ class SV3D(Backbone):
 
     Recognizes diffusers' `UNetSpatioTemporalConditionModel`, `SV3DUNet` and SGM's `VideoUNet`. The layers are the
     temporal attentions, which reach one token of each frame; `inflate=True` offers the spatial ones instead and joins
-    the frames in them.
+    the frames in them. `own_view=True` offers the spatial ones as they are: every frame carries the latents of the
+    reference in its input channels, so the match of a token in the reference is also a token of its own frame.
 
     Stable Video Diffusion has the same classes, but its conditioning frame is the first. A model is taken for Stable
     Video Diffusion if its added embedding takes three numbers (768 features), for SV3D otherwise (256 or 1280).
@@ -97,6 +100,10 @@ class SV3D(Backbone):
     def inflatable_layers(self, model: nn.Module) -> list[AttentionLayer]:
         """List the spatial self-attentions in execution order, with their layout once the frames are joined."""
         return _attention_layers(model, temporal=False)
+
+    def own_view_layers(self, model: nn.Module) -> list[AttentionLayer]:
+        """List the spatial self-attentions in execution order, as the attention within each frame."""
+        return [replace(layer, layout=own_view_layout(model, layer.path)) for layer in self.inflatable_layers(model)]
 
     def inflate(self, model: nn.Module, path: str) -> None:
         """Join the frames in a spatial self-attention; an `SV3DUNet` keeps that in its config."""

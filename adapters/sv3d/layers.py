@@ -15,6 +15,7 @@ from typing import Any
 import torch.utils.checkpoint
 from torch import nn
 
+from cameo.adapters.common.joined_frames import is_inflated
 from cameo.adapters.common.unet_layers import levels_of, self_attentions
 from cameo.attention.layout import TokenLayout
 
@@ -22,6 +23,7 @@ __all__ = [
     "embedding_width",
     "find_attentions",
     "find_levels",
+    "own_view_layout",
     "reentrant_checkpointing",
     "resolution_levels",
     "token_layout",
@@ -30,7 +32,7 @@ __all__ = [
     "video_attentions",
 ]
 
-TEMPORAL, JOINED = "(b h w) v", "b (v h w)"
+TEMPORAL, JOINED, APART = "(b h w) v", "b (v h w)", "(b v) (h w)"
 SVD_NUMBERS = 3  # frame rate, motion bucket, noise on the condition image: 256 features each
 RELEASED_STRIDE = 8  # of Stable Diffusion's VAE, the one that all released weights were trained with
 
@@ -68,6 +70,15 @@ def find_levels(model: nn.Module, *, temporal: bool) -> dict[str, int]:
 def token_layout(model: nn.Module, *, temporal: bool) -> TokenLayout:
     """Layout of the tokens; the conditioning frame is the last one, but the first in Stable Video Diffusion."""
     return TokenLayout(TEMPORAL if temporal else JOINED, references_last=int(not _is_svd(model)))
+
+
+def own_view_layout(model: nn.Module, path: str) -> TokenLayout:
+    """Layout of a spatial attention where each frame's tokens stand for the reference, which is in its input channels.
+
+    A layer whose frames `inflate` has joined is looked at within each frame all the same.
+    """
+    pattern = JOINED if is_inflated(model, path) else APART
+    return TokenLayout(pattern, own_view_shows=0, references_last=int(not _is_svd(model)))
 
 
 def token_strides(model: nn.Module, *, temporal: bool) -> dict[str, int | None]:

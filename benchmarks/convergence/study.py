@@ -196,7 +196,9 @@ def probe(
     device = next(pipeline.denoiser.parameters()).device
     batches = (batch for _, batch in sample_batches(data, PROBED_SAMPLES, validation.batch_size, device))
     levels = validation.noise_levels
-    return probe_layers(pipeline, batches, levels, backbone=config.backbone, inflate=config.inflate)
+    return probe_layers(
+        pipeline, batches, levels, backbone=config.backbone, inflate=config.inflate, own_view=config.own_view
+    )
 
 
 def result_path(preset: str, subject: str, arm: str, seed: int) -> Path:

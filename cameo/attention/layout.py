@@ -2,7 +2,8 @@
 
 Axes: B samples, V views, h w token grid of a view, K heads, D head dimension, AB attention batch, L tokens
 of the call. Folded form [B', K, V, N', D]: B' is B times the grid axes in the batch part (in the order b, h, w),
-N' the number of tokens of a view that a query can reach; views with fewer tokens are padded with zeros.
+N' the number of tokens of a view that a query can reach; views with fewer tokens are padded with zeros. Where the
+tokens of a view stand for those of another (`own_view_shows`), each such view is a sample of its own with V = 2.
 """
 
 from __future__ import annotations
@@ -12,13 +13,15 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor
 
 from cameo.attention.axes import first_position, num_positions, position_of, take_segment
+from cameo.attention.folding import fold_matches, fold_tokens, pair_matches, pair_own_tokens
 from cameo.attention.pattern import RESERVED, Pattern, Segment, check_pair
+from cameo.attention.shape_check import check_shape
+from cameo.attention.view_order import ViewOrder
 from cameo.choices import NORMALIZATIONS
-from cameo.errors import ShapeError, as_integer, unknown_name
+from cameo.errors import as_integer, unknown_name
 from cameo.geometry.grids import TokenGrids
 from cameo.renamed import old_attributes, old_keywords
 
@@ -43,6 +46,8 @@ class TokenLayout:
         'row'
         >>> TokenLayout("b (r h c w)", key="b (r h c w + h' w')", r=3, c=2)  # Zero123++
         TokenLayout("b (r h c w)", key="b (r h c w + h' w')", r=3, c=2)
+        >>> TokenLayout("(b v) (h w)", own_view_shows=0, references_absent=1)  # Zero-1-to-3
+        TokenLayout("(b v) (h w)", own_view_shows=0, references_absent=1)
 
     A pattern is `<batch part> <token part>`; each part is one axis or a parenthesised product, slowest first.
 
@@ -60,6 +65,12 @@ class TokenLayout:
         unsupervised_views: n; the last n views of the attention are in no correspondence, and are removed.
         references_last: n; the last n views of the attention are the first n of the correspondence, where reference
             views come first. With as many `unsupervised_views`, these views and their matches are removed.
+        own_view_shows: view of the correspondence that every view carries in its input channels, as models do that
+            concatenate their reference: the keys of a view stand for those of this view too. Supervised are the matches
+            with it, each by the attention within the view that they start from; its own queries are not, since each of
+            its tokens would match itself. None, the default: keys stand for their own view only.
+        references_absent: n; the first n views of the correspondence are not among the views of the attention. Only
+            with `own_view_shows`.
         **lengths: lengths of tile axes, and numbers of tokens that belong to no view.
 
     Raises:
@@ -73,27 +84,19 @@ class TokenLayout:
         *,
         unsupervised_views: int = 0,
         references_last: int = 0,
+        own_view_shows: int | None = None,
+        references_absent: int = 0,
         **lengths: int,
     ) -> None:
         self.query, self.key = query, query if key is None else key
-        self.unsupervised_views = as_integer("unsupervised_views", unsupervised_views, least=0)
-        self.references_last = as_integer("references_last", references_last, least=0)
+        self.view_order = ViewOrder(unsupervised_views, references_last, own_view_shows, references_absent)
         for name, length in lengths.items():
             if name in RESERVED:
                 raise ValueError(f"{name}={length!r}: batch and token_grids tell how long axis {name} is; leave it out")
         self.lengths = {name: as_integer(name, length, least=1) for name, length in lengths.items()}
         self._query, self._key = Pattern(self.query, self.lengths), Pattern(self.key, self.lengths)
-        check_pair(self._query, self._key)
-        if self._key.extra and unsupervised_views:
-            raise self._key.error("unsupervised_views cannot go with views that have their own grid")
-        if self._key.extra and references_last not in (0, len(self._key.extra)):
-            raise self._key.error(
-                f"references_last: expected 0 or the {len(self._key.extra)} views that have their own grid"
-            )
-        if references_last and unsupervised_views not in (0, references_last):
-            raise ValueError(
-                f"unsupervised_views: expected 0 or references_last={references_last}, got {unsupervised_views}"
-            )
+        check_pair(self._query, self._key, within_views=own_view_shows is not None)
+        self.view_order.check(self._key)
         if unused := set(lengths) - self._query.names - self._key.names:
             raise ValueError(f"{self!r}: no axis is called {', '.join(sorted(unused))}")
 
@@ -101,9 +104,7 @@ class TokenLayout:
         """Show the call that builds this layout."""
         settings = [f'"{self.query}"']
         settings += [f'key="{self.key}"'] if self.key != self.query else []
-        for name in ("unsupervised_views", "references_last"):
-            settings += [f"{name}={getattr(self, name)}"] if getattr(self, name) else []
-        settings += [f"{name}={length}" for name, length in self.lengths.items()]
+        settings += [f"{name}={value}" for name, value in (self.view_order.settings() | self.lengths).items()]
         return f"TokenLayout({', '.join(settings)})"
 
     def __eq__(self, other: object) -> bool:
@@ -121,8 +122,28 @@ class TokenLayout:
             {'query': 'b (t + v h w)', 'key': 'b (t + v h w)', 'unsupervised_views': 0, 'references_last': 0, 't': 77}
         """
         patterns: dict[str, str | int] = {"query": self.query, "key": self.key}
-        counts = {"unsupervised_views": self.unsupervised_views, "references_last": self.references_last}
+        counts = {"unsupervised_views": 0, "references_last": 0, **self.view_order.settings()}
         return patterns | counts | dict(sorted(self.lengths.items()))
+
+    @property
+    def unsupervised_views(self) -> int:
+        """How many of the last views of the attention are not supervised."""
+        return self.view_order.unsupervised_views
+
+    @property
+    def references_last(self) -> int:
+        """How many of the last views of the attention are the first of the correspondence."""
+        return self.view_order.references_last
+
+    @property
+    def own_view_shows(self) -> int | None:
+        """The view of the correspondence that every view shows in its own tokens, or None."""
+        return self.view_order.own_view_shows
+
+    @property
+    def within_views(self) -> bool:
+        """Whether a query sees the keys of its own view only; possible with `own_view_shows` alone."""
+        return any(name in self._key.batch for name in self._key.views)
 
     @property
     def reach(self) -> str:
@@ -141,6 +162,8 @@ class TokenLayout:
         """
         if normalize not in NORMALIZATIONS:
             raise unknown_name("normalize", normalize, NORMALIZATIONS)
+        if self.reach == "cell" and self.own_view_shows is not None:
+            return "a query reaches one token of its own view, so the softmax is constant"
         if self.reach == "cell" and normalize == "per_view":
             constant = "a query reaches one token per view, so a softmax per view is constant"
             return f'{constant}; use normalize="all_views"'
@@ -173,6 +196,8 @@ class TokenLayout:
     @old_keywords
     def split_query(self, tensor: Tensor, *, batch: int, token_grids: TokenGrids) -> Tensor:
         """Bring queries [AB, K, L, D] to [B', K, V, N', D]; views without queries are zeros.
+
+        With `own_view_shows` both views of a sample hold the tokens of the view that it is about.
 
         Example:
             >>> layout = TokenLayout("(b v h) w", key="(b u h) (v w)")  # MV-Adapter
@@ -215,35 +240,26 @@ class TokenLayout:
         """
         token_grids = correspondence.token_grids
         self._lengths(correspondence.batch_size, token_grids)
-        if self.references_last and self.unsupervised_views:
-            correspondence = correspondence.take_views(range(self.references_last, len(token_grids)))
-            token_grids = correspondence.token_grids
+        if self.own_view_shows is not None:
+            correspondence = pair_matches(correspondence, self.view_order)
+        elif removed := self.view_order.removed:
+            correspondence = correspondence.take_views(range(removed, len(token_grids)))
         elif without_queries := self._views_without_queries(len(token_grids)):
             index = correspondence.index.clone()
             index[:, without_queries] = -1
             return dataclasses.replace(correspondence, index=index)
-        if self.reach == "all":
-            return correspondence
-        height, width = token_grids[0]
-        index, token = correspondence.index, torch.arange(height * width, device=correspondence.device)
-        same_row, same_column = index // width == token // width, index % width == token % width
-        reached, local, token_grid, fold = {
-            "row": (same_row, index % width, (1, width), "(b h) i j w"),
-            "column": (same_column, index // width, (height, 1), "(b w) i j h"),
-            "cell": (same_row & same_column, torch.zeros_like(index), (1, 1), "(b h w) i j 1"),
-        }[self.reach]
+        return fold_matches(correspondence, self.reach)
 
-        def folded(tensor: Tensor) -> Tensor:
-            return rearrange(tensor, f"b i j (h w) -> {fold}", h=height, w=width)
+    def localize_tokens(self, values: Tensor, token_grids: TokenGrids) -> Tensor:
+        """Bring values of the tokens `[B, V, N, C]` to `[B', V', N', C]`, for the samples and views of `localize`.
 
-        weight, distance = correspondence.match_weight, correspondence.distance
-        return dataclasses.replace(
-            correspondence,
-            index=folded(torch.where(reached & correspondence.matched, local, -1)),
-            token_grids=(token_grid,) * len(token_grids),
-            match_weight=None if weight is None else folded(weight),
-            distance=None if distance is None else folded(distance),
-        )
+        Example:
+            >>> TokenLayout("(b h) (v w)").localize_tokens(torch.zeros(2, 3, 24, 7), ((4, 6),) * 3).shape
+            torch.Size([8, 3, 6, 7])
+        """
+        supervised = token_grids[self.view_order.removed :]
+        tokens = max(height * width for height, width in supervised)
+        return fold_tokens(self.view_order.take_views(values)[:, :, :tokens], self.reach, supervised[-1])
 
     @old_keywords
     def locate(
@@ -266,9 +282,11 @@ class TokenLayout:
         _check_place("col", col, token_grids[view][1])
         if of == "query" and view in self._views_without_queries(len(token_grids)):
             raise ValueError(f'view: view {view} has no queries in "{self.query}"')
+        if view < self.view_order.references_absent:
+            raise ValueError(f"view: view {view} is not in the attention: {self!r}")
         place = {"b": batch_index, "u": 0}
         main_views = len(token_grids) - len(self._key.extra)
-        view = (view - self.references_last) % len(token_grids)  # from here on, views are in the order of the attention
+        view = self.view_order.place(view, len(token_grids))
         if view < main_views:
             segment = pattern.main
             place |= {"h": row, "w": col}
@@ -291,16 +309,21 @@ class TokenLayout:
 
     def _lengths(self, batch: int, token_grids: TokenGrids) -> dict[str, int]:
         """Return the length of every axis for this batch and these token grids."""
-        extra, views = self._key.extra, self._query.views
-        ordered = (*token_grids[self.references_last :], *token_grids[: self.references_last])
-        main = ordered[: max(0, len(token_grids) - len(extra))]
-        unmatched = 0 if self.references_last else self.unsupervised_views  # views that no correspondence has
+        order, extra, views = self.view_order, self._key.extra, self._query.views
+        attended = token_grids[order.references_absent :]
+        ordered = (*attended[order.references_last :], *attended[: order.references_last])
+        main = ordered[: max(0, len(ordered) - len(extra))]
         tiles = None if views == ("v",) else num_positions(views, self.lengths)
-        expected = None if tiles is None else tiles - unmatched + len(extra)
-        least = max(len(extra), self.references_last)
+        expected = None if tiles is None else tiles - order.beyond + len(extra) + order.references_absent
+        least = max(len(extra), order.least)
         if len(token_grids) <= least or expected not in (None, len(token_grids)):
             needs = f"more than {least}" if expected is None else expected
             raise ValueError(f"token_grids: {self!r} needs {needs} views, got {len(token_grids)}: {tuple(token_grids)}")
+        if self.own_view_shows is not None and len(set(token_grids)) > 1:
+            raise ValueError(
+                f"token_grids: the tokens of a view stand for those of view {self.own_view_shows} too, so all views "
+                f"have one token grid, got {tuple(token_grids)}"
+            )
         if len(set(main)) > 1:
             raise ValueError(
                 f"token_grids: the {len(main)} views of segment {' '.join(self._key.main)} share one token grid, "
@@ -308,7 +331,7 @@ class TokenLayout:
             )
         lengths = {**self.lengths, "b": batch, "h": main[0][0], "w": main[0][1]}
         if tiles is None:
-            lengths["v"] = len(main) + unmatched
+            lengths["v"] = len(main) + order.beyond
         lengths["u"] = num_positions(views, lengths)
         for segment, (height, width) in zip(extra, ordered[len(main) :], strict=True):
             lengths |= {name: height if name.startswith("h") else width for name in segment}
@@ -316,9 +339,12 @@ class TokenLayout:
 
     def _split(self, of: str, tensor: Tensor, batch: int, token_grids: TokenGrids) -> Tensor:
         pattern, lengths = self._pattern(of), self._lengths(batch, token_grids)
-        self._check_shape(of, tensor, batch, token_grids)
+        expected = self.shape(of, batch=batch, token_grids=token_grids)
+        check_shape(of, tensor, expected, pattern.text, batch=batch, token_grids=token_grids)
         rest = tuple(name for name in ("h", "w") if name not in pattern.folded)
         main = take_segment(tensor, pattern, pattern.main, lengths, views=self._query.views, grid=rest)
+        if self.own_view_shows is not None:
+            return pair_own_tokens(self._showing_views(main, len(token_grids)), batch)
         main = main[:, :, : main.shape[2] - self.unsupervised_views]
         if not self._key.extra:
             return main if self.unsupervised_views else self._references_first(main)
@@ -335,42 +361,15 @@ class TokenLayout:
             torch.cat([F.pad(part, (0, 0, 0, longest - part.shape[3])) for part in parts], dim=2)
         )
 
+    def _showing_views(self, views: Tensor, num_views: int) -> Tensor:
+        """Take those of [B', K, V, N', D] that show another view, in the order of the correspondence."""
+        places = [self.view_order.place(view, num_views) for view in self.view_order.pairs(num_views)[:, 1].tolist()]
+        first, count = places[0], len(places)
+        return views.narrow(2, first, count) if places == list(range(first, first + count)) else views[:, :, places]
+
     def _references_first(self, views: Tensor) -> Tensor:
         """Bring the views of [B', K, V, N', D] from the order of the attention into that of the correspondence."""
         return views.roll(self.references_last, dims=2) if self.references_last else views
-
-    def _check_shape(self, of: str, tensor: Tensor, batch: int, token_grids: TokenGrids) -> None:
-        text = self._pattern(of).text
-        if tensor.ndim != 4:
-            raise ShapeError(of, expected=f'[AB, K, L, D] for "{text}"', got=tensor.shape)
-        expected = self.shape(of, batch=batch, token_grids=token_grids)
-        attention_batch, _, tokens, _ = tensor.shape
-        if (attention_batch, tokens) == expected:
-            return
-        cure, views = f"The correspondence has {batch} samples; give the model the same number", len(token_grids)
-        if views > 1 and (attention_batch, tokens * views) == (expected[0] * views, expected[1]):
-            cure = (
-                f"Each of the {views} views was attended alone: the layer did not join them. Likely cause: num_views "
-                "was forgotten, which tells a forward how many views a sample has; for a U-Net of backbone 'cat3d' or "
-                f"'mvdream' it is cross_attention_kwargs={{\"num_views\": {views}}}"
-            )
-        elif tokens != expected[1]:
-            cure = (
-                "The correspondence has another token grid or number of views than this layer; "
-                "use token_grid=model.token_grid(height, width)"
-            )
-        elif attention_batch > expected[0] and attention_batch % expected[0] == 0:
-            cure = (
-                f"That is {attention_batch // expected[0]} times the batch of the correspondence. "
-                "Classifier-free guidance doubles it: repeat the correspondence or train without guidance"
-            )
-        raise ShapeError(
-            of,
-            expected=f'AB = {expected[0]} and L = {expected[1]} in [AB, K, L, D] for "{text}" with {batch} '
-            f"samples and token grids {tuple(token_grids)}",
-            got=tensor.shape,
-            cure=cure,
-        )
 
 
 def _check_place(name: str, value: int, limit: int) -> None:

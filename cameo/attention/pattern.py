@@ -104,28 +104,36 @@ class Pattern:
                 raise self.error(f"axis {name} is not known; if it is a tile axis, give {name}=<tiles>")
 
 
-def check_pair(query: Pattern, key: Pattern) -> None:
+def check_pair(query: Pattern, key: Pattern, *, within_views: bool = False) -> None:
     """Raise a ValueError unless both patterns can describe the queries and keys of one call.
 
     Example:
         >>> check_pair(Pattern("(b v) (h w)", {}), Pattern("(b u) (v h w)", {}))
+        >>> check_pair(Pattern("(b v) (h w)", {}), Pattern("(b v) (h w)", {}), within_views=True)
+
+    Args:
+        query, key: the two patterns.
+        within_views: whether the attention within each view is what is looked at, so that a query may see its own view
+            only.
     """
     if "u" in query.names:
         raise query.error("u, the copies of the keys, belongs in the key pattern")
     if any("u" in segment for segment in key.segments):
         raise key.error("u, the copies of the keys, belongs in the batch part")
-    if any(name in key.batch for name in key.views):
+    separate = any(name in key.batch for name in key.views)
+    if separate and not within_views:
         raise key.error(
             "with views in the batch part a query sees its own view only and has no other view to match; "
-            'keys of all views stand in the token part, as key="(b u) (v h w)"'
+            'keys of all views stand in the token part, as key="(b u) (v h w)". Where every view carries the reference '
+            "in its input channels, its own tokens show that too: own_view_shows=0"
         )
     if sorted(query.views) != sorted(key.views):
         views = f"{' '.join(key.views)}, those of the queries {' '.join(query.views)}"
         raise key.error(f'its view axes are {views} ("{query.text}"); name the same')
-    # The keys' batch part has one u in the place of the queries' view axes.
+    # The keys' batch part has one u in the place of the queries' view axes, unless each view sees its own keys.
     wanted: list[str] = []
     for name in query.batch:
-        wanted += [name] if name not in query.views else ["u"] if "u" not in wanted else []
+        wanted += [name] if separate or name not in query.views else ["u"] if "u" not in wanted else []
     if tuple(wanted) != key.batch:
         raise key.error(f'its batch part must be ({" ".join(wanted)}) to go with the queries "{query.text}"')
     for segment in query.segments:

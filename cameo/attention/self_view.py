@@ -85,6 +85,8 @@ class _Cut:
 
     def __init__(self, layer: AttentionLayer, token_grids: TokenGrids) -> None:
         self._layer, self._token_grids = layer, tuple(token_grids)
+        if layer.layout.within_views:
+            raise CaptureError(f"layer {layer.path!r} attends within each view, so there is nothing to cut")
         self._layout, self._ordered_grids = _in_attention_order(layer.layout, self._token_grids)
         self._parts: dict[tuple[int, int, torch.device], list[_Part]] = {}
         self._lengths = tuple(

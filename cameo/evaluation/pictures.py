@@ -72,22 +72,26 @@ def attention_figure(
     match between these two, the next two views with a match are drawn; if the layer has no reference views, two target
     views. The sample is the one with most matches, and the queries are spread evenly over the tokens with a match.
 
+    Where the tokens of a view stand for those of the reference view (`TokenLayout(own_view_shows=)`), the attention
+    within the query view is drawn over the reference view.
+
     Raises:
         ValueError: if no token has a match in the other view, or the layer does not attend across whole views.
     """
     first = next(iter(models.values()))
     layer = first.supervised_layers[0]
     match = match_batch(batch, layer_grids(layer, batch))
-    local = layer.layout.localize(match)
-    if local.batch_size != match.batch_size:
+    local, order = layer.layout.localize(match), layer.layout.view_order
+    if layer.layout.reach != "all":
         raise ValueError(f"layer {layer.path!r} attends to a part of the other view; its attention is not drawn")
-    references, dropped = int(batch["num_reference_views"]), match.num_views - local.num_views
-    query_view, key_view = _views_to_draw(local, max(0, references - dropped), batch)
+    references = order.num_references(int(batch["num_reference_views"]))
+    query_view, key_view = _views_to_draw(local, references, batch)
     matched = local.matched[:, query_view, key_view]
     sample = int(matched.sum(1).argmax())
     target, candidates = local.index[sample, query_view, key_view], matched[sample].nonzero().flatten()
     chosen = candidates[torch.linspace(0, len(candidates) - 1, min(queries, len(candidates))).round().long()]
-    query_image, key_image = (batch["images"][sample, dropped + view] for view in (query_view, key_view))
+    shown = [order.origin(sample, view, match.num_views) for view in (query_view, key_view)]
+    query_image, key_image = (batch["images"][place] for place in shown)
     query_grid, key_grid = local.token_grids[query_view], local.token_grids[key_view]
     figure, axes = _panels(len(chosen), 1 + len(models))
     for column, (name, model) in enumerate(models.items(), start=1):
@@ -100,9 +104,9 @@ def attention_figure(
             axis.imshow(heat[token].view(key_grid).numpy(), extent=(0, width, height, 0), cmap="magma", alpha=0.6)
             _mark(axis, int(target[token]), key_grid, (height, width), "o", "lime")
             _mark(axis, int(heat[token].argmax()), key_grid, (height, width), "x", "cyan")
-        title = f"{textwrap.fill(name, TITLE_WIDTH)}\nin view {dropped + key_view}".strip()
+        title = f"{textwrap.fill(name, TITLE_WIDTH)}\nin view {shown[1][1]}".strip()
         axes[0, column].set_title(title, fontsize=8)
-    axes[0, 0].set_title(f"query in view {dropped + query_view}", fontsize=8)
+    axes[0, 0].set_title(f"query in view {shown[0][1]}", fontsize=8)
     return figure
 
 

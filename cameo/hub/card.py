@@ -228,6 +228,8 @@ def _details(facts: CardFacts) -> str:
         rows["Position map"] = f"{config.position}, fixed, behind the first convolution; not part of the weights"
     if config.inflate:
         rows["Inflated"] = "the supervised layer attends across all views, in training and at inference"
+    if config.own_view:
+        rows["Supervised"] = "within each view, whose own tokens show the reference view too"
     if facts.adapter:
         rows["Adapter"] = _compact(facts.adapter)
     rows.update(config.training)

@@ -188,16 +188,18 @@ def perturb_layers(
 
 def _cross_view_layers(model: CameoModel) -> list[AttentionLayer]:
     """The layers of a model in which its views meet, starting with the inflated ones."""
-    if not (model.cameo_config.inflate and model.cameo_config.backbone):
+    config = model.cameo_config
+    if config.backbone is None or not (config.inflate or config.own_view):
         return model.attention_layers
-    others = get_backbone(model.cameo_config.backbone).attention_layers(unwrap_peft(model.base_model))
-    return [*model.supervised_layers, *others]
+    others = get_backbone(config.backbone).attention_layers(unwrap_peft(model.base_model))
+    return [*(model.supervised_layers if config.inflate else ()), *others]
 
 
 def _find_layer(model: CameoModel, cross_view: Sequence[AttentionLayer], name: int | str) -> AttentionLayer:
     """The cross-view layer with a path, or with an index among the adapter's layers."""
     by_name: dict[int | str, AttentionLayer] = {layer.path: layer for layer in cross_view}
-    by_name |= {layer.index: layer for layer in model.attention_layers if layer.path in by_name}
+    counted = cross_view if model.cameo_config.own_view else model.attention_layers
+    by_name |= {layer.index: layer for layer in counted if layer.path in by_name}
     if name not in by_name:
         raise unknown_name("layer", name, map(str, by_name))
     return by_name[name]

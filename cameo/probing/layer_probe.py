@@ -49,6 +49,7 @@ class LayerProbe(ProbeResult):
         backbone: name of the adapter, or None.
         inflate: whether the layers are those that `inflate=True` inflates.
         seed: seed of the noise.
+        own_view: whether the layers are those that `own_view=True` supervises within each view.
 
     `save` writes a probe to a file, and `load` reads it.
     """

@@ -14,7 +14,9 @@ COLUMNS = ("layer", "module", "heads", "tokens per view", "reach", "supervised b
 
 
 def layer_table(adapter: Backbone, model: nn.Module, *, height: int, width: int, num_views: int) -> str:
-    """Format the cross-view layers of a model as a Markdown table, and those that can be inflated as a second one.
+    """Format the cross-view layers of a model as a Markdown table; below it those that attend within each view.
+
+    Of these there are two kinds, each with the option of `cameo.wrap` that supervises it.
 
     Example:
         >>> from cameo.backbone import get_backbone
@@ -40,6 +42,13 @@ def layer_table(adapter: Backbone, model: nn.Module, *, height: int, width: int,
         rows = [_row(layer, size, layer.index == default, ", inflate=True") for layer in inflatable_layers]
         parts += [
             "These attend within one view; `inflate=True` lets the chosen one attend across views:",
+            markdown_table(COLUMNS, rows),
+        ]
+    if own_view_layers := adapter.own_view_layers(core):
+        rows = [_row(layer, size, layer.index == default, ", own_view=True") for layer in own_view_layers]
+        parts += [
+            "These attend within one view, which carries the reference in its input channels; `own_view=True` "
+            "supervises the chosen one as it is:",
             markdown_table(COLUMNS, rows),
         ]
     return "\n\n".join(parts)

@@ -53,6 +53,7 @@ def probe_layers(
     within: Sequence[int] = (0, 1, 2),
     metric: bool = False,
     seed: int = 1234,
+    own_view: bool = False,
 ) -> LayerProbe:
     """Measure how often each layer's attention finds the true match, by noise level and angle between the views.
 
@@ -97,6 +98,8 @@ def probe_layers(
             column difference.
         metric: also count tokens within 2 cm of the match in the world; for depth and cameras in meters.
         seed: seed of the noise, which also depends on a sample's number, and not on the batch size.
+        own_view: probe the layers that `cameo.wrap(own_view=True)` supervises within each view: whether a query finds,
+            among the tokens of its own view, the one that stands where the reference view shows its surface point.
 
     Raises:
         DataError: if a batch has no depth.
@@ -105,7 +108,7 @@ def probe_layers(
     """
     levels = tuple(map(float, noise_levels))
     check_noise_levels("noise_levels", levels)
-    probed = _ProbedModel.of(model, backbone, prepare, inflate, seed)
+    probed = _ProbedModel.of(model, backbone, prepare, inflate, own_view, seed)
     counters = [LayerHitCounter(layer, probed.refusal(layer)) for layer in _chosen_layers(probed.layers, layers)]
     distances, near = check_within(within), NEAR_METERS if metric else None
     names = _SampleNames()
@@ -140,6 +143,7 @@ def probe_layers(
         backbone=probed.backbone,
         inflate=probed.inflate,
         seed=seed,
+        own_view=probed.own_view,
     )
 
 
@@ -153,10 +157,13 @@ class _ProbedModel:
     layers: list[AttentionLayer]
     make_inputs: Prepare | MultiViewPipeline
     inflate: bool
+    own_view: bool
     seed: int
 
     @classmethod
-    def of(cls, model: Any, backbone: str | None, prepare: Any, inflate: bool, seed: int) -> _ProbedModel:
+    def of(
+        cls, model: Any, backbone: str | None, prepare: Any, inflate: bool, own_view: bool, seed: int
+    ) -> _ProbedModel:
         """Find out what was given to `probe_layers`; the arguments are its own."""
         pipeline = None if isinstance(model, nn.Module) else model
         denoiser = model if pipeline is None else getattr(pipeline, "denoiser", None)
@@ -174,18 +181,22 @@ class _ProbedModel:
         denoiser = wrapped.base_model if wrapped is not None else denoiser
         core = unwrap_peft(denoiser)
         if wrapped is not None and wrapped.cameo_config.backbone is None and backbone is None:
-            return cls(denoiser, wrapped, None, wrapped.attention_layers, prepare, inflate, seed)
+            return cls(denoiser, wrapped, None, wrapped.attention_layers, prepare, inflate, own_view, seed)
         config = wrapped.cameo_config if wrapped is not None else None
         name = backbone or (config.backbone if config else None) or getattr(pipeline, "backbone", None)
         name = name or _recognized_backbone(core)
         adapter = get_backbone(name)
         if not adapter.recognizes(core):
             raise ValueError(f"backbone {name!r} does not fit: {adapter.explain_mismatch(core)}")
-        inflate = inflate or bool(config and config.inflate)
-        layers = adapter.inflatable_layers(core) if inflate else adapter.attention_layers(core)
+        if inflate and own_view:
+            raise ValueError("inflate, own_view: two ways to look at a layer that sees one view each; give one of them")
+        if config is not None and not (inflate or own_view):
+            inflate, own_view = config.inflate, config.own_view
+        layers = adapter.layers(core, inflate=inflate, own_view=own_view)
         if not layers:
-            raise ValueError(f"backbone {name!r} lists no {'inflatable' if inflate else 'cross-view attention'} layer")
-        return cls(denoiser, wrapped, name, layers, prepare, inflate, seed)
+            kind = "own-view" if own_view else "inflatable" if inflate else "cross-view attention"
+            raise ValueError(f"backbone {name!r} lists no {kind} layer")
+        return cls(denoiser, wrapped, name, layers, prepare, inflate, own_view, seed)
 
     @property
     def device(self) -> torch.device:

@@ -135,7 +135,8 @@ def probe_figure(probe: ProbeResult, *, within: int | str, readout: str, kind: s
     distance = within if isinstance(within, str) else f"{within} token{'' if within == 1 else 's'}"
     bar = figure.colorbar(image, ax=list(axes), fraction=0.03)
     bar.set_label(f"{kind} within {distance},\n{READOUT_TITLES[readout]}", fontsize=8)
-    name = f"{probe.backbone or 'model'}{', layers as if inflated' if probe.inflate else ''}"
+    way = ", layers as if inflated" if probe.inflate else ", within each view" if probe.own_view else ""
+    name = f"{probe.backbone or 'model'}{way}"
     figure.suptitle(f"{name}: {len(probe.samples)} samples of {len(probe.scene_names)} scenes", fontsize=9)
     return figure
 

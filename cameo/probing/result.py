@@ -72,6 +72,7 @@ class ProbeResult:
     backbone: str | None = None
     inflate: bool = False
     seed: int = 0
+    own_view: bool = False
 
     @old_keywords
     def precision(self, layer: int | str, **selection: Any) -> float | None:
@@ -190,6 +191,7 @@ class ProbeResult:
             "samples": len(self.samples),
             "pairs": self.pairs(best),
             "inflate": self.inflate,
+            "own_view": self.own_view,
             "ranking": [
                 {
                     "index": ranked.index,
@@ -218,6 +220,7 @@ class ProbeResult:
         Raises:
             ValueError: if these are not the values of a probe.
         """
+        values = {"own_view": False, **values}  # probes of earlier releases do not hold it
         expected = {"format", *(_key(entry.name) for entry in fields(cls))}
         if values.keys() != expected or values["format"] != FORMAT:
             raise ValueError(
@@ -228,7 +231,7 @@ class ProbeResult:
         tuples: dict[str, Any] = {name: tuple(values[_key(name)]) for name in names}
         tuples["angle_bins"] = tuple((low, high) for low, high in values["angle_bins"])
         tuples["layers"] = tuple(ProbedLayer.from_dict(layer) for layer in values["layers"])
-        return cls(**tuples, **{name: values[name] for name in ("backbone", "inflate", "seed")})
+        return cls(**tuples, **{name: values[name] for name in ("backbone", "inflate", "seed", "own_view")})
 
     def save(self, path: str | Path) -> Path:
         """Write the probe as JSON, whole or not at all, and return the path."""

@@ -1,7 +1,9 @@
 """The true matches that the attention of a layer should find, counted by sample and by angle between the views.
 
 Axes: B samples, V views, N tokens per view, A groups of view pairs (such as angle bins), P matches, W distances. In a
-layer that attends by row, column or cell, each of these is a sample of its own: B' = B, B h, B w or B h w.
+layer that attends by row, column or cell, each of these is a sample of its own: B' = B, B h, B w or B h w. Where the
+tokens of F views stand for those of another view (`TokenLayout(own_view_shows=)`), each of them is one too, with V = 2:
+G = B F, elsewhere G = B, and B' is G times the rows, columns or cells.
 """
 
 from __future__ import annotations
@@ -11,7 +13,6 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from cameo.attention.layout import TokenLayout
@@ -139,15 +140,17 @@ class TrueMatches:
 
     Attributes:
         match: matches as `TokenLayout.localize` returns them: index `[B', V, V, N]`.
-        groups: group of each ordered pair of views, `[B, V, V]`, 0 to A - 1.
+        groups: group of each ordered pair of views, `[G, V, V]`, 0 to A - 1.
         num_groups: A.
         points: surface points at the token centers `[B', V, N, 3]` in world units, or None.
+        views_apart: F, or 1 where the views of a sample are together.
     """
 
     match: Correspondence
     groups: Tensor
     num_groups: int
     points: Tensor | None = None
+    views_apart: int = 1
 
     @classmethod
     def plain(cls, match: Correspondence) -> TrueMatches:
@@ -160,15 +163,13 @@ class TrueMatches:
     ) -> TrueMatches:
         """Keep of the matches `[B, V, V, N]` those that a layer can find.
 
-        Views without supervision in the layer are left out, as are matches that its queries cannot reach. `groups` and
-        `points` are for the views and tokens of `match`.
+        Views without supervision in the layer are left out, as are matches that its queries cannot reach. `groups`,
+        `[B, V, V]`, and `points`, `[B, V, N, 3]`, are for the views and tokens of `match`.
         """
-        local = layout.localize(match)
-        kept = slice(match.num_views - local.num_views, None)
+        local, local_groups = layout.localize(match), layout.view_order.take_pairs(groups.to(match.device))
         if points is not None:
-            tokens = max(h * w for h, w in match.token_grids[kept])
-            points = fold_tokens(points[:, kept, :tokens], layout, match.token_grids[-1])
-        return cls(local, groups[:, kept, kept].to(match.device), num_groups, points)
+            points = layout.localize_tokens(points, match.token_grids)
+        return cls(local, local_groups, num_groups, points, views_apart=len(local_groups) // max(1, len(groups)))
 
     @property
     def one_token(self) -> bool:
@@ -178,7 +179,7 @@ class TrueMatches:
     @property
     def num_samples(self) -> int:
         """Number of samples B."""
-        return len(self.groups)
+        return len(self.groups) // self.views_apart
 
     @property
     def num_bins(self) -> int:
@@ -227,7 +228,7 @@ class TrueMatches:
             target=self.match.index[sample, query, key, token],
             height=token_grids[key, 0],
             width=token_grids[key, 1],
-            bin=sample // self._folds * self.num_groups + group,
+            bin=self._sample_of(sample) * self.num_groups + group,
         )
 
     def queries_in(self, block: Block) -> tuple[Tensor, Tensor, Tensor]:
@@ -243,9 +244,9 @@ class TrueMatches:
         has_match = (index >= 0).any(-1)
         sample, query = has_match.nonzero(as_tuple=True)
         shown = index[sample, query] >= 0
-        sample = (sample + samples.start) // self._folds
-        groups = self.groups[sample, query + views.start].masked_fill(~shown, self.num_groups)
-        return shown, has_match, sample * self.num_groups + groups.amin(-1)
+        sample = sample + samples.start
+        groups = self.groups[sample // self._folds, query + views.start].masked_fill(~shown, self.num_groups)
+        return shown, has_match, self._sample_of(sample) * self.num_groups + groups.amin(-1)
 
     def distance_to(self, pairs: Pairs, tokens: Tensor) -> Tensor:
         """Distance in the world from each query's surface point to those of tokens `[P, R]` of the key view, or NaN."""
@@ -273,15 +274,12 @@ class TrueMatches:
 
     @property
     def _folds(self) -> int:
-        """Number of rows, columns or cells of one sample, each of which is a sample of its own here."""
-        return self.match.batch_size // max(1, self.num_samples)
+        """Number of rows, columns or cells that follow each other and share their groups."""
+        return self.match.batch_size // max(1, len(self.groups))
 
-
-def fold_tokens(tokens: Tensor, layout: TokenLayout, token_grid: tuple[int, int]) -> Tensor:
-    """Rearrange `[B, V, N, C]` to the samples and tokens of a layer that attends by row, column or cell."""
-    patterns = {"all": None, "row": "(b h) v w c", "column": "(b w) v h c", "cell": "(b h w) v 1 c"}
-    pattern, (height, width) = patterns[layout.reach], token_grid
-    return tokens if pattern is None else rearrange(tokens, f"b v (h w) c -> {pattern}", h=height, w=width)
+    def _sample_of(self, sample: Tensor) -> Tensor:
+        """Which of the B samples each of the B' is of."""
+        return sample // (self._folds * self.views_apart)
 
 
 def _neighbours(pairs: Pairs, limit: int) -> Tensor:

@@ -29,7 +29,7 @@ def probe_for(pipeline: MultiViewPipeline, dataset: Dataset[MultiViewSample], co
     Args:
         pipeline: holds the denoiser, with or without LoRA (which changes nothing before the training).
         dataset: training samples with depth.
-        config: settings of the run; `backbone`, `inflate` and `train_batch_size` are used.
+        config: settings of the run; `backbone`, `inflate`, `own_view` and `train_batch_size` are used.
 
     Raises:
         DataError: if the samples carry no depth.
@@ -40,7 +40,9 @@ def probe_for(pipeline: MultiViewPipeline, dataset: Dataset[MultiViewSample], co
             indices = range(start, min(start + config.train_batch_size, PROBED_SAMPLES))
             yield collate([dataset[index] for index in indices])
 
-    probe = probe_layers(pipeline, batches(), backbone=config.backbone, inflate=config.inflate)
+    probe = probe_layers(
+        pipeline, batches(), backbone=config.backbone, inflate=config.inflate, own_view=config.own_view
+    )
     if torch.distributed.is_initialized():
         shared = [probe]
         torch.distributed.broadcast_object_list(shared)

@@ -18,6 +18,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from cameo.attention.capture import AttentionLayer
+from cameo.attention.folding import fold_tokens
 from cameo.attention.layout import TokenLayout
 from cameo.backbone import unwrap_peft
 from cameo.correspondence.matching import resample_features
@@ -27,7 +28,6 @@ from cameo.errors import CaptureError, NoLossError
 from cameo.model import CameoModel
 from cameo.pipeline import MultiViewPipeline
 from cameo.probing.mode import evaluation_mode, native_precision
-from cameo.probing.truth import fold_tokens
 
 __all__ = ["FeatureAlignment", "align_features", "feature_tokens", "projector"]
 
@@ -233,9 +233,9 @@ def hidden_tokens(
     Raises:
         CaptureError: unless exactly one of the outputs has such a shape, or where both shapes are the same.
     """
-    layouts: dict[tuple[int, ...], TokenLayout] = {
-        layer.layout.shape("query", batch=batch, token_grids=token_grids): layer.layout
-    }
+    layouts: dict[tuple[int, ...], TokenLayout] = {}
+    if layer.layout.own_view_shows is None:  # else the views are apart, and that of the reference is one of them
+        layouts[layer.layout.shape("query", batch=batch, token_grids=token_grids)] = layer.layout
     if len(set(token_grids)) == 1:
         hidden_views = {name: getattr(layer.layout, name) for name in ("unsupervised_views", "references_last")}
         per_view = TokenLayout("(b v) (h w)", key="(b u) (v h w)", **hidden_views)
@@ -272,4 +272,4 @@ def feature_tokens(layout: TokenLayout, features: Tensor, token_grids: TokenGrid
         view_tokens = rearrange(resample_features(features[:, view], size), "b c h w -> b (h w) c")
         tokens.append(F.pad(view_tokens, (0, 0, 0, longest - view_tokens.shape[1])))
     stacked = torch.stack(tokens[len(tokens) - views :], dim=1)
-    return fold_tokens(stacked, layout, token_grids[0])
+    return fold_tokens(stacked, layout.reach, token_grids[0])

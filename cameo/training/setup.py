@@ -175,6 +175,7 @@ def wrap_denoiser(
         reduction=config.reduction,
         num_reference_views=config.num_reference_views,
         inflate=config.inflate,
+        own_view=config.own_view,
     )
     if chosen is not None:
         model.cameo_config.layer_choice = chosen

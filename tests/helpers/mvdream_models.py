@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 from collections.abc import Callable
@@ -163,6 +164,46 @@ def check_match_in_images(
     towards = torch.einsum("hwc,c->hw", pull, pull[key_token])
     assert towards[key_token] > 0
     assert int((towards > 0).sum()) == 1
+
+
+def check_single_match(
+    model: cameo.CameoModel,
+    run: Callable[[Correspondence], Any],
+    *,
+    pair: tuple[int, int],
+    views: int,
+    grid: tuple[int, int],
+) -> None:
+    """One match must give a gradient to its query and to the keys of the matched view, and to nothing else.
+
+    The image prompt is view 0 of the correspondence and the last view of the attention.
+    """
+    height, width = grid
+    sample, query_token, key_token = 1, 1 * width + 4, 3 * width + 2
+    index = torch.full((2, views, views, height * width), -1)
+    index[sample, pair[0], pair[1], query_token] = key_token
+    layer = model.supervised_layers[0]
+    projected: dict[str, Tensor] = {}
+    with contextlib.ExitStack() as hooks:
+        for name in ("to_q", "to_k", "to_v"):
+
+            def keep(*call: Any, name: str = name) -> None:
+                call[-1].retain_grad()
+                projected[name] = call[-1]
+
+            projection = model.base_model.get_submodule(f"{layer.path}.{name}")
+            hooks.callback(projection.register_forward_hook(keep).remove)
+        run(Correspondence(index, (grid,) * views))
+    assert model.num_supervised == 1
+    model.alignment_loss.backward()
+    expected = {name: torch.zeros(2, views, height * width, dtype=torch.bool) for name in ("to_q", "to_k")}
+    expected["to_q"][sample, pair[0] - 1, query_token] = True  # -1 is the last view of the attention
+    expected["to_k"][sample, pair[1] - 1] = True
+    for name, tokens in expected.items():
+        gradient = projected[name].grad
+        assert gradient is not None
+        assert torch.equal(rearrange(gradient != 0, "b (v n) c -> b v n c", v=views).any(-1), tokens), name
+    assert projected["to_v"].grad is None  # values come after the attention map
 
 
 def executed(model: nn.Module, args: Any, kwargs: Any) -> list[str]:

@@ -22,7 +22,7 @@ from cameo.adapters.mvdream.denoiser import ImageDreamUNet, prepare
 from cameo.adapters.mvdream.weights import convert_unet
 from cameo.backbone import get_backbone
 from cameo.errors import CaptureError
-from tests.helpers.mvdream_models import check_match_in_images, executed
+from tests.helpers.mvdream_models import check_match_in_images, check_single_match, executed
 from tests.helpers.orbits import orbit
 from tests.helpers.upstream_mvdream import HEAD_CHANNELS, KINDS, inputs_of
 
@@ -49,8 +49,7 @@ def test_layers_of_the_released_classes(kind: str, build_mvdream: Callable[..., 
     assert layers[10].path == "output_blocks.6.1.transformer_blocks.0.attn1"
     assert layers[6].path == "middle_block.1.transformer_blocks.0.attn1"
     assert [layer.stride for layer in layers] == [8, 8, 16, 16, 32, 32, 64, 32, 32, 32, 16, 16, 16, 8, 8, 8]
-    image_view = {"unsupervised_views": 1, "references_last": 1} if "imagedream" in kind else {}
-    assert {layer.layout for layer in layers} == {TokenLayout("b (v h w)", **image_view)}
+    assert {layer.layout for layer in layers} == {TokenLayout("b (v h w)", references_last=int("imagedream" in kind))}
     model = cameo.wrap(unet, "mvdream")
     with model.capture(layers) as captured, torch.no_grad():
         model(**inputs)
@@ -98,16 +97,21 @@ def test_a_match_reaches_its_token_and_the_keys_of_its_view(kind: str, build_mvd
     )
 
 
-def test_the_image_prompt_carries_no_loss(build_mvdream: Callable[..., nn.Module]) -> None:
+@pytest.mark.parametrize("pair", [(2, 0), (0, 2)], ids=["target to prompt", "prompt to target"])
+@pytest.mark.parametrize("kind", ["port-imagedream", "imagedream"])
+def test_a_match_with_the_image_prompt_is_supervised(
+    kind: str, pair: tuple[int, int], build_mvdream: Callable[..., nn.Module]
+) -> None:
+    unet = build_mvdream(kind)
+    inputs = inputs_of(unet, height=8, width=16)
+    model = cameo.wrap(unet, "mvdream")
+    check_single_match(model, lambda match: model(**inputs, correspondence=match), pair=pair, views=4, grid=(4, 8))
+
+
+def test_the_variant_without_an_image_view(build_mvdream: Callable[..., nn.Module]) -> None:
+    """It has one view less, and the same layers."""
     unet = build_mvdream("imagedream")
     inputs = inputs_of(unet)
-    model = cameo.wrap(unet, "mvdream")
-    index = torch.full((2, 4, 4, 16), -1)
-    index[:, 0, 1:] = index[:, 1:, 0] = torch.arange(16)
-    model(**inputs, correspondence=Correspondence(index, ((4, 4),) * 4))
-    assert model.num_supervised == 0
-    model.unwrap()
-    # The variant without an image view has one view less, and the same layers.
     model = cameo.wrap(set_image_view(unet, False), "mvdream")
     rows = [row for row in range(8) if row % 4 != 3]
     few = {name: value[rows] for name, value in inputs.items() if isinstance(value, Tensor) and len(value) == 8}

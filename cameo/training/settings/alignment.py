@@ -44,6 +44,10 @@ class AlignmentSettings(Settings):
     # Whether the layer, which sees one view at a time, is made to attend across the views (SV3D). false by default: it
     # changes inference too.
     inflate: bool = setting(False)
+    # Whether the layer is supervised within each view, for a model that carries the reference in the input channels of
+    # every view (SV3D): a token's match in the reference is then also a token of its own view. Nothing changes at
+    # inference. false by default: most models show their reference elsewhere.
+    own_view: bool = setting(False)
     # How the losses of the matches are joined: mean (the default), sum, or released, what the authors' code computes.
     reduction: str = setting(CameoConfig.reduction, choices=REDUCTIONS)
     # Standard deviation, in tokens, of the target around each match, >= 0. 0, the default, is the match alone, as in
@@ -72,6 +76,11 @@ class AlignmentSettings(Settings):
 
     def check(self) -> None:
         """Refuse settings that contradict each other."""
+        if self.inflate and self.own_view:
+            raise ValueError(
+                "own_view=true supervises the layer as it attends, within each view, and inflate=true joins the views; "
+                "give one of them"
+            )
         kind = self.head if isinstance(self.head, str) else self.head.get("kind", "mlp")
         if kind not in HEAD_KINDS:
             raise unknown_name("head", kind, HEAD_KINDS)
