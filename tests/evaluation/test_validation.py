@@ -13,6 +13,7 @@ from torch import Tensor
 from cameo.attention.layout import TokenLayout
 from cameo.data import collate
 from cameo.evaluation.validation import validate
+from cameo.probing import probe_layers
 from cameo.probing.denoising import ValidationSettings, covisible_pixels
 from cameo.probing.mode import evaluation_mode
 from cameo.wrap import CameoModel
@@ -52,8 +53,10 @@ def test_validation_is_deterministic_and_leaves_the_model_alone(trained: tuple[C
 def test_validation_figures_match_an_independent_computation(trained: tuple[CameoModel, Any, Any]) -> None:
     model, pipeline, data = trained
     settings = ValidationSettings(num_samples=2, batch_size=2, noise_levels=(0.5, 1.0), seed=7)
-    found = validate(model, pipeline, data, settings)
-    losses, all_pixels, covisible = [], [], []
+    found = validate(model, pipeline, data, settings, predict_from=0.0)
+    losses: list[float] = []
+    all_pixels: dict[float, list[float]] = {0.5: [], 1.0: []}
+    covisible: dict[float, list[float]] = {0.5: [], 1.0: []}
     for sample in range(2):
         batch = collate([data[sample]])
         shape = pipeline.latent_shape(batch["images"].shape)[1:]
@@ -67,19 +70,45 @@ def test_validation_figures_match_an_independent_computation(trained: tuple[Came
             views = batch["images"].shape[1]
             velocity = prediction.view(1, views, *shape[1:])
             losses.append((velocity - inputs.target)[:, 1:].square().mean().item())
-            if level == 1.0:
-                alpha = alphas[step]
-                clean = alpha.sqrt() * inputs.noisy - (1 - alpha).sqrt() * velocity
-                patch = pipeline.config.patch_size
-                image = torch.nn.functional.pixel_shuffle(clean, patch) / 2 + 0.5
-                squared = (image.clamp(0, 1) - batch["images"])[0, 1:].square()
-                all_pixels.append(10 * math.log10(1 / squared.mean().item()))
-                seen = covisible_pixels(batch)[0, 1:].expand_as(squared)
-                covisible.append(10 * math.log10(1 / squared[seen].mean().item()))
+            alpha = alphas[step]
+            clean = alpha.sqrt() * inputs.noisy - (1 - alpha).sqrt() * velocity
+            patch = pipeline.config.patch_size
+            image = torch.nn.functional.pixel_shuffle(clean, patch) / 2 + 0.5
+            squared = (image.clamp(0, 1) - batch["images"])[0, 1:].square()
+            all_pixels[level].append(10 * math.log10(1 / squared.mean().item()))
+            seen = covisible_pixels(batch)[0, 1:].expand_as(squared)
+            covisible[level].append(10 * math.log10(1 / squared[seen].mean().item()))
     assert found["loss"] == pytest.approx(sum(losses) / 4, rel=1e-5)
-    assert found["psnr_all"] == pytest.approx(sum(all_pixels) / 2, abs=1e-4)
-    assert found["psnr_covisible"] == pytest.approx(sum(covisible) / 2, abs=1e-4)
+    for name, expected in (("psnr_all", all_pixels), ("psnr_covisible", covisible)):
+        assert found[name] == pytest.approx(sum(expected[1.0]) / 2, abs=1e-4)
+        by_level = {str(level): pytest.approx(sum(values) / 2, abs=1e-4) for level, values in expected.items()}
+        assert found[f"{name}_by_level"] == by_level
+    at_high_noise = validate(model, pipeline, data, settings)
+    assert list(at_high_noise["psnr_all_by_level"]) == ["1.0"]
+    by_level = {name for name in found if name.startswith("psnr") and name.endswith("by_level")}
+    assert {name: value for name, value in at_high_noise.items() if name not in by_level} == {
+        name: value for name, value in found.items() if name not in by_level
+    }
     assert found["settings"]["seed"] == 7
+
+
+def test_further_layers_are_read_as_if_each_were_the_supervised_one(trained: tuple[CameoModel, Any, Any]) -> None:
+    model, pipeline, data = trained
+    settings = ValidationSettings(num_samples=3, batch_size=2, noise_levels=LEVELS)
+    found = validate(model, pipeline, data, settings, layers=model.attention_layers)
+    by_layer = found.pop("precision_by_layer")
+    alone = validate(model, pipeline, data, settings)
+    assert found == alone
+    assert "precision_by_layer" not in alone
+    batches = (collate([data[index] for index in indices]) for indices in ((0, 1), (2,)))
+    probe = probe_layers(pipeline, batches, LEVELS, seed=settings.seed)
+    assert list(by_layer) == [layer.path for layer in probe.layers]
+    for layer in probe.layers:
+        for within in (0, 1):
+            assert by_layer[layer.path][f"mean@{within}"] == pytest.approx(probe.precision(layer.path, within=within))
+    supervised = model.supervised_layers[0].path
+    without_head = {name: value for name, value in alone["precision"].items() if not name.startswith("through")}
+    assert by_layer[supervised] == without_head
 
 
 def test_validation_without_anything_visible_is_an_error(trained: tuple[CameoModel, Any, Any]) -> None:
