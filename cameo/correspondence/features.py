@@ -1,6 +1,6 @@
-"""Frozen image features of timm's vision transformers, for REPA and for matches where no geometry is known.
+"""Frozen image features, for REPA and for matches where no geometry is known.
 
-Axes: B samples, V views, C channels, H W image pixels, h w patches.
+Axes: B samples, V views, C channels, X images, H W image pixels, h w patches.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cameo.correspondence.xfeat import XFEAT, XFeatCells
 from cameo.errors import DataError, ShapeError, WeightsUnavailable, unknown_name
 from cameo.geometry.cameras import full_precision
 
@@ -23,7 +24,7 @@ IMAGES_AT_ONCE = 64
 
 
 class FeatureExtractor(nn.Module):
-    """Patch features of a frozen vision transformer, after its last normalization.
+    """Local features of a frozen network: a vision transformer, after its last normalization, or XFeat.
 
     Example:
         >>> import warnings
@@ -33,11 +34,14 @@ class FeatureExtractor(nn.Module):
         torch.Size([1, 2, 192, 2, 4])
 
     Args:
-        name: name of a vision transformer in timm, such as `vit_small_patch14_dinov2.lvd142m`.
-        checkpoint: file with its weights (.safetensors or .pth); None takes them from the Hub or its cache.
+        name: `xfeat`, whose weights come with the extra `matching`, or the name of a vision transformer in timm, such
+            as `vit_small_patch14_dinov2.lvd142m`.
+        checkpoint: file with its weights (.safetensors or .pth, of XFeat .pt); None takes those of the package of
+            XFeat, or those of the Hub or its cache.
         pretrained: False draws random weights, the same ones each time: a control, not a description of images.
         size: length in pixels to which the shorter side of the images is resized (bicubic, antialiased); both sides
-            are then rounded to whole patches. None takes the size with which the weights were trained.
+            are then rounded to whole patches, for XFeat to multiples of 32. None takes the size with which the weights
+            of a vision transformer were trained, and 256 for XFeat.
 
     Attributes:
         dim: number of channels, C.
@@ -46,11 +50,9 @@ class FeatureExtractor(nn.Module):
     Raises:
         ValueError: the name is unknown, the model has no patch tokens, or the arguments contradict each other.
         DataError: the checkpoint does not exist or does not fit.
+        ImportError: the package of XFeat is not installed.
         WeightsUnavailable: the Hub cannot be reached and the weights are not in its cache.
     """
-
-    mean: Tensor
-    std: Tensor
 
     def __init__(
         self,
@@ -64,20 +66,20 @@ class FeatureExtractor(nn.Module):
         self.name = name
         if checkpoint is not None and not pretrained:
             raise ValueError(f"pretrained=False: random weights, and checkpoint={checkpoint}; give one of them")
-        self.network = _build(name, checkpoint, pretrained).requires_grad_(False).eval()
+        with torch.random.fork_rng(devices=[]):  # the state of the caller's random generators does not change
+            torch.random.default_generator.manual_seed(0)  # torch.manual_seed would also seed the generators of GPUs
+            self.network: XFeatCells | VitPatches = (
+                XFeatCells(checkpoint, pretrained) if name == XFEAT else VitPatches(name, checkpoint, pretrained)
+            )
+        self.network.requires_grad_(False).eval()
         if not pretrained:
             warnings.warn(
                 f"{name} has random weights (pretrained=False): its features are a control, no result of the method",
                 stacklevel=2,
             )
-        from timm.data import resolve_model_data_config
-
-        data = resolve_model_data_config(self.network)
-        self.size = size or min(data["input_size"][1:])
-        self.patch: tuple[int, int] = tuple(self.network.patch_embed.patch_size)
-        self.dim: int = self.network.num_features
-        self.register_buffer("mean", torch.tensor(data["mean"])[:, None, None], persistent=False)
-        self.register_buffer("std", torch.tensor(data["std"])[:, None, None], persistent=False)
+        self.size = size or self.network.size
+        self.patch: tuple[int, int] = self.network.patch
+        self.dim: int = self.network.dim
 
     def train(self, mode: bool = True) -> FeatureExtractor:
         """Stay in evaluation mode, since the network is frozen."""
@@ -99,10 +101,35 @@ class FeatureExtractor(nn.Module):
     def _features(self, images: Tensor) -> Tensor:
         shorter = min(images.shape[-2:])
         height, width = (
-            max(1, round(side * self.size / shorter / patch)) * patch
-            for side, patch in zip(images.shape[-2:], self.patch, strict=True)
+            max(1, round(side * self.size / shorter / multiple)) * multiple
+            for side, multiple in zip(images.shape[-2:], self.network.multiple, strict=True)
         )
         images = F.interpolate(images, size=(height, width), mode="bicubic", antialias=True).clamp(0, 1)
+        features: Tensor = self.network(images)
+        return features
+
+
+class VitPatches(nn.Module):
+    """The patch tokens of a vision transformer of timm; the attributes are those of `XFeatCells`."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, name: str, checkpoint: str | Path | None, pretrained: bool) -> None:
+        super().__init__()
+        self.network = _build(name, checkpoint, pretrained)
+        from timm.data import resolve_model_data_config
+
+        data = resolve_model_data_config(self.network)
+        self.dim: int = self.network.num_features
+        self.patch: tuple[int, int] = tuple(self.network.patch_embed.patch_size)
+        self.multiple = self.patch
+        self.size: int = min(data["input_size"][1:])
+        self.register_buffer("mean", torch.tensor(data["mean"])[:, None, None], persistent=False)
+        self.register_buffer("std", torch.tensor(data["std"])[:, None, None], persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the features `[X, C, h, w]` of images `[X, 3, H, W]` in [0, 1]."""
         (features,) = self.network.forward_intermediates(
             (images - self.mean) / self.std, indices=1, norm=True, output_fmt="NCHW", intermediates_only=True
         )
@@ -110,34 +137,32 @@ class FeatureExtractor(nn.Module):
 
 
 def _build(name: str, checkpoint: str | Path | None, pretrained: bool) -> Any:
-    """Build the network with its weights; the state of the caller's random generators does not change."""
+    """Build the network with its weights."""
     import timm
     from safetensors import SafetensorError
 
     known = timm.list_models()
     if name.split(".")[0] not in known:
-        raise unknown_name("feature_model", name, [model for model in known if model.startswith("vit_")])
+        raise unknown_name("feature_model", name, [XFEAT, *(model for model in known if model.startswith("vit_"))])
     if checkpoint is not None and not Path(checkpoint).is_file():
         raise DataError(f"feature_checkpoint={checkpoint}: no such file")
     options: dict[str, Any] = {"num_classes": 0, "dynamic_img_size": True}
     if checkpoint is not None:
         options["pretrained_cfg_overlay"] = {"file": str(checkpoint)}
-    with torch.random.fork_rng(devices=[]):
-        torch.random.default_generator.manual_seed(0)  # torch.manual_seed would also seed the generators of GPUs
-        try:
-            return timm.create_model(name, pretrained=pretrained, **options)
-        except TypeError as error:  # only vision transformers accept `dynamic_img_size`
-            raise ValueError(
-                f"feature_model={name}: has no patch tokens for images of any size ({error}); take a plain vision "
-                "transformer of timm, such as vit_small_patch14_dinov2.lvd142m"
-            ) from error
-        except OSError as error:
-            raise WeightsUnavailable(
-                f"feature_model={name}: its weights are not reachable ({error}). Give feature_checkpoint=FILE with the "
-                "weights as timm publishes them, or feature_pretrained=false for random ones as a control"
-            ) from error
-        except (RuntimeError, KeyError, SafetensorError) as error:
-            if checkpoint is None:
-                raise
-            first = " ".join(str(error).split("\n\t")[:2])  # torch lists every parameter
-            raise DataError(f"feature_checkpoint={checkpoint}: does not fit {name}: {first}") from error
+    try:
+        return timm.create_model(name, pretrained=pretrained, **options)
+    except TypeError as error:  # only vision transformers accept `dynamic_img_size`
+        raise ValueError(
+            f"feature_model={name}: has no patch tokens for images of any size ({error}); take a plain vision "
+            "transformer of timm, such as vit_small_patch14_dinov2.lvd142m"
+        ) from error
+    except OSError as error:
+        raise WeightsUnavailable(
+            f"feature_model={name}: its weights are not reachable ({error}). Give feature_checkpoint=FILE with the "
+            "weights as timm publishes them, or feature_pretrained=false for random ones as a control"
+        ) from error
+    except (RuntimeError, KeyError, SafetensorError) as error:
+        if checkpoint is None:
+            raise
+        first = " ".join(str(error).split("\n\t")[:2])  # torch lists every parameter
+        raise DataError(f"feature_checkpoint={checkpoint}: does not fit {name}: {first}") from error

@@ -13,14 +13,17 @@ __all__ = ["FeatureSettings"]
 class FeatureSettings(Settings):
     """Image features, for supervision=repa and correspondence=features."""
 
-    # Vision transformer of timm, by its name there. DINOv2 ViT-S/14 by default: REPA uses DINOv2, and the small one
-    # costs least.
+    # Network of the features: a vision transformer of timm, by its name there, or xfeat (XFeat, of which the extra
+    # matching brings the weights, so that it needs no download). DINOv2 ViT-S/14 by default: REPA uses DINOv2, and the
+    # small one costs least.
     feature_model: str = setting("vit_small_patch14_dinov2.lvd142m")
-    # File with the weights of feature_model, for a machine without network. null, the default, takes those of the Hub.
+    # File with the weights of feature_model, for a machine without network. null, the default, takes those of the Hub,
+    # or those of the package of xfeat.
     feature_checkpoint: str | None = setting(None, path=True, changeable=True)
     # Whether the features are pretrained, true by default; false draws random weights, which is a control.
     feature_pretrained: bool = setting(True)
-    # Side in pixels of the images that feature_model sees, >= 1. null, the default, takes the model's own.
+    # Side in pixels of the images that feature_model sees, >= 1, to which smaller ones are enlarged. null, the default,
+    # takes the model's own, which is 256 for xfeat.
     feature_size: int | None = setting(None, at_least=1)
 
     def check(self) -> None:
