@@ -346,7 +346,8 @@ class Zero123PlusPipeline(LatentPipeline):
             settings = ", ".join(f"{name}={value}" for name, value in self._settings().items())
             raise RuntimeError(
                 "unet: is a plain UNet2DConditionModel, set after the pipeline was built; it sees no reference. Call "
-                f"cameo.adapters.zero123plus.denoiser.ReferenceUNet.from_unet(pipeline.unet, {settings})"
+                f"cameo.adapters.zero123plus.denoiser.ReferenceUNet.from_unet(pipeline.unet, {settings}), then "
+                f"cameo.adapters.zero123plus.denoiser.set_tile_position(pipeline.unet, {self.config.position!r})"
             )
         check_references(self.unet)
 

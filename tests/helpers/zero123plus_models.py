@@ -44,14 +44,15 @@ SIZE = 32  # pixels of a view
 
 
 @functools.cache
-def _pipeline() -> Zero123PlusPipeline:
+def _pipeline(**options: Any) -> Zero123PlusPipeline:
     torch.manual_seed(0)
-    return get_backbone("zero123plus").build("tiny", block_out_channels=(16, 32), heads=2, norm_num_groups=8)
+    narrow = {"block_out_channels": (16, 32), "heads": 2, "norm_num_groups": 8}
+    return get_backbone("zero123plus").build("tiny", **narrow, **options)
 
 
-def pipeline() -> Zero123PlusPipeline:
+def pipeline(**options: Any) -> Zero123PlusPipeline:
     """The preset `tiny`, narrower: views of 8 x 8 and a reference of 12 x 12 latent cells."""
-    return copy.deepcopy(_pipeline())
+    return copy.deepcopy(_pipeline(**options))
 
 
 def batch(samples: int = 2, rig: str = "zero123plus-v1.2") -> dict[str, Any]:

@@ -112,7 +112,8 @@ class TestPush:
         assert "license: apache-2.0" in card
         assert ("Inference differs from the base model" in card) == (name == "sv3d-inflated")
         own_class = name.startswith(("cat3d-transformer", "sv3d", "zero123plus"))
-        assert ("in plain diffusers:" in card) == (not own_class)
+        assert ("with its map of positions" in card) == (not own_class)
+        assert ("plain diffusers loads the U-Net without it" in card) == (name != "cat3d-transformer")
         assert ("a class of its own code" in card) == own_class
 
     def test_urls(self, hub):

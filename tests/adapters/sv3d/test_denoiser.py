@@ -21,7 +21,7 @@ from tests.helpers.sv3d_models import BOTH, pipeline, plain_unet, run, tiny_vae
 
 
 def test_an_inflated_model_is_saved_and_loaded(tmp_path: Path) -> None:
-    unet = pipeline().unet
+    unet = pipeline(position="none").unet
     model = cameo.wrap(unet, "sv3d", inflate=True).eval()
     with torch.no_grad():
         for parameter in unet.parameters():
@@ -32,11 +32,11 @@ def test_an_inflated_model_is_saved_and_loaded(tmp_path: Path) -> None:
         SV3DUNet.from_pretrained(tmp_path / "cameo"),
     ):
         assert torch.equal(run(again), expected)
-    pipe = pipeline()
+    pipe = pipeline(position="none")
     pipe.unet = unet
     pipe.save_pretrained(tmp_path / "pipeline")
     assert torch.equal(run(get_backbone("sv3d").load(str(tmp_path / "pipeline")).unet), expected)
-    plain = pipeline().unet
+    plain = pipeline(position="none").unet
     plain.load_state_dict(unet.state_dict())
     assert not torch.equal(run(plain), expected)
 

@@ -108,6 +108,7 @@ def test_running_both_passes_by_hand_is_the_same() -> None:
         UNet2DConditionModel.from_config(unet.config), latent_stride=4, reference_size=(REFERENCE, REFERENCE)
     )
     plain.load_state_dict(unet.state_dict())
+    ADAPTER.set_position(plain, "sincos")
     args, kwargs = ADAPTER.example_inputs(unet)
     given = kwargs["cross_attention_kwargs"]
     model = cameo.wrap(unet, "zero123plus", head="mean")
@@ -176,7 +177,7 @@ def test_a_unet_becomes_a_reference_unet_in_place() -> None:
 
 
 def test_it_is_saved_as_a_plain_unet(tmp_path: Path) -> None:
-    unet = pipeline().unet
+    unet = pipeline(position="none").unet
     unet.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["_class_name"] == "UNet2DConditionModel"
     again = UNet2DConditionModel.from_pretrained(tmp_path)

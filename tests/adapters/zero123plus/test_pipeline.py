@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import cameo
 from cameo.adapters.common.noise_schedules import linear_ddpm
 from cameo.adapters.zero123plus.cameras import to_canvas
-from cameo.adapters.zero123plus.denoiser import ReferenceUNet
+from cameo.adapters.zero123plus.denoiser import ReferenceUNet, set_tile_position
 from cameo.adapters.zero123plus.pipeline import Zero123PlusPipeline
 from cameo.errors import ShapeError
 from tests.helpers import zero123plus_models as parts
@@ -214,11 +214,12 @@ def test_a_plain_unet_set_later_is_noticed() -> None:
     plain.load_state_dict(built.unet.state_dict())
     expected = built.sample(given, num_inference_steps=1, generator=torch.Generator().manual_seed(0))
     built.unet = plain
-    cure = r"ReferenceUNet\.from_unet\(pipeline\.unet, latent_stride=4, reference_size=\(48, 48\)\)"
+    cure = r"ReferenceUNet\.from_unet\(pipeline\.unet, latent_stride=4, reference_size=\(48, 48\)\), then "
+    cure += r"cameo\.adapters\.zero123plus\.denoiser\.set_tile_position\(pipeline\.unet, 'sincos'\)"
     for use in (built.training_inputs, functools.partial(built.sample, num_inference_steps=1)):
         with pytest.raises(RuntimeError, match=rf"plain UNet2DConditionModel.*Call .*{cure}"):
             use(given)
-    ReferenceUNet.from_unet(built.unet, latent_stride=4, reference_size=(48, 48))
+    set_tile_position(ReferenceUNet.from_unet(built.unet, latent_stride=4, reference_size=(48, 48)), "sincos")
     again = built.sample(given, num_inference_steps=1, generator=torch.Generator().manual_seed(0))
     assert torch.equal(again, expected)
 
