@@ -6,7 +6,8 @@ Axes: B samples, V views.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from cameo.correspondence import Correspondence
 from cameo.correspondence.features import FeatureExtractor
 from cameo.data import MultiViewDataset, collate
 from cameo.data.batches import match_layers, to_device
+from cameo.data.settings import data_format
 from cameo.model import CameoModel
 from cameo.pipeline import MultiViewPipeline, TrainingInputs
 from cameo.training.data import step_generator
@@ -26,6 +28,7 @@ from cameo.training.repa import FeatureAlignment, align_features
 from cameo.training.settings import TrainingConfig
 
 __all__ = [
+    "MatchWatch",
     "Supervision",
     "alignment_weight",
     "drop_low_noise",
@@ -38,6 +41,9 @@ __all__ = [
 # Purposes of random numbers beside the noise of the images.
 DEPTH_NOISE, RANDOM_MATCHES = 1, 2
 PROJECTOR_FILE = "repa_projector.safetensors"
+# Number of optimizer steps without any match after which a run that was to have some warns. Even where nine of ten
+# samples have no match, a batch of 4 has none in 66 % of the steps, and ten such steps follow each other in 1.3 %.
+PATIENCE = 10
 
 
 class Supervision:
@@ -53,6 +59,8 @@ class Supervision:
     Attributes:
         module: what the training calls in place of `model`: `model` itself, or `FeatureAlignment` around it.
         heads: the modules whose parameters get a gradient from the auxiliary loss alone, and which are not published.
+        num_wanted: number of samples that the latest micro step was to supervise, whether or not they have a match.
+        watch: warns where the first steps of the run meet no match.
     """
 
     def __init__(
@@ -67,6 +75,8 @@ class Supervision:
         self.module: CameoModel | FeatureAlignment = model
         self.heads: nn.Module = model.alignment_heads
         self.features: FeatureExtractor | None = None
+        self.num_wanted: int | Tensor = 0
+        self.watch = MatchWatch(model, config)
         if not config.uses_matches:  # the alignment heads would get no gradient
             model.alignment_heads.requires_grad_(False)
         if config.uses_features:
@@ -88,15 +98,19 @@ class Supervision:
     ) -> dict[str, Any]:
         """Return the arguments with which `module` computes its alignment loss; none at a step without alignment."""
         config = self.config
+        self.num_wanted = 0
         if not (self.weight(micro_step) and inputs.aligned):
             return {}
         noise_levels = inputs.timesteps / (self.pipeline.num_train_timesteps - 1)
+        self.num_wanted = (noise_levels >= config.alignment_min_noise).sum()
         if self.features is not None:
             batch = {**batch, "features": self.features(batch["images"])}
         if isinstance(self.module, FeatureAlignment):
             kept = noise_levels >= config.alignment_min_noise
             return {"features": batch["features"], "grids": self.module.grids(batch), "kept": kept}
-        return {"correspondence": training_matches(self.model, batch, noise_levels, config, micro_step, process)}
+        matches = training_matches(self.model, batch, noise_levels, config, micro_step, process)
+        self.watch.offer(matches)
+        return {"correspondence": matches}
 
     def no_loss(self, denoising: Tensor) -> Tensor:
         """Return an alignment loss of 0 like `denoising`, for a step without alignment.
@@ -122,6 +136,74 @@ class Supervision:
         """Read what `save` has written."""
         if isinstance(self.module, FeatureAlignment):
             load_model(self.module.projectors, str(Path(folder) / PROJECTOR_FILE))
+
+
+class MatchWatch:
+    """Warns once of a run whose first steps supervise nothing although they were to; it ends at the first match.
+
+    Steps without anything to supervise do not count: those of weight 0, of batches that the pipeline does not align,
+    and of samples below `alignment_min_noise` only.
+
+    Args:
+        model: whose supervised layers the warning names.
+        config: the settings of the run.
+    """
+
+    def __init__(self, model: CameoModel, config: TrainingConfig) -> None:
+        self.model, self.config = model, config
+        self.ended = not config.loss_weight
+        self._steps = 0
+        self._offered: int | Tensor = 0
+
+    def offer(self, matches: Sequence[Correspondence]) -> None:
+        """Count the matches of a micro step, one correspondence per layer, for what the warning says of the cause."""
+        if not self.ended:
+            self._offered = self._offered + sum(match.matched.sum() for match in matches)
+
+    def see(self, num_wanted: float, num_supervised: float, *, warn: bool = True) -> None:
+        """Count an optimizer step.
+
+        Args:
+            num_wanted: number of samples that it was to supervise.
+            num_supervised: number of matches, or of tokens with features, that it supervised.
+            warn: False in all processes but one.
+        """
+        if self.ended or not (num_wanted or num_supervised):
+            return
+        self._steps += 1
+        self.ended = bool(num_supervised) or self._steps == PATIENCE
+        if self.ended and not num_supervised and warn:
+            warnings.warn(self._message(), stacklevel=2)
+
+    def _message(self) -> str:
+        config = self.config
+        layers = "; ".join(f"{layer.path} with {layer.layout!r}" for layer in self.model.supervised_layers)
+        place = {"train_data_dir": config.train_data_dir, "camera_rig": config.camera_rig}
+        data = [f"{name}={value}" for name, value in place.items() if value]
+        data += [f"num_views={config.num_views}"]
+        data += [] if config.camera_rig else [f"min_overlap={config.min_overlap:g}"]
+        what = "match" if config.supervision == "cameo" else "token with features"
+        return (
+            f"no {what} in the first {PATIENCE} optimizer steps that were to have some, so this run trains as if "
+            f"loss_weight were 0. Backbone {config.backbone}, layer {layers}; data: {data_format(config)}, "
+            f"{', '.join(data)}. {self._cause()}"
+        )
+
+    def _cause(self) -> str:
+        if self.config.supervision == "repa":
+            return "Likely cause: the layout of the layer leaves out all views. Cure: another layer="
+        if offered := int(self._offered):
+            return (
+                f"Their batches have {offered} matches, and the layer supervises none of them. Likely causes: a query "
+                "reaches only a part of the other views, or the matches are between views that the layout leaves out. "
+                "Cure: another layer=, for SV3D inflate=true or own_view=true, or views that overlap there"
+            )
+        return (
+            "Their batches have no match between any two views. Likely causes: views that do not show the same "
+            "surfaces (min_overlap, num_views, camera_rig); depth without measurements or in another unit than the "
+            "camera positions (depth_scale); cameras of another convention than OpenCV world-to-camera; for "
+            "correspondence=point_map or features, a low cycle_threshold"
+        )
 
 
 def alignment_weight(config: TrainingConfig, step: int) -> float:

@@ -177,8 +177,7 @@ class Trainer:
             while self.step < config.max_train_steps:
                 entry, stopping = self._train_step(batches, stop)
                 bar.update()
-                shown = {"loss": f"{entry['loss']:.4f}", "align": f"{entry['alignment_loss']:.3f}"}
-                bar.set_postfix(shown, refresh=False)
+                bar.set_postfix(self._shown(entry), refresh=False)
                 last = self.step == config.max_train_steps
                 if self.step % config.validation_steps == 0 and not (last or stopping):
                     self._validate()  # before the checkpoint, which would otherwise be resumed without this entry
@@ -192,8 +191,9 @@ class Trainer:
         """Take one optimizer step; returns its entry of the records, and whether a process was told to stop."""
         sums, samples = self._accumulate_gradients(batches)
         norm = self.accelerator.clip_grad_norm_(self.trained, self.config.max_grad_norm)
-        entry, norm_sum, stopping = self._exchange(sums, norm, stop)
+        entry, num_wanted, norm_sum, stopping = self._exchange(sums, norm, stop)
         self._check_finite(entry, norm_sum, samples)
+        self.supervision.watch.see(num_wanted, entry["supervised"], warn=self.accelerator.is_main_process)
         self._update_weights()
         self._record(entry)
         return entry, stopping
@@ -202,16 +202,18 @@ class Trainer:
         """Run the forward and backward passes of a step.
 
         Returns:
-            The sums of the denoising losses, the alignment losses and the numbers of matches; the keys of the samples.
+            The sums of the denoising losses, the alignment losses, the numbers of matches and those of the samples that
+            were to have some; the keys of the samples.
         """
         accumulate = self.config.gradient_accumulation_steps
-        sums, samples = torch.zeros(3, device=self.device), []
+        sums, samples = torch.zeros(4, device=self.device), []
         for part, (micro_step, batch) in enumerate(islice(batches, accumulate), start=1):
             with nullcontext() if part == accumulate else self.accelerator.no_sync(self.prepared):
                 loss, denoising, alignment = self._losses(to_device(batch, self.device), micro_step)
                 self.accelerator.backward(loss / accumulate)
-            num_supervised = torch.tensor(float(self.supervision.num_supervised), device=self.device)
-            sums += torch.stack([denoising.detach(), alignment.detach(), num_supervised])
+            counts = (self.supervision.num_supervised, self.supervision.num_wanted)
+            numbers = [torch.as_tensor(count, dtype=torch.float32, device=self.device) for count in counts]
+            sums += torch.stack([denoising.detach(), alignment.detach(), *numbers])
             samples += batch["key"]
         return sums, samples
 
@@ -226,15 +228,17 @@ class Trainer:
         loss_weight = self.supervision.weight(micro_step)
         return denoising + loss_weight * alignment, denoising, alignment
 
-    def _exchange(self, sums: Tensor, norm: Tensor, stop: StopSignal) -> tuple[dict[str, float], float, bool]:
+    def _exchange(self, sums: Tensor, norm: Tensor, stop: StopSignal) -> tuple[dict[str, float], float, float, bool]:
         """Let all processes agree on the figures of a step and on stopping, in the one exchange of the step.
 
         Returns:
-            The entry of the records, the sum of the processes' gradient norms, and whether a process was told to stop.
+            The entry of the records, the number of samples that were to be supervised, the sum of the processes'
+            gradient norms, and whether a process was told to stop.
         """
         stopping = torch.tensor(float(stop.received is not None), device=self.device)
         figures = torch.stack([*sums, stopping, norm.float()])
-        denoising, alignment, supervised, stopping_sum, norm_sum = self.accelerator.reduce(figures, "sum").tolist()
+        totals = self.accelerator.reduce(figures, "sum").tolist()
+        denoising, alignment, supervised, num_wanted, stopping_sum, norm_sum = totals
         count = self.config.gradient_accumulation_steps * self.accelerator.num_processes
         entry = {
             "step": self.step + 1,
@@ -243,7 +247,15 @@ class Trainer:
             "supervised": supervised,
             "learning_rate": float(self.scheduler.get_last_lr()[0]),
         }
-        return entry, norm_sum, stopping_sum > 0
+        return entry, num_wanted, norm_sum, stopping_sum > 0
+
+    def _shown(self, entry: Mapping[str, float]) -> dict[str, str]:
+        """Return what the progress bar shows of a step."""
+        shown = {"loss": f"{entry['loss']:.4f}", "align": f"{entry['alignment_loss']:.3f}"}
+        if self.config.loss_weight:
+            name = "matches" if self.config.uses_matches else "tokens"
+            shown[name] = f"{entry['supervised']:.0f}"
+        return shown
 
     def _update_weights(self) -> None:
         """Apply the accumulated gradient to the weights, the learning rate schedule and the averaged weights."""
