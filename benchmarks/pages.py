@@ -58,9 +58,9 @@ PAGES: dict[Path, Mapping[str, Callable[[], str]]] = {
 
 def draw() -> Iterator[Path]:
     """Draw every picture that there are results for."""
-    pictures = [alignment.draw(device) for device in DEVICES]
-    pictures += [convergence.draw(preset) for preset in convergence.PRESETS]
-    yield from filter(None, pictures)
+    yield from filter(None, (alignment.draw(device) for device in DEVICES))
+    for preset in convergence.PRESETS:
+        yield from convergence.draw(preset)
 
 
 def main() -> None:

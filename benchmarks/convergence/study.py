@@ -1,6 +1,7 @@
 """Does CAMEO train multi-view diffusion models in fewer steps? Same data order, noise and budget in every arm.
 
-    python -m benchmarks.convergence.study --preset tiny                              # on a CPU, all backbones
+    python -m benchmarks.convergence.study --preset tiny --jobs 2                     # on a CPU, all backbones
+    python -m benchmarks.convergence.study --preset tiny --jobs 2 --repeat            # are the figures the same again?
     python -m benchmarks.convergence.study --preset small --subjects cat3d --minutes 9.5    # on a GPU, in several goes
     python -m benchmarks.convergence.study --preset tiny --subjects rgbd_room --data path/to/sequence
     python -m benchmarks.convergence.study --preset tiny --subjects cat3d --arms loss_weight=0.02 softness=1.0 --seeds 0
@@ -11,9 +12,14 @@ unfinished one is continued from its checkpoint in `--work`. With `--minutes` th
 with a checkpoint.
 The table of all finished runs is printed last; `python -m benchmarks.pages` writes docs/results.md from them.
 
-Arms: `none`; `cameo` at the layer that the probe ranks best in the model of `none`, seed 0; `wrong_layer` at the one it
-ranks last; `other_scene` and `random`, CAMEO with matches that must not help; `repa`; or any `key=value[,key=value]`
-of the training settings on top of `cameo`.
+Arms, in the order in which they run: `none`; `cameo` at the layer that the probe ranks first in the model of `none`,
+with a constant loss weight; `linear`, the same with a weight that decays to zero; `other_scene` and `random`, with
+matches that must not help; `wrong_layer`, at the layer that the probe ranks last; `repa`; or any
+`key=value[,key=value]` of the training settings. The preset declares which of `cameo` and `linear` is `shown`, and the
+arms after these two have its schedule of the loss weight.
+
+`--repeat` makes runs that are kept once more, by default the `shown` arm with seed 0, and compares all figures but the
+times with the kept ones, to the last digit; the exit status is 1 if one differs.
 """
 
 from __future__ import annotations
@@ -23,19 +29,18 @@ import json
 import os
 import platform
 import signal
-import subprocess
 import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.common import page
-from benchmarks.convergence.curves import load_results, table_of_arms
+from benchmarks.convergence import arms, repeat, runs, schedule
+from benchmarks.convergence.tables import table_of_arms
 from cameo.backbone import get_backbone
 from cameo.data import MultiViewDataset
 from cameo.evaluation.validation import validate
@@ -45,7 +50,7 @@ from cameo.probing import probe_layers
 from cameo.probing.ablation import perturb_layers
 from cameo.probing.denoising import ValidationSettings, sample_batches
 from cameo.probing.layer_probe import LayerProbe
-from cameo.settings import current_names, read_yaml, shown_settings, split_arguments, typed_values
+from cameo.settings import shown_settings
 from cameo.training.checkpoint import list_checkpoints
 from cameo.training.data import build_dataset
 from cameo.training.layer_choice import PROBED_SAMPLES
@@ -54,67 +59,7 @@ from cameo.training.setup import load_pipeline, wrap_denoiser
 from cameo.training.trainer import Trainer
 from cameo.wrap import CameoModel
 
-MODULE = "benchmarks.convergence.study"
-PRESETS = Path(__file__).parent / "presets"
-RESULTS = page.RESULTS / "convergence"
-SUBJECTS = ("cat3d", "mvdream", "zero123plus", "sv3d", "cat3d_transformer")
-ARMS = ("none", "cameo", "wrong_layer", "other_scene", "random", "repa")
 UNSAVED = ("output_dir", "train_data_dir")
-
-
-def settings_of(preset: str, subject: str, data: str | None) -> dict[str, Any]:
-    """Return the training settings of a subject, without those of an arm."""
-    file = read_yaml(PRESETS / f"{preset}.yaml")
-    if subject not in file["subjects"]:
-        raise SystemExit(f"--subjects {subject}: expected some of {', '.join(file['subjects'])}")
-    typed = {**file["common"], **file["subjects"][subject]}
-    validation = typed_values(ValidationSettings, typed.pop("validation"))
-    settings = {**typed_values(TrainingConfig, current_names(TrainingConfig, typed)), "validation": validation}
-    if settings.get("data_format") == "rgbd":
-        if data is None:
-            raise SystemExit(f"--subjects {subject}: needs --data, the folder of an RGB-D sequence")
-        settings["train_data_dir"] = data
-    return settings
-
-
-def arm_settings(arm: str, probe: LayerProbe | None) -> dict[str, Any]:
-    """Return what an arm changes; `none` needs no probe."""
-    if arm == "none":
-        return {"loss_weight": 0.0}
-    if probe is None:
-        raise SystemExit(f"--arms {arm}: its layer comes from the arm none with seed 0; run that first")
-    ranked = [entry.path for entry in probe.ranking]
-    settings: dict[str, dict[str, Any]] = {
-        "cameo": {},
-        "wrong_layer": {"layer": ranked[-1]},
-        "other_scene": {"correspondence_control": "other_scene"},
-        "random": {"correspondence_control": "random"},
-        "repa": {"supervision": "repa"},
-    }
-    if arm not in settings:
-        settings[arm] = free_arm(arm, ranked)
-    return {"layer": ranked[0], **settings[arm]}
-
-
-def free_arm(arm: str, ranked: Sequence[str]) -> dict[str, Any]:
-    """Read `key=value,key=value`; `layers=3` means the best three, `rank=2` the layer on that place of the ranking."""
-    if "=" not in arm:
-        raise SystemExit(f"--arms {arm}: expected one of {', '.join(ARMS)} or key=value[,key=value]")
-    ranking, settings = split_arguments(arm.split(","), Ranking, TrainingConfig)
-    chosen, values = typed_values(Ranking, ranking), typed_values(TrainingConfig, settings)
-    if "layers" in chosen:
-        values["layer"] = list(ranked[: chosen["layers"]])
-    if "rank" in chosen:
-        values["layer"] = ranked[chosen["rank"]]
-    return values
-
-
-@dataclass
-class Ranking:
-    """What an arm may say of its layer: the best `layers`, or the one on place `rank` of the ranking, from 0."""
-
-    layers: int = 1
-    rank: int = 0
 
 
 class Clock:
@@ -154,12 +99,14 @@ def run(
         for layer in adapter.inflatable_layers(pipeline.denoiser):
             adapter.inflate(pipeline.denoiser, layer.path)
     model = wrap_denoiser(pipeline, config, train)
+    # Without supervision every layer is read, since which one the other arms supervise is not known yet.
+    read = [] if config.loss_weight else [layer for layer in model.attention_layers if layer.unsupported is None]
     trainer = Trainer(model, pipeline, train, config, on_validation=lambda model, step: measure(model, step))
     clock = Clock(trainer.validations.read())
 
     def measure(model: CameoModel, step: int) -> dict[str, Any]:
         times = clock.stop()
-        found = validate(model, pipeline, held_out, validation)
+        found = validate(model, pipeline, held_out, validation, predict_from=0.0, layers=read)
         del found["settings"]
         clock.start()
         return {**found, **times}
@@ -201,27 +148,19 @@ def probe(
     )
 
 
-def result_path(preset: str, subject: str, arm: str, seed: int) -> Path:
-    """Where a finished run is kept."""
-    return RESULTS / preset / subject / f"{arm}-{seed}.json"
-
-
-def known_probe(preset: str, subject: str) -> LayerProbe | None:
-    """Return the ranking of the layers in the model of `none`, seed 0, if that run is finished."""
-    path = result_path(preset, subject, "none", 0)
-    return LayerProbe.from_dict(json.loads(path.read_text(encoding="utf-8"))["probe"]) if path.is_file() else None
-
-
-def run_and_keep(options: argparse.Namespace, subject: str, arm: str, seed: int, stop_at: float | None) -> bool:
+def run_and_keep(options: argparse.Namespace, run_of: schedule.RunOf, stop_at: float | None) -> bool:
     """Make one result file, from the checkpoint of an earlier attempt if there is one; False if time ran out."""
+    subject, arm, seed = run_of
     folder = Path(options.work) / options.preset / subject / f"{arm}-{seed}"
-    settings = settings_of(options.preset, subject, options.data)
-    settings |= arm_settings(arm, known_probe(options.preset, subject))
+    rules = arms.declared(options.preset, subject)
+    settings = arms.settings_of(options.preset, subject, options.data)
+    settings |= arms.arm_settings(arm, rules, schedule.known_probe(options.preset, subject))
     validation = ValidationSettings(**settings.pop("validation"))
     latest = "latest" if list_checkpoints(folder) else None
     config = TrainingConfig(**settings, seed=seed, output_dir=str(folder), resume_from_checkpoint=latest)
     print(f"{subject} {arm} seed {seed}", flush=True)
-    record = run(config, validation, stop_at, look_inside=seed == 0 and arm in ("none", "cameo"))
+    look_inside = seed == rules.probe_seed and arm in ("none", rules.shown)
+    record = run(config, validation, stop_at, look_inside=look_inside)
     if record is None:
         return False
     cuda = torch.cuda.is_available()
@@ -237,78 +176,47 @@ def run_and_keep(options: argparse.Namespace, subject: str, arm: str, seed: int,
         "settings": {name: value for name, value in shown_settings(config).items() if name not in UNSAVED},
         "validation_settings": asdict(validation),
     }
-    write_atomically(result_path(options.preset, subject, arm, seed), json.dumps({**facts, **record}) + "\n")
+    path = runs.result_path(options.preset, run_of, options.results)
+    write_atomically(path, json.dumps({**facts, **record}) + "\n")
     return True
 
 
-def missing_runs(options: argparse.Namespace) -> list[tuple[str, str, int]]:
-    """List the runs without a result file, those that others depend on first."""
-    wanted = [
-        (subject, arm, seed)
-        for arm in sorted(options.arms, key=lambda arm: arm != "none")
-        for seed in options.seeds
-        for subject in options.subjects
-    ]
-    return [run_of for run_of in wanted if not result_path(options.preset, *run_of).is_file()]
-
-
-def run_in_processes(options: argparse.Namespace, runs: Sequence[tuple[str, str, int]], stop_at: float | None) -> None:
-    """Make the result files, `--jobs` at a time, each in a process of its own with its share of the cores."""
-    threads = max(1, (os.cpu_count() or 1) // options.jobs)
-    waiting, going = list(runs), []
-    while waiting or going:
-        going = [process for process in going if not finished(process)]
-        while waiting and len(going) < options.jobs and (stop_at is None or time.monotonic() < stop_at):
-            subject, arm, seed = waiting[0]
-            if arm != "none" and known_probe(options.preset, subject) is None:
-                break  # its layer is still to be found
-            command = [sys.executable, "-m", MODULE, "--preset", options.preset, "--subjects", subject, "--arms", arm]
-            command += ["--seeds", str(seed), "--work", options.work]
-            command += ["--data", options.data] if options.data else []
-            command += ["--minutes", str((stop_at - time.monotonic()) / 60)] if stop_at is not None else []
-            going.append(subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": str(threads)}))
-            waiting.pop(0)
-        if waiting and not going:
-            return
-        time.sleep(0.5)
-
-
-def finished(process: subprocess.Popen[bytes]) -> bool:
-    """Whether a run has ended; raises if it failed."""
-    code = process.poll()
-    if code:
-        raise SystemExit(f"{' '.join(map(str, process.args))}: failed with exit status {code}")
-    return code is not None
-
-
 def main(arguments: list[str]) -> None:
-    """Run what is missing, then print the table."""
+    """Run what is missing, then print the tables; or repeat what is kept."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--preset", default="tiny", choices=sorted(path.stem for path in PRESETS.glob("*.yaml")))
-    parser.add_argument("--subjects", nargs="+", default=list(SUBJECTS))
-    parser.add_argument("--arms", nargs="+", default=list(ARMS))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--data", help="folder of an RGB-D sequence, for the subject rgbd_room")
+    parser.add_argument("--preset", default="tiny", choices=sorted(path.stem for path in arms.PRESETS.glob("*.yaml")))
+    parser.add_argument("--subjects", nargs="+", help="default: those of the preset that need no --data")
+    parser.add_argument("--arms", nargs="+", help=f"default: {', '.join(arms.ARMS)}; with --repeat, the shown arm")
+    parser.add_argument("--seeds", type=int, nargs="+", help="default: 0 1 2; with --repeat, 0")
+    parser.add_argument("--data", help="folder of an RGB-D sequence, for subjects with data_format: rgbd")
     parser.add_argument("--work", default="outputs/convergence", help="checkpoints of unfinished runs")
+    parser.add_argument("--results", type=Path, help="folder of the result files; default: that of the pages")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each in a process of its own")
     parser.add_argument("--minutes", type=float, help="stop with a checkpoint after so long")
+    parser.add_argument("--repeat", action="store_true", help="compare runs that are kept with the same made again")
     options = parser.parse_args(arguments)
+    options.subjects = options.subjects or arms.families(options.preset)
+    if options.repeat:
+        raise SystemExit(repeat.main(options))
+    options.arms, options.seeds = options.arms or list(arms.ARMS), options.seeds or [0, 1, 2]
     stop_at = None if options.minutes is None else time.monotonic() + 60 * options.minutes
+    failed = []
     if options.jobs > 1:
-        run_in_processes(options, missing_runs(options), stop_at)
+        failed = schedule.run_in_processes(options, schedule.missing_runs(options), stop_at)
     else:
-        for subject, arm, seed in missing_runs(options):
+        for run_of in schedule.missing_runs(options):
             if stop_at is not None and time.monotonic() > stop_at - 20:
                 break
-            if not run_and_keep(options, subject, arm, seed, stop_at):
+            if not run_and_keep(options, run_of, stop_at):
                 break
-    left = missing_runs(options)
     for subject in options.subjects:
-        results = load_results(RESULTS / options.preset / subject)
-        print(
-            f"\n{subject}, preset {options.preset}\n\n{table_of_arms(results)}" if results else f"\n{subject}: no run"
-        )
-    if left:
+        results = runs.load_results(options.preset, subject, options.results)
+        shown = arms.declared(options.preset, subject).shown
+        table = table_of_arms(results, shown) if results else "no run"
+        print(f"\n{subject}, preset {options.preset}\n\n{table}")
+    if failed:
+        raise SystemExit("failed: " + "; ".join("{} {} seed {}".format(*run_of) for run_of in failed))
+    if left := schedule.missing_runs(options):
         print(f"\n{len(left)} runs are left; the same command goes on with them")
 
 

@@ -110,10 +110,10 @@ def attention_figure(
     return figure
 
 
-def save_figure(figure: Figure, path: str | Path) -> Path:
-    """Write a figure as PNG, whole or not at all."""
+def save_figure(figure: Figure, path: str | Path, *, dpi: int = 120) -> Path:
+    """Write a figure as PNG, whole or not at all; `dpi` are the pixels per inch of the figure."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
+    figure.savefig(buffer, format="png", dpi=dpi)
     write_atomically(path, buffer.getvalue())
     return Path(path)
 

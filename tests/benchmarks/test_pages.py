@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 
 from benchmarks.common.page import ROOT, TABLE, filled
-from benchmarks.convergence.study import SUBJECTS
+from benchmarks.convergence.arms import subjects_of
 from benchmarks.pages import PAGES
 
 EXPECTED = {
     "performance.md": {"counts", "gates_cpu", "matches_cpu", "step_cuda", "missed_cpu"},
-    "results.md": {f"study_tiny_{subject}" for subject in SUBJECTS},
+    "results.md": {"families_tiny", "demands_tiny", "declared_tiny"}
+    | {f"{name}_tiny_{subject}" for name in ("study", "levels") for subject in subjects_of("tiny")},
 }
 
 
