@@ -127,7 +127,8 @@ class Cat3D(Backbone):
             **options: override a preset's values: `image_size`, `patch_size`, `heads`, `prediction_type`,
                 `zero_terminal_snr`; of a U-Net also `block_out_channels`, `attention_levels` (per resolution, finest
                 first), `layers_per_block`, `norm_num_groups`, `position` ("sincos" or "none", see
-                `cameo.adapters.common.positions`); of a transformer `width` and `blocks`.
+                `cameo.adapters.common.positions`); of a transformer `width` and `blocks`; `single_image_share` of a
+                `Cat3DPipeline`.
 
         Raises:
             ValueError: for an unknown preset or option; for `position` of a transformer, which has its own.
@@ -143,13 +144,14 @@ class Cat3D(Backbone):
             )
         defaults = {} if is_transformer else {"layers_per_block": 1, "norm_num_groups": 32}
         schedule = {"prediction_type": "v_prediction", "zero_terminal_snr": True}
-        values = preset_values(self, preset, options, patch_size=4, **defaults, **schedule)
+        values = preset_values(self, preset, options, patch_size=4, single_image_share=0.0, **defaults, **schedule)
         channels = 3 * values["patch_size"] ** 2 + CONDITION_CHANNELS
         unet = joint_dit(values, channels) if is_transformer else unet_2d(values, in_channels=channels)
         snr = values["zero_terminal_snr"]
         scheduler = ddim(values["prediction_type"], zero_terminal_snr=snr, whole_range=True)
         position = values.get("position", "none")
-        return Cat3DPipeline(unet, scheduler, patch_size=values["patch_size"], position=position)
+        kept = {name: values[name] for name in ("patch_size", "single_image_share")}
+        return Cat3DPipeline(unet, scheduler, position=position, **kept)
 
     def load(self, name_or_path: str, *, revision: str | None = None, **options: Any) -> Any:
         """Load a saved `Cat3DPipeline`, the bundled base, or start from Stable Diffusion.

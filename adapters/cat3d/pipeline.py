@@ -50,6 +50,9 @@ class Cat3DPipeline(LatentPipeline):
         patch_size: side of the pixel blocks that become one latent cell, without a VAE.
         position: "sincos" adds a map of positions behind the U-Net's first convolution, see
             `cameo.adapters.common.positions`; "none" takes it off.
+        single_image_share: share of the training batches in which each view is an image of its own, without camera, and
+            nothing is aligned (`TrainingInputs.aligned` is False). 0, the default, trains on views alone; the bundled
+            base learned to paint from such batches.
     """
 
     backbone = "cat3d"
@@ -62,8 +65,11 @@ class Cat3DPipeline(LatentPipeline):
         vae: Any = None,
         patch_size: int = 4,
         position: str = "none",
+        single_image_share: float = 0.0,
     ) -> None:
         super().__init__()
+        if not 0 <= single_image_share < 1:
+            raise ValueError(f"single_image_share: expected at least 0 and less than 1, got {single_image_share}")
         settings = scheduler.config
         if settings.prediction_type not in ("v_prediction", "epsilon"):
             raise ValueError(
@@ -84,7 +90,7 @@ class Cat3DPipeline(LatentPipeline):
             )
         self.register_modules(unet=unet, scheduler=scheduler, vae=vae)
         set_position(unet, position)
-        self.register_to_config(patch_size=patch_size, position=position)
+        self.register_to_config(patch_size=patch_size, position=position, single_image_share=single_image_share)
         inflate(unet, latent_stride=self.latent_stride)
 
     def enable_xformers_memory_efficient_attention(self, attention_op: Any = None) -> None:
@@ -118,6 +124,7 @@ class Cat3DPipeline(LatentPipeline):
         timesteps: Tensor | None = None,
         noise: Tensor | None = None,
         condition_dropout: float = 0.0,
+        joint: bool | None = None,
     ) -> TrainingInputs:
         """Noise the target views of a batch and build the denoiser's input and target.
 
@@ -127,6 +134,8 @@ class Cat3DPipeline(LatentPipeline):
             timesteps: integers `[B]`; default uniform over all noise levels.
             noise: `[B, V, C, h, w]`; default standard normal.
             condition_dropout: probability of blanking a sample's ray maps, for classifier-free guidance.
+            joint: whether the views attend to each other, with their ray maps. Default: drawn by `single_image_share`
+                while the denoiser is in training mode and no `noise` is given, else True.
         """
         images: Tensor = batch["images"]
         samples, views = images.shape[:2]
@@ -135,13 +144,17 @@ class Cat3DPipeline(LatentPipeline):
         with torch.no_grad():
             clean = self.encode(images)
             condition = self.condition(batch["intrinsics"], batch["extrinsics"], references, (height, width))
+        if joint is None:
+            joint = self.draw_joint(noise, generator, images.device)
         timesteps, noise = self.draw(clean, generator, timesteps, noise)
         condition[self.blank(samples, condition_dropout, generator, images.device), :, 1:] = 0
         target_views = torch.arange(views, device=images.device) >= references
         noisy = torch.where(target_views[:, None, None, None], self.scheduler.add_noise(clean, noise, timesteps), clean)
         target = self.denoising_target(clean, noise, timesteps)
-        args, kwargs = self._unet_arguments(noisy, condition, timesteps)
-        return TrainingInputs(args, kwargs, noisy, target, target_views, timesteps)
+        args, kwargs = self._unet_arguments(
+            noisy, condition if joint else without_cameras(condition), timesteps, joint=joint
+        )
+        return TrainingInputs(args, kwargs, noisy, target, target_views, timesteps, aligned=joint)
 
     @torch.no_grad()
     def sample(
@@ -194,7 +207,7 @@ class Cat3DPipeline(LatentPipeline):
         return self.decode(latents)
 
     def _unet_arguments(
-        self, noisy: Tensor, condition: Tensor, timesteps: Tensor
+        self, noisy: Tensor, condition: Tensor, timesteps: Tensor, *, joint: bool = True
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         check_joined(self.unet)
         views = noisy.shape[1]
@@ -203,7 +216,7 @@ class Cat3DPipeline(LatentPipeline):
         if not isinstance(self.unet, JointDiT):
             # The text cross-attention of Stable Diffusion gets one token of zeros, which reduces it to a bias.
             inputs.append(sample.new_zeros(sample.shape[0], 1, self.unet.config.cross_attention_dim))
-        return tuple(inputs), {"cross_attention_kwargs": {"num_views": views}}
+        return tuple(inputs), {"cross_attention_kwargs": {"num_views": views if joint else 1}}
 
     def prediction(self, output: Any, inputs: TrainingInputs) -> Tensor:
         """Views of the denoiser's output, `[B, V, C, h, w]`."""

@@ -199,6 +199,14 @@ class LatentPipeline(DiffusionPipeline):
         drawn = torch.rand(samples, generator=generator, device=generator.device if generator else device)
         return (drawn < probability).to(device)
 
+    def draw_joint(self, noise: Tensor | None, generator: torch.Generator | None, device: torch.device) -> bool:
+        """Whether the views of a batch attend to each other: all but `single_image_share` of the training batches.
+
+        Without a draw where `noise` is given or the denoiser is not in training mode.
+        """
+        share = self.config.single_image_share if self.unet.training and noise is None else 0.0
+        return not bool(self.blank(1, share, generator, device))
+
     def denoising_target(self, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Return what the denoiser is to predict: the noise, or the velocity."""
         if self.scheduler.config.prediction_type == "epsilon":

@@ -184,8 +184,7 @@ class MVDreamPipeline(LatentPipeline):
             clean = self.encode(images)
             cameras = self._cameras(batch, references)
         if joint is None:
-            drawn = self.unet.training and noise is None
-            joint = not bool(self.blank(1, self.config.single_image_share if drawn else 0.0, generator, images.device))
+            joint = self.draw_joint(noise, generator, images.device)
         timesteps, noise = self.draw(clean, generator, timesteps, noise)
         blank = self.blank(samples, condition_dropout, generator, images.device)
         target_views = torch.arange(views, device=images.device) >= references

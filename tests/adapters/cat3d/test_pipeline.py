@@ -49,6 +49,42 @@ def test_references_stay_clean_and_targets_are_noised() -> None:
     assert inputs.kwargs == {"cross_attention_kwargs": {"num_views": 4}}
 
 
+def test_single_image_batches_see_neither_other_views_nor_cameras() -> None:
+    built, given = pipeline(), batch(views=3)
+    noise = torch.randn(built.latent_shape(given["images"].shape))
+    steps = torch.tensor([500, 500])
+    joint = built.training_inputs(given, timesteps=steps, noise=noise)
+    apart = built.training_inputs(given, timesteps=steps, noise=noise, joint=False)
+    assert (joint.aligned, apart.aligned) == (True, False)
+    channels = apart.noisy.shape[2]
+    assert torch.equal(apart.args[0][:, : channels + 1], joint.args[0][:, : channels + 1])  # latents and mask
+    assert joint.args[0][:, channels + 1 :].any()
+    assert not apart.args[0][:, channels + 1 :].any()
+    images = given["images"].clone()
+    images[:, 0] = 1 - images[:, 0]
+    others = built.training_inputs({**given, "images": images}, timesteps=steps, noise=noise, joint=False)
+    outputs = [built.prediction(built.unet(*one.args, **one.kwargs), one) for one in (apart, others)]
+    assert torch.equal(outputs[0][:, 1:], outputs[1][:, 1:])
+    assert not torch.equal(outputs[0][:, 0], outputs[1][:, 0])
+
+
+def test_the_share_of_single_image_batches_is_drawn_in_training_alone() -> None:
+    built = get_backbone("cat3d").build("tiny", **NARROW, single_image_share=0.3)
+    given = batch()
+
+    def joint(**options: Any) -> list[bool]:
+        drawn = [torch.Generator().manual_seed(seed) for seed in range(100)]
+        return [built.training_inputs(given, generator=generator, **options).aligned for generator in drawn]
+
+    built.unet.train()
+    assert 15 < joint().count(False) < 45
+    assert all(joint(noise=torch.zeros(built.latent_shape(given["images"].shape))))  # a validation gives the noise
+    built.unet.eval()
+    assert all(joint())
+    with pytest.raises(ValueError, match="single_image_share: expected at least 0 and less than 1, got 1"):
+        get_backbone("cat3d").build("tiny", **NARROW, single_image_share=1)
+
+
 def output_of(views: Tensor) -> SimpleNamespace:
     return SimpleNamespace(sample=rearrange(views, "b v c h w -> (b v) c h w"))
 
