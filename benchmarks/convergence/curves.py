@@ -16,6 +16,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from cameo.correspondence.xfeat import XFEAT
 from cameo.tables import markdown_table
 
 Run = Mapping[str, Any]
@@ -43,6 +44,26 @@ def load_results(folder: Path) -> dict[str, list[Run]]:
         runs.setdefault(run["arm"], []).append(run)
     known = [arm for arm in ARM_ORDER if arm in runs] + sorted(runs.keys() - set(ARM_ORDER))
     return {arm: sorted(runs[arm], key=lambda run: run["seed"]) for arm in known}
+
+
+def arm_name(arm: str, runs: Sequence[Run]) -> str:
+    """Name of an arm in tables and pictures: REPA is named with the network whose features it aligns with.
+
+    Example:
+        >>> arm_name("repa", [{"settings": {"feature_model": "xfeat", "feature_pretrained": True}}])
+        'REPA with XFeat features'
+        >>> arm_name("repa", [{"settings": {"feature_model": "test_vit", "feature_pretrained": False}}])
+        'REPA with untrained test_vit features'
+    """
+    if arm != "repa":
+        return arm
+    shown = {XFEAT: "XFeat"}
+    names = dict.fromkeys(
+        ("" if settings["feature_pretrained"] else "untrained ")
+        + shown.get(settings["feature_model"], settings["feature_model"])
+        for settings in (run["settings"] for run in runs)
+    )
+    return f"REPA with {' and '.join(names)} features"
 
 
 def quality(entry: Mapping[str, Any]) -> float:
@@ -154,7 +175,7 @@ def table_of_arms(results: Mapping[str, Sequence[Run]]) -> str:
         cost = seconds_per_step(base) / seconds_per_step(runs) if differs else 1.0
         layers = sorted({run["layer"] for run in runs})
         cells = (
-            arm,
+            arm_name(arm, runs),
             str(len(runs)),
             "-" if arm == "none" else ", ".join(short(layer) for layer in layers),
             f"{np.mean([final(run, quality) for run in runs]):.2f}",
@@ -221,5 +242,5 @@ def draw_band(
     """Draw the mean of an arm's seeds over its span; `unit` is what a step counts on the axis."""
     steps = [entry["step"] * unit for entry in runs[0]["validations"]]
     values = np.array([[value(entry) for entry in run["validations"]] for run in runs])
-    axis.plot(steps, values.mean(0), color=COLOURS[arm], label=arm, linewidth=1.2)
+    axis.plot(steps, values.mean(0), color=COLOURS[arm], label=arm_name(arm, runs), linewidth=1.2)
     axis.fill_between(steps, values.min(0), values.max(0), color=COLOURS[arm], alpha=0.15, linewidth=0)

@@ -12,7 +12,8 @@ with a checkpoint.
 The table of all finished runs is printed last; `python -m benchmarks.pages` writes docs/results.md from them.
 
 Arms: `none`; `cameo` at the layer that the probe ranks best in the model of `none`, seed 0; `wrong_layer` at the one it
-ranks last; `other_scene` and `random`, CAMEO with matches that must not help; `repa`; or any `key=value[,key=value]`
+ranks last; `other_scene` and `random`, CAMEO with matches that must not help; `repa`, by the
+features that the preset names (`feature_model: xfeat` needs the extra `matching`); or any `key=value[,key=value]`
 of the training settings on top of `cameo`.
 """
 

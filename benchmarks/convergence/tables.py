@@ -93,7 +93,7 @@ def levels(preset: str, subject: str) -> str:
             mean = sum(curves.final(run, value) for run in runs) / len(runs)
             difference = "" if arm == "none" else f" ({curves.show_difference(shown['none'], runs, value)})"
             cells.append(f"{mean:.4f}{difference}")
-        rows.append([arm, *cells])
+        rows.append([curves.arm_name(arm, runs), *cells])
     return f"{origin(shown)}\n\n{markdown_table(header, rows)}\n"
 
 

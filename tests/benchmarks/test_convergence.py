@@ -172,6 +172,17 @@ def test_an_arm_that_needs_the_ranking_says_so(
         small_study.study.free_arm("cameos", ["a"])
 
 
+def test_repa_is_named_with_the_network_of_its_features() -> None:
+    none, other = [a_run([1.0, 2.0], seed=0)], a_run([1.0, 2.5], seed=0)
+    xfeat = {**other, "settings": {"feature_model": "xfeat", "feature_pretrained": True}}
+    untrained = {**other, "settings": {"feature_model": "test_vit", "feature_pretrained": False}}
+    assert "| REPA with XFeat features | 1 |" in curves.table_of_arms({"none": none, "repa": [xfeat]})
+    mixed = {"none": none, "repa": [xfeat, untrained]}
+    assert "| REPA with XFeat and untrained test_vit features | 2 |" in curves.table_of_arms(mixed)
+    (legend,) = [axis.get_legend() for axis in curves.draw_curves({"cat3d": mixed}, "").axes if axis.get_legend()]
+    assert [text.get_text() for text in legend.get_texts()] == ["none", curves.arm_name("repa", mixed["repa"])]
+
+
 def test_longer_runs_stand_in_a_table_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "tiny" / "cat3d"
     folder.mkdir(parents=True)
