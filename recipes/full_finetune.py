@@ -41,7 +41,14 @@ def run(config: TrainingConfig) -> None:
     """Train one model, and write its results."""
     from cameo.training.data import build_dataset
     from cameo.training.report import card_metrics, metrics_table, write_pictures
-    from cameo.training.setup import check_push, load_pipeline, to_run_device, validation_callback, wrap_denoiser
+    from cameo.training.setup import (
+        check_push,
+        load_pipeline,
+        run_name,
+        to_run_device,
+        validation_callback,
+        wrap_denoiser,
+    )
     from cameo.training.trainer import Trainer
 
     check_push(config)
@@ -61,7 +68,7 @@ def run(config: TrainingConfig) -> None:
     if not accelerator.is_main_process:
         return
     output = Path(config.output_dir)
-    name = "with CAMEO" if config.loss_weight else "without CAMEO"
+    name = run_name(config)
     pictures = write_pictures({name: model}, pipeline, validation_set, config, output / "pictures")
     write_atomically(output / "validation.json", json.dumps({name: result.validations}, indent=2) + "\n")
     table = metrics_table({f"step {entry['step']}": entry for entry in result.validations[-3:]})

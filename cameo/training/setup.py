@@ -43,6 +43,7 @@ __all__ = [
     "load_pipeline",
     "metrics_table",
     "planned_runs",
+    "run_name",
     "train_lora",
     "validation_callback",
     "wrap_denoiser",
@@ -226,6 +227,18 @@ def validation_callback(
     return on_validation
 
 
+def run_name(config: TrainingConfig) -> str:
+    """Name a run in tables and pictures by what supervises it.
+
+    Example:
+        >>> run_name(TrainingConfig()), run_name(TrainingConfig(supervision="repa"))
+        ('with CAMEO', 'with REPA')
+        >>> run_name(TrainingConfig(supervision="repa", loss_weight=0))
+        'without CAMEO'
+    """
+    return f"with {config.supervision.upper()}" if config.loss_weight else "without CAMEO"
+
+
 def planned_runs(config: TrainingConfig) -> dict[str, TrainingConfig]:
     """Return the settings of each run of a recipe, by name: one run, or two with `compare_without_cameo`.
 
@@ -236,12 +249,11 @@ def planned_runs(config: TrainingConfig) -> dict[str, TrainingConfig]:
         DataError: if there is nothing to resume from, or an output folder holds checkpoints of an earlier comparison.
         ValueError: if a comparison is to resume from a single checkpoint.
     """
-    with_supervision = f"with {config.supervision.upper()}"
     if not config.compare_without_cameo:
-        return {with_supervision if config.loss_weight else "without CAMEO": config}
+        return {run_name(config): config}
     without_cameo = replace(config, loss_weight=0.0, compare_without_cameo=False)
     without_cameo.output_dir = str(Path(config.output_dir) / WITHOUT_CAMEO)
-    planned = {"without CAMEO": without_cameo, with_supervision: config}
+    planned = {run_name(run): run for run in (without_cameo, config)}
     if config.resume_from_checkpoint is None:
         if not config.overwrite_output_dir:
             for run in planned.values():  # before the first run starts, and not only when it has finished

@@ -290,34 +290,39 @@ def test_the_benchmark_counts_what_a_plain_loop_counts(benchmark: ModuleType) ->
             hits = [hit + (apart[one] <= within) for within, hit in enumerate(hits)]
             chance += sum(value <= 1 for value in apart) / 16
     assert list(score.hits) == hits
-    assert (score.judged, score.tokens) == (judged, 2 * 2 * 16)
+    assert (score.judged, score.tokens, score.pairs) == (judged, 2 * 2 * 16, 2 * 2)
     assert score.chance == pytest.approx(chance)
     perfect = benchmark.Score()
     perfect.add(truth, truth)
-    assert perfect.row("truth", 1.5).count("100.0%") == 4  # exact, within 1, within 2, found
+    assert perfect.row("truth", 1.5, None).count("100.0%") == 5  # exact, within 1, within 2, precision, recall
 
 
-def test_the_benchmark_writes_its_table(
+def test_the_benchmark_counts_chosen_pairs_of_views_alone(benchmark: ModuleType) -> None:
+    truth = torch.full((1, 3, 3, 4), -1)
+    truth[0, 0, 1], truth[0, 1, 0], truth[0, 0, 2] = torch.arange(4), torch.arange(4), torch.tensor([3, 2, -1, -1])
+    found = torch.full_like(truth, -1)
+    found[0, 0, 1, 0], found[0, 0, 2] = 3, torch.tensor([3, -1, 1, -1])
+    pairs = torch.zeros(1, 3, 3, dtype=torch.bool)
+    pairs[0, 0] = True  # with itself too, which is no pair
+    score = benchmark.Score()
+    score.add(Correspondence(found, ((2, 2),) * 3), Correspondence(truth, ((2, 2),) * 3), pairs)
+    assert (score.pairs, score.tokens, score.visible, score.matched, score.judged) == (2, 8, 6, 3, 2)
+    assert score.hits == (1, 2, 2)
+    assert (score.precision, score.recall) == ("66.7%", "33.3%")
+
+
+def test_the_benchmark_writes_its_page(
     benchmark: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("CAMEO_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     out = tmp_path / "table.md"
-    options = [
-        "--model",
-        NAME,
-        "--no-pretrained",
-        "--samples",
-        "1",
-        "--views",
-        "2",
-        "--resolution",
-        "32",
-        "--grid",
-        "4",
-    ]
-    benchmark.main([*options, "--cycle-thresholds", "1.5", "--out", str(out)])
+    options = "--samples 1 --views 2 --resolutions 32 --grids 4 --vit-size 32 --data bare_rooms --sizes 32"
+    benchmark.main(["--models", NAME, *options.split(), "--out", str(out)])
     text = out.read_text()
-    assert "| colours | 1.5 |" in text
-    assert "| test_vit, random weights | 1.5 |" in text
-    assert "Without pretrained weights" in text
+    assert "| colors | 1.5 | - |" in text
+    assert "| test_vit, random weights | 1.5 | 0.9 |" in text
+    assert "| features | 0 to 15 degrees, " in text
+    assert "Not measured: test_vit with trained weights" in text
     assert text.strip() in capsys.readouterr().out

