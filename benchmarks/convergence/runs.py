@@ -17,6 +17,7 @@ import numpy as np
 
 from benchmarks.common import page
 from benchmarks.convergence.arms import ARMS
+from cameo.correspondence.xfeat import XFEAT
 
 Run = Mapping[str, Any]
 # Subject, arm and seed of a run.
@@ -54,6 +55,26 @@ def load_results(preset: str, subject: str, results: Path | None = None) -> dict
         found.setdefault(run["arm"], []).append(run)
     known = [arm for arm in ARMS if arm in found] + sorted(found.keys() - set(ARMS))
     return {arm: sorted(found[arm], key=lambda run: run["seed"]) for arm in known}
+
+
+def arm_name(arm: str, runs: Sequence[Run]) -> str:
+    """Name of an arm in tables and pictures: REPA is named with the network whose features it aligns with.
+
+    Example:
+        >>> arm_name("repa", [{"settings": {"feature_model": "xfeat", "feature_pretrained": True}}])
+        'REPA with XFeat features'
+        >>> arm_name("repa", [{"settings": {"feature_model": "test_vit", "feature_pretrained": False}}])
+        'REPA with untrained test_vit features'
+    """
+    if arm != "repa":
+        return arm
+    shown = {XFEAT: "XFeat"}
+    names = dict.fromkeys(
+        ("" if settings["feature_pretrained"] else "untrained ")
+        + shown.get(settings["feature_model"], settings["feature_model"])
+        for settings in (run["settings"] for run in runs)
+    )
+    return f"REPA with {' and '.join(names)} features"
 
 
 def quality(entry: Mapping[str, Any]) -> float:
