@@ -16,7 +16,14 @@ EMBEDDED = ("scenes", "bare_rooms", "objects")
 
 
 # Settings that a rig in rooms has.
-RIG_SETTINGS = ("rig_azimuths", "rig_elevations", "rig_jitter", "rig_separation", "rig_distance")
+RIG_SETTINGS = (
+    "rig_azimuths",
+    "rig_elevations",
+    "rig_jitter",
+    "rig_separation",
+    "rig_reference_elevation",
+    "rig_distance",
+)
 
 
 @dataclass
@@ -54,6 +61,10 @@ class DataSettings(Settings):
     # Least angle between the directions of any two cameras of a fan, in degrees, [0, 180). 0 by default, since fixed
     # angles need none; with a large rig_jitter it keeps the views apart.
     rig_separation: float = setting(0.0, at_least=0)
+    # Least and largest elevation from which a fan's view 0 looks at the point, in degrees, (-90, 90); drawn once per
+    # scene. -5 to 35 by default, from about level to down at the floor. The same number twice is for a backbone that is
+    # told the elevations of its targets and not that of its reference.
+    rig_reference_elevation: tuple[float, float] = setting((-5.0, 35.0))
     # Least and largest distance of a fan's cameras from the point that they look at, in meters, > 0; drawn once per
     # scene. 1.2 to 1.7 by default, which fits into every embedded room.
     rig_distance: tuple[float, float] = setting((1.2, 1.7), above=0)
@@ -170,6 +181,7 @@ def room_rig(settings: DataSettings) -> RoomRig | None:
             distance=settings.rig_distance,
             jitter=settings.rig_jitter,
             separation=settings.rig_separation,
+            reference_elevation=settings.rig_reference_elevation,
             overlap=(settings.min_overlap, settings.max_overlap),
         )
     except ValueError as error:

@@ -10,6 +10,7 @@ import torch
 
 from cameo.errors import DataError, unknown_name
 from cameo.scenes.cache import default_cache_dir, fingerprint, read_views, write_views
+from cameo.scenes.parallel import render_scenes
 from cameo.scenes.rendering import TriangleScene, render
 from cameo.scenes.rigs import rig_cameras, rig_views
 from cameo.scenes.room_rig import RoomRig
@@ -57,6 +58,8 @@ class EmbeddedScenes:
     - `rig`: cameras in the poses that a model generates; the views of a scene are those of the rig, in its order. For
       objects and meshes a name of `cameo.data.RIGS`, from where the object just fits into the image; for rooms a
       `cameo.data.RoomRig`, about a point of the room.
+    - `processes`: how many render missing scenes at a time, this one included; the files are the same. None = as many
+      as there are cores for this process, where they save more time than it takes to start them.
 
     Raises `ValueError` on a wrong setting, `DataError` on an unusable mesh folder, mesh file or cache folder.
     """
@@ -73,13 +76,14 @@ class EmbeddedScenes:
         progress: bool = True,
         content: str = "rooms",
         rig: str | RoomRig | None = None,
+        processes: int | None = None,
     ) -> None:
         if split not in SPLITS:
             raise unknown_name("split", split, SPLITS)
         _check_content(content, rig, mesh_dir)
         views_per_scene = _number_of_views(rig, views_per_scene)
         counts = {"num_scenes": num_scenes, "views_per_scene": views_per_scene}
-        counts |= {"size[0]": size[0], "size[1]": size[1]}
+        counts |= {"processes": 1 if processes is None else processes, "size[0]": size[0], "size[1]": size[1]}
         for name, value in counts.items():
             if value < 1:
                 raise ValueError(f"{name}: expected at least 1, got {value}")
@@ -105,7 +109,7 @@ class EmbeddedScenes:
             settings["rig"] = asdict(rig) if isinstance(rig, RoomRig) else rig
         root = Path(cache_dir).expanduser() if cache_dir is not None else default_cache_dir()
         self.folder = root / "scenes" / fingerprint(settings)
-        self._render_missing(progress)
+        self._render_missing(progress, processes)
 
     def __len__(self) -> int:
         return self.num_scenes
@@ -121,19 +125,23 @@ class EmbeddedScenes:
     def _path(self, scene: int) -> Path:
         return self.folder / f"{scene:05d}.safetensors"
 
-    def _render_missing(self, progress: bool) -> None:
+    def _render_missing(self, progress: bool, processes: int | None) -> None:
         from tqdm import tqdm
 
         missing = [scene for scene in range(self.num_scenes) if not self._path(scene).exists()]
-        for scene in tqdm(missing, desc=f"rendering {self.split} scenes", disable=not (progress and missing)):
-            self._render(scene)
+        shown = bool(progress and missing)
+        with tqdm(total=len(missing), desc=f"rendering {self.split} scenes", disable=not shown) as bar:
+            render_scenes(self._render, missing, processes=processes, done=bar.update)
 
     def _render(self, scene: int) -> Views:
         rng = np.random.default_rng((self.seed, SPLITS[self.split], scene))
         key = f"{self.split}-{scene:05d}"
         if self.meshes is not None:
             key = f"{key}-{self.meshes[scene % len(self.meshes)].stem}"
-        geometry, intrinsics, extrinsics = self._build(scene, rng)
+        try:
+            geometry, intrinsics, extrinsics = self._build(scene, rng)
+        except DataError as error:
+            raise DataError(f"scene {key}: {error}") from error
         # Cameras are rounded before rendering, so that depth is exact for the cameras handed over.
         intrinsics, extrinsics = intrinsics.astype(np.float32), extrinsics.astype(np.float32)
         images, depth = render(geometry, intrinsics.astype(float), extrinsics.astype(float), self.size)

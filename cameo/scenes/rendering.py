@@ -132,14 +132,6 @@ def _cells(size: tuple[int, int], grid: tuple[int, int]) -> Array:
     return np.stack([columns, rows, np.ones_like(rows)], axis=-1).reshape(-1, 3)
 
 
-def _rays(pixels: Array, intrinsics: Array, extrinsics: Array) -> tuple[Array, Array]:
-    """Rays of one view through `pixels` `[P, 3]`, scaled so that their parameter is the z-depth."""
-    rotation = extrinsics[:3, :3]
-    directions = pixels @ (np.linalg.inv(intrinsics).T @ rotation)
-    origin = camera_centers(torch.tensor(extrinsics)).numpy()
-    return np.broadcast_to(origin, directions.shape), directions
-
-
 def cast_views(
     scene: TriangleScene,
     intrinsics: Array,
@@ -187,10 +179,14 @@ def cast_points(
 def _all_rays(
     intrinsics: Array, extrinsics: Array, size: tuple[int, int], grid: tuple[int, int]
 ) -> tuple[Array, Array]:
-    """Rays of all views through the centers of `grid` cells, view by view, `[M, 3]` each."""
+    """Rays of all views through the centers of `grid` cells, view by view, `[M, 3]` each.
+
+    They are scaled so that their parameter is the z-depth.
+    """
     pixels = _cells(size, grid)
-    rays = [_rays(pixels, k, e) for k, e in zip(intrinsics, extrinsics, strict=True)]
-    return np.concatenate([origin for origin, _ in rays]), np.concatenate([direction for _, direction in rays])
+    directions = [pixels @ (np.linalg.inv(k).T @ e[:3, :3]) for k, e in zip(intrinsics, extrinsics, strict=True)]
+    origins = camera_centers(torch.tensor(extrinsics)).numpy()
+    return np.repeat(origins, len(pixels), axis=0), np.concatenate(directions)
 
 
 def render(
@@ -217,10 +213,8 @@ def render(
         ((1, 3, 4, 4), True)
     """
     height, width = size
-    pixels = _cells(size, (height * supersampling, width * supersampling))
-    rays = [_rays(pixels, k, e) for k, e in zip(intrinsics, extrinsics, strict=True)]
-    origins = np.concatenate([_single(origin) for origin, _ in rays])
-    directions = np.concatenate([_single(direction) for _, direction in rays])
+    grid = (height * supersampling, width * supersampling)
+    origins, directions = map(_single, _all_rays(intrinsics, extrinsics, size, grid))
     colors = np.empty((len(origins), 3), dtype=np.float32)
     colors[:] = background
     for start in range(0, len(origins), RAYS_PER_CALL):
@@ -228,10 +222,11 @@ def render(
         met, surface = scene.surface(origins[part], directions[part])
         colors[part][met] = scene.color(surface)
     samples = colors.reshape(-1, height, supersampling, width, supersampling, 3)
-    steps = range(supersampling)
-    mean = np.sum([samples[:, :, i, :, j] for i in steps for j in steps], axis=0) / supersampling**2
+    # One after the other: adding up along two axes of `samples` is slower.
+    total = sum(samples[:, :, i, :, j] for i in range(supersampling) for j in range(supersampling))
+    mean = total / supersampling**2
     images = np.rint(np.clip(mean, 0.0, 1.0) * 255.0).astype(np.uint8).transpose(0, 3, 1, 2)
-    depth = [
-        cast_views(scene, intrinsics[f : f + 1], extrinsics[f : f + 1], size, grid=size) for f in range(len(intrinsics))
-    ]
-    return np.ascontiguousarray(images), np.stack(depth).astype(np.float32)
+    each = max(1, RAYS_PER_CALL // (height * width))  # views at once; float64 takes much memory
+    parts = [slice(view, view + each) for view in range(0, len(intrinsics), each)]
+    depth = [cast_views(scene, intrinsics[part], extrinsics[part], size, grid=size) for part in parts]
+    return np.ascontiguousarray(images), np.concatenate(depth)[:, None].astype(np.float32)

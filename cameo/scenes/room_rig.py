@@ -27,6 +27,8 @@ class RoomRig:
     - `distance`: range in meters of the cameras' distance from the point, drawn once per scene.
     - `jitter`: degrees by which azimuth and elevation of each target vary from scene to scene, uniformly to both sides.
     - `separation`: least angle in degrees between the directions in which any two cameras stand.
+    - `reference_elevation`: range in degrees of the elevation from which the reference looks at the point, drawn once
+      per scene; one value twice fixes it, for a backbone that is told the targets' elevations, not the reference's.
     - `overlap`: range of the share of each target that the reference shows; a rig outside of it is drawn again.
 
     Example:
@@ -41,6 +43,7 @@ class RoomRig:
     distance: tuple[float, float] = (1.2, 1.7)
     jitter: tuple[float, float] = (0.0, 0.0)
     separation: float = 0.0
+    reference_elevation: tuple[float, float] = (-5.0, 35.0)
     overlap: tuple[float, float] = (0.3, 0.9)
 
     def __post_init__(self) -> None:
@@ -61,6 +64,9 @@ class RoomRig:
             raise ValueError(f"jitter: expected degrees of azimuth and elevation, 0 or more, got {list(self.jitter)}")
         if not 0 <= self.separation < 180:
             raise ValueError(f"separation: expected degrees in [0, 180), got {self.separation}")
+        low, high = self.reference_elevation
+        if not -90 < low <= high < 90:
+            raise ValueError(f"reference_elevation: expected degrees [low, high] in (-90, 90), got {[low, high]}")
         if not 0 <= self.overlap[0] <= self.overlap[1] <= 1:
             raise ValueError(f"overlap: expected shares [low, high] with 0 <= low <= high <= 1, got {self.overlap}")
 
@@ -74,6 +80,7 @@ class RoomRig:
         distance: tuple[float, float] = (1.2, 1.7),
         jitter: tuple[float, float] = (0.0, 0.0),
         separation: float = 0.0,
+        reference_elevation: tuple[float, float] = (-5.0, 35.0),
         overlap: tuple[float, float] = (0.3, 0.9),
     ) -> RoomRig:
         """Return a rig of `num_views` views, with the reference in the middle where `azimuths` are not given.
@@ -94,7 +101,15 @@ class RoomRig:
         for name, angles in (("azimuths", azimuths), ("elevations", elevations)):
             if len(angles) != num_views:
                 raise ValueError(f"{name}: expected one per view, {num_views}, got {len(angles)}: {list(angles)}")
-        return cls(tuple(map(float, azimuths)), tuple(map(float, elevations)), distance, jitter, separation, overlap)
+        return cls(
+            tuple(map(float, azimuths)),
+            tuple(map(float, elevations)),
+            distance,
+            jitter,
+            separation,
+            reference_elevation,
+            overlap,
+        )
 
     @property
     def num_views(self) -> int:

@@ -18,8 +18,6 @@ from cameo.scenes.rooms import clearance, look_at, random_intrinsics
 __all__ = ["rigged_room", "view_overlaps"]
 
 Array = np.ndarray
-# Elevation of the reference about the point that it looks at: from below a table to a view down at the floor.
-REFERENCE_ELEVATION = (-5.0, 35.0)
 # Distance of the cameras from walls, floor and ceiling, and of the point that they look at.
 CAMERA_MARGIN, FOCUS_MARGIN = 0.3, 0.1
 # Rigs that are drawn at once, how often before the room is drawn again, and the rooms.
@@ -137,7 +135,7 @@ def _candidates(rig: RoomRig, distance: float, rng: np.random.Generator, extent:
     half = np.array([*(extent[:2] / 2 - FOCUS_MARGIN), extent[2] / 2 - FOCUS_MARGIN])
     focus = rng.uniform(-half, half, (CANDIDATES, 3)) + np.array([0.0, 0.0, extent[2] / 2])
     start = rng.uniform(0.0, 360.0, (CANDIDATES, 1))
-    height = rng.uniform(*REFERENCE_ELEVATION, (CANDIDATES, 1))
+    height = rng.uniform(*rig.reference_elevation, (CANDIDATES, 1))
     moved = rng.uniform(-1.0, 1.0, (2, CANDIDATES, rig.num_views)) * np.array(rig.jitter)[:, None, None]
     moved[..., 0] = 0.0  # the reference, to which the angles are relative
     azimuth = np.radians(start + np.array(rig.azimuths) + moved[0])

@@ -95,7 +95,8 @@ class SceneBuilder:
     def scene(self, light: Array) -> TriangleScene:
         """Return the scene of all shapes, lit by a lamp at `light` `[3]`."""
         counts = [len(corners) for corners in self.corners]
-        material = np.repeat(np.arange(len(counts)), counts)
+        # Sixteen bits, which are sorted several times faster than 64 in `_shade`.
+        material = np.repeat(np.arange(len(counts), dtype=np.uint16), counts)
         scene = TriangleScene(
             np.concatenate(self.corners), np.concatenate(self.normals), lambda surface: surface.points
         )

@@ -17,6 +17,7 @@ from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 
 from cameo.correspondence import Correspondence
+from cameo.correspondence.controls import matches_of_next_sample, random_matches
 from cameo.correspondence.features import FeatureExtractor
 from cameo.data import MultiViewDataset, collate
 from cameo.data.batches import match_layers, to_device
@@ -270,52 +271,6 @@ def noisy_depth(depth: Tensor, relative: float, generator: torch.Generator) -> T
     """
     gaussian = torch.randn(depth.shape, generator=generator, dtype=torch.float32)
     return depth * (1 + relative * gaussian.to(depth))
-
-
-def matches_of_next_sample(match: Correspondence) -> Correspondence:
-    """Give each sample the matches of the next one, and the last those of the first.
-
-    A control: the matches are distributed as real ones are, but belong to other images. A model can still learn from
-    them what the scenes and camera positions have in common, so an improvement with this control is no evidence that
-    the correspondence itself helps.
-
-    Example:
-        >>> index = torch.tensor([[[[-1], [0]], [[0], [-1]]], [[[-1], [-1]], [[0], [-1]]]])
-        >>> matches_of_next_sample(Correspondence(index, ((1, 1), (1, 1)))).index[:, 0, 1].flatten().tolist()
-        [-1, 0]
-
-    Raises:
-        ValueError: if there is only one sample.
-    """
-    if match.batch_size < 2:
-        raise ValueError(
-            "match: expected at least 2 samples, of which each takes the matches of the next, got 1. Cure: a larger "
-            "batch"
-        )
-    return replace(
-        match,
-        index=match.index.roll(-1, dims=0),
-        match_weight=None if match.match_weight is None else match.match_weight.roll(-1, dims=0),
-        distance=None if match.distance is None else match.distance.roll(-1, dims=0),
-    )
-
-
-def random_matches(match: Correspondence, generator: torch.Generator) -> Correspondence:
-    """Replace each match by a token of the same view drawn uniformly; tokens without a match stay without.
-
-    A control: the same tokens have a match, but it carries no information.
-
-    Example:
-        >>> index = torch.tensor([[[-1, -1], [1, -1]], [[-1, 0], [-1, -1]]])[None]
-        >>> drawn = random_matches(Correspondence(index, ((1, 2), (1, 2))), torch.Generator().manual_seed(0))
-        >>> bool((drawn.matched == (index >= 0)).all())
-        True
-    """
-    index = match.index
-    share = torch.rand(index.shape, generator=generator, dtype=torch.float64)
-    tokens = torch.tensor([h * w for h, w in match.token_grids], dtype=torch.float64)[:, None]
-    drawn = (share * tokens).long().to(index.device)
-    return replace(match, index=torch.where(match.matched, drawn, -1))
 
 
 def drop_low_noise(match: Correspondence, noise_levels: Tensor, least: float) -> Correspondence:

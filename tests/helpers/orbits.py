@@ -5,8 +5,13 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from cameo.data import RoomRig
+from cameo.scenes.room_rigs import rigged_room
+from cameo.scenes.rooms import bare_room
 
 
 def orbit(
@@ -30,3 +35,17 @@ def ring(*azimuths: float, **options: Any) -> Tensor:
 
 
 UP = torch.tensor([[0.0, 0.0, 1.0]], dtype=torch.float64)
+
+
+def views_in_a_room(seed: int) -> tuple[Tensor, np.ndarray, np.ndarray]:
+    """Views of a rig in a room at poses of their own: extrinsics `[1, 4, 4, 4]`, centers `[4, 3]`, and where they look.
+
+    The point is where the optical axes of the first two views cross, by hand: the foot of the common perpendicular.
+    """
+    rig = RoomRig.fan(4, azimuths=(0, -30, 25, 50), elevations=(0, 8, -4, 0), jitter=(8, 5))
+    extrinsics = rigged_room(rig, np.random.default_rng(seed), bare_room, (32, 32))[2]
+    centers = np.linalg.inv(extrinsics)[:, :3, 3]
+    first, second = extrinsics[0, 2, :3], extrinsics[1, 2, :3]
+    across = np.cross(first, second)
+    along = np.linalg.solve(np.stack([first, -second, across], axis=1), centers[1] - centers[0])[0]
+    return torch.from_numpy(extrinsics).float()[None], centers, centers[0] + along * first

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
 from cameo.adapters.mvdream.cameras import camera_vectors
 from cameo.errors import ShapeError
-from tests.helpers.orbits import UP, ring
+from tests.helpers.orbits import UP, ring, views_in_a_room
 
 
 def test_camera_numbers_by_hand() -> None:
@@ -59,3 +60,19 @@ def test_what_cameras_are_refused() -> None:
         camera_vectors(cameras, 0 * UP)
     with pytest.raises(ShapeError, match=r"extrinsics: expected \[B, V, 4, 4\]"):
         camera_vectors(cameras[0])
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_views_about_a_point_of_a_room_by_brute_force(seed: int) -> None:
+    extrinsics, centers, point = views_in_a_room(seed)
+    found = camera_vectors(extrinsics, UP.float(), front=0).reshape(4, 4, 4).numpy()
+    offset = centers - point
+    turn = -np.pi / 2 - np.arctan2(offset[0, 1], offset[0, 0])  # the first view is to stand at -y
+    for view in range(4):
+        azimuth = np.arctan2(offset[view, 1], offset[view, 0]) + turn
+        elevation = np.arcsin(offset[view, 2] / np.linalg.norm(offset[view]))
+        away = np.array([np.cos(elevation) * np.cos(azimuth), np.cos(elevation) * np.sin(azimuth), np.sin(elevation)])
+        right = np.array([-np.sin(azimuth), np.cos(azimuth), 0.0])
+        expected = np.stack([right, np.cross(away, right), away, away], axis=1)
+        np.testing.assert_allclose(found[view, :3], expected, atol=1e-4)
+        np.testing.assert_array_equal(found[view, 3], [0, 0, 0, 1])

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
+from cameo.adapters.sv3d.cameras import orbit_angles
+from tests.helpers.orbits import views_in_a_room
 from tests.helpers.sv3d_models import batch, orbit, pipeline
 
 
@@ -34,3 +38,14 @@ def test_sv3d_u_is_not_told_the_cameras() -> None:
         for one in (given, elsewhere)
     )
     assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_views_about_a_point_of_a_room_by_brute_force(seed: int) -> None:
+    extrinsics, centers, point = views_in_a_room(seed)
+    polar, azimuth = orbit_angles(extrinsics, torch.tensor([[0.0, 0.0, 1.0]]))
+    for view, (x, y, z) in enumerate(centers - point):
+        turn = math.atan2(y, x) - math.atan2(*(centers - point)[0, 1::-1])
+        assert polar[0, view].item() == pytest.approx(math.acos(z / math.sqrt(x * x + y * y + z * z)), abs=1e-4)
+        assert math.cos(azimuth[0, view].item() - turn) == pytest.approx(1, abs=1e-7)
+        assert 0 <= azimuth[0, view] < 2 * math.pi
