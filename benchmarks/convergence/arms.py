@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ class Declared(Settings):
 
 def subjects_of(preset: str) -> list[str]:
     """List the subjects of a preset in its order."""
-    return list(_file(preset)["subjects"])
+    return list(_file(PRESETS / f"{preset}.yaml")["subjects"])
 
 
 def families(preset: str) -> list[str]:
@@ -136,13 +137,14 @@ class Ranking:
     rank: int = 0
 
 
-def _file(preset: str) -> Mapping[str, Any]:
-    return read_yaml(PRESETS / f"{preset}.yaml")
+@cache
+def _file(path: Path) -> Mapping[str, Any]:
+    return read_yaml(path)
 
 
 def _lines(preset: str, subject: str) -> dict[str, Any]:
     """Everything that a preset says of a subject, as typed."""
-    file = _file(preset)
+    file = _file(PRESETS / f"{preset}.yaml")
     if subject not in file["subjects"]:
         raise SystemExit(f"--subjects {subject}: expected some of {', '.join(file['subjects'])}")
     return {**file["common"], **file["subjects"][subject]}

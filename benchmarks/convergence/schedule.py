@@ -102,7 +102,7 @@ def command_of(options: argparse.Namespace, run_of: RunOf, stop_at: float | None
     """Return the command that makes one run."""
     subject, arm, seed = run_of
     command = [sys.executable, "-m", MODULE, "--preset", options.preset, "--subjects", subject, "--arms", arm]
-    command += ["--seeds", str(seed), "--work", str(options.work)]
+    command += ["--seeds", str(seed), "--work", str(options.work), "--quiet"]
     for name in ("data", "results"):
         command += [f"--{name}", str(value)] if (value := getattr(options, name)) is not None else []
     return command + (["--minutes", str((stop_at - time.monotonic()) / 60)] if stop_at is not None else [])

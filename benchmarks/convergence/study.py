@@ -193,6 +193,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--results", type=Path, help="folder of the result files; default: that of the pages")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each in a process of its own")
     parser.add_argument("--minutes", type=float, help="stop with a checkpoint after so long")
+    parser.add_argument("--quiet", action="store_true", help="print no table at the end")
     parser.add_argument("--repeat", action="store_true", help="compare runs that are kept with the same made again")
     options = parser.parse_args(arguments)
     options.subjects = options.subjects or arms.families(options.preset)
@@ -209,7 +210,7 @@ def main(arguments: list[str]) -> None:
                 break
             if not run_and_keep(options, run_of, stop_at):
                 break
-    for subject in options.subjects:
+    for subject in [] if options.quiet else options.subjects:
         results = runs.load_results(options.preset, subject, options.results)
         shown = arms.declared(options.preset, subject).shown
         table = table_of_arms(results, shown) if results else "no run"
