@@ -24,6 +24,7 @@ from cameo.adapters.mvdream.layers import (
     token_layout,
 )
 from cameo.attention.capture import AttentionLayer
+from cameo.attention.layout import TokenLayout
 from cameo.backbone import Backbone, Release
 
 __all__ = ["MVDream"]
@@ -129,6 +130,11 @@ class MVDream(Backbone):
     def default_layer(self, model: nn.Module) -> int:
         """First attention of the up block one level below full resolution (in the releases: 10 of 16)."""
         return default_layer_index(find_levels(model))
+
+    def former_layout(self, layer: AttentionLayer) -> TokenLayout:
+        """Earlier releases left the matches of the image prompt out."""
+        last = layer.layout.references_last
+        return TokenLayout("b (v h w)", unsupervised_views=last, references_last=last)
 
     def unsupported(self, model: nn.Module) -> str | None:
         """Name the blocks of the original code that would recompute themselves without a graph."""
