@@ -134,7 +134,7 @@ class Backbone:
         """
         return []
 
-    def layers(self, model: nn.Module, *, inflate: bool = False, own_view: bool = False) -> list[AttentionLayer]:
+    def layers_for(self, model: nn.Module, *, inflate: bool = False, own_view: bool = False) -> list[AttentionLayer]:
         """List the layers of one of the three ways to supervise; the options are those of `cameo.wrap`."""
         if own_view:
             return self.own_view_layers(model)
@@ -165,6 +165,10 @@ class Backbone:
             raise ValueError(
                 f"position: backbone {self.name!r} has no maps of positions; expected 'none', got {position!r}"
             )
+
+    def former_layout(self, layer: AttentionLayer) -> TokenLayout:
+        """Return the layout with which releases that did not record it in their checkpoints supervised a layer."""
+        return layer.layout
 
     def unsupported(self, model: nn.Module) -> str | None:
         """Say why `model`, as it is, cannot be trained with an alignment loss, and the cure; None if it can.
@@ -339,7 +343,7 @@ def resolve_layers(core: nn.Module, config: CameoConfig) -> list[AttentionLayer]
         ValueError: if a layer does not exist or cannot be supervised, or its number of heads is not known.
     """
     if config.backbone is not None:
-        layers = get_backbone(config.backbone).layers(core, inflate=config.inflate, own_view=config.own_view)
+        layers = get_backbone(config.backbone).layers_for(core, inflate=config.inflate, own_view=config.own_view)
         return [find_layer(layers, path) for path in config.layers]
     assert config.layout is not None
     layout = TokenLayout(**config.layout)

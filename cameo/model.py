@@ -206,7 +206,7 @@ class CameoModel(nn.Module):
         if self.cameo_config.backbone is None:
             return list(self._supervised)
         adapter, config = get_backbone(self.cameo_config.backbone), self.cameo_config
-        return adapter.layers(unwrap_peft(self.base_model), inflate=config.inflate, own_view=config.own_view)
+        return adapter.layers_for(unwrap_peft(self.base_model), inflate=config.inflate, own_view=config.own_view)
 
     @property
     def supervised_layers(self) -> list[AttentionLayer]:

@@ -164,7 +164,7 @@ def _layers_of_backbone(
     if not adapter.recognizes(core):
         raise ValueError(f"backbone {backbone!r} does not fit: {adapter.explain_mismatch(core)}")
     config.check()
-    layers = adapter.layers(core, inflate=config.inflate, own_view=config.own_view)
+    layers = adapter.layers_for(core, inflate=config.inflate, own_view=config.own_view)
     if config.inflate and not layers:
         raise ValueError(f"inflate=True: {backbone!r} has no layer that sees one view each and could be inflated")
     if config.own_view and not layers:

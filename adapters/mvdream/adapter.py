@@ -25,6 +25,7 @@ from cameo.adapters.mvdream.layers import (
     token_layout,
 )
 from cameo.attention.capture import AttentionLayer
+from cameo.attention.layout import TokenLayout
 from cameo.backbone import Backbone, Release
 
 __all__ = ["MVDream"]
@@ -136,6 +137,11 @@ class MVDream(Backbone):
     def set_position(self, model: nn.Module, position: str) -> None:
         """Add the map "sincos", or take it off with "none"."""
         set_position(model, position)
+
+    def former_layout(self, layer: AttentionLayer) -> TokenLayout:
+        """Earlier releases left the matches of the image prompt out."""
+        last = layer.layout.references_last
+        return TokenLayout("b (v h w)", unsupervised_views=last, references_last=last)
 
     def unsupported(self, model: nn.Module) -> str | None:
         """Name the blocks of the original code that would recompute themselves without a graph."""

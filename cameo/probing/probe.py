@@ -192,7 +192,7 @@ class _ProbedModel:
             raise ValueError("inflate, own_view: two ways to look at a layer that sees one view each; give one of them")
         if config is not None and not (inflate or own_view):
             inflate, own_view = config.inflate, config.own_view
-        layers = adapter.layers(core, inflate=inflate, own_view=own_view)
+        layers = adapter.layers_for(core, inflate=inflate, own_view=own_view)
         if not layers:
             kind = "own-view" if own_view else "inflatable" if inflate else "cross-view attention"
             raise ValueError(f"backbone {name!r} lists no {kind} layer")

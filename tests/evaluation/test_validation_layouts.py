@@ -19,7 +19,15 @@ from cameo.evaluation.validation import validate
 from cameo.model import wrapper_of
 from tests.helpers.batches import make_batch
 from tests.helpers.evaluations import VALIDATION, rig_data
-from tests.helpers.planted_attention import ZERO123, PlantedAttention, joined, per_cell, prompt_last, tiled
+from tests.helpers.planted_attention import (
+    ZERO123,
+    PlantedAttention,
+    joined,
+    per_cell,
+    prompt_last,
+    tiled,
+    within_views,
+)
 
 
 def true_match(data: Any, token_grids: Any) -> Correspondence:
@@ -97,8 +105,8 @@ def test_validation_of_tiles_with_a_reference_on_a_grid_of_its_own(tmp_path: Pat
             assert all(float(at) % 6 == 3 for at in looked_at.lines[0].get_xydata().ravel())
 
 
-def test_validation_without_the_image_prompt(tmp_path: Path) -> None:
-    """ImageDream: the reference view is part of the attention, but is not supervised."""
+def test_validation_without_the_reference(tmp_path: Path) -> None:
+    """The reference view is part of the attention, but is not supervised."""
     data = rig_data("imagedream", 1, tmp_path)
     pipeline = PlantedAttention(TokenLayout("b (v h w)", unsupervised_views=1, references_last=1), prompt_last)
     found = validate(pipeline.wrapped(), pipeline, data, VALIDATION)
@@ -108,6 +116,19 @@ def test_validation_without_the_image_prompt(tmp_path: Path) -> None:
     assert found["pixels"] > 0
     _, attention = pictures_of(pipeline, data)
     assert [axis.get_title() for axis in attention.axes[:2]] == ["query in view 1", "one\nin view 2"]
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+def test_validation_within_each_view(tmp_path: Path, shift: int) -> None:
+    """Each view shows the reference too: its own token in the place of the match is what is to be looked at."""
+    data, layout = rig_data("sv3d-orbit", 1, tmp_path), TokenLayout("(b v) (h w)", own_view_shows=0, references_last=1)
+    pipeline = PlantedAttention(layout, within_views, shift=shift)
+    found = validate(pipeline.wrapped(), pipeline, data, VALIDATION)
+    assert found["pairs"] == 2 * int(true_match(data, 4).matched[:, 1:, 0].sum()) > 0
+    assert found["precision"]["mean@0"] == found["precision"]["best_head@0"] == 1 - shift
+    if not shift:
+        _, attention = pictures_of(pipeline, data)
+        assert [axis.get_title() for axis in attention.axes[:2]] == ["query in view 1", "one\nin view 0"]
 
 
 class PairedCameras:

@@ -37,7 +37,7 @@ class Row:
     learning_rate: float = 2e-2
 
     def __str__(self) -> str:
-        way = "-inflated" if self.wrap.get("inflate") else ""
+        way = "-inflated" if self.wrap.get("inflate") else "-own-view" if self.wrap.get("own_view") else ""
         return f"{self.backbone}-{self.preset}{way}"
 
     def batch(self, samples: int = 1) -> dict[str, Any]:
@@ -77,6 +77,7 @@ TINY = [
     Row("mvdream", "tiny", views=4, references=0, size=32, grids=((4, 4),) * 4),
     Row("mvdream", "imagedream-tiny", views=5, references=1, size=32, grids=((4, 4),) * 5),
     Row("sv3d", "tiny", views=5, references=1, size=32, grids=((4, 4),) * 5),
+    Row("sv3d", "tiny", views=5, references=1, size=32, grids=((4, 4),) * 5, wrap={"own_view": True}),
     Row("sv3d", "tiny", views=5, references=1, size=32, grids=((4, 4),) * 5, wrap={"inflate": True}),
 ]
 SMALL = [

@@ -107,6 +107,15 @@ def per_cell(query: Tensor, key: Tensor, token_grids: Any) -> tuple[Tensor, Tens
     return query[:, order].transpose(1, 2).flatten(0, 1), key[:, order].transpose(1, 2).flatten(0, 1)
 
 
+def within_views(query: Tensor, key: Tensor, token_grids: Any) -> tuple[Tensor, Tensor]:
+    """One call per view, reference last, in which each token attends to the one where the reference shows its point."""
+    views, tokens = query.shape[1:3]
+    towards = query.unflatten(3, (views, tokens))[:, :, :, 0]
+    keys = torch.eye(tokens).expand(*query.shape[:2], -1, -1)
+    order = [*range(1, views), 0]
+    return towards[:, order].flatten(0, 1), keys[:, order].flatten(0, 1)
+
+
 class Painter(PlantedAttention):
     """Attends to the true matches; predicts and generates the true images plus `off`, or the views in reverse."""
 

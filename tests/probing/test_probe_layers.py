@@ -116,10 +116,10 @@ def test_every_backbone_is_probed_and_left_as_it_was(row: Row, monkeypatch: pyte
     for module, mode in zip(denoiser.modules(), modes, strict=True):
         module.training = mode
     random = torch.get_rng_state()
-    inflate, batches = bool(row.wrap.get("inflate")), small_batches(row)
+    batches = small_batches(row)
     with monkeypatch.context() as watched:
         watched.setattr("torch.cuda.manual_seed_all", lambda seed: pytest.fail("the GPUs' generators were seeded"))
-        probe = probe_layers(pipeline, batches, LEVELS, inflate=inflate, metric=True)
+        probe = probe_layers(pipeline, batches, LEVELS, **row.wrap, metric=True)
     assert torch.equal(torch.get_rng_state(), random)
     assert [module.training for module in denoiser.modules()] == modes
     assert checks.hooks(denoiser) == count
@@ -127,12 +127,12 @@ def test_every_backbone_is_probed_and_left_as_it_was(row: Row, monkeypatch: pyte
     assert checks.same(checks.run(denoiser.eval(), inputs), before)
 
     adapter = get_backbone(row.backbone)
-    attention_layers = adapter.inflatable_layers(denoiser) if inflate else adapter.attention_layers(denoiser)
+    attention_layers = adapter.layers_for(denoiser, **row.wrap)
     assert [layer.path for layer in probe.layers] == [attention_layer.path for attention_layer in attention_layers]
     assert all(layer.reason is None for layer in probe.layers)
     assert {place.path for place in probe.ranking} == {attention_layer.path for attention_layer in attention_layers}
     assert probe.backbone == row.backbone
-    again = probe_layers(pipeline, small_batches(row), LEVELS, inflate=inflate, metric=True)
+    again = probe_layers(pipeline, small_batches(row), LEVELS, **row.wrap, metric=True)
     assert again.to_dict() == probe.to_dict()
 
 

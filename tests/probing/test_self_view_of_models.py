@@ -14,12 +14,11 @@ from torch import Tensor, nn
 import cameo
 from cameo import TokenLayout
 from cameo.adapters.common.joined_frames import deflate
-from cameo.probing.ablation import (
-    self_view_only,
-)
+from cameo.errors import CaptureError
+from cameo.probing.ablation import _cross_view_layers, self_view_only
 from tests.helpers import backbone_checks as checks
 from tests.helpers import models
-from tests.helpers.backbone_rows import TINY, Row, every_tiny
+from tests.helpers.backbone_rows import TINY, Row
 
 
 def _module_call(module: nn.Module) -> tuple[list[Any], Any]:
@@ -61,7 +60,10 @@ def not_joined(module: Any, args: Any, kwargs: dict[str, Any], row: Row) -> Tens
 VIEW_BY_VIEW = {"cat3d": joint, "mvdream": joint, "zero123plus": tile_by_tile, "sv3d": frame_by_frame}
 
 
-@every_tiny
+CROSS_VIEW = [row for row in TINY if not row.wrap.get("own_view")]
+
+
+@pytest.mark.parametrize("row", CROSS_VIEW, ids=str)
 def test_a_layer_of_each_backbone_equals_itself_run_view_by_view(row: Row) -> None:
     subject = row.subject()
     model = subject.wrapped().eval()
@@ -81,6 +83,16 @@ def test_a_layer_of_each_backbone_equals_itself_run_view_by_view(row: Row) -> No
     with torch.no_grad():
         expected = alone(module, args, kwargs, row)
     torch.testing.assert_close(output, expected)
+
+
+def test_a_layer_within_each_view_has_nothing_to_cut() -> None:
+    (row,) = (row for row in TINY if row.wrap.get("own_view"))
+    model = row.subject().wrapped()
+    grids = ((4, 4),) * row.views
+    refused = pytest.raises(CaptureError, match="attends within each view, so there is nothing to cut")
+    with refused, self_view_only(model, model.supervised_layers[0], grids):
+        pass
+    assert all("temporal" in layer.path for layer in _cross_view_layers(model))
 
 
 @pytest.mark.parametrize("row", [row for row in TINY if row.backbone in ("cat3d", "mvdream")], ids=str)

@@ -185,6 +185,12 @@ def test_a_checkpoint_of_before_a_setting_existed_continues_with_its_default(tmp
         check_continues(tmp_path, {**settings, "inflate": True}, 10)
 
 
+def test_one_way_to_supervise_within_a_view(file: Path) -> None:
+    assert load_config(file, ["own_view=true"]).own_view is True
+    with pytest.raises(ValueError, match=r"own_view=true supervises the layer as it attends, .*give one of them"):
+        load_config(file, ["own_view=true", "inflate=true"])
+
+
 def test_comparison_without_weight_is_refused(file: Path) -> None:
     with pytest.raises(ValueError, match="compare_without_cameo=true needs loss_weight > 0"):
         load_config(file, ["compare_without_cameo=true", "loss_weight=0"])
