@@ -84,7 +84,11 @@ def nothing_visible(samples: int = 2, views: int = 2, grid: tuple[int, int] = GR
 def shared_unet() -> nn.Module:
     """A narrow tiny U-Net that tests share, so that none of them may change it; see `unet`."""
     torch.manual_seed(0)
-    return get_backbone("cat3d").build("tiny", block_out_channels=(16, 32), heads=2, norm_num_groups=8).unet
+    return (
+        get_backbone("cat3d")
+        .build("tiny", block_out_channels=(16, 32), heads=2, norm_num_groups=8, position="none")
+        .unet
+    )
 
 
 def unet(kind: str = "plain") -> nn.Module:

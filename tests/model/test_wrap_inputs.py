@@ -30,7 +30,9 @@ def wrapped(**options: Any) -> cameo.CameoModel:
 
 @pytest.fixture(scope="module")
 def unet() -> nn.Module:
-    return get_backbone("cat3d").build("tiny", block_out_channels=(8, 8), heads=2, norm_num_groups=4).unet
+    return (
+        get_backbone("cat3d").build("tiny", block_out_channels=(8, 8), heads=2, norm_num_groups=4, position="none").unet
+    )
 
 
 def run(model: cameo.CameoModel, views: int = 2) -> torch.Tensor:
