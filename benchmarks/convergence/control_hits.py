@@ -18,7 +18,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks.convergence.study import PRESETS, SUBJECTS, arm_settings, known_probe, settings_of
+from benchmarks.convergence import arms, schedule
 from cameo.backbone import get_backbone
 from cameo.data.control_hits import ControlHits, control_hits
 from cameo.settings import split_arguments, typed_values
@@ -34,10 +34,10 @@ def hits_of(
     preset: str, subject: str, changed: Mapping[str, Any], *, data: str | None = None, num_samples: int = 128
 ) -> ControlHits:
     """Count on the training samples of a subject, at the token grid of the layer that the study supervises."""
-    settings = settings_of(preset, subject, data)
+    settings = arms.settings_of(preset, subject, data)
     del settings["validation"]
-    probe = known_probe(preset, subject)
-    layer = {"layer": 0} if probe is None else arm_settings("cameo", probe)
+    probe = schedule.known_probe(preset, subject)
+    layer = {"layer": 0} if probe is None else arms.arm_settings("cameo", arms.declared(preset, subject), probe)
     config = TrainingConfig(**settings | layer | dict(changed))
     train, pipeline = build_dataset(config, "train"), load_pipeline(config)
     if config.inflate:
@@ -58,8 +58,8 @@ def main(arguments: Sequence[str]) -> None:
     """Print the table."""
     assert __doc__ is not None
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--preset", default="tiny", choices=sorted(path.stem for path in PRESETS.glob("*.yaml")))
-    parser.add_argument("--subjects", nargs="+", default=list(SUBJECTS))
+    parser.add_argument("--preset", default="tiny", choices=sorted(path.stem for path in arms.PRESETS.glob("*.yaml")))
+    parser.add_argument("--subjects", nargs="+", default=[], help="default: those of the preset that need no --data")
     parser.add_argument("--data", help="folder of an RGB-D sequence, for the subject rgbd_room")
     parser.add_argument("--samples", type=int, default=128, help="training samples to count over")
     options, overrides = parser.parse_known_args(arguments)
@@ -68,7 +68,7 @@ def main(arguments: Sequence[str]) -> None:
     (given,) = split_arguments(overrides, TrainingConfig)
     changed = typed_values(TrainingConfig, given)
     rows = []
-    for subject in named or SUBJECTS:
+    for subject in named or arms.families(options.preset):
         hits = hits_of(options.preset, subject, changed, data=options.data, num_samples=options.samples)
         rows.append(row(subject, hits))
     print(markdown_table(HEADER, rows))

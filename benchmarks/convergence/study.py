@@ -43,6 +43,7 @@ from benchmarks.convergence import arms, repeat, runs, schedule
 from benchmarks.convergence.tables import table_of_arms
 from cameo.backbone import get_backbone
 from cameo.data import MultiViewDataset
+from cameo.data.control_hits import control_hits
 from cameo.evaluation.validation import validate
 from cameo.files import write_atomically
 from cameo.pipeline import MultiViewPipeline
@@ -52,7 +53,7 @@ from cameo.probing.denoising import ValidationSettings, sample_batches
 from cameo.probing.layer_probe import LayerProbe
 from cameo.settings import shown_settings
 from cameo.training.checkpoint import list_checkpoints
-from cameo.training.data import build_dataset
+from cameo.training.data import build_dataset, supervised_grids
 from cameo.training.layer_choice import PROBED_SAMPLES
 from cameo.training.settings import TrainingConfig
 from cameo.training.setup import load_pipeline, wrap_denoiser
@@ -129,6 +130,9 @@ def run(
         "validations": result.validations,
         "losses": [[entry["step"], entry["loss"], entry["alignment_loss"]] for entry in history[9::10]],
     }
+    if config.correspondence_control == "other_scene":
+        hits = control_hits(train, supervised_grids(model, config)[0], batch_size=config.train_batch_size)
+        record["control_within_one_token"] = hits.control
     if look_inside:
         record["probe"] = probe(pipeline, held_out, config, validation).to_dict()
         if config.data_format != "rgbd":  # a sequence is one scene, and intervals are over scenes
