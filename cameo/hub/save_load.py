@@ -125,8 +125,9 @@ def from_pretrained(
 
     Args:
         name_or_path: folder, or id of a Hub repository.
-        base_model: module that gets the weights, changed in place. Default: the base named in
-            `cameo_config.json`, loaded by the backbone at the recorded revision.
+        base_model: module that gets the weights, and the map of positions that the saved model had or had not,
+            changed in place. Default: the base named in `cameo_config.json`, loaded by the backbone at the recorded
+            revision.
         revision: branch, tag or commit of `name_or_path`.
         token: for a private repository; default `HF_TOKEN` or the token of `hf auth login`. The base, another
             repository, is always read with the default.

@@ -271,3 +271,16 @@ def test_components_that_do_not_go_together() -> None:
 
 def test_the_adapter_is_registered() -> None:
     assert isinstance(get_backbone("mvdream"), MVDream)
+
+
+@pytest.mark.parametrize(("preset", "kind"), [("tiny", "epsilon"), ("imagedream-tiny", "v_prediction")])
+def test_what_a_preset_predicts(preset: str, kind: str) -> None:
+    """The noise with a text, the velocity with an image, at the noise levels of the releases; either can be chosen."""
+    scheduler = pipeline(preset).scheduler
+    assert scheduler.config.prediction_type == kind
+    assert torch.equal(scheduler.alphas_cumprod, ddim().alphas_cumprod)
+    for chosen in ("epsilon", "v_prediction"):
+        assert pipeline(preset, prediction_type=chosen).scheduler.config.prediction_type == chosen
+    at_most, at_95 = scheduler.alphas_cumprod[-1], scheduler.alphas_cumprod[949]
+    amplified = [round(float(((1 - alpha) / alpha).sqrt())) for alpha in (at_95, at_most)]
+    assert amplified == [11, 15]  # as the class says of errors in a predicted noise
