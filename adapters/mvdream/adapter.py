@@ -56,10 +56,10 @@ class MVDream(Backbone):
 
     Attaches to `MultiViewUNetModel` of the MVDream and ImageDream releases and of the diffusers port, and to the
     `UNet2DConditionModel` of an `MVDreamPipeline`. Presets: `tiny` (pixel space, 64 px, CPU) and `small` (128 px, one
-    GPU) are conditioned by a text, `imagedream-tiny` and `imagedream-small` by an image. Those of a text predict the
-    noise, as the releases do. Those of an image predict the velocity, at the same noise levels, since they are judged
-    by the clean image that one prediction stands for: read out of a predicted noise, its errors are amplified by the
-    share of noise over that of signal, 11 times at noise level 0.95 and 15 times at 1.
+    GPU) are conditioned by a text, `imagedream-tiny` and `imagedream-small` by an image. They predict the noise, as the
+    releases do. Where the clean image that one prediction stands for is judged, `prediction_type="v_prediction"` is the
+    better choice: read out of a predicted noise, errors are amplified by the share of noise over that of signal, 11
+    times at noise level 0.95 and 15 times at 1.
 
     Of ImageDream the last view of the attention is the image prompt, the first view of a correspondence. Its matches
     are supervised like those of any other view, in both directions; it has no denoising loss, as published. The variant
@@ -72,8 +72,8 @@ class MVDream(Backbone):
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "tiny": {"condition": "text", **TINY},
         "small": {"condition": "text", **SMALL},
-        "imagedream-tiny": {"condition": "image", "prediction_type": "v_prediction", **TINY},
-        "imagedream-small": {"condition": "image", "prediction_type": "v_prediction", **SMALL},
+        "imagedream-tiny": {"condition": "image", **TINY},
+        "imagedream-small": {"condition": "image", **SMALL},
     }
     preset_license = "apache-2.0"
     released: ClassVar[Mapping[str, Release]] = {
