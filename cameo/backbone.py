@@ -10,7 +10,7 @@ import contextlib
 import functools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -167,7 +167,7 @@ class Backbone:
             )
 
     def former_layout(self, layer: AttentionLayer) -> TokenLayout:
-        """Return the layout with which releases that did not record it in their checkpoints supervised a layer."""
+        """Return the layout with which a layer was supervised by releases that did not record it in what they saved."""
         return layer.layout
 
     def unsupported(self, model: nn.Module) -> str | None:
@@ -343,8 +343,13 @@ def resolve_layers(core: nn.Module, config: CameoConfig) -> list[AttentionLayer]
         ValueError: if a layer does not exist or cannot be supervised, or its number of heads is not known.
     """
     if config.backbone is not None:
-        layers = get_backbone(config.backbone).layers_for(core, inflate=config.inflate, own_view=config.own_view)
-        return [find_layer(layers, path) for path in config.layers]
+        adapter = get_backbone(config.backbone)
+        all_layers = adapter.layers_for(core, inflate=config.inflate, own_view=config.own_view)
+        layers = [find_layer(all_layers, path) for path in config.layers]
+        if config.layouts is None:
+            return [replace(layer, layout=adapter.former_layout(layer)) for layer in layers]
+        recorded = zip(layers, config.layouts, strict=True)
+        return [replace(layer, layout=TokenLayout(**layout)) for layer, layout in recorded]
     assert config.layout is not None
     layout = TokenLayout(**config.layout)
     layers = []

@@ -31,6 +31,8 @@ class CameoConfig:
         weight: factor of the alignment loss in the training loss.
         normalize, reduction, num_reference_views, softness: see `cameo.alignment_loss`.
         layout: keyword arguments of `TokenLayout`; only without a backbone.
+        layouts: with a backbone, the same for each of `layers`, as its adapter gave them when the model was wrapped; a
+            model that is loaded keeps them. None: those of releases that did not record them.
         heads, stride, kernel_call: see `cameo.wrap`; only without a backbone.
         inflate: whether the supervised layers saw one view each before CAMEO joined the views in them; loading
             joins them again.
@@ -53,6 +55,7 @@ class CameoConfig:
     num_reference_views: int | None = None
     softness: float = 0.0
     layout: dict[str, Any] | None = None
+    layouts: list[dict[str, Any]] | None = None
     heads: int | None = None
     stride: int | None = None
     kernel_call: int | None = None
@@ -95,6 +98,13 @@ class CameoConfig:
             )
         if not all(isinstance(path, str) for path in self.layers):
             raise ValueError(f"layers: expected a list of module paths, got {self.layers!r}")
+        if self.layouts is not None:
+            fits = isinstance(self.layouts, list) and all(isinstance(layout, dict) for layout in self.layouts)
+            if self.backbone is None or not fits or len(self.layouts) != len(self.layers):
+                raise ValueError(
+                    f"layouts: expected None, or of a backbone a mapping for each of the layers {self.layers}, got "
+                    f"{self.layouts!r}"
+                )
         if self.backbone is not None:
             for name in ("layout", "heads", "stride", "kernel_call"):
                 if getattr(self, name) is not None:

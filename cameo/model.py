@@ -79,6 +79,7 @@ class CameoModel(nn.Module):
         self.base_model = base_model
         self.cameo_config = config
         self._supervised = resolve_layers(unwrap_peft(base_model), config)
+        config.layouts = [layer.layout.to_dict() for layer in self._supervised] if config.backbone else None
         parameter = next(base_model.parameters(), None)
         device = parameter.device if parameter is not None else None
         self.alignment_heads = nn.ModuleList(

@@ -170,6 +170,7 @@ def _layers_of_backbone(
     if config.own_view and not layers:
         raise ValueError(f"own_view=True: {backbone!r} does not carry the reference in the input channels of each view")
     chosen = [find_layer(layers, name) for name in wanted or [adapter.default_layer(core)]]
+    config.layouts = [layer.layout.to_dict() for layer in chosen]
     return [layer.path for layer in chosen], [layer.layout for layer in chosen]
 
 

@@ -211,6 +211,8 @@ class ProbeResult:
         lists = {name: list(value) for name, value in values.items() if isinstance(value, tuple)}
         bins = [list(limits) for limits in self.angle_bins]
         layers = [layer.to_dict() for layer in self.layers]
+        if not self.own_view:  # so that earlier releases can read the others
+            del values["own_view"]
         return {"format": FORMAT, **values, **lists, "angle_bins": bins, "layers": layers}
 
     @classmethod

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, load_model
 from torch import Tensor, nn
 
-from cameo.attention.layout import TokenLayout
 from cameo.backbone import get_backbone, unwrap_peft
 from cameo.config import CameoConfig
 from cameo.errors import DataError
@@ -32,7 +30,6 @@ from cameo.training.settings import TrainingConfig
 __all__ = [
     "check_continues",
     "find_checkpoint",
-    "layouts_of",
     "list_checkpoints",
     "load_trained",
     "prune_checkpoints",
@@ -40,7 +37,6 @@ __all__ = [
     "read_state",
     "refuse_used_folder",
     "staging_folder",
-    "warn_of_other_layouts",
 ]
 
 NAME = re.compile(r"checkpoint-(\d+)")
@@ -151,28 +147,6 @@ def check_continues(checkpoint: Path, settings: Mapping[str, Any], max_train_ste
     if state["step"] > max_train_steps:
         raise ValueError(f"max_train_steps={max_train_steps}: {checkpoint} is already at step {state['step']}")
     return int(state["step"])
-
-
-def layouts_of(model: CameoModel) -> dict[str, dict[str, str | int]]:
-    """List the token layouts of the supervised layers by path, as a checkpoint records them."""
-    return {layer.path: layer.layout.to_dict() for layer in model.supervised_layers}
-
-
-def warn_of_other_layouts(checkpoint: Path, model: CameoModel) -> None:
-    """Say of which layers a continued run supervises other matches than the run that wrote the checkpoint."""
-    saved, backbone = read_state(checkpoint).get("layouts"), model.cameo_config.backbone
-    for layer in model.supervised_layers:
-        if saved is not None and layer.path in saved:
-            former = TokenLayout(**saved[layer.path])
-        else:
-            former = layer.layout if backbone is None else get_backbone(backbone).former_layout(layer)
-        if former != layer.layout:
-            warnings.warn(
-                f"{checkpoint}: until here the matches of layer {layer.path!r} were read with {former!r}, and from "
-                f"here on with {layer.layout!r}, so that the continued run supervises other matches. Start a new run "
-                "to compare it with others",
-                stacklevel=3,
-            )
 
 
 def load_trained(model: CameoModel, folder: str | Path) -> None:

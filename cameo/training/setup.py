@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from cameo.backbone import get_backbone
+from cameo.backbone import get_backbone, resolve_layers, unwrap_peft
 from cameo.config import CameoConfig
 from cameo.data import MultiViewDataset
 from cameo.evaluation.validation import validate
 from cameo.hub.license import require_license
-from cameo.model import CameoModel
+from cameo.model import CameoModel, attach
 from cameo.pipeline import MultiViewPipeline
 from cameo.probing.denoising import ValidationSettings
 from cameo.processes.accelerator import make_accelerator
@@ -147,7 +147,7 @@ def wrap_denoiser(
 
     With `layer=auto` the layers are probed on the first samples of `dataset`, the training set, on the device of the
     denoiser (`to_run_device`). A resumed run takes the layer of its checkpoint: if its files have moved, or on another
-    device, a close ranking might come out differently.
+    device, a close ranking might come out differently. It keeps the token layouts of its checkpoint as well.
 
     Raises:
         DataError: if there is no checkpoint to resume from.
@@ -178,6 +178,8 @@ def wrap_denoiser(
         inflate=config.inflate,
         own_view=config.own_view,
     )
+    if config.resume_from_checkpoint:
+        model = _supervised_as_before(model, config)
     if chosen is not None:
         model.cameo_config.layer_choice = chosen
     model.cameo_config.base_model = base_name(config)
@@ -195,6 +197,22 @@ def wrap_denoiser(
         **_supervision_facts(config),
     }
     return model
+
+
+def _supervised_as_before(model: CameoModel, config: TrainingConfig) -> CameoModel:
+    """Let a resumed run supervise the matches that it did before, whatever the adapter says today."""
+    folder = config.resume_from_checkpoint
+    if not any(path.name == folder or folder in ("latest", str(path)) for path in list_checkpoints(config.output_dir)):
+        return model  # the trainer says what is wrong
+    saved = CameoConfig.load(find_checkpoint(config.output_dir, str(folder)))
+    before = replace(model.cameo_config, layouts=saved.layouts)
+    if (
+        saved.layers != before.layers
+        or resolve_layers(unwrap_peft(model.base_model), before) == model.supervised_layers
+    ):
+        return model
+    torch.manual_seed(config.seed)
+    return attach(model.unwrap(), before, implementation=config.alignment_implementation)
 
 
 def _supervision_facts(config: TrainingConfig) -> dict[str, Any]:

@@ -134,8 +134,6 @@ class Trainer:
         if config.resume_from_checkpoint:
             folder = checkpoint.find_checkpoint(self.output_dir, config.resume_from_checkpoint)
             self.step = checkpoint.check_continues(folder, self._fixed_settings(), config.max_train_steps)
-            if config.loss_weight:
-                checkpoint.warn_of_other_layouts(folder, self.model)
             accelerator.load_state(str(folder))
             if self.ema is not None:
                 self.ema.to(self.device)
@@ -321,8 +319,7 @@ class Trainer:
         self.accelerator.save_state(str(staged))
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            state = {"settings": self._fixed_settings(), "layouts": checkpoint.layouts_of(self.model)}
-            checkpoint.publish_checkpoint(staged, self.step, state)
+            checkpoint.publish_checkpoint(staged, self.step, {"settings": self._fixed_settings()})
             checkpoint.prune_checkpoints(self.output_dir, self.config.checkpoints_total_limit)
         self.accelerator.wait_for_everyone()
         return final

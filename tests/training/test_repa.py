@@ -113,6 +113,7 @@ BACKBONES = {
     "mvdream": ({}, {"views": 4, "size": 32}),
     "sv3d": ({}, {"views": 3, "size": 32}),
     "sv3d inflated": ({"inflate": True}, {"views": 3, "size": 32}),
+    "sv3d own view": ({"own_view": True}, {"views": 3, "size": 32}),
     "zero123plus": ({}, {"views": 7, "size": 64}),
 }
 
