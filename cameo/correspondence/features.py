@@ -159,7 +159,8 @@ def _build(name: str, checkpoint: str | Path | None, pretrained: bool) -> Any:
     except OSError as error:
         raise WeightsUnavailable(
             f"feature_model={name}: its weights are not reachable ({error}). Give feature_checkpoint=FILE with the "
-            "weights as timm publishes them, or feature_pretrained=false for random ones as a control"
+            f"weights as timm publishes them, feature_model={XFEAT}, which needs no download, or "
+            "feature_pretrained=false for random ones as a control"
         ) from error
     except (RuntimeError, KeyError, SafetensorError) as error:
         if checkpoint is None:
