@@ -21,7 +21,7 @@ from cameo.probing.mode import base_weights, evaluation_mode, generate_views, ha
 from cameo.tables import markdown_table
 from cameo.training.settings import TrainingConfig
 
-__all__ = ["card_metrics", "metrics_table", "write_pictures"]
+__all__ = ["card_metrics", "metrics_table", "noise_inputs", "predicted_views", "write_pictures"]
 
 NOT_MEASURED = "-"
 
@@ -58,7 +58,9 @@ def write_pictures(
     if not config.num_validation_images:
         return []
     first = next(iter(models.values()))
-    batch, inputs = _inputs_of_pictures(pipeline, dataset, config, next(first.parameters()).device)
+    samples = [dataset[index] for index in range(config.num_validation_images)]
+    batch = to_device(collate(samples), next(first.parameters()).device)
+    inputs = noise_inputs(pipeline, batch, config)
     drawn: dict[str, _Drawn] = {}
     if show_base and has_adapter(first):
         with base_weights(first):
@@ -68,8 +70,7 @@ def write_pictures(
         drawn[name] = _draw(model, pipeline, batch, inputs, config, trained_head=trained_head)
     folder = Path(folder)
     images = {name: one.images for name, one in drawn.items()}
-    samples = len(batch["images"])
-    views = comparison_figure(batch, images, samples=samples, pixels=_measured_pixels(batch))
+    views = comparison_figure(batch, images, samples=len(samples), pixels=_measured_pixels(batch))
     seen = "that a reference view sees" if batch["num_reference_views"] else "of the view"
     views.supxlabel(f"below each prediction: PSNR over the pixels {seen}", fontsize=8)
     written = [save_figure(views, folder / "views.png")]
@@ -77,21 +78,41 @@ def write_pictures(
     if not found:
         warnings.warn(f"attention.png is left out: {next(iter(drawn.values())).found}", stacklevel=2)
         return written
-    return [*written, save_figure(match_error_figure(batch, found, samples=samples), folder / "attention.png")]
+    return [*written, save_figure(match_error_figure(batch, found, samples=len(samples)), folder / "attention.png")]
 
 
-def _inputs_of_pictures(
-    pipeline: MultiViewPipeline, dataset: MultiViewDataset, config: TrainingConfig, device: torch.device
-) -> tuple[dict[str, Any], TrainingInputs]:
-    """The first samples of the validation set, and the inputs of the denoiser at pure noise."""
-    batch = to_device(collate([dataset[index] for index in range(config.num_validation_images)]), device)
+def noise_inputs(pipeline: MultiViewPipeline, batch: Mapping[str, Any], config: TrainingConfig) -> TrainingInputs:
+    """Return the inputs of the denoiser at pure noise, the same for every model that is shown."""
     with evaluation_mode(pipeline.denoiser):  # without what a pipeline does in training only
-        inputs = pipeline.training_inputs(
+        return pipeline.training_inputs(
             batch,
             timesteps=torch.full((len(batch["images"]),), pipeline.num_train_timesteps - 1),
             generator=torch.Generator().manual_seed(config.data_seed),
         )
-    return batch, inputs
+
+
+def predicted_views(
+    model: CameoModel,
+    pipeline: MultiViewPipeline,
+    batch: Mapping[str, Any],
+    inputs: TrainingInputs,
+    config: TrainingConfig,
+) -> dict[str, torch.Tensor]:
+    """Return the images of all views `[B, V, 3, H, W]` by how they were made: in one step, and sampled.
+
+    The reference views are as they are. What is predicted in one step is the clean image in the `inputs`.
+    """
+    with evaluation_mode(model), native_precision(model):
+        in_one_step = pipeline.predict_clean(model.base_model(*inputs.args, **inputs.kwargs), inputs)
+    sampled = generate_views(
+        model,
+        pipeline,
+        batch,
+        num_inference_steps=config.num_inference_steps,
+        guidance_scale=config.guidance_scale,
+        generator=torch.Generator().manual_seed(config.data_seed),
+    )
+    return {"one step": in_one_step, f"{config.num_inference_steps} steps": sampled}
 
 
 def _measured_pixels(batch: dict[str, Any]) -> torch.Tensor | None:
@@ -115,31 +136,7 @@ def _draw(
         found = find_matches(model, batch, inputs, through_head=trained_head)
     except ValueError as error:
         found = error
-    images = {
-        "one step": _in_one_step(model, pipeline, inputs),
-        f"{config.num_inference_steps} steps": _sampled(model, pipeline, batch, config),
-    }
-    return _Drawn(images, found)
-
-
-def _in_one_step(model: CameoModel, pipeline: MultiViewPipeline, inputs: TrainingInputs) -> torch.Tensor:
-    """Images of all views: the references as they are, the targets as predicted from the noisy input."""
-    with evaluation_mode(model), native_precision(model):
-        return pipeline.predict_clean(model.base_model(*inputs.args, **inputs.kwargs), inputs)
-
-
-def _sampled(
-    model: CameoModel, pipeline: MultiViewPipeline, batch: Mapping[str, Any], config: TrainingConfig
-) -> torch.Tensor:
-    """Images of all views: the references as they are, the targets sampled."""
-    return generate_views(
-        model,
-        pipeline,
-        batch,
-        num_inference_steps=config.num_inference_steps,
-        guidance_scale=config.guidance_scale,
-        generator=torch.Generator().manual_seed(config.data_seed),
-    )
+    return _Drawn(predicted_views(model, pipeline, batch, inputs, config), found)
 
 
 def card_metrics(validation: Mapping[str, Any]) -> dict[str, Any]:
