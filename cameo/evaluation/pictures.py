@@ -56,7 +56,8 @@ def comparison_figure(
     references, images = int(batch["num_reference_views"]), batch["images"]
     targets = [references] if references else list(range(min(2, images.shape[1])))
     shown = [(sample, kind) for sample in range(min(samples, images.shape[0])) for kind in kinds]
-    figure, grid = _grid(len(shown), references + len(targets) * (1 + len(by_model)), below=pixels is not None)
+    columns = references + len(targets) * (1 + len(by_model))
+    figure, grid = _grid(len(shown), columns, line=0.0 if pixels is None else 0.17, margin=0.3)
     for row, (sample, kind) in enumerate(shown):
         axes = [
             _panel(figure, grid[row, view], images[sample, view], f"reference {view}") for view in range(references)
@@ -100,7 +101,7 @@ def match_error_figure(batch: Mapping[str, Any], found: Mapping[str, FoundMatche
     title = "distance from the most-attended token to the true match"
     if is_same := len(set(readouts.values())) == 1:
         title += f", {readouts[next(iter(readouts))]}"
-    figure, grid = _grid(len(rows), 2 + len(found), below=False)
+    figure, grid = _grid(len(rows), 2 + len(found), line=0.15, margin=0.8)
     figure.suptitle(title, fontsize=TITLE_SIZE + 1)
     for place, row in enumerate(rows):
         for column, (view, role) in enumerate(((first.key_view, "keys"), (first.query_view, "queries"))):
@@ -145,10 +146,10 @@ def save_figure(figure: Figure, path: str | Path) -> Path:
     return Path(path)
 
 
-def _grid(rows: int, columns: int, *, below: bool) -> tuple[Figure, GridSpec]:
-    """Make a figure with a grid of square panels, with or without room for a line below each."""
-    height = PANEL_SIZE * rows * (1.08 if below else 1.1) + 0.6
-    figure = Figure(figsize=(PANEL_SIZE * columns, height), layout="constrained")
+def _grid(rows: int, columns: int, *, line: float, margin: float) -> tuple[Figure, GridSpec]:
+    """Make a figure with a grid of square panels, with a line of text at each and a margin, both in inches."""
+    size = PANEL_SIZE * columns, (PANEL_SIZE + line) * rows + margin
+    figure = Figure(figsize=size, layout="constrained")
     return figure, figure.add_gridspec(rows, columns)
 
 

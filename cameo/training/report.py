@@ -112,7 +112,7 @@ def predicted_views(
         guidance_scale=config.guidance_scale,
         generator=torch.Generator().manual_seed(config.data_seed),
     )
-    return {"one step": in_one_step, f"{config.num_inference_steps} steps": sampled}
+    return {"one-step prediction": in_one_step, f"sampled in {config.num_inference_steps} steps": sampled}
 
 
 def _measured_pixels(batch: dict[str, Any]) -> torch.Tensor | None:

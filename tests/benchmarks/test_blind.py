@@ -66,10 +66,10 @@ def test_pictures_are_in_the_order_of_the_key(
     }
     for place, (order, views) in enumerate(zip(key["columns"], drawn, strict=True)):
         for side, name in zip(("left", "right"), order, strict=True):
-            assert list(views[side]) == ["one step", "2 steps"]
+            assert list(views[side]) == ["one-step prediction", "sampled in 2 steps"]
             for kind, images in views[side].items():
                 assert torch.equal(images[0], expected[name][kind][place])
-    assert not torch.equal(drawn[0]["left"]["one step"], drawn[0]["right"]["one step"])
+    assert not torch.equal(drawn[0]["left"]["one-step prediction"], drawn[0]["right"]["one-step prediction"])
 
     with pytest.raises(SystemExit, match="expected one letter, L or R, for each of 3 scenes"):
         blind.judge(run, "LR")

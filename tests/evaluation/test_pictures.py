@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
 from PIL import Image
 
 from cameo.backbone import get_backbone
@@ -16,8 +17,9 @@ from cameo.data import collate
 from cameo.evaluation.match_errors import FoundMatches, find_matches
 from cameo.evaluation.pictures import ERROR_CLASSES, comparison_figure, match_error_figure, save_figure
 from cameo.probing.mode import base_weights
+from cameo.training import report
 from cameo.training.report import write_pictures
-from cameo.training.setup import add_lora, load_pipeline
+from cameo.training.setup import add_lora, load_pipeline, wrap_denoiser
 from cameo.wrap import CameoModel
 from tests.helpers.batches import make_batch
 from tests.helpers.training_runs import make_config
@@ -131,7 +133,9 @@ def test_attention_is_read_through_a_trained_head_and_else_as_the_mean(trained: 
     assert find_matches(model, batch, inputs, through_head=False).readout == "mean"
 
 
-def test_the_base_is_the_model_without_its_lora(tmp_path: Path) -> None:
+def test_the_base_is_the_model_without_its_lora(
+    trained: tuple[CameoModel, Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = make_config(tmp_path, lora_dropout=0.1)
     pipeline, plain = load_pipeline(config), load_pipeline(config)
     add_lora(pipeline.denoiser, config)
@@ -153,3 +157,14 @@ def test_the_base_is_the_model_without_its_lora(tmp_path: Path) -> None:
         assert torch.equal(output(pipeline.denoiser), expected)
     assert torch.equal(output(pipeline.denoiser), with_lora)
     assert {name: parameter.requires_grad for name, parameter in pipeline.denoiser.named_parameters()} == required
+
+    drawn: list[dict[str, Any]] = []
+    monkeypatch.setattr(report, "comparison_figure", lambda batch, views, **_: drawn.append(views) or Figure())
+    model, untrained = wrap_denoiser(pipeline, config), wrap_denoiser(plain, config)
+    data = trained[2]
+    write_pictures({"with CAMEO": model}, pipeline, data, config, tmp_path / "lora", show_base=True)
+    write_pictures({"with CAMEO": untrained}, plain, data, config, tmp_path / "plain", show_base=True)
+    assert [list(views) for views in drawn] == [["base", "with CAMEO"], ["with CAMEO"]]
+    for kind, images in drawn[1]["with CAMEO"].items():
+        assert torch.equal(drawn[0]["base"][kind], images)
+        assert not torch.equal(drawn[0]["with CAMEO"][kind], images)
