@@ -58,10 +58,9 @@ def comparison_figure(
     shown = [(sample, kind) for sample in range(min(samples, images.shape[0])) for kind in kinds]
     columns = references + len(targets) * (1 + len(by_model))
     figure, grid = _grid(len(shown), columns, line=0.0 if pixels is None else 0.17, margin=0.3)
+    titles = ["reference"] if references == 1 else [f"reference {view}" for view in range(references)]
     for row, (sample, kind) in enumerate(shown):
-        axes = [
-            _panel(figure, grid[row, view], images[sample, view], f"reference {view}") for view in range(references)
-        ]
+        axes = [_panel(figure, grid[row, view], images[sample, view], titles[view]) for view in range(references)]
         for view in targets:
             suffix = "" if references else f", view {view}"
             axes.append(_panel(figure, grid[row, len(axes)], images[sample, view], f"truth{suffix}"))

@@ -90,9 +90,9 @@ def test_no_pictures_of_an_unfinished_run(run: Path) -> None:
 
 
 def test_samples_are_those_that_the_run_has_not_used(tmp_path: Path) -> None:
-    config = make_config(tmp_path, num_validation_scenes=2)
-    samples = blind.unseen_samples(config, 3)
-    assert sorted(sample["scene"] for sample in samples) == [2, 3, 4]
+    config = make_config(tmp_path, num_validation_scenes=4)
+    samples = blind.unseen_samples(config, 2)
+    assert sorted(sample["scene"] for sample in samples) == [4, 5]
 
     sequence = write_sequence(tmp_path / "office")
     config = make_config(tmp_path, train_data_dir=str(sequence), max_overlap=0.99)

@@ -86,7 +86,7 @@ def test_prediction_is_drawn_pixel_by_pixel_with_its_psnr() -> None:
         "trained": {"one step": wrong, "sampled": wrong},
     }
     axes = comparison_figure(batch, predictions, samples=2, pixels=pixels).axes
-    assert [axis.get_title() for axis in axes] == ["reference 0", "truth", "base", "trained", *[""] * 12]
+    assert [axis.get_title() for axis in axes] == ["reference", "truth", "base", "trained", *[""] * 12]
     assert [axes[row].get_ylabel() for row in (0, 4, 8, 12)] == ["one step", "sampled"] * 2
     assert [axis.get_xlabel() for axis in axes[:8]] == ["", "", "20.0 dB", "20.0 dB", "", "", "100.0 dB", "20.0 dB"]
     drawn = axes[10].images[0]  # base of the second sample
@@ -144,6 +144,7 @@ def test_the_base_is_the_model_without_its_lora(
     for name, parameter in pipeline.denoiser.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter)
+    next(parameter for parameter in pipeline.denoiser.parameters() if parameter.requires_grad).requires_grad_(False)
     args, kwargs = get_backbone("cat3d").example_inputs(plain.denoiser)
     required = {name: parameter.requires_grad for name, parameter in pipeline.denoiser.named_parameters()}
 
