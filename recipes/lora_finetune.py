@@ -62,9 +62,8 @@ def train_and_compare(config: TrainingConfig) -> None:
     if not accelerator.is_main_process:
         return
     output = Path(config.output_dir)
-    pictures = write_pictures(
-        {name: run.model for name, run in runs.items()}, run.pipeline, validation_set, config, output / "pictures"
-    )
+    models = {name: run.model for name, run in runs.items()}
+    pictures = write_pictures(models, run.pipeline, validation_set, config, output / "pictures", show_base=True)
     validations = {name: run.validations for name, run in runs.items()}
     write_atomically(output / "validation.json", json.dumps(validations, indent=2) + "\n")
     columns = {f"step {run.validations[0]['step']}": run.validations[0]}
@@ -72,6 +71,9 @@ def train_and_compare(config: TrainingConfig) -> None:
     table = metrics_table(columns)
     print(f"\n{table}\n")
     write_atomically(output / "table.md", table + "\n")
+    for other in [one for one in runs.values() if one is not run]:
+        folder = Path(other.trainer.config.output_dir) / "adapter"
+        other.model.save_pretrained(folder, license=config.hub_license, metrics=card_metrics(other.validations[-1]))
     facts = {"metrics": card_metrics(run.validations[-1]), "pictures": pictures}
     adapter = run.model.save_pretrained(output / "adapter", license=config.hub_license, **facts)
     print(f"adapter in {adapter}, pictures in {output / 'pictures'}, losses in {run.result.metrics}")

@@ -22,6 +22,7 @@ __all__ = [
     "by_canvas",
     "from_canvas",
     "pose_error",
+    "pose_problem",
     "same_poses",
     "shared_poses",
     "to_canvas",
@@ -94,6 +95,29 @@ def shared_poses(extrinsics: Tensor, *, up: Tensor | None = None, tolerance: flo
     turn = ((azimuth - azimuth[:, :1]) - (azimuth - azimuth[:, :1])[:1] + 180) % 360 - 180
     lift = (elevation - elevation[:, :1]) - (elevation - elevation[:, :1])[:1]
     return bool(torch.maximum(turn.abs(), lift.abs()).max() <= tolerance)
+
+
+def pose_problem(extrinsics: Tensor, *, up: Tensor | None = None, released: bool) -> str | None:
+    """Say why a model cannot learn from these cameras, or None: a release knows its own poses, others any fixed ones.
+
+    Example:
+        >>> import numpy as np, torch
+        >>> from cameo.scenes.rigs import rig_cameras
+        >>> orbit = torch.as_tensor(rig_cameras("sv3d-orbit", np.random.default_rng(0), (64, 64), 7)[1])[None]
+        >>> pose_problem(orbit, released=False) is None, pose_problem(orbit, released=True) is None
+        (True, False)
+    """
+    if same_poses(extrinsics, up=up) is not None or (not released and shared_poses(extrinsics, up=up)):
+        return None
+    fault = "those of this batch differ from sample to sample"
+    cure = "camera_rig=zero123plus-v1.2, or camera_rig=fan without rig_jitter"
+    if released:
+        fault = "those of this batch are not the fixed poses of a release"
+        cure = "a rig of cameo.scenes.rigs (zero123plus-v1.1, zero123plus-v1.2)"
+    return (
+        f"zero123plus takes no cameras as input and learns the poses of its data; {fault}. Use {cure}, or make sure "
+        "that all samples share one set of poses"
+    )
 
 
 def to_canvas(views: Tensor) -> Tensor:

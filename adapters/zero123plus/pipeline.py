@@ -22,7 +22,7 @@ from cameo.adapters.common.images import image_processor, process, processor_sid
 from cameo.adapters.common.latent_pipeline import LatentPipeline, reference_views
 from cameo.adapters.common.sampler import sample_latents
 from cameo.adapters.common.unet_layers import self_attentions
-from cameo.adapters.zero123plus.cameras import NUM_VIEWS, by_canvas, from_canvas, same_poses, shared_poses, to_canvas
+from cameo.adapters.zero123plus.cameras import NUM_VIEWS, by_canvas, from_canvas, pose_problem, to_canvas
 from cameo.adapters.zero123plus.denoiser import ReferenceUNet, set_tile_position
 from cameo.adapters.zero123plus.layers import check_references, set_reference_processors
 from cameo.errors import ShapeError
@@ -356,23 +356,9 @@ class Zero123PlusPipeline(LatentPipeline):
         if "extrinsics" not in batch or self.__dict__.get("_poses_checked"):
             return
         self._poses_checked = True
-        extrinsics, up = batch["extrinsics"], batch.get("up")
-        if same_poses(extrinsics, up=up) is not None:
-            return
         # Only what is trained from scratch works on pixels: each release has a VAE.
-        if self.vae is not None:
-            fault = "those of this batch are not the fixed poses of a release"
-            cure = "a rig of cameo.scenes.rigs (zero123plus-v1.1, zero123plus-v1.2)"
-        elif not shared_poses(extrinsics, up=up):
-            fault = "those of this batch differ from sample to sample"
-            cure = "camera_rig=zero123plus-v1.2, or camera_rig=fan without rig_jitter"
-        else:
-            return
-        warnings.warn(
-            f"zero123plus takes no cameras as input and learns the poses of its data; {fault}. Use {cure}, or make "
-            "sure that all samples share one set of poses",
-            stacklevel=3,
-        )
+        if problem := pose_problem(batch["extrinsics"], up=batch.get("up"), released=self.vae is not None):
+            warnings.warn(problem, stacklevel=3)
 
 
 def _noise_from(entries: Tensor, like: Tensor) -> Tensor:

@@ -1,113 +1,140 @@
-"""Pictures of a model: its predictions beside the true views, and where its attention looks."""
+"""Pictures of models side by side: their predictions beside the true views, and where their attention errs."""
 
 from __future__ import annotations
 
 import io
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgba_array
 from matplotlib.figure import Figure
+from matplotlib.gridspec import GridSpec
+from matplotlib.patches import Patch
 from torch import Tensor
 
-from cameo.correspondence import Correspondence
-from cameo.data.batches import layer_grids, match_batch
+from cameo.evaluation.match_errors import FoundMatches
 from cameo.files import write_atomically
-from cameo.model import CameoModel
-from cameo.pipeline import TrainingInputs
-from cameo.probing.hits import attention_maps
-from cameo.probing.mode import evaluation_mode, native_precision
+from cameo.probing.denoising import psnr_of_error
 
-__all__ = ["attention_figure", "comparison_figure", "save_figure"]
+__all__ = ["comparison_figure", "match_error_figure", "save_figure"]
 
 PANEL_SIZE = 1.6  # inches
 TITLE_WIDTH = 20  # characters above a panel
+TITLE_SIZE, LABEL_SIZE = 9, 8  # points
+
+# Classes of the distance from the found token to the true match, by their smallest distance in tokens, and their
+# colors: blue for a hit, then from yellow to dark red. Readers who do not tell red from green tell these apart, and the
+# misses get darker with the distance.
+ERROR_CLASSES = {0: "#2c7fb8", 2: "#fed976", 4: "#fd8d3c", 8: "#bd0026"}
+
+READOUTS = {"mean": "mean over heads", "through_head": "through the alignment head"}
+
+Predictions = Mapping[str, Tensor | Mapping[str, Tensor]]
 
 
-def comparison_figure(batch: Mapping[str, Any], predictions: Mapping[str, Tensor], *, samples: int = 3) -> Figure:
+def comparison_figure(
+    batch: Mapping[str, Any], predictions: Predictions, *, samples: int = 3, pixels: Tensor | None = None
+) -> Figure:
     """Draw one row per sample: its reference views, the true first target view, and the prediction of each model.
 
     Without reference views the first two views are drawn, which a model must generate consistently.
 
     Args:
         batch: collated samples.
-        predictions: name of a model to its images of all views, `[B, V, 3, H, W]`.
+        predictions: name of a model to its images of all views, `[B, V, 3, H, W]`; or to several such images by what
+            they are ("one step", "sampled"), the same for all models, which are then drawn one below the other.
+        samples: number of rows.
+        pixels: bool `[B, V, 1, H, W]`; if given, the PSNR over these pixels of a view is written below each of its
+            predictions.
+    """
+    by_model = {name: images if isinstance(images, Mapping) else {"": images} for name, images in predictions.items()}
+    kinds = list(next(iter(by_model.values()), {"": None}))
+    references, images = int(batch["num_reference_views"]), batch["images"]
+    targets = [references] if references else list(range(min(2, images.shape[1])))
+    shown = [(sample, kind) for sample in range(min(samples, images.shape[0])) for kind in kinds]
+    columns = references + len(targets) * (1 + len(by_model))
+    figure, grid = _grid(len(shown), columns, line=0.0 if pixels is None else 0.17, margin=0.3)
+    titles = ["reference"] if references == 1 else [f"reference {view}" for view in range(references)]
+    for row, (sample, kind) in enumerate(shown):
+        axes = [_panel(figure, grid[row, view], images[sample, view], titles[view]) for view in range(references)]
+        for view in targets:
+            suffix = "" if references else f", view {view}"
+            axes.append(_panel(figure, grid[row, len(axes)], images[sample, view], f"truth{suffix}"))
+            for name, made in by_model.items():
+                axes.append(_panel(figure, grid[row, len(axes)], made[kind][sample, view], f"{name}{suffix}"))
+                if pixels is not None:
+                    axes[-1].set_xlabel(_psnr(made[kind], images, pixels, sample, view), fontsize=LABEL_SIZE)
+        axes[0].set_ylabel(kind, fontsize=LABEL_SIZE)
+        for axis in axes if row else ():  # the titles of the first row are those of the columns
+            axis.set_title("")
+    return figure
+
+
+def _psnr(predicted: Tensor, truth: Tensor, pixels: Tensor, sample: int, view: int) -> str:
+    """PSNR of one view over some of its pixels, as text; empty where there are no such pixels."""
+    squared = (predicted[sample, view] - truth[sample, view]).square()
+    shown = squared[:, pixels[sample, view, 0]]
+    return f"{float(psnr_of_error(shown.mean())):.1f} dB" if shown.numel() else ""
+
+
+def match_error_figure(batch: Mapping[str, Any], found: Mapping[str, FoundMatches], *, samples: int = 3) -> Figure:
+    """Draw how far from the true match the attention of each model finds every query token of a target view.
+
+    Each row shows a sample: the key view, the query view, then for each model the query view with each of its tokens
+    colored by the distance, in tokens of the key view, between the true match and the most-attended token. Tokens
+    without a match stay gray. Above each map stands the share of the matches found within one token. Samples without a
+    match between the two views are left out.
+
+    Args:
+        batch: collated samples.
+        found: name of a model to what `find_matches` returned for the batch.
         samples: number of rows.
     """
-    references = int(batch["num_reference_views"])
-    images: Tensor = batch["images"]
-    samples = min(samples, images.shape[0])
-    titles = [f"reference {view}" for view in range(references)]
-    shown = [(images, view) for view in range(references)]
-    targets = [references] if references else list(range(min(2, images.shape[1])))
-    for view in targets:
-        suffix = "" if references else f", view {view}"
-        titles += [f"{name}{suffix}" for name in ("truth", *predictions)]
-        shown += [(pictures, view) for pictures in (images, *predictions.values())]
-    figure, axes = _panels(samples, len(titles))
-    for row in range(samples):
-        for axis, (pictures, view), title in zip(axes[row], shown, titles, strict=True):
-            _show(axis, pictures[row, view])
-            if row == 0:
-                axis.set_title(textwrap.fill(title, TITLE_WIDTH), fontsize=8)
+    first = next(iter(found.values()))
+    rows = (first.target >= 0).any(1).nonzero().flatten().tolist()[:samples]
+    readouts = {name: READOUTS[matches.readout] for name, matches in found.items()}
+    title = "distance from the most-attended token to the true match"
+    if is_same := len(set(readouts.values())) == 1:
+        title += f", {readouts[next(iter(readouts))]}"
+    figure, grid = _grid(len(rows), 2 + len(found), line=0.15, margin=0.8)
+    figure.suptitle(title, fontsize=TITLE_SIZE + 1)
+    for place, row in enumerate(rows):
+        for column, (view, role) in enumerate(((first.key_view, "keys"), (first.query_view, "queries"))):
+            kind = "reference" if view < int(batch["num_reference_views"]) else "target"
+            title = f"{kind} view {view}\n({role})" if place == 0 else ""
+            _panel(figure, grid[place, column], batch["images"][row, view], title)
+        for column, (name, matches) in enumerate(found.items(), start=2):
+            lines = [] if place else [name] if is_same else [name, readouts[name]]
+            lines.append(f"{matches.shares_within(1)[row]:.0%} within 1 token")
+            image = batch["images"][row, matches.query_view]
+            axis = _panel(figure, grid[place, column], image, "\n".join(lines), faded=True)
+            _draw_errors(axis, matches, row)
+    classes = [least for least in ERROR_CLASSES if least < max(*first.key_grid, 3)]
+    patches = [Patch(color=ERROR_CLASSES[least], label=_class_name(least, classes)) for least in classes]
+    patches.append(Patch(color="0.75", label="no match in the key view"))
+    figure.legend(handles=patches, loc="outside lower center", ncols=len(patches), fontsize=LABEL_SIZE, frameon=False)
     return figure
 
 
-def attention_figure(
-    models: Mapping[str, CameoModel],
-    batch: Mapping[str, Any],
-    inputs: TrainingInputs,
-    *,
-    queries: int = 4,
-) -> Figure:
-    """Draw where a few query tokens of a target view look in another view.
+def _class_name(least: int, classes: Sequence[int]) -> str:
+    """Name a class of distances for the legend."""
+    if least == classes[-1]:
+        return f"{least} tokens or more"
+    most = classes[classes.index(least) + 1] - 1
+    return f"within {most} token" if least == 0 else f"{least} to {most} tokens"
 
-    Each row shows a query: the query view with the query token as a square, then for each model the key view under the
-    attention of its supervised layer (mean over heads), with the true match as a circle and the most-attended token as
-    a cross. The query view is the first target view, and the key view the first reference view. If the layer has no
-    match between these two, the next two views with a match are drawn; if the layer has no reference views, two target
-    views. The sample is the one with most matches, and the queries are spread evenly over the tokens with a match.
 
-    Where the tokens of a view stand for those of the reference view (`TokenLayout(own_view_shows=)`), the attention
-    within the query view is drawn over the reference view.
-
-    Raises:
-        ValueError: if no token has a match in the other view, or the layer does not attend across whole views.
-    """
-    first = next(iter(models.values()))
-    layer = first.supervised_layers[0]
-    match = match_batch(batch, layer_grids(layer, batch))
-    local, order = layer.layout.localize(match), layer.layout.view_order
-    if layer.layout.reach != "all":
-        raise ValueError(f"layer {layer.path!r} attends to a part of the other view; its attention is not drawn")
-    references = order.num_references(int(batch["num_reference_views"]))
-    query_view, key_view = _views_to_draw(local, references, batch)
-    matched = local.matched[:, query_view, key_view]
-    sample = int(matched.sum(1).argmax())
-    target, candidates = local.index[sample, query_view, key_view], matched[sample].nonzero().flatten()
-    chosen = candidates[torch.linspace(0, len(candidates) - 1, min(queries, len(candidates))).round().long()]
-    shown = [order.origin(sample, view, match.num_views) for view in (query_view, key_view)]
-    query_image, key_image = (batch["images"][place] for place in shown)
-    query_grid, key_grid = local.token_grids[query_view], local.token_grids[key_view]
-    figure, axes = _panels(len(chosen), 1 + len(models))
-    for column, (name, model) in enumerate(models.items(), start=1):
-        heat = _attention_between(model, inputs, match, sample, query_view, key_view)
-        for row, token in enumerate(chosen.tolist()):
-            _show(axes[row, 0], query_image)
-            _mark(axes[row, 0], token, query_grid, query_image.shape[-2:], "s", "white")
-            axis, (height, width) = axes[row, column], key_image.shape[-2:]
-            _show(axis, key_image)
-            axis.imshow(heat[token].view(key_grid).numpy(), extent=(0, width, height, 0), cmap="magma", alpha=0.6)
-            _mark(axis, int(target[token]), key_grid, (height, width), "o", "lime")
-            _mark(axis, int(heat[token].argmax()), key_grid, (height, width), "x", "cyan")
-        title = f"{textwrap.fill(name, TITLE_WIDTH)}\nin view {shown[1][1]}".strip()
-        axes[0, column].set_title(title, fontsize=8)
-    axes[0, 0].set_title(f"query in view {shown[0][1]}", fontsize=8)
-    return figure
+def _draw_errors(axis: Axes, matches: FoundMatches, row: int) -> None:
+    """Color the tokens of the query view that have a match."""
+    errors = matches.errors[row].view(matches.query_grid).numpy()
+    colors = to_rgba_array(list(ERROR_CLASSES.values()), alpha=0.85)
+    tokens = colors[np.digitize(errors, list(ERROR_CLASSES)[1:])]
+    tokens[errors < 0] = 0
+    axis.imshow(tokens, extent=axis.images[0].get_extent(), interpolation="nearest")
 
 
 def save_figure(figure: Figure, path: str | Path, *, dpi: int = 120) -> Path:
@@ -118,53 +145,24 @@ def save_figure(figure: Figure, path: str | Path, *, dpi: int = 120) -> Path:
     return Path(path)
 
 
-def _views_to_draw(local: Correspondence, references: int, batch: Mapping[str, Any]) -> tuple[int, int]:
-    """Choose the query view and the key view, by their index in the layer's localized correspondence."""
-    has_match = local.matched.any(-1).any(0)
-    for query_view in range(references, local.num_views):
-        for key_view in range(references or local.num_views):
-            if has_match[query_view, key_view]:
-                return query_view, key_view
-    raise ValueError(
-        f"batch {batch['key']}: no token of a target view has a match in "
-        f"{'a reference' if references else 'another target'} view"
-    )
+def _grid(rows: int, columns: int, *, line: float, margin: float) -> tuple[Figure, GridSpec]:
+    """Make a figure with a grid of square panels, with a line of text at each and a margin, both in inches."""
+    size = PANEL_SIZE * columns, (PANEL_SIZE + line) * rows + margin
+    figure = Figure(figsize=size, layout="constrained")
+    return figure, figure.add_gridspec(rows, columns)
 
 
-def _attention_between(
-    model: CameoModel, inputs: TrainingInputs, match: Correspondence, sample: int, query_view: int, key_view: int
-) -> Tensor:
-    """Attention `[N, N']` of one view's tokens over the N' tokens of another view, mean over heads."""
-    layer = model.supervised_layers[0]
-    with evaluation_mode(model):
-        with native_precision(model), model.capture([layer]) as captured:
-            model.base_model(*inputs.args, **inputs.kwargs)
-        query, key, local = model.split(layer, captured[layer.path], match)
-        queries = query[sample : sample + 1, :, query_view : query_view + 1]
-        height, width = grid = local.token_grids[key_view]
-        keys = key[sample : sample + 1, :, key_view : key_view + 1, : height * width]
-        maps = attention_maps(queries, keys, (grid,), None, captured[layer.path].scale)
-    return maps["mean"][0, 0, 0, :, 0].cpu()
-
-
-def _panels(rows: int, columns: int) -> tuple[Figure, np.ndarray]:
-    figure = Figure(figsize=(PANEL_SIZE * columns, PANEL_SIZE * rows + 0.45), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False)
-    for axis in axes.flat:
-        axis.set_axis_off()
-    return figure, axes
-
-
-def _show(axis: Axes, image: Tensor) -> None:
+def _panel(figure: Figure, cell: Any, image: Tensor, title: str, *, faded: bool = False) -> Axes:
+    """Draw an image `[3, H, W]` without smoothing; faded is gray and pale, as the ground of a map."""
+    axis = figure.add_subplot(cell)
+    axis.set_xticks([])
+    axis.set_yticks([])
+    axis.spines[:].set_visible(False)
     height, width = image.shape[-2:]
-    pixels = image.detach().float().clamp(0, 1).permute(1, 2, 0).cpu().numpy()
-    axis.imshow(pixels, extent=(0, width, height, 0), interpolation="nearest")
-
-
-def _mark(
-    axis: Axes, token: int, token_grid: tuple[int, int], image_size: tuple[int, ...], marker: str, color: str
-) -> None:
-    row, column = divmod(token, token_grid[1])
-    x, y = (column + 0.5) * image_size[1] / token_grid[1], (row + 0.5) * image_size[0] / token_grid[0]
-    face = color if marker == "x" else "none"
-    axis.plot(x, y, marker=marker, markersize=7, markeredgewidth=1.5, markeredgecolor=color, markerfacecolor=face)
+    pixels = image.detach().float().clamp(0, 1).cpu()
+    if faded:
+        pixels = 0.5 + 0.5 * pixels.mean(0, keepdim=True).expand(3, -1, -1)
+    axis.imshow(pixels.permute(1, 2, 0).numpy(), extent=(0, width, height, 0), interpolation="nearest")
+    if title:
+        axis.set_title(title if "\n" in title else textwrap.fill(title, TITLE_WIDTH), fontsize=TITLE_SIZE)
+    return axis

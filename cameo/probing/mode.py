@@ -13,7 +13,7 @@ from cameo.backbone import unwrap_peft
 from cameo.model import CameoModel
 from cameo.pipeline import MultiViewPipeline
 
-__all__ = ["evaluation_mode", "generate_views", "native_precision"]
+__all__ = ["base_weights", "evaluation_mode", "generate_views", "has_adapter", "native_precision"]
 
 
 @contextmanager
@@ -36,6 +36,53 @@ def native_precision(model: nn.Module) -> Iterator[None]:
     half = next((weight.dtype for weight in parameters if weight.dtype in (torch.float16, torch.bfloat16)), None)
     with torch.autocast(parameters[0].device.type, dtype=half, enabled=half is not None):
         yield
+
+
+@contextmanager
+def base_weights(model: nn.Module) -> Iterator[None]:
+    """Switch the LoRA or other PEFT adapters of a model off inside the block, so that it computes as before training.
+
+    Example:
+        >>> from peft import LoraConfig, inject_adapter_in_model
+        >>> lora = LoraConfig(r=1, target_modules=["0"], init_lora_weights=False)
+        >>> model = inject_adapter_in_model(lora, nn.Sequential(nn.Linear(2, 2)))
+        >>> with base_weights(model):
+        ...     base = model(torch.ones(2))
+        >>> bool((model(torch.ones(2)) == base).all())
+        False
+
+    On leaving the block the adapters are as they were, and every parameter requires a gradient as before.
+
+    Raises:
+        ValueError: if the model has no adapter: then its base weights are not kept beside the trained ones.
+    """
+    adapters = _adapters(model)
+    if not adapters:
+        raise ValueError("model: has no PEFT adapter that could be switched off; its base weights are not kept")
+    enabled = [not adapter.disable_adapters for adapter in adapters]
+    gradients = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        for adapter in adapters:
+            adapter.enable_adapters(False)
+        yield
+    finally:
+        for adapter, was_enabled in zip(adapters, enabled, strict=True):
+            adapter.enable_adapters(was_enabled)
+        for parameter, required in gradients:  # switching an adapter on or off sets those of its weights
+            parameter.requires_grad_(required)
+
+
+def has_adapter(model: nn.Module) -> bool:
+    """Tell whether a model holds LoRA or another PEFT adapter, which `base_weights` can switch off."""
+    return bool(_adapters(model))
+
+
+def _adapters(model: nn.Module) -> list[Any]:
+    """List the modules of a model that PEFT has put around or beside its own."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import AuxiliaryTrainingWrapper
+
+    return [module for module in model.modules() if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
 
 
 def generate_views(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,29 @@ import torch
 
 from cameo.data import MultiViewDataset, collate
 from cameo.data.batches import to_device
-from cameo.evaluation.pictures import attention_figure, comparison_figure, save_figure
+from cameo.evaluation.match_errors import FoundMatches, find_matches
+from cameo.evaluation.pictures import comparison_figure, match_error_figure, save_figure
 from cameo.model import CameoModel
 from cameo.pipeline import MultiViewPipeline, TrainingInputs
-from cameo.probing.mode import evaluation_mode, generate_views, native_precision
+from cameo.probing.denoising import covisible_pixels
+from cameo.probing.mode import base_weights, evaluation_mode, generate_views, has_adapter, native_precision
 from cameo.tables import markdown_table
 from cameo.training.settings import TrainingConfig
 
-__all__ = ["card_metrics", "metrics_table", "write_pictures"]
+__all__ = ["card_metrics", "metrics_table", "noise_inputs", "predicted_views", "write_pictures"]
 
 NOT_MEASURED = "-"
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """What is drawn of one model: its images of all views by how they were made, and where its attention looks.
+
+    `found` is the reason as an error where the attention cannot be drawn.
+    """
+
+    images: dict[str, torch.Tensor]
+    found: FoundMatches | ValueError
 
 
 def write_pictures(
@@ -29,48 +43,68 @@ def write_pictures(
     dataset: MultiViewDataset,
     config: TrainingConfig,
     folder: str | Path,
+    *,
+    show_base: bool = False,
 ) -> list[Path]:
-    """Draw predictions and attention maps of one or several models, by name; returns the files.
+    """Draw predictions and attention of one or several models, by name; returns the files.
 
-    Each model is shown twice: the clean image it predicts from pure noise in one step, which the validation measures,
-    and sampled in `num_inference_steps`. All models get the same samples and the same noise. Where no attention can be
-    drawn, a warning says why; `num_validation_images=0` draws nothing.
+    Each model is shown twice: the clean image that it predicts from pure noise in one step, which the validation
+    measures, and sampled in `num_inference_steps`. All models get the same samples and the same noise. Where no
+    attention can be drawn, a warning says why; `num_validation_images=0` draws nothing.
+
+    With `show_base` the first model is shown before its training too, with its LoRA switched off; a model without a
+    LoRA has no base left to show.
     """
     if not config.num_validation_images:
         return []
-    device = next(next(iter(models.values())).parameters()).device
-    batch = to_device(collate([dataset[index] for index in range(config.num_validation_images)]), device)
+    first = next(iter(models.values()))
+    samples = [dataset[index] for index in range(config.num_validation_images)]
+    batch = to_device(collate(samples), next(first.parameters()).device)
+    inputs = noise_inputs(pipeline, batch, config)
+    drawn: dict[str, _Drawn] = {}
+    if show_base and has_adapter(first):
+        with base_weights(first):
+            drawn["base"] = _draw(first, pipeline, batch, inputs, config, trained_head=False)
+    for name, model in models.items():
+        trained_head = model.cameo_config.weight > 0
+        drawn[name] = _draw(model, pipeline, batch, inputs, config, trained_head=trained_head)
+    folder = Path(folder)
+    images = {name: one.images for name, one in drawn.items()}
+    views = comparison_figure(batch, images, samples=len(samples), pixels=_measured_pixels(batch))
+    seen = "that a reference view sees" if batch["num_reference_views"] else "of the view"
+    views.supxlabel(f"below each prediction: PSNR over the pixels {seen}", fontsize=8)
+    written = [save_figure(views, folder / "views.png")]
+    found = {name: one.found for name, one in drawn.items() if isinstance(one.found, FoundMatches)}
+    if not found:
+        warnings.warn(f"attention.png is left out: {next(iter(drawn.values())).found}", stacklevel=2)
+        return written
+    return [*written, save_figure(match_error_figure(batch, found, samples=len(samples)), folder / "attention.png")]
+
+
+def noise_inputs(pipeline: MultiViewPipeline, batch: Mapping[str, Any], config: TrainingConfig) -> TrainingInputs:
+    """Return the inputs of the denoiser at pure noise, the same for every model that is shown."""
     with evaluation_mode(pipeline.denoiser):  # without what a pipeline does in training only
-        inputs = pipeline.training_inputs(
+        return pipeline.training_inputs(
             batch,
             timesteps=torch.full((len(batch["images"]),), pipeline.num_train_timesteps - 1),
             generator=torch.Generator().manual_seed(config.data_seed),
         )
-    predictions = {f"{name} one step".strip(): _in_one_step(model, pipeline, inputs) for name, model in models.items()}
-    predictions |= {
-        f"{name} sampled".strip(): _sampled(model, pipeline, batch, config) for name, model in models.items()
-    }
-    folder = Path(folder)
-    written = [save_figure(comparison_figure(batch, predictions, samples=len(batch["images"])), folder / "views.png")]
-    try:
-        figure = attention_figure(models, batch, inputs)
-    except ValueError as error:
-        warnings.warn(f"attention.png is left out: {error}", stacklevel=2)
-        return written
-    return [*written, save_figure(figure, folder / "attention.png")]
 
 
-def _in_one_step(model: CameoModel, pipeline: MultiViewPipeline, inputs: TrainingInputs) -> torch.Tensor:
-    """Images of all views: the references as they are, the targets as predicted from the noisy input."""
+def predicted_views(
+    model: CameoModel,
+    pipeline: MultiViewPipeline,
+    batch: Mapping[str, Any],
+    inputs: TrainingInputs,
+    config: TrainingConfig,
+) -> dict[str, torch.Tensor]:
+    """Return the images of all views `[B, V, 3, H, W]` by how they were made: in one step, and sampled.
+
+    The reference views are as they are. What is predicted in one step is the clean image in the `inputs`.
+    """
     with evaluation_mode(model), native_precision(model):
-        return pipeline.predict_clean(model.base_model(*inputs.args, **inputs.kwargs), inputs)
-
-
-def _sampled(
-    model: CameoModel, pipeline: MultiViewPipeline, batch: Mapping[str, Any], config: TrainingConfig
-) -> torch.Tensor:
-    """Images of all views: the references as they are, the targets sampled."""
-    return generate_views(
+        in_one_step = pipeline.predict_clean(model.base_model(*inputs.args, **inputs.kwargs), inputs)
+    sampled = generate_views(
         model,
         pipeline,
         batch,
@@ -78,6 +112,31 @@ def _sampled(
         guidance_scale=config.guidance_scale,
         generator=torch.Generator().manual_seed(config.data_seed),
     )
+    return {"one-step prediction": in_one_step, f"sampled in {config.num_inference_steps} steps": sampled}
+
+
+def _measured_pixels(batch: dict[str, Any]) -> torch.Tensor | None:
+    """Pixels over which the PSNR of a picture is taken: those that a reference sees, all where there is none."""
+    if not batch["num_reference_views"]:
+        return torch.ones_like(batch["images"][:, :, :1], dtype=torch.bool)
+    return covisible_pixels(batch) if "depth" in batch else None
+
+
+def _draw(
+    model: CameoModel,
+    pipeline: MultiViewPipeline,
+    batch: Mapping[str, Any],
+    inputs: TrainingInputs,
+    config: TrainingConfig,
+    *,
+    trained_head: bool,
+) -> _Drawn:
+    found: FoundMatches | ValueError
+    try:
+        found = find_matches(model, batch, inputs, through_head=trained_head)
+    except ValueError as error:
+        found = error
+    return _Drawn(predicted_views(model, pipeline, batch, inputs, config), found)
 
 
 def card_metrics(validation: Mapping[str, Any]) -> dict[str, Any]:

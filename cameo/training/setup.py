@@ -239,7 +239,9 @@ def validation_callback(
     def on_validation(model: CameoModel, step: int) -> Mapping[str, Any]:
         metrics = validate(model, pipeline, dataset, settings)
         output = Path(config.output_dir)
-        pictures = write_pictures({"": model}, pipeline, dataset, config, output / "pictures" / f"step-{step}")
+        pictures = write_pictures(
+            {f"step {step}": model}, pipeline, dataset, config, output / "pictures" / f"step-{step}"
+        )
         return {**metrics, "pictures": [str(path.relative_to(output)) for path in pictures]}
 
     return on_validation

@@ -14,7 +14,8 @@ from torch import Tensor
 from cameo.attention.layout import TokenLayout
 from cameo.correspondence import Correspondence
 from cameo.data import collate
-from cameo.evaluation.pictures import attention_figure, comparison_figure
+from cameo.evaluation.match_errors import find_matches
+from cameo.evaluation.pictures import comparison_figure, match_error_figure
 from cameo.evaluation.validation import validate
 from cameo.model import wrapper_of
 from tests.helpers.batches import make_batch
@@ -55,22 +56,30 @@ def test_validation_without_references(tmp_path: Path) -> None:
         "truth, view 1",
         "one, view 1",
     ]
-    assert [axis.get_title() for axis in figures[1].axes[:2]] == ["query in view 0", "one\nin view 1"]
+    assert titles_of(figures[1]) == ["target view 1\n(keys)", "target view 0\n(queries)", "one\n100% within 1 token"]
+
+
+def titles_of(figure: Any) -> list[str]:
+    """Titles of the panels of the first sample in a map of the errors of one model."""
+    return [axis.get_title() for axis in figure.axes[:3]]
 
 
 def pictures_of(pipeline: PlantedAttention, data: Any) -> list[Any]:
-    """The comparison, and the attention with its marks checked: what is looked at is the true match."""
+    """The comparison, and the map of the errors, which has none: what is looked at is the true match."""
     batch = collate([data[0], data[1]])
     inputs = pipeline.training_inputs(batch, timesteps=torch.tensor([999, 999]))
     model = wrapper_of(pipeline) or pipeline.wrapped()
-    attention = attention_figure({"one": model}, batch, inputs)
+    found = find_matches(model, batch, inputs, through_head=False)
+    match = true_match(data, model.supervised_layers[0].token_grids(48, 48, batch["images"].shape[1]))
+    truth = match.index[:, found.query_view, found.key_view, : found.target.shape[1]]
+    assert torch.equal(found.target, truth)
+    assert torch.equal(found.found[truth >= 0], truth[truth >= 0])
+    assert found.shares_within(0) == pytest.approx([1.0, 1.0])
+    attention = match_error_figure(batch, {"one": found})
     for axis in attention.axes[:2]:  # what is drawn is the view that the title names
         drawn = torch.from_numpy(axis.images[0].get_array()).movedim(-1, 0)
-        view = int(axis.get_title().split()[-1])
+        view = int(axis.get_title().split()[2])
         assert any(torch.equal(drawn, one[view]) for one in batch["images"])  # type: ignore[attr-defined]
-    for right in attention.axes[1::2]:
-        match, best = (line.get_xydata().tolist() for line in right.lines)
-        assert match == best
     comparison = comparison_figure(batch, {"one": pipeline.predict_clean(None, inputs)})
     return [comparison, attention]
 
@@ -98,11 +107,8 @@ def test_validation_of_tiles_with_a_reference_on_a_grid_of_its_own(tmp_path: Pat
         assert found["psnr_covisible"] == pytest.approx(20, abs=1e-4)
         if not shift:
             _, attention = pictures_of(pipeline, data)
-            query, looked_at = attention.axes[:2]
-            assert [query.get_title(), looked_at.get_title()] == ["query in view 1", "one\nin view 0"]
-            # The marks are at the centers of tokens of 12 px and of 6 px.
-            assert all(float(at) % 12 == 6 for at in query.lines[0].get_xydata().ravel())
-            assert all(float(at) % 6 == 3 for at in looked_at.lines[0].get_xydata().ravel())
+            assert titles_of(attention)[:2] == ["reference view 0\n(keys)", "target view 1\n(queries)"]
+            assert attention.axes[2].images[1].get_array().shape == (4, 4, 4)  # tokens of the queries, colors
 
 
 def test_validation_without_the_reference(tmp_path: Path) -> None:
@@ -115,7 +121,7 @@ def test_validation_without_the_reference(tmp_path: Path) -> None:
     assert found["psnr_covisible"] == pytest.approx(20, abs=1e-4)
     assert found["pixels"] > 0
     _, attention = pictures_of(pipeline, data)
-    assert [axis.get_title() for axis in attention.axes[:2]] == ["query in view 1", "one\nin view 2"]
+    assert titles_of(attention)[:2] == ["target view 2\n(keys)", "target view 1\n(queries)"]
 
 
 @pytest.mark.parametrize("shift", [0, 1])
@@ -128,7 +134,7 @@ def test_validation_within_each_view(tmp_path: Path, shift: int) -> None:
     assert found["precision"]["mean@0"] == found["precision"]["best_head@0"] == 1 - shift
     if not shift:
         _, attention = pictures_of(pipeline, data)
-        assert [axis.get_title() for axis in attention.axes[:2]] == ["query in view 1", "one\nin view 0"]
+        assert titles_of(attention)[:2] == ["reference view 0\n(keys)", "target view 1\n(queries)"]
 
 
 class PairedCameras:
@@ -155,4 +161,4 @@ def test_validation_of_a_layer_that_sees_one_token_per_view(sign: float, expecte
     batch = collate([PairedCameras()[0]])
     inputs = pipeline.training_inputs(batch, timesteps=torch.tensor([999]))
     with pytest.raises(ValueError, match="layer 'attn' attends to a part of the other view"):
-        attention_figure({"one": model}, batch, inputs)
+        find_matches(model, batch, inputs, through_head=False)

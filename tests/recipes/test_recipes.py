@@ -60,6 +60,7 @@ def test_lora_on_an_rgbd_folder_end_to_end(tmp_path: Path) -> None:
     for name in ("views.png", "attention.png"):
         with Image.open(out / "pictures" / name) as picture:
             picture.load()
+    assert (out / "without_cameo" / "adapter" / WEIGHTS).is_file()
     assert load_config(out / "config.yaml").train_data_dir == str(sequence)
     for path in out.rglob("*"):
         assert not path.is_file() or b"hf_secret" not in path.read_bytes(), path
