@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.convergence.runs import Measure, Run, common_seeds, loss, precision, quality, seconds_per_step
+from benchmarks.convergence.runs import Measure, Run, arm_name, common_seeds, loss, precision, quality, seconds_per_step
 
 __all__ = ["FAMILY_ARMS", "draw_curves", "draw_families"]
 
@@ -110,7 +110,7 @@ def draw_curves(subjects: Mapping[str, Mapping[str, Sequence[Run]]], layers: Map
             axis.set_xlabel(unit, fontsize=8)
             axis.tick_params(labelsize=7)
         for arm, runs in shown.items():
-            line = partial(draw_band, color=COLORS[arm], label=arm, linewidth=1.2)
+            line = partial(draw_band, color=COLORS[arm], label=arm_name(arm, runs), linewidth=1.2)
             found = [[100 * precision(run, entry, layers[subject]) for entry in run["validations"]] for run in runs]
             line(row[0], steps_of(runs), curves_of(runs, quality))
             line(row[1], steps_of(runs), curves_of(runs, loss))

@@ -56,6 +56,23 @@ def load_results(preset: str, subject: str, results: Path | None = None) -> dict
     return {arm: sorted(found[arm], key=lambda run: run["seed"]) for arm in known}
 
 
+def arm_name(arm: str, group: Sequence[Run]) -> str:
+    """Name of an arm in tables and pictures: REPA is named with the network whose features it aligns with.
+
+    Example:
+        >>> arm_name("repa", [{"settings": {"feature_model": "xfeat", "feature_pretrained": True}}])
+        'REPA with XFeat features'
+        >>> arm_name("repa", [{"settings": {"feature_model": "test_vit", "feature_pretrained": False}}])
+        'REPA with untrained test_vit features'
+    """
+    if arm != "repa":
+        return arm
+    networks = [(run["settings"]["feature_model"], run["settings"]["feature_pretrained"]) for run in group]
+    names = [{"xfeat": "XFeat"}.get(name, name) for name, _ in networks]
+    shown = [name if trained else f"untrained {name}" for name, (_, trained) in zip(names, networks, strict=True)]
+    return f"REPA with {' and '.join(dict.fromkeys(shown))} features"
+
+
 def quality(entry: Mapping[str, Any]) -> float:
     """PSNR in dB of the predicted clean image at high noise, on pixels that a reference sees where there is one."""
     value = entry["psnr_covisible"]

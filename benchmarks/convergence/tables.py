@@ -61,7 +61,7 @@ def table_of_arms(results: Mapping[str, Sequence[Run]], shown: str) -> str:
         layers = sorted({run["layer"] for run in group})
         changed = partial(runs.differences, base, group)
         cells = (
-            arm,
+            runs.arm_name(arm, group),
             str(len(group)),
             "-" if arm == "none" else ", ".join(short(layer) for layer in layers),
             f"{mean_of(group, runs.quality):.2f}",
@@ -180,7 +180,7 @@ def level_table(
             mean, changes = mean_of(group, at_level), runs.differences(shown["none"], group, at_level)
             difference = "" if arm == "none" else f" ({summary.shown_interval(changes, f'+{digits}')})"
             cells.append("-" if math.isnan(mean) else f"{mean:{digits}}{difference}")
-        rows.append([arm, *cells])
+        rows.append([runs.arm_name(arm, group), *cells])
     return markdown_table(["arm", *(f"level {name}" for name in names)], rows)
 
 
