@@ -17,7 +17,6 @@ import numpy as np
 
 from benchmarks.common import page
 from benchmarks.convergence.arms import ARMS
-from cameo.correspondence.xfeat import XFEAT
 
 Run = Mapping[str, Any]
 # Subject, arm and seed of a run.
@@ -57,7 +56,7 @@ def load_results(preset: str, subject: str, results: Path | None = None) -> dict
     return {arm: sorted(found[arm], key=lambda run: run["seed"]) for arm in known}
 
 
-def arm_name(arm: str, runs: Sequence[Run]) -> str:
+def arm_name(arm: str, group: Sequence[Run]) -> str:
     """Name of an arm in tables and pictures: REPA is named with the network whose features it aligns with.
 
     Example:
@@ -68,13 +67,10 @@ def arm_name(arm: str, runs: Sequence[Run]) -> str:
     """
     if arm != "repa":
         return arm
-    shown = {XFEAT: "XFeat"}
-    names = dict.fromkeys(
-        ("" if settings["feature_pretrained"] else "untrained ")
-        + shown.get(settings["feature_model"], settings["feature_model"])
-        for settings in (run["settings"] for run in runs)
-    )
-    return f"REPA with {' and '.join(names)} features"
+    networks = [(run["settings"]["feature_model"], run["settings"]["feature_pretrained"]) for run in group]
+    names = [{"xfeat": "XFeat"}.get(name, name) for name, _ in networks]
+    shown = [name if trained else f"untrained {name}" for name, (_, trained) in zip(names, networks, strict=True)]
+    return f"REPA with {' and '.join(dict.fromkeys(shown))} features"
 
 
 def quality(entry: Mapping[str, Any]) -> float:

@@ -14,9 +14,9 @@ The table of all finished runs is printed last; `python -m benchmarks.pages` wri
 
 Arms, in the order in which they run: `none`; `cameo` at the layer that the probe ranks first in the model of `none`,
 with a constant loss weight; `linear`, the same with a weight that decays to zero; `other_scene` and `random`, with
-matches that must not help; `wrong_layer`, at the layer that the probe ranks last; `repa`; or any
-`key=value[,key=value]` of the training settings. The preset declares which of `cameo` and `linear` is `shown`, and the
-arms after these two have its schedule of the loss weight.
+matches that must not help; `wrong_layer`, at the layer that the probe ranks last; `repa`, by the features that the
+preset names (`feature_model`); or any `key=value[,key=value]` of the training settings. The preset declares which of
+`cameo` and `linear` is `shown`, and the arms after these two have its schedule of the loss weight.
 
 `--repeat` makes runs that are kept once more, by default the `shown` arm with seed 0, and compares all figures but the
 times with the kept ones, to the last digit; the exit status is 1 if one differs.

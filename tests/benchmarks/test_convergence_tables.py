@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from benchmarks.convergence import arms, runs, summary, tables
+from benchmarks.convergence import arms, curves, runs, summary, tables
 
 
 def a_run(qualities: list[float], *, seed: int = 0, seconds: float = 1.0, losses: list[float] | None = None) -> dict:
@@ -104,6 +104,20 @@ def test_the_precision_is_read_as_it_is_trained() -> None:
     assert runs.precision(trained, entry, "b") == 0.9
     assert runs.precision(none, entry, "a") == 0.8
     assert math.isnan(runs.precision(none, entry, "b"))
+
+
+def test_repa_is_named_with_the_network_of_its_features() -> None:
+    none, other = [a_run([1.0, 2.0])], a_run([1.0, 2.5])
+    xfeat, untrained = (
+        {**other, "settings": {**other["settings"], "feature_model": name, "feature_pretrained": name == "xfeat"}}
+        for name in ("xfeat", "test_vit")
+    )
+    assert "| REPA with XFeat features | 1 |" in tables.table_of_arms({"none": none, "repa": [xfeat]}, "linear")
+    mixed = {"none": none, "repa": [xfeat, untrained]}
+    assert "| REPA with XFeat and untrained test_vit features | 2 |" in tables.table_of_arms(mixed, "linear")
+    figure = curves.draw_curves({"cat3d": mixed}, {"cat3d": ""}, "")
+    (legend,) = [axis.get_legend() for axis in figure.axes if axis.get_legend()]
+    assert [text.get_text() for text in legend.get_texts()] == ["none", runs.arm_name("repa", mixed["repa"])]
 
 
 def test_a_share_of_the_gain_needs_a_gain() -> None:
