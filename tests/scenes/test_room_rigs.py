@@ -165,7 +165,7 @@ def test_what_stands_in_front_of_a_surface_counts_as_not_shown() -> None:
     extrinsics = np.tile(np.eye(4), (2, 1, 1))
     extrinsics[1, 0, 3] = -2.0  # the second camera stands 2 m to the right
     # 12 x 12 rays, every 2/3 m of the wall from x = -5/3 m. Those of 3 columns are more than 4 m to the right, outside
-    # of the first view. The screen, whole in the first view, hides x and y of -1.2 to 1.2 m of the wall from it: 4 rows,
+    # of the first view. The screen, whole in the first view, hides x and y of -1.2 to 1.2 m of the wall: 4 rows,
     # in which the second view has the screen in its first 2 columns and the wall at x = -1/3, 1/3 and 1 m.
     rays = 144 - 3 * 12 - 3 * 4
     assert view_overlaps(scene, intrinsics, extrinsics, (32, 32)).tolist() == [1, pytest.approx(rays / 144)]
