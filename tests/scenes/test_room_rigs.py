@@ -11,6 +11,7 @@ import torch
 from cameo.data import EmbeddedScenes, RoomRig, Views, view_overlap
 from cameo.errors import DataError
 from cameo.geometry import orbit_centre, project, spherical_angles
+from cameo.scenes.rendering import TriangleScene
 from cameo.scenes.room_rigs import rigged_room, view_overlaps
 from cameo.scenes.rooms import bare_room, clearance, random_room
 
@@ -149,3 +150,22 @@ def test_a_rig_stands_where_it_belongs(tmp_path: Path) -> None:
         EmbeddedScenes(rig=RoomRig.fan(3), views_per_scene=5, **options)  # type: ignore[arg-type]
     views: Views = EmbeddedScenes(rig=RoomRig.fan(3), size=(8, 8), **options).views(0)  # type: ignore[arg-type]
     assert len(views) == 3
+
+
+def test_what_stands_in_front_of_a_surface_counts_as_not_shown() -> None:
+    """A wall 4 m away with a screen at 2 m, seen from two places side by side: by hand."""
+
+    def square(half: float, z: float) -> np.ndarray:
+        a, b, c, d = ((x, y, z) for x, y in ((-half, -half), (half, -half), (half, half), (-half, half)))
+        return np.array([[a, b, c], [a, c, d]])
+
+    corners = np.concatenate([square(0.6, 2.0), square(9.0, 4.0)])
+    scene = TriangleScene(corners, np.tile([0.0, 0.0, -1.0], (4, 3, 1)), lambda surface: surface.points * 0)
+    intrinsics = np.tile([[16.0, 0, 16], [0, 16, 16], [0, 0, 1]], (2, 1, 1))  # 90 degrees: 8 m of the wall
+    extrinsics = np.tile(np.eye(4), (2, 1, 1))
+    extrinsics[1, 0, 3] = -2.0  # the second camera stands 2 m to the right
+    # 12 x 12 rays, every 2/3 m of the wall from x = -5/3 m. Those of 3 columns are more than 4 m to the right, outside
+    # of the first view. The screen, whole in the first view, hides x and y of -1.2 to 1.2 m of the wall: 4 rows,
+    # in which the second view has the screen in its first 2 columns and the wall at x = -1/3, 1/3 and 1 m.
+    rays = 144 - 3 * 12 - 3 * 4
+    assert view_overlaps(scene, intrinsics, extrinsics, (32, 32)).tolist() == [1, pytest.approx(rays / 144)]
