@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.convergence import control_hits, study
+from benchmarks.convergence import arms, control_hits, runs
 
 SETTINGS = """
 common: {resolution: 16, num_scenes: 4, views_per_scene: 3, train_batch_size: 2, num_views: 2, min_overlap: 0.2,
@@ -21,8 +21,8 @@ def test_a_table_of_the_subjects_with_settings_on_top(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "tiny.yaml").write_text(SETTINGS)
-    monkeypatch.setattr(study, "PRESETS", tmp_path)
-    monkeypatch.setattr(study, "RESULTS", tmp_path)
+    monkeypatch.setattr(arms, "PRESETS", tmp_path)
+    monkeypatch.setattr(runs, "RESULTS", tmp_path)
     monkeypatch.setenv("CAMEO_CACHE", str(tmp_path))
     arguments = ["--samples", "4", "--subjects", "cat3d", "camera_rig=fan"]
     control_hits.main(arguments)
