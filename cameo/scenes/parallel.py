@@ -144,17 +144,34 @@ def _start(
 def _helper() -> Iterator[subprocess.Popen[bytes]]:
     """Run this module in a process of its own, which ends with the block."""
     path = os.pathsep.join(folder or os.getcwd() for folder in sys.path)  # noqa: PTH109 - as it is in sys.path
-    helper = subprocess.Popen(
-        [sys.executable, "-m", __spec__.name],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": path},
-    )
+    with _interrupts_blocked():
+        helper = subprocess.Popen(
+            [sys.executable, "-m", __spec__.name],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": path},
+        )
     try:
         yield helper
     finally:
         helper.kill()
         helper.wait()
+
+
+@contextmanager
+def _interrupts_blocked() -> Iterator[None]:
+    """Hold SIGINT back; a process that is started meanwhile never gets it: Ctrl-C is sent to it too, its parent ends it.
+
+    A signal that arrives meanwhile is delivered here afterwards.
+    """
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _hand_over(
@@ -204,7 +221,7 @@ def _help(given: BinaryIO, answers: BinaryIO) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is sent to it as well; its parent ends it
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # where it could not be held back at the start
     reply, sys.stdout = sys.stdout.buffer, sys.stderr
     from cameo.scenes import parallel  # the classes of this module under their own name
 

@@ -133,9 +133,10 @@ def check_continues(checkpoint: Path, settings: Mapping[str, Any], max_train_ste
         ValueError: if a setting differs, so that another run would continue, or the checkpoint lies beyond the end.
     """
     state = read_state(checkpoint)
-    given = json.loads(json.dumps(dict(settings)))  # tuples come back from JSON as lists
-    # A setting that the checkpoint does not know had its default value.
-    saved = {name: getattr(TrainingConfig, name, None) for name in given}
+    # A setting that the checkpoint does not know had its default value. Tuples come back from JSON as lists.
+    given, saved = json.loads(
+        json.dumps([dict(settings), {name: getattr(TrainingConfig, name, None) for name in settings}])
+    )
     saved |= current_names(TrainingConfig, state["settings"], warn=False)
     differing = sorted(name for name in given.keys() | saved.keys() if given.get(name) != saved.get(name))
     if differing:

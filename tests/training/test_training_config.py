@@ -11,6 +11,7 @@ import yaml
 
 from cameo.data.settings import room_rig
 from cameo.errors import DataError
+from cameo.settings import comparable
 from cameo.training.checkpoint import check_continues
 from cameo.training.settings import TrainingConfig, continued_settings, load_config, save_config, settings_file
 from cameo.training.settings.config import CHANGEABLE
@@ -31,7 +32,20 @@ def test_shipped_settings_load(path: Path) -> None:
     given = yaml.safe_load(path.read_text())
     assert given
     for name, value in given.items():
-        assert getattr(config, name) == value
+        assert comparable(getattr(config, name)) == value
+
+
+def test_a_rig_in_rooms_gives_way_with_its_settings(file: Path, tmp_path: Path) -> None:
+    rig = {"camera_rig": "fan", "rig_azimuths": [0, 5, 10], "rig_distance": [1, 2], "data_format": "bare_rooms"}
+    file.write_text(yaml.safe_dump(rig))
+    assert load_config(file, ["rig_azimuths=[0,1,2]"]).rig_distance == (1.0, 2.0)
+    assert load_config(file, ["camera_rig=fan"]).rig_azimuths == [0, 5, 10]
+    for other in ("camera_rig=imagedream", f"train_data_dir={tmp_path}"):
+        config = load_config(file, [other])
+        assert (config.rig_azimuths, config.rig_distance) == (None, TrainingConfig.rig_distance)
+        assert config.data_format == "auto"
+    with pytest.raises(ValueError, match="rig_jitter"):
+        load_config(file, ["camera_rig=imagedream", "rig_jitter=[1,1]"])
 
 
 @pytest.mark.parametrize("recipe", ["lora", "full"])

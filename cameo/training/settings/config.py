@@ -10,7 +10,7 @@ from typing import Any
 
 from cameo.choices import ROOM_RIG_NAMES
 from cameo.correspondence.settings import FeatureSettings
-from cameo.data.settings import EMBEDDED, DataSettings
+from cameo.data.settings import EMBEDDED, RIG_SETTINGS, DataSettings
 from cameo.errors import unknown_name
 from cameo.files import write_atomically
 from cameo.renamed import SETTINGS
@@ -116,7 +116,8 @@ def load_config(
 ) -> TrainingConfig:
     """Read a YAML file and apply `key=value` overrides; `config=other.yaml` among them replaces the file.
 
-    Embedded data that the file names gives way to a `train_data_dir=` or `camera_rig=` among the overrides.
+    Embedded data that the file names gives way to a `train_data_dir=` or `camera_rig=` among the overrides, with the
+    settings of its rig in rooms.
 
     Example:
         >>> import tempfile, pathlib
@@ -148,6 +149,8 @@ def load_config(
     other = "train_data_dir" in named or ("camera_rig" in named and given.get("data_format") not in fits)
     if given.get("data_format") in EMBEDDED and other:
         given["data_format"] = "auto"
+    if given.get("camera_rig") in ROOM_RIG_NAMES and (other or named.get("camera_rig", "fan") not in ROOM_RIG_NAMES):
+        given = {name: value for name, value in given.items() if name not in ("camera_rig", *RIG_SETTINGS)}
     places = {name: str(path) for name in given if name not in changed}
     if interpolate:
         typed = resolve(merged(given, changed), _defaults())
