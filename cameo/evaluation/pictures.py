@@ -29,7 +29,7 @@ TITLE_SIZE, LABEL_SIZE = 9, 8  # points
 # Classes of the distance from the found token to the true match, by their smallest distance in tokens, and their
 # colors: blue for a hit, then from yellow to dark red. Readers who do not tell red from green tell these apart, and the
 # misses get darker with the distance.
-ERROR_CLASSES = {0: "#2c7fb8", 2: "#fed976", 4: "#fd8d3c", 8: "#bd0026"}
+ERROR_CLASSES = {0: "#08519c", 1: "#6baed6", 2: "#fed976", 4: "#fd8d3c", 8: "#bd0026"}
 
 READOUTS = {"mean": "mean over heads", "through_head": "through the alignment head"}
 
@@ -123,9 +123,11 @@ def match_error_figure(batch: Mapping[str, Any], found: Mapping[str, FoundMatche
 def _class_name(least: int, classes: Sequence[int]) -> str:
     """Name a class of distances for the legend."""
     if least == classes[-1]:
-        return f"{least} tokens or more"
+        return f"{least} tokens off or more"
+    if least == 0:
+        return "the match itself"
     most = classes[classes.index(least) + 1] - 1
-    return f"within {most} token" if least == 0 else f"{least} to {most} tokens"
+    return "1 token off" if most == 1 else f"{least} to {most} tokens off"
 
 
 def _draw_errors(axis: Axes, matches: FoundMatches, row: int) -> None:

@@ -160,7 +160,7 @@ def _helper() -> Iterator[subprocess.Popen[bytes]]:
 
 @contextmanager
 def _interrupts_blocked() -> Iterator[None]:
-    """Hold SIGINT back; a process that is started meanwhile never gets it: Ctrl-C is sent to it too, its parent ends it.
+    """Hold SIGINT back; a process that is started meanwhile never gets it: Ctrl-C reaches it too, its parent ends it.
 
     A signal that arrives meanwhile is delivered here afterwards.
     """

@@ -97,32 +97,33 @@ def test_prediction_is_drawn_pixel_by_pixel_with_its_psnr() -> None:
 def test_errors_are_colored_by_their_distance() -> None:
     batch = make_batch(samples=2, views=2, size=32)
     target = torch.full((2, 16), -1)
-    target[1, :5] = 0
+    target[1, :6] = 0
     found = torch.zeros(2, 16, dtype=torch.long)
-    found[1, :5] = torch.tensor([0, 9, 2, 4 * 16 + 4, 16 * 16 - 1])  # 0, 9, 2, 4 and 15 tokens of 16 x 16 away
+    found[1, :6] = torch.tensor([0, 9, 2, 4 * 16 + 4, 16 * 16 - 1, 17])  # 0, 9, 2, 4, 15 and 1 tokens of 16 x 16 away
     matches = FoundMatches(1, 0, (4, 4), (16, 16), target, found, "mean")
-    assert matches.errors[1, :6].tolist() == [0, 9, 2, 4, 15, -1]
+    assert matches.errors[1, :7].tolist() == [0, 9, 2, 4, 15, 1, -1]
     figure = match_error_figure(batch, {"one": matches, "other": matches})
     assert len(figure.axes) == 4  # the first sample has no match
     tokens = figure.axes[2].images[1].get_array().reshape(16, 4)
-    expected = [ERROR_CLASSES[least] for least in (0, 8, 2, 4, 8)]
-    assert [to_hex(token) for token in tokens[:5]] == expected
-    assert not tokens[5:].any()
-    assert figure.axes[2].get_title() == "one\n20% within 1 token"
+    expected = [ERROR_CLASSES[least] for least in (0, 8, 2, 4, 8, 1)]
+    assert [to_hex(token) for token in tokens[:6]] == expected
+    assert not tokens[6:].any()
+    assert figure.axes[2].get_title() == "one\n33% within 1 token"
     assert "mean over heads" in figure.get_suptitle()
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
     assert labels == [
-        "within 1 token",
-        "2 to 3 tokens",
-        "4 to 7 tokens",
-        "8 tokens or more",
+        "the match itself",
+        "1 token off",
+        "2 to 3 tokens off",
+        "4 to 7 tokens off",
+        "8 tokens off or more",
         "no match in the key view",
     ]
 
     through_head = replace(matches, readout="through_head")
     figure = match_error_figure(batch, {"one": matches, "other": through_head})
     assert "heads" not in figure.get_suptitle()
-    assert figure.axes[3].get_title() == "other\nthrough the alignment head\n20% within 1 token"
+    assert figure.axes[3].get_title() == "other\nthrough the alignment head\n33% within 1 token"
 
 
 def test_attention_is_read_through_a_trained_head_and_else_as_the_mean(trained: tuple[CameoModel, Any, Any]) -> None:
