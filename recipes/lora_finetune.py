@@ -1,4 +1,4 @@
-"""Train a LoRA with CAMEO on a multi-view diffusion model; without arguments about three minutes on two CPU cores.
+"""Train a LoRA with CAMEO on a multi-view diffusion model; without arguments about two minutes on two CPU cores.
 
     python recipes/lora_finetune.py                                          # bundled base, embedded rooms
     python recipes/lora_finetune.py train_data_dir=path/to/rgbd num_views=4  # an RGB-D sequence, or a mesh folder
