@@ -28,8 +28,8 @@ class AlignmentSettings(Settings):
     # (each head alone), or the keywords of `cameo.AlignmentHead`, as {kind: mlp, depth: 2}.
     head: str | dict[str, Any] = setting("mlp")
     # Factor of the alignment loss in the training loss, >= 0; 0 trains without it. 0.02 by default, as in the paper.
-    # The small U-Nets of the study gain as much with it as with 0.1, which costs quality at low noise; a small transformer
-    # needs 0.1 to learn within a few hundred steps (docs/results.md).
+    # The small U-Nets of the study gain as much with it as with 0.1, which costs quality at low noise; a small
+    # transformer needs 0.1 to learn within a few hundred steps (docs/results.md).
     loss_weight: float = setting(CameoConfig.weight, at_least=0)
     # How loss_weight changes over the steps: constant, or down to 0 at max_train_steps, linear or as a cosine. constant
     # by default, as in the paper; a weight that decays harms the quality at low noise less.
