@@ -88,7 +88,7 @@ def test_the_demonstration_begins_where_its_first_run_was_stopped(demonstrate: C
     ("changes", "reason"),
     [
         ({"seed": 77}, "seed=77, not 0"),
-        ({"max_train_steps": 5000}, "max_train_steps=5000, not 200"),
+        ({"max_train_steps": 5000}, "max_train_steps=5000, not 400"),
         ({"train_data_dir": "scan", "data_format": "auto"}, "train_data_dir=scan, not None"),
     ],
 )
