@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cameo.correspondence.correspondence import Correspondence
 from cameo.errors import ShapeError
+from cameo.geometry.grids import token_distance, tokens_near
 
 __all__ = ["matches_of_next_sample", "near_tokens", "random_matches", "within_tokens"]
 
@@ -83,9 +84,7 @@ def within_tokens(control: Correspondence, match: Correspondence, limit: int) ->
             "control", expected=f"{list(match.index.shape)} of {match.token_grids}", got=list(control.index.shape)
         )
     width = torch.tensor([w for _, w in match.token_grids], device=match.device)[:, None]  # of the key view
-    rows = (control.index // width - match.index // width).abs()
-    columns = (control.index % width - match.index % width).abs()
-    return control.matched & match.matched & (rows <= limit) & (columns <= limit)
+    return control.matched & match.matched & (token_distance(control.index, match.index, width) <= limit)
 
 
 def near_tokens(match: Correspondence, limit: int) -> Tensor:
@@ -100,10 +99,5 @@ def near_tokens(match: Correspondence, limit: int) -> Tensor:
         [0.5, 0.75, 0.0, 0.5]
     """
     height, width = torch.tensor(match.token_grids, device=match.device).T[..., None]
-    row, column = match.index // width, match.index % width
-
-    def reached(center: Tensor, length: Tensor) -> Tensor:
-        return torch.minimum(center + limit, length - 1) - (center - limit).clamp(min=0) + 1
-
-    share = (reached(row, height) * reached(column, width)).double() / (height * width)
+    share = tokens_near(match.index, limit, height, width).double() / (height * width)
     return torch.where(match.matched, share, 0.0)

@@ -15,12 +15,11 @@ from torch import Tensor
 from cameo.alignment import AlignmentHead
 from cameo.correspondence import Correspondence
 from cameo.data.batches import layer_grids, match_batch
-from cameo.geometry.grids import TokenGrid
+from cameo.geometry.grids import TokenGrid, token_distance
 from cameo.model import CameoModel
 from cameo.pipeline import TrainingInputs
 from cameo.probing.hits import attention_maps
 from cameo.probing.mode import evaluation_mode, native_precision
-from cameo.probing.truth import token_distance
 
 __all__ = ["FoundMatches", "find_matches"]
 

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from cameo.errors import as_integer
 
-__all__ = ["TokenGrid", "TokenGrids", "as_grid", "as_grids"]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["TokenGrid", "TokenGrids", "as_grid", "as_grids", "token_distance", "tokens_near"]
 
 # Rows and columns (h, w) of one view.
 TokenGrid = tuple[int, int]
@@ -41,3 +45,29 @@ def as_grids(name: str, sizes: Iterable[object]) -> TokenGrids:
         ((2, 3), (4, 4))
     """
     return tuple(map(functools.partial(as_grid, name), sizes))
+
+
+def token_distance(token: Tensor, other: Tensor, width: Tensor) -> Tensor:
+    """Distance in tokens of a grid `width` tokens wide: the larger of the row and the column difference.
+
+    Example:
+        >>> import torch
+        >>> token_distance(torch.tensor([0, 5]), torch.tensor([6, 5]), torch.tensor(4)).tolist()
+        [2, 0]
+    """
+    return (token // width - other // width).abs().maximum((token % width - other % width).abs())
+
+
+def tokens_near(token: Tensor, limit: int, height: Tensor, width: Tensor) -> Tensor:
+    """Return how many tokens of a grid lie within `limit` tokens (`token_distance`) of a token, itself included.
+
+    Example:
+        >>> import torch
+        >>> tokens_near(torch.tensor([0, 5]), 1, torch.tensor(3), torch.tensor(4)).tolist()
+        [4, 9]
+    """
+
+    def reached(center: Tensor, length: Tensor) -> Tensor:
+        return (center + limit).minimum(length - 1) - (center - limit).clamp(min=0) + 1
+
+    return reached(token // width, height) * reached(token % width, width)

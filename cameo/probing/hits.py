@@ -14,8 +14,8 @@ from torch import Tensor
 
 from cameo.alignment import AlignmentHead
 from cameo.errors import ShapeError
-from cameo.geometry.grids import TokenGrids
-from cameo.probing.truth import Block, Pairs, TrueMatches, token_distance
+from cameo.geometry.grids import TokenGrids, token_distance
+from cameo.probing.truth import Block, Pairs, TrueMatches
 
 __all__ = ["READOUTS", "attention_maps", "count_hits", "view_maps"]
 

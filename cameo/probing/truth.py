@@ -20,9 +20,9 @@ from cameo.correspondence import Correspondence
 from cameo.geometry import camera_rays, cell_centres
 from cameo.geometry.cameras import at_least_float32, full_precision, invert_extrinsics
 from cameo.geometry.depth import read_depth
-from cameo.geometry.grids import TokenGrids
+from cameo.geometry.grids import TokenGrids, tokens_near
 
-__all__ = ["ANGLE_BINS", "Pairs", "TrueMatches", "angle_bins", "surface_points", "token_distance", "view_angles"]
+__all__ = ["ANGLE_BINS", "Pairs", "TrueMatches", "angle_bins", "surface_points", "view_angles"]
 
 # Degrees between the optical axes of two views; an angle at a limit belongs to the bin above it.
 ANGLE_BINS = ((0.0, 15.0), (15.0, 30.0), (30.0, 60.0), (60.0, 180.0))
@@ -93,16 +93,6 @@ def surface_points(depth: Tensor, intrinsics: Tensor, extrinsics: Tensor, token_
         world = in_camera @ poses[:, this, :3, :3].mT + poses[:, this, None, :3, 3]
         points[:, view, : height * width] = world[:, 0]
     return points
-
-
-def token_distance(token: Tensor, other: Tensor, width: Tensor) -> Tensor:
-    """Distance in tokens of a grid `width` tokens wide: the larger of the row and the column difference.
-
-    Example:
-        >>> token_distance(torch.tensor([0, 5]), torch.tensor([6, 5]), torch.tensor(4)).tolist()
-        [2, 0]
-    """
-    return torch.maximum((token // width - other // width).abs(), (token % width - other % width).abs())
 
 
 @dataclass(frozen=True, eq=False)
@@ -200,7 +190,10 @@ class TrueMatches:
         else:
             pairs = self.pairs_in(WHOLE)
             bins = pairs.bin
-            shares = [_neighbours(pairs, limit) / (pairs.height * pairs.width) for limit in within]
+            shares = [
+                tokens_near(pairs.target, limit, pairs.height, pairs.width) / (pairs.height * pairs.width)
+                for limit in within
+            ]
             if near is not None:
                 shares.append(self._share_near(pairs, near))
         return self._sum(bins, torch.stack(shares, dim=-1))
@@ -280,12 +273,3 @@ class TrueMatches:
     def _sample_of(self, sample: Tensor) -> Tensor:
         """Which of the B samples each of the B' is of."""
         return sample // (self._folds * self.views_apart)
-
-
-def _neighbours(pairs: Pairs, limit: int) -> Tensor:
-    """Number of tokens of the key view within `limit` tokens of the target, including the target, `[P]`."""
-    counts = []
-    for center, length in ((pairs.target // pairs.width, pairs.height), (pairs.target % pairs.width, pairs.width)):
-        last = torch.minimum(center + limit, length - 1)
-        counts.append(last - (center - limit).clamp(min=0) + 1)
-    return counts[0] * counts[1]
