@@ -20,6 +20,7 @@ from cameo.adapters.cat3d.cameras import CONDITION_CHANNELS, camera_maps, withou
 from cameo.adapters.cat3d.denoiser import JointDiT
 from cameo.adapters.common.joint_views import check_joined, inflate
 from cameo.adapters.common.latent_pipeline import LatentPipeline, reference_views
+from cameo.adapters.common.noise_schedules import check_prediction_type
 from cameo.adapters.common.positions import set_position
 from cameo.adapters.common.sampler import sample_latents
 from cameo.pipeline import TrainingInputs
@@ -45,7 +46,7 @@ class Cat3DPipeline(LatentPipeline):
     Args:
         unet: `UNet2DConditionModel` or `cameo.adapters.cat3d.denoiser.JointDiT`; takes latent channels + 7 condition
             channels; its self-attentions are inflated here.
-        scheduler: noise schedule for training and sampling; prediction type "v_prediction" or "epsilon".
+        scheduler: noise schedule for training and sampling; prediction type "v_prediction", "epsilon" or "sample".
         vae: `AutoencoderKL` or `AutoencoderTiny`; None works on pixels, folded into channels by `patch_size`.
         patch_size: side of the pixel blocks that become one latent cell, without a VAE.
         position: "sincos" adds a map of positions behind the U-Net's first convolution, see
@@ -71,10 +72,7 @@ class Cat3DPipeline(LatentPipeline):
         if not 0 <= single_image_share < 1:
             raise ValueError(f"single_image_share: expected at least 0 and less than 1, got {single_image_share}")
         settings = scheduler.config
-        if settings.prediction_type not in ("v_prediction", "epsilon"):
-            raise ValueError(
-                f"scheduler.prediction_type: expected v_prediction or epsilon, got {settings.prediction_type}"
-            )
+        check_prediction_type(scheduler)
         if settings.prediction_type == "epsilon" and settings.rescale_betas_zero_snr:
             raise ValueError(
                 "scheduler: epsilon-prediction is not defined at zero terminal SNR; use "

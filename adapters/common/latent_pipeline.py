@@ -207,11 +207,17 @@ class LatentPipeline(DiffusionPipeline):
         share = self.config.single_image_share if self.unet.training and noise is None else 0.0
         return not bool(self.blank(1, share, generator, device))
 
+    @property
+    def train_scheduler(self) -> Any:
+        """Noise levels of training: those of the sampler."""
+        return self.scheduler
+
     def denoising_target(self, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """Return what the denoiser is to predict: the noise, or the velocity."""
-        if self.scheduler.config.prediction_type == "epsilon":
-            return noise
-        return self.scheduler.get_velocity(clean, noise, timesteps)
+        """Return what the denoiser is to predict: the noise, the velocity or the clean latents."""
+        kind = self.scheduler.config.prediction_type
+        if kind == "sample":
+            return clean
+        return noise if kind == "epsilon" else self.train_scheduler.get_velocity(clean, noise, timesteps)
 
     def prediction(self, output: Any, inputs: TrainingInputs) -> Tensor:
         """Bring the denoiser's output to `[B, V, C, h, w]` in the view order of the batch."""
@@ -219,9 +225,12 @@ class LatentPipeline(DiffusionPipeline):
 
     def clean_latents(self, prediction: Tensor, inputs: TrainingInputs) -> Tensor:
         """Clean latents `[B, V, C, h, w]` that a prediction stands for."""
+        kind = self.scheduler.config.prediction_type
+        if kind == "sample":
+            return prediction
         alpha = self.scheduler.alphas_cumprod.to(prediction.device)[inputs.timesteps][:, None, None, None, None]
         noisy = inputs.noisy.float()
-        if self.scheduler.config.prediction_type == "epsilon":
+        if kind == "epsilon":
             return (noisy - (1 - alpha).sqrt() * prediction) / alpha.sqrt()
         return alpha.sqrt() * noisy - (1 - alpha).sqrt() * prediction
 

@@ -5,11 +5,30 @@ All have the betas of Stable Diffusion, from which the models were trained.
 
 from __future__ import annotations
 
+from typing import Any
+
 from diffusers import DDIMScheduler, DDPMScheduler, EulerAncestralDiscreteScheduler, EulerDiscreteScheduler
 
-__all__ = ["ddim", "edm_euler", "linear_ddpm", "linear_euler_ancestral"]
+from cameo.errors import unknown_name
+
+__all__ = ["check_prediction_type", "ddim", "edm_euler", "linear_ddpm", "linear_euler", "linear_euler_ancestral"]
+
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
 FIRST_BETA, LAST_BETA = 0.00085, 0.012
+
+
+def check_prediction_type(scheduler: Any) -> None:
+    """Refuse a scheduler for a denoiser that predicts what no pipeline trains.
+
+    Example:
+        >>> check_prediction_type(ddim("v_prediction"))
+
+    Raises:
+        ValueError: for another prediction type; lists those that there are.
+    """
+    if (kind := scheduler.config.prediction_type) not in PREDICTION_TYPES:
+        raise unknown_name("scheduler.prediction_type", kind, PREDICTION_TYPES)
 
 
 def ddim(
@@ -24,7 +43,8 @@ def ddim(
         0.0
 
     Args:
-        prediction_type: "epsilon" (the denoiser predicts the noise) or "v_prediction" (the velocity).
+        prediction_type: what the denoiser predicts: "epsilon" (the noise), "v_prediction" (the velocity) or "sample"
+            (the clean latents, which the narrowest denoisers learn best, arXiv 2511.13720).
         zero_terminal_snr: make the last noise level pure noise.
         whole_range: let the steps start at the last noise level and end at the predicted clean latents; by default
             they leave the highest levels out and keep a rest of noise, as Stable Diffusion was released.
@@ -95,3 +115,14 @@ def linear_euler_ancestral() -> EulerAncestralDiscreteScheduler:
         [999.0, 749.0, 499.0, 249.0]
     """
     return EulerAncestralDiscreteScheduler.from_config(linear_ddpm().config, timestep_spacing="trailing")
+
+
+def linear_euler(prediction_type: str) -> EulerDiscreteScheduler:
+    """Return Euler steps through the levels of `linear_ddpm`: diffusers' ancestral ones refuse predicted clean latents.
+
+    Example:
+        >>> linear_euler("sample").config.prediction_type
+        'sample'
+    """
+    config = linear_ddpm().config
+    return EulerDiscreteScheduler.from_config(config, timestep_spacing="trailing", prediction_type=prediction_type)

@@ -77,6 +77,9 @@ class MVDream(Backbone):
     }
     preset_license = "apache-2.0"
     released: ClassVar[Mapping[str, Release]] = {
+        "bundled:mvdream-tiny": Release(
+            "apache-2.0", holds="`imagedream-tiny`, small, that knows views a few degrees apart"
+        ),
         "ashawkey/mvdream-sd2.1-diffusers": Release(
             "openrail", holds="MVDream on Stable Diffusion 2.1, diffusers layout"
         ),
@@ -193,7 +196,7 @@ class MVDream(Backbone):
             preset: "tiny", "small", "imagedream-tiny" or "imagedream-small".
             **options: override a preset's values: `image_size`, `patch_size`, `block_out_channels`, `attention_levels`
                 (per resolution, finest first), `layers_per_block`, `heads`, `norm_num_groups`, `cross_attention_dim`,
-                `prediction_type` ("epsilon" or "v_prediction"), `prompt`, `single_image_share`, `condition`, `position`
+                `prediction_type` ("epsilon", "v_prediction" or "sample"), `prompt`, `single_image_share`, `condition`, `position`
                 ("sincos" or "none", see `cameo.adapters.common.positions`).
         """
         from cameo.adapters.common.noise_schedules import ddim

@@ -16,6 +16,7 @@ from torch import Tensor
 from cameo.adapters.common.images import process
 from cameo.adapters.common.joint_views import check_joined
 from cameo.adapters.common.latent_pipeline import LatentPipeline
+from cameo.adapters.common.noise_schedules import check_prediction_type
 from cameo.adapters.common.positions import set_position
 from cameo.adapters.common.sampler import sample_latents
 from cameo.adapters.mvdream.cameras import camera_vectors
@@ -56,7 +57,7 @@ class MVDreamPipeline(LatentPipeline):
 
     Args:
         unet: takes the latent channels and 16 numbers of camera as class labels; its self-attentions are joined here.
-        scheduler: noise schedule; prediction type "epsilon" as published, or "v_prediction".
+        scheduler: noise schedule; prediction type "epsilon" as published, "v_prediction" or "sample".
         vae: `AutoencoderKL` or `AutoencoderTiny`; None works on pixels, folded into channels by `patch_size`.
         text_encoder, tokenizer: CLIP's, both or neither.
         image_encoder, feature_extractor: `CLIPVisionModel` and its preprocessing, for an `ImageDreamUNet`.
@@ -97,9 +98,7 @@ class MVDreamPipeline(LatentPipeline):
         super().__init__()
         if condition not in CONDITIONS:
             raise unknown_name("condition", condition, CONDITIONS)
-        kind = scheduler.config.prediction_type
-        if kind not in ("epsilon", "v_prediction"):
-            raise ValueError(f"scheduler.prediction_type: expected epsilon or v_prediction, got {kind}")
+        check_prediction_type(scheduler)
         channels = vae.config.latent_channels if vae is not None else 3 * patch_size**2
         if unet.config.in_channels != channels or unet.config.out_channels != channels:
             raise ValueError(

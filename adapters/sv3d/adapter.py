@@ -74,6 +74,7 @@ class SV3D(Backbone):
     }
     preset_license = "apache-2.0"
     released: ClassVar[Mapping[str, Release]] = {
+        "bundled:sv3d-tiny": Release("apache-2.0", holds="`tiny`, small, that knows views a few degrees apart"),
         "chenguolin/sv3d-diffusers": Release(
             LICENSE, revision="cf4c88acda116901e1e21aa9afa61976a21363f8", holds="SV3D_p, diffusers layout"
         ),

@@ -63,6 +63,7 @@ class Zero123Plus(Backbone):
     }
     preset_license = "apache-2.0"
     released: ClassVar[Mapping[str, Release]] = {
+        "bundled:zero123plus-tiny": Release("apache-2.0", holds="`tiny`, small, that knows views a few degrees apart"),
         "sudo-ai/zero123plus-v1.1": Release("openrail", holds="Zero123++ v1.1"),
         "sudo-ai/zero123plus-v1.2": Release(
             "cc-by-nc-4.0", revision="2da07e89919e1a130c9b5add1584c70c7aa065fd", holds="Zero123++ v1.2"
@@ -163,16 +164,20 @@ class Zero123Plus(Backbone):
             **options: override a preset's values: `image_size` and `reference_size` (pixels), `patch_size`,
                 `block_out_channels`, `attention_levels` (per resolution, finest first), `layers_per_block`, `heads`,
                 `norm_num_groups`, `position` ("sincos" or "none", see
-                `cameo.adapters.zero123plus.denoiser.TilePositionMap`).
+                `cameo.adapters.zero123plus.denoiser.TilePositionMap`), `prediction_type` ("v_prediction" as released,
+                "epsilon" or "sample", which are sampled by Euler steps that are not ancestral).
         """
-        from cameo.adapters.common.noise_schedules import linear_euler_ancestral
+        from cameo.adapters.common.noise_schedules import linear_euler, linear_euler_ancestral
         from cameo.adapters.zero123plus.pipeline import Zero123PlusPipeline
 
-        values = preset_values(self, preset, options, patch_size=4, layers_per_block=1, norm_num_groups=32)
+        kind = {"prediction_type": "v_prediction"}
+        values = preset_values(self, preset, options, patch_size=4, layers_per_block=1, norm_num_groups=32, **kind)
         cell = values["image_size"] // values["patch_size"]
         unet = unet_2d(values, sample_size=(3 * cell, 2 * cell))
         settings = {name: values[name] for name in ("reference_size", "patch_size", "position")}
-        return Zero123PlusPipeline(unet, linear_euler_ancestral(), **settings)
+        kind = values["prediction_type"]
+        scheduler = linear_euler_ancestral() if kind == "v_prediction" else linear_euler(kind)
+        return Zero123PlusPipeline(unet, scheduler, **settings)
 
     def load(self, name_or_path: str, *, revision: str | None = None, **options: Any) -> Any:
         """Load a saved `Zero123PlusPipeline` or a release; code in the repository is not run.

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from cameo.adapters.common.images import image_processor, process, processor_side
 from cameo.adapters.common.latent_pipeline import LatentPipeline, reference_views
+from cameo.adapters.common.noise_schedules import check_prediction_type
 from cameo.adapters.common.sampler import sample_latents
 from cameo.adapters.common.unet_layers import self_attentions
 from cameo.adapters.zero123plus.cameras import NUM_VIEWS, by_canvas, from_canvas, pose_problem, to_canvas
@@ -96,6 +97,7 @@ class Zero123PlusPipeline(LatentPipeline):
         position: str = "none",
     ) -> None:
         super().__init__()
+        check_prediction_type(scheduler)
         if (text_encoder is None) != (tokenizer is None):
             raise ValueError("text_encoder and tokenizer: expected both or none of them")
         if vae is not None and feature_extractor_vae is None:
@@ -255,12 +257,6 @@ class Zero123PlusPipeline(LatentPipeline):
         args = (to_canvas(noisy[:, 1:]), timesteps, context)
         kwargs = {"cross_attention_kwargs": arguments}
         return TrainingInputs(args, kwargs, noisy, target, target_views, timesteps)
-
-    def denoising_target(self, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """Return what the denoiser is to predict: the velocity in the releases, or the noise."""
-        if self.scheduler.config.prediction_type == "epsilon":
-            return noise
-        return self.train_scheduler.get_velocity(clean, noise, timesteps)
 
     def prediction(self, output: Any, inputs: TrainingInputs) -> Tensor:
         """Views of the U-Net's canvas, `[B, 7, C, h, w]`; zeros for the reference."""

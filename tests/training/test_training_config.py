@@ -170,7 +170,7 @@ def test_a_rig_in_rooms_leaves_the_rooms_of_a_settings_file(file: Path) -> None:
 def test_a_settings_file_of_another_backbone_gives_way_to_the_override() -> None:
     given = [f"config={CONFIGS / 'lora_sv3d_tiny.yaml'}", "backbone=mvdream"]
     config = load_config(settings_file("lora", CONFIGS, given), given)
-    assert (config.backbone, config.camera_rig) == ("mvdream", "sv3d-orbit")  # only what is named is replaced
+    assert (config.backbone, config.rig_jitter) == ("mvdream", (50, 10))  # only what is named is replaced
 
 
 @pytest.mark.parametrize("data", ["train_data_dir=rooms", "camera_rig=sv3d-orbit"])

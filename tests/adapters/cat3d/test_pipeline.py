@@ -101,10 +101,10 @@ def test_the_loss_is_over_the_target_views_alone() -> None:
     assert built.denoising_loss(output_of(inputs.target), inputs).tolist() == [0, 0]
 
 
-@pytest.mark.parametrize("kind", ["v_prediction", "epsilon"])
+@pytest.mark.parametrize("kind", ["v_prediction", "epsilon", "sample"])
 def test_the_true_target_gives_back_the_images(kind: str) -> None:
-    built = pipeline(prediction_type=kind, zero_terminal_snr=kind == "v_prediction")
-    last = 999 if kind == "v_prediction" else 600
+    built = pipeline(prediction_type=kind, zero_terminal_snr=kind != "epsilon")
+    last = 600 if kind == "epsilon" else 999
     given = batch()
     inputs = built.training_inputs(given, timesteps=torch.tensor([0, last]))
     images = built.predict_clean(output_of(inputs.target), inputs)
@@ -120,8 +120,8 @@ def test_the_schedule_ends_in_pure_noise() -> None:
     assert ddim().alphas_cumprod[-1] > 0
     with pytest.raises(ValueError, match="epsilon-prediction is not defined at zero terminal SNR"):
         get_backbone("cat3d").build("tiny", **NARROW, prediction_type="epsilon")
-    with pytest.raises(ValueError, match="expected v_prediction or epsilon, got sample"):
-        get_backbone("cat3d").build("tiny", **NARROW, prediction_type="sample")
+    with pytest.raises(ValueError, match=r"unknown scheduler\.prediction_type 'flow': Known: epsilon, sample, v_pred"):
+        get_backbone("cat3d").build("tiny", **NARROW, prediction_type="flow")
 
 
 class Denoiser(nn.Module):

@@ -241,8 +241,8 @@ def test_what_build_and_the_pipeline_refuse() -> None:
         adapter.build("tiny", block_out_channels=(16, 32, 32))
     with pytest.raises(ValueError, match="unknown condition 'images': did you mean 'image'"):
         adapter.build("tiny", **NARROW, condition="images")
-    with pytest.raises(ValueError, match=r"scheduler\.prediction_type: expected epsilon or v_prediction, got sample"):
-        adapter.build("tiny", **NARROW, prediction_type="sample")
+    with pytest.raises(ValueError, match=r"unknown scheduler\.prediction_type 'velocity': .*Known: epsilon, sample"):
+        adapter.build("tiny", **NARROW, prediction_type="velocity")
     with pytest.raises(ValueError, match="single_image_share: expected at least 0 and less than 1, got 1"):
         adapter.build("tiny", **NARROW, single_image_share=1)
     with pytest.raises(ValueError, match=r"single_image_share: expected 0 with condition='image', got 0\.3"):
@@ -279,7 +279,7 @@ def test_what_a_preset_predicts(preset: str) -> None:
     scheduler = pipeline(preset).scheduler
     assert scheduler.config.prediction_type == "epsilon"
     assert torch.equal(scheduler.alphas_cumprod, ddim().alphas_cumprod)
-    for chosen in ("epsilon", "v_prediction"):
+    for chosen in ("epsilon", "v_prediction", "sample"):
         assert pipeline(preset, prediction_type=chosen).scheduler.config.prediction_type == chosen
     at_most, at_95 = scheduler.alphas_cumprod[-1], scheduler.alphas_cumprod[949]
     amplified = [round(float(((1 - alpha) / alpha).sqrt())) for alpha in (at_95, at_most)]

@@ -198,6 +198,22 @@ def test_epsilon_prediction() -> None:
     assert torch.equal(inputs.target, noise)
 
 
+def test_predicted_clean_views_are_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
+    built, given = pipeline(prediction_type="sample"), batch(samples=1)
+    inputs = built.training_inputs(given, timesteps=torch.tensor([999]))
+    found = built.predict_clean(output_of(inputs, inputs.target), inputs)
+    torch.testing.assert_close(found, given["images"], rtol=0, atol=1e-4)
+    perfect = (output_of(inputs, inputs.target).sample,)
+    monkeypatch.setattr(built.unet, "forward", lambda *args, **kwargs: perfect)
+    found = built.sample(given, num_inference_steps=3, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(found, given["images"][:, 1:], rtol=0, atol=1e-4)
+
+
+def test_an_unknown_prediction_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"unknown scheduler\.prediction_type 'flow': Known: epsilon, sample, v_pred"):
+        Zero123PlusPipeline(**{**parts.components(), "scheduler": parts.sampler(prediction_type="flow")})
+
+
 @pytest.mark.parametrize(("views", "references"), [(4, 1), (7, 2), (7, 0), (8, 1)])
 def test_other_numbers_of_views_are_refused(views: int, references: int) -> None:
     given = {**make_batch(views=views, size=SIZE), "num_reference_views": references}
