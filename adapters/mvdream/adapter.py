@@ -196,8 +196,8 @@ class MVDream(Backbone):
             preset: "tiny", "small", "imagedream-tiny" or "imagedream-small".
             **options: override a preset's values: `image_size`, `patch_size`, `block_out_channels`, `attention_levels`
                 (per resolution, finest first), `layers_per_block`, `heads`, `norm_num_groups`, `cross_attention_dim`,
-                `prediction_type` ("epsilon", "v_prediction" or "sample"), `prompt`, `single_image_share`, `condition`, `position`
-                ("sincos" or "none", see `cameo.adapters.common.positions`).
+                `prediction_type` ("epsilon", "v_prediction" or "sample"), `prompt`, `single_image_share`, `condition`,
+                `position` ("sincos" or "none", see `cameo.adapters.common.positions`).
         """
         from cameo.adapters.common.noise_schedules import ddim
         from cameo.adapters.mvdream.pipeline import MVDreamPipeline
