@@ -170,13 +170,15 @@ class SV3D(Backbone):
             **options: override a preset's values: `image_size`, `patch_size`, `block_out_channels` (multiples of 32),
                 `attention_levels` (per resolution, finest first), `layers_per_block`, `heads`, `embed_dim` (Fourier
                 features of one number), `camera` (False: without angles, as SV3D_u), `noise_mean`, `noise_deviation`,
-                `position` ("sincos" or "none", see `cameo.adapters.common.positions`).
+                `position` ("sincos" or "none", see `cameo.adapters.common.positions`), `prediction_type`
+                ("v_prediction" or "sample").
         """
         from cameo.adapters.common.noise_schedules import edm_euler
         from cameo.adapters.sv3d.denoiser import SV3DUNet
         from cameo.adapters.sv3d.pipeline import SV3DPipeline
 
-        values = preset_values(self, preset, options, patch_size=4, camera=True, noise_mean=0.7, noise_deviation=1.6)
+        levels = {"noise_mean": 0.7, "noise_deviation": 1.6, "prediction_type": "v_prediction"}
+        values = preset_values(self, preset, options, patch_size=4, camera=True, **levels)
         blocks = block_settings(values, "SpatioTemporal")
         if any(width % 32 for width in blocks["block_out_channels"]):
             raise ValueError(
@@ -194,14 +196,8 @@ class SV3D(Backbone):
             addition_time_embed_dim=values["embed_dim"],
             projection_class_embeddings_input_dim=values["embed_dim"] * (5 if values["camera"] else 1),
         )
-        return SV3DPipeline(
-            unet,
-            edm_euler(),
-            patch_size=values["patch_size"],
-            noise_mean=values["noise_mean"],
-            noise_deviation=values["noise_deviation"],
-            position=values["position"],
-        )
+        settings = {name: values[name] for name in ("patch_size", "position", *levels)}
+        return SV3DPipeline(unet, edm_euler(), **settings)
 
     def load(self, name_or_path: str, *, revision: str | None = None, **options: Any) -> Any:
         """Load a saved `SV3DPipeline`, weights in diffusers' layout, or a checkpoint file of SGM.

@@ -21,6 +21,7 @@ from cameo.adapters.common.positions import set_position
 from cameo.adapters.common.sampler import sample_latents
 from cameo.adapters.sv3d.cameras import orbit_angles
 from cameo.adapters.sv3d.denoiser import SV3DUNet
+from cameo.errors import unknown_name
 from cameo.pipeline import TrainingInputs
 
 __all__ = ["SV3DPipeline", "triangle_scale"]
@@ -65,6 +66,8 @@ class SV3DPipeline(LatentPipeline):
         noise_mean, noise_deviation: of the logarithm of the noise level in training.
         position: "sincos" adds a map of positions behind the U-Net's first convolution, see
             `cameo.adapters.common.positions`; "none", as published, takes it off.
+        prediction_type: what F predicts: "v_prediction", the velocity above, as published, or "sample", the clean frames
+            D themselves with the plain squared error, which the narrowest U-Nets learn best (arXiv 2511.13720).
     """
 
     backbone = "sv3d"
@@ -81,8 +84,11 @@ class SV3DPipeline(LatentPipeline):
         noise_mean: float = 0.7,
         noise_deviation: float = 1.6,
         position: str = "none",
+        prediction_type: str = "v_prediction",
     ) -> None:
         super().__init__()
+        if prediction_type not in ("v_prediction", "sample"):
+            raise unknown_name("prediction_type", prediction_type, ("v_prediction", "sample"))
         settings = scheduler.config
         if (settings.prediction_type, settings.get("timestep_type")) != ("v_prediction", "continuous"):
             raise ValueError(
@@ -106,7 +112,11 @@ class SV3DPipeline(LatentPipeline):
         self.register_modules(unet=unet, scheduler=scheduler, vae=vae, image_encoder=image_encoder)
         set_position(unet, position)
         self.register_to_config(
-            patch_size=patch_size, noise_mean=noise_mean, noise_deviation=noise_deviation, position=position
+            patch_size=patch_size,
+            noise_mean=noise_mean,
+            noise_deviation=noise_deviation,
+            position=position,
+            prediction_type=prediction_type,
         )
         if unet.config.get("latent_stride") != self.latent_stride:
             unet.register_to_config(latent_stride=self.latent_stride)
@@ -212,7 +222,7 @@ class SV3DPipeline(LatentPipeline):
         level = self.noise_levels(timesteps).to(clean)
         wide = level[:, None, None, None, None]
         noisy = clean + wide * noise
-        target = (noise - wide * clean) / (wide.square() + 1).sqrt()
+        target = clean.clone() if self._predicts_frames else (noise - wide * clean) / (wide.square() + 1).sqrt()
         frames = _frames(noisy / (wide.square() + 1).sqrt())
         args = self._unet_arguments(frames, level.log() / 4, shown, context, self.camera_numbers(batch))
         noisy[:, 0] = clean[:, 0]
@@ -227,7 +237,9 @@ class SV3DPipeline(LatentPipeline):
         """Clean latents `[B, V, C, h, w]` that a prediction stands for; the reference view's as they came in."""
         level = self.noise_levels(inputs.timesteps).to(prediction)[:, None, None, None, None]
         noisy = inputs.noisy.to(prediction)
-        clean = noisy / (level.square() + 1) - level / (level.square() + 1).sqrt() * prediction
+        clean = prediction
+        if not self._predicts_frames:
+            clean = noisy / (level.square() + 1) - level / (level.square() + 1).sqrt() * prediction
         return torch.cat([noisy[:, :1], clean[:, 1:]], dim=1)
 
     @torch.no_grad()
@@ -263,12 +275,13 @@ class SV3DPipeline(LatentPipeline):
         conditions = [(shown, context)]
         if guidance_scale != 1:
             conditions.append((torch.zeros_like(shown), torch.zeros_like(context)))
-        numbers = self.camera_numbers(batch)
+        numbers, clean = self.camera_numbers(batch), self._predicts_frames
 
         def predict(latents: Tensor, timestep: Tensor) -> list[Tensor]:
             frames, level = latents.to(self.unet_dtype), timestep.expand(samples)
             arguments = [self._unet_arguments(frames, level, *condition, numbers) for condition in conditions]
-            return [self.unet(*args).sample for args in arguments]
+            outputs = [self.unet(*args).sample for args in arguments]
+            return [velocity(output, frames, (4 * timestep).exp()) for output in outputs] if clean else outputs
 
         latents = sample_latents(
             self.scheduler,
@@ -280,6 +293,10 @@ class SV3DPipeline(LatentPipeline):
             progress_bar=self.progress_bar if progress else None,
         )
         return self.decode(latents[:, :-1])
+
+    @property
+    def _predicts_frames(self) -> bool:
+        return bool(self.config.prediction_type == "sample")
 
     def _condition(self, reference: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
         """Latents `[B, C, h, w]`, not scaled, and embedding `[B, 1, D]` of the reference images `[B, 3, H, W]`."""
@@ -294,6 +311,22 @@ class SV3DPipeline(LatentPipeline):
         """Arguments of the U-Net for frames `[B, T, C, h, w]` that are scaled to its input."""
         shown = repeat(shown, "b c h w -> b t c h w", t=frames.shape[1]).to(frames)
         return torch.cat([frames, shown], dim=2), level, context.to(frames), numbers  # numbers embedded in float32
+
+
+def velocity(clean: Tensor, scaled: Tensor, level: Tensor) -> Tensor:
+    """Velocity of frames whose clean form is known, which diffusers' scheduler steps by at EDM's noise levels.
+
+    Example:
+        >>> clean, noise, level = torch.ones(1), torch.zeros(1), torch.tensor(2.0)
+        >>> velocity(clean, (clean + level * noise) / 5**0.5, level) * 5**0.5  # (noise - level * clean) / c_in
+        tensor([-2.])
+
+    Args:
+        clean: the clean frames.
+        scaled: the noisy frames as the U-Net takes them, `c_in x`.
+        level: their noise level.
+    """
+    return (scaled - clean * (level.square() + 1).sqrt()) / level
 
 
 def triangle_scale(frames: int, largest: float) -> Tensor:

@@ -79,8 +79,9 @@ def test_frames_have_the_reference_last() -> None:
     assert built.prediction(SimpleNamespace(sample=frames), inputs)[0].flatten().tolist() == [3, 0, 1, 2]
 
 
-def test_a_perfect_prediction_gives_the_images_back() -> None:
-    built, given = pipeline(), batch()
+@pytest.mark.parametrize("kind", ["v_prediction", "sample"])
+def test_a_perfect_prediction_gives_the_images_back(kind: str) -> None:
+    built, given = pipeline(prediction_type=kind), batch()
     inputs = built.training_inputs(given, timesteps=torch.tensor([100, 900]))
     perfect = SimpleNamespace(sample=inputs.target.roll(-1, dims=1))
     assert float(built.denoising_loss(perfect, inputs).max()) == 0
@@ -124,6 +125,15 @@ def test_sampling_is_euler_through_the_noise_levels_of_edm() -> None:
         x = x + (following - level) * (x - clean) / level
     # float32 through noise of 700: an error of 1e-7 of that is left in the images
     torch.testing.assert_close(found, built.decode(x[:, :2]), atol=1e-3, rtol=0)
+
+
+def test_predicted_clean_frames_are_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
+    built, given = pipeline(prediction_type="sample"), batch()
+    inputs = built.training_inputs(given)
+    perfect = SimpleNamespace(sample=inputs.target.roll(-1, dims=1))
+    monkeypatch.setattr(built.unet, "forward", lambda *args, **kwargs: perfect)
+    found = built.sample(given, num_inference_steps=4, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(found, given["images"][:, 1:], atol=1e-3, rtol=0)
 
 
 def test_sampling_repeats_and_looks_at_the_reference_only() -> None:
@@ -202,6 +212,8 @@ def test_what_the_pipeline_refuses() -> None:
     unet = pipeline().unet
     with pytest.raises(ValueError, match=r"scheduler: expected an EulerDiscreteScheduler .*got 'epsilon' and None"):
         SV3DPipeline(unet, DDIMScheduler())
+    with pytest.raises(ValueError, match=r"unknown prediction_type 'epsilon': .*Known: sample, v_prediction"):
+        SV3DPipeline(unet, edm_euler(), prediction_type="epsilon")
     with pytest.raises(ValueError, match=r"unet: expected 8 input and 4 output channels .*got 96 and 48"):
         SV3DPipeline(unet, edm_euler(), vae=tiny_vae())
     with pytest.raises(ValueError, match=r"image_encoder: expected embeddings of 32 channels.*got 8"):
