@@ -66,8 +66,8 @@ class SV3DPipeline(LatentPipeline):
         noise_mean, noise_deviation: of the logarithm of the noise level in training.
         position: "sincos" adds a map of positions behind the U-Net's first convolution, see
             `cameo.adapters.common.positions`; "none", as published, takes it off.
-        prediction_type: what F predicts: "v_prediction", the velocity above, as published, or "sample", the clean frames
-            D themselves with the plain squared error, which the narrowest U-Nets learn best (arXiv 2511.13720).
+        prediction_type: what F predicts: "v_prediction", the velocity above, as published, or "sample", the clean
+            frames D with the plain squared error, which the narrowest U-Nets learn best (arXiv 2511.13720).
     """
 
     backbone = "sv3d"
