@@ -14,7 +14,11 @@ from cameo.backbone import get_backbone
 from cameo.config import CameoConfig
 from cameo.errors import DataError
 from cameo.hub.license import find_license
+from cameo.scenes.views import collate
+from cameo.training.data import build_dataset
+from cameo.training.settings import load_config, settings_file
 from tests.helpers.saved_models import lora
+from tests.helpers.training_runs import RECIPES, scene_cache
 
 BACKBONES = ("cat3d", "mvdream", "sv3d", "zero123plus")
 
@@ -81,9 +85,24 @@ def test_weights_of_another_backbone_are_refused(bundled: Path) -> None:
 def test_every_bundled_folder_says_where_it_comes_from() -> None:
     """Settings, curve and command beside the weights, all together at most 12 MB."""
     names = places.bundled_names()
-    assert "bundled:cat3d-transformer-tiny" in names
+    assert {f"bundled:{backbone}-tiny" for backbone in BACKBONES} < set(names)
     for name in names:
         folder = Path(places.unbundled(name))
         assert {"README.md", "training.yaml", "training.csv"} <= {path.name for path in folder.iterdir()}, name
     size = sum(path.stat().st_size for path in places.BUNDLED_FOLDER.rglob("*"))
     assert size <= 12 * 2**20
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_each_backbone_has_a_base_that_paints(backbone: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From noise it makes a picture that is nearer to the truth than the mean color of each view."""
+    monkeypatch.setenv("CAMEO_CACHE", scene_cache())
+    arguments = [f"backbone={backbone}", "num_validation_scenes=2"]
+    config = load_config(settings_file("full", RECIPES / "configs", arguments), arguments)
+    scenes = build_dataset(config, "validation")
+    pipeline = get_backbone(backbone).load(f"bundled:{backbone}-tiny", torch_dtype=torch.float32)
+    batch = collate([scenes[0], scenes[1]])
+    made = pipeline.sample(batch, num_inference_steps=10, generator=torch.Generator().manual_seed(0))
+    truth = batch["images"][:, 1:]
+    errors = [(guess - truth).square().mean() for guess in (made, truth.mean(dim=(-2, -1), keepdim=True))]
+    assert errors[0] < errors[1]
