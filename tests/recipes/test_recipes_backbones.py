@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import math
@@ -51,7 +52,7 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "mvdream": ("mvdream", TEXT),
     "imagedream": ("mvdream", {}),
     "sv3d": ("sv3d", {}),
-    "sv3d-temporal": ("sv3d", {"inflate": "false"}),
+    "sv3d-temporal": ("sv3d", {"inflate": "false", "layer": "null", "camera_rig": "sv3d-orbit", "num_views": 5}),
 }
 every_run = pytest.mark.parametrize("name", RUNS)
 
@@ -67,18 +68,20 @@ def run(recipe: str, backbone: str, output: Path, monkeypatch: pytest.MonkeyPatc
     return arguments
 
 
-def check_finite(output: Path) -> None:
+def check_finite(output: Path, name: str) -> None:
     steps = read_lines(output / "metrics.jsonl")
     assert len(steps) == SHORT["max_train_steps"]
     assert all(math.isfinite(entry["loss"]) and math.isfinite(entry["alignment_loss"]) for entry in steps)
-    assert all(entry["supervised"] > 0 for entry in steps)
+    supervised = [entry["supervised"] > 0 for entry in steps]
+    # A temporal layer is supervised by the few matches that stay at their position, which a step may have none of.
+    assert any(supervised) if name == "sv3d-temporal" else all(supervised)
 
 
 @every_run
 def test_lora_on_embedded_scenes(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     backbone, changes = RUNS[name]
     arguments = run("lora", backbone, tmp_path, monkeypatch, **changes, num_validation_images=1)
-    check_finite(tmp_path)
+    check_finite(tmp_path, name)
     assert (tmp_path / "pictures" / "views.png").is_file()
     found = json.loads((tmp_path / "validation.json").read_text())["with CAMEO"][-1]
     assert (found["psnr_covisible"] is None) == (name == "mvdream")  # it has no reference view
@@ -104,9 +107,12 @@ def test_lora_on_an_rgbd_sequence(name: str, tmp_path: Path, monkeypatch: pytest
     backbone, changes = RUNS[name]
     sequence = write_sequence(tmp_path / "office", frames=50)
     data = {"train_data_dir": sequence, "max_overlap": 0.99, "min_overlap": 0.1}
-    with pytest.warns(UserWarning, match=r"camera_rig=.* does not apply to .*office"):
+    told = pytest.warns(UserWarning, match=r"camera_rig=.* does not apply to .*office")
+    with (
+        told if "camera_rig" in changes else contextlib.nullcontext()
+    ):  # a settings file's own rig gives way in silence
         run("lora", backbone, tmp_path / "out", monkeypatch, **changes, **data)
-    check_finite(tmp_path / "out")
+    check_finite(tmp_path / "out", name)
 
 
 @every_run
@@ -114,7 +120,7 @@ def test_all_weights_from_scratch_with_cameo(name: str, tmp_path: Path, monkeypa
     backbone, changes = RUNS[name]
     inflate = {"inflate": "true"} if name == "sv3d" else {}
     run("full", backbone, tmp_path, monkeypatch, **{"loss_weight": 0.1, "lr_warmup_steps": 1, **changes, **inflate})
-    check_finite(tmp_path)
+    check_finite(tmp_path, name)
     pipeline = get_backbone(backbone).load(str(tmp_path / "model"))
     assert get_backbone(backbone).recognizes(pipeline.denoiser)
 
