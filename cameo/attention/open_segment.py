@@ -1,0 +1,75 @@
+"""Tokens of no view whose number a layout leaves open, such as text: taken out of a call before it is split.
+
+Axes: A rows of the attention batch, K heads, L tokens of the call, D head dimension.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cameo.attention.axes import first_position, num_positions
+from cameo.attention.pattern import Pattern, Segment
+
+__all__ = ["OPEN", "lengths_of_rows", "open_segment", "without_open_segment"]
+
+# The value of a length that is not known beforehand.
+OPEN = None
+
+
+def open_segment(pattern: Pattern, lengths: dict[str, int | None]) -> Segment | None:
+    """Return the segment whose number of tokens is open, or None.
+
+    Example:
+        >>> open_segment(Pattern("b (t + v h w)", {"t": None}), {"t": None})
+        ('t',)
+    """
+    return next((segment for segment in pattern.segments if lengths.get(segment[0], 1) is OPEN), None)
+
+
+def without_open_segment(
+    tensor: Tensor, pattern: Pattern, segment: Segment, lengths: dict[str, int], rows: Tensor | None
+) -> Tensor:
+    """Remove the tokens of the open segment from `[A, K, L, D]`: what is left over beside the other segments.
+
+    Args:
+        tensor: as the kernel received it.
+        pattern: its pattern.
+        segment: the open segment.
+        lengths: length of every axis, 0 for the open one.
+        rows: `[A]`, how many of the L tokens of each row belong to it, the others being padding at the end; None for
+            all. The open segment has another length in each row where these differ.
+    """
+    others = sum(num_positions(other, lengths) for other in pattern.segments)
+    if tensor.shape[2] < others or tensor.ndim != 4:
+        return tensor  # which `check_shape` refuses
+    before = first_position(segment, pattern, lengths)
+    after = others - before
+    if after == 0:
+        return tensor[:, :, :others]
+    ends = None if rows is None else rows.tolist()
+    if ends is None or len(set(ends)) == 1:
+        end = tensor.shape[2] if ends is None else ends[0]
+        kept = tensor[:, :, end - after : end]
+        return kept if before == 0 else torch.cat([tensor[:, :, :before], kept], dim=2)
+    if min(ends) < others:
+        return tensor
+    of_rows = [torch.cat([row[:, :before], row[:, end - after : end]], dim=1) for row, end in zip(tensor, ends, strict=True)]
+    return torch.stack(of_rows)
+
+
+def lengths_of_rows(kept: Tensor) -> Tensor | None:
+    """Return how many tokens each row has, if a mask hides nothing but padding at their end; else None.
+
+    Example:
+        >>> lengths_of_rows(torch.tensor([[True, True, False], [True, True, True]]))
+        tensor([2, 3])
+        >>> lengths_of_rows(torch.tensor([[True, False, True]])) is None
+        True
+
+    Args:
+        kept: bool `[A, M]`, True for the keys that are seen.
+    """
+    count = kept.sum(dim=1)
+    is_prefix = kept == (torch.arange(kept.shape[1], device=kept.device) < count[:, None])
+    return count if bool(is_prefix.all()) else None
