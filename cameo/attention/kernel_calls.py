@@ -24,11 +24,6 @@ from cameo.errors import CaptureError
 __all__ = ["CallWatcher"]
 
 MULTIHEAD = inspect.signature(F.multi_head_attention_forward)
-# Functions that attend and do not show it, and the module that runs them where nothing is trained.
-HIDDEN = {
-    "_native_multi_head_attention": "torch.nn.MultiheadAttention on its fast path",
-    "_transformer_encoder_layer_fwd": "torch.nn.TransformerEncoderLayer on its fast path",
-}
 
 
 class CallWatcher(TorchFunctionMode):
@@ -43,7 +38,8 @@ class CallWatcher(TorchFunctionMode):
 
     Sees `F.scaled_dot_product_attention`, `torch.nn.MultiheadAttention`, the kernels of other packages that
     `cameo.attention.kernels.known` lists, and a product of queries and keys (`baddbmm`, `bmm`, `matmul`, `einsum`) whose
-    multiple goes into a softmax. A kernel that calls another is recorded once.
+    multiple goes into a softmax. A kernel that calls another is recorded once. `torch.nn.MultiheadAttention` does not take
+    its fast path inside the block, whose result differs in the last digits.
 
     Raises:
         CaptureError: inside the block, for attention that does more to its logits than to scale them and to hide keys.
@@ -53,7 +49,6 @@ class CallWatcher(TorchFunctionMode):
         super().__init__()
         self.layer = layer
         self.calls: list[KernelCall] = []
-        self.hidden_kernel = ""  # a function that ran and hides its kernel
         self._muted = False
         self._product: Product | None = None
 
@@ -89,8 +84,6 @@ class CallWatcher(TorchFunctionMode):
             self._explicit(args[0] if args else kwargs["input"], *args[1:], **kwargs)
         elif name == "multi_head_attention_forward":
             self._read(read_multihead, MULTIHEAD.bind(*args, **kwargs))
-        elif name in HIDDEN:
-            self.hidden_kernel = HIDDEN[name]
         return output
 
     def kernel_call(self, kernel: Kernel, run: Callable[[BoundArguments], Any], given: BoundArguments) -> Any:

@@ -54,7 +54,9 @@ def without_open_segment(
         return kept if before == 0 else torch.cat([tensor[:, :, :before], kept], dim=2)
     if min(ends) < others:
         return tensor
-    of_rows = [torch.cat([row[:, :before], row[:, end - after : end]], dim=1) for row, end in zip(tensor, ends, strict=True)]
+    of_rows = [
+        torch.cat([row[:, :before], row[:, end - after : end]], dim=1) for row, end in zip(tensor, ends, strict=True)
+    ]
     return torch.stack(of_rows)
 
 

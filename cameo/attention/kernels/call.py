@@ -101,9 +101,7 @@ def join_samples(calls: list[KernelCall]) -> KernelCall | None:
         alike = call.scale == first.scale and call.mask is None and call.query.ndim == call.key.ndim == 4
         if not alike or call.query.shape[0] != 1 or call.query_lengths is not None:
             return None
-        if any(
-            getattr(call, name).shape[1::2] != getattr(first, name).shape[1::2] for name in ("query", "key")
-        ):
+        if any(getattr(call, name).shape[1::2] != getattr(first, name).shape[1::2] for name in ("query", "key")):
             return None
     query, query_lengths = pad([call.query[0] for call in calls])
     key, key_lengths = pad([call.key[0] for call in calls])

@@ -214,9 +214,7 @@ def _transformer_engine(given: Mapping[str, Any]) -> KernelCall:
 def _listed() -> tuple[Kernel, ...]:
     kernels = [
         Kernel("xformers.ops", "memory_efficient_attention", _xformers, XFORMERS[:3], parameters=XFORMERS),
-        Kernel(
-            "diffusers.models.attention_dispatch", "dispatch_attention_fn", _dispatched, ("query", "key", "value")
-        ),
+        Kernel("diffusers.models.attention_dispatch", "dispatch_attention_fn", _dispatched, ("query", "key", "value")),
         Kernel("torch.nn.attention.flex_attention", "flex_attention", _flex, ("query", "key", "value"), 2),
         Kernel("transformer_engine.pytorch", "DotProductAttention.forward", _transformer_engine, ()),
         Kernel("sageattention.core", "sageattn_varlen", _sage_varlen, ()),
@@ -231,7 +229,13 @@ def _listed() -> tuple[Kernel, ...]:
             Kernel(module, "flash_attn_varlen_qkvpacked_func", _flash_varlen, ()),
             Kernel(module, "flash_attn_varlen_kvpacked_func", _flash_varlen, ()),
         ]
-    for name in ("", "_qk_int8_pv_fp16_triton", "_qk_int8_pv_fp16_cuda", "_qk_int8_pv_fp8_cuda", "_qk_int8_pv_fp8_cuda_sm90"):
+    for name in (
+        "",
+        "_qk_int8_pv_fp16_triton",
+        "_qk_int8_pv_fp16_cuda",
+        "_qk_int8_pv_fp8_cuda",
+        "_qk_int8_pv_fp8_cuda_sm90",
+    ):
         kernels.append(Kernel("sageattention.core", f"sageattn{name}", _sage, ()))
     return tuple(kernels)
 

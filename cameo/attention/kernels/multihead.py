@@ -56,5 +56,7 @@ def _mask(given: Mapping[str, Any], query: Tensor, key: Tensor) -> Tensor | None
         masks.append(mask if mask.ndim == 2 else mask.reshape(rows, heads, queries, key.shape[2]))
     if not masks:
         return None
-    added = [torch.zeros_like(m, dtype=query.dtype).masked_fill(m, -torch.inf) if m.dtype == torch.bool else m for m in masks]
+    added = [
+        torch.zeros_like(m, dtype=query.dtype).masked_fill(m, -torch.inf) if m.dtype == torch.bool else m for m in masks
+    ]
     return sum(added[1:], added[0])
