@@ -17,7 +17,7 @@ from cameo.attention.visibility import split_call
 from cameo.backbone import get_backbone, resolve_layers, unwrap_peft
 from cameo.config import CameoConfig, finite
 from cameo.correspondence import Correspondence
-from cameo.errors import CaptureError, NoLossError, ShapeError
+from cameo.errors import CaptureError, NoLossError
 from cameo.geometry.grids import TokenGrids
 from cameo.renamed import old_attributes, old_functions, old_keywords
 
@@ -328,8 +328,8 @@ class CameoModel(nn.Module):
             return
         if not seen.trains:
             raise CaptureError(
-                f"layer {layer.path!r} attends by a kernel without a backward, which is for inference: nothing before it "
-                'would be trained. Switch to another for training: model.set_attention_backend("native") in diffusers'
+                f"layer {layer.path!r} attends by a kernel without a backward, which is for inference: nothing before "
+                'it would be trained. Switch to another for training: model.set_attention_backend("native") in diffusers'
             )
         if seen.query.requires_grad or seen.key.requires_grad:
             return

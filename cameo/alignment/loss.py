@@ -77,9 +77,9 @@ def alignment_loss(
         reduction: "mean": sum(w * loss) / sum(w), with w = 1 unless the correspondence has a weight.
             "sum": sum(w * loss). "released": as the authors' released code, see `supervision_weights`.
         num_reference_views: number of reference views; required by "released", and read for it only.
-        visible: bool [B, V, N, V, N] (query view, query, key view, key): which keys each query sees, where the layer masks
-            its attention. The softmax leaves the others out, and a match with one of them is not supervised. None: all.
-            Computed by "reference".
+        visible: bool [B, V, N, V, N] (query view, query, key view, key): which keys each query sees, where the layer
+            masks its attention. The softmax leaves the others out, and a match with one of them is not supervised.
+            None: all. Computed by "reference".
         softness: standard deviation, in tokens, of the Gaussian that spreads each match over the tokens around
             it; 0 is one token. See `cameo.alignment.rows.Window`.
         implementation: "reference": readable, holds all logits, can be differentiated twice. "chunked": loss and

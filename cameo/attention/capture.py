@@ -80,8 +80,8 @@ class CapturedAttention:
     """Queries and keys `[AB, K, L, D]` as one kernel call received them, and the scale of its logits.
 
     Attributes:
-        query, key, scale, mask, query_lengths, key_lengths, trains: as in `cameo.attention.kernels.call.KernelCall`, the
-            keys with as many heads as the queries.
+        query, key, scale, mask, query_lengths, key_lengths, trains: as in `cameo.attention.kernels.call.KernelCall`,
+            the keys with as many heads as the queries.
         samples: of how many calls of one sample each it is made; None for one call.
     """
 
@@ -197,8 +197,8 @@ def several_calls(path: str, count: int, calls: Iterable[KernelCall] = ()) -> Ca
     return CaptureError(
         f"layer {path!r} called the attention kernel {count} times in one forward of the module"
         + (f", with queries x keys {shapes}" if shapes else "")
-        + "; which to supervise is not defined. Pass kernel_call= to cameo.wrap, counted from 0, or point layer= at the "
-        "submodule that makes the cross-view call."
+        + "; which to supervise is not defined. Pass kernel_call= to cameo.wrap, counted from 0, or point layer= at "
+        "the submodule that makes the cross-view call."
     )
 
 

@@ -367,8 +367,8 @@ class TokenLayout:
         texts = [segment[0] for segment in (*self._query.segments, *self._key.segments) if len(segment) == 1]
         if len(names) > 1 or any(name not in texts for name in names):
             raise ValueError(
-                f"{', '.join(f'{name}=None' for name in names)}: only one length may be open, that of a segment of tokens "
-                f"that belong to no view, got {self!r}"
+                f"{', '.join(f'{name}=None' for name in names)}: only one length may be open, that of a segment of "
+                f"tokens that belong to no view, got {self!r}"
             )
 
     def _split(

@@ -86,8 +86,8 @@ class Pattern:
             if segment != grids[0] and segment[0] not in lengths:
                 name = segment[0]
                 raise self.error(
-                    f"tokens {name} belong to no view, so give their number: {name}=<tokens>, or {name}=None for what is "
-                    "left over"
+                    f"tokens {name} belong to no view, so give their number: {name}=<tokens>, or {name}=None for what "
+                    "is left over"
                 )
         return grids[0]
 

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from inspect import BoundArguments
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from cameo.geometry.grids import TokenGrids
 __all__ = ["cut_other_views"]
 
 SDPA_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale")
-MASKS = ("attn_mask", "attn_bias", "is_causal")
+MASKS = ("attn_mask", "attn_bias", "is_causal", "causal", "block_mask")
 
 
 @contextmanager
@@ -152,8 +153,8 @@ class _Cutter(CallWatcher):
             return super().kernel_call(kernel, run, given)
         if not kernel.tensors:
             raise CaptureError(
-                f"layer {self.layer!r} attends by {kernel.title}, which does not take queries, keys and values apart and "
-                "cannot be cut; switch the model to F.scaled_dot_product_attention to measure this"
+                f"layer {self.layer!r} attends by {kernel.title}, which does not take queries, keys and values apart "
+                "and cannot be cut; switch the model to F.scaled_dot_product_attention"
             )
 
         def pieces(query: Tensor, key: Tensor, value: Tensor, **rest: Any) -> Any:
@@ -179,8 +180,8 @@ class _Cutter(CallWatcher):
         given = dict(zip(names, args, strict=False)) | kwargs
         if any(given.get(mask) is not None and given[mask] is not False for mask in MASKS):
             raise CaptureError(
-                f"layer {self.layer!r} masks its attention, which cannot be cut view by view as well; measure it without "
-                "padding"
+                f"layer {self.layer!r} masks its attention, which cannot be cut view by view as well; measure it "
+                "without padding"
             )
         query, key, value = (given.pop(name) for name in ("query", "key", "value"))
         if query.ndim not in (3, 4):

@@ -99,8 +99,8 @@ def visible_tokens(
     else:
         if not layout.folds_nothing:
             raise CaptureError(
-                f"layer {layer.path!r} with {layout!r} hides other keys from each query; that can be read where samples "
-                "alone are in the batch part of the layout"
+                f"layer {layer.path!r} with {layout!r} hides other keys from each query; that can be read where "
+                "samples alone are in the batch part of the layout"
             )
         of_keys = split_keys(hidden)
         views, tokens = of_keys.shape[2:4]

@@ -92,10 +92,10 @@ class WatchedLayers:
         packages = ", ".join(sorted({kernel.module.partition(".")[0] for kernel in KNOWN} - {"torch"}))
         return (
             f"layer {path!r} ran, but no attention kernel was seen in it. The known kernels are "
-            "F.scaled_dot_product_attention, flex_attention, torch.nn.MultiheadAttention, a query-key product followed by "
-            f"a softmax, and those of {packages}. Likely causes: layer= names a module that is not the attention itself, "
-            "or the model uses another fused kernel: switch its attention processor or backend to SDPA, in diffusers by "
-            'model.set_attention_backend("native").'
+            "F.scaled_dot_product_attention, flex_attention, torch.nn.MultiheadAttention, a query-key product followed "
+            f"by a softmax, and those of {packages}. Likely causes: layer= names a module that is not the attention "
+            "itself, or the model uses another fused kernel: switch its attention processor or backend to SDPA, in "
+            'diffusers by model.set_attention_backend("native").'
         )
 
     def _opener(self, path: str) -> Callable[[nn.Module, Any], None]:

@@ -13,7 +13,6 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from cameo.attention.capture import AttentionCapture
-from cameo.errors import CaptureError
 from tests.helpers.attention_kernels import (
     DIMENSION,
     HEADS,

@@ -17,14 +17,12 @@ from tests.helpers.attention_kernels import HEADS, SCALE, baddbmm, from_rows, he
 from tests.helpers.captured_models import (
     SAMPLES,
     TOKENS,
-    WIDTH,
     capture,
     expected_query_and_key,
     hooks,
     layer,
     make_model,
 )
-
 
 PADDED = torch.ones(SAMPLES, 1, 1, TOKENS, dtype=torch.bool)
 PADDED[1, ..., -3:] = False

@@ -1,4 +1,4 @@
-"""Kernels of other packages and of PyTorch, bound early and late: each gives the queries, keys and scale of plain attention."""
+"""Kernels of other packages and of PyTorch, bound early: each gives the queries, keys and scale of plain attention."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Stand-ins for packages of attention kernels that cannot be installed here, with the signatures that they publish.
 
-As in the real ones, functions call `torch.autograd.Function`s whose insides no torch function mode sees, and are defined in
-another module than the one that users import from. No real kernel has confirmed how they are read.
+As in the real ones, functions call `torch.autograd.Function`s whose insides no torch function mode sees, and are
+defined in another module than the one that users import from. No real kernel has confirmed how they are read.
 """
 
 from __future__ import annotations

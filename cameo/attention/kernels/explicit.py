@@ -42,9 +42,9 @@ class Product:
 def measure_scale(layer: str, product: Product, logits: Tensor) -> tuple[float, Tensor | None]:
     """Return the factor between q.k and the logits that entered the softmax, and which keys these hide.
 
-    The second is a mask of the shape of the logits, True where a query sees the key, or None where all are seen. Any other
-    difference is refused: the logits are compared with q.k, computed again, since in-place operators may have changed
-    the product.
+    The second is a mask of the shape of the logits, True where a query sees the key, or None where all are seen. Any
+    other difference is refused: the logits are compared with q.k, computed again, since in-place operators may have
+    changed the product.
 
     Raises:
         CaptureError: the logits are no multiple of q.k, or the multiple cannot be measured.

@@ -48,7 +48,7 @@ class Kernel:
 
 
 def causal_mask(queries: int, keys: int, device: torch.device, *, from_the_end: bool = False) -> Tensor:
-    """Mask `[L, M]` of causal attention: query i sees the keys up to i, or with the last query those up to the last key.
+    """Mask `[L, M]` of causal attention: query i sees the keys up to i, or the last query those up to the last key.
 
     Example:
         >>> causal_mask(2, 3, torch.device("cpu"), from_the_end=True).int().tolist()

@@ -28,8 +28,8 @@ class KernelWatcher(Protocol):
         """Run the kernel with its arguments, `run(given)`, and return its result."""
 
 
-# The code that takes the place of a kernel's. It runs with the globals of the kernel, so it imports what it needs; it has as
-# many free variables as the kernel, of which it makes no use, since Python asks for that.
+# The code that takes the place of a kernel's. It runs with the globals of the kernel, so it imports what it needs; it
+# has as many free variables as the kernel, of which it makes no use, since Python asks for that.
 STAND_IN = """
 def around({free}):
     def {name}(*args, **kwargs):
@@ -53,7 +53,7 @@ class _Tapped:
         self.original.__kwdefaults__ = function.__kwdefaults__
         free = "".join(f"free_{number}, " for number in range(len(self._code.co_freevars)))
         made: dict[str, Any] = {}
-        exec(STAND_IN.format(free=free, name=kernel.name.rpartition(".")[2], place=place), made)  # noqa: S102 - see above
+        exec(STAND_IN.format(free=free, name=kernel.name.rpartition(".")[2], place=place), made)
         self._tap = function.__code__ = made["around"](*self._code.co_freevars).__code__
 
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> BoundArguments:
