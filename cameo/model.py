@@ -329,7 +329,7 @@ class CameoModel(nn.Module):
         if not seen.trains:
             raise CaptureError(
                 f"layer {layer.path!r} attends by a kernel without a backward, which is for inference: nothing before "
-                'it would be trained. Switch to another for training: model.set_attention_backend("native") in diffusers'
+                'it would be trained. Switch to another, in diffusers by model.set_attention_backend("native")'
             )
         if seen.query.requires_grad or seen.key.requires_grad:
             return

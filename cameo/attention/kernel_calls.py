@@ -36,10 +36,10 @@ class CallWatcher(TorchFunctionMode):
         >>> watcher.calls[0].scale
         0.5
 
-    Sees `F.scaled_dot_product_attention`, `torch.nn.MultiheadAttention`, the kernels that `cameo.attention.kernels.known`
-    lists, and a product of queries and keys (`baddbmm`, `bmm`, `matmul`, `einsum`) whose multiple goes into a softmax.
-    A kernel that calls another is recorded once. `torch.nn.MultiheadAttention` does not take its fast path inside the
-    block, whose result differs in the last digits.
+    Sees `F.scaled_dot_product_attention`, `torch.nn.MultiheadAttention`, the kernels that are listed in
+    `cameo.attention.kernels.known`, and a product of queries and keys (`baddbmm`, `bmm`, `matmul`, `einsum`) whose
+    multiple goes into a softmax. A kernel that calls another is recorded once. `torch.nn.MultiheadAttention` does not
+    take its fast path inside the block, whose result differs in the last digits.
 
     Raises:
         CaptureError: inside the block, for attention that does more to its logits than to scale them and to hide keys.
