@@ -18,7 +18,7 @@ from torch import Tensor
 
 from cameo.attention.axes import first_position, num_positions, position_of, take_segment
 from cameo.attention.folding import fold_matches, fold_tokens, pair_matches, pair_own_tokens
-from cameo.attention.open_segment import open_segment, without_open_segment
+from cameo.attention.open_segment import check_open, open_segment, without_open_segment
 from cameo.attention.pattern import RESERVED, Pattern, Segment, check_pair
 from cameo.attention.shape_check import check_shape
 from cameo.attention.view_order import ViewOrder
@@ -97,9 +97,11 @@ class TokenLayout:
         for name, length in lengths.items():
             if name in RESERVED:
                 raise ValueError(f"{name}={length!r}: batch and token_grids tell how long axis {name} is; leave it out")
-        self.lengths = {name: _length(name, length) for name, length in lengths.items()}
+        self.lengths = {
+            name: None if length is None else as_integer(name, length, least=1) for name, length in lengths.items()
+        }
         self._query, self._key = Pattern(self.query, self.lengths), Pattern(self.key, self.lengths)
-        self._check_open()
+        check_open(self._query, self._key, self.lengths)
         check_pair(self._query, self._key, within_views=own_view_shows is not None)
         self.view_order.check(self._key)
         if unused := set(lengths) - self._query.names - self._key.names:
@@ -361,16 +363,6 @@ class TokenLayout:
             lengths |= {name: height if name.startswith("h") else width for name in segment}
         return lengths
 
-    def _check_open(self) -> None:
-        """Refuse more than one open length, and one that is not the number of tokens of a segment."""
-        names = [name for name, length in self.lengths.items() if length is None]
-        texts = [segment[0] for segment in (*self._query.segments, *self._key.segments) if len(segment) == 1]
-        if len(names) > 1 or any(name not in texts for name in names):
-            raise ValueError(
-                f"{', '.join(f'{name}=None' for name in names)}: only one length may be open, that of a segment of "
-                f"tokens that belong to no view, got {self!r}"
-            )
-
     def _split(
         self, of: str, tensor: Tensor, batch: int, token_grids: TokenGrids, rows: Tensor | None = None
     ) -> Tensor:
@@ -382,10 +374,10 @@ class TokenLayout:
         rest = tuple(name for name in ("h", "w") if name not in pattern.folded)
         main = take_segment(tensor, pattern, pattern.main, lengths, views=self._query.views, grid=rest)
         if self.own_view_shows is not None:
-            return pair_own_tokens(self._showing_views(main, len(token_grids)), batch)
+            return pair_own_tokens(self.view_order.showing_views(main, len(token_grids)), batch)
         main = main[:, :, : main.shape[2] - self.unsupervised_views]
         if not self._key.extra:
-            return main if self.unsupervised_views else self._references_first(main)
+            return main if self.unsupervised_views else self.view_order.references_first(main)
         empty = main.new_zeros(main.shape[0], main.shape[1], 1, 0, main.shape[4])
         parts = [main]
         for segment in self._key.extra:
@@ -395,23 +387,9 @@ class TokenLayout:
             grid = tuple(sorted(segment))
             parts.append(take_segment(tensor, pattern, segment, lengths, views=(), grid=grid))
         longest = max(height * width for height, width in token_grids)
-        return self._references_first(
+        return self.view_order.references_first(
             torch.cat([F.pad(part, (0, 0, 0, longest - part.shape[3])) for part in parts], dim=2)
         )
-
-    def _showing_views(self, views: Tensor, num_views: int) -> Tensor:
-        """Take those of [B', K, V, N', D] that show another view, in the order of the correspondence."""
-        places = [self.view_order.place(view, num_views) for view in self.view_order.pairs(num_views)[:, 1].tolist()]
-        first, count = places[0], len(places)
-        return views.narrow(2, first, count) if places == list(range(first, first + count)) else views[:, :, places]
-
-    def _references_first(self, views: Tensor) -> Tensor:
-        """Bring the views of [B', K, V, N', D] from the order of the attention into that of the correspondence."""
-        return views.roll(self.references_last, dims=2) if self.references_last else views
-
-
-def _length(name: str, length: int | None) -> int | None:
-    return None if length is None else as_integer(name, length, least=1)
 
 
 def _check_place(name: str, value: int, limit: int) -> None:

@@ -5,26 +5,36 @@ Axes: A rows of the attention batch, K heads, L tokens of the call, D head dimen
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
 from cameo.attention.axes import first_position, num_positions
 from cameo.attention.pattern import Pattern, Segment
 
-__all__ = ["OPEN", "lengths_of_rows", "open_segment", "without_open_segment"]
-
-# The value of a length that is not known beforehand.
-OPEN = None
+__all__ = ["check_open", "lengths_of_rows", "open_segment", "without_open_segment"]
 
 
-def open_segment(pattern: Pattern, lengths: dict[str, int | None]) -> Segment | None:
+def check_open(query: Pattern, key: Pattern, lengths: Mapping[str, int | None]) -> None:
+    """Raise a ValueError if more than one length is open, or one that is not the number of tokens of a segment."""
+    names = [name for name, length in lengths.items() if length is None]
+    texts = [segment[0] for segment in (*query.segments, *key.segments) if len(segment) == 1]
+    if len(names) > 1 or any(name not in texts for name in names):
+        raise query.error(
+            f"{', '.join(f'{name}=None' for name in names)}: only one length may be open, that of a segment of tokens "
+            "that belong to no view"
+        )
+
+
+def open_segment(pattern: Pattern, lengths: Mapping[str, int | None]) -> Segment | None:
     """Return the segment whose number of tokens is open, or None.
 
     Example:
         >>> open_segment(Pattern("b (t + v h w)", {"t": None}), {"t": None})
         ('t',)
     """
-    return next((segment for segment in pattern.segments if lengths.get(segment[0], 1) is OPEN), None)
+    return next((segment for segment in pattern.segments if lengths.get(segment[0], 1) is None), None)
 
 
 def without_open_segment(
