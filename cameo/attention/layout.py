@@ -18,7 +18,7 @@ from torch import Tensor
 
 from cameo.attention.axes import first_position, num_positions, position_of, take_segment
 from cameo.attention.folding import fold_matches, fold_tokens, pair_matches, pair_own_tokens
-from cameo.attention.open_segment import check_open, open_segment, without_open_segment
+from cameo.attention.open_segment import check_open, open_length, open_segment, without_open_segment
 from cameo.attention.pattern import RESERVED, Pattern, Segment, check_pair
 from cameo.attention.shape_check import check_shape
 from cameo.attention.view_order import ViewOrder
@@ -288,8 +288,9 @@ class TokenLayout:
 
     @old_keywords
     def locate(
-        self, view: int, row: int, col: int, *, batch_index: int, batch: int, token_grids: TokenGrids, of: str = "query"
-    ) -> tuple[int, int]:
+        self, view: int, row: int, col: int, *, batch_index: int, batch: int, token_grids: TokenGrids,
+        of: str = "query", tokens: int | None = None,
+    ) -> tuple[int, int]:  # fmt: skip
         """Return the position (attention batch index, token index) of one token of a view; of keys in their first copy.
 
         Example:
@@ -298,9 +299,11 @@ class TokenLayout:
             (0, 862)
 
         Raises:
-            ValueError: the place is outside the batch, the views or the grid, or the view has no queries.
+            ValueError: the place is outside the batch, the views or the grid, the view has no queries, or `tokens`, the
+                L of the call, is not given where the number of tokens before the views is open.
         """
         pattern, lengths = self._pattern(of), self._lengths(batch, token_grids)
+        lengths |= open_length(pattern, self.lengths, lengths, tokens)
         _check_place("batch_index", batch_index, batch)
         _check_place("view", view, len(token_grids))
         _check_place("row", row, token_grids[view][0])

@@ -13,7 +13,7 @@ from torch import Tensor
 from cameo.attention.axes import first_position, num_positions
 from cameo.attention.pattern import Pattern, Segment
 
-__all__ = ["check_open", "lengths_of_rows", "open_segment", "without_open_segment"]
+__all__ = ["check_open", "lengths_of_rows", "open_length", "open_segment", "without_open_segment"]
 
 
 def check_open(query: Pattern, key: Pattern, lengths: Mapping[str, int | None]) -> None:
@@ -35,6 +35,32 @@ def open_segment(pattern: Pattern, lengths: Mapping[str, int | None]) -> Segment
         ('t',)
     """
     return next((segment for segment in pattern.segments if lengths.get(segment[0], 1) is None), None)
+
+
+def open_length(
+    pattern: Pattern, given: Mapping[str, int | None], lengths: dict[str, int], tokens: int | None
+) -> dict[str, int]:
+    """Return the length of the open segment in a call of so many tokens, by its name; nothing where none is open.
+
+    Example:
+        >>> lengths = {"t": 0, "v": 2, "h": 2, "w": 3}
+        >>> open_length(Pattern("b (t + v h w)", {"t": None}), {"t": None}, lengths, 17)
+        {'t': 5}
+
+    Raises:
+        ValueError: the number of tokens is not given, or is too small.
+    """
+    if (segment := open_segment(pattern, given)) is None:
+        return {}
+    others = sum(num_positions(other, lengths) for other in pattern.segments)
+    if tokens is None and segment == pattern.segments[-1]:
+        return {}
+    if tokens is None or tokens < others:
+        raise ValueError(
+            f"tokens: the number of tokens {segment[0]} is open, so give that of the whole call, at least {others}, "
+            f"got {tokens}"
+        )
+    return {segment[0]: tokens - others}
 
 
 def without_open_segment(

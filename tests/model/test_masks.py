@@ -201,3 +201,13 @@ def test_only_one_length_of_text_may_be_open(lengths: dict[str, int | None]) -> 
     text = "b (t + s + v h w)" if "s" in lengths else "b (t + r h c w)"
     with pytest.raises(ValueError, match="only one length may be open"):
         TokenLayout(text, **lengths)
+
+
+def test_a_token_behind_text_of_open_length_is_located_in_a_call_of_known_length() -> None:
+    place = {"batch_index": 1, "batch": BATCH, "token_grids": (GRID,) * VIEWS}
+    layout = TokenLayout("b (t + v h w)", t=None)
+    known = TokenLayout("b (t + v h w)", t=TEXT).locate(2, 1, 0, **place)
+    assert layout.locate(2, 1, 0, **place, tokens=TEXT + IMAGE) == known == (1, TEXT + 2 * TOKENS + 3)
+    assert TokenLayout("b (v h w + t)", t=None).locate(2, 1, 0, **place) == (1, 2 * TOKENS + 3)
+    with pytest.raises(ValueError, match=r"tokens: the number of tokens t is open.* at least 18, got None"):
+        layout.locate(2, 1, 0, **place)
