@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from cameo.alignment import AlignmentHead, alignment_loss, check_head_options, check_options
 from cameo.alignment.head_watch import HeadWatch
 from cameo.attention.capture import AttentionCapture, AttentionLayer, CapturedAttention
+from cameo.attention.visibility import split_call
 from cameo.backbone import get_backbone, resolve_layers, unwrap_peft
 from cameo.config import CameoConfig, finite
 from cameo.correspondence import Correspondence
-from cameo.errors import CaptureError, NoLossError, ShapeError
+from cameo.errors import CaptureError, NoLossError
 from cameo.geometry.grids import TokenGrids
 from cameo.renamed import old_attributes, old_functions, old_keywords
 
@@ -148,7 +149,7 @@ class CameoModel(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Alignment loss of one layer, and the number of its matches."""
         self._check_graph(layer, seen)
-        query, key, local = self.split(layer, seen, match)
+        query, key, local, visible = split_call(layer, seen, match, self.cameo_config.normalize)
         references = self.cameo_config.num_reference_views
         if references is not None and references > match.num_views:
             raise ValueError(
@@ -166,6 +167,7 @@ class CameoModel(nn.Module):
             normalize=self.cameo_config.normalize,
             reduction=self.cameo_config.reduction,
             num_reference_views=references,
+            visible=visible,
             softness=self.cameo_config.softness,
             implementation=self.implementation,
             gelu=self.gelu,
@@ -257,15 +259,16 @@ class CameoModel(nn.Module):
     def split(
         layer: AttentionLayer, seen: CapturedAttention, match: Correspondence
     ) -> tuple[Tensor, Tensor, Correspondence]:
-        """Split a captured call by sample and view: query and key `[B, K, V, N, D]`, and the matches there."""
-        match = match.to(seen.query.device)
-        try:
-            query = layer.layout.split_query(seen.query, batch=match.batch_size, token_grids=match.token_grids)
-            key = layer.layout.split_key(seen.key, batch=match.batch_size, token_grids=match.token_grids)
-        except ShapeError as error:
-            error.args = (f"layer {layer.path!r} with {layer.layout!r}: {error}",)
-            raise
-        return query, key, layer.layout.localize(match)
+        """Split a captured call by sample and view: query and key `[B, K, V, N, D]`, and the matches there.
+
+        Raises:
+            CaptureError: a mask hides a part of a view from some queries, so that their softmax is over other tokens.
+            ShapeError: the call has another shape than the layout and the matches.
+        """
+        query, key, local, visible = split_call(layer, seen, match, "per_view")
+        if visible is not None:
+            raise CaptureError(f"layer {layer.path!r} hides a part of a view from some queries, which cannot be probed")
+        return query, key, local
 
     def unwrap(self) -> nn.Module:
         """Return the very module that was wrapped, as it was; the alignment heads stay with this object.
@@ -323,6 +326,11 @@ class CameoModel(nn.Module):
     def _check_graph(self, layer: AttentionLayer, seen: CapturedAttention) -> None:
         if not (self.training and torch.is_grad_enabled()):
             return
+        if not seen.trains:
+            raise CaptureError(
+                f"layer {layer.path!r} attends by a kernel without a backward, which is for inference: nothing before "
+                'it would be trained. Switch to another, in diffusers by model.set_attention_backend("native")'
+            )
         if seen.query.requires_grad or seen.key.requires_grad:
             return
         raise CaptureError(

@@ -6,6 +6,7 @@ dimension, i query view, j key view, x query token.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import TYPE_CHECKING
 
@@ -39,6 +40,7 @@ def alignment_loss(
     normalize: str = "per_view",
     reduction: str = "mean",
     num_reference_views: int | None = None,
+    visible: Tensor | None = None,
     softness: float = 0.0,
     implementation: str = "auto",
     gelu: str = "exact",
@@ -75,12 +77,16 @@ def alignment_loss(
         reduction: "mean": sum(w * loss) / sum(w), with w = 1 unless the correspondence has a weight.
             "sum": sum(w * loss). "released": as the authors' released code, see `supervision_weights`.
         num_reference_views: number of reference views; required by "released", and read for it only.
+        visible: bool [B, V, N, V, N] (query view, query, key view, key): which keys each query sees, where the layer
+            masks its attention. The softmax leaves the others out, and a match with one of them is not supervised.
+            None: all. Computed by "reference".
         softness: standard deviation, in tokens, of the Gaussian that spreads each match over the tokens around
             it; 0 is one token. See `cameo.alignment.rows.Window`.
         implementation: "reference": readable, holds all logits, can be differentiated twice. "chunked": loss and
             gradient in one sweep over the supervised queries, on any device, in a workspace of bounded size.
             "triton": the same with kernels for CUDA. "auto": "triton" where it can serve, else "chunked"; "reference"
-            for a head with a forward of its own, a match weight that requires a gradient, and inside of torch.func.
+            for `visible`, a head with a forward of its own, a match weight that requires a gradient, and inside of
+            torch.func.
         gelu: "exact": to the rounding of the dtype; within 6e-7 in the kernels of "triton". "fast": within 1.2e-6, by
             a shorter polynomial, in the kernels of "triton"; the other implementations always compute the exact one.
 
@@ -100,7 +106,9 @@ def alignment_loss(
             "a query reaches one token per view, so a softmax per view is constant and trains nothing; "
             'use normalize="all_views"'
         )
-    chosen = _choose(implementation, query, head, correspondence)
+    if visible is not None:
+        correspondence = _check_visible(visible, correspondence)
+    chosen = _choose(implementation, query, head, correspondence, masked=visible is not None)
     # Half precision costs one rounding of the inputs only: everything below is float32 or float64.
     dtype = torch.promote_types(query.dtype, torch.float32)
     weights = supervision_weights(
@@ -112,7 +120,7 @@ def alignment_loss(
     )
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     if chosen == "reference":
-        return reference_loss(query, key, correspondence, weights, head, scale, normalize, softness)
+        return reference_loss(query, key, correspondence, weights, head, scale, normalize, softness, visible)
     return fused_alignment_loss(
         query,
         key,
@@ -129,9 +137,22 @@ def alignment_loss(
     )
 
 
-def _choose(implementation: str, query: Tensor, head: AlignmentHead, correspondence: Correspondence) -> str:
+def _check_visible(visible: Tensor, correspondence: Correspondence) -> Correspondence:
+    """Check its shape, and remove the matches with keys that are not seen."""
+    batch, views, _, tokens = correspondence.index.shape
+    expected = (batch, views, tokens, views, tokens)
+    if visible.shape != expected or visible.dtype != torch.bool:
+        raise ShapeError("visible", expected=f"bool {list(expected)}", got=f"{visible.dtype} {list(visible.shape)}")
+    index = correspondence.index
+    seen = visible.transpose(2, 3).gather(4, index.clamp(min=0)[..., None])[..., 0]
+    return dataclasses.replace(correspondence, index=index.where(seen, -1))
+
+
+def _choose(
+    implementation: str, query: Tensor, head: AlignmentHead, correspondence: Correspondence, *, masked: bool
+) -> str:
     """Resolve "auto", and refuse an implementation that cannot serve."""
-    reason: str | None = None
+    reason = "it compares a query with whole views, and visible= hides tokens" if masked else None
     weight = correspondence.match_weight
     if type(head).forward is not AlignmentHead.forward:  # FSDP makes another class, with the same forward
         reason = f"it computes an AlignmentHead, and {type(head).__name__} may have a forward of its own"

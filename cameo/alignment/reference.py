@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["reference_loss"]
 
 Match = tuple[Tensor, Tensor, Tensor]
-Group = tuple[Tensor, Tensor, Tensor, Match, Tensor]
+Group = tuple[Tensor, Tensor, Tensor, Match, Tensor, Tensor | None]
 
 
 def reference_loss(
@@ -33,8 +33,13 @@ def reference_loss(
     scale: float,
     normalize: str,
     softness: float,
+    visible: Tensor | None = None,
 ) -> Tensor:
-    """Compute the alignment loss group by group; the other implementations are compared with this one."""
+    """Compute the alignment loss group by group; the other implementations are compared with this one.
+
+    Args:
+        visible: as in `cameo.alignment_loss`; the others too, with `weights` `[B, V, V, N]`.
+    """
     check_matches(correspondence.index, correspondence.token_grids)
     dtype = weights.dtype
     groups = _groups_per_view if normalize == "per_view" else _groups_all_views
@@ -42,23 +47,30 @@ def reference_loss(
     loss = None
     with torch.autocast(device_type=query.device.type, enabled=False):
         if normalize == "all_views" and set(correspondence.token_grids) == {(1, 1)}:
-            loss = _one_token_per_view(query.to(dtype) * scale, key.to(dtype), weights, head)
+            loss = _one_token_per_view(query.to(dtype) * scale, key.to(dtype), weights, head, visible)
             return _zero_with_graph(query, key, head, dtype) if loss is None else loss
-        for queries, keys, start, match, row in groups(query, key, correspondence, weights):
+        for queries, keys, start, match, row, seen in groups(query, key, correspondence, weights, visible):
             view, token, weight = window.spread(*(column[:, None] for column in match))
+            column = start[view] + token
             logits = head((queries.to(dtype) * scale) @ keys.to(dtype).transpose(-1, -2))
+            if seen is not None:
+                logits = logits.masked_fill(~seen, -torch.inf)
+                kept = weight.where(seen[row[:, None], column], 0)
+                weight = kept * (weight.sum(dim=-1, keepdim=True) / kept.sum(dim=-1, keepdim=True))
             log_sum = logits.logsumexp(dim=-1)[:, row, None]
-            nll = (log_sum - logits[:, row[:, None], start[view] + token]).mean(dim=0)
+            nll = (log_sum - logits[:, row[:, None], column].masked_fill(weight == 0, 0)).mean(dim=0)
             group_loss = (weight * nll).sum()
             loss = group_loss if loss is None else loss + group_loss
     return _zero_with_graph(query, key, head, dtype) if loss is None else loss
 
 
-def _groups_per_view(query: Tensor, key: Tensor, correspondence: Correspondence, weights: Tensor) -> Iterator[Group]:
+def _groups_per_view(
+    query: Tensor, key: Tensor, correspondence: Correspondence, weights: Tensor, visible: Tensor | None
+) -> Iterator[Group]:
     """Rows that share their keys: all supervised queries of a sample against one key view.
 
-    Yields queries [K, R, D], keys [K, M, D], the first key of each view, and of each match its view, its token and
-    its weight, and its query's row.
+    Yields queries [K, R, D], keys [K, M, D], the first key of each view, of each match its view, its token and its
+    weight, its query's row, and the keys that each query sees [R, M], or None.
     """
     start = torch.zeros(len(correspondence.token_grids), dtype=torch.int64, device=query.device)
     for b, j in torch.nonzero(weights.any(dim=3).any(dim=1)).tolist():
@@ -68,10 +80,13 @@ def _groups_per_view(query: Tensor, key: Tensor, correspondence: Correspondence,
         target = correspondence.index[b, view, j, token]
         keys = key[b, :, j, : height * width]
         match = torch.full_like(view, j), target, weights[b, view, j, token]
-        yield query[b][:, view, token], keys, start, match, row
+        seen = None if visible is None else visible[b, view, token, j, : height * width]
+        yield query[b][:, view, token], keys, start, match, row, seen
 
 
-def _groups_all_views(query: Tensor, key: Tensor, correspondence: Correspondence, weights: Tensor) -> Iterator[Group]:
+def _groups_all_views(
+    query: Tensor, key: Tensor, correspondence: Correspondence, weights: Tensor, visible: Tensor | None
+) -> Iterator[Group]:
     """The same for one softmax over all other views: the supervised queries of one view of a sample."""
     lengths = [height * width for height, width in correspondence.token_grids]
     for b, i in torch.nonzero(weights.any(dim=3).any(dim=2)).tolist():
@@ -82,10 +97,15 @@ def _groups_all_views(query: Tensor, key: Tensor, correspondence: Correspondence
         view, token = torch.nonzero(weights[b, i], as_tuple=True)
         tokens, row = torch.unique(token, return_inverse=True)
         match = view, correspondence.index[b, i, view, token], weights[b, i, view, token]
-        yield query[b][:, i, tokens], keys, start.to(query.device), match, row
+        seen = None
+        if visible is not None:
+            seen = torch.cat([visible[b, i, tokens, j, : lengths[j]] for j in others], dim=1)
+        yield query[b][:, i, tokens], keys, start.to(query.device), match, row, seen
 
 
-def _one_token_per_view(query: Tensor, key: Tensor, weights: Tensor, head: AlignmentHead) -> Tensor | None:
+def _one_token_per_view(
+    query: Tensor, key: Tensor, weights: Tensor, head: AlignmentHead, visible: Tensor | None
+) -> Tensor | None:
     """The loss over all views where each has one token, as in temporal attention; None without a match.
 
     There is one small softmax per cell of the token grid, so all cells with a match are computed in one batch.
@@ -95,8 +115,10 @@ def _one_token_per_view(query: Tensor, key: Tensor, weights: Tensor, head: Align
         return None
     queries, keys = (tensor[cells, :, :, 0].transpose(0, 1) for tensor in (query, key))  # [K, cells, V, D]
     logits = head(queries @ keys.transpose(-1, -2))
-    same_view = torch.eye(logits.shape[-1], dtype=torch.bool, device=logits.device)
-    log_sum = logits.masked_fill(same_view, -torch.inf).logsumexp(dim=-1, keepdim=True)
+    left_out = torch.eye(logits.shape[-1], dtype=torch.bool, device=logits.device)
+    if visible is not None:
+        left_out = left_out | ~visible[cells, :, 0, :, 0]
+    log_sum = logits.masked_fill(left_out, -torch.inf).logsumexp(dim=-1, keepdim=True)
     weight = weights[cells, ..., 0]
     nll = (log_sum - logits).mean(dim=0).masked_fill(weight == 0, 0)
     return (weight * nll).sum()

@@ -14,7 +14,8 @@ from typing import Any
 from einops import rearrange
 from torch import Tensor, nn
 
-from cameo.attention.kernel_calls import CallWatcher, KernelCall, join_slices
+from cameo.attention.kernel_calls import CallWatcher
+from cameo.attention.kernels.call import KernelCall, join_samples, join_slices
 from cameo.attention.layout import TokenLayout
 from cameo.attention.watched_layers import WatchedLayers
 from cameo.errors import CaptureError, as_integer
@@ -76,11 +77,22 @@ class AttentionLayer:
 
 @dataclass(frozen=True)
 class CapturedAttention:
-    """Queries and keys `[AB, K, L, D]` as one kernel call received them, and the scale of its logits."""
+    """Queries and keys `[AB, K, L, D]` as one kernel call received them, and the scale of its logits.
+
+    Attributes:
+        query, key, scale, mask, query_lengths, key_lengths, trains: as in `cameo.attention.kernels.call.KernelCall`,
+            the keys with as many heads as the queries.
+        samples: of how many calls of one sample each it is made; None for one call.
+    """
 
     query: Tensor
     key: Tensor
     scale: float
+    mask: Tensor | None = None
+    query_lengths: Tensor | None = None
+    key_lengths: Tensor | None = None
+    trains: bool = True
+    samples: int | None = None
 
 
 class AttentionCapture:
@@ -104,7 +116,8 @@ class AttentionCapture:
     keys.
 
     Raises:
-        CaptureError: in the forward, if a layer masks its attention or calls the kernel several times; when a layer
+        CaptureError: in the forward, if a layer does more to its logits than to scale them and to hide keys, or calls
+            the kernel several times; when a layer
             is read and at the end of the block, if the layer did not run or called no known kernel.
     """
 
@@ -163,38 +176,59 @@ def captured_call(layer: AttentionLayer, watcher: CallWatcher) -> CapturedAttent
         CaptureError: there are several calls and the layer does not say which, or the number of heads is another.
     """
     calls = join_slices(watcher.calls)
-    return _per_head(layer, _choose(layer, calls)) if calls else None
-
-
-def _choose(layer: AttentionLayer, calls: list[KernelCall]) -> KernelCall:
-    if layer.kernel_call is not None:
-        if not 0 <= layer.kernel_call < len(calls):
-            raise CaptureError(
-                f"layer {layer.path!r} called the attention kernel {len(calls)} times in one forward of the module, "
-                f"so there is no kernel_call={layer.kernel_call}; it counts from 0"
-            )
-        return calls[layer.kernel_call]
-    if len(calls) > 1:
-        shapes = ", ".join(f"{list(call.query.shape)} x {list(call.key.shape)}" for call in calls)
+    if not calls:
+        return None
+    if len(calls) > 1 and layer.kernel_call is None:
+        joined = join_samples(calls)
+        if joined is None:
+            raise several_calls(layer.path, len(calls), calls)
+        return _per_head(layer, joined, samples=len(calls))
+    if layer.kernel_call is not None and not 0 <= layer.kernel_call < len(calls):
         raise CaptureError(
-            f"layer {layer.path!r} called the attention kernel {len(calls)} times in one forward of the module, with "
-            f"queries x keys {shapes}; which to supervise is not defined. Pass kernel_call= to cameo.wrap, counted "
-            "from 0, or point layer= at the submodule that makes the cross-view call."
+            f"layer {layer.path!r} called the attention kernel {len(calls)} times in one forward of the module, "
+            f"so there is no kernel_call={layer.kernel_call}; it counts from 0"
         )
-    return calls[0]
+    return _per_head(layer, calls[layer.kernel_call or 0])
 
 
-def _per_head(layer: AttentionLayer, call: KernelCall) -> CapturedAttention:
-    query, key = call.query, call.key
-    if query.ndim == 3:
-        if query.shape[0] % layer.heads:
-            raise CaptureError(
-                f"layer {layer.path!r}: {query.shape[0]} attention rows do not divide into {layer.heads} heads"
-            )
-        query, key = (rearrange(tensor, "(a k) l d -> a k l d", k=layer.heads) for tensor in (query, key))
+def several_calls(path: str, count: int, calls: Iterable[KernelCall] = ()) -> CaptureError:
+    """Build the error for a layer that attends several times in one forward."""
+    shapes = ", ".join(f"{list(call.query.shape)} x {list(call.key.shape)}" for call in calls)
+    return CaptureError(
+        f"layer {path!r} called the attention kernel {count} times in one forward of the module"
+        + (f", with queries x keys {shapes}" if shapes else "")
+        + "; which to supervise is not defined. Pass kernel_call= to cameo.wrap, counted from 0, or point layer= at "
+        "the submodule that makes the cross-view call."
+    )
+
+
+def _per_head(layer: AttentionLayer, call: KernelCall, samples: int | None = None) -> CapturedAttention:
+    query, key = (_heads_apart(layer, tensor) for tensor in (call.query, call.key))
+    if query.ndim == 4 == key.ndim and 0 < key.shape[1] < layer.heads and layer.heads % key.shape[1] == 0:
+        key = key.repeat_interleave(layer.heads // key.shape[1], dim=1)  # grouped queries share keys
     if query.ndim != 4 or query.shape[1] != layer.heads or key.shape[1] != layer.heads:
         raise CaptureError(
             f"layer {layer.path!r}: expected queries and keys with {layer.heads} heads, got "
             f"{list(query.shape)} and {list(key.shape)} for [AB, K, L, D]"
         )
-    return CapturedAttention(query, key, call.scale)
+    mask = call.mask
+    if mask is not None and mask.ndim > 2 and mask.shape[:-2] == call.query.shape[:-2]:
+        mask = _heads_apart(layer, mask)
+    elif mask is not None and call.query.ndim == 3 and mask.ndim == 3:
+        mask = mask[:, None]
+    lengths = call.query_lengths, call.key_lengths
+    return CapturedAttention(query, key, call.scale, mask, *lengths, call.trains, samples)
+
+
+def _heads_apart(layer: AttentionLayer, tensor: Tensor) -> Tensor:
+    """Bring `[A * K, L, D]`, or five axes with the heads among the first three, to `[A, K, L, D]`."""
+    if tensor.ndim == 3:
+        if tensor.shape[0] % layer.heads:
+            raise CaptureError(
+                f"layer {layer.path!r}: {tensor.shape[0]} attention rows do not divide into {layer.heads} heads"
+            )
+        return rearrange(tensor, "(a k) l d -> a k l d", k=layer.heads)
+    if tensor.ndim == 5:
+        axis = next((axis for axis in (2, 1, 0) if tensor.shape[axis] == layer.heads), 2)
+        return tensor.movedim(axis, 2).flatten(0, 1)
+    return tensor

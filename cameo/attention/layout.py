@@ -9,6 +9,7 @@ tokens of a view stand for those of another (`own_view_shows`), each such view i
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from cameo.attention.axes import first_position, num_positions, position_of, take_segment
 from cameo.attention.folding import fold_matches, fold_tokens, pair_matches, pair_own_tokens
+from cameo.attention.open_segment import check_open, open_length, open_segment, without_open_segment
 from cameo.attention.pattern import RESERVED, Pattern, Segment, check_pair
 from cameo.attention.shape_check import check_shape
 from cameo.attention.view_order import ViewOrder
@@ -54,7 +56,9 @@ class TokenLayout:
     - `b` samples; `h`, `w` the token grid; `v` views. Instead of `v`, named tile axes with their lengths as
       keywords: `"b (r h c w)", r=3, c=2` is an image of 3 x 2 tiles, view = 2 * r + c (the query's order).
     - `+` joins segments of the token part. `h' w'` is one more view with a grid of its own, after the others
-      in view order. Any other single name stands for tokens of no view, such as text; their number is a keyword.
+      in view order. Any other single name stands for tokens of no view, such as text; their number is a keyword, or
+      None for one of them: what is left over, which may differ between calls and, where a mask or the lengths of the
+      rows tell, between samples.
     - Grid axes in the batch part limit what a query reaches: its row in `(b h) (v w)`, its cell in `(b h w) v`.
     - Queries may hold the views in the batch part: `(b v) (h w)`. Their keys then hold `u`, identical copies,
       one per query view: `(b u) (v h w)`. The first copy is used.
@@ -71,7 +75,7 @@ class TokenLayout:
             its tokens would match itself. None, the default: keys stand for their own view only.
         references_absent: n; the first n views of the correspondence are not among the views of the attention. Only
             with `own_view_shows`.
-        **lengths: lengths of tile axes, and numbers of tokens that belong to no view.
+        **lengths: lengths of tile axes, and numbers of tokens that belong to no view; one of the latter may be None.
 
     Raises:
         ValueError: a pattern cannot be read; the message holds the pattern and the reason.
@@ -86,15 +90,18 @@ class TokenLayout:
         references_last: int = 0,
         own_view_shows: int | None = None,
         references_absent: int = 0,
-        **lengths: int,
+        **lengths: int | None,
     ) -> None:
         self.query, self.key = query, query if key is None else key
         self.view_order = ViewOrder(unsupervised_views, references_last, own_view_shows, references_absent)
         for name, length in lengths.items():
             if name in RESERVED:
                 raise ValueError(f"{name}={length!r}: batch and token_grids tell how long axis {name} is; leave it out")
-        self.lengths = {name: as_integer(name, length, least=1) for name, length in lengths.items()}
+        self.lengths = {
+            name: None if length is None else as_integer(name, length, least=1) for name, length in lengths.items()
+        }
         self._query, self._key = Pattern(self.query, self.lengths), Pattern(self.key, self.lengths)
+        check_open(self._query, self._key, self.lengths)
         check_pair(self._query, self._key, within_views=own_view_shows is not None)
         self.view_order.check(self._key)
         if unused := set(lengths) - self._query.names - self._key.names:
@@ -114,14 +121,14 @@ class TokenLayout:
     def __hash__(self) -> int:
         return hash(tuple(self.to_dict().items()))
 
-    def to_dict(self) -> dict[str, str | int]:
+    def to_dict(self) -> dict[str, str | int | None]:
         """Return the settings as plain values: `TokenLayout(**layout.to_dict()) == layout`.
 
         Example:
             >>> TokenLayout("b (t + v h w)", t=77).to_dict()
             {'query': 'b (t + v h w)', 'key': 'b (t + v h w)', 'unsupervised_views': 0, 'references_last': 0, 't': 77}
         """
-        patterns: dict[str, str | int] = {"query": self.query, "key": self.key}
+        patterns: dict[str, str | int | None] = {"query": self.query, "key": self.key}
         counts = {"unsupervised_views": 0, "references_last": 0, **self.view_order.settings()}
         return patterns | counts | dict(sorted(self.lengths.items()))
 
@@ -144,6 +151,17 @@ class TokenLayout:
     def within_views(self) -> bool:
         """Whether a query sees the keys of its own view only; possible with `own_view_shows` alone."""
         return any(name in self._key.batch for name in self._key.views)
+
+    @property
+    def folds_nothing(self) -> bool:
+        """Whether samples alone are in the batch parts, so that a row of the attention is a sample."""
+        return self._query.batch == self._key.batch == ("b",)
+
+    @property
+    def text_before_views(self) -> bool:
+        """Whether the tokens whose number is open stand before those of the views."""
+        segment = open_segment(self._key, self.lengths)
+        return segment is not None and self._key.segments.index(segment) < self._key.segments.index(self._key.main)
 
     @property
     def reach(self) -> str:
@@ -173,7 +191,9 @@ class TokenLayout:
 
     @old_keywords
     def shape(self, of: str, *, batch: int, token_grids: TokenGrids) -> tuple[int, int]:
-        """Return attention batch and number of tokens (AB, L) of a call; `of` is "query" or "key".
+        """Return attention batch and number of tokens (AB, L) of a call, without tokens whose number is open.
+
+        `of` is "query" or "key".
 
         Example:
             >>> TokenLayout("(b h) (v w)").shape("key", batch=2, token_grids=((16, 24),) * 6)
@@ -194,7 +214,9 @@ class TokenLayout:
         return sorted(view % num_views for view in range(first, first + len(self._key.extra)))
 
     @old_keywords
-    def split_query(self, tensor: Tensor, *, batch: int, token_grids: TokenGrids) -> Tensor:
+    def split_query(
+        self, tensor: Tensor, *, batch: int, token_grids: TokenGrids, lengths: Tensor | None = None
+    ) -> Tensor:
         """Bring queries [AB, K, L, D] to [B', K, V, N', D]; views without queries are zeros.
 
         With `own_view_shows` both views of a sample hold the tokens of the view that it is about.
@@ -208,15 +230,18 @@ class TokenLayout:
             tensor: [AB, K, L, D] as the kernel receives it.
             batch: B, number of samples.
             token_grids: token grid (h, w) of each view, as `Correspondence.token_grids`.
+            lengths: [AB], how many of the L tokens of each row are no padding at its end; None for all.
 
         Raises:
             ShapeError: AB or L does not fit the pattern; the message holds the expected numbers and the cure.
             ValueError: the token grids do not fit the pattern.
         """
-        return self._split("query", tensor, batch, token_grids)
+        return self._split("query", tensor, batch, token_grids, lengths)
 
     @old_keywords
-    def split_key(self, tensor: Tensor, *, batch: int, token_grids: TokenGrids) -> Tensor:
+    def split_key(
+        self, tensor: Tensor, *, batch: int, token_grids: TokenGrids, lengths: Tensor | None = None
+    ) -> Tensor:
         """Bring keys [AB, K, L, D] to [B', K, V, N', D]; arguments and errors as `split_query`.
 
         Example:
@@ -224,7 +249,7 @@ class TokenLayout:
             >>> layout.split_key(torch.zeros(2 * 6 * 16, 8, 6 * 24, 64), batch=2, token_grids=((16, 24),) * 6).shape
             torch.Size([32, 8, 6, 24, 64])
         """
-        return self._split("key", tensor, batch, token_grids)
+        return self._split("key", tensor, batch, token_grids, lengths)
 
     def localize(self, correspondence: Correspondence) -> Correspondence:
         """Express a correspondence in the folded form, without matches out of reach and of views without queries.
@@ -263,8 +288,9 @@ class TokenLayout:
 
     @old_keywords
     def locate(
-        self, view: int, row: int, col: int, *, batch_index: int, batch: int, token_grids: TokenGrids, of: str = "query"
-    ) -> tuple[int, int]:
+        self, view: int, row: int, col: int, *, batch_index: int, batch: int, token_grids: TokenGrids,
+        of: str = "query", tokens: int | None = None,
+    ) -> tuple[int, int]:  # fmt: skip
         """Return the position (attention batch index, token index) of one token of a view; of keys in their first copy.
 
         Example:
@@ -273,9 +299,11 @@ class TokenLayout:
             (0, 862)
 
         Raises:
-            ValueError: the place is outside the batch, the views or the grid, or the view has no queries.
+            ValueError: the place is outside the batch, the views or the grid, the view has no queries, or `tokens`, the
+                L of the call, is not given where the number of tokens before the views is open.
         """
         pattern, lengths = self._pattern(of), self._lengths(batch, token_grids)
+        lengths |= open_length(pattern, self.lengths, lengths, tokens)
         _check_place("batch_index", batch_index, batch)
         _check_place("view", view, len(token_grids))
         _check_place("row", row, token_grids[view][0])
@@ -313,7 +341,7 @@ class TokenLayout:
         attended = token_grids[order.references_absent :]
         ordered = (*attended[order.references_last :], *attended[: order.references_last])
         main = ordered[: max(0, len(ordered) - len(extra))]
-        tiles = None if views == ("v",) else num_positions(views, self.lengths)
+        tiles = None if views == ("v",) else math.prod(self.lengths[name] or 0 for name in views)
         expected = None if tiles is None else tiles - order.beyond + len(extra) + order.references_absent
         least = max(len(extra), order.least)
         if len(token_grids) <= least or expected not in (None, len(token_grids)):
@@ -329,7 +357,8 @@ class TokenLayout:
                 f"token_grids: the {len(main)} views of segment {' '.join(self._key.main)} share one token grid, "
                 f"got {main}. A view with its own grid is a segment of its own, as h' w'"
             )
-        lengths = {**self.lengths, "b": batch, "h": main[0][0], "w": main[0][1]}
+        known = {name: 0 if length is None else length for name, length in self.lengths.items()}
+        lengths = {**known, "b": batch, "h": main[0][0], "w": main[0][1]}
         if tiles is None:
             lengths["v"] = len(main) + order.beyond
         lengths["u"] = num_positions(views, lengths)
@@ -337,17 +366,21 @@ class TokenLayout:
             lengths |= {name: height if name.startswith("h") else width for name in segment}
         return lengths
 
-    def _split(self, of: str, tensor: Tensor, batch: int, token_grids: TokenGrids) -> Tensor:
+    def _split(
+        self, of: str, tensor: Tensor, batch: int, token_grids: TokenGrids, rows: Tensor | None = None
+    ) -> Tensor:
         pattern, lengths = self._pattern(of), self._lengths(batch, token_grids)
         expected = self.shape(of, batch=batch, token_grids=token_grids)
+        if (segment := open_segment(pattern, self.lengths)) is not None:
+            tensor = without_open_segment(tensor, pattern, segment, lengths, rows)
         check_shape(of, tensor, expected, pattern.text, batch=batch, token_grids=token_grids)
         rest = tuple(name for name in ("h", "w") if name not in pattern.folded)
         main = take_segment(tensor, pattern, pattern.main, lengths, views=self._query.views, grid=rest)
         if self.own_view_shows is not None:
-            return pair_own_tokens(self._showing_views(main, len(token_grids)), batch)
+            return pair_own_tokens(self.view_order.showing_views(main, len(token_grids)), batch)
         main = main[:, :, : main.shape[2] - self.unsupervised_views]
         if not self._key.extra:
-            return main if self.unsupervised_views else self._references_first(main)
+            return main if self.unsupervised_views else self.view_order.references_first(main)
         empty = main.new_zeros(main.shape[0], main.shape[1], 1, 0, main.shape[4])
         parts = [main]
         for segment in self._key.extra:
@@ -357,19 +390,9 @@ class TokenLayout:
             grid = tuple(sorted(segment))
             parts.append(take_segment(tensor, pattern, segment, lengths, views=(), grid=grid))
         longest = max(height * width for height, width in token_grids)
-        return self._references_first(
+        return self.view_order.references_first(
             torch.cat([F.pad(part, (0, 0, 0, longest - part.shape[3])) for part in parts], dim=2)
         )
-
-    def _showing_views(self, views: Tensor, num_views: int) -> Tensor:
-        """Take those of [B', K, V, N', D] that show another view, in the order of the correspondence."""
-        places = [self.view_order.place(view, num_views) for view in self.view_order.pairs(num_views)[:, 1].tolist()]
-        first, count = places[0], len(places)
-        return views.narrow(2, first, count) if places == list(range(first, first + count)) else views[:, :, places]
-
-    def _references_first(self, views: Tensor) -> Tensor:
-        """Bring the views of [B', K, V, N', D] from the order of the attention into that of the correspondence."""
-        return views.roll(self.references_last, dims=2) if self.references_last else views
 
 
 def _check_place(name: str, value: int, limit: int) -> None:

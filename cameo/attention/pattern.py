@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
 __all__ = ["Pattern", "check_pair"]
 
@@ -35,7 +36,7 @@ class Pattern:
         ValueError: the pattern cannot be parsed; the message holds the pattern and the reason.
     """
 
-    def __init__(self, text: str, lengths: dict[str, int]) -> None:
+    def __init__(self, text: str, lengths: Mapping[str, int | None]) -> None:
         self.text = text
         self.batch, self.segments = self._read()
         names = [*self.batch, *(name for segment in self.segments for name in segment)]
@@ -75,7 +76,7 @@ class Pattern:
             raise self.error("sums (+) and primed axes belong in the token part")
         return batch[0], tuple(tokens)
 
-    def _find_main(self, lengths: dict[str, int]) -> Segment:
+    def _find_main(self, lengths: Mapping[str, int | None]) -> Segment:
         plain = [s for s in self.segments if s not in self.extra]
         grids = [s for s in plain if len(s) > 1 or s[0] in RESERVED]
         if len(grids) != 1:
@@ -84,7 +85,10 @@ class Pattern:
         for segment in plain:
             if segment != grids[0] and segment[0] not in lengths:
                 name = segment[0]
-                raise self.error(f"tokens {name} belong to no view, so give their number: {name}=<tokens>")
+                raise self.error(
+                    f"tokens {name} belong to no view, so give their number: {name}=<tokens>, or {name}=None for what "
+                    "is left over"
+                )
         return grids[0]
 
     def _check_extra(self) -> None:
@@ -93,7 +97,7 @@ class Pattern:
             if sorted(segment) != ["h" + primes, "w" + primes]:
                 raise self.error(f"segment {' '.join(segment)} must be one primed height and width, as h' w'")
 
-    def _check_views(self, lengths: dict[str, int]) -> None:
+    def _check_views(self, lengths: Mapping[str, int | None]) -> None:
         if not self.views:
             raise self.error("no view axis: write v, or tile axes with their lengths as keywords")
         tiles = [name for name in self.views if name != "v"]

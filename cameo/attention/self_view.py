@@ -10,13 +10,15 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from inspect import BoundArguments
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cameo.attention.capture import AttentionLayer, captured_call
-from cameo.attention.kernel_calls import XFORMERS_ARGUMENTS, CallWatcher
+from cameo.attention.kernel_calls import CallWatcher
+from cameo.attention.kernels.known import Kernel
 from cameo.attention.layout import TokenLayout
 from cameo.attention.pattern import Pattern
 from cameo.attention.watched_layers import WatchedLayers
@@ -26,7 +28,7 @@ from cameo.geometry.grids import TokenGrids
 __all__ = ["cut_other_views"]
 
 SDPA_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale")
-MASKS = ("attn_mask", "attn_bias", "is_causal")
+MASKS = ("attn_mask", "attn_bias", "is_causal", "causal", "block_mask")
 
 
 @contextmanager
@@ -145,11 +147,28 @@ class _Cutter(CallWatcher):
                 func = functools.wraps(func)(functools.partial(self._masked, func))
         return super().__torch_function__(func, types, args, kwargs)
 
-    def xformers_call(self, original: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        """Run `memory_efficient_attention` view by view; it has its tokens on axis 1."""
-        if self._mixes_views():
-            original = functools.partial(self._by_view, original, XFORMERS_ARGUMENTS, 1)
-        return super().xformers_call(original, args, kwargs)
+    def kernel_call(self, kernel: Kernel, run: Callable[[BoundArguments], Any], given: BoundArguments) -> Any:
+        """Run a kernel of another package view by view."""
+        if self._muted or not self._mixes_views():
+            return super().kernel_call(kernel, run, given)
+        if not kernel.tensors:
+            raise CaptureError(
+                f"layer {self.layer!r} attends by {kernel.title}, which does not take queries, keys and values apart "
+                "and cannot be cut; switch the model to F.scaled_dot_product_attention"
+            )
+
+        def pieces(query: Tensor, key: Tensor, value: Tensor, **rest: Any) -> Any:
+            part = BoundArguments(given.signature, given.arguments.copy())
+            part.arguments |= dict(zip(kernel.tensors, (query, key, value), strict=True)) | rest
+            return run(part)
+
+        tensors = [given.arguments[name] for name in kernel.tensors]
+        rest = {name: value for name, value in given.arguments.items() if name not in kernel.tensors}
+
+        def by_view(_: BoundArguments) -> Tensor:
+            return self._by_view(pieces, ("query", "key", "value"), kernel.token_axis, *tensors, **rest)
+
+        return super().kernel_call(kernel, by_view, given)
 
     def _mixes_views(self) -> bool:
         """Whether the next call is the one that mixes the views."""
@@ -160,7 +179,10 @@ class _Cutter(CallWatcher):
     ) -> Tensor:
         given = dict(zip(names, args, strict=False)) | kwargs
         if any(given.get(mask) is not None and given[mask] is not False for mask in MASKS):
-            return kernel(*args, **kwargs)  # the base class refuses it
+            raise CaptureError(
+                f"layer {self.layer!r} masks its attention, which cannot be cut view by view as well; measure it "
+                "without padding"
+            )
         query, key, value = (given.pop(name) for name in ("query", "key", "value"))
         if query.ndim not in (3, 4):
             raise CaptureError(f"layer {self.layer!r}: expected queries of 3 or 4 axes, got {list(query.shape)}")

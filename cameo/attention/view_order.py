@@ -130,3 +130,13 @@ class ViewOrder:
         if self.own_view_shows is None:
             return values[:, self.removed :]
         return values[:, self.pairs(values.shape[1]).to(values.device)].flatten(0, 1)
+
+    def showing_views(self, views: Tensor, num_views: int) -> Tensor:
+        """Take those of `[B', K, V, N', D]` that show another view, in the order of the correspondence."""
+        places = [self.place(view, num_views) for view in self.pairs(num_views)[:, 1].tolist()]
+        first, count = places[0], len(places)
+        return views.narrow(2, first, count) if places == list(range(first, first + count)) else views[:, :, places]
+
+    def references_first(self, views: Tensor) -> Tensor:
+        """Bring the views of `[B', K, V, N', D]` from the order of the attention into that of the correspondence."""
+        return views.roll(self.references_last, dims=2) if self.references_last else views

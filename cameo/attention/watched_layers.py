@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from cameo.attention.kernel_calls import CallWatcher
+from cameo.attention.kernels.known import KNOWN
 
 __all__ = ["WatchedLayers"]
 
@@ -54,7 +55,7 @@ class WatchedLayers:
         self._cleanup = ExitStack()
         self._thread = 0
         self._open: list[tuple[str, CallWatcher]] = []
-        self._ran: dict[str, str] = {}  # from each layer that ran to the function that hid its kernel, or to ""
+        self._ran: set[str] = set()
 
     def __enter__(self) -> WatchedLayers:
         self._thread = threading.get_ident()
@@ -82,24 +83,19 @@ class WatchedLayers:
 
     def explain_no_call(self, path: str) -> str:
         """Say why no kernel call of a layer was seen."""
-        hidden_kernel = self._ran.get(path)
-        if hidden_kernel is None:
+        if path not in self._ran:
             return (
                 f"layer {path!r} did not run in this forward. Likely causes: the model skips it for these "
                 "arguments, calls its forward() directly, or the module was replaced after cameo.wrap (unwrap "
                 "and wrap again)."
             )
-        if hidden_kernel:
-            return (
-                f"layer {path!r} runs {hidden_kernel}, which does not show its queries and keys. Replace "
-                "it by a module with projections of its own that calls F.scaled_dot_product_attention."
-            )
+        packages = ", ".join(sorted({kernel.module.partition(".")[0] for kernel in KNOWN} - {"torch"}))
         return (
             f"layer {path!r} ran, but no attention kernel was seen in it. The known kernels are "
-            "F.scaled_dot_product_attention, xformers.ops.memory_efficient_attention (looked up in xformers.ops "
-            "at the call, not imported by name) and a query-key product followed by a softmax. Likely causes: "
-            "layer= names a module that is not the attention itself, or the model uses another fused kernel "
-            "(switch its attention processor or backend to SDPA)."
+            "F.scaled_dot_product_attention, flex_attention, torch.nn.MultiheadAttention, a query-key product followed "
+            f"by a softmax, and those of {packages}. Likely causes: layer= names a module that is not the attention "
+            "itself, or the model uses another fused kernel: switch its attention processor or backend to SDPA, in "
+            'diffusers by model.set_attention_backend("native").'
         )
 
     def _opener(self, path: str) -> Callable[[nn.Module, Any], None]:
@@ -120,7 +116,7 @@ class WatchedLayers:
             watcher.__exit__(None, None, None)
             if output is None and sys.exc_info()[0] is not None:
                 return  # the module raised: its own error is the one to show
-            self._ran[path] = watcher.hidden_kernel
+            self._ran.add(path)
             self._done(path, watcher)
 
         return close_watcher

@@ -89,7 +89,7 @@ MOVED: dict[str, str] = {
     "cameo.training.processes": "cameo.processes.accelerator",
     "cameo.training.stopping": "cameo.processes.stopping",
     "cameo.weights": "cameo.hub.weights",
-    "cameo.xformers_tap": "cameo.attention.xformers_tap",
+    "cameo.xformers_tap": "cameo.attention.kernels.taps",
 }
 
 

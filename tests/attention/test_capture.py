@@ -13,7 +13,6 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from cameo.attention.capture import AttentionCapture
-from cameo.errors import CaptureError
 from tests.helpers.attention_kernels import (
     DIMENSION,
     HEADS,
@@ -158,12 +157,15 @@ def test_processors_of_diffusers(processor: str, x: Tensor, xformers_ops: Any, m
     torch.testing.assert_close(seen.key, heads_apart(attention.to_k(x)), rtol=0, atol=0)
 
 
-def test_a_mask_given_to_diffusers_explicit_attention_is_refused(x: Tensor) -> None:
+def test_a_mask_given_to_diffusers_explicit_attention_is_read(x: Tensor) -> None:
 
     processor = attention_processor.AttnProcessor()
     attention = attention_processor.Attention(WIDTH, heads=HEADS, dim_head=DIMENSION, processor=processor)
     mask = torch.zeros(SAMPLES, 1, TOKENS)
     mask[1, :, -3:] = -10000.0
     model = nn.ModuleDict({"second": attention})
-    with pytest.raises(CaptureError, match="changes its logits"), AttentionCapture(model, [layer()]):
+    with AttentionCapture(model, [layer()]) as captured:
         model["second"](x, attention_mask=mask)
+    found = captured["second"].mask
+    assert found is not None
+    assert torch.equal(found, (mask[:, None] == 0).expand(-1, HEADS, TOKENS, -1))

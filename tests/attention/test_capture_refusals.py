@@ -11,19 +11,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cameo.attention.capture import AttentionCapture
-from cameo.attention.kernel_calls import KernelCall, join_slices
+from cameo.attention.kernels.call import KernelCall, join_slices, kept_tokens
 from cameo.errors import CaptureError
 from tests.helpers.attention_kernels import HEADS, SCALE, baddbmm, from_rows, heads_apart, rows, sdpa, sdpa_rows
 from tests.helpers.captured_models import (
     SAMPLES,
     TOKENS,
-    WIDTH,
     capture,
     expected_query_and_key,
     hooks,
     layer,
     make_model,
 )
+
+PADDED = torch.ones(SAMPLES, 1, 1, TOKENS, dtype=torch.bool)
+PADDED[1, ..., -3:] = False
 
 
 def masked(**mask: Any) -> Callable[..., Tensor]:
@@ -47,35 +49,58 @@ def some_bias(kind: str) -> Tensor:
         bias.masked_fill_(torch.ones(TOKENS, TOKENS).triu(1).bool(), -torch.inf)
     elif kind == "last sample":  # padding of one sample of the batch
         bias[-HEADS:, :, -2:] = -10000.0
+    elif kind == "finfo.min":
+        bias[-HEADS:, :, -2:] = torch.finfo(torch.float32).min
     else:
         bias += -0.1 * (torch.arange(TOKENS)[:, None] - torch.arange(TOKENS)).abs()
     return bias
 
 
-@pytest.mark.parametrize("mask", [{"attn_mask": torch.zeros(TOKENS, TOKENS)}, {"is_causal": True}])
-def test_a_masked_kernel_is_refused(mask: dict[str, Any], x: Tensor) -> None:
+@pytest.mark.parametrize(
+    ("mask", "seen"),
+    [
+        ({"attn_mask": torch.zeros(TOKENS, TOKENS)}, torch.ones(TOKENS, TOKENS)),
+        ({"is_causal": True}, torch.ones(TOKENS, TOKENS).tril()),
+        ({"attn_mask": PADDED}, PADDED[:, 0, 0].float()),
+    ],
+    ids=["zeros", "causal", "padding"],
+)
+def test_a_mask_of_the_kernel_is_kept(mask: dict[str, Any], seen: Tensor, x: Tensor) -> None:
     model = make_model(masked(**mask))
-    with pytest.raises(CaptureError, match="layer 'second' masks its attention"):
-        capture(model, x)
+    _, found = capture(model, x)
+    assert found.mask is not None
+    assert torch.equal(kept_tokens(found.mask, "second").squeeze().float(), seen)
+    query, key = expected_query_and_key(model, x)
+    assert torch.equal(found.query, query)
+    assert torch.equal(found.key, key)
     assert hooks(model) == 0
 
 
-@pytest.mark.parametrize("kind", ["causal", "last sample", "distance"])
+@pytest.mark.parametrize("kind", ["causal", "last sample", "finfo.min"])
 @pytest.mark.parametrize("fused", [True, False])
-def test_a_mask_in_explicit_attention_is_refused(kind: str, fused: bool, x: Tensor) -> None:
-    with pytest.raises(CaptureError, match="changes its logits between product and softmax"):
-        capture(make_model(additive(some_bias(kind), fused=fused)), x)
+def test_a_mask_in_explicit_attention_is_kept(kind: str, fused: bool, x: Tensor) -> None:
+    bias = some_bias(kind)
+    _, found = capture(make_model(additive(bias, fused=fused)), x)
+    assert found.mask is not None
+    assert torch.equal(found.mask.flatten(0, 1), bias == 0)
+    assert found.scale == SCALE
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_bias_in_explicit_attention_is_refused(fused: bool, x: Tensor) -> None:
+    with pytest.raises(CaptureError, match="changes its logits between product and softmax by more than a mask"):
+        capture(make_model(additive(some_bias("distance"), fused=fused)), x)
 
 
 def test_a_bias_of_xformers_is_refused(x: Tensor, xformers_ops: Any) -> None:
-    original = xformers_ops.memory_efficient_attention
-    bias = torch.zeros(1, TOKENS, TOKENS)
-    model = make_model(
-        lambda q, k, v: from_rows(xformers_ops.memory_efficient_attention(rows(q), rows(k), rows(v), bias))
-    )
-    with pytest.raises(CaptureError, match="adds a bias"):
-        capture(model, x)
+    original, code = xformers_ops.memory_efficient_attention, xformers_ops.memory_efficient_attention.__code__
+    bias = some_bias("distance")
+    model = make_model(lambda q, k, v: from_rows(original(rows(q), rows(k), rows(v), bias)))
+    _, found = capture(model, x)
+    with pytest.raises(CaptureError, match="adds a bias to its attention that does not only hide tokens"):
+        kept_tokens(found.mask, "second")
     assert xformers_ops.memory_efficient_attention is original
+    assert original.__code__ is code
 
 
 def test_two_different_calls_in_one_module_are_refused(x: Tensor) -> None:
@@ -119,12 +144,6 @@ def test_a_path_that_is_not_captured_is_no_layer_that_did_not_run(x: Tensor) -> 
 def test_a_layer_without_a_known_kernel_is_an_error(x: Tensor) -> None:
     with pytest.raises(CaptureError, match="ran, but no attention kernel was seen"):
         capture(make_model(lambda q, k, v: v), x)
-    attention = nn.ModuleDict({"second": nn.MultiheadAttention(WIDTH, HEADS)})
-    with (
-        pytest.raises(CaptureError, match="does not show its queries and keys"),
-        AttentionCapture(attention, [layer()]),
-    ):
-        attention["second"](x, x, x)
 
 
 def test_a_wrong_number_of_heads_is_an_error(x: Tensor) -> None:
