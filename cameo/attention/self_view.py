@@ -214,7 +214,7 @@ def _in_attention_order(layout: TokenLayout, token_grids: TokenGrids) -> tuple[T
     grids = (*token_grids[layout.references_last :], *token_grids[: layout.references_last])
     if not layout.references_last:
         grids += grids[-1:] * layout.unsupervised_views
-    return TokenLayout(layout.query, layout.key, **layout.lengths), grids
+    return TokenLayout(layout.query, layout.key, **layout.lengths), grids  # type: ignore[arg-type]
 
 
 def _who_sees_whom(

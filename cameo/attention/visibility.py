@@ -40,15 +40,15 @@ def split_call(
     match = match.to(seen.query.device)
     if seen.samples not in (None, match.batch_size):
         raise several_calls(layer.path, seen.samples)
-    shapes = {"batch": match.batch_size, "token_grids": match.token_grids}
+    batch, grids = match.batch_size, match.token_grids
     query_lengths, key_lengths = lengths_of_call(layer, seen)
     try:
-        query = layer.layout.split_query(seen.query, **shapes, lengths=query_lengths)
-        key = layer.layout.split_key(seen.key, **shapes, lengths=key_lengths)
+        query = layer.layout.split_query(seen.query, batch=batch, token_grids=grids, lengths=query_lengths)
+        key = layer.layout.split_key(seen.key, batch=batch, token_grids=grids, lengths=key_lengths)
     except ShapeError as error:
         error.args = (f"layer {layer.path!r} with {layer.layout!r}: {error}",)
         raise
-    visible = visible_tokens(layer, seen, **shapes)
+    visible = visible_tokens(layer, seen, batch=batch, token_grids=grids)
     local, visible = without_hidden_matches(layer.layout.localize(match), visible, normalize)
     return query, key, local, visible
 

@@ -168,8 +168,8 @@ def _flex(given: Mapping[str, Any]) -> KernelCall:
     if blocks is not None:
         from torch.nn.attention.flex_attention import create_mask
 
-        size = (*blocks.shape[:-2], query.shape[-2], key.shape[-2])
-        mask = create_mask(blocks.mask_mod, *size, device=query.device)
+        rows, heads = blocks.shape[:2]
+        mask = create_mask(blocks.mask_mod, rows, heads, query.shape[-2], key.shape[-2], device=query.device)
     return _call(query, key, given, scale="scale", causal="", mask=mask)
 
 

@@ -116,7 +116,7 @@ class KernelTaps:
         tapped, watchers = self._tapped[place], self._watchers()
         if not watchers:
             return tapped.original(*args, **kwargs)
-        run = tapped.run
+        run: Callable[[BoundArguments], Any] = tapped.run
         for watcher in watchers:
             run = _watched(watcher, tapped.kernel, run)
         return run(tapped.bind(args, kwargs))
