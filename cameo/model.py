@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +15,10 @@ from cameo.alignment import AlignmentHead, alignment_loss, check_head_options, c
 from cameo.alignment.head_watch import HeadWatch
 from cameo.attention.capture import AttentionCapture, AttentionLayer, CapturedAttention
 from cameo.backbone import get_backbone, resolve_layers, unwrap_peft
+from cameo.checks.unseen_kernels import UnseenKernels
 from cameo.config import CameoConfig, finite
 from cameo.correspondence import Correspondence
+from cameo.correspondence.correspondence import one_per_layer
 from cameo.errors import CaptureError, NoLossError, ShapeError
 from cameo.geometry.grids import TokenGrids
 from cameo.renamed import old_attributes, old_functions, old_keywords
@@ -58,6 +61,8 @@ class CameoModel(nn.Module):
         weight: factor for the caller's loss, `loss + model.weight * model.alignment_loss`; it is
             `cameo_config.weight`, and may be set.
         implementation, gelu: how the loss is computed, see `cameo.alignment_loss`.
+        check_unseen: whether the first training forwards with a correspondence look for attention that runs unseen
+            beside the supervised call, see `cameo.checks.unseen_kernels`; it may be set, and is not saved.
 
     A forward with a correspondence runs eagerly even where the model is compiled, one without runs compiled.
     Under `DistributedDataParallel` call the outer module, and read `weight`, `alignment_loss` and `token_grid` from
@@ -96,6 +101,8 @@ class CameoModel(nn.Module):
         self._alignment_loss: Tensor | None = None
         self._num_supervised: Tensor | None = None
         self._watch = HeadWatch()
+        self._unseen = UnseenKernels()
+        self.check_unseen = True
         self._attached = True
         _wrappers[base_model] = weakref.ref(self)
 
@@ -109,8 +116,8 @@ class CameoModel(nn.Module):
                 layers with different grids take a list, one per layer.
 
         Raises:
-            CaptureError: if a supervised layer did not run, or its queries and keys carry no gradient in
-                training.
+            CaptureError: if a supervised layer did not run, its queries and keys carry no gradient in training, or
+                another attention runs unseen in it.
             ValueError: if the correspondence has fewer views than `num_reference_views`.
             ShapeError: if the correspondence has another token grid, batch size or number of views than the
                 layer.
@@ -124,12 +131,13 @@ class CameoModel(nn.Module):
     def _forward_aligned(
         self, correspondence: Correspondence | Sequence[Correspondence], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        matches = self._one_per_layer(correspondence)
+        matches = one_per_layer(correspondence, len(self._supervised))
         self._check_supported()
         trains = self.training and torch.is_grad_enabled()
         if trains:
             self._watch.look(self.alignment_heads, self.base_model)
-        with self.capture() as captured:
+            looking = self._unseen.look(unwrap_peft(self.base_model), self._supervised, matches)
+        with looking if trains and self.check_unseen else nullcontext(), self.capture() as captured:
             output = self.base_model(*args, **kwargs)
         losses, counts = [], []
         for layer, head, match in zip(self._supervised, self.alignment_heads, matches, strict=True):
@@ -147,7 +155,8 @@ class CameoModel(nn.Module):
         self, layer: AttentionLayer, seen: CapturedAttention, match: Correspondence, head: AlignmentHead
     ) -> tuple[Tensor, Tensor]:
         """Alignment loss of one layer, and the number of its matches."""
-        self._check_graph(layer, seen)
+        if self.training and torch.is_grad_enabled():
+            seen.check_graph(layer.path)
         query, key, local = self.split(layer, seen, match)
         references = self.cameo_config.num_reference_views
         if references is not None and references > match.num_views:
@@ -297,40 +306,11 @@ class CameoModel(nn.Module):
 
         return push_to_hub(self, repo_id, **options)
 
-    def _one_per_layer(self, correspondence: Correspondence | Sequence[Correspondence]) -> list[Correspondence]:
-        if isinstance(correspondence, Correspondence):
-            return [correspondence] * len(self._supervised)
-        matches = list(correspondence) if isinstance(correspondence, Sequence) else [correspondence]
-        for match in matches:
-            if not isinstance(match, Correspondence):
-                raise TypeError(
-                    "correspondence: expected a cameo.Correspondence or a list of them, got "
-                    f"{type(match).__name__}; build one with Correspondence.from_depth or from_point_maps"
-                )
-        if len(matches) != len(self._supervised):
-            raise ValueError(
-                f"correspondence: expected one Correspondence or a list of {len(self._supervised)}, one per "
-                f"supervised layer, got a list of {len(matches)}"
-            )
-        return matches
-
     def _check_supported(self) -> None:
         if self.cameo_config.backbone is None or not (self.training and torch.is_grad_enabled()):
             return
         if reason := get_backbone(self.cameo_config.backbone).unsupported(unwrap_peft(self.base_model)):
             raise CaptureError(reason)
-
-    def _check_graph(self, layer: AttentionLayer, seen: CapturedAttention) -> None:
-        if not (self.training and torch.is_grad_enabled()):
-            return
-        if seen.query.requires_grad or seen.key.requires_grad:
-            return
-        raise CaptureError(
-            f"queries and keys of layer {layer.path!r} carry no gradient, so the alignment loss could train "
-            "nothing but its head. Likely causes: reentrant gradient checkpointing (use "
-            "use_reentrant=False), or every parameter before this layer is frozen (add LoRA or unfreeze "
-            "before the forward). To measure without training call model.eval() or use torch.no_grad()."
-        )
 
     def __getattr__(self, name: str) -> Any:
         if name == "alignment_loss":  # Python asks here once the property has raised an AttributeError
@@ -349,7 +329,7 @@ class CameoModel(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # A model that was pickled by an earlier release has no watch, and a weight beside that of `cameo_config`.
-        super().__setstate__({"_watch": HeadWatch(), **state})
+        super().__setstate__({"_watch": HeadWatch(), "_unseen": UnseenKernels(), "check_unseen": True, **state})
         if "weight" in state:
             self.weight = vars(self).pop("weight")
         if self._attached:

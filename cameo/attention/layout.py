@@ -9,13 +9,13 @@ tokens of a view stand for those of another (`own_view_shows`), each such view i
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cameo.attention.axes import first_position, num_positions, position_of, take_segment
+from cameo.attention.axes import check_place, first_position, num_positions, position_of, take_segment
 from cameo.attention.folding import fold_matches, fold_tokens, pair_matches, pair_own_tokens
 from cameo.attention.pattern import RESERVED, Pattern, Segment, check_pair
 from cameo.attention.shape_check import check_shape
@@ -275,26 +275,53 @@ class TokenLayout:
         Raises:
             ValueError: the place is outside the batch, the views or the grid, or the view has no queries.
         """
-        pattern, lengths = self._pattern(of), self._lengths(batch, token_grids)
-        _check_place("batch_index", batch_index, batch)
-        _check_place("view", view, len(token_grids))
-        _check_place("row", row, token_grids[view][0])
-        _check_place("col", col, token_grids[view][1])
+        check_place("batch_index", batch_index, batch)
+        check_place("view", view, len(token_grids))
+        check_place("row", row, token_grids[view][0])
+        check_place("col", col, token_grids[view][1])
         if of == "query" and view in self._views_without_queries(len(token_grids)):
             raise ValueError(f'view: view {view} has no queries in "{self.query}"')
         if view < self.view_order.references_absent:
             raise ValueError(f"view: view {view} is not in the attention: {self!r}")
-        place = {"b": batch_index, "u": 0}
-        main_views = len(token_grids) - len(self._key.extra)
-        view = self.view_order.place(view, len(token_grids))
+        place = {"b": batch_index, "u": 0, "h": row, "w": col}
+        return self._positions(of, view, place, self._lengths(batch, token_grids), len(token_grids))
+
+    def places(self, of: str, *, batch: int, token_grids: TokenGrids) -> Tensor:
+        """Return sample, view, row and column of every position of a call, [AB, L, 4]; -1 for tokens of no view.
+
+        The inverse of `locate`, with every copy of the keys; the views are those of the correspondence.
+
+        Example:
+            >>> layout = TokenLayout("b (t + v h w)", t=1)
+            >>> layout.places("query", batch=1, token_grids=((1, 2), (1, 2)))[0].tolist()
+            [[-1, -1, -1, -1], [0, 0, 0, 0], [0, 0, 0, 1], [0, 1, 0, 0], [0, 1, 0, 1]]
+        """
+        pattern, lengths, views = self._pattern(of), self._lengths(batch, token_grids), len(token_grids)
+        places = torch.full((*self.shape(of, batch=batch, token_grids=token_grids), 4), -1)
+        copies = lengths["u"] if "u" in pattern.batch else 1
+        without = self._views_without_queries(views) if of == "query" else []
+        for view in range(self.view_order.references_absent, views):
+            if view not in without:
+                axes = [torch.arange(length) for length in (batch, copies, *token_grids[view])]
+                place = dict(zip("buhw", torch.meshgrid(*axes, indexing="ij"), strict=True))
+                here = [place["b"], torch.full_like(place["b"], view), place["h"], place["w"]]
+                places[self._positions(of, view, place, lengths, views)] = torch.stack(here, dim=-1)
+        return places
+
+    def _positions(
+        self, of: str, view: int, place: dict[str, Any], lengths: dict[str, int], num_views: int
+    ) -> tuple[Any, Any]:
+        """Return attention batch index and token index of a view's tokens; a place is a number or a tensor per axis."""
+        pattern, place = self._pattern(of), dict(place)
+        main_views = num_views - len(self._key.extra)
+        view = self.view_order.place(view, num_views)
         if view < main_views:
             segment = pattern.main
-            place |= {"h": row, "w": col}
             for name in reversed(self._query.views):
                 view, place[name] = divmod(view, lengths[name])
         else:
             segment = self._key.extra[view - main_views]
-            place |= {name: row if name.startswith("h") else col for name in segment}
+            place |= {name: place[name[0]] for name in segment}
         start = first_position(segment, pattern, lengths)
         return position_of(pattern.batch, place, lengths), start + position_of(segment, place, lengths)
 
@@ -370,8 +397,3 @@ class TokenLayout:
     def _references_first(self, views: Tensor) -> Tensor:
         """Bring the views of [B', K, V, N', D] from the order of the attention into that of the correspondence."""
         return views.roll(self.references_last, dims=2) if self.references_last else views
-
-
-def _check_place(name: str, value: int, limit: int) -> None:
-    if not 0 <= value < limit:
-        raise ValueError(f"{name}: expected 0 to {limit - 1}, got {value}")
