@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,14 +21,14 @@ from cameo.correspondence.correspondence import one_per_layer
 from cameo.errors import CaptureError, NoLossError, ShapeError
 from cameo.geometry.grids import TokenGrids
 from cameo.renamed import old_attributes, old_functions, old_keywords
+from cameo.wrapped import check_plain, find_wrapper, forget, register
 
-__all__ = ["CameoModel", "attach", "check_plain", "wrapped_bases", "wrapper_of"]
+__all__ = ["CameoModel", "attach", "wrapper_of"]
 
-if not TYPE_CHECKING:
+if TYPE_CHECKING:
+    from cameo.checks.layout_check import LayoutCheck
+else:
     __getattr__ = old_functions(__name__)
-
-# Base modules and the CameoModel that wraps each, both by weak references, so that a deleted wrapper frees its base.
-_wrappers: weakref.WeakKeyDictionary[nn.Module, weakref.ref[CameoModel]] = weakref.WeakKeyDictionary()
 
 NO_LOSS = "no alignment loss: call the model with correspondence= before reading alignment_loss"
 
@@ -104,7 +103,7 @@ class CameoModel(nn.Module):
         self._unseen = UnseenKernels()
         self.check_unseen = True
         self._attached = True
-        _wrappers[base_model] = weakref.ref(self)
+        register(base_model, self)
 
     def forward(
         self, *args: Any, correspondence: Correspondence | Sequence[Correspondence] | None = None, **kwargs: Any
@@ -256,6 +255,55 @@ class CameoModel(nn.Module):
             )
         return grids.pop()
 
+    def check_layout(
+        self,
+        inputs: Callable[[Tensor], tuple[Sequence[Any], Mapping[str, Any]]] | None = None,
+        images: Tensor | None = None,
+        *,
+        token_grids: TokenGrids | None = None,
+    ) -> LayoutCheck:
+        """Check that the layouts describe the tokens of the supervised layers; takes about 14 forwards.
+
+        An attention cannot know which tokens it is given: cells that are packed, text at the other end, views in
+        another order or a transposed grid raise no error, and the loss supervises other tokens. Here one cell of one
+        view is changed at a time, and the queries and keys that move most are compared with the layout.
+
+        Example:
+            >>> from cameo import wrap
+            >>> class Joint(nn.Module):
+            ...     def __init__(self):
+            ...         super().__init__()
+            ...         self.attention, self.heads = nn.Identity(), 1
+            ...     def forward(self, x):
+            ...         return nn.functional.scaled_dot_product_attention(x, x, x)
+            >>> model = wrap(nn.Sequential(Joint()), layer="0", layout="b (v h w)")
+            >>> def inputs(latents):  # [B, V, C, h, w] -> [B, 1, v w h, C]: columns where rows should stand
+            ...     return (latents.permute(0, 1, 4, 3, 2).reshape(len(latents), 1, -1, latents.shape[2]),), {}
+            >>> check = model.check_layout(inputs, torch.randn(1, 2, 8, 3, 4))
+            >>> check.fits, check.layers[0].mistake
+            (False, 'transposed grid')
+
+        Args:
+            inputs: returns `(args, kwargs)` of a forward for `[B, V, C, H, W]`, pixels or latents, views in the order
+                of the correspondence. What brings images into the model's form (packing, tiling, views in the batch)
+                belongs into it, and it must return the same for the same images: make generators in it, with a fixed
+                seed. None: the answer is "cannot tell".
+            images: what it is given; noise will do where the model takes latents.
+            token_grids: token grid `(h, w)` of each view, where the views have different ones and the stride is not
+                known.
+
+        Returns:
+            `fits` (True, False, or None for "cannot tell"), per layer the mistake and per cell what was expected and
+            found; to be printed, or drawn by its `draw(path)`.
+
+        Raises:
+            ShapeError: `images` has another shape, or no token grid makes the layout fit the calls.
+        """
+        from cameo.checks.moved_tokens import check_layouts
+
+        core = unwrap_peft(self.base_model)
+        return check_layouts(self.base_model, core, self._supervised, inputs, images, token_grids)
+
     @old_keywords
     def capture(self, layers: Sequence[AttentionLayer] | None = None) -> AttentionCapture:
         """Observe queries and keys of `layers` (default: the supervised ones) inside a `with` block."""
@@ -288,7 +336,7 @@ class CameoModel(nn.Module):
         if not self._attached:
             raise RuntimeError("this model was unwrapped already; use the module that unwrap() returned")
         self._attached = False
-        _wrappers.pop(base, None)
+        forget(base)
         self._alignment_loss = self._num_supervised = None
         return base
 
@@ -333,48 +381,17 @@ class CameoModel(nn.Module):
         if "weight" in state:
             self.weight = vars(self).pop("weight")
         if self._attached:
-            _wrappers[self.base_model] = weakref.ref(self)
+            register(self.base_model, self)
 
 
 def wrapper_of(module: nn.Module) -> CameoModel | None:
     """Return the `CameoModel` that wraps this base module, if one does."""
-    reference = _wrappers.get(module)
-    return None if reference is None else reference()
-
-
-def wrapped_bases() -> list[nn.Module]:
-    """List the modules that some `CameoModel` wraps."""
-    return [base for base in list(_wrappers) if wrapper_of(base) is not None]
+    wrapper = find_wrapper(module)
+    assert wrapper is None or isinstance(wrapper, CameoModel)
+    return wrapper
 
 
 def attach(model: nn.Module, config: CameoConfig, **options: str) -> CameoModel:
     """Wrap `model` with the settings of a saved `CameoConfig`; `wrap` and `from_pretrained` both end here."""
-    check_plain(model)
+    check_plain(model, CameoModel)
     return CameoModel(model, config, **options)
-
-
-def check_plain(model: nn.Module) -> None:
-    """Raise `ValueError` for a module that is wrapped already, compiled, or inside a DataParallel."""
-    _check_not_wrapped(model)
-    if hasattr(model, "_orig_mod"):
-        raise ValueError(
-            "model: is compiled by torch.compile. Wrap the plain module, cameo.wrap(model._orig_mod, ...), "
-            "and compile the result: forwards without a correspondence then run compiled, those with one "
-            "run eagerly."
-        )
-    if type(model) in (nn.DataParallel, nn.parallel.DistributedDataParallel):
-        raise ValueError(
-            f"model: is in {type(model).__name__}, which would not train the alignment head. Wrap the plain "
-            f"module, cameo.wrap(model.module, ...), and put the result in {type(model).__name__}."
-        )
-
-
-def _check_not_wrapped(model: nn.Module) -> None:
-    cure = "Call .unwrap() on that CameoModel first, or pass a list as layer= to supervise several layers."
-    for name, module in model.named_modules():
-        if isinstance(module, CameoModel) or wrapper_of(module) is not None:
-            where = f"its submodule {name!r}" if name else "this model"
-            raise ValueError(f"model: {where} is wrapped already. {cure}")
-    for base in wrapped_bases():
-        if any(module is model for module in base.modules()):
-            raise ValueError(f"model: is part of a {type(base).__name__} that is wrapped already. {cure}")

@@ -14,13 +14,11 @@ from cameo import CameoModel, Correspondence, TokenLayout
 from cameo.errors import CaptureError
 from tests.helpers import attention_kernels as kernels
 from tests.helpers import backbone_checks as checks
+from tests.helpers import video_transformers as video
 from tests.helpers.attention_kernels import beside_unseen, sdpa
 from tests.helpers.backbone_rows import Row, every_tiny
 from tests.helpers.captured_models import WIDTH, make_model
 from tests.helpers.models import JointModel, RowModel, frames, next_view
-from tests.helpers.video_transformers import GRID as VIDEO_GRID
-from tests.helpers.video_transformers import TRANSFORMERS, Transformer
-from tests.helpers.video_transformers import VIEWS as VIDEO_VIEWS
 
 SAMPLES, VIEWS, GRID = 2, 3, (2, 2)
 FOUND = r"layer '.*': another attention runs unseen in this module.*set_attention_backend\(\"native\"\)"
@@ -120,9 +118,9 @@ def test_an_unseen_kernel_in_every_backbone(row: Row) -> None:
         checks.run(model, subject.inputs(model.base_model), correspondence=checks.matches_for(model, row.grids))
 
 
-@pytest.mark.parametrize("kind", TRANSFORMERS.values(), ids=TRANSFORMERS)
-def test_transformers_of_diffusers(kind: Transformer) -> None:
+@pytest.mark.parametrize("kind", video.TRANSFORMERS.values(), ids=video.TRANSFORMERS)
+def test_transformers_of_diffusers(kind: video.Transformer) -> None:
     model = cameo.wrap(kind.model(), layer=kind.layer, layout=kind.layout)
-    matches = checks.random_matches((VIDEO_GRID,) * VIDEO_VIEWS)
-    latents = torch.randn(1, VIDEO_VIEWS, 4, *VIDEO_GRID, generator=torch.Generator().manual_seed(0))
+    matches = checks.random_matches((video.GRID,) * video.VIEWS)
+    latents = torch.randn(1, video.VIEWS, 4, *video.GRID, generator=torch.Generator().manual_seed(0))
     assert answer(model, **kind.inputs(latents), correspondence=matches) == ""

@@ -14,7 +14,6 @@ from cameo import TokenLayout
 __all__ = ["GRID", "TRANSFORMERS", "VIEWS", "Transformer"]
 
 VIEWS, GRID, TEXT = 3, (3, 4), 5
-HEIGHT, WIDTH = GRID
 CHANNELS = 4
 ATTENTION = {"num_attention_heads": 2, "attention_head_dim": 8, "in_channels": CHANNELS}
 
@@ -52,10 +51,10 @@ def _flux() -> nn.Module:
 
 
 def _flux_inputs(latents: Tensor) -> dict[str, Any]:
-    samples = len(latents)
-    places = torch.cartesian_prod(torch.arange(VIEWS), torch.arange(HEIGHT), torch.arange(WIDTH))
+    samples, views, channels, height, width = latents.shape
+    places = torch.cartesian_prod(torch.arange(views), torch.arange(height), torch.arange(width))
     return {
-        "hidden_states": latents.movedim(2, -1).reshape(samples, -1, CHANNELS),
+        "hidden_states": latents.movedim(2, -1).reshape(samples, -1, channels),
         "encoder_hidden_states": _text(samples),
         "pooled_projections": torch.ones(samples, 8),
         "timestep": torch.full((samples,), 0.5),
