@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,19 +15,21 @@ from cameo.alignment.head_watch import HeadWatch
 from cameo.attention.capture import AttentionCapture, AttentionLayer, CapturedAttention
 from cameo.attention.visibility import split_call
 from cameo.backbone import get_backbone, resolve_layers, unwrap_peft
+from cameo.checks.unseen_kernels import UnseenKernels
 from cameo.config import CameoConfig, finite
 from cameo.correspondence import Correspondence
+from cameo.correspondence.correspondence import one_per_layer
 from cameo.errors import CaptureError, NoLossError
 from cameo.geometry.grids import TokenGrids
 from cameo.renamed import old_attributes, old_functions, old_keywords
+from cameo.wrapped import check_plain, find_wrapper, forget, register
 
-__all__ = ["CameoModel", "attach", "check_plain", "wrapped_bases", "wrapper_of"]
+__all__ = ["CameoModel", "attach", "wrapper_of"]
 
-if not TYPE_CHECKING:
+if TYPE_CHECKING:
+    from cameo.checks.layout_check import LayoutCheck
+else:
     __getattr__ = old_functions(__name__)
-
-# Base modules and the CameoModel that wraps each, both by weak references, so that a deleted wrapper frees its base.
-_wrappers: weakref.WeakKeyDictionary[nn.Module, weakref.ref[CameoModel]] = weakref.WeakKeyDictionary()
 
 NO_LOSS = "no alignment loss: call the model with correspondence= before reading alignment_loss"
 
@@ -59,6 +61,8 @@ class CameoModel(nn.Module):
         weight: factor for the caller's loss, `loss + model.weight * model.alignment_loss`; it is
             `cameo_config.weight`, and may be set.
         implementation, gelu: how the loss is computed, see `cameo.alignment_loss`.
+        check_unseen: whether the first training forwards with a correspondence look for attention that runs unseen
+            beside the supervised call, see `cameo.checks.unseen_kernels`; it may be set, and is not saved.
 
     A forward with a correspondence runs eagerly even where the model is compiled, one without runs compiled.
     Under `DistributedDataParallel` call the outer module, and read `weight`, `alignment_loss` and `token_grid` from
@@ -97,8 +101,10 @@ class CameoModel(nn.Module):
         self._alignment_loss: Tensor | None = None
         self._num_supervised: Tensor | None = None
         self._watch = HeadWatch()
+        self._unseen = UnseenKernels()
+        self.check_unseen = True
         self._attached = True
-        _wrappers[base_model] = weakref.ref(self)
+        register(base_model, self)
 
     def forward(
         self, *args: Any, correspondence: Correspondence | Sequence[Correspondence] | None = None, **kwargs: Any
@@ -110,8 +116,8 @@ class CameoModel(nn.Module):
                 layers with different grids take a list, one per layer.
 
         Raises:
-            CaptureError: if a supervised layer did not run, or its queries and keys carry no gradient in
-                training.
+            CaptureError: if a supervised layer did not run, its queries and keys carry no gradient in training, or
+                another attention runs unseen in it.
             ValueError: if the correspondence has fewer views than `num_reference_views`.
             ShapeError: if the correspondence has another token grid, batch size or number of views than the
                 layer.
@@ -125,12 +131,13 @@ class CameoModel(nn.Module):
     def _forward_aligned(
         self, correspondence: Correspondence | Sequence[Correspondence], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        matches = self._one_per_layer(correspondence)
+        matches = one_per_layer(correspondence, len(self._supervised))
         self._check_supported()
         trains = self.training and torch.is_grad_enabled()
         if trains:
             self._watch.look(self.alignment_heads, self.base_model)
-        with self.capture() as captured:
+            looking = self._unseen.look(unwrap_peft(self.base_model), self._supervised, matches)
+        with looking if trains and self.check_unseen else nullcontext(), self.capture() as captured:
             output = self.base_model(*args, **kwargs)
         losses, counts = [], []
         for layer, head, match in zip(self._supervised, self.alignment_heads, matches, strict=True):
@@ -148,7 +155,8 @@ class CameoModel(nn.Module):
         self, layer: AttentionLayer, seen: CapturedAttention, match: Correspondence, head: AlignmentHead
     ) -> tuple[Tensor, Tensor]:
         """Alignment loss of one layer, and the number of its matches."""
-        self._check_graph(layer, seen)
+        if self.training and torch.is_grad_enabled():
+            seen.check_graph(layer.path)
         query, key, local, visible = split_call(layer, seen, match, self.cameo_config.normalize)
         references = self.cameo_config.num_reference_views
         if references is not None and references > match.num_views:
@@ -249,6 +257,55 @@ class CameoModel(nn.Module):
             )
         return grids.pop()
 
+    def check_layout(
+        self,
+        inputs: Callable[[Tensor], tuple[Sequence[Any], Mapping[str, Any]]] | None = None,
+        images: Tensor | None = None,
+        *,
+        token_grids: TokenGrids | None = None,
+    ) -> LayoutCheck:
+        """Check that the layouts describe the tokens of the supervised layers; takes about 14 forwards.
+
+        An attention cannot know which tokens it is given: cells that are packed, text at the other end, views in
+        another order or a transposed grid raise no error, and the loss supervises other tokens. Here one cell of one
+        view is changed at a time, and the queries and keys that move most are compared with the layout.
+
+        Example:
+            >>> from cameo import wrap
+            >>> class Joint(nn.Module):
+            ...     def __init__(self):
+            ...         super().__init__()
+            ...         self.attention, self.heads = nn.Identity(), 1
+            ...     def forward(self, x):
+            ...         return nn.functional.scaled_dot_product_attention(x, x, x)
+            >>> model = wrap(nn.Sequential(Joint()), layer="0", layout="b (v h w)")
+            >>> def inputs(latents):  # [B, V, C, h, w] -> [B, 1, v w h, C]: columns where rows should stand
+            ...     return (latents.permute(0, 1, 4, 3, 2).reshape(len(latents), 1, -1, latents.shape[2]),), {}
+            >>> check = model.check_layout(inputs, torch.randn(1, 2, 8, 3, 4))
+            >>> check.fits, check.layers[0].mistake
+            (False, 'transposed grid')
+
+        Args:
+            inputs: returns `(args, kwargs)` of a forward for `[B, V, C, H, W]`, pixels or latents, views in the order
+                of the correspondence. What brings images into the model's form (packing, tiling, views in the batch)
+                belongs into it, and it must return the same for the same images: make generators in it, with a fixed
+                seed. None: the answer is "cannot tell".
+            images: what it is given; noise will do where the model takes latents.
+            token_grids: token grid `(h, w)` of each view, where the views have different ones and the stride is not
+                known.
+
+        Returns:
+            `fits` (True, False, or None for "cannot tell"), per layer the mistake and per cell what was expected and
+            found; to be printed, or drawn by its `draw(path)`.
+
+        Raises:
+            ShapeError: `images` has another shape, or no token grid makes the layout fit the calls.
+        """
+        from cameo.checks.moved_tokens import check_layouts
+
+        core = unwrap_peft(self.base_model)
+        return check_layouts(self.base_model, core, self._supervised, inputs, images, token_grids)
+
     @old_keywords
     def capture(self, layers: Sequence[AttentionLayer] | None = None) -> AttentionCapture:
         """Observe queries and keys of `layers` (default: the supervised ones) inside a `with` block."""
@@ -282,7 +339,7 @@ class CameoModel(nn.Module):
         if not self._attached:
             raise RuntimeError("this model was unwrapped already; use the module that unwrap() returned")
         self._attached = False
-        _wrappers.pop(base, None)
+        forget(base)
         self._alignment_loss = self._num_supervised = None
         return base
 
@@ -300,45 +357,11 @@ class CameoModel(nn.Module):
 
         return push_to_hub(self, repo_id, **options)
 
-    def _one_per_layer(self, correspondence: Correspondence | Sequence[Correspondence]) -> list[Correspondence]:
-        if isinstance(correspondence, Correspondence):
-            return [correspondence] * len(self._supervised)
-        matches = list(correspondence) if isinstance(correspondence, Sequence) else [correspondence]
-        for match in matches:
-            if not isinstance(match, Correspondence):
-                raise TypeError(
-                    "correspondence: expected a cameo.Correspondence or a list of them, got "
-                    f"{type(match).__name__}; build one with Correspondence.from_depth or from_point_maps"
-                )
-        if len(matches) != len(self._supervised):
-            raise ValueError(
-                f"correspondence: expected one Correspondence or a list of {len(self._supervised)}, one per "
-                f"supervised layer, got a list of {len(matches)}"
-            )
-        return matches
-
     def _check_supported(self) -> None:
         if self.cameo_config.backbone is None or not (self.training and torch.is_grad_enabled()):
             return
         if reason := get_backbone(self.cameo_config.backbone).unsupported(unwrap_peft(self.base_model)):
             raise CaptureError(reason)
-
-    def _check_graph(self, layer: AttentionLayer, seen: CapturedAttention) -> None:
-        if not (self.training and torch.is_grad_enabled()):
-            return
-        if not seen.trains:
-            raise CaptureError(
-                f"layer {layer.path!r} attends by a kernel without a backward, which is for inference: nothing before "
-                'it would be trained. Switch to another, in diffusers by model.set_attention_backend("native")'
-            )
-        if seen.query.requires_grad or seen.key.requires_grad:
-            return
-        raise CaptureError(
-            f"queries and keys of layer {layer.path!r} carry no gradient, so the alignment loss could train "
-            "nothing but its head. Likely causes: reentrant gradient checkpointing (use "
-            "use_reentrant=False), or every parameter before this layer is frozen (add LoRA or unfreeze "
-            "before the forward). To measure without training call model.eval() or use torch.no_grad()."
-        )
 
     def __getattr__(self, name: str) -> Any:
         if name == "alignment_loss":  # Python asks here once the property has raised an AttributeError
@@ -357,52 +380,21 @@ class CameoModel(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # A model that was pickled by an earlier release has no watch, and a weight beside that of `cameo_config`.
-        super().__setstate__({"_watch": HeadWatch(), **state})
+        super().__setstate__({"_watch": HeadWatch(), "_unseen": UnseenKernels(), "check_unseen": True, **state})
         if "weight" in state:
             self.weight = vars(self).pop("weight")
         if self._attached:
-            _wrappers[self.base_model] = weakref.ref(self)
+            register(self.base_model, self)
 
 
 def wrapper_of(module: nn.Module) -> CameoModel | None:
     """Return the `CameoModel` that wraps this base module, if one does."""
-    reference = _wrappers.get(module)
-    return None if reference is None else reference()
-
-
-def wrapped_bases() -> list[nn.Module]:
-    """List the modules that some `CameoModel` wraps."""
-    return [base for base in list(_wrappers) if wrapper_of(base) is not None]
+    wrapper = find_wrapper(module)
+    assert wrapper is None or isinstance(wrapper, CameoModel)
+    return wrapper
 
 
 def attach(model: nn.Module, config: CameoConfig, **options: str) -> CameoModel:
     """Wrap `model` with the settings of a saved `CameoConfig`; `wrap` and `from_pretrained` both end here."""
-    check_plain(model)
+    check_plain(model, CameoModel)
     return CameoModel(model, config, **options)
-
-
-def check_plain(model: nn.Module) -> None:
-    """Raise `ValueError` for a module that is wrapped already, compiled, or inside a DataParallel."""
-    _check_not_wrapped(model)
-    if hasattr(model, "_orig_mod"):
-        raise ValueError(
-            "model: is compiled by torch.compile. Wrap the plain module, cameo.wrap(model._orig_mod, ...), "
-            "and compile the result: forwards without a correspondence then run compiled, those with one "
-            "run eagerly."
-        )
-    if type(model) in (nn.DataParallel, nn.parallel.DistributedDataParallel):
-        raise ValueError(
-            f"model: is in {type(model).__name__}, which would not train the alignment head. Wrap the plain "
-            f"module, cameo.wrap(model.module, ...), and put the result in {type(model).__name__}."
-        )
-
-
-def _check_not_wrapped(model: nn.Module) -> None:
-    cure = "Call .unwrap() on that CameoModel first, or pass a list as layer= to supervise several layers."
-    for name, module in model.named_modules():
-        if isinstance(module, CameoModel) or wrapper_of(module) is not None:
-            where = f"its submodule {name!r}" if name else "this model"
-            raise ValueError(f"model: {where} is wrapped already. {cure}")
-    for base in wrapped_bases():
-        if any(module is model for module in base.modules()):
-            raise ValueError(f"model: is part of a {type(base).__name__} that is wrapped already. {cure}")

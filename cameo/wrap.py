@@ -13,8 +13,9 @@ from cameo.attention.layout import TokenLayout
 from cameo.backbone import backbones, find_layer, get_backbone, unwrap_peft
 from cameo.config import CameoConfig
 from cameo.errors import as_integer, unknown_name
-from cameo.model import CameoModel, attach, check_plain
+from cameo.model import CameoModel, attach
 from cameo.renamed import old_keywords
+from cameo.wrapped import check_plain
 
 if TYPE_CHECKING:
     from cameo.probing.layer_probe import LayerProbe
@@ -69,7 +70,7 @@ def wrap(
         head: `"mlp"`, `"mean"`, `"none"`, or the keyword arguments of `AlignmentHead`, as
             `{"kind": "mlp", "depth": 2}`.
         weight: factor of the alignment loss; kept as `model.weight` for the caller's training loop.
-        layout: token layout of the layers, for a model without an adapter.
+        layout: token layout of the layers, for a model without an adapter; `CameoModel.check_layout` checks it.
         normalize: see `cameo.alignment_loss`; None is "per_view", or "all_views" if the layers let a query see
             one token per view.
         reduction, num_reference_views: see `cameo.alignment_loss`.
@@ -95,7 +96,7 @@ def wrap(
     if not isinstance(model, nn.Module):
         cure = "pass its denoiser (pipeline.unet)" if hasattr(model, "unet") else "pass the denoiser itself"
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}; {cure}")
-    check_plain(model)
+    check_plain(model, CameoModel)
     choice = _probed_choice(layer, probe, backbone, {"inflate": inflate, "own_view": own_view})
     layer = layer if choice is None else choice["layer"]
     if not isinstance(head, str | Mapping):

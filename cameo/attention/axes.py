@@ -6,13 +6,20 @@ Axes: as in `cameo.attention.layout`.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from einops import rearrange
 from torch import Tensor
 
 from cameo.attention.pattern import Pattern, Segment
 
-__all__ = ["first_position", "num_positions", "position_of", "take_segment"]
+__all__ = ["check_place", "first_position", "num_positions", "position_of", "take_segment"]
+
+
+def check_place(name: str, value: int, limit: int) -> None:
+    """Raise a ValueError unless a place along an axis lies within its length; `name` is the argument."""
+    if not 0 <= value < limit:
+        raise ValueError(f"{name}: expected 0 to {limit - 1}, got {value}")
 
 
 def take_segment(
@@ -47,9 +54,12 @@ def first_position(segment: Segment, pattern: Pattern, lengths: dict[str, int]) 
     return sum(num_positions(other, lengths) for other in pattern.segments[: pattern.segments.index(segment)])
 
 
-def position_of(names: Segment, place: dict[str, int], lengths: dict[str, int]) -> int:
-    """Return the position along a product of axes of a place given by axis; the last axis is the fastest."""
-    position = 0
+def position_of(names: Segment, place: dict[str, Any], lengths: dict[str, int]) -> Any:
+    """Return the position along a product of axes of a place given by axis; the last axis is the fastest.
+
+    A place is a number, or a tensor of them, per axis.
+    """
+    position: Any = 0
     for name in names:
         position = position * lengths[name] + place[name]
     return position

@@ -94,6 +94,22 @@ class CapturedAttention:
     trains: bool = True
     samples: int | None = None
 
+    def check_graph(self, path: str) -> None:
+        """Raise a CaptureError, with the likely causes, if no gradient of a loss could reach the layer at `path`."""
+        if not self.trains:
+            raise CaptureError(
+                f"layer {path!r} attends by a kernel without a backward, which is for inference: nothing before it "
+                'would be trained. Switch to another, in diffusers by model.set_attention_backend("native")'
+            )
+        if self.query.requires_grad or self.key.requires_grad:
+            return
+        raise CaptureError(
+            f"queries and keys of layer {path!r} carry no gradient, so the alignment loss could train nothing but its "
+            "head. Likely causes: reentrant gradient checkpointing (use use_reentrant=False), or every parameter "
+            "before this layer is frozen (add LoRA or unfreeze before the forward). To measure without training call "
+            "model.eval() or use torch.no_grad()."
+        )
+
 
 class AttentionCapture:
     """Observe the kernel calls of `layers` during one forward of `model`.

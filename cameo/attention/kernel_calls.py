@@ -6,13 +6,14 @@ Axes: A rows of the attention batch, K heads, L query tokens, M key tokens, D he
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from inspect import BoundArguments
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from cameo.attention.kernels.call import KernelCall
 from cameo.attention.kernels.explicit import PRODUCTS, Product, measure_scale, operands_of
@@ -21,7 +22,7 @@ from cameo.attention.kernels.multihead import read_multihead
 from cameo.attention.kernels.taps import kernel_taps
 from cameo.errors import CaptureError
 
-__all__ = ["CallWatcher"]
+__all__ = ["CallWatcher", "unwatched"]
 
 MULTIHEAD = inspect.signature(F.multi_head_attention_forward)
 
@@ -140,3 +141,25 @@ class CallWatcher(TorchFunctionMode):
     def _keep(self, query: Tensor, key: Tensor, scale: float | None, mask: Tensor | None) -> None:
         scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
         self.calls.append(KernelCall(query, key, scale, mask))
+
+
+@contextmanager
+def unwatched() -> Iterator[None]:
+    """Hide what runs inside the block from the watchers that are open around it.
+
+    Example:
+        >>> query = torch.zeros(1, 2, 12, 4)
+        >>> with CallWatcher("attn") as watcher, unwatched():
+        ...     _ = torch.nn.functional.scaled_dot_product_attention(query, query, query)
+        >>> watcher.calls
+        []
+    """
+    open_ones = [mode for mode in _get_current_function_mode_stack() if isinstance(mode, CallWatcher)]
+    before = [watcher._muted for watcher in open_ones]
+    for watcher in open_ones:
+        watcher._muted = True
+    try:
+        yield
+    finally:
+        for watcher, muted in zip(open_ones, before, strict=True):
+            watcher._muted = muted

@@ -9,14 +9,14 @@ tokens of a view stand for those of another (`own_view_shows`), each such view i
 from __future__ import annotations
 
 import dataclasses
-import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cameo.attention.axes import first_position, num_positions, position_of, take_segment
+from cameo.attention.axes import check_place, first_position, num_positions, position_of, take_segment
+from cameo.attention.axis_lengths import axis_lengths
 from cameo.attention.folding import fold_matches, fold_tokens, pair_matches, pair_own_tokens
 from cameo.attention.open_segment import check_open, open_length, open_segment, without_open_segment
 from cameo.attention.pattern import RESERVED, Pattern, Segment, check_pair
@@ -302,27 +302,58 @@ class TokenLayout:
             ValueError: the place is outside the batch, the views or the grid, the view has no queries, or `tokens`, the
                 L of the call, is not given where the number of tokens before the views is open.
         """
-        pattern, lengths = self._pattern(of), self._lengths(batch, token_grids)
-        lengths |= open_length(pattern, self.lengths, lengths, tokens)
-        _check_place("batch_index", batch_index, batch)
-        _check_place("view", view, len(token_grids))
-        _check_place("row", row, token_grids[view][0])
-        _check_place("col", col, token_grids[view][1])
+        lengths = self._lengths(batch, token_grids)
+        lengths |= open_length(self._pattern(of), self.lengths, lengths, tokens)
+        check_place("batch_index", batch_index, batch)
+        check_place("view", view, len(token_grids))
+        check_place("row", row, token_grids[view][0])
+        check_place("col", col, token_grids[view][1])
         if of == "query" and view in self._views_without_queries(len(token_grids)):
             raise ValueError(f'view: view {view} has no queries in "{self.query}"')
         if view < self.view_order.references_absent:
             raise ValueError(f"view: view {view} is not in the attention: {self!r}")
-        place = {"b": batch_index, "u": 0}
-        main_views = len(token_grids) - len(self._key.extra)
-        view = self.view_order.place(view, len(token_grids))
+        place = {"b": batch_index, "u": 0, "h": row, "w": col}
+        return self._positions(of, view, place, lengths, len(token_grids))
+
+    def places(self, of: str, *, batch: int, token_grids: TokenGrids, tokens: int | None = None) -> Tensor:
+        """Return sample, view, row and column of every position of a call, [AB, L, 4]; -1 for tokens of no view.
+
+        The inverse of `locate`, with every copy of the keys; the views are those of the correspondence. `tokens` is L,
+        where the number of text tokens is open.
+
+        Example:
+            >>> layout = TokenLayout("b (t + v h w)", t=1)
+            >>> layout.places("query", batch=1, token_grids=((1, 2), (1, 2)))[0].tolist()
+            [[-1, -1, -1, -1], [0, 0, 0, 0], [0, 0, 0, 1], [0, 1, 0, 0], [0, 1, 0, 1]]
+        """
+        pattern, lengths, views = self._pattern(of), self._lengths(batch, token_grids), len(token_grids)
+        lengths |= open_length(pattern, self.lengths, lengths, tokens)
+        length = sum(num_positions(segment, lengths) for segment in pattern.segments)
+        places = torch.full((num_positions(pattern.batch, lengths), length, 4), -1)
+        copies = lengths["u"] if "u" in pattern.batch else 1
+        without = self._views_without_queries(views) if of == "query" else []
+        for view in range(self.view_order.references_absent, views):
+            if view not in without:
+                axes = [torch.arange(length) for length in (batch, copies, *token_grids[view])]
+                place = dict(zip("buhw", torch.meshgrid(*axes, indexing="ij"), strict=True))
+                here = [place["b"], torch.full_like(place["b"], view), place["h"], place["w"]]
+                places[self._positions(of, view, place, lengths, views)] = torch.stack(here, dim=-1)
+        return places
+
+    def _positions(
+        self, of: str, view: int, place: dict[str, Any], lengths: dict[str, int], num_views: int
+    ) -> tuple[Any, Any]:
+        """Return attention batch index and token index of a view's tokens; a place is a number or a tensor per axis."""
+        pattern, place = self._pattern(of), dict(place)
+        main_views = num_views - len(self._key.extra)
+        view = self.view_order.place(view, num_views)
         if view < main_views:
             segment = pattern.main
-            place |= {"h": row, "w": col}
             for name in reversed(self._query.views):
                 view, place[name] = divmod(view, lengths[name])
         else:
             segment = self._key.extra[view - main_views]
-            place |= {name: row if name.startswith("h") else col for name in segment}
+            place |= {name: place[name[0]] for name in segment}
         start = first_position(segment, pattern, lengths)
         return position_of(pattern.batch, place, lengths), start + position_of(segment, place, lengths)
 
@@ -336,35 +367,9 @@ class TokenLayout:
         return [view % num_views for view, segment in extra if segment not in self._query.segments]
 
     def _lengths(self, batch: int, token_grids: TokenGrids) -> dict[str, int]:
-        """Return the length of every axis for this batch and these token grids."""
-        order, extra, views = self.view_order, self._key.extra, self._query.views
-        attended = token_grids[order.references_absent :]
-        ordered = (*attended[order.references_last :], *attended[: order.references_last])
-        main = ordered[: max(0, len(ordered) - len(extra))]
-        tiles = None if views == ("v",) else math.prod(self.lengths[name] or 0 for name in views)
-        expected = None if tiles is None else tiles - order.beyond + len(extra) + order.references_absent
-        least = max(len(extra), order.least)
-        if len(token_grids) <= least or expected not in (None, len(token_grids)):
-            needs = f"more than {least}" if expected is None else expected
-            raise ValueError(f"token_grids: {self!r} needs {needs} views, got {len(token_grids)}: {tuple(token_grids)}")
-        if self.own_view_shows is not None and len(set(token_grids)) > 1:
-            raise ValueError(
-                f"token_grids: the tokens of a view stand for those of view {self.own_view_shows} too, so all views "
-                f"have one token grid, got {tuple(token_grids)}"
-            )
-        if len(set(main)) > 1:
-            raise ValueError(
-                f"token_grids: the {len(main)} views of segment {' '.join(self._key.main)} share one token grid, "
-                f"got {main}. A view with its own grid is a segment of its own, as h' w'"
-            )
-        known = {name: 0 if length is None else length for name, length in self.lengths.items()}
-        lengths = {**known, "b": batch, "h": main[0][0], "w": main[0][1]}
-        if tiles is None:
-            lengths["v"] = len(main) + order.beyond
-        lengths["u"] = num_positions(views, lengths)
-        for segment, (height, width) in zip(extra, ordered[len(main) :], strict=True):
-            lengths |= {name: height if name.startswith("h") else width for name in segment}
-        return lengths
+        """Return the length of every axis for this batch and these token grids, 0 for the one that is open."""
+        given = (repr(self), self._query, self._key, self.lengths, self.view_order)
+        return axis_lengths(*given, batch=batch, token_grids=token_grids)
 
     def _split(
         self, of: str, tensor: Tensor, batch: int, token_grids: TokenGrids, rows: Tensor | None = None
@@ -393,8 +398,3 @@ class TokenLayout:
         return self.view_order.references_first(
             torch.cat([F.pad(part, (0, 0, 0, longest - part.shape[3])) for part in parts], dim=2)
         )
-
-
-def _check_place(name: str, value: int, limit: int) -> None:
-    if not 0 <= value < limit:
-        raise ValueError(f"{name}: expected 0 to {limit - 1}, got {value}")

@@ -19,7 +19,7 @@ from cameo.geometry.grids import TokenGrids, as_grid, as_grids
 from cameo.geometry.visibility import DEPTH_TOLERANCE, check_tolerance
 from cameo.renamed import KEYWORDS, old_attributes, old_fields, old_keywords
 
-__all__ = ["Correspondence", "GridSize"]
+__all__ = ["Correspondence", "GridSize", "one_per_layer"]
 
 # One (h, w) or int for all views, or one (h, w) per view.
 GridSize = int | tuple[int, int] | Sequence[tuple[int, int]]
@@ -348,3 +348,32 @@ def _grid_per_view(token_grid: GridSize, views: int) -> TokenGrids:
     if len(grids) != views:
         raise ShapeError("token_grid", expected=f"(h, w), or one (h, w) for each of {views} views", got=str(token_grid))
     return grids
+
+
+def one_per_layer(correspondence: Correspondence | Sequence[Correspondence], layers: int) -> list[Correspondence]:
+    """Return one correspondence for each of a number of supervised layers, which may share one.
+
+    Example:
+        >>> match = Correspondence(torch.full((1, 2, 2, 4), -1), ((2, 2), (2, 2)))
+        >>> [each is match for each in one_per_layer(match, 2)]
+        [True, True]
+
+    Raises:
+        TypeError: it is neither a correspondence nor a list of them.
+        ValueError: the list has another length.
+    """
+    if isinstance(correspondence, Correspondence):
+        return [correspondence] * layers
+    matches = list(correspondence) if isinstance(correspondence, Sequence) else [correspondence]
+    for match in matches:
+        if not isinstance(match, Correspondence):
+            raise TypeError(
+                "correspondence: expected a cameo.Correspondence or a list of them, got "
+                f"{type(match).__name__}; build one with Correspondence.from_depth or from_point_maps"
+            )
+    if len(matches) != layers:
+        raise ValueError(
+            f"correspondence: expected one Correspondence or a list of {layers}, one per supervised layer, got a list "
+            f"of {len(matches)}"
+        )
+    return matches

@@ -222,6 +222,22 @@ def test_split_and_locate_equal_the_loops(case: Case, of: str) -> None:
 
 
 @every_case
+@pytest.mark.parametrize("of", ["query", "key"])
+def test_places_are_those_of_the_loops(case: Case, of: str) -> None:
+    batch, tokens = getattr(case, f"{of}_shape")
+    expected = torch.full((batch, tokens, 4), -1)
+    for b in range(B):
+        for v, (height, width) in enumerate(case.token_grids):
+            for y in range(height):
+                for x in range(width):
+                    position = getattr(case, of)(b, v, y, x)
+                    if position is not None:
+                        for number in case.copies if of == "key" else [0]:
+                            expected[position[0] + number * case.copy_stride, position[1]] = torch.tensor([b, v, y, x])
+    assert torch.equal(case.layout.places(of, batch=B, token_grids=case.token_grids), expected)
+
+
+@every_case
 def test_localize_equals_the_loops(case: Case) -> None:
     torch.manual_seed(1)
     views, tokens = len(case.token_grids), max(h * w for h, w in case.token_grids)

@@ -60,6 +60,20 @@ def random_call(layout: TokenLayout) -> tuple[Tensor, Tensor]:
 
 
 @every_layout
+@pytest.mark.parametrize("of", ["query", "key"])
+def test_places_are_those_of_the_views_themselves(name: str, of: str) -> None:
+    layout, place = LAYOUTS[name]
+    expected = torch.full((*layout.shape(of, batch=B, token_grids=GRIDS), 4), -1)
+    cells = torch.cartesian_prod(torch.arange(H), torch.arange(W))
+    for sample in range(B):
+        for view in range(layout.view_order.references_absent, VIEWS):
+            row, first = place(sample, view)
+            expected[row, first : first + N, :2] = torch.tensor([sample, view])
+            expected[row, first : first + N, 2:] = cells
+    assert torch.equal(layout.places(of, batch=B, token_grids=GRIDS), expected)
+
+
+@every_layout
 def test_each_view_is_a_sample_with_its_own_tokens_as_keys(name: str) -> None:
     layout, place = LAYOUTS[name]
     query, key = random_call(layout)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import sys
 import types
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -134,3 +135,31 @@ def install_xformers(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
     monkeypatch.setitem(sys.modules, "xformers", package)
     monkeypatch.setitem(sys.modules, "xformers.ops", ops)
     return ops
+
+
+class _Unseen(torch.autograd.Function):
+    """Like flash-attn's: what it computes passes through no function of torch that can be watched."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with torch._C.DisableTorchFunction():
+            weights = ((q @ k.mT) * SCALE).softmax(-1)
+            ctx.save_for_backward(q, k, v, weights)
+            return weights @ v
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v, weights = ctx.saved_tensors
+        of_weights = gradient @ v.mT
+        of_logits = weights * (of_weights - (of_weights * weights).sum(-1, keepdim=True)) * SCALE
+        return of_logits @ k, of_logits.mT @ q, weights.mT @ gradient
+
+
+def unseen(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention by a kernel that no watcher sees."""
+    return rearrange(_Unseen.apply(*map(heads_apart, (q, k, v))), "b k n d -> b n (k d)")
+
+
+def beside_unseen(kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """An attention half of which an unseen kernel computes."""
+    return lambda q, k, v: unseen(q, k, v) + kernel(q, k, v)
