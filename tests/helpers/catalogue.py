@@ -22,7 +22,7 @@ __all__ = ["PAGE", "SIZE", "TEXT", "Entry", "Row", "frames", "noise", "positions
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 PATCH = 2
 SIZE = (GRID[0] * PATCH, GRID[1] * PATCH)  # of the latents of a view
-TEXT = (3, 5)  # text tokens of the two samples, where the class takes texts of unequal length
+TEXT = (5, 3)  # text tokens of the two samples, where the class takes texts of unequal length
 
 
 @dataclass(frozen=True)
@@ -34,12 +34,14 @@ class Entry:
         inputs: makes the keyword arguments of its forward.
         starts: where the tokens of the views begin in the hidden states that enter the layer, for each sample.
         views: how many there are.
+        checkpoints: whether the class computes the same again under gradient checkpointing.
     """
 
     build: Callable[[], nn.Module]
     inputs: Callable[[], dict[str, Any]]
     starts: tuple[int, int] = (0, 0)
     views: int = VIEWS
+    checkpoints: bool = True
 
     def to_images(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Take `[B, L, C]` apart into the views `[B, V, h, w, C]` and all other tokens `[..., C]`."""

@@ -178,7 +178,7 @@ def z_image_inputs() -> dict[str, Any]:
     return {
         "x": list(noise(SAMPLES, 4, VIEWS, *SIZE)),
         "t": timestep(),
-        "cap_feats": [noise(length, 8) for length in (3, 35)],
+        "cap_feats": [noise(length, 8) for length in (35, 3)],
     }
 
 
@@ -243,7 +243,7 @@ IMAGES = {
     "FLUX.2, double block": Entry(flux2, flux2_inputs),
     "FLUX.2, single block": Entry(flux2, flux2_inputs, starts=(LONGEST, LONGEST)),
     "Chroma, double block": Entry(chroma, chroma_inputs),
-    "Chroma, single block": Entry(chroma, chroma_inputs, starts=(LONGEST, LONGEST)),
+    "Chroma, single block": Entry(chroma, chroma_inputs, starts=(LONGEST, LONGEST), checkpoints=False),
     "Qwen-Image": Entry(qwen_image, qwen_image_inputs),
     "Krea 2": Entry(krea2, krea2_inputs, starts=(LONGEST, LONGEST)),
     "Lumina 2": Entry(lumina2, lumina2_inputs, starts=TEXT),

