@@ -151,7 +151,7 @@ def without_hidden_matches(
 def _check_bias(layer: AttentionLayer, seen: CapturedAttention, split_keys: Callable[[Tensor], Tensor]) -> None:
     """Refuse what is added to the logits, unless a query has the same number for all tokens of views that it sees.
 
-    The softmax over tokens of views does not change with it: Chroma's pipeline adds 1 to all keys but the text's padding.
+    The softmax over tokens of views is the same with it: Chroma's pipeline adds 1 to all keys but the text's padding.
     """
     assert seen.mask is not None
     mask = seen.mask[(None,) * (4 - seen.mask.ndim)]
