@@ -6,6 +6,7 @@ Axes: A rows of the attention batch, K heads, L query tokens, M key tokens, B sa
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -82,7 +83,8 @@ def visible_tokens(
         token_grids: token grid `(h, w)` of each view, as `Correspondence.token_grids`.
 
     Raises:
-        CaptureError: the mask differs between heads, or between queries in a layout whose batch part is not `b`.
+        CaptureError: the mask differs between heads, or between queries in a layout whose batch part is not `b`; or it
+            is added to the logits and weighs some tokens of views more than others.
     """
     if seen.mask is None:
         return None
@@ -93,6 +95,7 @@ def visible_tokens(
     def split_keys(hidden: Tensor) -> Tensor:
         return layout.split_key(hidden, batch=batch, token_grids=token_grids, lengths=key_lengths)
 
+    _check_bias(layer, seen, split_keys)
     hidden = (1 - kept).transpose(1, 2)[:, None]  # [A, 1, M, L or 1]; padding becomes 0, which is seen
     if hidden.shape[-1] == 1:
         visible = (split_keys(hidden) == 0)[:, 0, None, None, :, :, 0]
@@ -145,10 +148,36 @@ def without_hidden_matches(
     return dataclasses.replace(correspondence, index=index), whole if partly else None
 
 
+def _check_bias(layer: AttentionLayer, seen: CapturedAttention, split_keys: Callable[[Tensor], Tensor]) -> None:
+    """Refuse what is added to the logits, unless a query has the same number for all tokens of views that it sees.
+
+    The softmax over tokens of views is the same with it: Chroma's pipeline adds 1 to all keys but the text's padding.
+    """
+    assert seen.mask is not None
+    mask = seen.mask[(None,) * (4 - seen.mask.ndim)]
+    kept = kept_tokens(mask)
+    if mask.dtype == torch.bool or not bool(((mask != 0) & kept).any()):
+        return
+    rows, keys = seen.query.shape[0], seen.key.shape[2]
+    bias, is_seen = (x.expand(rows, -1, -1, keys).transpose(2, 3) for x in (mask.where(kept, 0), kept.to(mask.dtype)))
+    if layer.layout.folds_nothing:
+        bias, unseen = split_keys(bias), split_keys(is_seen) == 0  # padding of a shorter view is unseen too
+        least, most = (
+            bias.masked_fill(unseen, torch.inf).amin((2, 3)),
+            bias.masked_fill(unseen, -torch.inf).amax((2, 3)),
+        )
+        if not bool((least < most).any()):
+            return
+    raise CaptureError(
+        f"layer {layer.path!r} adds a bias to its attention that does not only hide tokens; its logits are more than a "
+        "multiple of q.k and cannot be supervised"
+    )
+
+
 def _per_row(layer: AttentionLayer, seen: CapturedAttention) -> Tensor:
     """Bring a mask to `[A, L or 1, M]`, as uint8."""
     assert seen.mask is not None
-    kept = kept_tokens(seen.mask, layer.path)
+    kept = kept_tokens(seen.mask)
     kept = kept[(None,) * (4 - kept.ndim)]
     if kept.shape[1] > 1:
         if not bool((kept == kept[:, :1]).all()):

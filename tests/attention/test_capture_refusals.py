@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from cameo.attention.capture import AttentionCapture
 from cameo.attention.kernels.call import KernelCall, join_slices, kept_tokens
+from cameo.attention.visibility import visible_tokens
 from cameo.errors import CaptureError
 from tests.helpers.attention_kernels import HEADS, SCALE, baddbmm, from_rows, heads_apart, rows, sdpa, sdpa_rows
 from tests.helpers.captured_models import (
@@ -69,7 +70,7 @@ def test_a_mask_of_the_kernel_is_kept(mask: dict[str, Any], seen: Tensor, x: Ten
     model = make_model(masked(**mask))
     _, found = capture(model, x)
     assert found.mask is not None
-    assert torch.equal(kept_tokens(found.mask, "second").squeeze().float(), seen)
+    assert torch.equal(kept_tokens(found.mask).squeeze().float(), seen)
     query, key = expected_query_and_key(model, x)
     assert torch.equal(found.query, query)
     assert torch.equal(found.key, key)
@@ -98,7 +99,7 @@ def test_a_bias_of_xformers_is_refused(x: Tensor, xformers_ops: Any) -> None:
     model = make_model(lambda q, k, v: from_rows(original(rows(q), rows(k), rows(v), bias)))
     _, found = capture(model, x)
     with pytest.raises(CaptureError, match="adds a bias to its attention that does not only hide tokens"):
-        kept_tokens(found.mask, "second")
+        visible_tokens(layer(), found, batch=SAMPLES, token_grids=((1, TOKENS // 2),) * 2)
     assert xformers_ops.memory_efficient_attention is original
     assert original.__code__ is code
 

@@ -188,6 +188,20 @@ def test_the_softmax_runs_over_what_a_query_sees(normalize: str) -> None:
     torch.testing.assert_close(model.alignment_loss, torch.stack(losses).mean())
 
 
+def test_a_bias_that_is_the_same_for_all_views_changes_nothing() -> None:
+    mask = text_mask(
+        "bool", before=True
+    ).float()  # numbers, as Chroma's pipeline has them: 1 is added to all but padding
+    mask = mask * mask.mT
+    layout = TokenLayout("b (t + v h w)", t=None)
+    model = wrap(make(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, mask)), layout)
+    x = torch.cat([text(TEXT), images()], dim=1)
+    check(model, x, images())
+    mask[0, 0, TEXT, -1] = 0.5  # one token of the last view is another to the first query
+    with pytest.raises(CaptureError, match="adds a bias to its attention that does not only hide tokens"):
+        model(x, correspondence=matches())
+
+
 def test_masks_that_differ_between_heads_are_refused() -> None:
     mask = torch.ones(2, IMAGE, IMAGE, dtype=torch.bool)
     mask[1, 0, 1] = False

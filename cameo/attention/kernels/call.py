@@ -11,8 +11,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cameo.errors import CaptureError
-
 __all__ = ["KernelCall", "join_samples", "join_slices", "kept_tokens"]
 
 # A mask that is added to the logits hides a token with any value below, as diffusers' -10000 does in every precision.
@@ -27,8 +25,8 @@ class KernelCall:
         query: `[A, K, L, D]`, or `[A * K, L, D]` with the heads in the batch.
         key: likewise `[A, K', M, D]`; K' divides K.
         scale: the kernel's factor of q.k.
-        mask: which keys a query sees, bool (or what is added to the logits, 0 or a large negative number), of a shape
-            that broadcasts to `[A, K, L, M]`; None where it sees all.
+        mask: which keys a query sees, bool (or what is added to the logits, a large negative number for those that it
+            does not see), of a shape that broadcasts to `[A, K, L, M]`; None where it sees all.
         query_lengths, key_lengths: how many of the tokens belong to each row `[A]`, the others being padding; None
             where all do.
         trains: whether the kernel has a backward.
@@ -43,25 +41,14 @@ class KernelCall:
     trains: bool = True
 
 
-def kept_tokens(mask: Tensor, layer: str) -> Tensor:
+def kept_tokens(mask: Tensor) -> Tensor:
     """Return a mask as bool, True where the query sees the key.
 
     Example:
-        >>> kept_tokens(torch.tensor([0.0, -torch.inf, torch.finfo(torch.float32).min]), "attn")
+        >>> kept_tokens(torch.tensor([0.0, -torch.inf, torch.finfo(torch.float32).min]))
         tensor([ True, False, False])
-
-    Raises:
-        CaptureError: the mask is added to the logits, and weighs tokens that it does not hide.
     """
-    if mask.dtype == torch.bool:
-        return mask
-    kept = mask > HIDDEN_BELOW
-    if bool(((mask != 0) & kept).any()):
-        raise CaptureError(
-            f"layer {layer!r} adds a bias to its attention that does not only hide tokens; its logits are more than a "
-            "multiple of q.k and cannot be supervised"
-        )
-    return kept
+    return mask if mask.dtype == torch.bool else mask > HIDDEN_BELOW
 
 
 def join_slices(calls: list[KernelCall]) -> list[KernelCall]:
