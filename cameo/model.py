@@ -335,13 +335,12 @@ class CameoModel(nn.Module):
         Raises:
             RuntimeError: if it was unwrapped already.
         """
-        base = self.base_model
         if not self._attached:
             raise RuntimeError("this model was unwrapped already; use the module that unwrap() returned")
         self._attached = False
-        forget(base)
+        forget(self.base_model)
         self._alignment_loss = self._num_supervised = None
-        return base
+        return self.base_model
 
     @old_keywords
     def save_pretrained(self, folder: str | Path, **options: Any) -> Path:

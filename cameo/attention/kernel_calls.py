@@ -31,6 +31,7 @@ class CallWatcher(TorchFunctionMode):
     """Collects the attention calls made in the current thread while the watcher is open.
 
     Example:
+        >>> import torch
         >>> query = torch.zeros(1, 2, 12, 4)
         >>> with CallWatcher("attn") as watcher:
         ...     _ = torch.nn.functional.scaled_dot_product_attention(query, query, query)
@@ -148,6 +149,7 @@ def unwatched() -> Iterator[None]:
     """Hide what runs inside the block from the watchers that are open around it.
 
     Example:
+        >>> import torch
         >>> query = torch.zeros(1, 2, 12, 4)
         >>> with CallWatcher("attn") as watcher, unwatched():
         ...     _ = torch.nn.functional.scaled_dot_product_attention(query, query, query)
