@@ -65,6 +65,15 @@ def xformers_by_sdpa() -> Iterator[types.ModuleType]:
         yield ops
 
 
+@contextmanager
+def without_xformers() -> Iterator[None]:
+    """Let every import of xformers fail, whether or not it is installed."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("xformers", "xformers.ops"):
+            patch.setitem(sys.modules, name, None)
+        yield
+
+
 def memory_efficient_attention(
     query: Tensor,
     key: Tensor,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 import os
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -22,7 +21,7 @@ from tests.helpers import backbone_checks as checks
 from tests.helpers import upstream_mvdream as mvdream
 from tests.helpers import upstream_sv3d as sv3d
 from tests.helpers import upstream_zero123plus as zero123plus
-from tests.helpers.upstream_imports import imports_from, stand_in, xformers_by_sdpa
+from tests.helpers.upstream_imports import imports_from, stand_in, without_xformers, xformers_by_sdpa
 
 VARIABLE = "CAMEO_UPSTREAM"
 
@@ -72,18 +71,23 @@ def xformers() -> Iterator[ModuleType]:
 
 
 @pytest.fixture
+def no_xformers() -> Iterator[None]:
+    """For the length of a test, no xformers, even where it is installed; ask for it before importing upstream."""
+    with without_xformers():
+        yield
+
+
+@pytest.fixture
 def build_mvdream(
     checkout: Callable[..., Path],
     missing: Callable[..., ModuleType],
-    monkeypatch: pytest.MonkeyPatch,
     request: pytest.FixtureRequest,
 ) -> Callable[..., nn.Module]:
     """`build_mvdream(kind, **settings)`: a narrow U-Net of one of `mvdream.KINDS`, of the class of its repository."""
 
     def make(kind: str, **settings: Any) -> nn.Module:
         if kind == "mvdream-einsum":
-            for name in ("xformers", "xformers.ops"):  # `import` finds nothing, whether or not it is installed
-                monkeypatch.setitem(sys.modules, name, None)
+            request.getfixturevalue("no_xformers")
         else:
             request.getfixturevalue("xformers")
         missing("pkg_resources")
