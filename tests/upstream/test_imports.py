@@ -1,4 +1,4 @@
-"""The released code runs on the kernel that a test asks for, whether or not xformers is installed; needs no checkout."""
+"""The released code runs on the kernel that a test asks for, also where xformers is installed; needs no checkout."""
 
 from __future__ import annotations
 
