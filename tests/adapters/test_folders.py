@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import tomllib
 from pathlib import Path
 
 import pytest
@@ -34,12 +33,3 @@ def test_every_backbone_has_the_same_files() -> None:
 def test_a_backbone_knows_itself_and_what_all_share(folder: str) -> None:
     for path in (ROOT / "adapters" / folder).glob("*.py"):
         assert set(IMPORT.findall(path.read_text())) <= {folder, "common"}, path
-
-
-def test_every_folder_is_installed() -> None:
-    setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
-    folders = [path.parent.relative_to(ROOT) for path in ROOT.glob("adapters/**/__init__.py")]
-    assert {".".join(("cameo", *folder.parts)) for folder in folders} == {
-        name for name in setuptools["packages"] if name.startswith("cameo.adapters")
-    }
-    assert setuptools["package-data"]["cameo.adapters"] == ["weights/**/*"]
