@@ -42,7 +42,7 @@ def main(arguments: list[str]) -> None:
 def train_and_compare(config: TrainingConfig) -> None:
     """Train each run of the recipe, one after the other, and write their results."""
     from cameo.training.data import build_dataset
-    from cameo.training.report import card_metrics, metrics_table, write_pictures
+    from cameo.training.report import card_metrics, metrics_table, write_attention_page, write_pictures
     from cameo.training.setup import check_push, planned_runs, train_lora
 
     check_push(config)
@@ -64,6 +64,7 @@ def train_and_compare(config: TrainingConfig) -> None:
     output = Path(config.output_dir)
     models = {name: run.model for name, run in runs.items()}
     pictures = write_pictures(models, run.pipeline, validation_set, config, output / "pictures", show_base=True)
+    page = write_attention_page(models, run.pipeline, validation_set, config, output / "explore.html", show_base=True)
     validations = {name: run.validations for name, run in runs.items()}
     write_atomically(output / "validation.json", json.dumps(validations, indent=2) + "\n")
     columns = {f"step {run.validations[0]['step']}": run.validations[0]}
@@ -77,6 +78,8 @@ def train_and_compare(config: TrainingConfig) -> None:
     facts = {"metrics": card_metrics(run.validations[-1]), "pictures": pictures}
     adapter = run.model.save_pretrained(output / "adapter", license=config.hub_license, **facts)
     print(f"adapter in {adapter}, pictures in {output / 'pictures'}, losses in {run.result.metrics}")
+    if page is not None:
+        print(f"where the models look, token by token: open {page} in a browser")
     if config.push_to_hub:
         hub = {"token": config.hub_token, "private": config.hub_private, "license": config.hub_license}
         print(f"pushed to {run.model.push_to_hub(str(config.hub_model_id), **hub, **facts)}")

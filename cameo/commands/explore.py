@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cameo.settings import Settings, run_recipe, setting, split_arguments, typed_values
-from cameo.training.run_settings import run_settings
 from cameo.training.output_folder import WITHOUT_CAMEO
+from cameo.training.run_settings import run_settings
 from cameo.training.settings import TrainingConfig
 from cameo.version import __version__
 
@@ -144,7 +144,8 @@ def load_models(models: list[str], settings: dict[str, Any]) -> tuple[dict[str, 
                     shown["base"] = ShownModel(run.model, trained_head=False, base=True)
             elif run.config.backbone != first.config.backbone:
                 raise ValueError(
-                    f"models: expected one backbone, got {first.config.backbone} and {run.config.backbone} ({checkpoint})"
+                    f"models: expected one backbone, got {first.config.backbone}, and {run.config.backbone} in "
+                    f"{checkpoint}"
                 )
             name = "with CAMEO" if run.model.cameo_config.weight > 0 else "without CAMEO"
             shown[name if len(models) == 1 else f"{model}, {name}"] = ShownModel(run.model, run.trained_head)

@@ -19,17 +19,13 @@ from torch import Tensor
 from cameo.evaluation.match_errors import FoundMatches
 from cameo.files import write_atomically
 from cameo.probing.denoising import psnr_of_error
+from cameo.probing.hits import ERROR_CLASSES
 
 __all__ = ["comparison_figure", "match_error_figure", "save_figure"]
 
 PANEL_SIZE = 1.6  # inches
 TITLE_WIDTH = 20  # characters above a panel
 TITLE_SIZE, LABEL_SIZE = 9, 8  # points
-
-# Classes of the distance from the found token to the true match, by their smallest distance in tokens, and their
-# colors: blue for a hit, then from yellow to dark red. Readers who do not tell red from green tell these apart, and the
-# misses get darker with the distance.
-ERROR_CLASSES = {0: "#08519c", 1: "#6baed6", 2: "#fed976", 4: "#fd8d3c", 8: "#bd0026"}
 
 READOUTS = {"mean": "mean over heads", "through_head": "through the alignment head"}
 

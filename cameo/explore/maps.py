@@ -20,7 +20,15 @@ from cameo.pipeline import TrainingInputs
 from cameo.probing.hits import attention_maps
 from cameo.probing.mode import evaluation_mode, native_precision
 
-__all__ = ["ViewMaps", "layer_maps", "map_sizes", "why_not_shown"]
+__all__ = ["MEAN", "THROUGH_HEAD", "ViewMaps", "layer_maps", "map_sizes", "single_head", "why_not_shown"]
+
+# Names of the readouts, as the page shows them.
+MEAN, THROUGH_HEAD = "mean", "through the alignment head"
+
+
+def single_head(number: int) -> str:
+    """Name the readout of one attention head."""
+    return f"head {number}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,8 +46,8 @@ class ViewMaps:
         query_view, key_view: views of the sample, the one whose tokens look and the one in which they look.
         query_grid, key_grid: token grids `(h, w)` of these views.
         target: true match of each query token, int64 `[N]`; -1 for a token without a match.
-        readouts: probabilities `[N, M]`, of which each row sums to 1: "mean", the mean over the heads; "head 0" to
-            "head K-1"; "through the alignment head" where the head was trained.
+        readouts: probabilities `[N, M]`, of which each row sums to 1: `MEAN`, the mean over the heads; `THROUGH_HEAD`,
+            where the alignment head was trained; and each `single_head`.
     """
 
     sample: int
@@ -113,11 +121,11 @@ def _maps_of(
                 keys = key[row : row + 1, :, key_view : key_view + 1, : tokens[1]]
                 with evaluation_mode(model):
                     maps = attention_maps(queries, keys, grids[1:], head, seen.scale)
-                readouts = {"mean": maps["mean"][0, 0, 0, :, 0].cpu()}
+                readouts = {MEAN: maps["mean"][0, 0, 0, :, 0].cpu()}
                 if "through_head" in maps:
-                    readouts["through the alignment head"] = maps["through_head"][0, 0, 0, :, 0].cpu()
+                    readouts[THROUGH_HEAD] = maps["through_head"][0, 0, 0, :, 0].cpu()
                 for number, of_head in enumerate(maps["best_head"][0]):
-                    readouts[f"head {number}"] = of_head[0, :, 0].cpu()
+                    readouts[single_head(number)] = of_head[0, :, 0].cpu()
                 sample, of_query = order.origin(row, query_view, match.num_views)
                 _, of_key = order.origin(row, key_view, match.num_views)
                 target = local.index[row, query_view, key_view, : tokens[0]].cpu()

@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from cameo.attention.capture import AttentionLayer
-from cameo.evaluation.pictures import ERROR_CLASSES
 from cameo.explore.images import data_url
-from cameo.explore.maps import ViewMaps, layer_maps, map_sizes, why_not_shown
+from cameo.explore.maps import MEAN, THROUGH_HEAD, ViewMaps, layer_maps, map_sizes, single_head, why_not_shown
 from cameo.explore.packing import Kept, Pack, choose_kept
 from cameo.files import write_atomically
 from cameo.model import CameoModel
 from cameo.pipeline import MultiViewPipeline
 from cameo.probing.denoising import check_noise_levels, fixed_inputs
+from cameo.probing.hits import ERROR_CLASSES
 from cameo.probing.mode import base_weights, evaluation_mode
 
 __all__ = ["NOISE_LEVELS", "ShownModel", "write_page"]
@@ -51,24 +51,21 @@ class _Content:
     """What is collected, by number of the layer and of the sample where it depends on them."""
 
     pack: Pack
-    readouts: list[str] = field(default_factory=list)
+    readouts: list[str]
     grids: dict[int, dict[int, tuple[int, int]]] = field(default_factory=dict)
     truth: dict[int, dict[int, dict[str, list[int]]]] = field(default_factory=dict)
     predictions: dict[str, str] = field(default_factory=dict)
 
-    def add(self, maps: ViewMaps, single_heads: bool, **shown: int) -> None:
+    def add(self, maps: ViewMaps, **shown: int) -> None:
         """Pack the maps of one view in another, with the truth and the grids of their layer."""
         layer, sample = shown["layer"], maps.sample
         query, key = maps.query_view, maps.key_view
         self.grids.setdefault(layer, {}).update({query: maps.query_grid, key: maps.key_grid})
         self.truth.setdefault(layer, {}).setdefault(sample, {})[f"{query}/{key}"] = maps.target.tolist()
         for readout, shares in maps.readouts.items():
-            if readout.startswith("head ") and not single_heads:
-                continue
-            if readout not in self.readouts:
-                self.readouts.append(readout)
-            number = self.readouts.index(readout)
-            self.pack.add(shares, maps.query_grid, **shown, readout=number, sample=sample, query=query, key=key)
+            if readout in self.readouts:
+                number = self.readouts.index(readout)
+                self.pack.add(shares, maps.query_grid, **shown, readout=number, sample=sample, query=query, key=key)
 
 
 def write_page(
@@ -111,7 +108,13 @@ def write_page(
     if not wanted:
         raise ValueError(f"layers: expected one that attends across whole views, got {refused or 'none'}")
     kept, single_heads = _choose(wanted, batch, len(models) * len(noise_levels))
-    content = _collect(models, pipeline, batch, wanted, noise_levels, _Content(Pack(kept)), single_heads)
+    readouts = [MEAN]
+    trained = [shown.model.alignment_heads for shown in models.values() if shown.trained_head]
+    if any(True for heads in trained for _ in heads.parameters()):
+        readouts.append(THROUGH_HEAD)
+    if single_heads:
+        readouts += [single_head(number) for number in range(max(layer.heads for layer in wanted))]
+    content = _collect(models, pipeline, batch, wanted, noise_levels, _Content(Pack(kept), readouts))
     view, token = _first_token(content)
     facts = {
         "samples": _samples(batch),
@@ -156,7 +159,6 @@ def _collect(
     layers: Sequence[AttentionLayer],
     noise_levels: Sequence[float],
     content: _Content,
-    single_heads: bool,
 ) -> _Content:
     for level_number, level in enumerate(noise_levels):
         with evaluation_mode(pipeline.denoiser):  # without what a pipeline does in training only
@@ -171,7 +173,7 @@ def _collect(
                     content.predictions[place] = data_url(of_sample[view])
             for layer_number, layer in enumerate(layers):
                 for one in maps[layer.path]:
-                    content.add(one, single_heads, model=model_number, level=level_number, layer=layer_number)
+                    content.add(one, model=model_number, level=level_number, layer=layer_number)
     return content
 
 

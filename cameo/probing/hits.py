@@ -17,9 +17,13 @@ from cameo.errors import ShapeError
 from cameo.geometry.grids import TokenGrids, token_distance
 from cameo.probing.truth import Block, Pairs, TrueMatches
 
-__all__ = ["READOUTS", "attention_maps", "count_hits", "view_maps"]
+__all__ = ["ERROR_CLASSES", "READOUTS", "attention_maps", "count_hits", "view_maps"]
 
 READOUTS = ("mean", "best_head", "through_head")
+# Classes of the distance from the found token to the true match, by their smallest distance in tokens, and their
+# colors: blue for a hit, then from yellow to dark red. Readers who do not tell red from green tell these apart, and the
+# misses get darker with the distance.
+ERROR_CLASSES = {0: "#08519c", 1: "#6baed6", 2: "#fed976", 4: "#fd8d3c", 8: "#bd0026"}
 # Entries of the logits that are held in memory at once; the alignment head needs several times as many.
 BLOCK_ENTRIES = 1 << 24
 

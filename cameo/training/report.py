@@ -14,6 +14,7 @@ from cameo.data import MultiViewDataset, collate
 from cameo.data.batches import to_device
 from cameo.evaluation.match_errors import FoundMatches, find_matches
 from cameo.evaluation.pictures import comparison_figure, match_error_figure, save_figure
+from cameo.explore.write import ShownModel, write_page
 from cameo.model import CameoModel
 from cameo.pipeline import MultiViewPipeline, TrainingInputs
 from cameo.probing.denoising import covisible_pixels
@@ -21,7 +22,7 @@ from cameo.probing.mode import base_weights, evaluation_mode, generate_views, ha
 from cameo.tables import markdown_table
 from cameo.training.settings import TrainingConfig
 
-__all__ = ["card_metrics", "metrics_table", "noise_inputs", "predicted_views", "write_pictures"]
+__all__ = ["card_metrics", "metrics_table", "noise_inputs", "predicted_views", "write_attention_page", "write_pictures"]
 
 NOT_MEASURED = "-"
 
@@ -79,6 +80,35 @@ def write_pictures(
         warnings.warn(f"attention.png is left out: {next(iter(drawn.values())).found}", stacklevel=2)
         return written
     return [*written, save_figure(match_error_figure(batch, found, samples=len(samples)), folder / "attention.png")]
+
+
+def write_attention_page(
+    models: Mapping[str, CameoModel],
+    pipeline: MultiViewPipeline,
+    dataset: MultiViewDataset,
+    config: TrainingConfig,
+    path: str | Path,
+    *,
+    show_base: bool = False,
+) -> Path | None:
+    """Write the page on which a click on a token shows where the models look; see `cameo.explore`.
+
+    It shows `num_validation_images` samples, none with 0. Where the layer has no maps over whole views, a warning says
+    so, and None is returned. The other arguments are those of `write_pictures`.
+    """
+    if not config.num_validation_images:
+        return None
+    first = next(iter(models.values()))
+    samples = [dataset[index] for index in range(config.num_validation_images)]
+    batch = to_device(collate(samples), next(first.parameters()).device)
+    shown = {name: ShownModel(model, model.cameo_config.weight > 0) for name, model in models.items()}
+    if show_base and has_adapter(first):
+        shown = {"base": ShownModel(first, trained_head=False, base=True), **shown}
+    try:
+        return write_page(path, shown, pipeline, batch, title=f"Where {config.backbone} looks")
+    except ValueError as error:
+        warnings.warn(f"{Path(path).name} is left out: {error}", stacklevel=2)
+        return None
 
 
 def noise_inputs(pipeline: MultiViewPipeline, batch: Mapping[str, Any], config: TrainingConfig) -> TrainingInputs:

@@ -15,7 +15,8 @@ from PIL import Image
 from cameo.backbone import get_backbone
 from cameo.data import collate
 from cameo.evaluation.match_errors import FoundMatches, find_matches
-from cameo.evaluation.pictures import ERROR_CLASSES, comparison_figure, match_error_figure, save_figure
+from cameo.evaluation.pictures import comparison_figure, match_error_figure, save_figure
+from cameo.probing.hits import ERROR_CLASSES
 from cameo.probing.mode import base_weights
 from cameo.training import report
 from cameo.training.report import write_pictures

@@ -203,7 +203,7 @@ function told(model) {
     } else text += ", no true match there";
     parts.push(text);
   }
-  return parts.join("; ") || "no map of this token's view";
+  return parts.join("; ") || "no map, since its alignment head is not trained or the layer does not see this view";
 }
 
 let turn = 0;
