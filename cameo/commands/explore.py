@@ -13,6 +13,7 @@ The samples are the first ones of the validation set of the (first) run, all mod
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,6 +59,11 @@ class Options(Settings):
                 "for example cameo explore outputs/lora-cat3d-tiny"
             )
         check_noise_levels("noise_levels", self.noise_levels)
+
+
+def run(arguments: Sequence[str] | None = None) -> None:
+    """Run the command; `arguments` are those of the command line by default."""
+    run_recipe(main, read_all, [Options, TrainingConfig], about=__doc__ or "", arguments=arguments)
 
 
 def read(arguments: list[str]) -> tuple[Options, dict[str, Any]]:
@@ -151,7 +157,3 @@ def load_models(models: list[str], settings: dict[str, Any]) -> tuple[dict[str, 
             shown[name if len(models) == 1 else f"{model}, {name}"] = ShownModel(run.model, run.trained_head)
     assert first is not None  # Options.check
     return shown, first
-
-
-if __name__ == "__main__":
-    run_recipe(main, read_all, [Options, TrainingConfig], about=__doc__)
