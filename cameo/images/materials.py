@@ -54,7 +54,7 @@ def material_of(mesh: Any, *, name: str, linear: bool) -> Material | None:
         None
         >>> box.visual.face_colors = [255, 0, 51, 255]
         >>> spots = type("Spots", (), {"triangles": np.array([0]), "barycentric": np.full((1, 3), 1 / 3)})
-        >>> material_of(box, name="box", linear=False).color(spots).round(2).tolist()
+        >>> material_of(box, name="box", linear=False).color(spots).astype(float).round(2).tolist()
         [[1.0, 0.0, 0.2]]
 
     - A base color and vertex colors multiply a texture in linear light, as glTF has it. A texture of an OBJ file counts
