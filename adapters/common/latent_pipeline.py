@@ -170,7 +170,9 @@ class LatentPipeline(DiffusionPipeline):
 
     @property
     def latent_dtype(self) -> torch.dtype:
-        """Precision in which the encoder gives latents."""
+        """Precision in which the encoder gives latents; folded pixels are float32."""
+        if self.vae is None:
+            return torch.float32
         wanted = self.encoder_precision or self.vae.dtype
         overflows = wanted == torch.float16 and self.vae.config.get("force_upcast")
         return torch.float32 if overflows else wanted

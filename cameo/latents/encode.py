@@ -156,8 +156,8 @@ def _units(pipeline: LatentEncoder, dataset: MultiViewDataset, scene: int) -> It
     else:
         raise ValueError(
             f"cache_latents=true: {pipeline.backbone} encodes {max(map(len, together))} views of a sample as one "
-            "image, and views that are drawn anew for each sample are together once only; give camera_rig=, whose views are "
-            "always the same, or cache_latents=false"
+            "image, and views that are drawn anew for each sample are together once only; give camera_rig=, whose "
+            "views are always the same, or cache_latents=false"
         )
 
 
