@@ -48,12 +48,13 @@ class LatentDataset(Dataset[MultiViewSample]):
 
     def _sample_keys(self, sample: MultiViewSample) -> list[int]:
         images, keys = sample["images"], dict[int, int]()
+        named = "scene" in sample and "scene_views" in sample
         for views in self.encoded_together(len(images)):
-            name = (sample["scene"], *(sample["scene_views"][view] for view in views)) if "scene" in sample else None
-            found = self._keys.get(name) if name else None
+            name = (sample["scene"], *(sample["scene_views"][view] for view in views)) if named else ()
+            found = self._keys.get(name)
             if found is None:
                 found = image_keys(images[views])
-                if name:
+                if named:
                     self._keys[name] = found
             keys |= dict(zip(views, found, strict=True))
         return [keys[view] for view in range(len(images))]

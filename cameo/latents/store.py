@@ -37,6 +37,8 @@ LATENTS = ShardKind(
 # killed.
 SHARD_SECONDS = 60
 SHARD_BYTES = 64 << 20
+# No shard takes as long to write.
+LEFTOVER_SECONDS = 3600
 
 
 def image_keys(images: Tensor) -> list[int]:
@@ -78,6 +80,9 @@ class LatentWriter:
     def __init__(self, folder: Path, settings: Mapping[str, Any], *, shard_bytes: int = SHARD_BYTES) -> None:
         self.folder, self.settings, self.shard_bytes = folder, dict(settings), shard_bytes
         check_writable(folder, LATENTS)
+        for leftover in folder.glob(".latents-*.tmp"):  # of a process that was killed, if it is old
+            if time.time() - leftover.stat().st_mtime > LEFTOVER_SECONDS:
+                leftover.unlink(missing_ok=True)
         self._clear()
 
     def _clear(self) -> None:

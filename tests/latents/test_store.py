@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
 
 from cameo.errors import DataError, ShapeError
+from cameo.latents.samples import LatentDataset
 from cameo.latents.store import LatentReader, LatentWriter, image_keys
 from tests.helpers.latents import pipeline
 
@@ -37,6 +39,32 @@ def test_two_runs_that_write_at_once_keep_both_shards(tmp_path: Path) -> None:
         other.add(2, torch.zeros(1, 2, 2))
     assert len(list(tmp_path.iterdir())) == 2
     assert LatentReader(tmp_path).read([1, 2])[:, 0, 0, 0].tolist() == [1, 0]
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
+    old, young = tmp_path / ".latents-1.safetensors.7.7.tmp", tmp_path / ".latents-2.safetensors.8.8.tmp"
+    for path in (old, young):
+        path.touch()
+    os.utime(old, (0, 0))
+    LatentWriter(tmp_path, {})
+    assert list(tmp_path.iterdir()) == [young]  # which another process may be writing
+
+
+def test_samples_without_a_scene_are_found_by_their_pixels(tmp_path: Path) -> None:
+    images = torch.randint(0, 256, (2, 3, 8, 8), generator=torch.Generator().manual_seed(0)).float() / 255
+    with LatentWriter(tmp_path, {}) as writer:
+        for number, image in enumerate(images):
+            writer.add(image_keys(image[None])[0], torch.full((4, 1, 1), float(number)))
+    samples = [
+        {"images": images, "key": "a"},
+        {"images": images.flip(0), "key": "b"},
+        {"images": images + 1, "key": "c"},
+    ]
+    dataset = LatentDataset(samples, LatentReader(tmp_path), lambda views: [[view] for view in range(views)])
+    assert dataset[0]["latents"][:, 0, 0, 0].tolist() == [0, 1]
+    assert dataset[1]["latents"][:, 0, 0, 0].tolist() == [1, 0]
+    with pytest.raises(DataError, match="sample c: its pixels are not among those that were encoded"):
+        dataset[2]
 
 
 def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
