@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 
-__all__ = ["MultiViewPipeline", "TrainingInputs"]
+__all__ = ["LatentEncoder", "MultiViewPipeline", "TrainingInputs"]
 
 
 @dataclass
@@ -60,3 +61,25 @@ class MultiViewPipeline(Protocol):
 
     def save_pretrained(self, folder: str, **options: Any) -> Any:
         """Write all components in diffusers' folder layout."""
+
+
+@runtime_checkable
+class LatentEncoder(Protocol):
+    """What a pipeline has besides if the latents of its views can be kept: `cache_latents=true`.
+
+    Its `training_inputs` takes the `latents` of a batch, `[B, V, C, h, w]`, in place of encoding its `images`.
+    """
+
+    backbone: str
+    vae: Any
+    encoder_precision: torch.dtype | None
+
+    @property
+    def latent_dtype(self) -> torch.dtype:
+        """Return the precision in which the encoder gives latents."""
+
+    def encode_views(self, images: Tensor) -> Tensor:
+        """Encode images `[B, V, 3, H, W]` in [0, 1] to latents `[B, V, C, h, w]`, a function of the images alone."""
+
+    def encoded_together(self, num_views: int) -> list[list[int]]:
+        """Return the views of a sample that the encoder sees as one image, each view once."""

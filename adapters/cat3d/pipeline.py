@@ -140,7 +140,7 @@ class Cat3DPipeline(LatentPipeline):
         height, width = images.shape[-2:]
         references = reference_views(batch, views)
         with torch.no_grad():
-            clean = self.encode(images)
+            clean = self.batch_latents(batch)
             condition = self.condition(batch["intrinsics"], batch["extrinsics"], references, (height, width))
         if joint is None:
             joint = self.draw_joint(noise, generator, images.device)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -29,9 +30,15 @@ class LatentPipeline(DiffusionPipeline):
     A subclass registers these components, and the config value `patch_size` for `vae=None`: side of the pixel
     blocks that become one latent cell. It brings `training_inputs`, `prediction` and `sample`; a release with its
     own ranges overrides the four scaling methods.
+
+    The VAE runs in the precision of its weights, or with `encoder_precision` encodes under autocast in a lower one.
+    Where its config says `force_upcast`, as that of diffusers' VAEs does by default, it may overflow in float16, and
+    runs in float32 instead.
     """
 
     _optional_components = ["vae"]  # noqa: RUF012 - diffusers concatenates lists
+    # Precision of the encoder in mixed-precision training, bfloat16 or float16; None is that of its weights.
+    encoder_precision: torch.dtype | None = None
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
@@ -134,8 +141,52 @@ class LatentPipeline(DiffusionPipeline):
         Raises:
             ShapeError, ValueError: see `check_images`.
         """
+        return self.scale_latents(self.encode_views(images))
+
+    def encode_views(self, images: Tensor) -> Tensor:
+        """As `encode`, but as the encoder gives them, not yet scaled: what `cache_latents=true` keeps.
+
+        They are a function of the images alone, since a VAE's mode is taken and nothing is drawn.
+        """
         self.check_images(images)
-        return self.scale_latents(self.encode_unscaled(self.scale_image(images * 2 - 1)))
+        return self.encode_unscaled(self.scale_image(images * 2 - 1))
+
+    def encoded_together(self, num_views: int) -> list[list[int]]:
+        """Return the views of a sample that the encoder sees as one image; each alone, unless a release says else."""
+        return [[view] for view in range(num_views)]
+
+    def batch_latents(self, batch: Mapping[str, Any]) -> Tensor:
+        """Latents `[B, V, C, h, w]` of a batch: of its `latents`, which `encode_views` gave, or of its `images`.
+
+        Raises:
+            ShapeError: if its latents do not belong to images of this size; see also `check_images`.
+        """
+        images, kept = batch["images"], batch.get("latents")
+        if kept is None:
+            return self.encode(images)
+        if tuple(kept.shape) != self.latent_shape(images.shape):
+            raise ShapeError("latents", expected=str(list(self.latent_shape(images.shape))), got=kept.shape)
+        return self.scale_latents(kept.to(images.dtype))
+
+    @property
+    def latent_dtype(self) -> torch.dtype:
+        """Precision in which the encoder gives latents; folded pixels are float32."""
+        if self.vae is None:
+            return torch.float32
+        wanted = self.encoder_precision or self.vae.dtype
+        overflows = wanted == torch.float16 and self.vae.config.get("force_upcast")
+        return torch.float32 if overflows else wanted
+
+    def _safe_vae(self) -> Any:
+        """The VAE, in float32 from now on if it is in float16 and its config says `force_upcast`."""
+        if self.vae.dtype == torch.float16 and self.vae.config.get("force_upcast"):
+            self.vae.to(torch.float32)
+        return self.vae
+
+    def _encoder_autocast(self) -> AbstractContextManager[Any]:
+        if self.latent_dtype == self.vae.dtype:
+            return nullcontext()
+        return torch.autocast(self.vae.device.type, dtype=self.latent_dtype)
 
     def check_images(self, images: Tensor) -> None:
         """Refuse what cannot be encoded.
@@ -158,7 +209,9 @@ class LatentPipeline(DiffusionPipeline):
         if self.vae is None:
             patch = self.config.patch_size
             return rearrange(images, "b v c (h p) (w q) -> b v (c p q) h w", p=patch, q=patch)
-        encoded = self.vae.encode(rearrange(images, "b v c h w -> (b v) c h w").to(self.vae.dtype))
+        vae = self._safe_vae()
+        with self._encoder_autocast():
+            encoded = vae.encode(rearrange(images, "b v c h w -> (b v) c h w").to(vae.dtype))
         latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
         return rearrange(latents, "(b v) c h w -> b v c h w", b=images.shape[0]).to(images.dtype)
 
@@ -169,8 +222,8 @@ class LatentPipeline(DiffusionPipeline):
             patch = self.config.patch_size
             images = rearrange(latents, "b v (c p q) h w -> b v c (h p) (w q)", p=patch, q=patch)
         else:
-            flat = rearrange(latents, "b v c h w -> (b v) c h w")
-            images = self.vae.decode(flat.to(self.vae.dtype)).sample.to(latents.dtype)
+            flat, vae = rearrange(latents, "b v c h w -> (b v) c h w"), self._safe_vae()
+            images = vae.decode(flat.to(vae.dtype)).sample.to(latents.dtype)
             images = rearrange(images, "(b v) c h w -> b v c h w", b=latents.shape[0])
         return (self.unscale_image(images) / 2 + 0.5).clamp(0, 1)
 

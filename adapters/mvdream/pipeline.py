@@ -180,7 +180,7 @@ class MVDreamPipeline(LatentPipeline):
         samples, views = images.shape[:2]
         references = self._check_references(batch, views)
         with torch.no_grad():
-            clean = self.encode(images)
+            clean = self.batch_latents(batch)
             cameras = self._cameras(batch, references)
         if joint is None:
             joint = self.draw_joint(noise, generator, images.device)

@@ -180,8 +180,8 @@ class SV3DPipeline(LatentPipeline):
         """Latents `[B, V, C, h, w]` to images `[B, V, 3, H, W]`, clamped to [0, 1]."""
         if not isinstance(self.vae, AutoencoderKLTemporalDecoder):
             return super().decode(latents)
-        flat = rearrange(self.unscale_latents(latents), "b v c h w -> (b v) c h w")
-        images = self.vae.decode(flat.to(self.vae.dtype), num_frames=latents.shape[1]).sample.to(latents.dtype)
+        flat, vae = rearrange(self.unscale_latents(latents), "b v c h w -> (b v) c h w"), self._safe_vae()
+        images = vae.decode(flat.to(vae.dtype), num_frames=latents.shape[1]).sample.to(latents.dtype)
         images = rearrange(images, "(b v) c h w -> b v c h w", b=latents.shape[0])
         return (self.unscale_image(images) / 2 + 0.5).clamp(0, 1)
 
@@ -213,7 +213,7 @@ class SV3DPipeline(LatentPipeline):
         samples = images.shape[0]
         _check_one_reference(batch, images.shape[1])
         with torch.no_grad():
-            clean = self.encode(images)
+            clean = self.batch_latents(batch)
         timesteps, noise = self.draw(clean, generator, timesteps, noise)
         blank = self.blank(samples, condition_dropout, generator, images.device)
         with torch.no_grad():

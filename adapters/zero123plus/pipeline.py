@@ -170,6 +170,10 @@ class Zero123PlusPipeline(LatentPipeline):
         """Undo `scale_latents`."""
         return latents if self.vae is None else super().unscale_latents(latents / LATENT_SCALE + LATENT_SHIFT)
 
+    def encoded_together(self, num_views: int) -> list[list[int]]:
+        """The reference, and the six views of the canvas."""
+        return [[0], list(range(1, num_views))]
+
     def encode_unscaled(self, images: Tensor) -> Tensor:
         """As the base class; of seven views the last six, and six views, are encoded as one canvas."""
         return by_canvas(super().encode_unscaled, images)
@@ -244,7 +248,7 @@ class Zero123PlusPipeline(LatentPipeline):
         self._check_poses(batch)
         self._check_unet()
         with torch.no_grad():
-            clean = self.encode(images)
+            clean = self.batch_latents(batch)
             timesteps, noise = self.draw(clean, generator, timesteps, noise)
             dropped = self.blank(images.shape[0], condition_dropout, generator, images.device)
             reference = self.reference_latents(images[:, 0], dropped)

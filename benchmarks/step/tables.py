@@ -7,11 +7,12 @@ from functools import partial
 
 from benchmarks.common.measuring import table_of
 from benchmarks.common.page import DEVICES, Script
-from benchmarks.step import measure
+from benchmarks.step import latents, measure
 
-__all__ = ["SCRIPT", "TABLES"]
+__all__ = ["LATENTS", "SCRIPT", "TABLES"]
 
 SCRIPT = Script("benchmarks.step.measure", "training_step")
+LATENTS = Script("benchmarks.step.latents", "latents")
 
 
 def step(device: str) -> str:
@@ -21,4 +22,14 @@ def step(device: str) -> str:
     return SCRIPT.section(found, "\n\n".join(tables), device)
 
 
-TABLES: dict[str, Callable[[], str]] = {f"step_{device}": partial(step, device) for device in DEVICES}
+def cached(device: str) -> str:
+    """Steps that encode their views, and steps that read latents encoded before."""
+    found = LATENTS.found(device)
+    return LATENTS.section(found, table_of(latents.table(found)), device)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    f"{name}_{device}": partial(write, device)
+    for name, write in {"step": step, "latents": cached}.items()
+    for device in DEVICES
+}

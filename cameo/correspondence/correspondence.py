@@ -6,8 +6,9 @@ Axes: B samples, V views, H W image pixels, h w token grid, N = h*w tokens per v
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -125,13 +126,26 @@ class Correspondence:
         """Device of the tensors."""
         return self.index.device
 
-    def to(self, device: torch.device | str) -> Correspondence:
-        """Return this correspondence on ``device``."""
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Correspondence:
+        """Return this correspondence on ``device``; ``non_blocking`` as of `torch.Tensor.to`."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Correspondence:
+        """Return this correspondence in pinned memory, from which a GPU copies in the background."""
+        return self._each(Tensor.pin_memory)
+
+    def record_stream(self, stream: Any) -> None:
+        """Tell the allocator that a CUDA stream uses the tensors, as `torch.Tensor.record_stream` does."""
+        for tensor in (self.index, self.match_weight, self.distance):
+            if tensor is not None:
+                tensor.record_stream(stream)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Correspondence:
         return replace(
             self,
-            index=self.index.to(device),
-            match_weight=None if self.match_weight is None else self.match_weight.to(device),
-            distance=None if self.distance is None else self.distance.to(device),
+            index=change(self.index),
+            match_weight=None if self.match_weight is None else change(self.match_weight),
+            distance=None if self.distance is None else change(self.distance),
         )
 
     def select(self, sample: int) -> Correspondence:

@@ -16,7 +16,7 @@ from cameo.data.matches import MatchReader
 from cameo.errors import DataError, unknown_name
 from cameo.geometry import unproject
 from cameo.geometry.grids import TokenGrids
-from cameo.scenes.views import MultiViewSample, collate
+from cameo.scenes.views import MultiViewSample, collate, images_to_float
 
 __all__ = ["MatchedDataset", "layer_grids", "match_batch", "match_layers", "to_device"]
 
@@ -94,13 +94,19 @@ def layer_grids(layer: AttentionLayer, batch: Mapping[str, Any]) -> TokenGrids:
 
 
 def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """Move the tensors of a batch, and its correspondences."""
-    return {name: _moved(value, device) for name, value in batch.items()}
+    """Move the tensors of a batch, and its correspondences; images of 8 bits become floats in [0, 1] there.
+
+    From pinned memory, a GPU copies in the background.
+    """
+    moved = {name: _moved(value, device) for name, value in batch.items()}
+    if isinstance(images := moved.get("images"), Tensor) and images.dtype == torch.uint8:
+        moved["images"] = images_to_float(images)
+    return moved
 
 
 def _moved(value: Any, device: torch.device) -> Any:
     if isinstance(value, Tensor | Correspondence):
-        return value.to(device)
+        return value.to(device, non_blocking=device.type == "cuda")
     return [_moved(item, device) for item in value] if isinstance(value, list) else value
 
 

@@ -10,13 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from cameo.errors import DataError
 from cameo.files import write_atomically
 
 __all__ = [
     "INDEX_NAME",
+    "MATCHES",
     "Shard",
+    "ShardKind",
     "check_settings",
     "check_writable",
     "finish_share",
@@ -29,7 +33,34 @@ __all__ = [
 FORMAT_VERSION = 1
 INDEX_NAME = "matches.json"
 RECIPE = "recipes/precompute_correspondence.py"
-TYPES = {"I8": np.int8, "I16": np.int16, "I32": np.int32, "I64": np.int64, "F32": np.float32}
+TYPES = {"I8": np.int8, "I16": np.int16, "I32": np.int32, "I64": np.int64, "F16": np.float16, "F32": np.float32}
+# numpy has no bfloat16; its bits come as integers.
+TYPES["BF16"] = np.int16
+
+
+@dataclass(frozen=True)
+class ShardKind:
+    """What shards hold, for their version and for the messages about them.
+
+    Attributes:
+        content: name of what they hold.
+        version: of their format.
+        repair: what to do with a shard that is damaged.
+        renew: what to do with one of another version.
+    """
+
+    content: str
+    version: int
+    repair: str
+    renew: str
+
+
+MATCHES = ShardKind(
+    "matches",
+    FORMAT_VERSION,
+    repair=f"remove the file and run {RECIPE} again, which computes what is missing",
+    renew=f"run {RECIPE} into another folder",
+)
 
 
 @dataclass(frozen=True)
@@ -64,24 +95,31 @@ class Shard:
     path: Path
     settings: dict[str, Any]
     tensors: dict[str, _Rows]
+    kind: ShardKind = MATCHES
 
     @staticmethod
-    def write(path: Path, tensors: Mapping[str, np.ndarray], settings: Mapping[str, Any]) -> None:
+    def write(
+        path: Path,
+        tensors: Mapping[str, np.ndarray | Tensor],
+        settings: Mapping[str, Any],
+        kind: ShardKind = MATCHES,
+    ) -> None:
         """Write a shard, whole or not at all.
 
         Raises:
             DataError: if it cannot be written.
         """
-        from safetensors.numpy import save
+        from safetensors.torch import save
 
-        metadata = {"version": str(FORMAT_VERSION), "settings": json.dumps(dict(settings), sort_keys=True)}
+        metadata = {"version": str(kind.version), "settings": json.dumps(dict(settings), sort_keys=True)}
         try:
-            write_atomically(path, save(dict(tensors), metadata=metadata))
+            content = {name: torch.as_tensor(tensor).contiguous() for name, tensor in tensors.items()}
+            write_atomically(path, save(content, metadata=metadata))
         except OSError as error:
-            raise _unwritable(path, error) from error
+            raise _unwritable(path, error, kind) from error
 
     @classmethod
-    def open(cls, path: Path) -> Shard:
+    def open(cls, path: Path, kind: ShardKind = MATCHES) -> Shard:
         """Read the header of a shard.
 
         Raises:
@@ -104,9 +142,9 @@ class Shard:
                 raise ValueError(f"expected {8 + length + end} bytes, got {size}")
             version, settings = metadata["version"], json.loads(metadata["settings"])
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise damaged(path, error) from error
-        _check_version(path, version)
-        return cls(path, settings, tensors)
+            raise damaged(path, error, kind) from error
+        _check_version(path, version, kind)
+        return cls(path, settings, tensors, kind)
 
     def rows(self, wanted: Iterable[tuple[str, int]]) -> list[np.ndarray]:
         """Read rows, each given by the name of its tensor and its number.
@@ -126,7 +164,7 @@ class Shard:
                     contents.append(np.frombuffer(content, table.kind).reshape(table.shape[1:]))
                 return contents
         except (OSError, ValueError) as error:
-            raise damaged(self.path, error) from error
+            raise damaged(self.path, error, self.kind) from error
 
     def whole(self, name: str) -> np.ndarray:
         """Read all rows of a tensor."""
@@ -135,10 +173,10 @@ class Shard:
             count = int(np.prod(table.shape))
             return np.fromfile(self.path, table.kind, count, offset=table.offset).reshape(table.shape)
         except (OSError, ValueError) as error:
-            raise damaged(self.path, error) from error
+            raise damaged(self.path, error, self.kind) from error
 
 
-def check_writable(folder: Path) -> None:
+def check_writable(folder: Path, kind: ShardKind = MATCHES) -> None:
     """Create a folder if there is none, and open a file in it, so that a wrong folder is refused at once.
 
     Raises:
@@ -149,21 +187,19 @@ def check_writable(folder: Path) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise _unwritable(folder, error) from error
+        raise _unwritable(folder, error, kind) from error
 
 
-def _unwritable(path: Path, reason: OSError) -> DataError:
+def _unwritable(path: Path, reason: OSError, kind: ShardKind) -> DataError:
     return DataError(
-        f"{path}: cannot write the matches ({reason}); choose a folder with room and write access. Finished shards are "
-        "kept, and a second run goes on from them"
+        f"{path}: cannot write the {kind.content} ({reason}); choose a folder with room and write access. Finished "
+        "shards are kept, and a second run goes on from them"
     )
 
 
-def damaged(path: Path, reason: Exception) -> DataError:
+def damaged(path: Path, reason: object, kind: ShardKind = MATCHES) -> DataError:
     """Build the error for a shard that cannot be used."""
-    return DataError(
-        f"{path}: damaged ({reason}); remove the file and run {RECIPE} again, which computes what is missing"
-    )
+    return DataError(f"{path}: damaged ({reason}); {kind.repair}")
 
 
 def shard_files(folder: str | Path) -> list[Path]:
@@ -246,12 +282,10 @@ def _read_index(path: Path) -> dict[str, Any]:
         version, index = index["version"], {name: index[name] for name in ("settings", "finished", "shards")}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path}: damaged ({error}); remove the file and run {RECIPE} again") from error
-    _check_version(path, version)
+    _check_version(path, version, MATCHES)
     return index
 
 
-def _check_version(path: Path, version: object) -> None:
-    if str(version) != str(FORMAT_VERSION):
-        raise DataError(
-            f"{path}: expected version {FORMAT_VERSION} of the format, got {version}; run {RECIPE} into another folder"
-        )
+def _check_version(path: Path, version: object, kind: ShardKind) -> None:
+    if str(version) != str(kind.version):
+        raise DataError(f"{path}: expected version {kind.version} of the format, got {version}; {kind.renew}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -27,6 +28,10 @@ OBJECT_SCALE = 1.4
 SPLITS = {"train": 0, "validation": 1, "test": 2}
 # Part of every cache key; to be raised whenever the same settings give other pixels.
 FORMAT_VERSION = 1
+# The same for meshes alone.
+MESH_FORMAT_VERSION = 2
+# A mesh that covers less of its views on average is told.
+LEAST_SEEN = 0.002
 
 
 class EmbeddedScenes:
@@ -102,6 +107,7 @@ class EmbeddedScenes:
         }
         if self.meshes is not None:
             settings["meshes"] = [(str(path.resolve()), path.stat().st_mtime_ns) for path in self.meshes]
+            settings["mesh_format"] = MESH_FORMAT_VERSION
         # Added only if they differ from the default, so that scenes rendered without these settings stay valid.
         if content != "rooms":
             settings["content"] = content
@@ -145,6 +151,8 @@ class EmbeddedScenes:
         # Cameras are rounded before rendering, so that depth is exact for the cameras handed over.
         intrinsics, extrinsics = intrinsics.astype(np.float32), extrinsics.astype(np.float32)
         images, depth = render(geometry, intrinsics.astype(float), extrinsics.astype(float), self.size)
+        if self.meshes is not None:
+            _check_seen(depth, self.meshes[scene % len(self.meshes)])
         views = Views(
             images=torch.from_numpy(images),
             depth=torch.from_numpy(depth),
@@ -174,6 +182,23 @@ class EmbeddedScenes:
             radius = float(np.linalg.norm(geometry.corners, axis=-1).max())
             return geometry, *rig_cameras(self.rig, rng, self.size, count, radius=radius)
         return geometry, *random_orbit(rng, count, self.size, scale=1.0 if self.meshes else OBJECT_SCALE)
+
+
+def _check_seen(depth: np.ndarray, path: Path) -> None:
+    """Refuse views `[F, 1, H, W]` in which nothing is seen of a mesh, and warn of views that are nearly empty."""
+    seen = float((depth > 0).mean())
+    if not seen:
+        raise DataError(
+            f"{path}: nothing of the mesh is seen in any of its {len(depth)} views of {depth.shape[-1]}x"
+            f"{depth.shape[-2]} pixels; it is thinner than a pixel, or cut out by its alpha. Remove the file, or "
+            "render larger views"
+        )
+    if seen < LEAST_SEEN:
+        warnings.warn(
+            f"{path}: the mesh covers {seen:.2%} of its views, which are nearly empty; remove the file, or render "
+            "larger views",
+            stacklevel=2,
+        )
 
 
 def _check_content(content: str, rig: str | RoomRig | None, mesh_dir: str | Path | None) -> None:

@@ -20,6 +20,9 @@ __all__ = ["Surface", "TriangleScene", "cast_points", "cast_views", "dot", "rend
 Array = np.ndarray
 # Rays per call: large enough to hide the call, small enough for the intermediate arrays to stay in cache.
 RAYS_PER_CALL = 32768
+# A ray goes on behind a hole by this much of its parameter, and gives up after so many holes.
+HOLE_STEP = np.float32(1e-4)
+MOST_HOLES = 64
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,8 @@ class TriangleScene:
     - `corner_normals` `[T, 3, 3]`: unit normals at the corners, interpolated over the triangle.
     - `color`: maps a `Surface` to RGB `[M, 3]` in [0, 1]; it must not depend on the viewing direction, so
       that all views of a scene show the same color at the same point.
+    - `opaque`: maps a `Surface` to bool `[M]`: where it is False the surface is cut out, and a ray goes on through it.
+      None, the default, is a scene without holes.
 
     Example:
         >>> corners = np.array([[[-9.0, -9.0, 2.0], [9.0, -9.0, 2.0], [0.0, 9.0, 2.0]]])
@@ -55,6 +60,7 @@ class TriangleScene:
     corners: Array
     corner_normals: Array
     color: Callable[[Surface], Array]
+    opaque: Callable[[Surface], Array] | None = None
 
     @cached_property
     def _embree(self) -> Any:
@@ -85,7 +91,10 @@ class TriangleScene:
         The ray tracer works in float32 and only says which triangle is met; the parameter is the float64
         intersection with that triangle's plane.
         """
-        hit = np.asarray(self._embree.run(_single(origins), _single(directions)))
+        if self.opaque is None:
+            hit = np.asarray(self._embree.run(_single(origins), _single(directions)))
+        else:
+            hit = self._first_opaque(_single(origins), _single(directions))["primID"]
         normal, product = self._planes
         plane = normal.take(hit, 0)
         along = dot(plane, directions)
@@ -95,8 +104,33 @@ class TriangleScene:
     def surface(self, origins: Array, directions: Array) -> tuple[Array, Surface]:
         """Return which rays meet a surface, `[M]` bool, and the surface at those rays."""
         origins, directions = _single(origins), _single(directions)
-        hit = self._embree.run(origins, directions, output=True)
+        hit = self._first_opaque(origins, directions)
         met = hit["primID"] >= 0
+        return met, self._surface_at(origins, directions, hit, met)
+
+    def _first_opaque(self, origins: Array, directions: Array) -> dict[str, Array]:
+        """Return what the ray tracer says of the first surface that is not cut out, float32 and int32 `[M]` each."""
+        hit: dict[str, Array] = self._embree.run(origins, directions, output=True)
+        if self.opaque is None:
+            return hit
+        rays = np.arange(len(origins))
+        for _ in range(MOST_HOLES):
+            found = {name: hit[name][rays] for name in ("primID", "tfar", "u", "v")}
+            met = found["primID"] >= 0
+            opaque = self.opaque(self._surface_at(origins[rays], directions[rays], found, met))
+            rays = rays[met][~opaque]
+            if not len(rays):
+                return hit
+            begin = hit["tfar"][rays] + HOLE_STEP
+            again = self._embree.run(origins[rays] + directions[rays] * begin[:, None], directions[rays], output=True)
+            for name in ("primID", "u", "v"):
+                hit[name][rays] = again[name]
+            hit["tfar"][rays] = begin + again["tfar"]
+        hit["primID"][rays] = -1
+        return hit
+
+    def _surface_at(self, origins: Array, directions: Array, hit: dict[str, Array], met: Array) -> Surface:
+        """Return the surface where the rays `met` `[M]` bool meet it, as the ray tracer says in `hit`."""
         triangles = hit["primID"][met]
         points = origins.compress(met, 0) + directions.compress(met, 0) * hit["tfar"][met, None]
         second, third = hit["u"][met], hit["v"][met]
@@ -106,10 +140,10 @@ class TriangleScene:
         normals = edge2.take(triangles, 0) * second[:, None] + edge3.take(triangles, 0) * third[:, None]
         normals += first.take(triangles, 0)
         normals /= np.maximum(np.sqrt(dot(normals, normals)), 1e-12)[:, None]
-        return met, Surface(points, normals, triangles, barycentric)
+        return Surface(points, normals, triangles, barycentric)
 
     def occluded(self, origins: Array, directions: Array) -> Array:
-        """Return `[M]` bool: whether anything stands between each origin and origin + direction."""
+        """Return `[M]` bool: whether anything, cut out or not, stands between each origin and origin + direction."""
         reach = np.ones(len(origins), dtype=np.float32)
         hit = self._embree.run(_single(origins), _single(directions), dists=reach, query="OCCLUDED")
         return np.asarray(hit) >= 0

@@ -16,7 +16,7 @@ from cameo.errors import DataError, ShapeError
 from cameo.geometry import check_cameras
 from cameo.geometry.cameras import warn_of_another_image_size
 
-__all__ = ["MultiViewSample", "SceneSource", "Views", "check_sample", "collate", "images_to_float"]
+__all__ = ["MultiViewSample", "SceneSource", "Views", "check_sample", "collate", "images_to_bytes", "images_to_float"]
 
 
 @dataclass(frozen=True)
@@ -107,6 +107,7 @@ class MultiViewSample(TypedDict):
     - `num_reference_views`: how many views are references
     - `key`: names the scene and the views, for messages
     - `scene`, `scene_views`, optional: number of the scene in its source, and of the views in the scene
+    - `latents` `[V, C, h, w]`, optional: what the VAE of a pipeline makes of the images, for `training_inputs`
     - `correspondences`, optional: matches of the sample, a batch of one for each token grid that is supervised
     - `not_precomputed`, optional: whether they had to be computed although a folder of matches was given
 
@@ -121,6 +122,7 @@ class MultiViewSample(TypedDict):
     up: NotRequired[Tensor]
     num_reference_views: int
     key: str
+    latents: NotRequired[Tensor]
     scene: NotRequired[int]
     scene_views: NotRequired[list[int]]
     correspondences: NotRequired[list[Correspondence]]
@@ -134,7 +136,23 @@ def images_to_float(images: Tensor) -> Tensor:
         >>> images_to_float(torch.tensor([0, 255], dtype=torch.uint8))
         tensor([0., 1.])
     """
-    return images.float() / 255.0 if images.dtype == torch.uint8 else images.float()
+    if images.dtype != torch.uint8:
+        return images.float()
+    # A divisor on the device: a GPU would multiply by the rounded reciprocal of a number, and get other last bits.
+    return images.float() / torch.full((), 255.0, device=images.device)
+
+
+def images_to_bytes(images: Tensor) -> Tensor:
+    """Undo `images_to_float` where that loses nothing; other images are returned as they are.
+
+    Example:
+        >>> images_to_bytes(torch.tensor([0.0, 51 / 255])), images_to_bytes(torch.tensor([0.0, 0.1234]))
+        (tensor([ 0, 51], dtype=torch.uint8), tensor([0.0000, 0.1234]))
+    """
+    if images.dtype == torch.uint8:
+        return images
+    packed = (images * 255).round_().clamp_(0, 255).to(torch.uint8)
+    return packed if torch.equal(images_to_float(packed), images) else images
 
 
 def check_sample(sample: MultiViewSample) -> None:

@@ -6,23 +6,31 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Sampler
+from accelerate import Accelerator
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from cameo.correspondence import DEPTH_TOLERANCE
 from cameo.data import EmbeddedScenes, MultiViewDataset, RGBDSequence, RoomRig, SceneSource, collate, rig_views
 from cameo.data.batches import MatchedDataset
 from cameo.data.matches import MatchReader, TokenGrids
+from cameo.data.prefetch import on_device
 from cameo.data.settings import data_format, room_rig
 from cameo.data.shards import RECIPE, check_settings
 from cameo.errors import DataError
+from cameo.latents.encode import encode_missing, latent_settings
+from cameo.latents.samples import LatentDataset
+from cameo.latents.store import LatentReader
 from cameo.model import CameoModel
-from cameo.pipeline import MultiViewPipeline, TrainingInputs
+from cameo.pipeline import LatentEncoder, MultiViewPipeline, TrainingInputs
 from cameo.processes.stopping import leave_signals_to_parent
 from cameo.renamed import old_functions
+from cameo.scenes.cache import default_cache_dir, fingerprint
+from cameo.scenes.views import MultiViewSample, images_to_bytes
 from cameo.training.settings import TrainingConfig
 
 __all__ = [
@@ -34,6 +42,7 @@ __all__ = [
     "step_generator",
     "supervised_grids",
     "training_batches",
+    "with_latents",
     "with_matches",
 ]
 
@@ -41,6 +50,7 @@ if not TYPE_CHECKING:  # a type checker is to see the new names alone
     __getattr__ = old_functions(__name__)
 
 ENDLESS = 2**40
+CPU = torch.device("cpu")
 
 
 def build_dataset(config: TrainingConfig, split: str) -> MultiViewDataset:
@@ -180,6 +190,54 @@ def _open_matches(config: TrainingConfig, token_grids: list[TokenGrids]) -> Matc
     return reader
 
 
+def with_latents(
+    samples: MultiViewDataset | MatchedDataset,
+    dataset: MultiViewDataset,
+    pipeline: MultiViewPipeline,
+    config: TrainingConfig,
+    accelerator: Accelerator,
+) -> Dataset[MultiViewSample]:
+    """Let the data loader return latents, if the settings of the run say so; encodes those that are missing first.
+
+    Args:
+        samples: what the loader returns so far.
+        dataset: the training set, all of whose views are encoded.
+        pipeline: on the device of this process.
+        config: settings of the run.
+        accelerator: of this process, which encodes its share and waits for the others.
+
+    Raises:
+        DataError: if the folder cannot be written or has a damaged shard.
+        ValueError: if the pipeline has no VAE, or encodes views together that are drawn anew for each sample.
+    """
+    if not config.cache_latents:
+        return samples
+    if not isinstance(pipeline, LatentEncoder) or pipeline.vae is None:
+        reason = "works on pixels, without a VAE" if isinstance(pipeline, LatentEncoder) else "does not offer it"
+        raise ValueError(
+            f"cache_latents=true: keeps what the VAE makes of the views, and this pipeline of backbone "
+            f"{config.backbone} {reason}; give cache_latents=false"
+        )
+    settings = latent_settings(pipeline, resolution=config.resolution, stored=config.latent_precision)
+    root = Path(config.latents_dir) if config.latents_dir else default_cache_dir() / "latents"
+    folder = root / fingerprint(settings)
+    encoded = encode_missing(
+        pipeline,
+        dataset,
+        folder,
+        settings,
+        batch_size=config.train_batch_size,
+        stored=config.latent_precision,
+        process=accelerator.process_index,
+        num_processes=accelerator.num_processes,
+        progress=accelerator.is_main_process,
+    )
+    accelerator.wait_for_everyone()
+    reader = LatentReader(folder)
+    accelerator.print(f"latents of {len(reader):,} views in {folder}, {encoded:,} of them encoded now by this process")
+    return LatentDataset(samples, reader, pipeline.encoded_together)
+
+
 class StepSampler(Sampler[list[int]]):
     """Batches of sample numbers for one process, from a given step on.
 
@@ -206,30 +264,43 @@ class StepSampler(Sampler[list[int]]):
 
 @contextmanager
 def training_batches(
-    dataset: MultiViewDataset | MatchedDataset, sampler: StepSampler, config: TrainingConfig
+    dataset: Dataset[MultiViewSample],
+    sampler: StepSampler,
+    config: TrainingConfig,
+    device: torch.device = CPU,
 ) -> Iterator[Iterator[tuple[int, dict[str, Any]]]]:
-    """Load the batches of `sampler` in order, each with the number of its micro step; ends the workers on leaving.
+    """Load the batches of `sampler` in order, each on the device and with the number of its micro step.
 
-    Warns if matches that were expected in a folder had to be computed: the first time, and on leaving.
+    Images are kept in 8 bits until they are on the device. The workers live as long as the run, since the loader
+    is iterated over once; they end on leaving. Warns if matches that were expected in a folder had to be computed: the
+    first time, and on leaving.
     """
     loader = DataLoader(
         dataset,
         batch_sampler=sampler,
         num_workers=config.dataloader_num_workers,
-        collate_fn=collate,
+        collate_fn=_collate_bytes,
         worker_init_fn=leave_signals_to_parent,
+        pin_memory=device.type == "cuda",
         # A loader draws a seed when it starts. From the default generator of torch, that would change the random
         # numbers of a resumed run.
         generator=torch.Generator().manual_seed(config.seed),
     )
     batches, missing = iter(loader), _MissingMatches(config)
     try:
-        yield zip(sampler.steps, missing.watch(batches), strict=True)
+        yield zip(sampler.steps, on_device(missing.watch(batches), device), strict=True)
     finally:
         missing.report()
         if config.dataloader_num_workers:
             # The garbage collector may be late: the traceback of an error keeps the iterator alive.
             batches._shutdown_workers()  # type: ignore[attr-defined]
+
+
+def _collate_bytes(samples: list[MultiViewSample]) -> dict[str, Any]:
+    """Stack samples, with images in a quarter of the memory where they have 8 bits."""
+    batch = collate(samples)
+    batch["images"] = images_to_bytes(batch["images"])  # type: ignore[arg-type]
+    return batch
 
 
 class _MissingMatches:

@@ -30,7 +30,7 @@ from cameo.training.output_folder import WITHOUT_CAMEO, hold_folder, refuse_othe
 from cameo.training.records import TrainingResult
 from cameo.training.report import card_metrics, metrics_table, write_pictures
 from cameo.training.settings import TrainingConfig
-from cameo.training.trainer import Trainer
+from cameo.training.trainer import HALF, Trainer
 from cameo.wrap import wrap
 
 __all__ = [
@@ -122,7 +122,7 @@ def add_lora(denoiser: nn.Module, config: TrainingConfig) -> None:
     """
     from peft import LoraConfig, inject_adapter_in_model
 
-    precision = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(config.mixed_precision)
+    precision = HALF.get(config.mixed_precision)
     denoiser.requires_grad_(False)
     if precision is not None:
         denoiser.to(precision)

@@ -14,22 +14,25 @@ from accelerate.utils import set_seed
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from cameo.data import MultiViewDataset
-from cameo.data.batches import MatchedDataset, to_device
 from cameo.model import CameoModel
-from cameo.pipeline import MultiViewPipeline
+from cameo.pipeline import LatentEncoder, MultiViewPipeline
 from cameo.processes.accelerator import log_pictures, make_accelerator, numbers_in, start_trackers
 from cameo.processes.stopping import StopSignal
+from cameo.scenes.views import MultiViewSample
 from cameo.training import checkpoint
-from cameo.training.data import StepSampler, noisy_inputs, training_batches, with_matches
+from cameo.training.data import StepSampler, noisy_inputs, training_batches, with_latents, with_matches
 from cameo.training.output_folder import hold_folder
 from cameo.training.records import Records, TrainingResult
 from cameo.training.settings import TrainingConfig, continued_settings, save_config
 from cameo.training.supervision import Supervision
 
-__all__ = ["Trainer"]
+__all__ = ["HALF", "Trainer"]
+
+HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class Trainer:
@@ -68,6 +71,8 @@ class Trainer:
         torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
         if hasattr(pipeline, "to"):  # its VAE is not part of the model
             pipeline.to(self.device)
+        if isinstance(pipeline, LatentEncoder):
+            pipeline.encoder_precision = HALF.get(config.mixed_precision)
         self.supervision = Supervision(model, pipeline, dataset, config, self.device)
         self.trained = [parameter for parameter in self.supervision.module.parameters() if parameter.requires_grad]
         if not self.trained:
@@ -115,10 +120,12 @@ class Trainer:
             return self._train()
 
     def _train(self) -> TrainingResult:
-        dataset = with_matches(self.dataset, self.model, self.config, num_processes=self.accelerator.num_processes)
+        accelerator = self.accelerator
+        matched = with_matches(self.dataset, self.model, self.config, num_processes=accelerator.num_processes)
+        samples = with_latents(matched, self.dataset, self.pipeline, self.config, accelerator)
         self._start()
         try:
-            stopped_by = self._run(dataset)
+            stopped_by = self._run(samples)
             if stopped_by is None:
                 if self.ema is not None:
                     self.ema.copy_to(self.trained)
@@ -152,7 +159,7 @@ class Trainer:
             self.validations.keep_until(self.step)
         start_trackers(accelerator, config)
 
-    def _run(self, dataset: MultiViewDataset | MatchedDataset) -> str | None:
+    def _run(self, dataset: Dataset[MultiViewSample]) -> str | None:
         """Train to the end, or until a signal, whose name is returned."""
         config, accelerator = self.config, self.accelerator
         accumulate = config.gradient_accumulation_steps
@@ -171,7 +178,7 @@ class Trainer:
             disable=not accelerator.is_main_process,
         )
         self.prepared.train()
-        with StopSignal() as stop, training_batches(dataset, sampler, config) as batches, bar:
+        with StopSignal() as stop, training_batches(dataset, sampler, config, self.device) as batches, bar:
             if self.step % config.validation_steps == 0 and self.step < config.max_train_steps:
                 self._validate()
             while self.step < config.max_train_steps:
@@ -209,7 +216,7 @@ class Trainer:
         sums, samples = torch.zeros(4, device=self.device), []
         for part, (micro_step, batch) in enumerate(islice(batches, accumulate), start=1):
             with nullcontext() if part == accumulate else self.accelerator.no_sync(self.prepared):
-                loss, denoising, alignment = self._losses(to_device(batch, self.device), micro_step)
+                loss, denoising, alignment = self._losses(batch, micro_step)
                 self.accelerator.backward(loss / accumulate)
             counts = (self.supervision.num_supervised, self.supervision.num_wanted)
             numbers = [torch.as_tensor(count, dtype=torch.float32, device=self.device) for count in counts]

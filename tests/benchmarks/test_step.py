@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.step import measure
+from benchmarks.step import latents, measure
+from tests.helpers.training_runs import fresh_accelerate
 
 
 @pytest.mark.slow
@@ -34,3 +35,19 @@ def test_training_step_has_the_released_size() -> None:
     assert (config.resolution, config.num_views, config.train_batch_size) == (512, 4, 3)
     assert config.mixed_precision == "bf16"
     assert config.preset_options["block_out_channels"] == [320, 640, 1280, 1280]
+
+
+@pytest.mark.slow
+def test_cached_latents_run_at_their_smallest_size(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CAMEO_CACHE", str(tmp_path))
+    path = tmp_path / "latents.json"
+    arguments = ["--device", "cpu", "--resolution", "32", "--repeats", "1", "--output", str(path)]
+    with fresh_accelerate():
+        assert latents.main(arguments) == 0
+    (found,) = json.loads(path.read_text()).values()
+    differences = [way["largest relative difference of a loss"] for way in found["ways"].values()]
+    assert differences[:2] == [0, 0]
+    assert 0 < differences[2] < 2**-9
+    assert "steps per second" in capsys.readouterr().out

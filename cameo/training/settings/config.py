@@ -29,6 +29,7 @@ from cameo.settings.interpolation import has_interpolation, resolve
 from cameo.settings.text import is_null
 from cameo.training.settings.alignment import AlignmentSettings
 from cameo.training.settings.hub import HubSettings
+from cameo.training.settings.latents import LatentSettings
 from cameo.training.settings.model import LoraSettings, ModelSettings
 from cameo.training.settings.optimization import OptimizerSettings, ScheduleSettings
 from cameo.training.settings.output import OutputSettings
@@ -47,6 +48,7 @@ class TrainingConfig(
     LoraSettings,
     FeatureSettings,
     AlignmentSettings,
+    LatentSettings,
     DataSettings,
     ModelSettings,
 ):

@@ -59,7 +59,8 @@ class OptimizerSettings(Settings):
     adam_epsilon: float = setting(1e-8, at_least=0)
     # Largest norm of the gradient, > 0; longer ones are cut to it. 1 by default, as in diffusers' scripts.
     max_grad_norm: float = setting(1.0, above=0)
-    # Precision of the forward pass: no (float32, the default), fp16 (on a GPU only) or bf16.
+    # Precision of the forward pass and of the VAE's encoder: no (float32, the default), fp16 (on a GPU only) or bf16. A
+    # VAE whose config says force_upcast encodes in float32 with fp16.
     mixed_precision: str = setting("no", choices=("no", "fp16", "bf16"))
     # Whether float32 products may round to TF32 on a GPU: faster, less exact. false by default, as in torch.
     allow_tf32: bool = setting(False, changeable=True)
