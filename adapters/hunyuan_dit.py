@@ -15,6 +15,7 @@ from diffusers.models.attention_processor import Attention, HunyuanAttnProcessor
 from einops import rearrange
 from torch import Tensor, nn
 
+from cameo.adapters.common.diffusers_attention import turn_into
 from cameo.errors import ShapeError
 
 __all__ = ["MultiViewHunyuanAttention", "MultiViewHunyuanAttnProcessor", "join_views"]
@@ -126,15 +127,15 @@ def join_views(transformer: HunyuanDiT2DModel, num_views: int) -> HunyuanDiT2DMo
             f"transformer: {type(transformer).__name__} has no self-attentions named blocks.N.attn1; expected "
             "diffusers' HunyuanDiT2DModel, for example the `transformer` of a HunyuanDiTPipeline"
         )
-    for name in names:
-        _join(transformer.get_submodule(name), num_views)
+    attentions = {name: transformer.get_submodule(name) for name in names}
+    turn_into(MultiViewHunyuanAttention, attentions)
+    for attention in attentions.values():
+        _join(attention, num_views)
     return transformer
 
 
 def _join(attention: nn.Module, num_views: int) -> MultiViewHunyuanAttention:
-    if type(attention) not in (Attention, MultiViewHunyuanAttention):
-        raise TypeError(f"attn1: expected diffusers' Attention, got {type(attention).__name__}")
-    attention.__class__ = MultiViewHunyuanAttention
+    turn_into(MultiViewHunyuanAttention, {"attn1": attention})
     assert isinstance(attention, MultiViewHunyuanAttention)
     attention.num_views = num_views
     if isinstance(attention.processor, MultiViewHunyuanAttnProcessor):

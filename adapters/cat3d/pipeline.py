@@ -18,7 +18,7 @@ from torch import Tensor
 
 from cameo.adapters.cat3d.cameras import CONDITION_CHANNELS, camera_maps, without_cameras
 from cameo.adapters.cat3d.denoiser import JointDiT
-from cameo.adapters.common.attention_kernels import set_kernel
+from cameo.adapters.common.diffusers_attention import set_kernel
 from cameo.adapters.common.joint_views import check_joined, inflate
 from cameo.adapters.common.latent_pipeline import LatentPipeline, reference_views
 from cameo.adapters.common.noise_schedules import check_prediction_type

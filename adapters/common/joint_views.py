@@ -14,7 +14,7 @@ from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from einops import rearrange
 from torch import Tensor, nn
 
-from cameo.adapters.common.attention_kernels import XFormersOnCudaAttnProcessor, set_kernel
+from cameo.adapters.common.diffusers_attention import XFormersOnCudaAttnProcessor, set_kernel, turn_into
 from cameo.errors import ShapeError
 
 __all__ = [
@@ -81,27 +81,17 @@ class JointAttention(Attention):
         return rearrange(hidden_states, "b (v n) c -> (b v) n c", v=num_views)
 
 
-def make_joint(
-    attention: nn.Module,
-    *,
-    join: bool,
-    latent_stride: int | None = None,
-    kind: type[JointAttention] = JointAttention,
-) -> JointAttention:
-    """Turn an attention of diffusers into a `JointAttention`, in place; its weights and processor stay.
+def make_joint(attention: nn.Module, *, join: bool, latent_stride: int | None = None) -> JointAttention:
+    """Turn one attention of diffusers into a `JointAttention`, in place; its weights and processor stay.
 
     Args:
         attention: an `Attention` or one that was turned already.
         join, latent_stride: see `JointAttention`.
-        kind: the class that it becomes, if it is not of that class.
 
     Raises:
-        TypeError: for a module of another class, which may join its tokens in its own way.
+        TypeError: for a module of another class.
     """
-    if type(attention) is not Attention and not isinstance(attention, JointAttention):
-        raise TypeError(f"attention: expected diffusers' Attention, got {type(attention).__name__}")
-    if not isinstance(attention, kind):
-        attention.__class__ = kind
+    turn_into(JointAttention, {"attention": attention})
     assert isinstance(attention, JointAttention)
     attention.join, attention.latent_stride = join, latent_stride
     if isinstance(attention.processor, JointViewAttnProcessor):
@@ -175,9 +165,11 @@ def inflate(unet: Denoiser, *, use_xformers: bool = False, latent_stride: int | 
     Raises:
         TypeError: for attentions of another class, which may join the views in their own way.
     """
-    for name in unet.attn_processors:
-        attention = unet.get_submodule(name.removesuffix(".processor"))
-        make_joint(attention, join=name.endswith("attn1.processor"), latent_stride=latent_stride)
+    paths = [name.removesuffix(".processor") for name in unet.attn_processors]
+    attentions = {path: unet.get_submodule(path) for path in paths}
+    turn_into(JointAttention, attentions)
+    for path, attention in attentions.items():
+        make_joint(attention, join=path.endswith("attn1"), latent_stride=latent_stride)
     if use_xformers:
         set_kernel(unet, xformers=True)
     return unet

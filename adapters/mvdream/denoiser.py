@@ -27,7 +27,7 @@ from diffusers.models.embeddings import (
 )
 from torch import Tensor
 
-from cameo.adapters.common.attention_kernels import XFormersOnCudaAttnProcessor
+from cameo.adapters.common.diffusers_attention import XFormersOnCudaAttnProcessor, turn_into
 from cameo.adapters.common.joint_views import JointAttention, inflate, make_joint
 from cameo.adapters.mvdream.cameras import CAMERA_CHANNELS
 from cameo.adapters.mvdream.layers import embeds_cameras
@@ -126,13 +126,12 @@ class ImageDreamUNet(UNet2DConditionModel):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         context = self.config.cross_attention_dim
-        for name in self.attn_processors:
-            if name.endswith("attn2.processor"):
-                attention = make_joint(
-                    self.get_submodule(name.removesuffix(".processor")), join=False, kind=ImageTokenAttention
-                )
-                width = attention.inner_dim
-                attention.set_processor(ImageTokenAttnProcessor(width, context, num_tokens=(self.NUM_TOKENS,)))
+        for path in [name.removesuffix(".processor") for name in self.attn_processors]:
+            if path.endswith("attn2"):
+                attention = self.get_submodule(path)
+                turn_into(ImageTokenAttention, {path: attention})
+                processor = ImageTokenAttnProcessor(attention.inner_dim, context, num_tokens=(self.NUM_TOKENS,))
+                make_joint(attention, join=False).set_processor(processor)
 
     def _set_encoder_hid_proj(
         self, encoder_hid_dim_type: str | None, cross_attention_dim: int, encoder_hid_dim: int | None

@@ -13,7 +13,7 @@ from diffusers import DDIMScheduler, UNet2DConditionModel
 from einops import rearrange, repeat
 from torch import Tensor
 
-from cameo.adapters.common.attention_kernels import set_kernel
+from cameo.adapters.common.diffusers_attention import set_kernel
 from cameo.adapters.common.images import process
 from cameo.adapters.common.joint_views import check_joined
 from cameo.adapters.common.latent_pipeline import LatentPipeline

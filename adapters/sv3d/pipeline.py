@@ -15,7 +15,7 @@ from diffusers import AutoencoderKLTemporalDecoder, EulerDiscreteScheduler, UNet
 from einops import rearrange, repeat
 from torch import Tensor
 
-from cameo.adapters.common.attention_kernels import set_kernel
+from cameo.adapters.common.diffusers_attention import set_kernel
 from cameo.adapters.common.latent_pipeline import LatentPipeline, reference_views
 from cameo.adapters.common.positions import set_position
 from cameo.adapters.common.sampler import sample_latents

@@ -16,7 +16,7 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0, XFormersAttnProcessor
 from torch import Tensor, nn
 
-from cameo.adapters.common.attention_kernels import XFormersOnCudaAttnProcessor, set_kernel
+from cameo.adapters.common.diffusers_attention import XFormersOnCudaAttnProcessor, set_kernel, turn_into
 from cameo.adapters.common.unet_layers import levels_of, self_attentions
 from cameo.attention.layout import TokenLayout
 
@@ -139,9 +139,7 @@ def make_reference_attention(
     Raises:
         TypeError: for a module of another class.
     """
-    if type(attention) not in (Attention, ReferenceAttention):
-        raise TypeError(f"{name}: expected diffusers' Attention, got {type(attention).__name__}")
-    attention.__class__ = ReferenceAttention
+    turn_into(ReferenceAttention, {name: attention})
     assert isinstance(attention, ReferenceAttention)
     attention.name, attention.reads = name, reads
     attention.latent_stride, attention.reference_size = latent_stride, reference_size
@@ -238,10 +236,15 @@ def set_reference_processors(
         >>> _ = set_reference_processors(unet)(torch.zeros(1, 4, 8, 8), 0, context, cross_attention_kwargs=writing)
         >>> unet(torch.zeros(1, 4, 12, 8), 0, context, cross_attention_kwargs=reading).sample.shape
         torch.Size([1, 4, 12, 8])
+
+    Raises:
+        TypeError: for attentions of another class than diffusers' `Attention`.
     """
-    for name in unet.attn_processors:
+    attentions = {name: unet.get_submodule(name.removesuffix(".processor")) for name in unet.attn_processors}
+    turn_into(ReferenceAttention, attentions)
+    for name, attention in attentions.items():
         make_reference_attention(
-            unet.get_submodule(name.removesuffix(".processor")),
+            attention,
             name,
             reads=name.endswith("attn1.processor"),
             latent_stride=latent_stride,

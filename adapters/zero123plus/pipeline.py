@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from torch import Tensor
 
-from cameo.adapters.common.attention_kernels import set_kernel
+from cameo.adapters.common.diffusers_attention import set_kernel
 from cameo.adapters.common.images import image_processor, process, processor_side
 from cameo.adapters.common.latent_pipeline import LatentPipeline, reference_views
 from cameo.adapters.common.noise_schedules import check_prediction_type

@@ -71,10 +71,16 @@ def test_published_processors_lose_their_references_and_the_cure_works() -> None
         keep_references(wrapper)
 
 
+def scaled_by_the_number_of_tokens(
+    attn: nn.Module, hidden_states: Tensor, encoder_hidden_states: Tensor, attention_mask: Tensor | None
+) -> Tensor:
+    return hidden_states * encoder_hidden_states.shape[1]
+
+
 def test_the_cure_keeps_the_kernels() -> None:
     wrapper = published()
     attention = wrapper.unet.mid_block.attentions[0].transformer_blocks[0].attn1
-    attention.processor.chained_proc = lambda attn, hidden_states, tokens, mask: hidden_states * tokens.shape[1]
+    attention.processor.chained_proc = scaled_by_the_number_of_tokens
     args, kwargs = small_inputs(wrapper)
     with torch.no_grad():
         before = wrapper(*args, **kwargs).sample

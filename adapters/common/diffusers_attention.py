@@ -1,15 +1,18 @@
-"""The attention kernel of a U-Net, which never decides what attends to what: xformers' on CUDA, or PyTorch's."""
+"""The class `Attention` of diffusers: subclasses of it put into a model, and the processors that are its kernels.
+
+A subclass decides what attends to what, whichever processor is set; the processor is the kernel: xformers', PyTorch's.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from diffusers import ModelMixin
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0, XFormersAttnProcessor
 from torch import Tensor, nn
 
-__all__ = ["XFormersOnCudaAttnProcessor", "set_kernel"]
+__all__ = ["XFormersOnCudaAttnProcessor", "set_kernel", "turn_into"]
 
 
 class XFormersOnCudaAttnProcessor:
@@ -66,3 +69,29 @@ def set_kernel(
     unet.set_attn_processor(
         {name: kernel if inside in name and not isinstance(one, nn.Module) else one for name, one in processors.items()}
     )
+
+
+def turn_into(kind: type[Attention], attentions: Mapping[str, nn.Module]) -> None:
+    """Give attentions a subclass of their class, in place; their parameters and processors stay.
+
+    Example:
+        >>> class Scaled(Attention):
+        ...     pass
+        >>> attention = Attention(query_dim=8, heads=2, dim_head=4)
+        >>> turn_into(Scaled, {"attn1": attention})
+        >>> type(attention).__name__
+        'Scaled'
+
+    Args:
+        kind: subclass of `Attention` without parameters of its own.
+        attentions: by name, for the error. None is changed if one is refused.
+
+    Raises:
+        TypeError: for a module of another class, which may decide by itself what attends to what.
+    """
+    for name, attention in attentions.items():
+        if type(attention) is not Attention and not isinstance(attention, kind):
+            raise TypeError(f"{name}: expected diffusers' Attention, got {type(attention).__name__}")
+    for attention in attentions.values():
+        if not isinstance(attention, kind):
+            attention.__class__ = kind
