@@ -81,7 +81,8 @@ class Zero123Plus(Backbone):
             return (
                 f"the self-attentions of this {type(model).__name__} read no reference image. Build a "
                 "Zero123PlusPipeline around the U-Net, call pipeline.prepare() on the published pipeline, or "
-                "cameo.adapters.zero123plus.set_reference_processors(unet)"
+                "cameo.adapters.zero123plus.set_reference_processors(unet), after which no switch of attention processors "
+                "takes the reference away"
             )
         return (
             f"{type(model).__name__} has no modules named like "
@@ -114,7 +115,9 @@ class Zero123Plus(Backbone):
         set_tile_position(model, position)
 
     def unsupported(self, model: nn.Module) -> str | None:
-        """Name gradient checkpointing with the published processors, or with a reentrant function."""
+        """Name attentions that lost the reference, or gradient checkpointing that is published or reentrant."""
+        if not self.recognizes(model):
+            return self.explain_mismatch(model)
         if not any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
             return None
         if any(is_published(getattr(attention, "processor", None)) for attention in find_attentions(model).values()):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from diffusers.models.attention_processor import AttnProcessor2_0, SlicedAttnProcessor
 from torch import Tensor, nn
 
 import cameo
@@ -69,6 +71,22 @@ def test_published_processors_lose_their_references_and_the_cure_works() -> None
     assert all(torch.equal(found[name], gradient) for name, gradient in expected.items())
     with pytest.raises(ValueError, match="holds no reference-only processors"):
         keep_references(wrapper)
+
+
+def test_published_processors_that_are_replaced_are_noticed(tmp_path: Path) -> None:
+    wrapper = published()
+    model = cameo.wrap(wrapper, "zero123plus").train()
+    args, kwargs = small_inputs(wrapper)
+    wrapper.unet.set_attn_processor(AttnProcessor2_0())
+    message = r"read no reference image.*set_reference_processors\(unet\), after which no switch"
+    with pytest.raises(CaptureError, match=message):
+        model(*args, **kwargs, correspondence=parts.random_matches(((4, 4),) * 7))
+    with pytest.raises(ValueError, match=f"does not fit any more.*{message}"):
+        model.save_pretrained(tmp_path / "saved")
+    wrapper = keep_references(published())
+    expected = wrapper(*args, **kwargs).sample
+    wrapper.unet.set_attn_processor(SlicedAttnProcessor(1))
+    torch.testing.assert_close(wrapper(*args, **kwargs).sample, expected, atol=1e-5, rtol=1e-4)
 
 
 def scaled_by_the_number_of_tokens(
