@@ -7,50 +7,42 @@ released: join the views, then describe the layer to `cameo.wrap`.
 from __future__ import annotations
 
 import re
+import warnings
+from typing import Any
 
 from diffusers import HunyuanDiT2DModel
 from diffusers.models.attention_processor import Attention, HunyuanAttnProcessor2_0
 from einops import rearrange
-from torch import Tensor
+from torch import Tensor, nn
 
+from cameo.adapters.common.diffusers_attention import turn_into
 from cameo.errors import ShapeError
 
-__all__ = ["MultiViewHunyuanAttnProcessor", "join_views"]
+__all__ = ["MultiViewHunyuanAttention", "MultiViewHunyuanAttnProcessor", "join_views"]
 
-SELF_ATTENTION = re.compile(r"blocks\.\d+\.attn1\.processor")
+SELF_ATTENTION = re.compile(r"blocks\.\d+\.attn1")
 
 
-class MultiViewHunyuanAttnProcessor:
-    """Attention processor in which the tokens of `num_views` consecutive images attend to each other.
+class MultiViewHunyuanAttention(Attention):
+    """diffusers' attention in which the tokens of `num_views` consecutive images attend to each other.
 
-    The attention itself is diffusers' `HunyuanAttnProcessor2_0`: query and key are normalized, then rotated by the
-    position in their own image, so a token meets the same cell of another view at distance zero. The number of views
-    is a setting of the processor, because the transformer passes no arguments of the caller on to it.
-
-    Example:
-        >>> import torch
-        >>> attention = Attention(query_dim=8, heads=2, dim_head=4, processor=MultiViewHunyuanAttnProcessor(3))
-        >>> attention(torch.zeros(6, 16, 8)).shape  # two samples of three views
-        torch.Size([6, 16, 8])
+    The processor stays diffusers' `HunyuanAttnProcessor2_0`, or whichever is set: query and key are normalized, then
+    rotated by the position in their own image, so a token meets the same cell of another view at distance zero. The
+    number of views is an attribute, because the transformer passes no arguments of the caller on to its attentions.
 
     Raises:
         ShapeError: in the forward, if `num_views` does not divide the batch.
     """
 
-    def __init__(self, num_views: int) -> None:
-        if not isinstance(num_views, int) or num_views < 1:
-            raise ValueError(f"num_views: expected an integer of at least 1, got {num_views!r}")
-        self.num_views = num_views
-        self._attend = HunyuanAttnProcessor2_0()
+    num_views: int
 
-    def __call__(
+    def forward(
         self,
-        attn: Attention,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        temb: Tensor | None = None,
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+        **options: Any,
     ) -> Tensor:
         """Attend over the joined tokens `b (v l) c`; `image_rotary_emb` is (cos, sin), `[l, D]` each, of one image."""
         if hidden_states.shape[0] % self.num_views:
@@ -62,19 +54,49 @@ class MultiViewHunyuanAttnProcessor:
             )
         if image_rotary_emb is not None:
             cosine, sine = image_rotary_emb
-            image_rotary_emb = cosine.repeat(self.num_views, 1), sine.repeat(self.num_views, 1)
+            options["image_rotary_emb"] = cosine.repeat(self.num_views, 1), sine.repeat(self.num_views, 1)
         hidden_states = rearrange(hidden_states, "(b v) l c -> b (v l) c", v=self.num_views)
-        hidden_states = self._attend(
-            attn, hidden_states, encoder_hidden_states, attention_mask, temb, image_rotary_emb=image_rotary_emb
-        )
+        hidden_states = super().forward(hidden_states, encoder_hidden_states, attention_mask, **options)
         return rearrange(hidden_states, "b (v l) c -> (b v) l c", v=self.num_views)
 
 
+class MultiViewHunyuanAttnProcessor:
+    """What joined the views in earlier releases; `join_views` replaces it.
+
+    Models that were pickled by them hold it. In its first call it turns its attention into a
+    `MultiViewHunyuanAttention`.
+    """
+
+    def __init__(self, num_views: int) -> None:
+        warnings.warn(
+            "MultiViewHunyuanAttnProcessor is replaced by cameo.adapters.hunyuan_dit.join_views(transformer, "
+            "num_views), which joins the views by any processor; the next release drops it",
+            FutureWarning,
+            stacklevel=2,
+        )
+        self.num_views = num_views
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """Attend as the `MultiViewHunyuanAttention` that `attn` becomes."""
+        joined = _join(attn, self.num_views)
+        return MultiViewHunyuanAttention.forward(
+            joined, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb
+        )
+
+
 def join_views(transformer: HunyuanDiT2DModel, num_views: int) -> HunyuanDiT2DModel:
-    """Let every self-attention of `transformer` attend across views, in place; the weights stay as they are.
+    """Let every self-attention of `transformer` attend across views, in place; weights and processors stay.
 
     Afterwards the batch is `(b v)`, the views of a sample in consecutive order. Call it again for another number of
-    views; `set_default_attn_processor()` and `fuse_qkv_projections()` separate the views again.
+    views. The views stay joined whatever processor is set: `set_default_attn_processor()`, `fuse_qkv_projections()`.
 
     Example:
         >>> import cameo
@@ -91,17 +113,31 @@ def join_views(transformer: HunyuanDiT2DModel, num_views: int) -> HunyuanDiT2DMo
         (32, 32)
 
     Raises:
-        ValueError: if there are no self-attentions named `blocks.N.attn1`.
+        ValueError: if there are no self-attentions named `blocks.N.attn1`, or `num_views` is no positive integer.
+        TypeError: if they are not of diffusers' class `Attention`.
 
     Source: the layer is of arXiv 2512.03045, which does not say how views are joined or where counting starts; here
     it starts at 0, as in the authors' code for the U-Net.
     """
-    processors = getattr(transformer, "attn_processors", {})
-    joined = {name: MultiViewHunyuanAttnProcessor(num_views) for name in processors if SELF_ATTENTION.fullmatch(name)}
-    if not joined:
+    if not isinstance(num_views, int) or num_views < 1:
+        raise ValueError(f"num_views: expected an integer of at least 1, got {num_views!r}")
+    names = [name for name, _ in transformer.named_modules() if SELF_ATTENTION.fullmatch(name)]
+    if not names:
         raise ValueError(
             f"transformer: {type(transformer).__name__} has no self-attentions named blocks.N.attn1; expected "
             "diffusers' HunyuanDiT2DModel, for example the `transformer` of a HunyuanDiTPipeline"
         )
-    transformer.set_attn_processor(processors | joined)
+    attentions = {name: transformer.get_submodule(name) for name in names}
+    turn_into(MultiViewHunyuanAttention, attentions)
+    for attention in attentions.values():
+        _join(attention, num_views)
     return transformer
+
+
+def _join(attention: nn.Module, num_views: int) -> MultiViewHunyuanAttention:
+    turn_into(MultiViewHunyuanAttention, {"attn1": attention})
+    assert isinstance(attention, MultiViewHunyuanAttention)
+    attention.num_views = num_views
+    if isinstance(attention.processor, MultiViewHunyuanAttnProcessor):
+        attention.set_processor(HunyuanAttnProcessor2_0())
+    return attention

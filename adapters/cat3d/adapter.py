@@ -6,11 +6,14 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
+from diffusers.models.attention_processor import Attention
 from torch import nn
 
 from cameo.adapters.cat3d.cameras import CONDITION_CHANNELS
 from cameo.adapters.cat3d.denoiser import JointDiT, joint_dit
-from cameo.adapters.cat3d.layers import LAYOUT, default_layer, find_attentions, joins_views, token_stride
+from cameo.adapters.cat3d.layers import LAYOUT, default_layer, find_attentions, token_stride
+from cameo.adapters.cat3d.relatives import Joining, came_apart, find_joining, joins_by_itself, layers_apart
+from cameo.adapters.common.joint_views import joins_views
 from cameo.adapters.common.positions import get_position, set_position
 from cameo.adapters.common.presets import preset_values, unet_2d
 from cameo.attention.capture import AttentionLayer
@@ -72,26 +75,54 @@ class Cat3D(Backbone):
     }
 
     def recognizes(self, model: nn.Module) -> bool:
-        """Whether the self-attentions of a U-Net with SD's block names, or of a `JointDiT`, join the views."""
-        attentions = find_attentions(model).values()
-        return bool(attentions) and all(map(joins_views, attentions))
+        """Whether self-attentions of a U-Net with SD's block names, or of a `JointDiT`, join the views.
+
+        By this library, then all of them do; or in a way of their own, which trying them out shows.
+        """
+        attentions = find_attentions(model)
+        joined = [joins_views(attention) for attention in attentions.values()]
+        return (bool(joined) and all(joined)) or (joins_by_itself(attentions) and came_apart(attentions) is None)
 
     def explain_mismatch(self, model: nn.Module) -> str:
         """Name the missing blocks or the missing inflation."""
-        if find_attentions(model):
-            return f"the self-attentions of this {type(model).__name__} see one view at a time. {INFLATE}"
-        return (
-            f"{type(model).__name__} has no modules named like "
-            "down_blocks.0.attentions.0.transformer_blocks.0.attn1. Pass the U-Net itself (pipeline.unet), "
-            "a UNet2DConditionModel with cross-attention blocks or a cameo.adapters.cat3d.denoiser.JointDiT"
-        )
+        attentions, kind = find_attentions(model), type(model).__name__
+        if not attentions:
+            return (
+                f"{kind} has no modules named like "
+                "down_blocks.0.attentions.0.transformer_blocks.0.attn1. Pass the U-Net itself (pipeline.unet), "
+                "a UNet2DConditionModel with cross-attention blocks or a cameo.adapters.cat3d.denoiser.JointDiT"
+            )
+        if reason := came_apart(attentions):
+            return reason
+        others = [path for path, one in attentions.items() if not isinstance(one, Attention)]
+        if others:
+            return (
+                f"{others[0]} of this {kind} is no attention of diffusers, and it joined no views when it was tried on "
+                "two samples of two. If the views meet all the same, describe the layer to cameo.wrap by layer= and "
+                "layout=, without a backbone"
+            )
+        return f"the self-attentions of this {kind} see one view at a time. {INFLATE}"
 
     def attention_layers(self, model: nn.Module) -> list[AttentionLayer]:
         """All self-attentions in execution order: of a U-Net down, mid, up."""
+        attentions = find_attentions(model)
+        apart = {} if all(map(joins_views, attentions.values())) else layers_apart(attentions)
         return [
-            AttentionLayer(index, path, int(attention.heads), LAYOUT, token_stride(model, path), stride_cure=INFLATE)
-            for index, (path, attention) in enumerate(find_attentions(model).items())
+            AttentionLayer(
+                index,
+                path,
+                int(attention.heads),
+                LAYOUT,
+                token_stride(model, path),
+                unsupported=apart.get(path),
+                stride_cure=INFLATE,
+            )
+            for index, (path, attention) in enumerate(attentions.items())
         ]
+
+    def unsupported(self, model: nn.Module) -> str | None:
+        """Name an attention of another author's U-Net that joined the views until its processor was replaced."""
+        return came_apart(find_attentions(model))
 
     def position(self, model: nn.Module) -> str:
         """Name the map behind the first convolution of a U-Net, see `cameo.adapters.common.positions`."""
@@ -110,17 +141,28 @@ class Cat3D(Backbone):
         return default_layer(model)
 
     def example_inputs(self, model: nn.Module, *, seed: int = 0) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """One sample of two views with 8x8 latent cells."""
+        """One sample of two views with 8x8 latent cells; of as many views as a U-Net of others takes."""
         generator = torch.Generator().manual_seed(seed)
         reference, config = next(model.parameters()), model.config
-        shape = (2, int(config.in_channels), 8, 8)  # type: ignore[union-attr,arg-type]
+        attentions = list(find_attentions(model).values())
+        joining = Joining(2, {"num_views": 2})
+        by_itself = not all(map(joins_views, attentions))
+        if by_itself:
+            joining = next(filter(None, map(find_joining, attentions)), joining)
+        shape = (joining.views, int(config.in_channels), 8, 8)  # type: ignore[union-attr,arg-type]
         sample = torch.randn(shape, generator=generator).to(reference)
-        timesteps = torch.tensor([500, 500], device=reference.device)
-        options = {"cross_attention_kwargs": {"num_views": 2}}
+        timesteps = torch.full((joining.views,), 500, device=reference.device)
+        options: dict[str, Any] = {"cross_attention_kwargs": joining.options}
         if isinstance(model, JointDiT):
             return (sample, timesteps), options
-        context = torch.zeros(2, 1, int(config.cross_attention_dim)).to(reference)  # type: ignore[union-attr,arg-type]
-        return (sample, timesteps, context), options
+        width = config.cross_attention_dim  # type: ignore[union-attr]
+        context = None if width is None else torch.zeros(joining.views, 1, int(width)).to(reference)  # type: ignore[arg-type]
+        if not by_itself or isinstance(attentions[0], Attention):
+            return (sample, timesteps, context), options
+        # The copies of diffusers take all views of a sample at once, count them, and have a domain of the data.
+        context = None if context is None else context[:1]
+        domain = None if config.num_class_embeds is None else torch.zeros_like(timesteps[:1])  # type: ignore[union-attr]
+        return (sample[None], timesteps[:1], context), {"class_labels": domain}
 
     def build(self, preset: str = "tiny", **options: Any) -> Any:
         """Build a pipeline with fresh weights.

@@ -7,12 +7,13 @@ from typing import Any
 from torch import nn
 
 from cameo.adapters.cat3d.denoiser import JointDiT, dit_attentions
+from cameo.adapters.cat3d.relatives import LAYOUT, find_joining
+from cameo.adapters.common.joint_views import joins_views, latent_stride_of
 from cameo.adapters.common.unet_layers import default_layer_index, level_of, levels_of, self_attentions
-from cameo.attention.layout import TokenLayout
 
-__all__ = ["LAYOUT", "default_layer", "find_attentions", "joins_views", "token_stride"]
+__all__ = ["LAYOUT", "default_layer", "find_attentions", "token_stride"]
 
-LAYOUT = TokenLayout("b (v h w)")
+RELEASED_STRIDE = 8  # of Stable Diffusion's VAE, on which the U-Nets of others are built
 
 
 def find_attentions(model: nn.Module) -> dict[str, Any]:
@@ -26,14 +27,11 @@ def find_attentions(model: nn.Module) -> dict[str, Any]:
     return dit_attentions(model) or self_attentions(model)
 
 
-def joins_views(attention: nn.Module) -> bool:
-    """Whether the processor of a self-attention joins the views of a sample."""
-    return getattr(getattr(attention, "processor", None), "join", False)
-
-
 def token_stride(model: nn.Module, path: str) -> int | None:
-    """Image pixels per token side of a layer; None where its processor has no latent stride."""
-    latent_stride = getattr(model.get_submodule(path).processor, "latent_stride", None)
+    """Image pixels per token side of a layer; None where `inflate` was given no latent stride."""
+    attention = model.get_submodule(path)
+    by_itself = not joins_views(attention) and find_joining(attention) is not None
+    latent_stride = RELEASED_STRIDE if by_itself else latent_stride_of(attention)
     if not latent_stride:
         return None
     return latent_stride * (model.config.patch_size if isinstance(model, JointDiT) else 2 ** level_of(model, path))

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from cameo.adapters.cat3d.cameras import CONDITION_CHANNELS, camera_maps, without_cameras
 from cameo.adapters.cat3d.denoiser import JointDiT
+from cameo.adapters.common.diffusers_attention import set_kernel
 from cameo.adapters.common.joint_views import check_joined, inflate
 from cameo.adapters.common.latent_pipeline import LatentPipeline, reference_views
 from cameo.adapters.common.noise_schedules import check_prediction_type
@@ -92,12 +93,12 @@ class Cat3DPipeline(LatentPipeline):
         inflate(unet, latent_stride=self.latent_stride)
 
     def enable_xformers_memory_efficient_attention(self, attention_op: Any = None) -> None:
-        """Use xformers' kernel on CUDA, with the views still joined, unlike diffusers' own switch."""
-        inflate(self.unet, use_xformers=True, latent_stride=self.latent_stride)
+        """Use xformers' kernel on CUDA in the denoiser; elsewhere, where it has none, PyTorch's goes on."""
+        set_kernel(self.unet, xformers=True, attention_op=attention_op)
 
     def disable_xformers_memory_efficient_attention(self) -> None:
-        """Go back to PyTorch's kernel, with the views still joined."""
-        inflate(self.unet, latent_stride=self.latent_stride)
+        """Go back to PyTorch's kernel."""
+        set_kernel(self.unet, xformers=False)
 
     @property
     def size_multiple(self) -> int:

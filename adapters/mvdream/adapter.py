@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from cameo.adapters.common.joint_views import latent_stride_of
 from cameo.adapters.common.positions import get_position, set_position
 from cameo.adapters.common.presets import preset_values, unet_2d
 from cameo.adapters.common.unet_layers import default_layer_index, self_attentions
@@ -119,7 +120,7 @@ class MVDream(Backbone):
         layout = token_layout(model if unet is None else unet)
         found = []
         for index, (path, attention) in enumerate(find_attentions(model).items()):
-            latent_stride = LATENT_STRIDE if unet is not None else getattr(attention.processor, "latent_stride", None)
+            latent_stride = LATENT_STRIDE if unet is not None else latent_stride_of(attention)
             stride = latent_stride and latent_stride * 2 ** levels[path]
             reason = attends_to_text(model, path) if unet is not None else None
             found.append(

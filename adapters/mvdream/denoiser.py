@@ -10,7 +10,16 @@ from diffusers import (
     ModelMixin,  # noqa: F401 - diffusers looks a component's base class up in the component's own module
     UNet2DConditionModel,
 )
-from diffusers.models.attention_processor import Attention, IPAdapterAttnProcessor2_0
+from diffusers.models.attention_processor import (
+    Attention,
+    AttnProcessor,
+    AttnProcessor2_0,
+    FusedAttnProcessor2_0,
+    IPAdapterAttnProcessor2_0,
+    IPAdapterXFormersAttnProcessor,
+    SlicedAttnProcessor,
+    XFormersAttnProcessor,
+)
 from diffusers.models.embeddings import (
     IPAdapterPlusImageProjection,
     MultiIPAdapterImageProjection,
@@ -18,11 +27,24 @@ from diffusers.models.embeddings import (
 )
 from torch import Tensor
 
-from cameo.adapters.common.joint_views import JointViewAttnProcessor
+from cameo.adapters.common.diffusers_attention import XFormersOnCudaAttnProcessor, turn_into
+from cameo.adapters.common.joint_views import JointAttention, inflate, make_joint
 from cameo.adapters.mvdream.cameras import CAMERA_CHANNELS
 from cameo.adapters.mvdream.layers import embeds_cameras
 
-__all__ = ["CameraEmbedding", "ImageDreamUNet", "prepare"]
+__all__ = ["CameraEmbedding", "ImageDreamUNet", "ImageTokenAttention", "prepare"]
+
+# What diffusers' switches set in an attention with image tokens.
+KERNELS = (
+    AttnProcessor,
+    AttnProcessor2_0,
+    FusedAttnProcessor2_0,
+    IPAdapterAttnProcessor2_0,
+    IPAdapterXFormersAttnProcessor,
+    SlicedAttnProcessor,
+    XFormersAttnProcessor,
+    XFormersOnCudaAttnProcessor,
+)
 
 
 class CameraEmbedding(TimestepEmbedding):
@@ -55,8 +77,6 @@ class CameraEmbedding(TimestepEmbedding):
 class ImageTokenAttnProcessor(IPAdapterAttnProcessor2_0):
     """Cross-attention to the text and, with keys and values of its own, to the image tokens; one view at a time."""
 
-    join = False
-
     def __call__(
         self,
         attn: Attention,
@@ -68,6 +88,28 @@ class ImageTokenAttnProcessor(IPAdapterAttnProcessor2_0):
     ) -> Tensor:
         """Attend as diffusers' processor does; `num_views` is for the self-attentions."""
         return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
+
+
+class ImageTokenAttention(JointAttention):
+    """Cross-attention whose processor is an `ImageTokenAttnProcessor` for good, since that holds weights of the model.
+
+    The switches of diffusers for kernels leave it as it is, with PyTorch's kernel; another processor is refused.
+    """
+
+    def set_processor(self, processor: Any) -> None:
+        """Take an `ImageTokenAttnProcessor`, and keep it where only a kernel is asked for.
+
+        Raises:
+            ValueError: for a processor that is no kernel of diffusers, without which the image tokens would be lost.
+        """
+        if isinstance(processor, ImageTokenAttnProcessor):
+            super().set_processor(processor)
+        elif type(processor) not in KERNELS:
+            raise ValueError(
+                f"processor: expected an ImageTokenAttnProcessor, got {type(processor).__name__}, which attends to no "
+                "image tokens, and whose predecessor holds their keys and values. Give another processor to the "
+                "self-attentions alone: unet.set_attn_processor({**unet.attn_processors, name: processor})"
+            )
 
 
 class ImageDreamUNet(UNet2DConditionModel):
@@ -84,12 +126,12 @@ class ImageDreamUNet(UNet2DConditionModel):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         context = self.config.cross_attention_dim
-        processors = self.attn_processors
-        for name in processors:
-            if name.endswith("attn2.processor"):
-                width = self.get_submodule(name.removesuffix(".processor")).inner_dim
-                processors[name] = ImageTokenAttnProcessor(width, context, num_tokens=(self.NUM_TOKENS,))
-        self.set_attn_processor(processors)
+        for path in [name.removesuffix(".processor") for name in self.attn_processors]:
+            if path.endswith("attn2"):
+                attention = self.get_submodule(path)
+                turn_into(ImageTokenAttention, {path: attention})
+                processor = ImageTokenAttnProcessor(attention.inner_dim, context, num_tokens=(self.NUM_TOKENS,))
+                make_joint(attention, join=False).set_processor(processor)
 
     def _set_encoder_hid_proj(
         self, encoder_hid_dim_type: str | None, cross_attention_dim: int, encoder_hid_dim: int | None
@@ -128,7 +170,7 @@ def prepare(
         use_xformers, latent_stride: see `cameo.adapters.common.joint_views.inflate`.
 
     Raises:
-        ValueError: if the U-Net has no camera embedding, or an `ImageDreamUNet` lost its image tokens' processors.
+        ValueError: if the U-Net has no camera embedding.
     """
     if not embeds_cameras(unet):
         raise ValueError(
@@ -137,19 +179,6 @@ def prepare(
         )
     if not isinstance(unet.class_embedding, CameraEmbedding):
         unet.class_embedding = CameraEmbedding.around(unet.class_embedding)
-    processors = unet.attn_processors
-    for name, processor in processors.items():
-        joins = name.endswith("attn1.processor")
-        reads_tokens = isinstance(unet, ImageDreamUNet) and name.endswith("attn2.processor")
-        if reads_tokens and not isinstance(processor, ImageTokenAttnProcessor):
-            raise ValueError(
-                f"unet: {name} is {type(processor).__name__}; the image tokens' keys and values were in the processor "
-                "that it replaced. Load the U-Net again, without a switch of diffusers that sets attention processors"
-            )
-        if joins or not isinstance(processor, ImageTokenAttnProcessor):
-            processors[name] = JointViewAttnProcessor(
-                join=joins, use_xformers=use_xformers, latent_stride=latent_stride
-            )
-    unet.set_attn_processor(processors)
+    inflate(unet, use_xformers=use_xformers, latent_stride=latent_stride)
     unet.image_view = image_view
     return unet

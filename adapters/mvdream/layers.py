@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from cameo.adapters.common import joint_views
 from cameo.adapters.common.unet_layers import levels_of, self_attentions
 from cameo.adapters.mvdream.cameras import CAMERA_CHANNELS
 from cameo.attention.layout import TokenLayout
@@ -67,9 +68,7 @@ def joins_views(model: nn.Module) -> bool:
     if _ldm_attentions(model):
         return True
     attentions = self_attentions(model).values()
-    return bool(attentions) and all(
-        getattr(getattr(attention, "processor", None), "join", False) for attention in attentions
-    )
+    return bool(attentions) and all(map(joint_views.joins_views, attentions))
 
 
 def embeds_cameras(model: nn.Module) -> bool:

@@ -13,6 +13,7 @@ from diffusers import DDIMScheduler, UNet2DConditionModel
 from einops import rearrange, repeat
 from torch import Tensor
 
+from cameo.adapters.common.diffusers_attention import set_kernel
 from cameo.adapters.common.images import process
 from cameo.adapters.common.joint_views import check_joined
 from cameo.adapters.common.latent_pipeline import LatentPipeline
@@ -28,6 +29,10 @@ from cameo.pipeline import TrainingInputs
 __all__ = ["CONDITIONS", "MVDreamPipeline"]
 
 CONDITIONS = ("text", "image")
+PREPARE = (
+    "cameo.adapters.mvdream.denoiser.prepare(pipeline.unet, image_view={image_view}, "
+    "latent_stride=pipeline.latent_stride) to join its views"
+)
 
 
 class MVDreamPipeline(LatentPipeline):
@@ -145,13 +150,12 @@ class MVDreamPipeline(LatentPipeline):
         return int(self.config.condition == "image")
 
     def enable_xformers_memory_efficient_attention(self, attention_op: Any = None) -> None:
-        """Use xformers' kernel on CUDA, with the views still joined, unlike diffusers' own switch."""
-        image_view = self.config.condition == "image"
-        prepare(self.unet, image_view=image_view, use_xformers=True, latent_stride=self.latent_stride)
+        """Use xformers' kernel on CUDA in the denoiser, see `ImageTokenAttention`; elsewhere PyTorch's goes on."""
+        set_kernel(self.unet, xformers=True, attention_op=attention_op)
 
     def disable_xformers_memory_efficient_attention(self) -> None:
-        """Go back to PyTorch's kernel, with the views still joined."""
-        prepare(self.unet, image_view=self.config.condition == "image", latent_stride=self.latent_stride)
+        """Go back to PyTorch's kernel."""
+        set_kernel(self.unet, xformers=False)
 
     def training_inputs(
         self,
@@ -273,7 +277,7 @@ class MVDreamPipeline(LatentPipeline):
         joint: bool = True,
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Arguments of the U-Net for views `[B, V, C, h, w]` and cameras `[B, V, 16]` in the order of the batch."""
-        check_joined(self.unet)
+        check_joined(self.unet, cure=PREPARE.format(image_view=self.config.condition == "image"))
         views = noisy.shape[1]
         if not joint:
             cameras = torch.full_like(cameras, float("nan"))

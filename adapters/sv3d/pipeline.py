@@ -15,7 +15,7 @@ from diffusers import AutoencoderKLTemporalDecoder, EulerDiscreteScheduler, UNet
 from einops import rearrange, repeat
 from torch import Tensor
 
-from cameo.adapters.common.joint_views import JointViewAttnProcessor
+from cameo.adapters.common.diffusers_attention import set_kernel
 from cameo.adapters.common.latent_pipeline import LatentPipeline, reference_views
 from cameo.adapters.common.positions import set_position
 from cameo.adapters.common.sampler import sample_latents
@@ -127,18 +127,11 @@ class SV3DPipeline(LatentPipeline):
         The temporal attentions keep PyTorch's: their sequences are as short as the number of frames, and their batch,
         one entry per sample, cell and head, is soon larger than the 65535 that xformers' kernels take.
         """
-        self._attend(use_xformers=True)
+        set_kernel(self.unet, xformers=True, attention_op=attention_op, inside=".transformer_blocks.")
 
     def disable_xformers_memory_efficient_attention(self) -> None:
         """Go back to PyTorch's kernel."""
-        self._attend(use_xformers=False)
-
-    def _attend(self, *, use_xformers: bool) -> None:
-        processors = self.unet.attn_processors
-        for name in processors:
-            if ".transformer_blocks." in name:
-                processors[name] = JointViewAttnProcessor(join=False, use_xformers=use_xformers)
-        self.unet.set_attn_processor(processors)
+        set_kernel(self.unet, xformers=False, inside=".transformer_blocks.")
 
     def noise_levels(self, timesteps: Tensor) -> Tensor:
         """Noise level s of integer time steps, in float32.

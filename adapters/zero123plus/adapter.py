@@ -34,7 +34,7 @@ class Zero123Plus(Backbone):
     from these six, also to the reference, are supervised; those of the reference are not. Each layer runs twice in a
     forward, over the reference and over the canvas; the second run counts.
 
-    Recognized are `ReferenceUNet`, the published `RefOnlyNoisedUNet`, and a U-Net with the processors of
+    Recognized are `ReferenceUNet`, the published `RefOnlyNoisedUNet`, and a U-Net after
     `set_reference_processors`. Presets: `tiny` (pixel space, 32 px views, CPU), `small` (pixel space, 128 px views,
     one GPU).
     """
@@ -73,7 +73,7 @@ class Zero123Plus(Backbone):
     def recognizes(self, model: nn.Module) -> bool:
         """Whether all self-attentions of a U-Net with SD's block names read references."""
         found = find_attentions(model).values()
-        return bool(found) and all(reads_references(getattr(attention, "processor", None)) for attention in found)
+        return bool(found) and all(map(reads_references, found))
 
     def explain_mismatch(self, model: nn.Module) -> str:
         """Name the missing blocks or the missing processors."""
@@ -81,7 +81,8 @@ class Zero123Plus(Backbone):
             return (
                 f"the self-attentions of this {type(model).__name__} read no reference image. Build a "
                 "Zero123PlusPipeline around the U-Net, call pipeline.prepare() on the published pipeline, or "
-                "cameo.adapters.zero123plus.set_reference_processors(unet)"
+                "cameo.adapters.zero123plus.set_reference_processors(unet), after which no switch of attention processors "
+                "takes the reference away"
             )
         return (
             f"{type(model).__name__} has no modules named like "
@@ -94,8 +95,8 @@ class Zero123Plus(Backbone):
         levels = find_levels(model)
         found = []
         for index, (path, attention) in enumerate(find_attentions(model).items()):
-            stride = latent_stride(attention.processor) * 2 ** levels[path]
-            size = reference_size(attention.processor)
+            stride = latent_stride(attention) * 2 ** levels[path]
+            size = reference_size(attention)
             found.append(AttentionLayer(index, path, int(attention.heads), LAYOUT, stride, reference_size=size))
         return found
 
@@ -114,7 +115,9 @@ class Zero123Plus(Backbone):
         set_tile_position(model, position)
 
     def unsupported(self, model: nn.Module) -> str | None:
-        """Name gradient checkpointing with the published processors, or with a reentrant function."""
+        """Name attentions that lost the reference, or gradient checkpointing that is published or reentrant."""
+        if not self.recognizes(model):
+            return self.explain_mismatch(model)
         if not any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
             return None
         if any(is_published(getattr(attention, "processor", None)) for attention in find_attentions(model).values()):
@@ -138,8 +141,8 @@ class Zero123Plus(Backbone):
         unet = model.get_submodule(unet_name(model))
         config, parameter = unet.config, next(unet.parameters())
         generator = torch.Generator().manual_seed(seed)
-        processor = next(iter(find_attentions(model).values())).processor
-        height, width = (side // latent_stride(processor) for side in reference_size(processor))
+        attention = next(iter(find_attentions(model).values()))
+        height, width = (side // latent_stride(attention) for side in reference_size(attention))
         channels = int(config.in_channels)  # type: ignore[union-attr,arg-type]
 
         def draw(*shape: int) -> torch.Tensor:

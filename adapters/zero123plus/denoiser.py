@@ -97,7 +97,7 @@ class ReferenceUNet(UNet2DConditionModel):
 
         Raises:
             ValueError: if `cond_lat` is missing or does not fit.
-            RuntimeError: if the attention processors were replaced.
+            RuntimeError: if no self-attention reads references.
         """
         given = dict(cross_attention_kwargs)
         reference = given.pop("cond_lat", None)
@@ -123,10 +123,7 @@ class ReferenceUNet(UNet2DConditionModel):
             **options,
         )
         if not references:
-            raise RuntimeError(
-                "no self-attention stored its reference: the attention processors were replaced. Call "
-                f"{CURE} to bring them back"
-            )
+            raise RuntimeError(f"no self-attention stored its reference: none reads references. Call {CURE}")
         down, mid = down_block_res_samples, mid_block_res_sample
         return super().forward(
             sample,

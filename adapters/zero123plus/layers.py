@@ -1,6 +1,6 @@
 """Where the views meet in Zero123++: self-attentions that store the reference's tokens or read them.
 
-Recognized are the processors of this library and, by their structure, those of the published pipeline.
+Recognized are the attentions of this library and, by their structure, the processors of the published pipeline.
 
 Axes: B samples, h w latent cells of one view; the canvas is six views in three rows of two. The reference has a grid
 of its own.
@@ -8,6 +8,7 @@ of its own.
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -15,18 +16,21 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0, XFormersAttnProcessor
 from torch import Tensor, nn
 
+from cameo.adapters.common.diffusers_attention import XFormersOnCudaAttnProcessor, set_kernel, turn_into
 from cameo.adapters.common.unet_layers import levels_of, self_attentions
 from cameo.attention.layout import TokenLayout
 
 __all__ = [
     "LAYOUT",
     "RELEASED_REFERENCE_SIZE",
+    "ReferenceAttention",
     "ReferenceAttnProcessor",
     "check_references",
     "find_attentions",
     "find_levels",
     "is_published",
     "latent_stride",
+    "make_reference_attention",
     "reads_references",
     "reference_size",
     "set_reference_processors",
@@ -61,60 +65,41 @@ def unet_name(model: nn.Module) -> str:
     return "" if self_attentions(model) else "unet"
 
 
-def latent_stride(processor: Any) -> int:
-    """Image pixels per latent cell side that a processor of ours holds; otherwise that of the releases."""
-    return getattr(processor, "latent_stride", RELEASED_STRIDE)
+class ReferenceAttention(Attention):
+    """diffusers' attention that stores its tokens (`mode="w"`) or reads the stored ones (`mode="r"`), by any processor.
 
-
-def reference_size(processor: Any) -> tuple[int, int]:
-    """Height and width in pixels at which the reference is encoded; for a published processor those of the releases."""
-    return getattr(processor, "reference_size", RELEASED_REFERENCE_SIZE)
-
-
-class ReferenceAttnProcessor:
-    """Attention processor that stores its tokens (`mode="w"`) or reads the stored ones (`mode="r"`).
+    The reference is handled here and not by the processor, which is only the kernel, so what switches kernels in
+    diffusers (attention slicing, xformers, `set_attn_processor`) leaves it in sight. Parameters are those of the base
+    class.
 
     The published processor removes a reference when it reads it, so that the recomputation under gradient
-    checkpointing finds none. This one leaves it there, which makes checkpointed gradients exact.
+    checkpointing finds none. This class leaves it there, which makes checkpointed gradients exact.
 
-    Args:
+    Attributes:
         name: key of this layer in `ref_dict`.
         reads: False for text cross-attention, which takes the arguments and ignores them.
-        kernel: processor that attends; default PyTorch's scaled dot-product attention.
-        use_xformers: attend by xformers on CUDA; it has no CPU kernel.
         latent_stride: image pixels per latent cell, to tell the token grid for an image size.
         reference_size: height and width in pixels at which the reference image is encoded.
     """
 
-    def __init__(
-        self,
-        name: str,
-        *,
-        reads: bool,
-        kernel: Any = None,
-        use_xformers: bool = False,
-        latent_stride: int = 8,
-        reference_size: tuple[int, int] = RELEASED_REFERENCE_SIZE,
-    ) -> None:
-        self.name, self.reads = name, reads
-        self.latent_stride, self.reference_size = latent_stride, reference_size
-        self._kernel = AttnProcessor2_0() if kernel is None else kernel
-        self._cuda_kernel = XFormersAttnProcessor() if use_xformers else None
+    name: str
+    reads: bool
+    latent_stride: int
+    reference_size: tuple[int, int]
 
-    def __call__(
+    def forward(
         self,
-        attn: Attention,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
         mode: str | None = None,
         ref_dict: dict[str, Tensor] | None = None,
         is_cfg_guidance: bool = False,
+        **options: Any,
     ) -> Tensor:
-        """Attend; `mode` and `ref_dict` come from `cross_attention_kwargs`."""
-        kernel = self._cuda_kernel if self._cuda_kernel is not None and hidden_states.is_cuda else self._kernel
+        """Attend; `mode` and `ref_dict` come from `cross_attention_kwargs`, `options` are for the processor."""
         if not self.reads:
-            return kernel(attn, hidden_states, encoder_hidden_states, attention_mask)
+            return super().forward(hidden_states, encoder_hidden_states, attention_mask, **options)
         if is_cfg_guidance:
             raise ValueError("is_cfg_guidance: expected False, as in the published pipeline; double the batch instead")
         tokens = hidden_states if encoder_hidden_states is None else encoder_hidden_states
@@ -132,19 +117,114 @@ class ReferenceAttnProcessor:
             )
         else:
             tokens = torch.cat([tokens, ref_dict[self.name]], dim=1)
-        return kernel(attn, hidden_states, tokens, attention_mask)
+        return super().forward(hidden_states, tokens, attention_mask, **options)
+
+
+def make_reference_attention(
+    attention: nn.Module,
+    name: str,
+    *,
+    reads: bool,
+    latent_stride: int = RELEASED_STRIDE,
+    reference_size: tuple[int, int] = RELEASED_REFERENCE_SIZE,
+) -> ReferenceAttention:
+    """Turn an attention of diffusers into a `ReferenceAttention`, in place; its weights stay.
+
+    Its processor stays as the kernel; of a published one, or one of an earlier release, the kernel in it.
+
+    Args:
+        attention: an `Attention` or one that was turned already.
+        name, reads, latent_stride, reference_size: see `ReferenceAttention`.
+
+    Raises:
+        TypeError: for a module of another class.
+    """
+    turn_into(ReferenceAttention, {name: attention})
+    assert isinstance(attention, ReferenceAttention)
+    attention.name, attention.reads = name, reads
+    attention.latent_stride, attention.reference_size = latent_stride, reference_size
+    if is_published(attention.processor):
+        attention.set_processor(attention.processor.chained_proc)
+    elif isinstance(attention.processor, ReferenceAttnProcessor):
+        attention.set_processor(attention.processor.kernel)
+    return attention
+
+
+class ReferenceAttnProcessor:
+    """What stored and read the references in earlier releases; `set_reference_processors` replaces it.
+
+    Models that were pickled by them hold it. In its first call it turns its attention into a `ReferenceAttention`.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        reads: bool,
+        kernel: Any = None,
+        use_xformers: bool = False,
+        latent_stride: int = RELEASED_STRIDE,
+        reference_size: tuple[int, int] = RELEASED_REFERENCE_SIZE,
+    ) -> None:
+        warnings.warn(
+            f"ReferenceAttnProcessor is replaced by {CURE}, which reads references by any processor; the next release "
+            "drops it",
+            FutureWarning,
+            stacklevel=2,
+        )
+        self.name, self.reads = name, reads
+        self.latent_stride, self.reference_size = latent_stride, reference_size
+        self._kernel = AttnProcessor2_0() if kernel is None else kernel
+        self._cuda_kernel = XFormersAttnProcessor() if use_xformers else None
+
+    @property
+    def kernel(self) -> Any:
+        """The processor that attends."""
+        return self._kernel if self._cuda_kernel is None else XFormersOnCudaAttnProcessor()
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        mode: str | None = None,
+        ref_dict: dict[str, Tensor] | None = None,
+        is_cfg_guidance: bool = False,
+    ) -> Tensor:
+        """Attend as the `ReferenceAttention` that `attn` becomes."""
+        settings = {"latent_stride": self.latent_stride, "reference_size": self.reference_size}
+        turned = make_reference_attention(attn, self.name, reads=self.reads, **settings)  # type: ignore[arg-type]
+        return ReferenceAttention.forward(
+            turned, hidden_states, encoder_hidden_states, attention_mask, mode, ref_dict, is_cfg_guidance
+        )
+
+
+def latent_stride(attention: nn.Module) -> int:
+    """Image pixels per latent cell side that an attention of ours was given; otherwise that of the releases."""
+    return getattr(_settings_of(attention), "latent_stride", RELEASED_STRIDE)
+
+
+def reference_size(attention: nn.Module) -> tuple[int, int]:
+    """Height and width in pixels at which the reference is encoded; of a published attention those of the releases."""
+    return getattr(_settings_of(attention), "reference_size", RELEASED_REFERENCE_SIZE)
+
+
+def _settings_of(attention: nn.Module) -> Any:
+    return attention if isinstance(attention, ReferenceAttention) else getattr(attention, "processor", None)
 
 
 def set_reference_processors(
     unet: UNet2DConditionModel,
     *,
-    latent_stride: int = 8,
+    latent_stride: int = RELEASED_STRIDE,
     reference_size: tuple[int, int] = RELEASED_REFERENCE_SIZE,
     use_xformers: bool = False,
 ) -> UNet2DConditionModel:
-    """Let the self-attentions of `unet` store and read references, in place; the weights stay as they are.
+    """Let the self-attentions of `unet` store and read references, in place; weights and kernels stay as they are.
 
-    The caller then runs both passes; `ReferenceUNet` does it by itself.
+    The caller then runs both passes; `ReferenceUNet` does it by itself. Whatever attention processors are set later,
+    the references stay in sight, see `ReferenceAttention`.
 
     Example:
         >>> unet = UNet2DConditionModel(
@@ -156,19 +236,22 @@ def set_reference_processors(
         >>> _ = set_reference_processors(unet)(torch.zeros(1, 4, 8, 8), 0, context, cross_attention_kwargs=writing)
         >>> unet(torch.zeros(1, 4, 12, 8), 0, context, cross_attention_kwargs=reading).sample.shape
         torch.Size([1, 4, 12, 8])
+
+    Raises:
+        TypeError: for attentions of another class than diffusers' `Attention`.
     """
-    unet.set_attn_processor(
-        {
-            name: ReferenceAttnProcessor(
-                name,
-                reads=name.endswith("attn1.processor"),
-                use_xformers=use_xformers,
-                latent_stride=latent_stride,
-                reference_size=reference_size,
-            )
-            for name in unet.attn_processors
-        }
-    )
+    attentions = {name: unet.get_submodule(name.removesuffix(".processor")) for name in unet.attn_processors}
+    turn_into(ReferenceAttention, attentions)
+    for name, attention in attentions.items():
+        make_reference_attention(
+            attention,
+            name,
+            reads=name.endswith("attn1.processor"),
+            latent_stride=latent_stride,
+            reference_size=reference_size,
+        )
+    if use_xformers:
+        set_kernel(unet, xformers=True)
     return unet
 
 
@@ -177,24 +260,24 @@ def is_published(processor: Any) -> bool:
     return hasattr(processor, "chained_proc") and hasattr(processor, "enabled")
 
 
-def reads_references(processor: Any) -> bool:
-    """Whether this processor, ours or published, appends references to its keys."""
-    return (isinstance(processor, ReferenceAttnProcessor) and processor.reads) or (
-        is_published(processor) and bool(processor.enabled)
-    )
+def reads_references(attention: nn.Module) -> bool:
+    """Whether this attention, ours or published, appends references to its keys."""
+    settings = _settings_of(attention)
+    if is_published(settings):
+        return bool(settings.enabled)
+    return isinstance(settings, ReferenceAttention | ReferenceAttnProcessor) and settings.reads
 
 
 def check_references(unet: nn.Module) -> None:
     """Refuse a U-Net whose self-attentions do not read references.
 
     Raises:
-        RuntimeError: names the layer and the cure. diffusers' switches for xformers, attention slicing and the like
-            replace the attention processors, and with them the access to the reference.
+        RuntimeError: names the layer and the cure.
     """
     for path, module in find_attentions(unet).items():
-        processor = getattr(module, "processor", None)
-        if not reads_references(processor):
+        if not reads_references(module):
             raise RuntimeError(
-                f"the self-attention {path} sees no reference: its processor is {type(processor).__name__}, set after "
-                f"the pipeline was built. Call {CURE} to bring the references back"
+                f"the self-attention {path} sees no reference: its processor is "
+                f"{type(getattr(module, 'processor', None)).__name__}, set after the U-Net was built. Call {CURE} to "
+                "bring the references back"
             )

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from torch import Tensor
 
+from cameo.adapters.common.diffusers_attention import set_kernel
 from cameo.adapters.common.images import image_processor, process, processor_side
 from cameo.adapters.common.latent_pipeline import LatentPipeline, reference_views
 from cameo.adapters.common.noise_schedules import check_prediction_type
@@ -25,7 +26,7 @@ from cameo.adapters.common.sampler import sample_latents
 from cameo.adapters.common.unet_layers import self_attentions
 from cameo.adapters.zero123plus.cameras import NUM_VIEWS, by_canvas, from_canvas, pose_problem, to_canvas
 from cameo.adapters.zero123plus.denoiser import ReferenceUNet, set_tile_position
-from cameo.adapters.zero123plus.layers import check_references, set_reference_processors
+from cameo.adapters.zero123plus.layers import check_references
 from cameo.errors import ShapeError
 from cameo.pipeline import TrainingInputs
 
@@ -147,12 +148,12 @@ class Zero123PlusPipeline(LatentPipeline):
         return super().save_pretrained(save_directory, *args, **options)
 
     def enable_xformers_memory_efficient_attention(self, attention_op: Any = None) -> None:
-        """Use xformers' kernel on CUDA, still in sight of the reference, unlike diffusers' own switch."""
-        set_reference_processors(self.unet, use_xformers=True, **self._settings())
+        """Use xformers' kernel on CUDA in the denoiser; elsewhere, where it has none, PyTorch's goes on."""
+        set_kernel(self.unet, xformers=True, attention_op=attention_op)
 
     def disable_xformers_memory_efficient_attention(self) -> None:
-        """Go back to PyTorch's kernel, with the reference still read."""
-        set_reference_processors(self.unet, **self._settings())
+        """Go back to PyTorch's kernel."""
+        set_kernel(self.unet, xformers=False)
 
     def scale_image(self, images: Tensor) -> Tensor:
         """From [-1, 1] to the VAE's [-0.625, 0.625]; pixels without a VAE stay."""

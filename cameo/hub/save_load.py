@@ -83,8 +83,9 @@ def save_pretrained(
             that of the base weights where it is known without network, else the card states none.
 
     Raises:
-        ValueError: if the adapter is ambiguous or merged, if `pipeline` holds another model, or if `folder`
-            holds weights of another format that cameo did not write.
+        ValueError: if the adapter is ambiguous or merged, if `pipeline` holds another model, if the backbone does not
+            recognize the model any more (its views were taken apart after it was wrapped), or if `folder` holds
+            weights of another format that cameo did not write.
     """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
@@ -262,6 +263,11 @@ def _stage(
 
     base, core = model.base_model, unwrap_peft(model.base_model)
     backbone = _backbone(model.cameo_config)
+    if backbone is not None and not backbone.recognizes(core):
+        raise ValueError(
+            f"model: backbone {backbone.name!r} does not fit any more, so this is not the model that was wrapped: "
+            f"{backbone.explain_mismatch(core)}"
+        )
     position = "none" if backbone is None else backbone.position(core)
     config = replace(model.cameo_config, cameo_version=__version__, position=position)
     if on_hub and config.base_model is not None and not _is_loadable_elsewhere(config.base_model):

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import HunyuanDiT2DModel
+from diffusers.models.attention_processor import HunyuanAttnProcessor2_0
 from diffusers.models.embeddings import apply_rotary_emb, get_2d_rotary_pos_embed
 from torch import Tensor, nn
 
@@ -177,18 +178,35 @@ def test_joined_views_survive_copies_and_pickling() -> None:
     assert torch.equal(denoise(pickle.loads(pickle.dumps(model))), expected)
 
 
-def test_views_that_were_separated_again_are_noticed() -> None:
-    model = wrap(joined())
-    model.base_model.set_default_attn_processor()
-    with pytest.raises(ShapeError, match="query"):
-        denoise(model, correspondence=next_view())
+@pytest.mark.parametrize("switch", ["set_default_attn_processor", "fuse_qkv_projections"])
+def test_the_switches_of_diffusers_keep_the_views_joined(switch: str) -> None:
+    model = joined()
+    expected = denoise(model)
+    kinds = {type(processor) for processor in model.attn_processors.values()}
+    assert kinds == {HunyuanAttnProcessor2_0}
+    getattr(model, switch)()
+    torch.testing.assert_close(denoise(model), expected)
+    wrapped = wrap(model)
+    denoise(wrapped, correspondence=next_view())
+    assert wrapped.num_supervised > 0
+
+
+def test_a_transformer_pickled_by_an_earlier_release() -> None:
+    expected, model = joined(), transformer()
+    for block in model.blocks:
+        processor = MultiViewHunyuanAttnProcessor.__new__(MultiViewHunyuanAttnProcessor)
+        vars(processor).update(num_views=VIEWS, _attend=HunyuanAttnProcessor2_0())
+        block.attn1.set_processor(processor)
+    assert torch.equal(denoise(pickle.loads(pickle.dumps(model))), denoise(expected))
+    with pytest.warns(FutureWarning, match=r"is replaced by .*join_views\(transformer, num_views\)"):
+        MultiViewHunyuanAttnProcessor(2)
 
 
 def test_wrong_number_of_views_and_wrong_model_are_refused() -> None:
     with pytest.raises(ShapeError, match="samples x 4 views"):
         denoise(join_views(transformer(), 4))
     with pytest.raises(ValueError, match="num_views: expected an integer of at least 1, got 0"):
-        MultiViewHunyuanAttnProcessor(0)
+        join_views(transformer(), 0)
     for other in (nn.Linear(2, 2), nn.Sequential()):
         with pytest.raises(ValueError, match=f"{type(other).__name__} has no self-attentions named blocks.N.attn1"):
             join_views(other, 2)

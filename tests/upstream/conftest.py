@@ -18,6 +18,7 @@ import pytest
 from torch import nn
 
 from tests.helpers import backbone_checks as checks
+from tests.helpers import upstream_cat3d as cat3d
 from tests.helpers import upstream_mvdream as mvdream
 from tests.helpers import upstream_sv3d as sv3d
 from tests.helpers import upstream_zero123plus as zero123plus
@@ -125,7 +126,19 @@ def published(upstream: Callable[[str], Path]) -> Iterator[ModuleType]:
         yield module
 
 
-KINDS = ["zero123plus", *(f"mvdream/{kind}" for kind in mvdream.KINDS), "sv3d", "sv3d/inflated"]
+@pytest.fixture
+def cat3d_modules(checkout: Callable[..., Path], no_xformers: None) -> Callable[[str], SimpleNamespace]:
+    """`cat3d_modules(kind)`: the Python modules around the U-Net of one of `cat3d.KINDS`."""
+    return lambda kind: cat3d.modules_of(checkout(kind))
+
+
+KINDS = [
+    "zero123plus",
+    *(f"cat3d/{kind}" for kind in cat3d.KINDS),
+    *(f"mvdream/{kind}" for kind in mvdream.KINDS),
+    "sv3d",
+    "sv3d/inflated",
+]
 
 
 @pytest.fixture(params=KINDS)
@@ -138,6 +151,14 @@ def subject(request: pytest.FixtureRequest) -> checks.Subject:
             build=lambda: zero123plus.wrapper(module, width=32),  # 8 would be too narrow to learn random matches
             inputs=lambda _: zero123plus.inputs(samples=1),
             grids=(zero123plus.REFERENCE, *(zero123plus.TILE,) * 6),
+        )
+    if backbone == "cat3d":
+        found = request.getfixturevalue("cat3d_modules")(kind)
+        return checks.Subject(
+            backbone,
+            build=lambda: cat3d.build(found),
+            inputs=lambda _: cat3d.inputs(),
+            grids=(cat3d.GRID,) * cat3d.VIEWS,
         )
     if backbone == "mvdream":
         make = request.getfixturevalue("build_mvdream")

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DiTTransformer2DModel
-from diffusers.models.attention_processor import AttnProcessor2_0
 from einops import rearrange
 from torch import Tensor
 
@@ -128,12 +127,13 @@ def test_latents_of_an_autoencoder_in_patches() -> None:
         built.training_inputs(make_batch(size=40))
 
 
-def test_separated_views_are_noticed_and_joined_again() -> None:
+def test_views_that_are_apart_are_noticed_and_joined() -> None:
     built, batch = pipeline(), make_batch(size=32)
     before = built.sample(batch, num_inference_steps=1, generator=torch.Generator().manual_seed(0))
     with pytest.raises(ValueError, match=r"processor: expected one for each of .*got \[\]"):
         built.unet.set_attn_processor({})
-    built.unet.set_attn_processor(AttnProcessor2_0())
+    joined, built.denoiser = built.unet, type(built.unet).from_config(built.unet.config)
+    built.unet.load_state_dict(joined.state_dict())
     assert not get_backbone("cat3d").recognizes(built.unet)
     with pytest.raises(
         ValueError, match=r"self-attentions of this JointDiT see one view at a time.*inflate\(unet, latent_stride=8\)"

@@ -8,7 +8,7 @@ import re
 
 import pytest
 import torch
-from diffusers.models.attention_processor import AttnProcessor2_0
+from diffusers import UNet2DConditionModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from einops import rearrange
 from torch import Tensor, nn
@@ -108,8 +108,7 @@ def test_other_models_are_refused_and_the_cure_works() -> None:
         cameo.wrap(cat3d, "mvdream")
     with pytest.raises(ValueError, match=r"Linear has neither MVDream's blocks .* nor those of diffusers"):
         cameo.wrap(nn.Linear(2, 2), "mvdream")
-    unet = pipeline().unet
-    unet.set_attn_processor(AttnProcessor2_0())
+    unet = UNet2DConditionModel.from_config(pipeline().unet.config)
     with pytest.raises(ValueError, match="see one view at a time") as refused:
         cameo.wrap(unet, "mvdream")
     cure = re.search(r"Before cameo\.wrap: (.*?latent_stride=8\))", str(refused.value))

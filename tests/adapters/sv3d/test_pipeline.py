@@ -14,6 +14,7 @@ from torch import Tensor
 
 import cameo
 from cameo import Correspondence
+from cameo.adapters.common.diffusers_attention import XFormersOnCudaAttnProcessor
 from cameo.adapters.common.noise_schedules import edm_euler
 from cameo.adapters.sv3d.pipeline import SV3DPipeline
 from cameo.backbone import get_backbone
@@ -178,13 +179,13 @@ def test_xformers_is_for_the_spatial_attentions() -> None:
     with torch.no_grad():
         before = built.unet(*inputs.args).sample
     built.enable_xformers_memory_efficient_attention()
-    asked = {name: getattr(one, "use_xformers", False) for name, one in built.unet.attn_processors.items()}
+    asked = {name: isinstance(one, XFormersOnCudaAttnProcessor) for name, one in built.unet.attn_processors.items()}
     assert set(asked.values()) == {True, False}
     assert all(used == ("temporal_transformer_blocks" not in name) for name, used in asked.items())
     with torch.no_grad():
         assert torch.equal(built.unet(*inputs.args).sample, before)  # PyTorch's kernel, since this is no GPU
     built.disable_xformers_memory_efficient_attention()
-    assert not any(getattr(one, "use_xformers", False) for one in built.unet.attn_processors.values())
+    assert not any(isinstance(one, XFormersOnCudaAttnProcessor) for one in built.unet.attn_processors.values())
 
 
 @pytest.mark.parametrize("references", [0, 2, 3])

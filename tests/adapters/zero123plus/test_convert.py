@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from diffusers.models.attention_processor import AttnProcessor2_0, SlicedAttnProcessor
 from torch import Tensor, nn
 
 import cameo
@@ -71,10 +73,32 @@ def test_published_processors_lose_their_references_and_the_cure_works() -> None
         keep_references(wrapper)
 
 
+def test_published_processors_that_are_replaced_are_noticed(tmp_path: Path) -> None:
+    wrapper = published()
+    model = cameo.wrap(wrapper, "zero123plus").train()
+    args, kwargs = small_inputs(wrapper)
+    wrapper.unet.set_attn_processor(AttnProcessor2_0())
+    message = r"read no reference image.*set_reference_processors\(unet\), after which no switch"
+    with pytest.raises(CaptureError, match=message):
+        model(*args, **kwargs, correspondence=parts.random_matches(((4, 4),) * 7))
+    with pytest.raises(ValueError, match=f"does not fit any more.*{message}"):
+        model.save_pretrained(tmp_path / "saved")
+    wrapper = keep_references(published())
+    expected = wrapper(*args, **kwargs).sample
+    wrapper.unet.set_attn_processor(SlicedAttnProcessor(1))
+    torch.testing.assert_close(wrapper(*args, **kwargs).sample, expected, atol=1e-5, rtol=1e-4)
+
+
+def scaled_by_the_number_of_tokens(
+    attn: nn.Module, hidden_states: Tensor, encoder_hidden_states: Tensor, attention_mask: Tensor | None
+) -> Tensor:
+    return hidden_states * encoder_hidden_states.shape[1]
+
+
 def test_the_cure_keeps_the_kernels() -> None:
     wrapper = published()
     attention = wrapper.unet.mid_block.attentions[0].transformer_blocks[0].attn1
-    attention.processor.chained_proc = lambda attn, hidden_states, tokens, mask: hidden_states * tokens.shape[1]
+    attention.processor.chained_proc = scaled_by_the_number_of_tokens
     args, kwargs = small_inputs(wrapper)
     with torch.no_grad():
         before = wrapper(*args, **kwargs).sample
