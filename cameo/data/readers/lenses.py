@@ -1,7 +1,7 @@
 """Lenses: from rays to pixels with distortion, and the pinhole camera that shows the same without it.
 
-Axes: M points, H W pixels of the full image. Pixel centers are at +0.5; OpenCV counts from 0, so half a pixel is taken off
-where it reads an image.
+Axes: M points, H W pixels of the full image. Pixel centers are at +0.5; OpenCV counts from 0, so half a pixel is taken
+off where it reads an image.
 """
 
 from __future__ import annotations
