@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import pickle
 import warnings
 from collections.abc import Callable
@@ -246,7 +245,7 @@ def test_links_that_leave_the_folder_are_refused(tmp_path: Path) -> None:
         open_views(room)
     (room / "frame-000001.color.png").unlink()
     other.rename(room / "stored.png")
-    os.symlink("stored.png", room / "frame-000001.color.png")
+    (room / "frame-000001.color.png").symlink_to("stored.png")
     assert len(open_views(room).views(0)) == 4
 
 

@@ -135,7 +135,7 @@ def _lens(model: Path, camera: Any) -> Lens:
         )
     size = (int(camera.height), int(camera.width))
     lens = Lens.of_matrix(np.asarray(camera.calibration_matrix()), size)
-    if camera.is_perspective_pinhole():
+    if camera.is_perspective_pinhole() and camera.is_undistorted():  # a fisheye without coefficients is none
         return lens
     return lens.distorted(f"{COLMAP}{camera.model_name}", tuple(params))
 
