@@ -29,7 +29,8 @@ COLUMNS = 19
 
 def _clips(folder: Path) -> list[Path]:
     places = [folder / place for place in TEXTS if (folder / place).is_dir()]
-    return [path for place in places for path in sorted(place.glob("*.txt")) if not path.name.startswith(".")]
+    found = [path for place in places for path in sorted(place.glob("*.txt"))]
+    return [path for path in found if path.is_file() and not path.name.startswith(".")]
 
 
 def _recognize(folder: Path) -> str | None:

@@ -72,16 +72,27 @@ def _members(path: Path, _: int) -> dict[str, StoredFile]:
             f"{path}: cannot be read as a tar ({error}); copy it again, and unpack one that is compressed, since views "
             "are read from the middle of it"
         ) from error
-    size, found = path.stat().st_size, {}
+    found = {}
+    _check_end(path, members)
     for member in members:
         if member.isdir():
             continue
         if not member.isfile():
             raise DataError(f"{path}: {member.name} is a link; store the file itself")
-        if member.offset_data + member.size > size:
-            raise DataError(f"{path}: is cut short within {member.name}; copy it again")
         found[member.name.removeprefix("./")] = StoredFile(path, member.name, member.offset_data, member.size)
     return found
+
+
+def _check_end(path: Path, members: list[tarfile.TarInfo]) -> None:
+    """A tar ends with empty blocks; one that was cut between two members looks like a complete one otherwise."""
+    if not members:
+        return
+    last = members[-1]
+    end = last.offset_data + -(-last.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+    with path.open("rb") as file:
+        file.seek(end)
+        if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+            raise DataError(f"{path}: is cut short at or after {last.name}; copy it again")
 
 
 def _read(scene: SceneFiles, options: ReadOptions) -> Listing:
