@@ -1,7 +1,7 @@
 """Conventions of each format, by hand: a known point of the world falls on the pixel where it should.
 
-The camera stands at (1, 2, 3) and looks along x, with z up. The point (5, 1, 2) lies 4 in front of it, 1 to its right and
-1 below, so with a focal length of 70 it is 17.5 pixels right of the principal point and below it.
+The camera stands at (1, 2, 3) and looks along x, with z up. The point (5, 1, 2) lies 4 in front of it, 1 to its right
+and 1 below, so with a focal length of 70 it is 17.5 pixels right of the principal point and below it.
 """
 
 from __future__ import annotations
@@ -158,7 +158,8 @@ def test_webdataset(tmp_path: Path) -> None:
     [
         # An angle of 2 atan(32 / 70) sees 64 pixels with a focal length of 70.
         ({"fl_x": None, "fl_y": None, "camera_angle_x": 2 * np.arctan(32 / 70)}, (70, 70), (30, 26)),
-        ({**dict.fromkeys(("fl_x", "fl_y", "cx", "cy", "w", "h")), "camera_angle_x": 2 * np.arctan(0.5)}, (64, 64), (32, 24)),
+        ({**dict.fromkeys(("fl_x", "fl_y", "cx", "cy", "w", "h")), "camera_angle_x": 2 * np.arctan(0.5)},
+         (64, 64), (32, 24)),
         ({"fl_x": None, "fl_y": None, "camera_angle_x": 2 * np.arctan(0.5), "camera_angle_y": 2 * np.arctan(0.25)},
          (64, 96), (30, 26)),
         ({"fl_y": None}, (70, 70), (30, 26)),
