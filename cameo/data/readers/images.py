@@ -116,7 +116,7 @@ def output_points(lens: Lens, size: tuple[int, int], xy: Array) -> Array:
     moved = undistort_points(lens, xy) - (left, top)
     moved = moved * (size[1] / (right - left), size[0] / (bottom - top))
     with np.errstate(invalid="ignore"):
-        inside = ((moved >= 0) & (moved < (size[1], size[0]))).all(axis=1)
+        inside: Array = ((moved >= 0) & (moved < (size[1], size[0]))).all(axis=1)
     return np.where(inside[:, None], moved, np.nan)
 
 
