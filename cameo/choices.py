@@ -9,6 +9,7 @@ __all__ = [
     "LPIPS_TRUNKS",
     "MESH_SUFFIXES",
     "NORMALIZATIONS",
+    "POSED_FORMATS",
     "REDUCTIONS",
     "RIG_NAMES",
     "ROOM_RIG_NAMES",
@@ -24,6 +25,8 @@ GELUS = ("exact", "fast")
 RIG_NAMES = ("zero123plus-v1.1", "zero123plus-v1.2", "mvdream", "imagedream", "sv3d-orbit", "sv3d-dynamic")
 # Of the rigs that stand in rooms, see `cameo.data.RoomRig`.
 ROOM_RIG_NAMES = ("fan",)
+# Of the posed images that `cameo.data.open_views` reads, in the order in which it looks for them.
+POSED_FORMATS = ("nerfstudio", "colmap", "co3d", "rgbd", "realestate10k", "webdataset", "zero123")
 # Of the files that `cameo.scenes.meshes` reads.
 MESH_SUFFIXES = (".glb", ".obj", ".ply")
 # Networks behind LPIPS, of `cameo.evaluation.metrics`.

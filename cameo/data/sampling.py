@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from cameo.data.overlap import view_overlap
+from cameo.data.overlap import scene_overlap
 from cameo.errors import DataError, unknown_name
-from cameo.scenes.views import MultiViewSample, SceneSource, Views, check_sample, images_to_float
+from cameo.scenes.views import MultiViewSample, SceneSource, Views, as_lazy, check_sample, images_to_float
 
 __all__ = ["MultiViewDataset", "choose_views"]
 
@@ -77,7 +77,8 @@ class MultiViewDataset(Dataset[MultiViewSample]):
     - `selection`: "overlap" draws views as above. "in_order" takes all views of a scene as they come, for a source
       whose views are a model's rig (`EmbeddedScenes(rig=...)`); the overlap plays no part.
 
-    Cameras stay in the world frame of the source. Raises `ValueError` on wrong settings and `DataError` where
+    A `LazySource` decodes the views of a sample alone. Where its views have tracks, a sample has those of its views as
+    `tracks`. Cameras stay in the world frame of the source. Raises `ValueError` on wrong settings and `DataError` where
     no scene has an admissible set (with the overlap found), where a scene has another number of views than
     "in_order" needs, or where a sample is not usable.
     """
@@ -114,78 +115,80 @@ class MultiViewDataset(Dataset[MultiViewSample]):
         self.min_overlap, self.max_overlap = min_overlap, max_overlap
         self.selection = selection
         if selection == "in_order":
-            self._check_number(source.views(0))
+            self._check_number(0)
         if length is None:
-            length = len(source) * (1 if selection == "in_order" else len(source.views(0)))
+            length = len(source) * (1 if selection == "in_order" else len(self.scenes.cameras(0)))
         self.length = length
         self._overlaps: OrderedDict[int, Tensor] = OrderedDict()
+
+    @property
+    def source(self) -> SceneSource:
+        """The scenes; `scenes` are the same as a `LazySource`."""
+        return self._source
+
+    @source.setter
+    def source(self, source: SceneSource) -> None:
+        self._source, self.scenes = source, as_lazy(source)
 
     def __len__(self) -> int:
         return self.length
 
     def __getitem__(self, index: int) -> MultiViewSample:
         """Return sample number `index`; the same for the same seed, in any process and in any order."""
-        scene, chosen, views = self._draw(index)
-        return self._sample(scene, self.source.views(scene) if views is None else views, chosen)
-
-    def choose(self, index: int) -> tuple[int, list[int]]:
-        """Return the scene of sample number `index`, and its views in the order of the sample."""
-        return self._draw(index)[:2]
+        scene, chosen = self.choose(index)
+        if self.selection == "in_order":
+            self._check_number(scene)
+        return self._sample(scene, self.scenes.select(scene, chosen), chosen)
 
     def scene_order(self, epoch: int) -> np.ndarray:
         """Return the scenes in the order in which pass number `epoch` takes them, one scene per sample."""
         return np.random.default_rng((self.seed, 0, epoch)).permutation(len(self.source))
 
-    def views_of(self, index: int, scene: int, views: Views | None = None) -> list[int] | None:
+    def views_of(self, index: int, scene: int) -> list[int] | None:
         """Return the views that sample number `index` takes of a scene; None if the scene has no admissible set."""
         if self.selection == "in_order":
             return list(range(self.num_views))
         return choose_views(
-            self.overlap(scene, views),
+            self.overlap(scene),
             np.random.default_rng((self.seed, 1, index)),
             num_views=self.num_views,
             min_overlap=self.min_overlap,
             max_overlap=self.max_overlap,
         )
 
-    def _draw(self, index: int) -> tuple[int, list[int], Views | None]:
-        """Scene and views of a sample, and the views of the scene if they were loaded for the choice."""
+    def choose(self, index: int) -> tuple[int, list[int]]:
+        """Return the scene of sample number `index`, and its views in the order of the sample."""
         if not 0 <= index < self.length:
             raise IndexError(f"index: expected 0 to {self.length - 1}, got {index}")
         epoch, position = divmod(index, len(self.source))
         order = self.scene_order(epoch)
         for scene in map(int, np.roll(order, -position)):
-            views = None
-            if self.selection == "overlap" and scene not in self._overlaps:
-                views = self.source.views(scene)
-            chosen = self.views_of(index, scene, views)
+            chosen = self.views_of(index, scene)
             if chosen is not None:
-                return scene, chosen, views
+                return scene, chosen
         raise self._no_admissible_set()
 
-    def overlap(self, scene: int, views: Views | None = None) -> Tensor:
+    def overlap(self, scene: int) -> Tensor:
         """Return the overlap matrix of a scene (see `view_overlap`), measured once and kept in memory."""
         if scene not in self._overlaps:
-            self._overlaps[scene] = view_overlap(views if views is not None else self.source.views(scene))
+            self._overlaps[scene] = scene_overlap(self.scenes, scene)
             if len(self._overlaps) > REMEMBERED_SCENES:
                 self._overlaps.popitem(last=False)
         return self._overlaps[scene]
 
-    def geometry(self, views: Views, chosen: list[int]) -> dict[str, Tensor]:
-        """Return `depth` (0 where there is no measurement), `intrinsics` and `extrinsics` of some views of a scene."""
-        depth = views.depth[chosen].float()
+    def geometry(self, views: Views) -> dict[str, Tensor]:
+        """Return `depth` (0 where there is no measurement), `intrinsics` and `extrinsics` of views."""
+        depth = views.depth.float()
         return {
-            "intrinsics": views.intrinsics[chosen].float(),
-            "extrinsics": views.extrinsics[chosen].float(),
+            "intrinsics": views.intrinsics.float(),
+            "extrinsics": views.extrinsics.float(),
             "depth": torch.where(torch.isfinite(depth) & (depth > 0), depth, 0.0),
         }
 
     def _sample(self, scene: int, views: Views, chosen: list[int]) -> MultiViewSample:
-        if self.selection == "in_order":
-            self._check_number(views)
-        geometry = self.geometry(views, chosen)
+        geometry = self.geometry(views)
         sample = MultiViewSample(
-            images=images_to_float(views.images[chosen]),
+            images=images_to_float(views.images),
             intrinsics=geometry["intrinsics"],
             extrinsics=geometry["extrinsics"],
             depth=geometry["depth"],
@@ -196,14 +199,17 @@ class MultiViewDataset(Dataset[MultiViewSample]):
         )
         if views.up is not None:
             sample["up"] = views.up.float()
+        if views.tracks is not None:
+            sample["tracks"] = views.tracks
         check_sample(sample)
         return sample
 
-    def _check_number(self, views: Views) -> None:
-        if len(views) != self.num_views:
+    def _check_number(self, scene: int) -> None:
+        cameras = self.scenes.cameras(scene)
+        if (count := len(cameras)) != self.num_views:
             raise DataError(
-                f'scene {views.key}: has {len(views)} views, and selection="in_order" takes all of them, got '
-                f"num_views={self.num_views}; use num_views={len(views)}, or selection='overlap' for a choice of views"
+                f'scene {cameras.key}: has {count} views, and selection="in_order" takes all of them, got '
+                f"num_views={self.num_views}; use num_views={count}, or selection='overlap' for a choice of views"
             )
 
     def _no_admissible_set(self) -> DataError:

@@ -1,4 +1,4 @@
-"""Test whether a view sees a point of the scene, for matches, the overlap of views, and warped views.
+"""Test whether a view sees a point of the scene, for matches and warped views.
 
 Axes: B samples, V views, M points. Arguments are not checked here.
 """

@@ -29,7 +29,7 @@ STRAY_DISTANCE = 4.0
 
 
 def find_meshes(folder: Path) -> list[Path]:
-    """Return the .glb, .obj and .ply files below a folder in name order.
+    """Return the .glb, .obj and .ply files below a folder in name order, without hidden ones.
 
     Hidden files are left out, among them the companions `._NAME` that macOS writes on other file systems.
 

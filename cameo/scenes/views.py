@@ -5,6 +5,7 @@ Axes: F views of a scene, V views of a sample, B samples, H W pixels.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NotRequired, Protocol, TypedDict, runtime_checkable
 
@@ -12,11 +13,24 @@ import torch
 from torch import Tensor
 
 from cameo.correspondence import Correspondence
+from cameo.correspondence.tracks import Tracks
 from cameo.errors import DataError, ShapeError
 from cameo.geometry import check_cameras
 from cameo.geometry.cameras import warn_of_another_image_size
 
-__all__ = ["MultiViewSample", "SceneSource", "Views", "check_sample", "collate", "images_to_bytes", "images_to_float"]
+__all__ = [
+    "LazySource",
+    "MultiViewSample",
+    "SceneCameras",
+    "SceneSource",
+    "Views",
+    "WholeScenes",
+    "as_lazy",
+    "check_sample",
+    "collate",
+    "images_to_bytes",
+    "images_to_float",
+]
 
 
 @dataclass(frozen=True)
@@ -24,11 +38,13 @@ class Views:
     """All views of one scene, with cameras and depth.
 
     - `images` `[F, 3, H, W]`: uint8 in 0..255, or float in [0, 1].
-    - `depth` `[F, 1, H, W]` float32: z-depth in meters; 0, negative or non-finite = no measurement.
+    - `depth` `[F, 1, H, W]` float32: z-depth in the world's unit; 0, negative or non-finite = no measurement. It is 0
+      everywhere where a source has none.
     - `intrinsics` `[F, 3, 3]` float32 in pixels, pixel centers at +0.5.
     - `extrinsics` `[F, 4, 4]` float32, world-to-camera, OpenCV axes.
     - `key`: a name for messages.
     - `up` `[3]` float32: unit vector that points up in the world; None where the source does not know it.
+    - `tracks`: surface points that several of these views show, in pixels of `images`; None where there are none.
 
     Raises `ShapeError` where the fields do not fit each other.
 
@@ -46,6 +62,7 @@ class Views:
     extrinsics: Tensor
     key: str
     up: Tensor | None = None
+    tracks: Tracks | None = None
 
     def __post_init__(self) -> None:
         if self.images.ndim != 4 or self.images.shape[1] != 3:
@@ -61,6 +78,10 @@ class Views:
                 raise ShapeError(f"{name} of {self.key!r}", expected=str(list(expected)), got=tensor.shape)
         if self.up is not None and tuple(self.up.shape) != (3,):
             raise ShapeError(f"up of {self.key!r}", expected="[3]", got=self.up.shape)
+        if self.tracks is not None and self.tracks.num_views != count:
+            raise ShapeError(
+                f"tracks of {self.key!r}", expected=f"{count} views, as images", got=f"{self.tracks.num_views}"
+            )
 
     def __len__(self) -> int:
         return self.images.shape[0]
@@ -69,6 +90,52 @@ class Views:
     def size(self) -> tuple[int, int]:
         """Height and width of the images in pixels."""
         return self.images.shape[-2], self.images.shape[-1]
+
+    def select(self, indices: Sequence[int]) -> Views:
+        """Return the views with these numbers, in this order.
+
+        Example:
+            >>> cameras = {"intrinsics": torch.eye(3).repeat(3, 1, 1), "extrinsics": torch.eye(4).repeat(3, 1, 1)}
+            >>> views = Views(torch.zeros(3, 3, 8, 8), torch.ones(3, 1, 8, 8), **cameras, key="room")
+            >>> len(views.select([2, 0]))
+            2
+        """
+        chosen = list(indices)
+        return Views(
+            images=self.images[chosen],
+            depth=self.depth[chosen],
+            intrinsics=self.intrinsics[chosen],
+            extrinsics=self.extrinsics[chosen],
+            key=self.key,
+            up=self.up,
+            tracks=None if self.tracks is None else self.tracks.of_views(chosen),
+        )
+
+
+@dataclass(frozen=True)
+class SceneCameras:
+    """What is known of all views of a scene before any image is decoded.
+
+    - `intrinsics` `[F, 3, 3]`, `extrinsics` `[F, 4, 4]`, `key`, `up`, `tracks`: as in `Views`.
+    - `size`: height and width of the images in pixels.
+    - `has_depth`: whether any view has depth.
+
+    Example:
+        >>> cameras = SceneCameras(torch.eye(3).repeat(5, 1, 1), torch.eye(4).repeat(5, 1, 1), (8, 8), "room")
+        >>> len(cameras)
+        5
+    """
+
+    intrinsics: Tensor
+    extrinsics: Tensor
+    size: tuple[int, int]
+    key: str
+    up: Tensor | None = None
+    tracks: Tracks | None = None
+    has_depth: bool = True
+
+    def __len__(self) -> int:
+        return self.intrinsics.shape[0]
 
 
 @runtime_checkable
@@ -95,6 +162,78 @@ class SceneSource(Protocol):
         ...
 
 
+@runtime_checkable
+class LazySource(SceneSource, Protocol):
+    """A source that can return some views of a scene without decoding the others, for scenes of many views.
+
+    `select(scene, indices)` equals `views(scene).select(indices)`.
+
+    Example:
+        >>> class LongSequence:
+        ...     def __len__(self) -> int:
+        ...         return 1
+        ...     def views(self, scene: int) -> Views: ...
+        ...     def cameras(self, scene: int) -> SceneCameras: ...
+        ...     def select(self, scene: int, indices: Sequence[int]) -> Views: ...
+        >>> isinstance(LongSequence(), LazySource)
+        True
+    """
+
+    def cameras(self, scene: int) -> SceneCameras:
+        """Return what is known of all views of a scene without decoding an image."""
+        ...
+
+    def select(self, scene: int, indices: Sequence[int]) -> Views:
+        """Return the views of a scene with these numbers, in this order."""
+        ...
+
+
+class WholeScenes:
+    """A source that loads whole scenes, as a `LazySource`; it keeps the scene that it loaded last.
+
+    Views of a scene are first chosen and then used, so keeping the last one saves loading it twice.
+    """
+
+    def __init__(self, source: SceneSource) -> None:
+        self.source = source
+        self._latest: tuple[int, Views] | None = None
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getstate__(self) -> dict[str, object]:
+        return {"source": self.source, "_latest": None}  # what is loaded is not sent to another process
+
+    def views(self, scene: int) -> Views:
+        """Return the views of a scene."""
+        if self._latest is None or self._latest[0] != scene:
+            self._latest = (scene, self.source.views(scene))
+        return self._latest[1]
+
+    def cameras(self, scene: int) -> SceneCameras:
+        """Return the cameras and tracks of a scene, which is loaded for that."""
+        views = self.views(scene)
+        return SceneCameras(views.intrinsics, views.extrinsics, views.size, views.key, up=views.up, tracks=views.tracks)
+
+    def select(self, scene: int, indices: Sequence[int]) -> Views:
+        """Return some views of a scene, which is loaded for that."""
+        return self.views(scene).select(indices)
+
+
+def as_lazy(source: SceneSource) -> LazySource:
+    """Return the source itself where it can decode views alone, else one that loads whole scenes.
+
+    Example:
+        >>> class Rooms:
+        ...     def __len__(self) -> int:
+        ...         return 3
+        ...     def views(self, scene: int) -> Views: ...
+        >>> len(as_lazy(Rooms()))
+        3
+    """
+    return source if isinstance(source, LazySource) else WholeScenes(source)
+
+
 class MultiViewSample(TypedDict):
     """One training sample; reference (clean, conditioning) views come first, then target views.
 
@@ -104,6 +243,7 @@ class MultiViewSample(TypedDict):
     - `depth` `[V, 1, H, W]` float32 z-depth, 0 = no measurement
     - `point_map` `[V, 3, H, W]`, optional: world coordinates, non-finite = no measurement
     - `up` `[3]` float32, optional: unit vector that points up in the world
+    - `tracks`, optional: surface points that several views show, in pixels of `images`
     - `num_reference_views`: how many views are references
     - `key`: names the scene and the views, for messages
     - `scene`, `scene_views`, optional: number of the scene in its source, and of the views in the scene
@@ -120,6 +260,7 @@ class MultiViewSample(TypedDict):
     depth: Tensor
     point_map: NotRequired[Tensor]
     up: NotRequired[Tensor]
+    tracks: NotRequired[Tracks]
     num_reference_views: int
     key: str
     latents: NotRequired[Tensor]
@@ -186,7 +327,7 @@ def check_sample(sample: MultiViewSample) -> None:
 def collate(samples: list[MultiViewSample]) -> dict[str, object]:
     """Stack samples into a batch: tensors `[B, ...]`, correspondences of all samples, `num_reference_views` one int.
 
-    Everything else becomes a list, such as `key`.
+    Everything else becomes a list, such as `key` and `tracks`.
 
     Raises `ValueError` on an empty list, on different numbers of reference views, and where one sample has a
     field that another lacks; `ShapeError` where the shapes differ.

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from cameo.data import MultiViewDataset, SceneSource, Views
+from cameo.data import MultiViewDataset
 from cameo.data.batches import match_batch, to_device
 from cameo.data.matches import GridPair, MatchReader, MatchWriter, TokenGrids, view_checksum
 from cameo.data.shards import FORMAT_VERSION, check_settings, finish_share, is_finished, shard_files
@@ -147,7 +147,6 @@ def precompute(
         written = MatchReader(folder, complete=False)
         check_settings(folder, written.settings, settings)
     dataset = build_dataset(config, "train")
-    dataset.source = _LatestScene(dataset.source)
     token_grids = supervised_grids(wrap_denoiser(load_pipeline(config), config, dataset), config)
     samples = config.max_train_steps * config.gradient_accumulation_steps * config.train_batch_size
     planner = _Planner(dataset, token_grids, share, pairs, samples * training_processes)
@@ -175,22 +174,6 @@ def _fingerprint(config: TrainingConfig, pairs: str, training_processes: int) ->
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-class _LatestScene:
-    """A source that keeps the scene that it loaded last, since views are first chosen and then matched."""
-
-    def __init__(self, source: SceneSource) -> None:
-        self.source = source
-        self._latest: tuple[int, Views] | None = None
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def views(self, scene: int) -> Views:
-        if self._latest is None or self._latest[0] != scene:
-            self._latest = (scene, self.source.views(scene))
-        return self._latest[1]
-
-
 class _Planner:
     """Lists the groups of views of a process, scene by scene, so that the views of a scene are loaded once.
 
@@ -202,7 +185,7 @@ class _Planner:
     ) -> None:
         self.dataset, self.token_grids, self.share = dataset, token_grids, share
         count = len(dataset.source)
-        take_all = pairs == "all" or (pairs == "auto" and len(dataset.source.views(0)) <= FEW_VIEWS)
+        take_all = pairs == "all" or (pairs == "auto" and len(dataset.scenes.cameras(0)) <= FEW_VIEWS)
         self.by_scene = count >= share.num_processes
         self.scenes = [scene for scene in range(count) if not self.by_scene or share.owns(scene)]
         self.all_pairs = take_all and dataset.selection == "overlap"
@@ -227,7 +210,7 @@ class _Planner:
 
     def _all_views(self, scene: int) -> Iterator[_ViewGroup]:
         """All views of a scene, at each of the grids that a view may have in a sample."""
-        views = list(range(len(self.dataset.source.views(scene))))
+        views = list(range(len(self.dataset.scenes.cameras(scene))))
         blocks = [views[start : start + BLOCK] for start in range(0, len(views), BLOCK)]
         pairs_of_blocks = [first + second for first, second in combinations(blocks, 2)] or blocks
         for token_grids in self.token_grids:
@@ -269,8 +252,9 @@ def _write(
         pairs = [pair for pair in pairs if not written.contains(group.scene, *group.keys(pair))]
     if not pairs:
         return len(group.pairs)
-    scene, numbers = dataset.source.views(group.scene), [view for view, _ in group.views]
-    geometry = dataset.geometry(scene, numbers)
+    numbers = [view for view, _ in group.views]
+    scene = dataset.scenes.select(group.scene, numbers)
+    geometry = dataset.geometry(scene)
     if written is not None:
         written.check_views(group.scene, numbers, geometry, sample=scene.key)
     for position, view in enumerate(numbers):
