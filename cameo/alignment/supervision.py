@@ -44,8 +44,8 @@ def supervision_weights(
 
     Raises:
         ShapeError: `pairs`, `match_weight` or `distance` has another shape.
-        ValueError: the reduction is unknown, a match weight on the CPU is negative or not finite, or something that "released"
-            needs is missing.
+        ValueError: the reduction is unknown, a match weight on the CPU is negative or not finite, or something that
+            "released" needs is missing.
 
     Source: arXiv 2512.03045 and the code released with it.
     """

@@ -20,8 +20,8 @@ from cameo.geometry.grids import TokenGrids, token_distance
 
 __all__ = ["match_tracks"]
 
-# Weights are added as whole numbers of this fraction: such sums do not depend on the order of their terms.
-UNIT = 1 << 20
+# Weights are whole numbers of this fraction: their sums do not depend on the order, and half precision holds them.
+UNIT = 1 << 10
 
 
 @torch.no_grad()

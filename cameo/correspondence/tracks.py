@@ -47,8 +47,7 @@ class Tracks:
             if not isinstance(tensor, Tensor):
                 raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}. Cure: torch.as_tensor")
             if tensor.is_floating_point() != (name == "xy"):
-                expected = "floats" if name == "xy" else "int64"
-                raise ValueError(f"{name}: expected {expected}, got {tensor.dtype}")
+                raise ValueError(f"{name}: expected {'floats' if name == 'xy' else 'int64'}, got {tensor.dtype}")
         if self.point.ndim != 1:
             raise ShapeError("point", expected="[N]", got=self.point.shape)
         if self.num_views < 1:
@@ -89,14 +88,14 @@ class Tracks:
         for (i, j), both in pairs.items():
             if i == j or not (0 <= i < num_views and 0 <= j < num_views):
                 raise ValueError(f"matches: expected two different views from 0 to {num_views - 1}, got ({i}, {j})")
-            for view, xy in zip((i, j), both, strict=True):
+            for number, xy in zip((i, j), both, strict=True):
                 if xy.ndim != 2 or xy.shape != both[0].shape or xy.shape[1] != 2:
                     got = f"{list(both[0].shape)} and {list(both[1].shape)}"
                     raise ShapeError(f"matches of views ({i}, {j})", expected="[M, 2] twice", got=got)
                 if not torch.isfinite(xy).all():
                     raise ValueError(
                         f"matches of views ({i}, {j}): expected finite pixel coordinates, got NaN or infinity in view "
-                        f"{view}. Cure: leave those matches out"
+                        f"{number}. Cure: leave those matches out"
                     )
             views.append(torch.tensor([i, j]).repeat(len(both[0])))
             places.append(torch.stack(both, dim=1).flatten(0, 1).float().cpu())
@@ -104,8 +103,15 @@ class Tracks:
         return cls(torch.arange(len(view)) // 2, view, torch.cat(places), num_views)
 
     def of_views(self, views: Sequence[int]) -> Tracks:
-        """Return the sightings in the given views, which become views 0, 1, ... in that order."""
-        number = torch.full((self.num_views,), -1, dtype=torch.int64)
-        number[torch.tensor(views, dtype=torch.int64)] = torch.arange(len(views))
-        kept = number[self.view] >= 0
-        return Tracks(self.point[kept], number[self.view[kept]], self.xy[kept], len(views))
+        """Return the sightings in the given views, which become views 0, 1, ... in that order; one may stand twice.
+
+        Raises:
+            ValueError: there is no view, or one that is not there.
+        """
+        if not views or not all(0 <= view < self.num_views for view in views):
+            raise ValueError(f"views: expected numbers from 0 to {self.num_views - 1}, got {list(views)}")
+        wanted = torch.tensor(views, dtype=torch.int64)
+        sighting = torch.isin(self.view, wanted).nonzero().flatten()
+        of_sighting, view = (self.view[sighting, None] == wanted).nonzero().T
+        sighting = sighting[of_sighting]
+        return Tracks(self.point[sighting], view, self.xy[sighting], len(views))

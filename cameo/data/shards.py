@@ -29,7 +29,7 @@ __all__ = [
 FORMAT_VERSION = 1
 INDEX_NAME = "matches.json"
 RECIPE = "recipes/precompute_correspondence.py"
-TYPES = {"I8": np.int8, "I16": np.int16, "I32": np.int32, "I64": np.int64, "F32": np.float32}
+TYPES = {"I8": np.int8, "I16": np.int16, "I32": np.int32, "I64": np.int64, "F16": np.float16, "F32": np.float32}
 
 
 @dataclass(frozen=True)

@@ -254,7 +254,7 @@ def test_bad_arguments_are_named() -> None:
         build([tracks], cycle_threshold=0)
     with pytest.raises(ValueError, match="image_size: expected a positive int or"):
         build([tracks], image_size=(4, 0))
-    with pytest.raises(ShapeError, match="token_grid: expected .* one .* for each of 2 views"):
+    with pytest.raises(ShapeError, match=r"token_grid: expected .* one .* for each of 2 views"):
         build([tracks], token_grid=[(2, 2)])
 
 
