@@ -109,8 +109,9 @@ def tiny_matcher(kind: str, folder: Path) -> str:
             out_features=[8, 8, 16, 32],
             hidden_size=32,
             num_attention_layers=1,
-            num_attention_heads=2,
+            num_attention_heads=8,
             coarse_matching_threshold=0.0,
+            fine_matching_slice_dim=4,
         )
         model, processor = transformers.EfficientLoFTRForKeypointMatching(config), "EfficientLoFTRImageProcessor"
     else:
@@ -125,11 +126,10 @@ def tiny_matcher(kind: str, folder: Path) -> str:
         config = transformers.LightGlueConfig(
             keypoint_detector_config=points.to_dict(),
             descriptor_dim=16,
-            num_hidden_layers=1,
+            num_hidden_layers=2,
             num_attention_heads=2,
             filter_threshold=0.0,
-            depth_confidence=-1,
-            width_confidence=-1,
+            initializer_range=0.5,
         )
         model, processor = transformers.LightGlueForKeypointMatching(config), "LightGlueImageProcessor"
     model.save_pretrained(folder)
@@ -184,5 +184,5 @@ def test_names_that_are_no_matcher(tmp_path: Path) -> None:
 
     transformers.ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=1).save_pretrained(tmp_path)
     transformers.ViTImageProcessor().save_pretrained(tmp_path)
-    with pytest.raises(DataError, match="matcher=.*: is no keypoint matcher of transformers"):
+    with pytest.raises(DataError, match=r"matcher=.*: is no keypoint matcher of transformers"):
         KeypointMatcher(str(tmp_path))

@@ -92,8 +92,8 @@ def test_the_gradient_of_a_match_is_in_proportion_to_its_weight(
     match = match_batch(collate([dataset[0]]), token_grids, kind="tracks")
     assert match.match_weight is not None
     assert len(match.match_weight[match.matched].unique()) > 3
-    query = torch.randn(1, 2, 2, 64, 4, generator=torch.Generator().manual_seed(0), requires_grad=True)
-    key = torch.randn(1, 2, 2, 64, 4, generator=torch.Generator().manual_seed(1))
+    query = torch.randn(1, 2, 2, 16, 4, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    key = torch.randn(1, 2, 2, 16, 4, generator=torch.Generator().manual_seed(1))
     head = cameo.AlignmentHead(2, kind="mean")
     (weighted,) = torch.autograd.grad(cameo.alignment_loss(query, key, match, head), query)
     ones = replace(match, match_weight=None)
