@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from cameo.alignment import AlignmentHead, alignment_loss
     from cameo.attention.layout import TokenLayout
     from cameo.backbone import backbones, register_backbone
-    from cameo.correspondence import Correspondence
+    from cameo.correspondence import Correspondence, Tracks
     from cameo.hub import from_pretrained
     from cameo.probing import LayerProbe, probe_layers
     from cameo.wrap import CameoModel, wrap
@@ -31,6 +31,7 @@ else:
             "Correspondence": "cameo.correspondence",
             "LayerProbe": "cameo.probing",
             "TokenLayout": "cameo.attention.layout",
+            "Tracks": "cameo.correspondence",
             "alignment_loss": "cameo.alignment",
             "backbones": "cameo.backbone",
             "from_pretrained": "cameo.hub",
@@ -48,6 +49,7 @@ __all__ = [
     "Correspondence",
     "LayerProbe",
     "TokenLayout",
+    "Tracks",
     "alignment_loss",
     "backbones",
     "from_pretrained",

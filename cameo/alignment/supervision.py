@@ -44,8 +44,8 @@ def supervision_weights(
 
     Raises:
         ShapeError: `pairs`, `match_weight` or `distance` has another shape.
-        ValueError: the reduction is unknown, a match weight is negative or not finite, or something that "released"
-            needs is missing.
+        ValueError: the reduction is unknown, a match weight on the CPU is negative or not finite, or something that
+            "released" needs is missing.
 
     Source: arXiv 2512.03045 and the code released with it.
     """
@@ -54,7 +54,7 @@ def supervision_weights(
     weights = supervised.to(dtype)
     if correspondence.match_weight is not None:
         _check_like_index("correspondence.match_weight", correspondence.match_weight, correspondence)
-        if not bool(((correspondence.match_weight >= 0) & correspondence.match_weight.isfinite()).all()):
+        if not _usable(correspondence.match_weight):
             raise ValueError(
                 f"correspondence.match_weight: expected finite values of at least 0, got a minimum of "
                 f"{correspondence.match_weight.min().item():g}; clamp the weights"
@@ -70,6 +70,11 @@ def supervision_weights(
     reference, target = weights[:, :count], weights[:, count:]
     halves = [reference / _nonzero(reference.sum()), target / _nonzero(target.sum())]
     return torch.cat(halves, dim=1) * nearest
+
+
+def _usable(weight: Tensor) -> bool:
+    """Check values on the CPU only: on a GPU the host would wait for them in every training step."""
+    return weight.device.type != "cpu" or bool(((weight >= 0) & weight.isfinite()).all())
 
 
 def _nearest_view(correspondence: Correspondence) -> Tensor:

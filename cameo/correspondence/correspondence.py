@@ -5,25 +5,24 @@ Axes: B samples, V views, H W image pixels, h w token grid, N = h*w tokens per v
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from cameo.correspondence.fields import check_fields, check_threshold, check_tracks
 from cameo.correspondence.matching import match_depth, match_features, match_point_maps
+from cameo.correspondence.track_matching import match_tracks
+from cameo.correspondence.tracks import PixelPairs, Tracks
 from cameo.errors import ShapeError
 from cameo.geometry.cameras import check_depth, warn_of_another_image_size
-from cameo.geometry.grids import TokenGrids, as_grid, as_grids
+from cameo.geometry.grids import GridSize, TokenGrids, as_grid, grid_per_view
 from cameo.geometry.visibility import DEPTH_TOLERANCE, check_tolerance
 from cameo.renamed import KEYWORDS, old_attributes, old_fields, old_keywords
 
 __all__ = ["Correspondence", "GridSize", "one_per_layer"]
-
-# One (h, w) or int for all views, or one (h, w) per view.
-GridSize = int | tuple[int, int] | Sequence[tuple[int, int]]
 
 
 @old_attributes
@@ -63,48 +62,8 @@ class Correspondence:
     distance: Tensor | None = None
 
     def __post_init__(self) -> None:
-        for name, tensor in (("index", self.index), ("match_weight", self.match_weight), ("distance", self.distance)):
-            if not isinstance(tensor, Tensor) and (tensor is not None or name == "index"):
-                raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}. Cure: torch.from_numpy")
-        if self.index.ndim != 4 or self.index.shape[1] != self.index.shape[2]:
-            raise ShapeError("index", expected="[B, V, V, N]", got=self.index.shape)
-        if self.index.dtype != torch.int64:
-            raise ValueError(f"index: expected int64, got {self.index.dtype}. Cure: convert with .long()")
-        object.__setattr__(self, "token_grids", as_grids("token_grids", self.token_grids))
-        views, tokens = self.index.shape[2:]
-        if len(self.token_grids) != views:
-            raise ShapeError("token_grids", expected=f"one (h, w) per view, {views}", got=f"{len(self.token_grids)}")
-        if max(h * w for h, w in self.token_grids) != tokens:
-            raise ShapeError(
-                "index", expected=f"[B, V, V, N] with N of token_grids {self.token_grids}", got=self.index.shape
-            )
-        for name, tensor in (("match_weight", self.match_weight), ("distance", self.distance)):
-            if tensor is not None and tensor.shape != self.index.shape:
-                raise ShapeError(name, expected=str(list(self.index.shape)), got=tensor.shape)
-        if self.index.device.type == "cpu":
-            self._check_values()
-
-    def _check_values(self) -> None:
-        index = self.index
-        counts = [h * w for h, w in self.token_grids]
-        if not index.numel():
-            return
-        # One pass over all values; token grids of different sizes add one pass per view.
-        low, high = (value.item() for value in index.aminmax())
-        if min(counts) < max(counts):
-            high = max(int(index[:, :, j].max()) - count for j, count in enumerate(counts)) + max(counts)
-        if low < -1 or high >= max(counts):
-            raise ValueError("index: holds tokens outside the target view's grid. Cure: use -1 for no match")
-        for i, count in enumerate(counts):
-            if count < index.shape[-1] and int(index[:, i, :, count:].max()) >= 0:
-                raise ValueError("index: matches tokens that are padding. Cure: set them to -1")
-        if int(torch.diagonal(index, dim1=1, dim2=2).max()) >= 0:
-            raise ValueError("index: matches a view with itself. Cure: set index[:, i, i] to -1")
-        weight = self.match_weight
-        if weight is not None and not all(0 <= limit.item() < math.inf for limit in weight.aminmax()):
-            raise ValueError("match_weight: holds negative or NaN or infinite values. Cure: use 0 to leave a match out")
-        if self.distance is not None and not self.distance.min().item() >= 0:
-            raise ValueError("distance: holds negative or NaN values. Cure: use inf where there is no measurement")
+        token_grids = check_fields(self.index, self.token_grids, self.match_weight, self.distance)
+        object.__setattr__(self, "token_grids", token_grids)
 
     @property
     def matched(self) -> Tensor:
@@ -128,11 +87,11 @@ class Correspondence:
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Correspondence:
         """Return this correspondence on ``device``; ``non_blocking`` as of `torch.Tensor.to`."""
-        return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        return self._mapped(lambda tensor: tensor.to(device, non_blocking=non_blocking), self.token_grids)
 
     def pin_memory(self) -> Correspondence:
         """Return this correspondence in pinned memory, from which a GPU copies in the background."""
-        return self._each(Tensor.pin_memory)
+        return self._mapped(Tensor.pin_memory, self.token_grids)
 
     def record_stream(self, stream: Any) -> None:
         """Tell the allocator that a CUDA stream uses the tensors, as `torch.Tensor.record_stream` does."""
@@ -140,25 +99,11 @@ class Correspondence:
             if tensor is not None:
                 tensor.record_stream(stream)
 
-    def _each(self, change: Callable[[Tensor], Tensor]) -> Correspondence:
-        return replace(
-            self,
-            index=change(self.index),
-            match_weight=None if self.match_weight is None else change(self.match_weight),
-            distance=None if self.distance is None else change(self.distance),
-        )
-
     def select(self, sample: int) -> Correspondence:
         """Return one sample of the batch, as a batch of one."""
         if not -self.batch_size <= sample < self.batch_size:
             raise ValueError(f"sample: expected 0..{self.batch_size - 1}, got {sample}")
-        pick = [sample % self.batch_size]
-        return replace(
-            self,
-            index=self.index[pick],
-            match_weight=None if self.match_weight is None else self.match_weight[pick],
-            distance=None if self.distance is None else self.distance[pick],
-        )
+        return self._mapped(lambda tensor: tensor[[sample % self.batch_size]], self.token_grids)
 
     def take_views(self, views: Sequence[int]) -> Correspondence:
         """Return the correspondence among these views only, in this order.
@@ -176,13 +121,11 @@ class Correspondence:
             raise ValueError(f"views: expected different views of 0..{self.num_views - 1}, got {views}")
         token_grids = tuple(self.token_grids[view] for view in views)
         tokens = max(h * w for h, w in token_grids)
+        return self._mapped(lambda tensor: tensor[:, views][:, :, views, :tokens], token_grids)
 
-        def take(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor[:, views][:, :, views, :tokens]
-
-        return Correspondence(
-            self.index[:, views][:, :, views, :tokens], token_grids, take(self.match_weight), take(self.distance)
-        )
+    def _mapped(self, change: Callable[[Tensor], Tensor], token_grids: TokenGrids) -> Correspondence:
+        weight, distance = (None if tensor is None else change(tensor) for tensor in (self.match_weight, self.distance))
+        return Correspondence(change(self.index), token_grids, weight, distance)
 
     @classmethod
     def cat(cls, parts: Sequence[Correspondence]) -> Correspondence:
@@ -246,11 +189,10 @@ class Correspondence:
         if not isinstance(points, Tensor) or points.ndim != 5 or points.shape[2] != 3:
             got = points.shape if isinstance(points, Tensor) else type(points).__name__
             raise ShapeError("points", expected="[B, V, 3, H, W]", got=got)
-        if not cycle_threshold > 0:
-            raise ValueError(f"cycle_threshold: expected more than 0 tokens, got {cycle_threshold}")
+        check_threshold(cycle_threshold)
         if max_distance is not None and not max_distance > 0:
             raise ValueError(f"max_distance: expected more than 0 world units or None, got {max_distance}")
-        token_grids = _grid_per_view(token_grid, points.shape[1])
+        token_grids = grid_per_view(token_grid, points.shape[1])
         index, distance = match_point_maps(points, token_grids, cycle_threshold, max_distance)
         return cls(index, token_grids, distance=distance)
 
@@ -303,7 +245,7 @@ class Correspondence:
         if check_values:
             warn_of_another_image_size(intrinsics, depth.shape[-2:], stacklevel=3)  # `old_keywords` is in between
         check_tolerance(depth_tolerance)
-        token_grids = _grid_per_view(token_grid, depth.shape[1])
+        token_grids = grid_per_view(token_grid, depth.shape[1])
         index, distance = match_depth(depth, intrinsics, extrinsics, token_grids, depth_tolerance)
         return cls(index, token_grids, distance=distance)
 
@@ -345,23 +287,94 @@ class Correspondence:
         if not isinstance(features, Tensor) or features.ndim != 5 or not all(features.shape[1:]):
             got = features.shape if isinstance(features, Tensor) else type(features).__name__
             raise ShapeError("features", expected="[B, V, C, h, w], none of which is 0", got=got)
-        if not cycle_threshold > 0:
-            raise ValueError(f"cycle_threshold: expected more than 0 tokens, got {cycle_threshold}")
+        check_threshold(cycle_threshold)
         if min_similarity is not None and not -1 <= min_similarity <= 1:
             raise ValueError(f"min_similarity: expected a cosine in [-1, 1] or None, got {min_similarity}")
         height, width = features.shape[-2:]
-        token_grids = _grid_per_view((height, width) if token_grid is None else token_grid, features.shape[1])
+        token_grids = grid_per_view((height, width) if token_grid is None else token_grid, features.shape[1])
         return cls(match_features(features, token_grids, cycle_threshold, min_similarity), token_grids)
 
+    @classmethod
+    def from_tracks(
+        cls,
+        tracks: Sequence[Tracks],
+        *,
+        image_size: tuple[int, int],
+        token_grid: GridSize,
+        cycle_threshold: float = 1.5,
+    ) -> Correspondence:
+        """Match the tokens in which the same points were seen: tracks of COLMAP, or of a point tracker.
 
-def _grid_per_view(token_grid: GridSize, views: int) -> TokenGrids:
-    one_each = isinstance(token_grid, (tuple, list)) and all(isinstance(grid, (tuple, list)) for grid in token_grid)
-    if not token_grid or not one_each:
-        return (as_grid("token_grid", token_grid),) * views
-    grids = as_grids("token_grid", token_grid)  # type: ignore[arg-type]
-    if len(grids) != views:
-        raise ShapeError("token_grid", expected=f"(h, w), or one (h, w) for each of {views} views", got=str(token_grid))
-    return grids
+        Example:
+            >>> point, view = torch.tensor([5, 5]), torch.tensor([0, 1])
+            >>> tracks = Tracks(point, view, xy=torch.tensor([[2.0, 2.0], [6.0, 3.0]]), num_views=2)
+            >>> match = Correspondence.from_tracks([tracks], image_size=(8, 8), token_grid=2)
+            >>> match.index[0, 0, 1].tolist(), match.match_weight[0, 0, 1].tolist()
+            ([1, -1, -1, -1], [0.75, 0.0, 0.0, 0.0])
+
+        A track counts by its *nearness* to the centers of its two tokens: for each view the share
+        `(1 - |dx|) (1 - |dy|)` of the token in a bilinear interpolation at the place of the sighting, which lies
+        `(dx, dy)` tokens from the token's center, and the product of both. It is 1 between two centers and 1/16 between
+        two corners: the token that it names is then hardly more right than its neighbors.
+
+        Tracks that start in one token may lead to several tokens of another view. Those within one token of each other
+        agree, since a surface that is seen larger there fills several tokens. The token to which most weight agrees is
+        matched if this is more than half of the weight. Otherwise there is no match, since the token shows several
+        surfaces, or a track is wrong, and it is not known which.
+
+        Args:
+            tracks: those of each sample, B; all have V views. Sightings outside the image are left out.
+            image_size: `(H, W)` in pixels of the images that `xy` of the tracks is in.
+            token_grid: as in `from_point_maps`.
+            cycle_threshold: a match is kept if the match of the matched token lies less than this many tokens from the
+                start.
+
+        Returns:
+            A correspondence whose `match_weight` is the largest nearness of the tracks behind each match, 0 without a
+            match. It has no `distance`.
+
+        Raises:
+            ShapeError: the tracks have different numbers of views.
+            TypeError: `tracks` is no list of tracks.
+            ValueError: there is no sample, or the image size, token grid or threshold is out of range.
+        """
+        check_threshold(cycle_threshold)
+        token_grids = grid_per_view(token_grid, check_tracks(tracks))
+        index, match_weight = match_tracks(tracks, as_grid("image_size", image_size), token_grids, cycle_threshold)
+        return cls(index, token_grids, match_weight)
+
+    @classmethod
+    def from_matches(
+        cls,
+        matches: Sequence[PixelPairs],
+        *,
+        num_views: int,
+        image_size: tuple[int, int],
+        token_grid: GridSize,
+        cycle_threshold: float = 1.5,
+    ) -> Correspondence:
+        """Match the tokens that hold the pixels which a matcher has paired.
+
+        Example:
+            >>> pairs = {(0, 1): (torch.tensor([[2.0, 2.0]]), torch.tensor([[6.0, 2.0]]))}
+            >>> match = Correspondence.from_matches([pairs], num_views=2, image_size=(8, 8), token_grid=2)
+            >>> match.index[0, 0, 1].tolist(), match.index[0, 1, 0].tolist()
+            ([1, -1, -1, -1], [-1, 0, -1, -1])
+
+        Each pair of pixels is a track of its own, see `from_tracks`; it counts in both directions.
+
+        Args:
+            matches: of each sample, for pairs of different views `(i, j)` the places `[M, 2]` in view i and those in
+                view j, in pixels, x before y, pixel centers at +0.5. Views that are not paired have no match.
+            num_views: V.
+            image_size, token_grid, cycle_threshold: as in `from_tracks`.
+
+        Raises:
+            ShapeError: the places of two views differ in number, or are not `[M, 2]`.
+            ValueError: two views are the same or not there, a place is not finite, or as in `from_tracks`.
+        """
+        tracks = [Tracks.from_pairs(pairs, num_views) for pairs in matches]
+        return cls.from_tracks(tracks, image_size=image_size, token_grid=token_grid, cycle_threshold=cycle_threshold)
 
 
 def one_per_layer(correspondence: Correspondence | Sequence[Correspondence], layers: int) -> list[Correspondence]:

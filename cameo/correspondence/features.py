@@ -17,7 +17,7 @@ from cameo.correspondence.xfeat import XFEAT, XFeatCells
 from cameo.errors import DataError, ShapeError, WeightsUnavailable, unknown_name
 from cameo.geometry.cameras import full_precision
 
-__all__ = ["FeatureExtractor"]
+__all__ = ["FeatureExtractor", "resize_for_network"]
 
 # Number of images that the network computes at once.
 IMAGES_AT_ONCE = 64
@@ -99,14 +99,24 @@ class FeatureExtractor(nn.Module):
         return torch.cat(parts).unflatten(0, images.shape[:2])
 
     def _features(self, images: Tensor) -> Tensor:
-        shorter = min(images.shape[-2:])
-        height, width = (
-            max(1, round(side * self.size / shorter / multiple)) * multiple
-            for side, multiple in zip(images.shape[-2:], self.network.multiple, strict=True)
-        )
-        images = F.interpolate(images, size=(height, width), mode="bicubic", antialias=True).clamp(0, 1)
-        features: Tensor = self.network(images)
+        features: Tensor = self.network(resize_for_network(images, self.size, self.network.multiple))
         return features
+
+
+def resize_for_network(images: Tensor, shorter: int, multiple: tuple[int, int]) -> Tensor:
+    """Resize images `[X, 3, H, W]` so that the shorter side has about `shorter` pixels: bicubic, antialiased.
+
+    Example:
+        >>> resize_for_network(torch.rand(1, 3, 30, 60), 64, (32, 32)).shape
+        torch.Size([1, 3, 64, 128])
+
+    Both sides are rounded to whole multiples.
+    """
+    height, width = (
+        max(1, round(side * shorter / min(images.shape[-2:]) / unit)) * unit
+        for side, unit in zip(images.shape[-2:], multiple, strict=True)
+    )
+    return F.interpolate(images, size=(height, width), mode="bicubic", antialias=True).clamp(0, 1)
 
 
 class VitPatches(nn.Module):

@@ -21,7 +21,7 @@ from cameo.geometry.depth import read_depth
 from cameo.geometry.grids import TokenGrid, TokenGrids
 from cameo.geometry.visibility import look_up
 
-__all__ = ["match_depth", "match_features", "match_point_maps", "resample_features"]
+__all__ = ["match_depth", "match_features", "match_point_maps", "resample_features", "token_at"]
 
 # Number of similarities in one block of two views: 64 MiB in float32.
 BLOCK = 1 << 24
@@ -67,7 +67,8 @@ def match_depth(
     point = einsum(pose[..., :3, :3], surface, "b j i r c, b i n c -> b j i n r") + pose[..., None, :3, 3]
     point = rearrange(point, "b j i n c -> b j (i n) c")
     seen = look_up(point, intrinsics, lambda xy, _: read_depth(depth, xy), depth_tolerance)
-    token = _token_at(seen.xy, token_grids, depth.shape[-2:])
+    rows, columns = (_per_view(lengths, seen.xy) for lengths in zip(*token_grids, strict=True))
+    token = token_at(seen.xy, rows, columns, depth.shape[-2:])
     measured = torch.gather(centre_depth, -1, token.clamp(min=0)).isfinite()
     matched = measured & (token >= 0) & seen.visible
     # The surface that the view shows there lies on the same ray: it is the point scaled to the surface's depth.
@@ -206,14 +207,16 @@ def _relative_poses(extrinsics: Tensor) -> Tensor:
     return exact[:, :, None] @ invert_extrinsics(exact)[:, None]
 
 
-def _token_at(xy: Tensor, token_grids: TokenGrids, image_size: Sequence[int]) -> Tensor:
-    """Token of view j that holds the position ``xy [B, j, M, 2]``, -1 outside the frame."""
+def token_at(xy: Tensor, rows: Tensor, columns: Tensor, image_size: Sequence[int]) -> Tensor:
+    """Return the token that holds the position ``xy [..., 2]``, -1 outside the image of `image_size` ``(H, W)``.
+
+    `rows` and `columns` are those of each position's token grid; they broadcast with the positions.
+    """
     height, width = image_size
-    rows, columns = (_per_view(lengths, xy) for lengths in zip(*token_grids, strict=True))
     x, y = xy.unbind(-1)
     inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
-    column = (torch.where(inside, x, 0) * columns / width).long().clamp(max=columns - 1)
-    row = (torch.where(inside, y, 0) * rows / height).long().clamp(max=rows - 1)
+    column = (torch.where(inside, x, 0) * columns / width).long().minimum(columns - 1)
+    row = (torch.where(inside, y, 0) * rows / height).long().minimum(rows - 1)
     return torch.where(inside, row * columns + column, -1)
 
 

@@ -278,7 +278,10 @@ def _count(values: Tensor, bound: Tensor, counter: Tensor) -> tuple[Tensor, Tens
 
 
 def cycle_consistent(index: Tensor, widths: tuple[int, ...], threshold: float) -> Tensor:
-    """Tell which tokens have, as neighbor of their neighbor, one less than ``threshold`` tokens away from them."""
+    """Tell which tokens have, as neighbor of their neighbor, one less than ``threshold`` tokens away from them.
+
+    A token without a neighbor, or whose neighbor has none, is not consistent.
+    """
     start = torch.arange(index.shape[-1], device=index.device)
     consistent = torch.zeros_like(index, dtype=torch.bool)
     for i, width in enumerate(widths):
@@ -286,5 +289,6 @@ def cycle_consistent(index: Tensor, widths: tuple[int, ...], threshold: float) -
         end = torch.gather(index[:, :, i], -1, neighbor.clamp(min=0))
         row = end.div(width, rounding_mode="floor")
         rows, columns = row - start // width, end - row * width - start % width
-        consistent[:, i] = (neighbor >= 0) & (rows.square() + columns.square() < threshold**2)
+        near = rows.square() + columns.square() < threshold**2
+        consistent[:, i] = (neighbor >= 0) & (end >= 0) & near
     return consistent

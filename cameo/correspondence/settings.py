@@ -1,4 +1,4 @@
-"""Settings of the image features that supervise in place of geometry."""
+"""Settings of the image features and of the matcher that supervise in place of geometry."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from cameo.settings import Settings, setting
 
-__all__ = ["FeatureSettings"]
+__all__ = ["FeatureSettings", "MatcherSettings"]
 
 
 @dataclass
@@ -32,3 +32,22 @@ class FeatureSettings(Settings):
             raise ValueError(
                 f"feature_pretrained=false: random weights, and feature_checkpoint={self.feature_checkpoint}; give one"
             )
+
+
+@dataclass
+class MatcherSettings(Settings):
+    """Matcher of keypoints, for correspondence=matcher."""
+
+    # What pairs the pixels of two images: xfeat (XFeat, of which the extra matching brings the weights), the default,
+    # or a keypoint matcher of transformers (LightGlue, EfficientLoFTR, SuperGlue), by Hub id or folder. Mind the
+    # licenses: those of SuperPoint and SuperGlue exclude commercial use.
+    matcher: str = setting("xfeat")
+    # Length in pixels of the shorter side of the images that the matcher sees, >= 32, to which smaller ones are
+    # enlarged. null, the default, takes 256 for xfeat, and what a matcher of transformers was trained with.
+    matcher_size: int | None = setting(None, at_least=32)
+    # Least confidence of a pair, a share in [0, 1): for xfeat the cosine similarity of two keypoints. null, the
+    # default, takes 0.82 for xfeat, as its authors do, and keeps what a matcher of transformers returns.
+    matcher_threshold: float | None = setting(None, share="[0, 1)")
+    # Pairs that miss the cameras by more (Sampson's distance) are left out, in pixels of the images that the matcher
+    # sees, > 0. 4 by default, which the poses of hand-held sequences need; null does not ask the cameras.
+    max_epipolar_error: float | None = setting(4.0, above=0)

@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 from cameo.attention.capture import AttentionLayer
 from cameo.correspondence import Correspondence, GridSize
 from cameo.data.matches import MatchReader
+from cameo.data.shards import RECIPE
 from cameo.errors import DataError, unknown_name
 from cameo.geometry import unproject
 from cameo.geometry.grids import TokenGrids
@@ -20,7 +21,15 @@ from cameo.scenes.views import MultiViewSample, collate, images_to_float
 
 __all__ = ["MatchedDataset", "layer_grids", "match_batch", "match_layers", "to_device"]
 
-KINDS = ("depth", "point_map", "features")
+KINDS = ("depth", "point_map", "features", "tracks", "matcher")
+# Where a batch holds the tracks of a kind, and where they come from.
+TRACKS = {
+    "tracks": ("tracks", "a source whose views have tracks, such as a COLMAP model, or correspondence=matcher"),
+    "matcher": (
+        "pixel_matches",
+        "cameo.correspondence.matcher.KeypointMatcher, whose tracks belong into the batch, or correspondence=depth",
+    ),
+}
 
 
 def match_batch(
@@ -29,15 +38,16 @@ def match_batch(
     """Build the correspondence of a collated batch at a token grid.
 
     Args:
-        batch: with `depth` and cameras, `point_map` `[B, V, 3, H, W]`, or `features` `[B, V, C, h, w]`.
+        batch: with `depth` and cameras, `point_map` `[B, V, 3, H, W]`, `features` `[B, V, C, h, w]`, or `images` and
+            the `cameo.Tracks` of each sample, as `tracks`, or `pixel_matches` for those of a matcher.
         size: token grid of the supervised layer, `(h, w)` or one per view.
         kind: "depth" projects each token's surface point into the other views; "point_map" takes nearest neighbors
             in 3D with the cycle check of the paper; "features" takes nearest neighbors in cosine similarity with
-            the same check.
-        cycle_threshold: in tokens, for "point_map" and "features".
+            the same check; "tracks" and "matcher" take the tokens in which the same points were seen, with it too.
+        cycle_threshold: in tokens, for all but "depth".
 
     Raises:
-        DataError: if the batch carries no geometry for `kind`, or no features.
+        DataError: if the batch carries no geometry for `kind`, no features or no tracks.
         ValueError: for an unknown kind.
     """
     if kind not in KINDS:
@@ -64,6 +74,17 @@ def match_batch(
             f"sample {batch.get('key', '?')}: has no features, so there are no correspondences. Put those of "
             "cameo.correspondence.features.FeatureExtractor into the batch, or use correspondence=depth"
         )
+    if kind in TRACKS:
+        name, cure = TRACKS[kind]
+        if name in batch:
+            found = Correspondence.from_tracks(
+                batch[name],
+                image_size=tuple(batch["images"].shape[-2:]),
+                token_grid=size,
+                cycle_threshold=cycle_threshold,
+            )
+            return found.to(batch["images"].device)
+        raise DataError(f"sample {batch.get('key', '?')}: has no {name}, so there are no correspondences. Use {cure}")
     cure = "correspondence=point_map" if "point_map" in batch else "data with geometry"
     raise DataError(
         f"sample {batch.get('key', '?')}: has no depth{'' if 'point_map' in batch else ' and no point_map'}, so there "
@@ -116,14 +137,16 @@ class MatchedDataset(Dataset[MultiViewSample]):
     Args:
         dataset: samples with geometry, and with `scene` and `scene_views` if their matches are to be looked up.
         token_grids: token grids of the views in the supervised layers, each different set of grids once.
-        kind, cycle_threshold: options of `match_batch`, for matches that are computed.
+        kind, cycle_threshold: options of `match_batch`, for matches that are computed. Those of a matcher are not
+            computed here, but read.
         distances: whether the loss needs the 3D distances.
         precomputed: reader of the matches; None computes all of them. If the folder lacks a pair of a sample, the
             matches of the sample are computed, and `not_precomputed` is true.
         until: samples from this number on get no matches, because the run does not use them.
 
     Raises:
-        DataError: from a sample whose depth or cameras differ from those from which its matches were computed.
+        DataError: from a sample whose data differ from those from which its matches were computed, or whose matches
+            are those of a matcher and not in the folder.
     """
 
     def __init__(
@@ -167,5 +190,11 @@ class MatchedDataset(Dataset[MultiViewSample]):
         return self.precomputed.read(scene, views, token_grids, distances=self.distances)
 
     def _compute(self, sample: MultiViewSample, token_grids: TokenGrids) -> Correspondence:
+        if self.kind == "matcher":
+            raise DataError(
+                f"sample {sample['key']}: its views {sample.get('scene_views')} are not all in the folder "
+                f"precomputed_correspondence={self.precomputed and self.precomputed.folder}, and a matcher is too slow "
+                f"for a data worker. Run {RECIPE} with the settings of this run, which adds them"
+            )
         match = match_batch(collate([sample]), token_grids, kind=self.kind, cycle_threshold=self.cycle_threshold)
         return match if self.distances else replace(match, distance=None)

@@ -8,8 +8,9 @@ shard holds, for each pair of grids such as `32x32-20x20`,
 - `index/32x32-20x20`: `[P, N]` in the smallest signed integer type that holds the second grid;
 - `distance/32x32-20x20`: float32 `[P, N]`, only where it is asked for. Half precision would not do: the distances
   decide which view is nearest, and rounded ones tie;
+- `weight/32x32-20x20`: float16 `[P, N]`, the match weights of tracks and matchers, which it holds exactly;
 
-and `views`: int64 `[Q, 3]`, scene, view and the checksum of its depth and cameras.
+and `views`: int64 `[Q, 3]`, scene, view and the checksum of what its matches were computed from.
 """
 
 from __future__ import annotations
@@ -47,19 +48,28 @@ SHARD_SECONDS = 600
 GridPair = tuple[tuple[int, int], tuple[int, int]]
 
 
-def view_checksum(geometry: Mapping[str, Any], view: int) -> int:
-    """Return a checksum of what decides a view's matches: its depth and cameras, and a point map where there is one.
+def view_checksum(sample: Mapping[str, Any], view: int, kind: str = "depth") -> int:
+    """Return a checksum of what decides a view's matches of a kind.
+
+    It is the depth and the cameras, and a point map where there is one, for "depth" and "point_map"; the image and the
+    cameras for "matcher"; and the sightings in the view for "tracks".
 
     Example:
-        >>> geometry = {"depth": torch.ones(2, 1, 4, 4), "intrinsics": torch.eye(3).repeat(2, 1, 1),
-        ...             "extrinsics": torch.eye(4).repeat(2, 1, 1)}
-        >>> view_checksum(geometry, 0) == view_checksum(geometry, 1)
+        >>> sample = {"depth": torch.ones(2, 1, 4, 4), "intrinsics": torch.eye(3).repeat(2, 1, 1),
+        ...           "extrinsics": torch.eye(4).repeat(2, 1, 1)}
+        >>> view_checksum(sample, 0) == view_checksum(sample, 1)
         True
     """
+    if kind == "tracks":
+        tracks = sample.get("tracks")
+        seen = None if tracks is None else tracks.view == view
+        parts = [] if tracks is None else [tracks.point[seen], tracks.xy[seen].float()]
+    else:
+        names = ("images",) if kind == "matcher" else ("depth", "point_map")
+        parts = [sample[name][view].float() for name in (*names, "intrinsics", "extrinsics") if name in sample]
     value = 0
-    for name in ("depth", "point_map", "intrinsics", "extrinsics"):
-        if name in geometry:
-            value = zlib.crc32(geometry[name][view].float().contiguous().numpy(), value)
+    for part in parts:
+        value = zlib.crc32(part.contiguous().numpy(), value)
     return value
 
 
@@ -102,6 +112,7 @@ class MatchWriter:
         self._pairs: dict[GridPair, list[tuple[int, int, int]]] = defaultdict(list)
         self._index: dict[GridPair, list[np.ndarray]] = defaultdict(list)
         self._distance: dict[GridPair, list[np.ndarray]] = defaultdict(list)
+        self._weight: dict[GridPair, list[np.ndarray]] = defaultdict(list)
         self._bytes, self._begun = 0, time.monotonic()
 
     def __enter__(self) -> MatchWriter:
@@ -123,8 +134,9 @@ class MatchWriter:
         grids: GridPair,
         index: np.ndarray,
         distance: np.ndarray | None = None,
+        weight: np.ndarray | None = None,
     ) -> None:
-        """Add the matches `[N]` of an ordered pair of views, and their distances where they are kept.
+        """Add the matches `[N]` of an ordered pair of views, and their distances and weights where they are kept.
 
         Raises:
             DataError: if the shard that is full cannot be written.
@@ -135,6 +147,7 @@ class MatchWriter:
                 raise ValueError(f"{name}: expected less than {1 << bits:,}, got {value:,}")
         integers = index.astype(_integer_type(grids[1]))
         size = 12 + integers.nbytes + (0 if distance is None else 4 * distance.size)
+        size += 0 if weight is None else 2 * weight.size
         full = self._bytes + size > self.shard_bytes or time.monotonic() - self._begun > SHARD_SECONDS
         if self._bytes and full:
             self._write()
@@ -142,6 +155,8 @@ class MatchWriter:
         self._index[grids].append(integers)
         if distance is not None:
             self._distance[grids].append(distance.astype(np.float32))
+        if weight is not None:
+            self._weight[grids].append(weight.astype(np.float16))
         self._bytes += size
         self.num_pairs += 1
 
@@ -157,8 +172,9 @@ class MatchWriter:
             name = _table_name(grids)
             tensors[f"pairs/{name}"] = np.array(pairs, dtype=np.int32)
             tensors[f"index/{name}"] = np.stack(self._index[grids])
-            if self._distance[grids]:
-                tensors[f"distance/{name}"] = np.stack(self._distance[grids])
+            for kind, kept in (("distance", self._distance), ("weight", self._weight)):
+                if kept[grids]:
+                    tensors[f"{kind}/{name}"] = np.stack(kept[grids])
         path = self.folder / f"{self.prefix}-{self._number:05d}.safetensors"
         Shard.write(path, tensors, self.settings)
         self._number += 1
@@ -229,6 +245,13 @@ class MatchReader:
         self._view_keys, places = np.unique(_view_keys(scene, view), return_index=True)
         self._checksums = checksum[places]
         self._checked: set[int] = set()
+        self._has_weights = any(name.startswith("weight/") for shard in self.shards for name in shard.tensors)
+
+    @property
+    def _source(self) -> str:
+        """What the matches were computed from."""
+        sources = {"tracks": "tracks", "matcher": "images or cameras"}
+        return sources.get(self.settings.get("correspondence", "depth"), "depth or cameras")
 
     def __len__(self) -> int:
         return sum(len(table.keys) for table in self._tables.values())
@@ -244,12 +267,12 @@ class MatchReader:
         return grids in self._tables and bool(self._tables[grids].find(keys) >= 0)
 
     def check_views(self, scene: int, views: Sequence[int], geometry: Mapping[str, Any], *, sample: object) -> None:
-        """Compare the depth and cameras of views with those their matches were computed from; each view once.
+        """Compare the data of views with those that their matches were computed from; each view once.
 
         Args:
             scene: its number in the source.
             views: their numbers in the scene; views that are not in the folder are skipped.
-            geometry: `depth`, `intrinsics` and `extrinsics` of these views, which lead the axes.
+            geometry: what `view_checksum` reads of these views, which lead the axes.
             sample: name of the sample in the message.
 
         Raises:
@@ -260,11 +283,11 @@ class MatchReader:
             at = int(np.searchsorted(self._view_keys, key))
             if key in self._checked or at == len(self._view_keys) or self._view_keys[at] != key:
                 continue
-            checksum = view_checksum(geometry, position)
+            checksum = view_checksum(geometry, position, self.settings.get("correspondence", "depth"))
             if self._checksums[at] != checksum:
                 raise DataError(
                     f"precomputed_correspondence={self.folder}: view {view} of scene {scene} (sample {sample}) has "
-                    f"other depth or cameras than its matches were computed from: expected checksum "
+                    f"other {self._source} than its matches were computed from: expected checksum "
                     f"{self._checksums[at]:08x}, got {checksum:08x}. Restore the data, or run {RECIPE} into another "
                     "folder"
                 )
@@ -290,9 +313,10 @@ class MatchReader:
         shape = (1, len(views), len(views), max(height * width for height, width in token_grids))
         index = torch.full(shape, -1, dtype=torch.int64)
         distance = torch.full(shape, torch.inf) if distances else None
+        weight = torch.zeros(shape) if self._has_weights else None
         for number, group in groupby(places, key=lambda place: place[0]):
             shard, pairs = self.shards[number], list(group)
-            for kind, whole in (("index", index), ("distance", distance)):
+            for kind, whole in (("index", index), ("distance", distance), ("weight", weight)):
                 if whole is None:
                     continue
                 names = [f"{kind}/{_table_name((token_grids[i], token_grids[j]))}" for _, _, i, j in pairs]
@@ -300,7 +324,7 @@ class MatchReader:
                 for (_, _, i, j), row in zip(pairs, rows, strict=True):
                     whole.numpy()[0, i, j, : len(row)] = row
         try:
-            return Correspondence(index, token_grids, distance=distance)
+            return Correspondence(index, token_grids, weight, distance)
         except ValueError as error:
             raise damaged(self.shards[places[0][0]].path, error) from error
 

@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from cameo.errors import as_integer
+from cameo.errors import ShapeError, as_integer
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["TokenGrid", "TokenGrids", "as_grid", "as_grids", "token_distance", "tokens_near"]
+__all__ = [
+    "GridSize",
+    "TokenGrid",
+    "TokenGrids",
+    "as_grid",
+    "as_grids",
+    "grid_per_view",
+    "token_distance",
+    "tokens_near",
+]
 
 # Rows and columns (h, w) of one view.
 TokenGrid = tuple[int, int]
 # Those of each view of a sample.
 TokenGrids = tuple[TokenGrid, ...]
+# One (h, w) or int for all views, or one (h, w) per view.
+GridSize = int | tuple[int, int] | Sequence[tuple[int, int]]
 
 
 def as_grid(name: str, size: object) -> tuple[int, int]:
@@ -45,6 +56,26 @@ def as_grids(name: str, sizes: Iterable[object]) -> TokenGrids:
         ((2, 3), (4, 4))
     """
     return tuple(map(functools.partial(as_grid, name), sizes))
+
+
+def grid_per_view(token_grid: GridSize, views: int) -> TokenGrids:
+    """Return the token grid of each of a number of views.
+
+    Example:
+        >>> grid_per_view(2, views=2), grid_per_view([(1, 2), (3, 4)], views=2)
+        (((2, 2), (2, 2)), ((1, 2), (3, 4)))
+
+    Raises:
+        ShapeError: there are several grids, but not one for each view.
+        ValueError: a size is neither a positive int nor `(h, w)`.
+    """
+    one_each = isinstance(token_grid, (tuple, list)) and all(isinstance(grid, (tuple, list)) for grid in token_grid)
+    if not token_grid or not one_each:
+        return (as_grid("token_grid", token_grid),) * views
+    grids = as_grids("token_grid", token_grid)  # type: ignore[arg-type]
+    if len(grids) != views:
+        raise ShapeError("token_grid", expected=f"(h, w), or one (h, w) for each of {views} views", got=str(token_grid))
+    return grids
 
 
 def token_distance(token: Tensor, other: Tensor, width: Tensor) -> Tensor:

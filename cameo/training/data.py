@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from cameo.choices import POSED_FORMATS
 from cameo.correspondence import DEPTH_TOLERANCE
+from cameo.correspondence.settings import MatcherSettings
 from cameo.data import EmbeddedScenes, MultiViewDataset, RoomRig, SceneSource, collate, open_views, rig_views
 from cameo.data.batches import MatchedDataset
 from cameo.data.matches import MatchReader, TokenGrids
@@ -129,14 +130,16 @@ def match_settings(config: TrainingConfig) -> dict[str, Any]:
     """Return the settings that decide the matches of a run's training views, as a folder of them notes them.
 
     The token grids are not among them, since a folder may hold matches for several grids. Nor are the paths of the
-    files, which may have moved: depth and cameras are compared view by view when the matches are read.
+    files, which may have moved: the data are compared view by view when the matches are read.
     """
     kind = data_format(config)
     embedded, in_room = kind not in POSED_FORMATS, room_rig(config)
     rigged = in_room is not None or (kind in ("objects", "meshes") and config.camera_rig is not None)
     from_depth = config.correspondence == "depth"
+    from_matcher = config.correspondence == "matcher"
     return {
         "correspondence": config.correspondence,
+        **{entry.name: getattr(config, entry.name) if from_matcher else None for entry in fields(MatcherSettings)},
         "cycle_threshold": None if from_depth else config.cycle_threshold,
         "depth_tolerance": DEPTH_TOLERANCE if from_depth else None,
         "distances": config.reduction == "released",
@@ -166,7 +169,8 @@ def with_matches(
     Raises:
         DataError: if `precomputed_correspondence` is no folder of matches, or was made with other settings.
     """
-    if not config.uses_matches or (config.correspondence_in == "step" and config.precomputed_correspondence is None):
+    in_step = config.correspondence_in == "step" and config.correspondence != "tracks"
+    if not config.uses_matches or (in_step and config.precomputed_correspondence is None):
         return dataset
     token_grids, reader, until = supervised_grids(model, config), None, None
     if config.alignment_until is not None:

@@ -15,9 +15,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import combinations, permutations
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from cameo.data import MultiViewDataset
@@ -26,8 +28,13 @@ from cameo.data.matches import GridPair, MatchReader, MatchWriter, TokenGrids, v
 from cameo.data.shards import FORMAT_VERSION, check_settings, finish_share, is_finished, shard_files
 from cameo.errors import unknown_name
 from cameo.processes.launch import Launch
+from cameo.scenes.views import images_to_float
 from cameo.training.data import build_dataset, match_settings, supervised_grids
 from cameo.training.settings import TrainingConfig, continued_settings
+
+if TYPE_CHECKING:
+    from cameo.correspondence import Tracks
+    from cameo.correspondence.matcher import KeypointMatcher
 
 __all__ = ["PAIRS", "Share", "Summary", "precompute"]
 
@@ -141,6 +148,7 @@ def precompute(
     if is_finished(folder, plan):
         return Summary(seconds=time.monotonic() - start)
     from cameo.training.setup import load_pipeline, wrap_denoiser  # slow to import
+    from cameo.training.supervision import make_matcher
 
     settings, written = match_settings(config), None
     if shard_files(folder):
@@ -156,10 +164,11 @@ def precompute(
         bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}",
         disable=not progress or share.process > 0,
     )
+    matcher = make_matcher(config).to(_device()) if config.correspondence == "matcher" else None
     kept = 0
     with bar, MatchWriter(folder, settings, process=share.process, shard_bytes=shard_bytes) as writer:
         for group in planner.groups():
-            kept += _write(group, dataset, config, written, writer)
+            kept += _write(group, dataset, config, matcher, written, writer)
             bar.update(group.progress)
             bar.set_postfix_str(f"{writer.num_pairs:,} pairs", refresh=False)
     waiting = finish_share(folder, settings, plan, process=share.process, num_processes=share.num_processes)
@@ -243,6 +252,7 @@ def _write(
     group: _ViewGroup,
     dataset: MultiViewDataset,
     config: TrainingConfig,
+    matcher: KeypointMatcher | None,
     written: MatchReader | None,
     writer: MatchWriter,
 ) -> int:
@@ -254,13 +264,19 @@ def _write(
         return len(group.pairs)
     numbers = [view for view, _ in group.views]
     scene = dataset.scenes.select(group.scene, numbers)
-    geometry = dataset.geometry(scene)
+    sample: dict[str, Any] = {**dataset.geometry(scene), "images": images_to_float(scene.images)}
+    if scene.tracks is not None:
+        sample["tracks"] = scene.tracks
     if written is not None:
-        written.check_views(group.scene, numbers, geometry, sample=scene.key)
+        written.check_views(group.scene, numbers, sample, sample=scene.key)
     for position, view in enumerate(numbers):
-        writer.add_view(group.scene, view, view_checksum(geometry, position))
+        writer.add_view(group.scene, view, view_checksum(sample, position, config.correspondence))
+    batch = {name: value[None] if isinstance(value, Tensor) else [value] for name, value in sample.items()}
+    batch = {"key": [scene.key], **to_device(batch, _device())}
+    if matcher is not None:
+        batch["pixel_matches"] = _pixel_matches(matcher, batch, numbers, pairs)
     match = match_batch(
-        {"key": [scene.key], **to_device({name: value[None] for name, value in geometry.items()}, _device())},
+        batch,
         [size for _, size in group.views],
         kind=config.correspondence,
         cycle_threshold=config.cycle_threshold,
@@ -270,12 +286,27 @@ def _write(
     if config.reduction == "released":
         assert match.distance is not None
         distance = match.distance[0].cpu().numpy()
+    weight = None if match.match_weight is None else match.match_weight[0].cpu().numpy()
     for i, j in pairs:
         first, second, grids = group.keys((i, j))
         tokens = grids[0][0] * grids[0][1]
         distances = None if distance is None else distance[i, j, :tokens]
-        writer.add(group.scene, first, second, grids, index[i, j, :tokens], distances)
+        weights = None if weight is None else weight[i, j, :tokens]
+        writer.add(group.scene, first, second, grids, index[i, j, :tokens], distances, weights)
     return len(group.pairs) - len(pairs)
+
+
+def _pixel_matches(
+    matcher: KeypointMatcher, batch: dict[str, Any], numbers: list[int], pairs: list[tuple[int, int]]
+) -> list[Tracks]:
+    """Match the images of the wanted pairs; a view that stands in the group at several grids is matched once."""
+    once = list(dict.fromkeys(numbers))
+    images, intrinsics, extrinsics = (
+        batch[name][:, [numbers.index(view) for view in once]] for name in ("images", "intrinsics", "extrinsics")
+    )
+    wanted = {tuple(sorted((once.index(numbers[i]), once.index(numbers[j])))) for i, j in pairs}
+    (tracks,) = matcher(images, intrinsics, extrinsics, pairs=sorted(wanted))
+    return [tracks.of_views([once.index(view) for view in numbers])]
 
 
 def _device() -> torch.device:

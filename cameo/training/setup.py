@@ -225,6 +225,8 @@ def _supervision_facts(config: TrainingConfig) -> dict[str, Any]:
     for name in (*names, *timing):
         if getattr(config, name) != getattr(TrainingConfig, name):
             facts[name.replace("_", " ")] = getattr(config, name)
+    if config.uses_matches and config.correspondence == "matcher":
+        facts["matcher"] = config.matcher
     if config.uses_features and not config.feature_pretrained:
         facts["feature weights"] = "random"
     return facts

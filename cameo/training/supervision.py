@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from cameo.correspondence import Correspondence
 from cameo.correspondence.controls import matches_of_next_sample, random_matches
 from cameo.correspondence.features import FeatureExtractor
+from cameo.correspondence.matcher import KeypointMatcher
 from cameo.data import MultiViewDataset, collate
 from cameo.data.batches import match_layers, to_device
 from cameo.data.settings import data_format
@@ -33,6 +34,7 @@ __all__ = [
     "Supervision",
     "alignment_weight",
     "drop_low_noise",
+    "make_matcher",
     "matches_of_next_sample",
     "noisy_depth",
     "random_matches",
@@ -76,6 +78,7 @@ class Supervision:
         self.module: CameoModel | FeatureAlignment = model
         self.heads: nn.Module = model.alignment_heads
         self.features: FeatureExtractor | None = None
+        self.matcher = make_matcher(config).to(device) if config.uses_matcher else None
         self.num_wanted: int | Tensor = 0
         self.watch = MatchWatch(model, config)
         if not config.uses_matches:  # the alignment heads would get no gradient
@@ -106,6 +109,9 @@ class Supervision:
         self.num_wanted = (noise_levels >= config.alignment_min_noise).sum()
         if self.features is not None:
             batch = {**batch, "features": self.features(batch["images"])}
+        if self.matcher is not None:
+            found = self.matcher(batch["images"], batch["intrinsics"], batch["extrinsics"])
+            batch = {**batch, "pixel_matches": found}
         if isinstance(self.module, FeatureAlignment):
             kept = noise_levels >= config.alignment_min_noise
             return {"features": batch["features"], "grids": self.module.grids(batch), "kept": kept}
@@ -202,9 +208,24 @@ class MatchWatch:
         return (
             "Their batches have no match between any two views. Likely causes: views that do not show the same "
             "surfaces (min_overlap, num_views, camera_rig); depth without measurements or in another unit than the "
-            "camera positions (depth_scale); cameras of another convention than OpenCV world-to-camera; for "
-            "correspondence=point_map or features, a low cycle_threshold"
+            "camera positions (depth_scale); cameras of another convention than OpenCV world-to-camera; for another "
+            "correspondence than depth, a low cycle_threshold; for correspondence=tracks, points that few views show; "
+            "for correspondence=matcher, a high matcher_threshold or a low max_epipolar_error"
         )
+
+
+def make_matcher(config: TrainingConfig) -> KeypointMatcher:
+    """Build the matcher of a run.
+
+    Raises:
+        DataError, ImportError, WeightsUnavailable: as `KeypointMatcher` says.
+    """
+    return KeypointMatcher(
+        config.matcher,
+        size=config.matcher_size,
+        threshold=config.matcher_threshold,
+        max_epipolar_error=config.max_epipolar_error,
+    )
 
 
 def alignment_weight(config: TrainingConfig, step: int) -> float:

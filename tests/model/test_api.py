@@ -14,6 +14,7 @@ PUBLIC = [
     "Correspondence",
     "LayerProbe",
     "TokenLayout",
+    "Tracks",
     "alignment_loss",
     "backbones",
     "from_pretrained",

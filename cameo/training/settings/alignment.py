@@ -58,13 +58,15 @@ class AlignmentSettings(Settings):
     # the default, takes the fastest that the machine has.
     alignment_implementation: str = setting("auto", choices=IMPLEMENTATIONS, changeable=True)
     # Where matches come from: depth and cameras (depth, the default, with the fewest false matches), nearest point maps
-    # with a cycle check (point_map, the paper's), or image features.
-    correspondence: str = setting("depth", choices=("depth", "point_map", "features"))
-    # For point_map and features: a match is kept if the way there and back ends less than so many tokens from its
-    # start, > 0. 1.5 by default, the paper's.
+    # with a cycle check (point_map, the paper's), image features (features), the tracks of the data, as of a COLMAP
+    # model (tracks), or a matcher of images (matcher).
+    correspondence: str = setting("depth", choices=("depth", "point_map", "features", "tracks", "matcher"))
+    # For all but depth: a match is kept if the way there and back ends less than so many tokens from its start, > 0.
+    # 1.5 by default, the paper's.
     cycle_threshold: float = setting(1.5, above=0)
     # Where matches are computed: in the training step on its device (step, the default), or by the data workers beside
-    # it (worker), which is faster if there is no GPU.
+    # it (worker), which is faster if there is no GPU. Tracks, which are lists of different lengths, are always matched
+    # by the data workers.
     correspondence_in: str = setting("step", choices=("step", "worker"), changeable=True)
     # Folder of matches that recipes/precompute_correspondence.py has filled. null, the default, computes the matches.
     precomputed_correspondence: str | None = setting(None, path=True, changeable=True)
@@ -103,13 +105,18 @@ class AlignmentSettings(Settings):
                 f"geometry_noise={self.geometry_noise}: is drawn anew in each step, so the matches must be computed "
                 "there; give correspondence_in=step and precomputed_correspondence=null"
             )
+        if self.correspondence == "matcher" and self.correspondence_in == "worker":
+            raise ValueError(
+                "correspondence=matcher: the matcher runs in the training step; give correspondence_in=step, or "
+                "precomputed_correspondence= for matches that are computed once"
+            )
         if self.correspondence == "features" and outside:
             raise ValueError(
                 "correspondence=features: the network that computes the features runs in the training step; give "
                 "correspondence_in=step and precomputed_correspondence=null"
             )
-        if self.correspondence == "features" and self.reduction == "released":
+        if self.correspondence not in ("depth", "point_map") and self.reduction == "released":
             raise ValueError(
-                "correspondence=features: gives no distances in space, which reduction=released needs; give "
-                "reduction=mean, or correspondence=depth"
+                f"correspondence={self.correspondence}: gives no distances in space, which reduction=released needs; "
+                "give reduction=mean, or correspondence=depth"
             )

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cameo.choices import ROOM_RIG_NAMES
-from cameo.correspondence.settings import FeatureSettings
+from cameo.correspondence.settings import FeatureSettings, MatcherSettings
 from cameo.data.settings import EMBEDDED, RIG_SETTINGS, DataSettings
 from cameo.errors import unknown_name
 from cameo.files import write_atomically
@@ -46,6 +46,7 @@ class TrainingConfig(
     OptimizerSettings,
     ScheduleSettings,
     LoraSettings,
+    MatcherSettings,
     FeatureSettings,
     AlignmentSettings,
     LatentSettings,
@@ -74,6 +75,11 @@ class TrainingConfig(
     def uses_features(self) -> bool:
         """Whether the run needs image features: to align with, or to match."""
         return self.loss_weight > 0 and (self.supervision == "repa" or self.correspondence == "features")
+
+    @property
+    def uses_matcher(self) -> bool:
+        """Whether the run needs the matcher in its steps."""
+        return self.uses_matches and self.correspondence == "matcher" and self.precomputed_correspondence is None
 
     def check(self) -> None:
         """Refuse settings of several components that contradict each other."""

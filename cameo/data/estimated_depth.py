@@ -1,0 +1,161 @@
+"""Depth or point maps that another program has estimated for photographs, such as MASt3R, VGGT or Depth Pro.
+
+A folder of photographs may hold one of two folders beside them, with a file for each photograph `NAME.jpg`:
+
+- `depth/NAME.npy` `[h, w]`, or `depth/NAME.npz` with `depth` and optionally `confidence`, both `[h, w]`: z-depth in the
+  unit of the camera positions;
+- `points/NAME.npy` `[h, w, 3]`, or `points/NAME.npz` with `points` and optionally `confidence` `[h, w]`: the point that
+  each pixel shows, in the world of the cameras.
+
+They have any size and show what the photograph shows. 0, a negative or a non-finite value means no measurement.
+
+Axes: F frames, H W pixels of the images that a source gives, h w pixels of a file.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from zipfile import BadZipFile
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cameo.errors import DataError
+from cameo.geometry import pixel_grid, project
+
+__all__ = ["read_estimated_depth"]
+
+KINDS = ("depth", "points")
+# Share of the image's diagonal by which the projected points may miss their pixels; their median is taken.
+LARGEST_MISS = 0.02
+
+
+def read_estimated_depth(
+    folder: str | Path,
+    names: Sequence[str],
+    size: tuple[int, int],
+    intrinsics: Tensor,
+    extrinsics: Tensor,
+    *,
+    min_confidence: float = 0.0,
+) -> Tensor | None:
+    """Read the estimated depth of frames as z-depth, 0 where there is none; None if the folder holds no such files.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> (folder / "depth").mkdir()
+        >>> np.save(folder / "depth" / "photo-1.npy", np.full((4, 6), 2.5))
+        >>> cameras = torch.eye(3)[None], torch.eye(4)[None]
+        >>> read_estimated_depth(folder, ["photo-1.jpg"], (2, 2), *cameras).flatten().tolist()
+        [2.5, 2.5, 2.5, 2.5]
+
+    The files are cropped at the center to the aspect of `size`, as the images are, and read at the pixel that lies
+    under each new pixel's center, so that two surfaces are never averaged.
+
+    Args:
+        folder: which holds `depth` or `points`.
+        names: of the frames' images, of which the last suffix is left out.
+        size: `(H, W)` of the images.
+        intrinsics: `[F, 3, 3]` in pixels of `size`; point maps are compared with the cameras.
+        extrinsics: `[F, 4, 4]` world-to-camera.
+        min_confidence: pixels of less confidence have no depth; it is compared where a file has a confidence.
+
+    Returns:
+        `[F, 1, H, W]` float32. Frames without a file have no depth, and a warning counts them.
+
+    Raises:
+        DataError: a file cannot be read or has another shape, no frame has a file, both kinds are there, or point maps
+            are of another world than the cameras.
+    """
+    found = [kind for kind in KINDS if (Path(folder) / kind).is_dir()]
+    if not found:
+        return None
+    if len(found) > 1:
+        raise DataError(f"{folder}: holds both depth and points; remove one of them, so that it is clear which counts")
+    (kind,) = found
+    depth = torch.zeros(len(names), 1, *size)
+    missing = []
+    for number, name in enumerate(names):
+        path = _file(Path(folder) / kind, Path(name).stem)
+        if path is None:
+            missing.append(name)
+            continue
+        values, confidence = _read(path, kind)
+        rows, columns = _pixels(values.shape[:2], size)
+        values = values[rows[:, None], columns]
+        if kind == "points":
+            values = _depth_of_points(path, values, intrinsics[number], extrinsics[number])
+        kept = np.isfinite(values) & (values > 0)
+        if confidence is not None:
+            kept &= confidence[rows[:, None], columns] >= min_confidence
+        depth[number, 0] = torch.from_numpy(np.where(kept, values, 0).astype(np.float32))
+    if len(missing) == len(names):
+        raise DataError(f"{Path(folder) / kind}: holds no file for any frame, such as {Path(names[0]).stem}.npy")
+    if missing:
+        warnings.warn(
+            f"{Path(folder) / kind}: {len(missing)} of {len(names)} frames have no file and so no depth; first: "
+            f"{missing[0]}",
+            stacklevel=2,
+        )
+    return depth
+
+
+def _file(folder: Path, stem: str) -> Path | None:
+    return next((path for suffix in (".npy", ".npz") if (path := folder / f"{stem}{suffix}").is_file()), None)
+
+
+def _read(path: Path, kind: str) -> tuple[np.ndarray, np.ndarray | None]:
+    """Return depth `[h, w]` or points `[h, w, 3]`, and the confidence `[h, w]` where the file has one."""
+    try:
+        stored = np.load(path, allow_pickle=False)
+        if path.suffix == ".npz":
+            with stored:
+                values, confidence = stored[kind], stored.get("confidence")
+        else:
+            values, confidence = stored, None
+    except KeyError as error:
+        raise DataError(f"{path}: expected an array named {kind}, and maybe confidence ({error})") from error
+    except (OSError, ValueError, EOFError, BadZipFile) as error:
+        raise DataError(f"{path}: cannot be read as a NumPy file ({error})") from error
+    if values.ndim == 3 and kind == "depth" and 1 in (values.shape[0], values.shape[-1]):
+        values = values.squeeze(0 if values.shape[0] == 1 else -1)
+    expected = "[h, w]" if kind == "depth" else "[h, w, 3]"
+    if values.ndim != len(expected.split(",")) or (kind == "points" and values.shape[-1] != 3) or not values.size:
+        raise DataError(f"{path}: expected {kind} {expected}, got {list(values.shape)}")
+    if not (np.issubdtype(values.dtype, np.floating) or np.issubdtype(values.dtype, np.integer)):
+        raise DataError(f"{path}: expected numbers, got {values.dtype}")
+    if confidence is not None and confidence.shape != values.shape[:2]:
+        raise DataError(f"{path}: expected confidence {list(values.shape[:2])}, got {list(confidence.shape)}")
+    return values.astype(np.float32), confidence
+
+
+def _pixels(stored: tuple[int, ...], size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Rows `[H]` and columns `[W]` of a file under the centers of the pixels of an image that is cropped from it."""
+    aspect = (size[1] / size[0]) / (stored[1] / stored[0])
+    places = []
+    for length, pixels, share in zip(stored, size, (min(1, 1 / aspect), min(1, aspect)), strict=True):
+        place = (1 - share) / 2 + (np.arange(pixels) + 0.5) / pixels * share
+        places.append(np.minimum((place * length).astype(np.int64), length - 1))
+    return places[0], places[1]
+
+
+def _depth_of_points(path: Path, points: np.ndarray, intrinsics: Tensor, extrinsics: Tensor) -> np.ndarray:
+    """Z-depth `[H, W]` of world points `[H, W, 3]`, which have to lie where the pixels look."""
+    height, width = points.shape[:2]
+    flat = torch.from_numpy(points).flatten(0, 1)
+    known = flat.isfinite().all(dim=-1)
+    camera = intrinsics[None, None].float(), extrinsics[None, None].float()
+    xy, z = project(torch.where(known[:, None], flat, 0.0)[None, None], *camera)
+    wanted = pixel_grid(height, width, dtype=torch.float32, device="cpu").flatten(0, 1)
+    apart = (xy[0, 0] - wanted).norm(dim=-1)[known].nan_to_num(nan=torch.inf)  # infinite behind the camera
+    if len(apart) and apart.median() > LARGEST_MISS * (height**2 + width**2) ** 0.5:
+        raise DataError(
+            f"{path}: half of its points are projected more than {apart.median():.1f} pixels away from the pixels of "
+            f"{width}x{height} that show them; expected points in the world of the cameras. Align them, or give the "
+            "cameras that were estimated with them"
+        )
+    return torch.where(known, z[0, 0], 0.0).view(height, width).numpy()
