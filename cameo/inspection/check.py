@@ -30,7 +30,7 @@ __all__ = ["check_views"]
 
 # Token grid on which readings are compared; on a finer one the comparison takes longer and comes out alike.
 SEARCH_GRID = (16, 16)
-# The figures below separate right data from wrong on the scenes named in benchmarks/data/check_data.md.
+# The figures below separate right data from wrong on the scenes named in benchmarks/correspondence/check_data.md.
 # Share of the compared points in front of what the other view shows: up to which data fits, and from which it does not.
 IN_FRONT_FITS, IN_FRONT_WRONG = 0.1, 0.2
 # The same for the color difference of matches over that of random tokens.

@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cameo.inspection.scenes import InspectedScene, measured_depth
+from cameo.inspection.scenes import InspectedScene
 from cameo.scenes.views import images_to_float
 
-__all__ = ["Registration", "register"]
+__all__ = ["Registration", "moved_edges", "register"]
 
 # Factors by which depth may be larger than the image: of cameras with other focal lengths, as in RGB-D sensors.
 ZOOMS = (1.0, 0.8, 0.85, 0.9, 0.95, 1.05, 1.1, 1.15, 1.2)
@@ -109,15 +109,11 @@ def _curves(scene: InspectedScene, most: int) -> tuple[Tensor, Tensor]:
     side = min(SIDE, *views.size)
     images = images_to_float(views.images[chosen])
     color = _color_edges(F.interpolate(images, size=(side, side), antialias=True, mode="bilinear"))
-    depth = _with_background(measured_depth(views.depth[chosen])[:, 0], images)
+    depth = _with_background(views.depth[chosen, 0], images)
     reach = max(1, round(REACH * side))
     curves, counts = [], []
     for zoom in ZOOMS:
-        # Pixel centers of the depth image that come under those of the color image when it is `zoom` times smaller.
-        places = ((torch.arange(side) + 0.5) / side - 0.5) * zoom + 0.5
-        inside = (places > 0) & (places < 1)
-        rows, columns = ((places.clamp(0, 1) * length).long().clamp(max=length - 1) for length in views.size)
-        edges = _depth_edges(depth[:, rows[:, None], columns] * (inside[:, None] & inside))
+        edges = _depth_edges(_zoomed(depth, zoom, side))
         padded = F.pad(color, (reach,) * 4)
         # For a shift of (dy, dx), the sum over pixels of edges[y, x] * color[y + dy, x + dx].
         sums = F.conv2d(padded[None], edges[:, None], groups=len(edges))[0]
@@ -125,6 +121,30 @@ def _curves(scene: InspectedScene, most: int) -> tuple[Tensor, Tensor]:
         curves.append(sums / count.clamp(min=1)[:, None, None])
         counts.append(count)
     return torch.stack(curves, 1), torch.stack(counts, 1)
+
+
+def _zoomed(depth: Tensor, zoom: float, side: int) -> Tensor:
+    """Make depth `[S, H, W]` `zoom` times smaller about the center and resize it to a square, 0 outside."""
+    # Places in the depth image, in shares of its side, that come under the pixel centers of the result.
+    places = ((torch.arange(side) + 0.5) / side - 0.5) * zoom + 0.5
+    inside = (places > 0) & (places < 1)
+    rows, columns = ((places.clamp(0, 1) * length).long().clamp(max=length - 1) for length in depth.shape[-2:])
+    return depth[:, rows[:, None], columns] * (inside[:, None] & inside)
+
+
+def moved_edges(scene: InspectedScene, view: int, move: Registration | None) -> tuple[Tensor, Tensor]:
+    """Return the image of `scene.views` number `view` as a square `[3, S, S]`, and its edges of depth `[S, S]`.
+
+    `move`: how depth is moved before; None leaves it as given.
+    """
+    images = images_to_float(scene.views.images[[view]])
+    side = min(SIDE, *scene.views.size)
+    depth = _with_background(scene.views.depth[[view], 0], images)
+    edges = _depth_edges(_zoomed(depth, 1.0 if move is None else move.zoom, side))[0] > 0
+    if move is not None:
+        columns, rows = (round(share * side) for share in move.shift)
+        edges = edges.roll((rows, columns), (0, 1))
+    return F.interpolate(images, size=(side, side), antialias=True, mode="bilinear")[0], edges
 
 
 def _with_background(depth: Tensor, images: Tensor) -> Tensor:

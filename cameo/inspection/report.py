@@ -87,8 +87,8 @@ class DataCheck:
         """0 for "agrees", 1 for "wrong", 3 for "cannot tell"."""
         return EXIT_STATUS[self.verdict]
 
-    def table(self) -> str:
-        """Return the figures of all pairs as a Markdown table."""
+    def table(self, *, most: int = 16) -> str:
+        """Return the figures of at most so many pairs, evenly chosen, as a Markdown table."""
         columns = {
             "scene": lambda pair: pair.key,
             "views": lambda pair: "{} and {}".format(*pair.views),
@@ -100,7 +100,7 @@ class DataCheck:
             "median depth": lambda pair: _number(pair.depth),
             "cameras apart": lambda pair: _number(pair.baseline),
         }
-        rows = [{name: value(pair) for name, value in columns.items()} for pair in self.pairs]
+        rows = [{name: value(pair) for name, value in columns.items()} for pair in self.pairs[:: max(1, -(-len(self.pairs) // most))]]
         return markdown_table(list(columns), [list(row.values()) for row in rows])
 
     def figure(self, *, pairs: int = 2) -> Figure:

@@ -18,7 +18,7 @@ from cameo.inspection.scores import Matched
 __all__ = ["token_error"]
 
 # Offsets in tokens along x and y at which colors are compared.
-OFFSETS = tuple(half / 2 for half in range(-4, 5))
+OFFSETS = tuple(half / 2 for half in range(-3, 4))
 # A view is compared in parts of about this many tokens along each side; fewer tokens with a match say nothing.
 PART, LEAST_TOKENS = 8, 12
 # A part shows where it fits if the color difference there is below this share of its mean over all offsets.
@@ -30,7 +30,7 @@ QUANTILE = 0.9
 def token_error(scenes: Sequence[InspectedScene], matches: Sequence[Matched]) -> float:
     """Return within how many tokens nine of ten parts of the images fit best by their colors; NaN for none.
 
-    The colors around the matches of each part of each pair are compared at offsets up to two tokens, all tokens of the
+    The colors around the matches of each part of each pair are compared at offsets up to 1.5 tokens, all tokens of the
     part together.
     """
     found = torch.cat([_offsets(scene, matched) for scene, matched in zip(scenes, matches, strict=True)])
@@ -43,7 +43,7 @@ def _offsets(scene: InspectedScene, matched: Matched) -> Tensor:
     height, width = scene.views.size
     token = torch.tensor([width / columns, height / rows])
     first, second = (scene.at(view) for view in scene.pairs.T)
-    colors = scene.color_at(first, scene.centers.expand(len(first), -1, -1))
+    colors = scene.token_colors[first]
     offsets = torch.cartesian_prod(torch.tensor(OFFSETS), torch.tensor(OFFSETS))
     count = _parts(matched.visible.float(), scene.token_grid)
     differences = []

@@ -5,6 +5,7 @@ Axes: F views of a scene, P ordered pairs of them, H W image pixels, N tokens of
 
 from __future__ import annotations
 
+import functools
 import itertools
 from dataclasses import dataclass, replace
 
@@ -15,11 +16,11 @@ from torch import Tensor
 from cameo.correspondence.tracks import Tracks
 from cameo.errors import DataError
 from cameo.geometry import cell_centres
-from cameo.geometry.depth import is_measured
+from cameo.geometry.depth import is_measured, read_depth
 from cameo.inspection.readings import SHIFTS
 from cameo.scenes.views import LazySource, SceneSource, Views, as_lazy, images_to_float
 
-__all__ = ["InspectedScene", "at_grid", "choose_pairs", "inspected_scenes", "measured_depth"]
+__all__ = ["InspectedScene", "at_grid", "choose_pairs", "inspected_scenes"]
 
 # Fewest views among which one may belong to another frame: with fewer, most pairs would be the same again.
 LEAST_FRAMES = 4
@@ -29,7 +30,7 @@ LEAST_FRAMES = 4
 class InspectedScene:
     """The views of a scene that are compared, and their neighbors in time.
 
-    - `views`: those that were loaded, as they were handed over.
+    - `views`: those that were loaded, as they were handed over but for depth, which is 0 without a measurement.
     - `pairs` `[P, 2]`: ordered pairs of views, by their numbers in the scene; the second half holds those of the first
       the other way round.
     - `place` `[F]`: where a view of the scene is in `views`; 0 for those that were not loaded.
@@ -52,6 +53,16 @@ class InspectedScene:
     def centers(self) -> Tensor:
         """Token centers in pixels, `[N, 2]`."""
         return cell_centres(self.token_grid, self.views.size, dtype=torch.float32, device="cpu").flatten(0, 1)
+
+    @functools.cached_property
+    def token_depth(self) -> Tensor:
+        """Depth of `views` at the token centers, `[C, N]`, NaN for none."""
+        return read_depth(self.views.depth[None], self.centers.expand(1, len(self.views), -1, -1))[0]
+
+    @functools.cached_property
+    def token_colors(self) -> Tensor:
+        """Colors of `views` at the token centers, `[C, N, 3]`."""
+        return self.color_at(torch.arange(len(self.views)), self.centers.expand(len(self.views), -1, -1))
 
     def at(self, view: Tensor, shift: int = 0) -> Tensor:
         """Return where views are in `views`, or those which come `shift` later; after the last one comes the first."""
@@ -129,6 +140,8 @@ def _inspected(source: LazySource, number: int, most: int, token_grid: tuple[int
     place = torch.zeros(count, dtype=torch.int64)
     place[needed] = torch.arange(len(needed))
     views = source.select(number, needed.tolist())
+    depth = views.depth.float()
+    views = replace(views, depth=torch.where(is_measured(depth), depth, 0.0))
     return InspectedScene(
         views, torch.cat([pairs, pairs.flip(1)]), place, token_grid, _colors(views, token_grid)
     )
@@ -142,9 +155,3 @@ def at_grid(scene: InspectedScene, token_grid: tuple[int, int]) -> InspectedScen
 def _colors(views: Views, token_grid: tuple[int, int]) -> Tensor:
     size = tuple(min(2 * tokens, pixels) for tokens, pixels in zip(token_grid, views.size, strict=True))
     return F.interpolate(images_to_float(views.images), size=size, mode="bilinear", antialias=True)
-
-
-def measured_depth(depth: Tensor) -> Tensor:
-    """Return depth in float32, with 0 where there is no measurement."""
-    depth = depth.float()
-    return torch.where(is_measured(depth), depth, 0.0)

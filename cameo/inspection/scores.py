@@ -12,12 +12,12 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from cameo.geometry import camera_rays, pixel_grid, transform
+from cameo.geometry import camera_rays, transform
 from cameo.geometry.cameras import invert_extrinsics
 from cameo.geometry.depth import read_depth
 from cameo.geometry.visibility import DEPTH_TOLERANCE, look_up
 from cameo.inspection.readings import Reading, true_cameras
-from cameo.inspection.scenes import InspectedScene, measured_depth
+from cameo.inspection.scenes import InspectedScene
 
 __all__ = ["Matched", "Score", "match_pairs", "score"]
 
@@ -118,49 +118,37 @@ def _match(scene: InspectedScene, reading: Reading, pairs: Tensor) -> Matched:
     views = scene.views
     intrinsics, extrinsics = true_cameras(reading, views.intrinsics, views.extrinsics, views.size)
     late = {name: reading.shift if name == reading.late else 0 for name in ("poses", "depth", "images")}
-    first, second = pairs.T
-    poses = [extrinsics[scene.at(view, late["poses"])] for view in (first, second)]
-    image = [scene.at(view, late["images"]) for view in (first, second)]
-    lens = [intrinsics[scene.at(view)] for view in (first, second)]
-
-    def depth_of(view: Tensor, matrix: Tensor) -> Tensor:
-        depth = measured_depth(views.depth[scene.at(view, late["depth"])])
-        return depth / _ray_lengths(matrix, views.size) if reading.ray_length else depth
-
-    everywhere = scene.centers.expand(len(pairs), -1, -1)
-    target = depth_of(second, lens[1])
-    here, there = (read_depth(depth[None], everywhere[None])[0] for depth in (depth_of(first, lens[0]), target))
-    points = camera_rays(scene.centers, lens[0][:, None])[:, 0] * here[..., None]
-    pose = (poses[1] @ invert_extrinsics(poses[0])).float()
-    seen = look_up(
-        transform(points[:, None], pose[:, None]),
-        lens[1][:, None],
-        lambda xy, _: read_depth(target[:, None], xy),
-        DEPTH_TOLERANCE,
+    lens, pose, image, surface = (
+        [scene.at(view, shift) for view in pairs.T] for shift in (0, late["poses"], late["images"], late["depth"])
     )
-    xy, z, surface, visible = (tensor[:, 0] for tensor in seen)
-    colors = [scene.color_at(view, everywhere) for view in image]
+
+    def z_depth(depth: Tensor, rays: Tensor) -> Tensor:
+        return depth / rays.norm(dim=-1) if reading.ray_length else depth
+
+    def surface_at(xy: Tensor, _: Tensor) -> Tensor:
+        depth = read_depth(views.depth[surface[1]][:, None], xy)
+        return z_depth(depth, camera_rays(xy[:, 0], intrinsics[lens[1]][None])[0][:, None])
+
+    rays = camera_rays(scene.centers, intrinsics[lens[0]][None])[0]
+    here = z_depth(scene.token_depth[surface[0]], rays)
+    relative = (extrinsics[pose[1]] @ invert_extrinsics(extrinsics[pose[0]])).float()
+    points = transform((rays * here[..., None])[:, None], relative[:, None])
+    seen = look_up(points, intrinsics[lens[1]][:, None], surface_at, DEPTH_TOLERANCE)
+    xy, z, depth, visible = (tensor[:, 0] for tensor in seen)
+    colors = scene.token_colors[image[0]]
     # The same order for all pairs and readings, so that differences between readings are not those of the order.
-    order = torch.randperm(everywhere.shape[1], generator=torch.Generator().manual_seed(0))
-    both = here.isfinite() & there[:, order].isfinite()
-    apart = torch.where(both, (colors[0] - colors[1][:, order]).abs().mean(-1), 0.0)
+    order = torch.randperm(len(scene.centers), generator=torch.Generator().manual_seed(0))
+    both = here.isfinite() & scene.token_depth[surface[1]][:, order].isfinite()
+    apart = torch.where(both, (colors - scene.token_colors[image[1]][:, order]).abs().mean(-1), 0.0)
     return Matched(
         xy=xy,
         measured=here.isfinite(),
-        compared=surface.isfinite() & z.isfinite(),
+        compared=depth.isfinite() & z.isfinite(),
         visible=visible,
-        in_front=z < (1 - DEPTH_TOLERANCE) * surface,
-        difference=(colors[0] - scene.color_at(image[1], xy)).abs().mean(-1),
+        in_front=z < (1 - DEPTH_TOLERANCE) * depth,
+        difference=(colors - scene.color_at(image[1], xy)).abs().mean(-1),
         random=apart.sum(-1) / both.sum(-1),
     )
-
-
-def _ray_lengths(intrinsics: Tensor, image_size: tuple[int, int]) -> Tensor:
-    """Lengths of the rays of z = 1 through all pixels, `[P, 1, H, W]`."""
-    grid = pixel_grid(*image_size, dtype=torch.float32, device="cpu").flatten(0, 1)
-    kinds, which = intrinsics.unique(dim=0, return_inverse=True)
-    length = camera_rays(grid, kinds[:, None])[:, 0].norm(dim=-1)
-    return length.unflatten(-1, image_size)[which][:, None]
 
 
 def score(scenes: Sequence[InspectedScene], reading: Reading) -> Score:

@@ -14,7 +14,7 @@ from cameo.inspection.scenes import InspectedScene
 __all__ = ["Search", "advantage", "is_better"]
 
 # A reading is better than another one if its quality, averaged over the quarters of all pairs, is more by this share of
-# itself, and by this many standard errors. benchmarks/data/check_data.md says from which scenes they come.
+# itself, and by this many standard errors. benchmarks/correspondence/check_data.md says from which scenes they come.
 LEAST_GAIN = 0.08
 LEAST_CERTAINTY = 4.0
 # Quality of a reading that explains anything at all.
