@@ -57,6 +57,7 @@ def check_views(
     scenes: int = 6,
     pairs: int = 48,
     token_grid: int | tuple[int, int] = 32,
+    neighbors: bool = True,
 ) -> DataCheck:
     """Check whether cameras, depth and images fit together, and say what they look like where they do not.
 
@@ -83,6 +84,8 @@ def check_views(
         scenes: how many scenes of a source are looked at, at most; evenly spread.
         pairs: how many pairs of views are compared, at most, of all scenes together.
         token_grid: (h, w) or an int; errors are told in tokens of it.
+        neighbors: whether the views beside those of the pairs are loaded too, up to six for each, without which it
+            cannot be told that poses, depth or images are those of another frame.
 
     Raises:
         DataError: there is no scene with two views, or a camera is none: not finite, a mirror.
@@ -91,7 +94,7 @@ def check_views(
     for name, value in (("scenes", scenes), ("pairs", pairs)):
         if value < 1:
             raise ValueError(f"{name}: expected at least 1, got {value}")
-    coarse = inspected_scenes(data, scenes=scenes, pairs=pairs, token_grid=SEARCH_GRID)
+    coarse = inspected_scenes(data, scenes=scenes, pairs=pairs, token_grid=SEARCH_GRID, neighbors=neighbors)
     for scene in coarse:
         _check_cameras(scene.views)
     fine = [at_grid(scene, as_grid("token_grid", token_grid)) for scene in coarse]

@@ -36,6 +36,8 @@ class InspectedScene:
     - `place` `[F]`: where a view of the scene is in `views`; 0 for those that were not loaded.
     - `token_grid`: rows and columns of the tokens.
     - `colors` `[C, 3, h, w]`: the images of `views`, at most two pixels per token along each side.
+    - `has_neighbors`: whether `views` holds the neighbors too, so that one of images, depth and poses may be found to
+      be of another frame.
     """
 
     views: Views
@@ -43,11 +45,7 @@ class InspectedScene:
     place: Tensor
     token_grid: tuple[int, int]
     colors: Tensor
-
-    @property
-    def frames(self) -> bool:
-        """Whether there are enough views for one of images, depth and poses to be of another frame."""
-        return len(self.place) >= LEAST_FRAMES
+    has_neighbors: bool
 
     @property
     def centers(self) -> Tensor:
@@ -99,9 +97,9 @@ def choose_pairs(count: int, most: int) -> Tensor:
 
 
 def inspected_scenes(
-    data: Views | SceneSource, *, scenes: int, pairs: int, token_grid: tuple[int, int]
+    data: Views | SceneSource, *, scenes: int, pairs: int, token_grid: tuple[int, int], neighbors: bool
 ) -> list[InspectedScene]:
-    """Choose scenes and pairs evenly from the data.
+    """Choose scenes and pairs evenly from the data, and load their views, with neighboring views or without.
 
     Raises:
         DataError: if there is no scene, or none with two views.
@@ -115,7 +113,8 @@ def inspected_scenes(
     if not usable:
         key = source.cameras(numbers[0]).key
         raise DataError(f"scene {key}: has {counts[numbers[0]]} view; expected at least 2 to compare")
-    return [_inspected(source, number, max(1, pairs // len(usable)), token_grid) for number in usable]
+    most = max(1, pairs // len(usable))
+    return [_inspected(source, number, most, token_grid, neighbors) for number in usable]
 
 
 class _OneScene:
@@ -132,19 +131,21 @@ class _OneScene:
         return self._views
 
 
-def _inspected(source: LazySource, number: int, most: int, token_grid: tuple[int, int]) -> InspectedScene:
+def _inspected(
+    source: LazySource, number: int, most: int, token_grid: tuple[int, int], neighbors: bool
+) -> InspectedScene:
     count = len(source.cameras(number))
     pairs = choose_pairs(count, most)
-    shifts = torch.tensor([0, *SHIFTS] if count >= LEAST_FRAMES else [0])
+    neighbors = neighbors and count >= LEAST_FRAMES
+    shifts = torch.tensor([0, *SHIFTS] if neighbors else [0])
     needed = ((pairs.flatten()[:, None] + shifts) % count).unique()
     place = torch.zeros(count, dtype=torch.int64)
     place[needed] = torch.arange(len(needed))
     views = source.select(number, needed.tolist())
     depth = views.depth.float()
     views = replace(views, depth=torch.where(is_measured(depth), depth, 0.0))
-    return InspectedScene(
-        views, torch.cat([pairs, pairs.flip(1)]), place, token_grid, _colors(views, token_grid)
-    )
+    both = torch.cat([pairs, pairs.flip(1)])
+    return InspectedScene(views, both, place, token_grid, _colors(views, token_grid), neighbors)
 
 
 def at_grid(scene: InspectedScene, token_grid: tuple[int, int]) -> InspectedScene:

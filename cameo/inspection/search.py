@@ -84,7 +84,7 @@ class Search:
 
     def _extended(self, reading: Reading) -> Reading:
         """Add one mistake after the other as long as that is better."""
-        views, frames = self.scenes[0].views, all(scene.frames for scene in self.scenes)
+        views, frames = self.scenes[0].views, all(scene.has_neighbors for scene in self.scenes)
         while len(reading.names) < MOST_MISTAKES:
             more = [one for one in variations(reading, views.intrinsics, views.size, frames=frames) if self.applies(one)]
             candidate = max(more, key=self.mean)
