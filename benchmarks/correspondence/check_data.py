@@ -173,7 +173,7 @@ def scaled(views: Views, factor: float) -> Views:
 def with_rows(views: Views, first: float, second: float, *, center: bool = True) -> Views:
     """Intrinsics with scaled rows, or scaled focal lengths alone."""
     rows = torch.ones(3, 3)
-    rows[0, :3 if center else 1], rows[1, :3 if center else 2] = first, second
+    rows[0, : 3 if center else 1], rows[1, : 3 if center else 2] = first, second
     return replace(views, intrinsics=views.intrinsics * rows)
 
 
@@ -223,7 +223,11 @@ FAULTS: dict[str, tuple[Callable[[Views], Views], set[str], bool]] = {
         {"intrinsics of another image"},
         False,
     ),
-    "crop to a square forgotten": (lambda v: with_rows(v, 0.75, 1, center=False), {"intrinsics of another image"}, False),
+    "crop to a square forgotten": (
+        lambda v: with_rows(v, 0.75, 1, center=False),
+        {"intrinsics of another image"},
+        False,
+    ),
     "focal length 1.25 times": (
         lambda v: with_rows(v, 1.25, 1.25, center=False),
         {"intrinsics of another image"},
@@ -299,7 +303,12 @@ def page(results: Mapping[str, Any]) -> str:
     for part, kinds in parts().items():
         found = [entry for kind in kinds for entry in results.get(part, {}).get(kind, [])]
         right = [entry for entry in found if entry["fault"] == RIGHT]
-        lines += [f"## {part.capitalize()}", table(found, "fault"), "Right data by kind of scene:", table(right, "kind")]
+        lines += [
+            f"## {part.capitalize()}",
+            table(found, "fault"),
+            "Right data by kind of scene:",
+            table(right, "kind"),
+        ]
     lines.append("Measured on {device}, torch {torch}, {date}.".format(**results["environment"]))
     return "\n\n".join(lines) + "\n"
 

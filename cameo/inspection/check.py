@@ -16,39 +16,20 @@ from cameo.errors import DataError
 from cameo.geometry import check_cameras
 from cameo.geometry.cameras import camera_centers
 from cameo.geometry.grids import as_grid
-from cameo.inspection.epipolar import TrackScore, score_tracks
-from cameo.inspection.readings import AS_GIVEN, Reading, are_normalized
-from cameo.inspection.registration import Registration, register
-from cameo.inspection.report import AGREES, CANNOT_TELL, WRONG, DataCheck, PairCheck
+from cameo.inspection.depth_verdict import judge_depth
+from cameo.inspection.epipolar import score_tracks
+from cameo.inspection.readings import AS_GIVEN, are_normalized
+from cameo.inspection.report import DataCheck, PairCheck
 from cameo.inspection.residual import token_error
 from cameo.inspection.scenes import InspectedScene, at_grid, inspected_scenes
-from cameo.inspection.scores import Matched, Score, match_pairs, score
-from cameo.inspection.search import LEAST_QUALITY, Search
+from cameo.inspection.scores import Matched, match_pairs
+from cameo.inspection.track_verdict import judge_tracks
 from cameo.scenes.views import SceneSource, Views
 
 __all__ = ["check_views"]
 
-# Token grid on which readings are compared; on a finer one the comparison takes longer and comes out alike.
+# Token grid on which readings are compared; on a finer one that takes longer and comes out alike.
 SEARCH_GRID = (16, 16)
-# The figures below separate right data from wrong on the scenes named in benchmarks/correspondence/check_data.md.
-# Share of the compared points in front of what the other view shows: up to which data fits, and from which it does not.
-IN_FRONT_FITS, IN_FRONT_WRONG = 0.1, 0.2
-# The same for the color difference of matches over that of random tokens.
-COLOR_FITS, COLOR_WRONG = 0.75, 0.85
-# Share of the tokens with depth that must fall on depth of the other view for anything to be concluded.
-LEAST_COMPARED = 0.05
-# The same for tracks: median distance from the epipolar line in tokens, share of the points that fit.
-EPIPOLAR_FITS, TRACKS_FIT, TRACKS_WRONG = 0.5, 0.8, 0.5
-# Depth is not registered if moving it by this share of the image's side or more brings its edges onto edges of color
-# that are stronger by this factor, with this certainty.
-LEAST_OFFSET, LEAST_EDGE_GAIN, LEAST_EDGE_CERTAINTY = 0.025, 1.25, 4.0
-# If the data is as well read in one of these ways, it cannot be told that it is right.
-GROSS = (
-    Reading(axes="OpenGL"),
-    Reading(camera_to_world=True),
-    Reading(unit=1000.0),
-    Reading(unit=1 / 1000.0),
-)
 
 
 def check_views(
@@ -98,10 +79,11 @@ def check_views(
     for scene in coarse:
         _check_cameras(scene.views)
     fine = [at_grid(scene, as_grid("token_grid", token_grid)) for scene in coarse]
-    has_depth = any(bool((scene.views.depth > 0).any()) for scene in coarse)
-    if has_depth:
-        return _check_depth(coarse, fine)
-    return _check_tracks(fine)
+    if any(bool((scene.views.depth > 0).any()) for scene in coarse):
+        matches = [match_pairs(scene, AS_GIVEN) for scene in fine]
+        check = replace(judge_depth(coarse), token_error=token_error(fine, matches))
+        return replace(check, pairs=_pair_checks(fine, matches), scenes=fine)
+    return replace(judge_tracks(fine), pairs=_pair_checks(fine, None), scenes=fine)
 
 
 def _check_cameras(views: Views) -> None:
@@ -112,139 +94,6 @@ def _check_cameras(views: Views) -> None:
         check_cameras(intrinsics, views.extrinsics[None])
     except ValueError as error:
         raise DataError(f"scene {views.key}: {error}") from error
-
-
-def _check_depth(coarse: Sequence[InspectedScene], fine: Sequence[InspectedScene]) -> DataCheck:
-    scores: dict[Reading, Score] = {}
-
-    def quality_of(reading: Reading) -> Tensor:
-        scores[reading] = score(coarse, reading)
-        return scores[reading].quality.flatten()
-
-    search = Search(coarse, quality_of, fits=lambda reading: _fits(scores[reading]), applies=lambda _: True)
-    reading = search.best()
-    found = scores[reading]
-    matches = [match_pairs(scene, AS_GIVEN) for scene in fine]
-    check = DataCheck(
-        verdict=CANNOT_TELL,
-        words="",
-        reading=reading,
-        pairs=_pair_checks(fine, matches),
-        token_error=token_error(fine, matches),
-        scenes=fine,
-    )
-    given = scores[AS_GIVEN]
-    if reading != AS_GIVEN and not _is_wrong(found):
-        better = (
-            f"{found.matched_share:.1%} of the tokens are then matched instead of {given.matched_share:.1%}, and "
-            f"{_percent(found.in_front_share)} of the compared points instead of {_percent(given.in_front_share)} lie "
-            "in front of what the other view shows"
-        )
-        return replace(
-            check, verdict=WRONG, words=f"it looks like {reading.words}. {better}", mistakes=reading.names
-        )
-    check = replace(check, reading=AS_GIVEN)
-    compared = given.compared.sum() / given.measured.sum().clamp(min=1)
-    if compared < LEAST_COMPARED:
-        return replace(
-            check,
-            words=f"of the tokens with depth, {compared:.1%} fall on depth of the other view: the views hardly overlap, "
-            "or the cameras are wrong in a way that is not among those tried. Look at the picture, or compare more pairs",
-        )
-    if _is_wrong(given):
-        return replace(check, verdict=WRONG, words=f"{_misfit(given)}, and none of the mistakes tried explains it")
-    if alike := search.alike(AS_GIVEN, GROSS):
-        names = " or ".join(" and ".join(one.names) for one in alike)
-        return replace(
-            check, words=f"in these views the data fits as well with another reading: {names}. Views with more "
-            "parallax, from directions that differ more, would tell",
-        )
-    registration = register(coarse)
-    check = replace(check, registration=registration)
-    if is_moved(registration):
-        return replace(
-            check, verdict=WRONG, words=f"it looks like {registration.words}", mistakes=("depth not registered",)
-        )
-    if not _fits(given):
-        return replace(check, words=f"{_misfit(given)}. That may be noise of the depth; look at the picture")
-    within = "" if math.isnan(check.token_error) else f"; by their colors, nine of ten image parts are matched to "\
-        f"within {max(check.token_error, 0.5):g} tokens"
-    return replace(check, verdict=AGREES, words=f"{given.matched_share:.1%} of the tokens have a match in another view{within}")
-
-
-def is_moved(registration: Registration) -> bool:
-    """Tell whether depth is certainly not registered to color."""
-    return (
-        registration.known
-        and registration.offset >= LEAST_OFFSET
-        and registration.best >= LEAST_EDGE_GAIN * max(registration.here, 0.0)
-        and registration.certainty >= LEAST_EDGE_CERTAINTY
-    )
-
-
-def _fits(found: Score) -> bool:
-    """Tell whether everything that can be measured is as it is for right data; NaN is not."""
-    color = found.color_ratio
-    return (
-        found.quality.nanmean().item() >= LEAST_QUALITY
-        and found.in_front_share <= IN_FRONT_FITS
-        and (math.isnan(color) or color <= COLOR_FITS)
-    )
-
-
-def _is_wrong(found: Score) -> bool:
-    """Tell whether something is as it never is for right data."""
-    return found.in_front_share > IN_FRONT_WRONG or found.color_ratio > COLOR_WRONG
-
-
-def _misfit(found: Score) -> str:
-    return (
-        f"{_percent(found.in_front_share)} of the compared points lie in front of what the other view shows (right "
-        f"data: below {IN_FRONT_FITS:.0%}), and matches differ in color {found.color_ratio:.2f} times as much as "
-        f"random tokens (right data: below {COLOR_FITS:g})"
-    )
-
-
-def _percent(share: float) -> str:
-    return "none" if math.isnan(share) else f"{share:.1%}"
-
-
-def _check_tracks(fine: Sequence[InspectedScene]) -> DataCheck:
-    scores: dict[Reading, TrackScore] = {}
-
-    def quality_of(reading: Reading) -> Tensor:
-        scores[reading] = score_tracks(fine, reading)
-        return scores[reading].fit
-
-    def fits(reading: Reading) -> bool:
-        return bool(scores[reading].fit.mean() >= TRACKS_FIT)
-
-    def applies(reading: Reading) -> bool:
-        return reading.unit == 1 and not reading.ray_length and reading.late in ("", "poses")
-
-    search = Search(fine, quality_of, fits, applies)
-    given = search.quality(AS_GIVEN)
-    check = DataCheck(CANNOT_TELL, "", AS_GIVEN, _pair_checks(fine, None), scenes=fine)
-    if not len(given):
-        return replace(check, words="there is neither depth nor a track of points that two compared views share")
-    reading = search.best()
-    if reading != AS_GIVEN and scores[reading].fit.mean() >= TRACKS_WRONG:
-        words = (
-            f"it looks like {reading.words}. {scores[reading].fit.mean():.1%} of the tracked points then lie within a "
-            f"token of their epipolar line and in front of both cameras, instead of {given.mean():.1%}"
-        )
-        return replace(check, verdict=WRONG, words=words, reading=reading, mistakes=reading.names)
-    error, fit = scores[AS_GIVEN].error.median().item(), given.mean().item()
-    shown = f"tracked points lie {error:.2g} tokens from their epipolar lines (median), {fit:.1%} of them within a token"
-    if fit < TRACKS_WRONG:
-        return replace(check, verdict=WRONG, words=f"{shown}, and none of the mistakes tried explains it")
-    if alike := search.alike(AS_GIVEN, GROSS):
-        return replace(
-            check, words=f"{shown}, and with another reading too: {' or '.join(' '.join(one.names) for one in alike)}"
-        )
-    if fit < TRACKS_FIT:
-        return replace(check, words=f"{shown} and in front of both cameras; right data has {TRACKS_FIT:.0%} or more")
-    return replace(check, verdict=AGREES, words=f"{shown}. Without depth nothing else is compared")
 
 
 def _pair_checks(scenes: Sequence[InspectedScene], matches: Sequence[Matched] | None) -> tuple[PairCheck, ...]:

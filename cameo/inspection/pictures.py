@@ -47,7 +47,9 @@ def check_figure(check: DataCheck, pairs: int) -> Figure:
         ValueError: the check holds no scenes, or `pairs` is below 1.
     """
     if pairs < 1 or not check.scenes:
-        raise ValueError(f"pairs: expected at least 1 and a check of scenes, got {pairs} and {len(check.scenes)} scenes")
+        raise ValueError(
+            f"pairs: expected at least 1 and a check of scenes, got {pairs} and {len(check.scenes)} scenes"
+        )
     readings = {"as given": AS_GIVEN}
     if check.reading != AS_GIVEN:
         readings["as it looks like"] = check.reading

@@ -244,5 +244,3 @@ def combinations(intrinsics: Tensor, image_size: tuple[int, int]) -> Iterator[Re
     kinds = ["given", *_fitting_intrinsics(intrinsics, image_size)]
     every = [Reading(*values) for values in itertools.product(AXES, (False, True), units, kinds)]
     yield from sorted(every, key=lambda reading: len(reading.names))
-
-

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ from torch import Tensor
 from cameo.inspection.scenes import InspectedScene
 from cameo.scenes.views import images_to_float
 
-__all__ = ["Registration", "moved_edges", "register"]
+__all__ = ["Registration", "moved_edges", "register", "with_moved_depth"]
 
 # Factors by which depth may be larger than the image: of cameras with other focal lengths, as in RGB-D sensors.
 ZOOMS = (1.0, 0.8, 0.85, 0.9, 0.95, 1.05, 1.1, 1.15, 1.2)
@@ -31,6 +31,9 @@ PLAIN_SHARE, PLAIN = 0.75, 0.02
 MOST_VIEWS = 32
 # Fewest pixels of depth edges over all views from which anything can be concluded.
 LEAST_EDGES = 200
+# Depth is not registered if moving it by this share of the image's side or more brings its edges onto edges of color
+# that are stronger by this factor, with this certainty.
+LEAST_OFFSET, LEAST_GAIN, LEAST_CERTAINTY = 0.025, 1.25, 4.0
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,12 @@ class Registration:
     def offset(self) -> float:
         """How far the move brings the corner or center of the image that it moves most, as a share of its side."""
         return max(abs(move) for move in self.shift) + abs(1 - 1 / self.zoom) / 2
+
+    @property
+    def is_moved(self) -> bool:
+        """Whether depth is certainly not registered to color."""
+        gained = self.best >= LEAST_GAIN * max(self.here, 0.0) and self.certainty >= LEAST_CERTAINTY
+        return self.known and gained and self.offset >= LEAST_OFFSET
 
     @property
     def words(self) -> str:
@@ -121,6 +130,18 @@ def _curves(scene: InspectedScene, most: int) -> tuple[Tensor, Tensor]:
         curves.append(sums / count.clamp(min=1)[:, None, None])
         counts.append(count)
     return torch.stack(curves, 1), torch.stack(counts, 1)
+
+
+def with_moved_depth(scene: InspectedScene, move: Registration) -> InspectedScene:
+    """Return a scene whose depth is moved onto its colors; its cameras stay."""
+    rows, columns = (
+        ((((torch.arange(length) + 0.5) / length - share - 0.5) * move.zoom + 0.5) * length).floor().long()
+        for length, share in zip(scene.views.size, reversed(move.shift), strict=True)
+    )
+    height, width = scene.views.size
+    inside = ((rows >= 0) & (rows < height))[:, None] & (columns >= 0) & (columns < width)
+    depth = scene.views.depth[..., rows.clamp(0, height - 1)[:, None], columns.clamp(0, width - 1)] * inside
+    return replace(scene, views=replace(scene.views, depth=depth))
 
 
 def _zoomed(depth: Tensor, zoom: float, side: int) -> Tensor:

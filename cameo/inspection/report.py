@@ -100,7 +100,10 @@ class DataCheck:
             "median depth": lambda pair: _number(pair.depth),
             "cameras apart": lambda pair: _number(pair.baseline),
         }
-        rows = [{name: value(pair) for name, value in columns.items()} for pair in self.pairs[:: max(1, -(-len(self.pairs) // most))]]
+        rows = [
+            {name: value(pair) for name, value in columns.items()}
+            for pair in self.pairs[:: max(1, -(-len(self.pairs) // most))]
+        ]
         return markdown_table(list(columns), [list(row.values()) for row in rows])
 
     def figure(self, *, pairs: int = 2) -> Figure:
@@ -117,7 +120,11 @@ class DataCheck:
 
     def __str__(self) -> str:
         """Return the table and the verdict."""
-        return f"{self.table()}\n\n{self.verdict}: {self.words}\n{NEVER_SEEN}"
+        words = self.words
+        if self.verdict == AGREES and not math.isnan(self.token_error):
+            # Offsets are compared in steps of half a token.
+            words += f"; by their colors, nine of ten image parts fit to within {max(self.token_error, 0.5):.2g} tokens"
+        return f"{self.table()}\n\n{self.verdict}: {words}\n{NEVER_SEEN}"
 
 
 def _percent(share: float) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor
 from cameo.inspection.readings import AS_GIVEN, Reading, combinations, variations
 from cameo.inspection.scenes import InspectedScene
 
-__all__ = ["Search", "advantage", "is_better"]
+__all__ = ["GROSS", "LEAST_QUALITY", "Search", "advantage", "is_better"]
 
 # A reading is better than another one if its quality, averaged over the quarters of all pairs, is more by this share of
 # itself, and by this many standard errors. benchmarks/correspondence/check_data.md says from which scenes they come.
@@ -19,6 +19,8 @@ LEAST_GAIN = 0.08
 LEAST_CERTAINTY = 4.0
 # Quality of a reading that explains anything at all.
 LEAST_QUALITY = 0.03
+# If the data fits as well by one of these readings, it cannot be told that it is right.
+GROSS = (Reading(axes="OpenGL"), Reading(camera_to_world=True), Reading(unit=1000.0), Reading(unit=1 / 1000.0))
 # Mistakes that can come together.
 MOST_MISTAKES = 4
 
@@ -86,7 +88,9 @@ class Search:
         """Add one mistake after the other as long as that is better."""
         views, frames = self.scenes[0].views, all(scene.has_neighbors for scene in self.scenes)
         while len(reading.names) < MOST_MISTAKES:
-            more = [one for one in variations(reading, views.intrinsics, views.size, frames=frames) if self.applies(one)]
+            more = [
+                one for one in variations(reading, views.intrinsics, views.size, frames=frames) if self.applies(one)
+            ]
             candidate = max(more, key=self.mean)
             if not is_better(self.quality(candidate), self.quality(reading)):
                 break
@@ -111,6 +115,14 @@ class Search:
 
 def _parts(reading: Reading) -> list[Reading]:
     """Return the readings that lack one of the mistakes of a reading."""
-    groups = (("late", "shift"), ("ray_length",), ("focal",), ("intrinsics",), ("unit",), ("camera_to_world",), ("axes",))
+    groups = (
+        ("late", "shift"),
+        ("ray_length",),
+        ("focal",),
+        ("intrinsics",),
+        ("unit",),
+        ("camera_to_world",),
+        ("axes",),
+    )
     lacking = [replace(reading, **{name: getattr(AS_GIVEN, name) for name in names}) for names in groups]
     return [one for one in lacking if one != reading]
