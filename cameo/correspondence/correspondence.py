@@ -17,7 +17,7 @@ from cameo.correspondence.matching import match_depth, match_features, match_poi
 from cameo.correspondence.track_matching import match_tracks
 from cameo.correspondence.tracks import PixelPairs, Tracks
 from cameo.errors import ShapeError
-from cameo.geometry.cameras import check_depth, warn_of_another_image_size
+from cameo.geometry.cameras import check_depth, check_image_size
 from cameo.geometry.grids import GridSize, TokenGrids, as_grid, grid_per_view
 from cameo.geometry.visibility import DEPTH_TOLERANCE, check_tolerance
 from cameo.renamed import KEYWORDS, old_attributes, old_fields, old_keywords
@@ -238,12 +238,12 @@ class Correspondence:
 
         Raises:
             ShapeError: a tensor has another shape.
-            ValueError: a camera is missing or unusable (see :func:`cameo.geometry.check_cameras`), or the token
-                grid or the tolerance is out of range.
+            ValueError: a camera is missing or unusable (see :func:`cameo.geometry.check_cameras`), its principal point
+                lies far outside the depth image, or the token grid or the tolerance is out of range.
         """
         check_depth(depth, intrinsics, extrinsics, check_values=check_values)
         if check_values:
-            warn_of_another_image_size(intrinsics, depth.shape[-2:], stacklevel=3)  # `old_keywords` is in between
+            check_image_size(intrinsics, depth.shape[-2:], stacklevel=3)  # `old_keywords` is in between
         check_tolerance(depth_tolerance)
         token_grids = grid_per_view(token_grid, depth.shape[1])
         index, distance = match_depth(depth, intrinsics, extrinsics, token_grids, depth_tolerance)

@@ -25,6 +25,9 @@ ROTATION_TOLERANCE = 1e-3
 # Intrinsics that are divided by the image size have a principal point below 1 and, for a field of view of at least 19
 # degrees, a focal length below 3. In pixels, no camera with more than one pixel has such values.
 NORMALIZED_FOCAL_LENGTH = 3.0
+# A crop whose principal point lies farther outside than this many of its own sides would be less than an eighth as wide as
+# a frame with the principal point in its middle: nobody cuts that out, and intrinsics of a larger image are common.
+FARTHEST_PRINCIPAL_POINT = 3.0
 # In the order of the checks in check_cameras: argument, fault, cure.
 CAMERA_FAULTS = (
     ("intrinsics", "non-finite values", "drop the view or repair its file"),
@@ -136,22 +139,43 @@ def _check_camera_values(k: Tensor, e: Tensor) -> None:
         raise ValueError(f"{name}: sample {sample}, view {view} has {what}. Cure: {cure}")
 
 
-def warn_of_another_image_size(intrinsics: Tensor, image_size: Sequence[int], *, stacklevel: int = 2) -> None:
-    """Warn if no principal point ``[B, V]`` lies inside the image ``(H, W)``; only a crop far off the center has none.
+def check_image_size(intrinsics: Tensor, image_size: Sequence[int], *, stacklevel: int | None = 2) -> None:
+    """Refuse or warn of intrinsics that are those of images of another size than ``(H, W)``.
 
-    `stacklevel` counts from the caller of this function.
+    They are refused if the principal point of a view lies farther outside than `FARTHEST_PRINCIPAL_POINT` image sides.
+    Those of a crop may lie outside as well, so a warning is given only where no view has its own inside.
 
     Example:
         >>> intrinsics = torch.tensor([[585.0, 0, 320], [0, 585, 240], [0, 0, 1]])  # of 480 x 640 pixels
-        >>> warn_of_another_image_size(intrinsics.expand(1, 2, 3, 3), (480, 640))
+        >>> check_image_size(intrinsics.expand(1, 2, 3, 3), (480, 640))
+
+    Args:
+        intrinsics: ``[B, V, 3, 3]`` in pixels; on a GPU the host waits for the check.
+        image_size: ``(H, W)``.
+        stacklevel: of the warning, counted from the caller of this function; None gives no warning.
+
+    Raises:
+        ValueError: a principal point lies too far outside; names the sample and the view.
     """
     height, width = image_size
-    x, y = intrinsics.detach()[..., 0, 2], intrinsics.detach()[..., 1, 2]
-    if x.numel() and bool(((x < 0) | (x > width) | (y < 0) | (y > height)).all()):
+    side = torch.tensor([width, height], dtype=torch.float32)
+    center = intrinsics.detach()[..., :2, 2].cpu().float() / side
+    if not center.numel():
+        return
+    outside = torch.maximum(-center, center - 1).amax(-1)
+    cure = "Cure: cameo.geometry.resize_intrinsics or crop_intrinsics, as the images were resized or cropped"
+    if (outside > FARTHEST_PRINCIPAL_POINT).any():
+        sample, view = (outside > FARTHEST_PRINCIPAL_POINT).nonzero()[0].tolist()
+        x, y = (center[sample, view] * side).tolist()
+        raise ValueError(
+            f"intrinsics: sample {sample}, view {view} has its principal point at x={x:.1f}, y={y:.1f}, far outside the "
+            f"image of {height} x {width} pixels, so they are of another image size. {cure}"
+        )
+    if stacklevel is not None and (outside > 0).all():
+        x, y = (center.flatten(0, -2)[0] * side).tolist()
         warnings.warn(
             f"intrinsics: every principal point lies outside the image of {height} x {width} pixels, that of the first "
-            f"view at x={x.flatten()[0].item():.1f}, y={y.flatten()[0].item():.1f}. They seem to be for another image "
-            "size. Cure: cameo.geometry.resize_intrinsics or crop_intrinsics, as the images were resized or cropped",
+            f"view at x={x:.1f}, y={y:.1f}. They seem to be for another image size. {cure}",
             stacklevel=stacklevel + 1,
         )
 

@@ -16,6 +16,7 @@ from cameo.geometry.cameras import (
     at_least_float32,
     check_cameras,
     check_depth,
+    check_image_size,
     check_matrices,
     full_precision,
     invert_extrinsics,
@@ -87,9 +88,11 @@ def unproject(depth: Tensor, intrinsics: Tensor, extrinsics: Tensor) -> Tensor:
         Point map ``[B, V, 3, H, W]`` in world coordinates.
 
     Raises:
-        ShapeError, ValueError: see :func:`check_cameras`.
+        ShapeError, ValueError: see :func:`check_cameras`; also if a principal point lies far outside the depth image.
     """
     check_depth(depth, intrinsics, extrinsics)
+    if intrinsics.device.type == "cpu":  # the host would wait for a GPU once more
+        check_image_size(intrinsics, depth.shape[-2:], stacklevel=None)
     depth = depth.to(at_least_float32(depth))
     height, width = depth.shape[-2:]
     measured = is_measured(depth)

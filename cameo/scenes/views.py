@@ -16,7 +16,7 @@ from cameo.correspondence import Correspondence
 from cameo.correspondence.tracks import Tracks
 from cameo.errors import DataError, ShapeError
 from cameo.geometry import check_cameras
-from cameo.geometry.cameras import warn_of_another_image_size
+from cameo.geometry.cameras import check_image_size
 
 __all__ = [
     "LazySource",
@@ -319,7 +319,7 @@ def check_sample(sample: MultiViewSample) -> None:
         )
     try:
         check_cameras(sample["intrinsics"][None], sample["extrinsics"][None])
-        warn_of_another_image_size(sample["intrinsics"][None], images.shape[-2:])
+        check_image_size(sample["intrinsics"][None], images.shape[-2:])
     except ValueError as error:
         raise DataError(f"sample {sample['key']}: {error}") from error
 

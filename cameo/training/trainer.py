@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from cameo.data import MultiViewDataset
+from cameo.inspection.at_start import warn_of_misfit
 from cameo.model import CameoModel
 from cameo.pipeline import LatentEncoder, MultiViewPipeline
 from cameo.processes.accelerator import log_pictures, make_accelerator, numbers_in, start_trackers
@@ -155,6 +156,7 @@ class Trainer:
             # A new run finds checkpoints here only where it was told to overwrite them.
             checkpoint.prune_checkpoints(self.output_dir, None if config.resume_from_checkpoint else 0)
             save_config(config, self.output_dir / "config.yaml")
+            warn_of_misfit(self.dataset.source)
             self.metrics.keep_until(self.step)
             self.validations.keep_until(self.step)
         start_trackers(accelerator, config)

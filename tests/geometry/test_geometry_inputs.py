@@ -83,6 +83,43 @@ def test_wrong_sizes_and_cuts_are_named(change, message):
         change(torch.eye(3))
 
 
+def test_a_principal_point_far_outside_the_image_is_refused():
+    extrinsics = torch.eye(4).expand(1, 2, 4, 4)
+    depth = torch.full((1, 2, 1, 8, 16), 2.0)
+    right = torch.tensor([[8.0, 0, 8], [0, 8, 4], [0, 0, 1]]).expand(1, 1, 3, 3)
+    for row, center, place in ((0, 65.0, "x=65.0, y=4.0"), (0, -49.0, "x=-49.0, y=4.0"), (1, 33.0, "x=8.0, y=33.0")):
+        wrong = right.clone()
+        wrong[..., row, 2] = center  # more than three widths of 16, or heights of 8, beyond the border
+        both = torch.cat([right, wrong], dim=1)
+        message = f"intrinsics: sample 0, view 1 has its principal point at {place}, far outside the image of 8 x 16"
+        with pytest.raises(ValueError, match=message):
+            Correspondence.from_depth(depth, both, extrinsics, token_grid=2)
+        with pytest.raises(ValueError, match=message):
+            unproject(depth, both, extrinsics)
+        wrong[..., row, 2] -= 2 if center > 0 else -2  # a crop may have it so far outside
+        both = torch.cat([right, wrong], dim=1)
+        with warnings.catch_warnings(action="error"):
+            Correspondence.from_depth(depth, both, extrinsics, token_grid=2)
+            unproject(depth, both, extrinsics)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda k: k / torch.tensor([[8.0], [8.0], [1.0]]), r"normalized values.*multiply the first row by the width"),
+        (lambda k: k * 2, r"a last row other than 0 0 1"),
+        (lambda k: k.mT.contiguous(), r"a last row other than 0 0 1"),
+    ],
+)
+def test_matrices_that_are_no_intrinsics_are_refused(change, message):
+    intrinsics = change(torch.tensor([[8.0, 0, 4], [0, 8, 4], [0, 0, 1]])).expand(1, 2, 3, 3)
+    extrinsics, depth = torch.eye(4).expand(1, 2, 4, 4), torch.full((1, 2, 1, 8, 8), 2.0)
+    with pytest.raises(ValueError, match=message):
+        Correspondence.from_depth(depth, intrinsics, extrinsics, token_grid=2)
+    with pytest.raises(ValueError, match=message):
+        unproject(depth, intrinsics, extrinsics)
+
+
 def test_intrinsics_of_another_image_size_are_noticed():
     extrinsics = torch.eye(4).expand(1, 1, 4, 4)
     depth = torch.full((1, 1, 1, 8, 8), 2.0)
