@@ -20,7 +20,7 @@ from cameo.attention.capture import AttentionLayer, captured_call
 from cameo.attention.kernel_calls import CallWatcher
 from cameo.attention.kernels.known import Kernel
 from cameo.attention.layout import TokenLayout
-from cameo.attention.pattern import Pattern
+from cameo.attention.layouts.pattern import Pattern
 from cameo.attention.watched_layers import WatchedLayers
 from cameo.errors import CaptureError
 from cameo.geometry.grids import TokenGrids

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cameo.attention.capture import AttentionLayer, CapturedAttention, several_calls
 from cameo.attention.kernels.call import kept_tokens
-from cameo.attention.open_segment import lengths_of_rows
+from cameo.attention.layouts.open_segment import lengths_of_rows
 from cameo.errors import CaptureError, ShapeError
 from cameo.geometry.grids import TokenGrids
 
