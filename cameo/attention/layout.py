@@ -204,8 +204,8 @@ class TokenLayout:
         return REACH[self._key.folded]
 
     @old_keywords
-    def refusal(self, normalize: str, num_views: int | None = None) -> str | None:
-        """Return why this attention cannot be supervised with this `normalize`, or None if it can.
+    def refusal(self, normalize: str, num_views: int | None = None, reduction: str = "mean") -> str | None:
+        """Return why this attention cannot be supervised with these options of the loss, or None if it can.
 
         Example:
             >>> TokenLayout("(b h w) v").refusal("per_view")
@@ -215,7 +215,7 @@ class TokenLayout:
         """
         if normalize not in NORMALIZATIONS:
             raise unknown_name("normalize", normalize, NORMALIZATIONS)
-        return self.view_order.unsupervised(self.reach, normalize, num_views)
+        return self.view_order.unsupervised(self.reach, normalize, num_views, reduction)
 
     @old_keywords
     def shape(self, of: str, *, batch: int, token_grids: TokenGrids) -> tuple[int, int]:

@@ -91,8 +91,12 @@ class ViewOrder:
                 "queries and keys"
             )
 
-    def unsupervised(self, reach: str, normalize: str, num_views: int | None) -> str | None:
+    def unsupervised(self, reach: str, normalize: str, num_views: int | None, reduction: str) -> str | None:
         """Return why the attention cannot be supervised, as `TokenLayout.refusal`, or None if it can."""
+        if reduction == "released" and (self.group_count or self.group_size):
+            return (
+                'reduction="released" averages reference and target views apart, and here other views are; use "mean"'
+            )
         if self.reference_keys and reach == "cell":
             return "a query reaches one token of each reference view, so a softmax per view is constant"
         if self.reference_keys and normalize == "all_views":
@@ -191,7 +195,9 @@ class ViewOrder:
         return sample // len(samples), int(samples[sample % len(samples), view])
 
     def num_references(self, num_reference_views: int) -> int:
-        """Return how many of the first views of the folded form are reference views."""
+        """Return how many of the first views of the folded form, in its first sample, are reference views."""
+        if self.group_size is not None:
+            return min(1, num_reference_views)  # of the first frame
         if self.own_view_shows is not None:
             return int(self.own_view_shows < num_reference_views)
         return max(0, num_reference_views - self.removed)
