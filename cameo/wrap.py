@@ -136,8 +136,8 @@ def wrap(
     config.layers, layouts = find(unwrap_peft(model), config, wanted, layout)
     if normalize is None:
         normalize = ["all_views" if layout.reach == "cell" else "per_view" for layout in layouts]
-    alike = isinstance(normalize, str) or len(set(normalize)) == 1
-    config.normalize = (normalize if isinstance(normalize, str) else normalize[0]) if alike else list(normalize)
+    each = [normalize] * len(layouts) if isinstance(normalize, str) else list(normalize)
+    config.normalize = each[0] if len(each) == len(layouts) and len(set(each)) == 1 else each
     if len(set(config.layers)) != len(config.layers):
         raise ValueError(f"layer: the same layer is named twice in {wanted}")
     return attach(model, config, implementation=implementation, gelu=gelu)

@@ -223,7 +223,7 @@ def captured_call(layer: AttentionLayer, watcher: LayerWatcher) -> CapturedAtten
     if not calls:
         return None
     if len(calls) > 1 and layer.kernel_call is None:
-        joined = join_samples(calls)
+        joined = join_samples(calls, layer.heads)
         if joined is None:
             raise several_calls(layer.path, len(calls), calls)
         return _per_head(layer, joined, samples=len(calls))
@@ -242,7 +242,8 @@ def several_calls(path: str, count: int, calls: Iterable[KernelCall] = ()) -> Ca
         f"layer {path!r} called the attention kernel {count} times in one forward of the module"
         + (f", with queries x keys {shapes}" if shapes else "")
         + "; which to supervise is not defined. Pass kernel_call= to cameo.wrap, counted from 0, or point layer= at "
-        "the submodule that makes the cross-view call."
+        "the submodule that makes the cross-view call. If each call is for one sample, they are joined where there is "
+        "one for each sample of the correspondence, and all have the same heads and scale."
     )
 
 

@@ -47,7 +47,10 @@ def split_call(
         query = layer.layout.split_query(seen.query, batch=batch, token_grids=grids, lengths=query_lengths)
         key = layer.layout.split_key(seen.key, batch=batch, token_grids=grids, lengths=key_lengths)
     except ShapeError as error:
-        error.args = (f"layer {layer.path!r} with {layer.layout!r}: {error}",)
+        cure = ""
+        if layer.kernel_call is not None and seen.query.shape[0] == 1 < batch:
+            cure = ". If the module calls its kernel once for each sample, leave kernel_call= out: they are joined"
+        error.args = (f"layer {layer.path!r} with {layer.layout!r}: {error}{cure}",)
         raise
     visible = visible_tokens(layer, seen, batch=batch, token_grids=grids)
     local, visible = without_hidden_matches(layer.layout.localize(match), visible, normalize)
