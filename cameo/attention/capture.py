@@ -226,13 +226,13 @@ def captured_call(layer: AttentionLayer, watcher: LayerWatcher) -> CapturedAtten
         joined = join_samples(calls, layer.heads)
         if joined is None:
             raise several_calls(layer.path, len(calls), calls)
-        return _per_head(layer, joined, samples=len(calls))
+        return per_head(layer, joined, samples=len(calls))
     if layer.kernel_call is not None and not 0 <= layer.kernel_call < len(calls):
         raise CaptureError(
             f"layer {layer.path!r} called the attention kernel {len(calls)} times in one forward of the module, "
             f"so there is no kernel_call={layer.kernel_call}; it counts from 0"
         )
-    return _per_head(layer, calls[layer.kernel_call or 0])
+    return per_head(layer, calls[layer.kernel_call or 0])
 
 
 def several_calls(path: str, count: int, calls: Iterable[KernelCall] = ()) -> CaptureError:
@@ -247,7 +247,12 @@ def several_calls(path: str, count: int, calls: Iterable[KernelCall] = ()) -> Ca
     )
 
 
-def _per_head(layer: AttentionLayer, call: KernelCall, samples: int | None = None) -> CapturedAttention:
+def per_head(layer: AttentionLayer, call: KernelCall, samples: int | None = None) -> CapturedAttention:
+    """Bring queries, keys and mask of a call to `[A, K, ...]`, keys repeated where heads share them.
+
+    Raises:
+        CaptureError: the number of heads is another than the layer's.
+    """
     query, key = (_heads_apart(layer, tensor) for tensor in (call.query, call.key))
     if query.ndim == 4 == key.ndim and 0 < key.shape[1] < layer.heads and layer.heads % key.shape[1] == 0:
         key = key.repeat_interleave(layer.heads // key.shape[1], dim=1)  # grouped queries share keys
