@@ -161,13 +161,14 @@ def tagged(case: Case, of: str) -> tuple[Tensor, dict[int, Token]]:
     return tensor, names
 
 
-def every_match(case: Case, shift: int) -> Correspondence:
-    """Each token of each view matches one token of each other view."""
+def every_match(case: Case, seed: int) -> Correspondence:
+    """Each token of each view matches some token of each other view."""
+    generator = torch.Generator().manual_seed(seed)
     longest = max(h * w for h, w in case.grids)
     index = torch.full((B, case.views, case.views, longest), -1)
     for i, j in itertools.permutations(range(case.views), 2):
         count, other = (case.grids[v][0] * case.grids[v][1] for v in (i, j))
-        index[:, i, j, :count] = (torch.arange(count) + shift) % other
+        index[:, i, j, :count] = torch.randint(other, (B, count), generator=generator)
     return Correspondence(index, case.grids)
 
 
@@ -187,9 +188,9 @@ def supervised(case: Case, match: Correspondence) -> set[tuple[Token, Token]]:
 
 
 @every_case
-@pytest.mark.parametrize("shift", [0, 1, W])
-def test_the_supervised_pairs_are_those_that_meet(case: Case, shift: int) -> None:
-    match = every_match(case, shift)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_supervised_pairs_are_those_that_meet(case: Case, seed: int) -> None:
+    match = every_match(case, seed)
     expected = set()
     for b, i, j, x in match.matched.nonzero().tolist():
         y = int(match.index[b, i, j, x])
@@ -197,7 +198,7 @@ def test_the_supervised_pairs_are_those_that_meet(case: Case, shift: int) -> Non
         if case.sees(i, j) and reached:
             expected.add(((b, i, x), (b, j, y)))
     assert supervised(case, match) == expected
-    assert expected or case.same_cell or case.same_row
+    assert expected
 
 
 @every_case
@@ -289,4 +290,3 @@ def test_numbers_of_views_that_do_not_fit() -> None:
 )
 def test_where_nothing_is_left_to_supervise(layout: TokenLayout, options: dict[str, object], message: str) -> None:
     assert message in str(layout.refusal(**options))  # type: ignore[arg-type]
-    assert layout.refusal("all_views" if layout.reach == "cell" else "per_view", 9) is None or layout.reach == "cell"
