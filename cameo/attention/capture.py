@@ -259,7 +259,7 @@ def per_head(layer: AttentionLayer, call: KernelCall, samples: int | None = None
     if query.ndim != 4 or query.shape[1] != layer.heads or key.shape[1] != layer.heads:
         raise CaptureError(
             f"layer {layer.path!r}: expected queries and keys with {layer.heads} heads, got "
-            f"{list(query.shape)} and {list(key.shape)} for [AB, K, L, D]"
+            f"{list(query.shape)} and {list(key.shape)} for [AB, K, L, D]; pass heads= to cameo.wrap"
         )
     mask = call.mask
     if mask is not None and mask.ndim > 2 and mask.shape[:-2] == call.query.shape[:-2]:
@@ -275,7 +275,8 @@ def _heads_apart(layer: AttentionLayer, tensor: Tensor) -> Tensor:
     if tensor.ndim == 3:
         if tensor.shape[0] % layer.heads:
             raise CaptureError(
-                f"layer {layer.path!r}: {tensor.shape[0]} attention rows do not divide into {layer.heads} heads"
+                f"layer {layer.path!r}: {tensor.shape[0]} attention rows do not divide into {layer.heads} heads; pass "
+                "heads= to cameo.wrap"
             )
         return rearrange(tensor, "(a k) l d -> a k l d", k=layer.heads)
     if tensor.ndim == 5:

@@ -106,7 +106,8 @@ def visible_tokens(
         if not layout.folds_nothing:
             raise CaptureError(
                 f"layer {layer.path!r} with {layout!r} hides other keys from each query; that can be read where "
-                "samples alone are in the batch part of the layout"
+                "samples alone are in the batch part of the layout. Mask whole keys of a row only, or supervise a layer "
+                'that attends as "b (v h w)"'
             )
         of_keys = split_keys(hidden)
         views, tokens = of_keys.shape[2:4]
@@ -173,7 +174,7 @@ def _check_bias(layer: AttentionLayer, seen: CapturedAttention, split_keys: Call
             return
     raise CaptureError(
         f"layer {layer.path!r} adds a bias to its attention that does not only hide tokens; its logits are more than a "
-        "multiple of q.k and cannot be supervised"
+        "multiple of q.k and cannot be supervised. Switch that off in the model, or supervise a layer without it"
     )
 
 
@@ -184,7 +185,10 @@ def _per_row(layer: AttentionLayer, seen: CapturedAttention) -> Tensor:
     kept = kept[(None,) * (4 - kept.ndim)]
     if kept.shape[1] > 1:
         if not bool((kept == kept[:, :1]).all()):
-            raise CaptureError(f"layer {layer.path!r} hides other keys in each head, which cannot be supervised")
+            raise CaptureError(
+                f"layer {layer.path!r} hides other keys in each head, which cannot be supervised; use one mask for all "
+                "heads, or supervise another layer"
+            )
         kept = kept[:, :1]
     if kept.shape[2] > 1 and bool((kept == kept[:, :, :1]).all()):
         kept = kept[:, :, :1]

@@ -6,6 +6,7 @@ from cameo.lazy import load_on_use
 
 if TYPE_CHECKING:
     from cameo.correspondence.correspondence import DEPTH_TOLERANCE, Correspondence, GridSize
+    from cameo.correspondence.frames import latent_frames, merge_views
 else:
     __getattr__, __dir__ = load_on_use(
         __name__,
@@ -13,6 +14,8 @@ else:
             "DEPTH_TOLERANCE": "cameo.correspondence.correspondence",
             "Correspondence": "cameo.correspondence.correspondence",
             "GridSize": "cameo.correspondence.correspondence",
+            "latent_frames": "cameo.correspondence.frames",
+            "merge_views": "cameo.correspondence.frames",
         },
     )
 
@@ -20,4 +23,6 @@ __all__ = [
     "DEPTH_TOLERANCE",
     "Correspondence",
     "GridSize",
+    "latent_frames",
+    "merge_views",
 ]
