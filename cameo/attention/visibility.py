@@ -106,8 +106,8 @@ def visible_tokens(
         if not layout.folds_nothing:
             raise CaptureError(
                 f"layer {layer.path!r} with {layout!r} hides other keys from each query; that can be read where "
-                "samples alone are in the batch part of the layout. Mask whole keys of a row only, or supervise a layer "
-                'that attends as "b (v h w)"'
+                "samples alone are in the batch part of the layout. Hide the same keys from all queries of a row, or "
+                'supervise a layer that attends as "b (v h w)"'
             )
         of_keys = split_keys(hidden)
         views, tokens = of_keys.shape[2:4]
