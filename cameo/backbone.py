@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import nn
 
 from cameo.attention.capture import AttentionLayer
+from cameo.attention.kernel_inputs import KernelInputs
 from cameo.attention.layout import TokenLayout
 from cameo.config import CameoConfig
 from cameo.errors import as_integer, unknown_name
@@ -350,10 +351,9 @@ def resolve_layers(core: nn.Module, config: CameoConfig) -> list[AttentionLayer]
             return [replace(layer, layout=adapter.former_layout(layer)) for layer in layers]
         recorded = zip(layers, config.layouts, strict=True)
         return [replace(layer, layout=TokenLayout(**layout)) for layer, layout in recorded]
-    assert config.layout is not None
-    layout = TokenLayout(**config.layout)
+    kernel_inputs = None if config.kernel_inputs is None else KernelInputs.from_mapping(config.kernel_inputs)
     layers = []
-    for index, path in enumerate(config.layers):
+    for index, (path, layout) in enumerate(zip(config.layers, _described_layouts(config), strict=True)):
         module = core.get_submodule(path)
         counts = [getattr(module, name, None) for name in ("heads", "num_heads")]
         of_module = next((count for count in counts if isinstance(count, int)), None)
@@ -362,5 +362,24 @@ def resolve_layers(core: nn.Module, config: CameoConfig) -> list[AttentionLayer]
             raise ValueError(f"layer {path!r}: the number of attention heads is not known; pass heads= to cameo.wrap")
         if of_module is not None and heads != of_module:
             raise ValueError(f"heads: layer {path!r} has {of_module} attention heads, got {heads}; leave heads= out")
-        layers.append(AttentionLayer(index, path, heads, layout, stride=config.stride, kernel_call=config.kernel_call))
+        if kernel_inputs is not None:
+            kernel_inputs.check(path, module)
+        layers.append(
+            AttentionLayer(
+                index,
+                path,
+                heads,
+                layout,
+                stride=config.stride,
+                kernel_call=config.kernel_call,
+                kernel_inputs=kernel_inputs,
+            )
+        )
     return layers
+
+
+def _described_layouts(config: CameoConfig) -> list[TokenLayout]:
+    """The layout of each layer of a model without an adapter."""
+    given = config.layouts if config.layout is None else [config.layout] * len(config.layers)
+    assert given is not None  # which `CameoConfig.check` made sure of
+    return [TokenLayout(**layout) for layout in given]

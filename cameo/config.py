@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from types import UnionType
 from typing import Any
 
 from cameo.errors import DataError, as_integer, unknown_name
@@ -29,11 +30,14 @@ class CameoConfig:
         layers: dotted module paths of the supervised layers.
         head: keyword arguments of `AlignmentHead` but the number of heads.
         weight: factor of the alignment loss in the training loss.
-        normalize, reduction, num_reference_views, softness: see `cameo.alignment_loss`.
-        layout: keyword arguments of `TokenLayout`; only without a backbone.
-        layouts: with a backbone, the same for each of `layers`, as its adapter gave them when the model was wrapped; a
-            model that is loaded keeps them. None: those of releases that did not record them.
+        normalize: see `cameo.alignment_loss`; a list has one for each of `layers`.
+        reduction, num_reference_views, softness: see `cameo.alignment_loss`.
+        layout: keyword arguments of `TokenLayout`, of all layers; only without a backbone.
+        layouts: the same for each of `layers`. With a backbone, as its adapter gave them when the model was wrapped; a
+            model that is loaded keeps them, None: those of releases that did not record them. Without a backbone, where
+            the layers have different ones; `layout` is then None.
         heads, stride, kernel_call: see `cameo.wrap`; only without a backbone.
+        kernel_inputs: keyword arguments of `cameo.attention.KernelInputs`, see `cameo.wrap`; only without a backbone.
         inflate: whether the supervised layers saw one view each before CAMEO joined the views in them; loading
             joins them again.
         position: map of positions that the adapter adds to the first features of the denoiser, "none" or a name that
@@ -50,7 +54,7 @@ class CameoConfig:
     layers: list[str]
     head: dict[str, Any] = field(default_factory=lambda: {"kind": "mlp"})
     weight: float = 0.02
-    normalize: str = "per_view"
+    normalize: str | list[str] = "per_view"
     reduction: str = "mean"
     num_reference_views: int | None = None
     softness: float = 0.0
@@ -59,6 +63,7 @@ class CameoConfig:
     heads: int | None = None
     stride: int | None = None
     kernel_call: int | None = None
+    kernel_inputs: dict[str, Any] | None = None
     inflate: bool = False
     position: str = "none"
     own_view: bool = False
@@ -98,20 +103,35 @@ class CameoConfig:
             )
         if not all(isinstance(path, str) for path in self.layers):
             raise ValueError(f"layers: expected a list of module paths, got {self.layers!r}")
+        if isinstance(self.normalize, list) and len(self.normalize) != len(self.layers):
+            raise ValueError(f"normalize: expected one for each of the layers {self.layers}, got {self.normalize}")
         if self.layouts is not None:
             fits = isinstance(self.layouts, list) and all(isinstance(layout, dict) for layout in self.layouts)
-            if self.backbone is None or not fits or len(self.layouts) != len(self.layers):
+            if not fits or len(self.layouts) != len(self.layers):
                 raise ValueError(
-                    f"layouts: expected None, or of a backbone a mapping for each of the layers {self.layers}, got "
-                    f"{self.layouts!r}"
+                    f"layouts: expected None, or a mapping for each of the layers {self.layers}, got {self.layouts!r}"
                 )
+        if self.backbone is None and (self.layout is None) == (self.layouts is None):
+            raise ValueError(
+                "layout: without a backbone expected either layout, of all layers, or layouts, one of each, got "
+                f"{'neither' if self.layout is None else 'both'}"
+            )
         if self.backbone is not None:
-            for name in ("layout", "heads", "stride", "kernel_call"):
+            for name in ("layout", "heads", "stride", "kernel_call", "kernel_inputs"):
                 if getattr(self, name) is not None:
                     raise ValueError(
                         f"{name}: describes a model without an adapter, but backbone {self.backbone!r} knows it; got "
                         f"{getattr(self, name)!r}. Leave one of them out"
                     )
+
+    def normalize_of_layers(self) -> list[str]:
+        """Return `normalize` of each layer.
+
+        Example:
+            >>> CameoConfig("cat3d", ["mid_block.attentions.0", "up_blocks.1.attentions.0"]).normalize_of_layers()
+            ['per_view', 'per_view']
+        """
+        return [self.normalize] * len(self.layers) if isinstance(self.normalize, str) else list(self.normalize)
 
     def save(self, folder: str | Path) -> Path:
         """Write `cameo_config.json` into `folder` (temporary name, then rename) and return its path."""
@@ -166,13 +186,14 @@ class CameoConfig:
 
 
 # Type of each setting that is not a number, and whether it may be None.
-TYPES: dict[str, tuple[type, bool]] = {
+TYPES: dict[str, tuple[type | UnionType, bool]] = {
     "backbone": (str, True),
     "layers": (list, False),
     "head": (dict, False),
-    "normalize": (str, False),
+    "normalize": (str | list, False),
     "reduction": (str, False),
     "layout": (dict, True),
+    "kernel_inputs": (dict, True),
     "inflate": (bool, False),
     "position": (str, False),
     "own_view": (bool, False),
@@ -182,8 +203,9 @@ TYPES: dict[str, tuple[type, bool]] = {
     "training": (dict, False),
     "cameo_version": (str, False),
 }
-NAMES_OF_TYPES = {
+NAMES_OF_TYPES: dict[type | UnionType, str] = {
     str: "text",
+    str | list: "text, or a list with one for each layer",
     list: "a list of module paths",
     dict: "a mapping of names to values",
     bool: "True or False",

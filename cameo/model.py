@@ -79,22 +79,22 @@ class CameoModel(nn.Module):
         super().__init__()
         config.check()
         check_head_options(config.head)
-        check_options(config.normalize, config.reduction, config.softness, implementation, gelu)
+        for normalize in config.normalize_of_layers():
+            check_options(normalize, config.reduction, config.softness, implementation, gelu)
         self.implementation, self.gelu = implementation, gelu
         self.base_model = base_model
         self.cameo_config = config
         self._supervised = resolve_layers(unwrap_peft(base_model), config)
-        config.layouts = [layer.layout.to_dict() for layer in self._supervised] if config.backbone else None
+        if config.backbone is not None:
+            config.layouts = [layer.layout.to_dict() for layer in self._supervised]
         parameter = next(base_model.parameters(), None)
         device = parameter.device if parameter is not None else None
         self.alignment_heads = nn.ModuleList(
             AlignmentHead(layer.heads, **config.head).to(device) for layer in self._supervised
         )
-        for layer in self._supervised:
-            if reason := layer.layout.refusal(config.normalize):
-                raise ValueError(
-                    f"layer {layer.path!r} cannot be supervised with normalize={config.normalize!r}: {reason}"
-                )
+        for layer, normalize in zip(self._supervised, config.normalize_of_layers(), strict=True):
+            if reason := layer.layout.refusal(normalize, reduction=config.reduction):
+                raise ValueError(f"layer {layer.path!r} cannot be supervised with normalize={normalize!r}: {reason}")
         if config.backbone is not None and config.inflate:  # last, so that a model that is refused stays as it was
             for layer in self._supervised:
                 get_backbone(config.backbone).inflate(unwrap_peft(base_model), layer.path)
@@ -140,9 +140,12 @@ class CameoModel(nn.Module):
         with looking if trains and self.check_unseen else nullcontext(), self.capture() as captured:
             output = self.base_model(*args, **kwargs)
         losses, counts = [], []
-        for layer, head, match in zip(self._supervised, self.alignment_heads, matches, strict=True):
+        each = zip(
+            self._supervised, self.alignment_heads, matches, self.cameo_config.normalize_of_layers(), strict=True
+        )
+        for layer, head, match, normalize in each:
             assert isinstance(head, AlignmentHead)
-            loss, count = self._layer_loss(layer, captured.take(layer.path), match, head)
+            loss, count = self._layer_loss(layer, captured.take(layer.path), match, head, normalize)
             losses.append(loss)
             counts.append(count)
         self._alignment_loss = torch.stack(losses).mean()
@@ -152,19 +155,17 @@ class CameoModel(nn.Module):
         return output
 
     def _layer_loss(
-        self, layer: AttentionLayer, seen: CapturedAttention, match: Correspondence, head: AlignmentHead
+        self, layer: AttentionLayer, seen: CapturedAttention, match: Correspondence, head: AlignmentHead, normalize: str
     ) -> tuple[Tensor, Tensor]:
         """Alignment loss of one layer, and the number of its matches."""
         if self.training and torch.is_grad_enabled():
             seen.check_graph(layer.path)
-        query, key, local, visible = split_call(layer, seen, match, self.cameo_config.normalize)
+        query, key, local, visible = split_call(layer, seen, match, normalize)
         references = self.cameo_config.num_reference_views
-        if references is not None and references > match.num_views:
-            raise ValueError(
-                f"num_reference_views: expected at most {match.num_views}, the views of the correspondence, got "
-                f"{references}"
-            )
         if references is not None:
+            if references > match.num_views:
+                views = f"{match.num_views}, the views of the correspondence"
+                raise ValueError(f"num_reference_views: expected at most {views}, got {references}")
             references = layer.layout.view_order.num_references(references)
         loss = alignment_loss(
             query,
@@ -172,7 +173,7 @@ class CameoModel(nn.Module):
             local,
             head,
             scale=seen.scale,
-            normalize=self.cameo_config.normalize,
+            normalize=normalize,
             reduction=self.cameo_config.reduction,
             num_reference_views=references,
             visible=visible,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from cameo.attention.kernel_inputs import KernelInputs
 from cameo.attention.layout import TokenLayout
 from cameo.backbone import backbones, find_layer, get_backbone, unwrap_peft
 from cameo.config import CameoConfig
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 
 __all__ = ["CameoModel", "attach", "wrap"]
 
+Layouts = TokenLayout | str | Sequence[TokenLayout | str] | None
+Found = tuple[list[str], list[TokenLayout]]
+
 
 @old_keywords
 def wrap(
@@ -32,13 +36,14 @@ def wrap(
     probe: LayerProbe | None = None,
     head: str | Mapping[str, Any] = "mlp",
     weight: float = CameoConfig.weight,
-    layout: TokenLayout | str | None = None,
-    normalize: str | None = None,
+    layout: Layouts = None,
+    normalize: str | Sequence[str] | None = None,
     reduction: str = CameoConfig.reduction,
     num_reference_views: int | None = None,
     heads: int | None = None,
     stride: int | None = None,
     kernel_call: int | None = None,
+    kernel_inputs: KernelInputs | Mapping[str, Any] | None = None,
     inflate: bool = False,
     own_view: bool = False,
     softness: float = CameoConfig.softness,
@@ -70,15 +75,18 @@ def wrap(
         head: `"mlp"`, `"mean"`, `"none"`, or the keyword arguments of `AlignmentHead`, as
             `{"kind": "mlp", "depth": 2}`.
         weight: factor of the alignment loss; kept as `model.weight` for the caller's training loop.
-        layout: token layout of the layers, for a model without an adapter; `CameoModel.check_layout` checks it.
-        normalize: see `cameo.alignment_loss`; None is "per_view", or "all_views" if the layers let a query see
-            one token per view.
+        layout: token layout of the layers, or a list with one for each, for a model without an adapter;
+            `CameoModel.check_layout` checks it.
+        normalize: see `cameo.alignment_loss`, or a list with one for each layer; None is "per_view", and "all_views"
+            for layers that let a query see one token per view.
         reduction, num_reference_views: see `cameo.alignment_loss`.
         heads: attention heads, for a model without an adapter whose attention module has no
             `heads`/`num_heads`.
         stride: image pixels per token side, for a model without an adapter; only `token_grid` needs it.
         kernel_call: which call of the attention kernel mixes the views, counted from 0, for a model without an
             adapter whose attention module calls it several times.
+        kernel_inputs: where the queries and keys are found in the layers of a model without an adapter that attends by
+            a kernel which `cameo` does not know, see `cameo.attention.KernelInputs`; or its arguments as a mapping.
         softness: see `cameo.alignment_loss`.
         implementation, gelu: see `cameo.alignment_loss`; kept as `model.implementation` and `model.gelu`, not saved.
         inflate: let layers that see one view each attend across views, and supervise those. The weights stay,
@@ -101,19 +109,21 @@ def wrap(
     layer = layer if choice is None else choice["layer"]
     if not isinstance(head, str | Mapping):
         raise TypeError(f"head: expected its kind or the keyword arguments of AlignmentHead, got {head!r}")
-    if not isinstance(layout, str | TokenLayout | None):
-        raise TypeError(f"layout: expected a cameo.TokenLayout or a pattern such as 'b (v h w)', got {layout!r}")
+    if not isinstance(kernel_inputs, KernelInputs | Mapping | None):
+        raise TypeError(f"kernel_inputs: expected a KernelInputs or its keyword arguments, got {kernel_inputs!r}")
+    if isinstance(kernel_inputs, Mapping):
+        kernel_inputs = KernelInputs.from_mapping(kernel_inputs)
     config = CameoConfig(
         backbone=backbone,
         layers=[],
         head={"kind": head} if isinstance(head, str) else dict(head),
         weight=weight,
-        normalize=normalize or "per_view",
         reduction=reduction,
         num_reference_views=num_reference_views,
         heads=heads,
         stride=stride,
         kernel_call=kernel_call,
+        kernel_inputs=None if kernel_inputs is None else kernel_inputs.to_dict(),
         inflate=inflate,
         own_view=own_view,
         softness=softness,
@@ -124,17 +134,17 @@ def wrap(
         raise ValueError("layer: got an empty list; name at least one layer, or None for the backbone's default")
     find = _layers_of_description if backbone is None else _layers_of_backbone
     config.layers, layouts = find(unwrap_peft(model), config, wanted, layout)
-    if normalize is None and all(layout.reach == "cell" for layout in layouts):
-        config.normalize = "all_views"
+    if normalize is None:
+        normalize = ["all_views" if layout.reach == "cell" else "per_view" for layout in layouts]
+    each = [normalize] * len(layouts) if isinstance(normalize, str) else list(normalize)
+    config.normalize = each[0] if len(each) == len(layouts) and len(set(each)) == 1 else each
     if len(set(config.layers)) != len(config.layers):
         raise ValueError(f"layer: the same layer is named twice in {wanted}")
     return attach(model, config, implementation=implementation, gelu=gelu)
 
 
-def _layers_of_description(
-    core: nn.Module, config: CameoConfig, wanted: Sequence[int | str], layout: TokenLayout | str | None
-) -> tuple[list[str], list[TokenLayout]]:
-    """Check the layers of a model without an adapter; returns their paths and layouts, and notes the layout."""
+def _layers_of_description(core: nn.Module, config: CameoConfig, wanted: Sequence[int | str], layout: Layouts) -> Found:
+    """Check the layers of a model without an adapter; returns their paths and layouts, and notes the layouts."""
     if not wanted or layout is None:
         raise ValueError(
             "backbone=None needs layer= (a module path) and layout= (for example 'b (v h w)'); "
@@ -147,19 +157,33 @@ def _layers_of_description(
             "own_view=True needs an adapter that knows which layers; without one say it in the layout, "
             'layout=TokenLayout("(b v) (h w)", own_view_shows=0)'
         )
-    layout = TokenLayout(layout) if isinstance(layout, str) else layout
-    config.layout = layout.to_dict()
-    return [_module_path(core, path) for path in wanted], [layout]
+    layouts = _layouts(layout, len(wanted))
+    if len(set(layouts)) == 1:
+        config.layout = layouts[0].to_dict()
+    else:
+        config.layouts = [one.to_dict() for one in layouts]
+    return [_module_path(core, path) for path in wanted], layouts
 
 
-def _layers_of_backbone(
-    core: nn.Module, config: CameoConfig, wanted: Sequence[int | str], layout: TokenLayout | str | None
-) -> tuple[list[str], list[TokenLayout]]:
+def _layouts(given: object, count: int) -> list[TokenLayout]:
+    """Return the layout of each of so many layers."""
+    layouts: list[TokenLayout] = []
+    for layout in given if isinstance(given, list | tuple) else [given] * count:
+        if not isinstance(layout, str | TokenLayout):
+            raise TypeError(f"layout: expected a cameo.TokenLayout or a pattern such as 'b (v h w)', got {layout!r}")
+        layouts.append(TokenLayout(layout) if isinstance(layout, str) else layout)
+    if len(layouts) != count:
+        raise ValueError(f"layout: expected one for all layers or one for each of {count}, got {len(layouts)}")
+    return layouts
+
+
+def _layers_of_backbone(core: nn.Module, config: CameoConfig, wanted: Sequence[int | str], layout: Layouts) -> Found:
     """Find layers by an adapter; returns their paths and layouts."""
     backbone = str(config.backbone)
-    if not layout is config.heads is config.stride is config.kernel_call is None:
+    if not layout is config.heads is config.stride is config.kernel_call is config.kernel_inputs is None:
         raise ValueError(
-            f"layout=, heads=, stride= and kernel_call= describe a model without an adapter; {backbone!r} knows them"
+            "layout=, heads=, stride=, kernel_inputs= and kernel_call= describe a model without an adapter; "
+            f"{backbone!r} knows them"
         )
     adapter = get_backbone(backbone)
     if not adapter.recognizes(core):

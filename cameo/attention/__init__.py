@@ -6,6 +6,7 @@ from cameo.lazy import load_on_use
 
 if TYPE_CHECKING:
     from cameo.attention.capture import AttentionCapture, AttentionLayer
+    from cameo.attention.kernel_inputs import KernelInputs
     from cameo.attention.layout import TokenLayout
 else:
     __getattr__, __dir__ = load_on_use(
@@ -13,6 +14,7 @@ else:
         {
             "AttentionCapture": "cameo.attention.capture",
             "AttentionLayer": "cameo.attention.capture",
+            "KernelInputs": "cameo.attention.kernel_inputs",
             "TokenLayout": "cameo.attention.layout",
         },
     )
@@ -20,5 +22,6 @@ else:
 __all__ = [
     "AttentionCapture",
     "AttentionLayer",
+    "KernelInputs",
     "TokenLayout",
 ]

@@ -8,16 +8,19 @@ checkpointing nor a deepcopy finds a hook.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from einops import rearrange
 from torch import Tensor, nn
 
 from cameo.attention.kernel_calls import CallWatcher
+from cameo.attention.kernel_inputs import InputsWatcher, KernelInputs
 from cameo.attention.kernels.call import KernelCall, join_samples, join_slices
 from cameo.attention.layout import TokenLayout
-from cameo.attention.watched_layers import WatchedLayers
+from cameo.attention.watched_layers import LayerWatcher, WatchedLayers
 from cameo.errors import CaptureError, as_integer
 from cameo.geometry.grids import TokenGrids
 from cameo.renamed import old_attributes
@@ -40,6 +43,7 @@ class AttentionLayer:
         reference_size: height and width in pixels at which a view with a token grid of its own is encoded.
         kernel_call: which of the module's attention kernel calls mixes the views, counted from 0; None where there is
             only one.
+        kernel_inputs: where the queries and keys of a kernel that is not known are found; None: the kernel is known.
         stride_cure: what the error recommends where `stride` is not known.
     """
 
@@ -51,6 +55,7 @@ class AttentionLayer:
     unsupported: str | None = None
     reference_size: tuple[int, int] | None = None
     kernel_call: int | None = None
+    kernel_inputs: KernelInputs | None = None
     stride_cure: str = field(default="pass stride= to cameo.wrap", compare=False, repr=False)
 
     def token_grids(self, height: int, width: int, num_views: int) -> TokenGrids:
@@ -138,26 +143,36 @@ class AttentionCapture:
     """
 
     def __init__(self, model: nn.Module, layers: Iterable[AttentionLayer]) -> None:
+        self._model, self._hooks = model, ExitStack()
         self._attention_layers = by_path = {layer.path: layer for layer in layers}
         self._captured: dict[str, CapturedAttention] = {}
         self._taken: set[str] = set()
         captured = self._captured
 
-        def keep(path: str, watcher: CallWatcher) -> None:  # not a method: a reference cycle would keep the calls alive
+        def keep(
+            path: str, watcher: LayerWatcher
+        ) -> None:  # not a method: a reference cycle would keep the calls alive
             call = captured_call(by_path[path], watcher)
             if call is not None:
                 captured[path] = call
 
-        self._layers = WatchedLayers(model, by_path, CallWatcher, keep)
+        self._layers = WatchedLayers(model, by_path, lambda path: _watcher(by_path[path]), keep)
 
     def __enter__(self) -> AttentionCapture:
         self._captured.clear()
         self._taken.clear()
-        self._layers.__enter__()
+        with ExitStack() as stack:
+            stack.push(self._layers.__exit__)
+            self._layers.__enter__()
+            for path, layer in self._attention_layers.items():
+                if layer.kernel_inputs is not None:  # after the hooks that open a watcher when the layer runs
+                    module = self._model.get_submodule(path)
+                    stack.enter_context(layer.kernel_inputs.watched(module, partial(_hand_on, self._layers, path)))
+            self._hooks = stack.pop_all()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *rest: Any) -> None:
-        self._layers.__exit__(kind, *rest)
+        self._hooks.__exit__(kind, *rest)
         if kind is not None:
             self._captured.clear()
             return
@@ -185,7 +200,20 @@ class AttentionCapture:
         return self._captured[path]
 
 
-def captured_call(layer: AttentionLayer, watcher: CallWatcher) -> CapturedAttention | None:
+def _watcher(layer: AttentionLayer) -> CallWatcher | InputsWatcher:
+    if layer.kernel_inputs is None:
+        return CallWatcher(layer.path)
+    return InputsWatcher(layer.path, layer.kernel_inputs, layer.heads)
+
+
+def _hand_on(layers: WatchedLayers[CallWatcher | InputsWatcher], path: str, side: str, value: object) -> None:
+    """Give queries or keys to the watcher of the layer, if that runs."""
+    watcher = layers.open_watcher(path)
+    if isinstance(watcher, InputsWatcher):
+        watcher.keep(side, value)
+
+
+def captured_call(layer: AttentionLayer, watcher: LayerWatcher) -> CapturedAttention | None:
     """Return that call of a layer which mixes the views, among those that a watcher saw; None if it saw none.
 
     Raises:
@@ -195,16 +223,16 @@ def captured_call(layer: AttentionLayer, watcher: CallWatcher) -> CapturedAttent
     if not calls:
         return None
     if len(calls) > 1 and layer.kernel_call is None:
-        joined = join_samples(calls)
+        joined = join_samples(calls, layer.heads)
         if joined is None:
             raise several_calls(layer.path, len(calls), calls)
-        return _per_head(layer, joined, samples=len(calls))
+        return per_head(layer, joined, samples=len(calls))
     if layer.kernel_call is not None and not 0 <= layer.kernel_call < len(calls):
         raise CaptureError(
             f"layer {layer.path!r} called the attention kernel {len(calls)} times in one forward of the module, "
             f"so there is no kernel_call={layer.kernel_call}; it counts from 0"
         )
-    return _per_head(layer, calls[layer.kernel_call or 0])
+    return per_head(layer, calls[layer.kernel_call or 0])
 
 
 def several_calls(path: str, count: int, calls: Iterable[KernelCall] = ()) -> CaptureError:
@@ -214,18 +242,24 @@ def several_calls(path: str, count: int, calls: Iterable[KernelCall] = ()) -> Ca
         f"layer {path!r} called the attention kernel {count} times in one forward of the module"
         + (f", with queries x keys {shapes}" if shapes else "")
         + "; which to supervise is not defined. Pass kernel_call= to cameo.wrap, counted from 0, or point layer= at "
-        "the submodule that makes the cross-view call."
+        "the submodule that makes the cross-view call. If each call is for one sample, they are joined where there is "
+        "one for each sample of the correspondence, and all have the same heads and scale."
     )
 
 
-def _per_head(layer: AttentionLayer, call: KernelCall, samples: int | None = None) -> CapturedAttention:
+def per_head(layer: AttentionLayer, call: KernelCall, samples: int | None = None) -> CapturedAttention:
+    """Bring queries, keys and mask of a call to `[A, K, ...]`, keys repeated where heads share them.
+
+    Raises:
+        CaptureError: the number of heads is another than the layer's.
+    """
     query, key = (_heads_apart(layer, tensor) for tensor in (call.query, call.key))
     if query.ndim == 4 == key.ndim and 0 < key.shape[1] < layer.heads and layer.heads % key.shape[1] == 0:
         key = key.repeat_interleave(layer.heads // key.shape[1], dim=1)  # grouped queries share keys
     if query.ndim != 4 or query.shape[1] != layer.heads or key.shape[1] != layer.heads:
         raise CaptureError(
             f"layer {layer.path!r}: expected queries and keys with {layer.heads} heads, got "
-            f"{list(query.shape)} and {list(key.shape)} for [AB, K, L, D]"
+            f"{list(query.shape)} and {list(key.shape)} for [AB, K, L, D]; pass heads= to cameo.wrap"
         )
     mask = call.mask
     if mask is not None and mask.ndim > 2 and mask.shape[:-2] == call.query.shape[:-2]:
@@ -241,7 +275,8 @@ def _heads_apart(layer: AttentionLayer, tensor: Tensor) -> Tensor:
     if tensor.ndim == 3:
         if tensor.shape[0] % layer.heads:
             raise CaptureError(
-                f"layer {layer.path!r}: {tensor.shape[0]} attention rows do not divide into {layer.heads} heads"
+                f"layer {layer.path!r}: {tensor.shape[0]} attention rows do not divide into {layer.heads} heads; pass "
+                "heads= to cameo.wrap"
             )
         return rearrange(tensor, "(a k) l d -> a k l d", k=layer.heads)
     if tensor.ndim == 5:

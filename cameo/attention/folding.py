@@ -12,13 +12,13 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from cameo.attention.view_order import ViewOrder
+from cameo.attention.layouts.view_order import ViewOrder
 from cameo.geometry.grids import TokenGrid
 
 if TYPE_CHECKING:
     from cameo.correspondence import Correspondence
 
-__all__ = ["fold_matches", "fold_tokens", "pair_matches", "pair_own_tokens"]
+__all__ = ["fold_matches", "fold_tokens", "pair_own_tokens", "split_matches"]
 
 
 def fold_matches(match: Correspondence, reach: str) -> Correspondence:
@@ -54,18 +54,19 @@ def fold_tokens(tokens: Tensor, reach: str, token_grid: TokenGrid) -> Tensor:
     return tokens if pattern is None else rearrange(tokens, f"b v (h w) c -> {pattern}", h=height, w=width)
 
 
-def pair_matches(match: Correspondence, order: ViewOrder) -> Correspondence:
-    """Make each of F views that show another one a sample of two views, with the matches from it to the shown view.
+def split_matches(match: Correspondence, order: ViewOrder) -> Correspondence:
+    """Make several samples of each one, as `ViewOrder.samples` lists their views, and drop the matches between them.
 
-    Returns:
-        Matches `[B F, 2, 2, N]` from the second view to the first, whose place the second one's own tokens take.
+    Where the own tokens of a view stand for those of another, the matches are those of the view with it: `[B F, 2, 2,
+    N]` from the second view to the first, whose place the second one's own tokens take.
     """
     index, weight, distance = order.take_pairs(match.index), match.match_weight, match.distance
-    index[:, 0, 1] = -1
+    if order.own_view_shows is not None:
+        index[:, 0, 1] = -1
     return replace(
         match,
         index=index,
-        token_grids=(match.token_grids[0],) * 2,
+        token_grids=match.token_grids[:1] * index.shape[1],
         match_weight=None if weight is None else order.take_pairs(weight),
         distance=None if distance is None else order.take_pairs(distance),
     )

@@ -106,7 +106,7 @@ class CallWatcher(TorchFunctionMode):
         except UnreadableCallError as error:
             raise CaptureError(
                 f"layer {self.layer!r} attends with {error}, so its logits are more than a multiple of q.k with some "
-                "keys hidden, and cannot be supervised"
+                "keys hidden, and cannot be supervised; switch that off in the model, or supervise a layer without it"
             ) from error
 
     def _fused(

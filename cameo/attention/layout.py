@@ -1,27 +1,29 @@
 """What the batch axis and the token axis of an attention call are made of, as an einops-like pattern.
 
 Axes: B samples, V views, h w token grid of a view, K heads, D head dimension, AB attention batch, L tokens
-of the call. Folded form [B', K, V, N', D]: B' is B times the grid axes in the batch part (in the order b, h, w),
-N' the number of tokens of a view that a query can reach; views with fewer tokens are padded with zeros. Where the
-tokens of a view stand for those of another (`own_view_shows`), each such view is a sample of its own with V = 2.
+of the call. Folded form [B', K, V, N', D]: B' is B times the groups of views that are kept apart and the grid axes in
+the batch part (in the order b, groups, h, w), N' the number of tokens of a view that a query can reach; views with
+fewer tokens are padded with zeros. Where the tokens of a view stand for those of another (`own_view_shows`), each such
+view is a sample of its own with V = 2.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+import math
+from typing import TYPE_CHECKING
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from cameo.attention.axes import check_place, first_position, num_positions, position_of, take_segment
-from cameo.attention.axis_lengths import axis_lengths
-from cameo.attention.folding import fold_matches, fold_tokens, pair_matches, pair_own_tokens
-from cameo.attention.open_segment import check_open, open_length, open_segment, without_open_segment
-from cameo.attention.pattern import RESERVED, Pattern, Segment, check_pair
-from cameo.attention.shape_check import check_shape
-from cameo.attention.view_order import ViewOrder
+from cameo.attention.folding import fold_matches, fold_tokens, split_matches
+from cameo.attention.layouts.axes import check_place, num_positions
+from cameo.attention.layouts.axis_lengths import axis_lengths
+from cameo.attention.layouts.open_segment import check_open, open_segment, without_open_segment
+from cameo.attention.layouts.pattern import RESERVED, Pattern, Segment, read_pair
+from cameo.attention.layouts.places import TokenPlaces, view_axes
+from cameo.attention.layouts.shape_check import check_shape
+from cameo.attention.layouts.view_order import ViewOrder
+from cameo.attention.splitting import split_views
 from cameo.choices import NORMALIZATIONS
 from cameo.errors import as_integer, unknown_name
 from cameo.geometry.grids import TokenGrids
@@ -60,6 +62,9 @@ class TokenLayout:
       None for one of them: what is left over, which may differ between calls and, where a mask or the lengths of the
       rows tell, between samples.
     - Grid axes in the batch part limit what a query reaches: its row in `(b h) (v w)`, its cell in `(b h w) v`.
+    - View axes in the batch part of queries and keys keep views apart: `"(b f) (v h w)", f=8` attends within each of 8
+      frames, `"(b v) (f h w)", f=8` within the frames of each camera. `v` is the fastest axis in the view order of the
+      correspondence, here view = v * frame + camera, and matches between views that are kept apart are dropped.
     - Queries may hold the views in the batch part: `(b v) (h w)`. Their keys then hold `u`, identical copies,
       one per query view: `(b u) (v h w)`. The first copy is used.
 
@@ -75,7 +80,12 @@ class TokenLayout:
             its tokens would match itself. None, the default: keys stand for their own view only.
         references_absent: n; the first n views of the correspondence are not among the views of the attention. Only
             with `own_view_shows`.
-        **lengths: lengths of tile axes, and numbers of tokens that belong to no view; one of the latter may be None.
+        reference_keys: n; the keys hold the first n views of the correspondence alone, the reference views, and the
+            queries the others: `TokenLayout("(b v) (h w)", key="(b u) (v h w)", reference_keys=1)`. Supervised are the
+            matches from these to the reference views.
+        reference_queries: n; the queries hold the n reference views of `reference_keys` as well.
+        **lengths: lengths of tile axes and of those that keep views apart, and numbers of tokens that belong to no
+            view; one of the latter may be None.
 
     Raises:
         ValueError: a pattern cannot be read; the message holds the pattern and the reason.
@@ -90,22 +100,42 @@ class TokenLayout:
         references_last: int = 0,
         own_view_shows: int | None = None,
         references_absent: int = 0,
+        reference_keys: int = 0,
+        reference_queries: int = 0,
         **lengths: int | None,
     ) -> None:
         self.query, self.key = query, query if key is None else key
-        self.view_order = ViewOrder(unsupervised_views, references_last, own_view_shows, references_absent)
+        order = ViewOrder(
+            unsupervised_views, references_last, own_view_shows, references_absent, reference_keys, reference_queries
+        )
         for name, length in lengths.items():
             if name in RESERVED:
                 raise ValueError(f"{name}={length!r}: batch and token_grids tell how long axis {name} is; leave it out")
         self.lengths = {
             name: None if length is None else as_integer(name, length, least=1) for name, length in lengths.items()
         }
-        self._query, self._key = Pattern(self.query, self.lengths), Pattern(self.key, self.lengths)
+        self._query, self._key = read_pair(
+            self.query,
+            self.key,
+            self.lengths,
+            within_views=own_view_shows is not None,
+            reference_keys=order.reference_keys,
+        )
         check_open(self._query, self._key, self.lengths)
-        check_pair(self._query, self._key, within_views=own_view_shows is not None)
-        self.view_order.check(self._key)
+        order.check(self._key)
+        self.view_order = dataclasses.replace(order, **self._groups())
         if unused := set(lengths) - self._query.names - self._key.names:
             raise ValueError(f"{self!r}: no axis is called {', '.join(sorted(unused))}")
+
+    def _groups(self) -> dict[str, int]:
+        """The groups of views that are kept apart, as attributes of `ViewOrder`."""
+        groups = self._key.groups
+        if not groups:
+            return {}
+        named = groups if groups != ("v",) else self._key.views
+        return {
+            "group_count" if named is groups else "group_size": math.prod(self.lengths[name] or 1 for name in named)
+        }
 
     def __repr__(self) -> str:
         """Show the call that builds this layout."""
@@ -153,6 +183,11 @@ class TokenLayout:
         return any(name in self._key.batch for name in self._key.views)
 
     @property
+    def reference_keys(self) -> int:
+        """How many views of the correspondence, the first ones, the keys hold alone; 0 where they hold all."""
+        return self.view_order.reference_keys
+
+    @property
     def folds_nothing(self) -> bool:
         """Whether samples alone are in the batch parts, so that a row of the attention is a sample."""
         return self._query.batch == self._key.batch == ("b",)
@@ -169,8 +204,8 @@ class TokenLayout:
         return REACH[self._key.folded]
 
     @old_keywords
-    def refusal(self, normalize: str, num_views: int | None = None) -> str | None:
-        """Return why this attention cannot be supervised with this `normalize`, or None if it can.
+    def refusal(self, normalize: str, num_views: int | None = None, reduction: str = "mean") -> str | None:
+        """Return why this attention cannot be supervised with these options of the loss, or None if it can.
 
         Example:
             >>> TokenLayout("(b h w) v").refusal("per_view")
@@ -180,14 +215,7 @@ class TokenLayout:
         """
         if normalize not in NORMALIZATIONS:
             raise unknown_name("normalize", normalize, NORMALIZATIONS)
-        if self.reach == "cell" and self.own_view_shows is not None:
-            return "a query reaches one token of its own view, so the softmax is constant"
-        if self.reach == "cell" and normalize == "per_view":
-            constant = "a query reaches one token per view, so a softmax per view is constant"
-            return f'{constant}; use normalize="all_views"'
-        if self.reach == "cell" and num_views == 2:
-            return "with 2 views a query reaches one token of other views, so the softmax is constant"
-        return None
+        return self.view_order.unsupervised(self.reach, normalize, num_views, reduction)
 
     @old_keywords
     def shape(self, of: str, *, batch: int, token_grids: TokenGrids) -> tuple[int, int]:
@@ -199,7 +227,7 @@ class TokenLayout:
             >>> TokenLayout("(b h) (v w)").shape("key", batch=2, token_grids=((16, 24),) * 6)
             (32, 144)
         """
-        pattern, lengths = self._pattern(of), self._lengths(batch, token_grids)
+        pattern, lengths = self.pattern(of), self._lengths(of, batch, token_grids)
         tokens = sum(num_positions(segment, lengths) for segment in pattern.segments)
         return num_positions(pattern.batch, lengths), tokens
 
@@ -264,15 +292,17 @@ class TokenLayout:
             ([[1, 0], [-1, 1]], ((1, 2), (1, 2)))
         """
         token_grids = correspondence.token_grids
-        self._lengths(correspondence.batch_size, token_grids)
-        if self.own_view_shows is not None:
-            correspondence = pair_matches(correspondence, self.view_order)
+        for of in ("query", "key"):
+            self._lengths(of, correspondence.batch_size, token_grids)
+        if self.view_order.samples(len(token_grids)) is not None:
+            correspondence = split_matches(correspondence, self.view_order)
         elif removed := self.view_order.removed:
             correspondence = correspondence.take_views(range(removed, len(token_grids)))
-        elif without_queries := self._views_without_queries(len(token_grids)):
+        queries, keys = (self._missing_views(of, len(token_grids)) for of in ("query", "key"))
+        if queries or keys:
             index = correspondence.index.clone()
-            index[:, without_queries] = -1
-            return dataclasses.replace(correspondence, index=index)
+            index[:, queries] = index[:, :, keys] = -1
+            correspondence = dataclasses.replace(correspondence, index=index)
         return fold_matches(correspondence, self.reach)
 
     def localize_tokens(self, values: Tensor, token_grids: TokenGrids) -> Tensor:
@@ -302,18 +332,17 @@ class TokenLayout:
             ValueError: the place is outside the batch, the views or the grid, the view has no queries, or `tokens`, the
                 L of the call, is not given where the number of tokens before the views is open.
         """
-        lengths = self._lengths(batch, token_grids)
-        lengths |= open_length(self._pattern(of), self.lengths, lengths, tokens)
+        places = self._places(of, batch, token_grids).of_call(self.lengths, tokens)
         check_place("batch_index", batch_index, batch)
         check_place("view", view, len(token_grids))
         check_place("row", row, token_grids[view][0])
         check_place("col", col, token_grids[view][1])
-        if of == "query" and view in self._views_without_queries(len(token_grids)):
-            raise ValueError(f'view: view {view} has no queries in "{self.query}"')
+        if view in self._missing_views(of, len(token_grids)):
+            side, text = ("queries", self.query) if of == "query" else ("keys", self.key)
+            raise ValueError(f'view: view {view} has no {side} in "{text}"')
         if view < self.view_order.references_absent:
             raise ValueError(f"view: view {view} is not in the attention: {self!r}")
-        place = {"b": batch_index, "u": 0, "h": row, "w": col}
-        return self._positions(of, view, place, lengths, len(token_grids))
+        return places.position(view, {"b": batch_index, "u": 0, "h": row, "w": col})
 
     def places(self, of: str, *, batch: int, token_grids: TokenGrids, tokens: int | None = None) -> Tensor:
         """Return sample, view, row and column of every position of a call, [AB, L, 4]; -1 for tokens of no view.
@@ -326,75 +355,42 @@ class TokenLayout:
             >>> layout.places("query", batch=1, token_grids=((1, 2), (1, 2)))[0].tolist()
             [[-1, -1, -1, -1], [0, 0, 0, 0], [0, 0, 0, 1], [0, 1, 0, 0], [0, 1, 0, 1]]
         """
-        pattern, lengths, views = self._pattern(of), self._lengths(batch, token_grids), len(token_grids)
-        lengths |= open_length(pattern, self.lengths, lengths, tokens)
-        length = sum(num_positions(segment, lengths) for segment in pattern.segments)
-        places = torch.full((num_positions(pattern.batch, lengths), length, 4), -1)
-        copies = lengths["u"] if "u" in pattern.batch else 1
-        without = self._views_without_queries(views) if of == "query" else []
-        for view in range(self.view_order.references_absent, views):
-            if view not in without:
-                axes = [torch.arange(length) for length in (batch, copies, *token_grids[view])]
-                place = dict(zip("buhw", torch.meshgrid(*axes, indexing="ij"), strict=True))
-                here = [place["b"], torch.full_like(place["b"], view), place["h"], place["w"]]
-                places[self._positions(of, view, place, lengths, views)] = torch.stack(here, dim=-1)
-        return places
+        missing, views = self._missing_views(of, len(token_grids)), range(len(token_grids))
+        held = [view for view in views[self.view_order.references_absent :] if view not in missing]
+        return self._places(of, batch, token_grids).of_call(self.lengths, tokens).all(held)
 
-    def _positions(
-        self, of: str, view: int, place: dict[str, Any], lengths: dict[str, int], num_views: int
-    ) -> tuple[Any, Any]:
-        """Return attention batch index and token index of a view's tokens; a place is a number or a tensor per axis."""
-        pattern, place = self._pattern(of), dict(place)
-        main_views = num_views - len(self._key.extra)
-        view = self.view_order.place(view, num_views)
-        if view < main_views:
-            segment = pattern.main
-            for name in reversed(self._query.views):
-                view, place[name] = divmod(view, lengths[name])
-        else:
-            segment = self._key.extra[view - main_views]
-            place |= {name: place[name[0]] for name in segment}
-        start = first_position(segment, pattern, lengths)
-        return position_of(pattern.batch, place, lengths), start + position_of(segment, place, lengths)
-
-    def _pattern(self, of: str) -> Pattern:
+    def pattern(self, of: str) -> Pattern:
+        """Return the parsed pattern; `of` is "query" or "key"."""
         if of not in ("query", "key"):
             raise unknown_name("of", of, ["query", "key"])
         return self._query if of == "query" else self._key
 
-    def _views_without_queries(self, num_views: int) -> list[int]:
-        extra = enumerate(self._key.extra, start=num_views - len(self._key.extra) + self.references_last)
-        return [view % num_views for view, segment in extra if segment not in self._query.segments]
+    def _places(self, of: str, batch: int, token_grids: TokenGrids) -> TokenPlaces:
+        axes, lengths = self._view_axes(of), self._lengths(of, batch, token_grids)
+        return TokenPlaces(of, self.pattern(of), axes, self._key.extra, self.view_order, lengths, token_grids)
 
-    def _lengths(self, batch: int, token_grids: TokenGrids) -> dict[str, int]:
+    def _view_axes(self, of: str) -> Segment:
+        """The axes of all views in the order of the correspondence: those of the queries, if the keys have the same."""
+        return view_axes(self._key if self.reference_keys and of == "key" else self._query)
+
+    def _missing_views(self, of: str, num_views: int) -> list[int]:
+        """Return the views of the correspondence that have no queries or no keys, but the other."""
+        if self.reference_keys:
+            return sorted(set(range(num_views)) - set(self.view_order.attended(num_views, of)))
+        extra = enumerate(self._key.extra, start=num_views - len(self._key.extra) + self.references_last)
+        return [view % num_views for view, segment in extra if segment not in self.pattern(of).segments]
+
+    def _lengths(self, of: str, batch: int, token_grids: TokenGrids) -> dict[str, int]:
         """Return the length of every axis for this batch and these token grids, 0 for the one that is open."""
         given = (repr(self), self._query, self._key, self.lengths, self.view_order)
-        return axis_lengths(*given, batch=batch, token_grids=token_grids)
+        return axis_lengths(*given, of=of, batch=batch, token_grids=token_grids)
 
     def _split(
         self, of: str, tensor: Tensor, batch: int, token_grids: TokenGrids, rows: Tensor | None = None
     ) -> Tensor:
-        pattern, lengths = self._pattern(of), self._lengths(batch, token_grids)
+        pattern, places = self.pattern(of), self._places(of, batch, token_grids)
         expected = self.shape(of, batch=batch, token_grids=token_grids)
         if (segment := open_segment(pattern, self.lengths)) is not None:
-            tensor = without_open_segment(tensor, pattern, segment, lengths, rows)
+            tensor = without_open_segment(tensor, pattern, segment, places.lengths, rows)
         check_shape(of, tensor, expected, pattern.text, batch=batch, token_grids=token_grids)
-        rest = tuple(name for name in ("h", "w") if name not in pattern.folded)
-        main = take_segment(tensor, pattern, pattern.main, lengths, views=self._query.views, grid=rest)
-        if self.own_view_shows is not None:
-            return pair_own_tokens(self.view_order.showing_views(main, len(token_grids)), batch)
-        main = main[:, :, : main.shape[2] - self.unsupervised_views]
-        if not self._key.extra:
-            return main if self.unsupervised_views else self.view_order.references_first(main)
-        empty = main.new_zeros(main.shape[0], main.shape[1], 1, 0, main.shape[4])
-        parts = [main]
-        for segment in self._key.extra:
-            if segment not in pattern.segments:
-                parts.append(empty)
-                continue
-            grid = tuple(sorted(segment))
-            parts.append(take_segment(tensor, pattern, segment, lengths, views=(), grid=grid))
-        longest = max(height * width for height, width in token_grids)
-        return self.view_order.references_first(
-            torch.cat([F.pad(part, (0, 0, 0, longest - part.shape[3])) for part in parts], dim=2)
-        )
+        return split_views(tensor, places)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cameo.attention.capture import AttentionLayer, CapturedAttention, several_calls
 from cameo.attention.kernels.call import kept_tokens
-from cameo.attention.open_segment import lengths_of_rows
+from cameo.attention.layouts.open_segment import lengths_of_rows
 from cameo.errors import CaptureError, ShapeError
 from cameo.geometry.grids import TokenGrids
 
@@ -47,7 +47,10 @@ def split_call(
         query = layer.layout.split_query(seen.query, batch=batch, token_grids=grids, lengths=query_lengths)
         key = layer.layout.split_key(seen.key, batch=batch, token_grids=grids, lengths=key_lengths)
     except ShapeError as error:
-        error.args = (f"layer {layer.path!r} with {layer.layout!r}: {error}",)
+        cure = ""
+        if layer.kernel_call is not None and seen.query.shape[0] == 1 < batch:
+            cure = ". If the module calls its kernel once for each sample, leave kernel_call= out: they are joined"
+        error.args = (f"layer {layer.path!r} with {layer.layout!r}: {error}{cure}",)
         raise
     visible = visible_tokens(layer, seen, batch=batch, token_grids=grids)
     local, visible = without_hidden_matches(layer.layout.localize(match), visible, normalize)
@@ -103,7 +106,8 @@ def visible_tokens(
         if not layout.folds_nothing:
             raise CaptureError(
                 f"layer {layer.path!r} with {layout!r} hides other keys from each query; that can be read where "
-                "samples alone are in the batch part of the layout"
+                "samples alone are in the batch part of the layout. Hide the same keys from all queries of a row, or "
+                'supervise a layer that attends as "b (v h w)"'
             )
         of_keys = split_keys(hidden)
         views, tokens = of_keys.shape[2:4]
@@ -170,7 +174,7 @@ def _check_bias(layer: AttentionLayer, seen: CapturedAttention, split_keys: Call
             return
     raise CaptureError(
         f"layer {layer.path!r} adds a bias to its attention that does not only hide tokens; its logits are more than a "
-        "multiple of q.k and cannot be supervised"
+        "multiple of q.k and cannot be supervised. Switch that off in the model, or supervise a layer without it"
     )
 
 
@@ -181,7 +185,10 @@ def _per_row(layer: AttentionLayer, seen: CapturedAttention) -> Tensor:
     kept = kept[(None,) * (4 - kept.ndim)]
     if kept.shape[1] > 1:
         if not bool((kept == kept[:, :1]).all()):
-            raise CaptureError(f"layer {layer.path!r} hides other keys in each head, which cannot be supervised")
+            raise CaptureError(
+                f"layer {layer.path!r} hides other keys in each head, which cannot be supervised; use one mask for all "
+                "heads, or supervise another layer"
+            )
         kept = kept[:, :1]
     if kept.shape[2] > 1 and bool((kept == kept[:, :, :1]).all()):
         kept = kept[:, :, :1]

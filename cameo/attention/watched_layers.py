@@ -10,21 +10,37 @@ import sys
 import threading
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import nn
 
-from cameo.attention.kernel_calls import CallWatcher
+from cameo.attention.kernels.call import KernelCall
 from cameo.attention.kernels.known import KNOWN
 
-__all__ = ["WatchedLayers"]
+__all__ = ["LayerWatcher", "WatchedLayers"]
 
 
-class WatchedLayers:
+class LayerWatcher(Protocol):
+    """A block that collects the kernel calls of one run of a layer."""
+
+    @property
+    def calls(self) -> list[KernelCall]:
+        """The calls, in the order in which they were made."""
+
+    def __enter__(self) -> Any: ...
+
+    def __exit__(self, *exception: Any) -> Any: ...
+
+
+Watcher = TypeVar("Watcher", bound=LayerWatcher)
+
+
+class WatchedLayers(Generic[Watcher]):
     """Open a watcher whenever one of some layers runs, in the thread that entered the block.
 
     Example:
+        >>> from cameo.attention.kernel_calls import CallWatcher
         >>> class Attention(nn.Module):
         ...     def forward(self, x):
         ...         return nn.functional.scaled_dot_product_attention(x, x, x)
@@ -47,17 +63,17 @@ class WatchedLayers:
         self,
         model: nn.Module,
         paths: Iterable[str],
-        watch: Callable[[str], CallWatcher],
-        done: Callable[[str, CallWatcher], None],
+        watch: Callable[[str], Watcher],
+        done: Callable[[str, Watcher], None],
     ) -> None:
         self._model, self._paths = model, list(paths)
         self._watch, self._done = watch, done
         self._cleanup = ExitStack()
         self._thread = 0
-        self._open: list[tuple[str, CallWatcher]] = []
+        self._open: list[tuple[str, Watcher]] = []
         self._ran: set[str] = set()
 
-    def __enter__(self) -> WatchedLayers:
+    def __enter__(self) -> WatchedLayers[Watcher]:
         self._thread = threading.get_ident()
         self._ran.clear()
         with ExitStack() as stack:
@@ -81,6 +97,12 @@ class WatchedLayers:
         if kind is not None:
             self._ran.clear()
 
+    def open_watcher(self, path: str) -> Watcher | None:
+        """Return the watcher of a layer that is running in the thread of this block, if it is the innermost."""
+        if threading.get_ident() != self._thread or not self._open or self._open[-1][0] != path:
+            return None
+        return self._open[-1][1]
+
     def explain_no_call(self, path: str) -> str:
         """Say why no kernel call of a layer was seen."""
         if path not in self._ran:
@@ -95,7 +117,8 @@ class WatchedLayers:
             "F.scaled_dot_product_attention, flex_attention, torch.nn.MultiheadAttention, a query-key product followed "
             f"by a softmax, and those of {packages}. Likely causes: layer= names a module that is not the attention "
             "itself, or the model uses another fused kernel: switch its attention processor or backend to SDPA, in "
-            'diffusers by model.set_attention_backend("native").'
+            'diffusers by model.set_attention_backend("native"). A kernel that has to stay can be supervised where '
+            "you name its queries and keys: kernel_inputs= of cameo.wrap."
         )
 
     def _opener(self, path: str) -> Callable[[nn.Module, Any], None]:
@@ -110,7 +133,7 @@ class WatchedLayers:
 
     def _closer(self, path: str) -> Callable[[nn.Module, Any, Any], None]:
         def close_watcher(module: nn.Module, _: Any, output: Any) -> None:
-            if threading.get_ident() != self._thread or not self._open or self._open[-1][0] != path:
+            if self.open_watcher(path) is None:
                 return
             watcher = self._open.pop()[1]
             watcher.__exit__(None, None, None)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from cameo.attention.layout import TokenLayout
-from cameo.attention.pattern import Pattern, Segment
+from cameo.attention.layouts.pattern import Pattern, Segment
 from cameo.checks.rerun import CannotTell
 from cameo.geometry.grids import TokenGrids
 
@@ -170,7 +170,7 @@ def _other_patterns(layout: TokenLayout, of: str, batch: int, token_grids: Token
 
 def _rewritings(layout: TokenLayout, of: str) -> Iterator[tuple[str, str, str, str]]:
     """Kind, words, and the patterns of queries and keys."""
-    query, key = (Pattern(text, layout.lengths) for text in (layout.query, layout.key))
+    query, key = layout.pattern("query"), layout.pattern("key")
     transposed_query, transposed_key = (
         _text(map(_exchanged, side.batch), [map(_exchanged, names) for names in side.segments]) for side in (query, key)
     )
@@ -195,7 +195,7 @@ def _rewritings(layout: TokenLayout, of: str) -> Iterator[tuple[str, str, str, s
 
 def _packed(layout: TokenLayout, of: str, places: Tensor, token_grids: TokenGrids) -> Iterator[Suspect]:
     """Square cells of tokens that stand together, in front of the next cell."""
-    pattern = Pattern(layout.query if of == "query" else layout.key, layout.lengths)
+    pattern = layout.pattern(of)
     if pattern.main[-2:] != ("h", "w"):
         return
     apart = layout.views_with_own_grid(len(token_grids))

@@ -211,6 +211,10 @@ def _answer(
         places = layer.layout.places(side, batch=batch, token_grids=token_grids)
         # A view may have keys only.
         known = [one for one in moved[side] if tokens_at(one.place, places, layer.layout).any()]
+        if strays := _moved_by_others(moved[side], known, noise[side]):
+            words = f"they move with views {strays} alone, which by the layout have no {name}; their order is another"
+            mistakes[name] = Suspect("order of views", words, places)
+            continue
         try:
             _check_movement(name, known, noise[side])
             cells += [_cell(layer, side, one, places, token_grids) for one in known]
@@ -224,6 +228,14 @@ def _answer(
         names = [name, *(other for other, mistake in others if mistake.kind == first.kind)]
         kind, words = first.kind, f"{' and '.join(names)}: {first.words}"
     return CheckedLayer(layer.path, layer.layout, token_grids, tuple(cells), kind, words)
+
+
+def _moved_by_others(moved: Sequence[MovedTokens], known: Sequence[MovedTokens], noise: Tensor) -> list[int]:
+    """Return the views that move tokens although they have none by the layout, if those that have some move none."""
+    moving = [one for one in moved if one.movement.max() > ABOVE_NOISE * noise.max()]
+    if any(one is other for one in moving for other in known):
+        return []
+    return sorted({one.place[1] for one in moving})
 
 
 def _check_movement(name: str, moved: Sequence[MovedTokens], noise: Tensor) -> None:

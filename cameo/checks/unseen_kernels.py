@@ -89,7 +89,7 @@ class UnseenKernels:
 
         Args:
             model: the module in which the layers' paths are looked up.
-            layers: supervised layers.
+            layers: supervised layers; those whose kernel is named by `kernel_inputs` are left out.
             matches: of each layer; their batch size and token grids are read.
 
         Raises:
@@ -99,7 +99,7 @@ class UnseenKernels:
         due = self._forwards <= LAST_FORWARD and not self._forwards & (self._forwards - 1)
         with ExitStack() as stack:
             for layer, match in zip(layers, matches, strict=True):
-                if due and self.answers.get(layer.path) != "":
+                if due and layer.kernel_inputs is None and self.answers.get(layer.path) != "":
                     module = model.get_submodule(layer.path)
                     for hook in self._hooks(module, layer, match.batch_size, match.token_grids):
                         stack.callback(hook.remove)

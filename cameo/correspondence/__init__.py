@@ -7,6 +7,7 @@ from cameo.lazy import load_on_use
 if TYPE_CHECKING:
     from cameo.correspondence.correspondence import DEPTH_TOLERANCE, Correspondence, GridSize
     from cameo.correspondence.tracks import PixelPairs, Tracks
+    from cameo.correspondence.frames import latent_frames, merge_views
 else:
     __getattr__, __dir__ = load_on_use(
         __name__,
@@ -16,6 +17,8 @@ else:
             "GridSize": "cameo.correspondence.correspondence",
             "PixelPairs": "cameo.correspondence.tracks",
             "Tracks": "cameo.correspondence.tracks",
+            "latent_frames": "cameo.correspondence.frames",
+            "merge_views": "cameo.correspondence.frames",
         },
     )
 
@@ -25,4 +28,6 @@ __all__ = [
     "GridSize",
     "PixelPairs",
     "Tracks",
+    "latent_frames",
+    "merge_views",
 ]

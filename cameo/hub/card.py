@@ -214,7 +214,7 @@ def _usage_without_cameo(facts: CardFacts, variable: str) -> list[str]:
 def _details(facts: CardFacts) -> str:
     config = facts.config
     rows: dict[str, Any] = {
-        "Backbone": config.backbone or f"{facts.class_name}, token layout {config.layout}",
+        "Backbone": config.backbone or f"{facts.class_name}, token layout {config.layout or config.layouts}",
         "Base weights": _base_text(config),
         "Supervised layer": ", ".join(config.layers),
         "Alignment head": _compact(config.head)

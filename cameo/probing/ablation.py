@@ -102,12 +102,14 @@ def self_view_only(model: nn.Module, layer: AttentionLayer, token_grids: TokenGr
     - No query sees the keys of a view without queries, such as Zero123++'s reference image. The write pass of
       Zero123++, in which the reference attends to itself, is not changed.
     - Tokens that belong to no view, such as text, are seen by all tokens, and see all tokens.
+    - What a mask hides stays hidden.
 
     The model's own kernel is called once per view; in explicit attention the logits of other views become -inf before
-    the softmax. Weights and modules are not changed: outside the block the output is the same, bit for bit. Only the
-    thread that entered the block is affected. An `AttentionCapture` inside the block sees the queries and keys of all
-    views. Use it for measuring only: a backward pass of checkpointed layers after the block would recompute the layer
-    without the cut.
+    the softmax, in `torch.nn.MultiheadAttention` by its mask. Where a kernel of another package hides keys, SDPA takes
+    its place, which rounds otherwise. Weights and modules are not changed: outside the block the output is the same,
+    bit for bit. Only the thread that entered the block is affected. An `AttentionCapture` inside the block sees the
+    queries and keys of all views. Use it for measuring only: a backward pass of checkpointed layers after the block
+    would recompute the layer without the cut.
 
     Args:
         model: a `CameoModel`, or the model that holds the layer.
@@ -115,9 +117,10 @@ def self_view_only(model: nn.Module, layer: AttentionLayer, token_grids: TokenGr
         token_grids: token grid `(h, w)` of each view, as `layer.token_grids(height, width, num_views)`.
 
     Raises:
-        CaptureError: in the forward pass, if the numbers of tokens of a call do not fit `token_grids`, if the attention
-            is masked, or if the module calls the kernel several times without `layer.kernel_call`; on leaving the
-            block, if the layer did not run, or called an unknown kernel (see `AttentionCapture`).
+        CaptureError: if the layer holds keys of reference views alone, attends within each view, or has
+            `kernel_inputs`; in the forward pass, if the numbers of tokens of a call do not fit `token_grids`, or if the
+            module calls the kernel several times without `layer.kernel_call`; on leaving the block, if the layer did
+            not run, or called an unknown kernel (see `AttentionCapture`).
         ValueError: if `token_grids` do not fit the layout.
     """
     base = model.base_model if isinstance(model, CameoModel) else model

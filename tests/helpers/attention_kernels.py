@@ -141,23 +141,29 @@ class _Unseen(torch.autograd.Function):
     """Like flash-attn's: what it computes passes through no function of torch that can be watched."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         with torch._C.DisableTorchFunction():
-            weights = ((q @ k.mT) * SCALE).softmax(-1)
+            weights = ((q @ k.mT) * scale).softmax(-1)
             ctx.save_for_backward(q, k, v, weights)
+            ctx.scale = scale
             return weights @ v
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         q, k, v, weights = ctx.saved_tensors
         of_weights = gradient @ v.mT
-        of_logits = weights * (of_weights - (of_weights * weights).sum(-1, keepdim=True)) * SCALE
-        return of_logits @ k, of_logits.mT @ q, weights.mT @ gradient
+        of_logits = weights * (of_weights - (of_weights * weights).sum(-1, keepdim=True)) * ctx.scale
+        return of_logits @ k, of_logits.mT @ q, weights.mT @ gradient, None
+
+
+def opaque_attention(q: Tensor, k: Tensor, v: Tensor, scale: float = SCALE) -> Tensor:
+    """Attention of `[A, K, L, D]` by a kernel that no watcher sees."""
+    return _Unseen.apply(q, k, v, scale)
 
 
 def unseen(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention by a kernel that no watcher sees."""
-    return rearrange(_Unseen.apply(*map(heads_apart, (q, k, v))), "b k n d -> b n (k d)")
+    """The same of `[A, L, HEADS * DIMENSION]`."""
+    return rearrange(opaque_attention(*map(heads_apart, (q, k, v))), "b k n d -> b n (k d)")
 
 
 def beside_unseen(kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:

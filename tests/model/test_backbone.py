@@ -87,12 +87,13 @@ def test_a_refused_wrap_inflates_nothing(options: dict[str, Any], registry: dict
     assert not hasattr(base, "joined")
 
 
-def test_normalize_follows_from_all_chosen_layers(registry: dict[str, Any]) -> None:
+def test_normalize_follows_from_each_chosen_layer(registry: dict[str, Any]) -> None:
     cameo.register_backbone("mixed")(MixedBackbone)
     assert cameo.wrap(Toy(), "mixed", 0).cameo_config.normalize == "all_views"
     assert cameo.wrap(Toy(), "mixed", 1).cameo_config.normalize == "per_view"
+    assert cameo.wrap(Toy(), "mixed", [0, 1]).cameo_config.normalize == ["all_views", "per_view"]
     with pytest.raises(ValueError, match=r"blocks\.0\.attention' cannot be supervised with normalize='per_view'"):
-        cameo.wrap(Toy(), "mixed", [0, 1])
+        cameo.wrap(Toy(), "mixed", [0, 1], normalize="per_view")
     assert cameo.wrap(Toy(), "mixed", [0, 1], normalize="all_views").cameo_config.normalize == "all_views"
 
 

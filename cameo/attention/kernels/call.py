@@ -6,7 +6,7 @@ Axes: A rows of the attention batch, K heads, L query tokens, M key tokens, D he
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -72,7 +72,7 @@ def join_slices(calls: list[KernelCall]) -> list[KernelCall]:
     return [KernelCall(query, key, calls[0].scale, trains=calls[0].trains)]
 
 
-def join_samples(calls: list[KernelCall]) -> KernelCall | None:
+def join_samples(calls: list[KernelCall], heads: int | None = None) -> KernelCall | None:
     """Join calls that attend within one sample each, of which text may have another length; None if they are others.
 
     Some models take the samples of a batch one by one, each without its padding (Mochi).
@@ -82,18 +82,49 @@ def join_samples(calls: list[KernelCall]) -> KernelCall | None:
         >>> joined = join_samples(parts)
         >>> joined.query.shape, joined.key_lengths
         (torch.Size([2, 2, 12, 8]), tensor([12, 10]))
+
+    Args:
+        calls: of one module, in order.
+        heads: K; with it, calls with the heads in the batch `[K, L, D]` are joined as well.
     """
+    calls = [_of_one_sample(call, heads) for call in calls]
     first = calls[0]
     for call in calls:
-        alike = call.scale == first.scale and call.mask is None and call.query.ndim == call.key.ndim == 4
+        alike = call.scale == first.scale and call.query.ndim == call.key.ndim == 4
         if not alike or call.query.shape[0] != 1 or call.query_lengths is not None:
             return None
         if any(getattr(call, name).shape[1::2] != getattr(first, name).shape[1::2] for name in ("query", "key")):
             return None
+        if (call.mask is None) != (first.mask is None):
+            return None
     query, query_lengths = pad([call.query[0] for call in calls])
     key, key_lengths = pad([call.key[0] for call in calls])
+    masks = [call.mask.expand(*call.mask.shape[:-1], call.key.shape[2]) for call in calls if call.mask is not None]
+    mask = _pad_masks(masks, query.shape[2], key.shape[2])
     trains = all(call.trains for call in calls)
-    return KernelCall(query, key, first.scale, None, query_lengths, key_lengths, trains)
+    return KernelCall(query, key, first.scale, mask, query_lengths, key_lengths, trains)
+
+
+def _of_one_sample(call: KernelCall, heads: int | None) -> KernelCall:
+    """Give a call with all heads of one sample in the batch an axis of samples."""
+    if call.query.ndim != 3 or call.query.shape[0] != heads:
+        return call
+    mask = call.mask if call.mask is None or call.mask.ndim < 3 else call.mask[None]
+    return replace(call, query=call.query[None], key=call.key[None], mask=mask)
+
+
+def _pad_masks(masks: list[Tensor], queries: int, keys: int) -> Tensor | None:
+    """Stack masks that broadcast to `[1, K, L_a, M_a]` to `[A, K or 1, L, M]`; what is padding is hidden."""
+    padded = []
+    for mask in masks:
+        mask = mask[(None,) * (4 - mask.ndim)]
+        missing = queries - mask.shape[2] if mask.shape[2] > 1 else 0
+        hidden = False if mask.dtype == torch.bool else -torch.inf
+        padded.append(torch.nn.functional.pad(mask, (0, keys - mask.shape[3], 0, missing), value=hidden))
+    if not padded:
+        return None
+    heads, rows = (max(mask.shape[axis] for mask in padded) for axis in (1, 2))
+    return torch.cat([mask.expand(-1, heads, rows, -1) for mask in padded])
 
 
 def pad(samples: list[Tensor]) -> tuple[Tensor, Tensor | None]:

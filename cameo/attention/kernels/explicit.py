@@ -65,7 +65,8 @@ def measure_scale(layer: str, product: Product, logits: Tensor) -> tuple[float, 
     if not squared_norm:
         raise CaptureError(
             f"layer {layer!r}: all its logits are zero or hidden, so its scale cannot be measured; use the SDPA or "
-            "xformers attention processor of the model, or initialize the query projection"
+            "xformers attention processor of the model (diffusers: model.set_attn_processor(AttnProcessor2_0())), or "
+            "initialize the query projection"
         )
     scale = float((given * products).sum() / squared_norm)
     # Every rounding error is relative to |q| |k|, even where the product nearly cancels.
@@ -77,7 +78,8 @@ def measure_scale(layer: str, product: Product, logits: Tensor) -> tuple[float, 
     if not (math.isfinite(scale) and bool(close.all())):
         raise CaptureError(
             f"layer {layer!r} changes its logits between product and softmax by more than a mask (bias or another "
-            "function); only a constant factor can be supervised"
+            "function); only a constant factor can be supervised. Switch that off in the model, or supervise a layer "
+            "without it"
         )
     visible = logits.detach() > HIDDEN_BELOW
     mask = None if bool(visible.all()) else visible

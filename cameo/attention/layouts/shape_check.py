@@ -55,7 +55,8 @@ def _cure(got: tuple[int, int], expected: tuple[int, int], batch: int, views: in
     if tokens != expected_tokens:
         return (
             "The correspondence has another token grid or number of views than this layer; "
-            "use token_grid=model.token_grid(height, width)"
+            "use token_grid=model.token_grid(height, width). Or the layout describes other tokens, which "
+            "model.check_layout finds out"
         )
     if attention_batch > expected_batch and attention_batch % expected_batch == 0:
         return (

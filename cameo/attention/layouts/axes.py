@@ -11,7 +11,7 @@ from typing import Any
 from einops import rearrange
 from torch import Tensor
 
-from cameo.attention.pattern import Pattern, Segment
+from cameo.attention.layouts.pattern import Pattern, Segment
 
 __all__ = ["check_place", "first_position", "num_positions", "position_of", "take_segment"]
 
@@ -37,7 +37,7 @@ def take_segment(
     # The axes of a pattern are lower-case, so K and D are free for heads and channels; einops accepts no primes.
     expression = (
         f"({' '.join(pattern.batch)}) K ({' '.join(segment)}) D -> "
-        f"{copies} (b {' '.join(pattern.folded)}) K ({' '.join(views)}) ({' '.join(grid)}) D"
+        f"{copies} (b {' '.join((*pattern.groups, *pattern.folded))}) K ({' '.join(views)}) ({' '.join(grid)}) D"
     )
     used = {name.replace("'", "1"): lengths[name] for name in {*pattern.batch, *segment}}
     extracted = rearrange(tensor, expression.replace("'", "1"), **used)

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from cameo.attention.axes import first_position, num_positions
-from cameo.attention.pattern import Pattern, Segment
+from cameo.attention.layouts.axes import first_position, num_positions
+from cameo.attention.layouts.pattern import Pattern, Segment
 
 __all__ = ["check_open", "lengths_of_rows", "open_length", "open_segment", "without_open_segment"]
 
@@ -19,7 +19,8 @@ __all__ = ["check_open", "lengths_of_rows", "open_length", "open_segment", "with
 def check_open(query: Pattern, key: Pattern, lengths: Mapping[str, int | None]) -> None:
     """Raise a ValueError if more than one length is open, or one that is not the number of tokens of a segment."""
     names = [name for name, length in lengths.items() if length is None]
-    texts = [segment[0] for segment in (*query.segments, *key.segments) if len(segment) == 1]
+    sides = [(segment, side.main) for side in (query, key) for segment in side.segments]
+    texts = [segment[0] for segment, main in sides if len(segment) == 1 and segment != main]
     if len(names) > 1 or any(name not in texts for name in names):
         raise query.error(
             f"{', '.join(f'{name}=None' for name in names)}: only one length may be open, that of a segment of tokens "
