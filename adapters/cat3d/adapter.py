@@ -12,7 +12,7 @@ from torch import nn
 from cameo.adapters.cat3d.cameras import CONDITION_CHANNELS
 from cameo.adapters.cat3d.denoiser import JointDiT, joint_dit
 from cameo.adapters.cat3d.layers import LAYOUT, default_layer, find_attentions, token_stride
-from cameo.adapters.cat3d.relatives import Joining, came_apart, find_joining, joins_by_itself, layers_apart
+from cameo.adapters.common.foreign_attention import Joining, came_apart, find_joining, joins_by_itself, layers_apart
 from cameo.adapters.common.joint_views import joins_views
 from cameo.adapters.common.positions import get_position, set_position
 from cameo.adapters.common.presets import preset_values, unet_2d

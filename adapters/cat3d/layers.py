@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from cameo.adapters.cat3d.denoiser import JointDiT, dit_attentions
-from cameo.adapters.cat3d.relatives import LAYOUT, find_joining
+from cameo.adapters.common.foreign_attention import LAYOUT, find_joining
 from cameo.adapters.common.joint_views import joins_views, latent_stride_of
 from cameo.adapters.common.unet_layers import default_layer_index, level_of, levels_of, self_attentions
 

@@ -81,7 +81,7 @@ class Zero123Plus(Backbone):
             return (
                 f"the self-attentions of this {type(model).__name__} read no reference image. Build a "
                 "Zero123PlusPipeline around the U-Net, call pipeline.prepare() on the published pipeline, or "
-                "cameo.adapters.zero123plus.set_reference_processors(unet), after which no switch of attention processors "
+                "cameo.adapters.zero123plus.set_reference_processors(unet), after which no switch of processors "
                 "takes the reference away"
             )
         return (

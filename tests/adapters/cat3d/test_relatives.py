@@ -14,7 +14,7 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import Tensor, nn
 
 import cameo
-from cameo.adapters.cat3d import relatives
+from cameo.adapters.common import foreign_attention
 from cameo.backbone import get_backbone
 from cameo.errors import CaptureError
 from tests.helpers.cat3d_relatives import (
@@ -131,14 +131,14 @@ def test_views_that_come_apart_are_noticed(tmp_path: Path) -> None:
 def test_an_attention_is_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """The question comes before every step of a training."""
     unet = cameo.wrap(frame_unet(), "cat3d").unwrap()
-    monkeypatch.setattr(relatives, "_try", lambda *_: pytest.fail("tried again"))
+    monkeypatch.setattr(foreign_attention, "_try", lambda *_: pytest.fail("tried again"))
     assert ADAPTER.recognizes(unet)
     assert ADAPTER.unsupported(unet) is None
     ADAPTER.attention_layers(unet)
-    before = len(relatives._seen)
+    before = len(foreign_attention._seen)
     del unet
     gc.collect()
-    assert len(relatives._seen) == before - 7
+    assert len(foreign_attention._seen) == before - 7
 
 
 def test_trying_runs_no_hooks_and_draws_no_random_numbers() -> None:
@@ -176,7 +176,7 @@ def test_low_precision_and_copies() -> None:
 
 
 def test_diffusers_own_processors_are_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(relatives, "_joins", lambda *_: pytest.fail("tried"))
+    monkeypatch.setattr(foreign_attention, "_joins", lambda *_: pytest.fail("tried"))
     unet = unet_with(AttnProcessor2_0)
     with pytest.raises(ValueError, match=r"see one view at a time.*inflate\(unet, latent_stride=8\)"):
         cameo.wrap(unet, "cat3d")
