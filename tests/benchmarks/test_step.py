@@ -6,8 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
-from benchmarks.step import measure
+from benchmarks.step import check_layout, measure
 
 
 @pytest.mark.slow
@@ -34,3 +35,12 @@ def test_training_step_has_the_released_size() -> None:
     assert (config.resolution, config.num_views, config.train_batch_size) == (512, 4, 3)
     assert config.mixed_precision == "bf16"
     assert config.preset_options["block_out_channels"] == [320, 640, 1280, 1280]
+
+
+@pytest.mark.slow
+def test_the_cost_of_checking_a_layout_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    threads = torch.get_num_threads()
+    assert check_layout.main(["--repeats", "1"]) == 0
+    torch.set_num_threads(threads)
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith(("| CAT3D", "| Wan"))]
+    assert [float(row[-1].rstrip(" |")) > 0 for row in rows] == [True, True]
