@@ -42,6 +42,7 @@ class TokenLayout:
     """Maps between (view, row, column) and the axes of an attention call.
 
     Example:
+        >>> import torch
         >>> layout = TokenLayout("b (v h w)")
         >>> query = torch.zeros(2, 8, 3 * 16 * 16, 64)  # [AB, K, L, D]
         >>> layout.split_query(query, batch=2, token_grids=((16, 16),) * 3).shape
@@ -250,6 +251,7 @@ class TokenLayout:
         With `own_view_shows` both views of a sample hold the tokens of the view that it is about.
 
         Example:
+            >>> import torch
             >>> layout = TokenLayout("(b v h) w", key="(b u h) (v w)")  # MV-Adapter
             >>> layout.split_query(torch.zeros(2 * 6 * 16, 8, 24, 64), batch=2, token_grids=((16, 24),) * 6).shape
             torch.Size([32, 8, 6, 24, 64])
@@ -273,6 +275,7 @@ class TokenLayout:
         """Bring keys [AB, K, L, D] to [B', K, V, N', D]; arguments and errors as `split_query`.
 
         Example:
+            >>> import torch
             >>> layout = TokenLayout("(b v h) w", key="(b u h) (v w)")  # MV-Adapter
             >>> layout.split_key(torch.zeros(2 * 6 * 16, 8, 6 * 24, 64), batch=2, token_grids=((16, 24),) * 6).shape
             torch.Size([32, 8, 6, 24, 64])
@@ -283,6 +286,7 @@ class TokenLayout:
         """Express a correspondence in the folded form, without matches out of reach and of views without queries.
 
         Example:
+            >>> import torch
             >>> from cameo import Correspondence
             >>> index = torch.full((1, 2, 2, 4), -1)
             >>> index[0, 0, 1] = torch.tensor([1, 0, 0, 3])  # token 2 (row 1) matches token 0 (row 0)
@@ -309,6 +313,7 @@ class TokenLayout:
         """Bring values of the tokens `[B, V, N, C]` to `[B', V', N', C]`, for the samples and views of `localize`.
 
         Example:
+            >>> import torch
             >>> TokenLayout("(b h) (v w)").localize_tokens(torch.zeros(2, 3, 24, 7), ((4, 6),) * 3).shape
             torch.Size([8, 3, 6, 7])
         """
@@ -366,12 +371,10 @@ class TokenLayout:
         return self._query if of == "query" else self._key
 
     def _places(self, of: str, batch: int, token_grids: TokenGrids) -> TokenPlaces:
-        axes, lengths = self._view_axes(of), self._lengths(of, batch, token_grids)
+        # Keys that hold the same views have them in the order of the queries.
+        axes = view_axes(self._key if self.reference_keys and of == "key" else self._query)
+        lengths = self._lengths(of, batch, token_grids)
         return TokenPlaces(of, self.pattern(of), axes, self._key.extra, self.view_order, lengths, token_grids)
-
-    def _view_axes(self, of: str) -> Segment:
-        """The axes of all views in the order of the correspondence: those of the queries, if the keys have the same."""
-        return view_axes(self._key if self.reference_keys and of == "key" else self._query)
 
     def _missing_views(self, of: str, num_views: int) -> list[int]:
         """Return the views of the correspondence that have no queries or no keys, but the other."""

@@ -39,6 +39,7 @@ def cut_other_views(module: nn.Module, layer: AttentionLayer, token_grids: Token
     This is `cameo.probing.ablation.self_view_only` for the plain module in which the layer's path is looked up.
 
     Example:
+        >>> from cameo.attention.layout import TokenLayout
         >>> class Attention(nn.Module):
         ...     def forward(self, x):
         ...         return nn.functional.scaled_dot_product_attention(x, x, x)

@@ -83,19 +83,20 @@ def rotary(dimension: int = 8, height: int = HEIGHT, width: int = WIDTH) -> tupl
     return get_2d_rotary_pos_embed(dimension, ((0, 0), (height, width)), (height, width), output_type="pt")
 
 
+def arguments(images: Tensor) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+    number, text = len(images), torch.linspace(-1, 1, TEXT * 8).reshape(1, TEXT, 8)
+    return (images, torch.full((number,), 400.0)), {
+        "encoder_hidden_states": text.repeat(number, 1, 1),
+        "text_embedding_mask": torch.ones(number, TEXT),
+        "encoder_hidden_states_t5": text.repeat(number, 1, 1),
+        "text_embedding_mask_t5": torch.ones(number, TEXT),
+        "image_rotary_emb": rotary(),
+    }
+
+
 def denoise(model: nn.Module, **options: Any) -> Tensor:
-    number, text = SAMPLES * VIEWS, torch.linspace(-1, 1, TEXT * 8).reshape(1, TEXT, 8)
-    images = frames(grid=(HEIGHT * PATCH, WIDTH * PATCH))
-    return model(
-        images,
-        torch.full((number,), 400.0),
-        encoder_hidden_states=text.repeat(number, 1, 1),
-        text_embedding_mask=torch.ones(number, TEXT),
-        encoder_hidden_states_t5=text.repeat(number, 1, 1),
-        text_embedding_mask_t5=torch.ones(number, TEXT),
-        image_rotary_emb=rotary(),
-        **options,
-    ).sample
+    args, kwargs = arguments(frames(grid=(HEIGHT * PATCH, WIDTH * PATCH)))
+    return model(*args, **kwargs, **options).sample
 
 
 def wrap(model: nn.Module, **options: Any) -> CameoModel:
@@ -140,6 +141,12 @@ def test_one_match_pulls_its_tokens_and_no_others() -> None:
         reached=[(0, row, column) for row in range(HEIGHT) for column in range(WIDTH)],
         project=lambda images: per_view_projections(attention, images),
     )
+
+
+def test_the_layout_is_found_to_fit() -> None:
+    images = frames(grid=(HEIGHT * PATCH, WIDTH * PATCH)).unflatten(0, (SAMPLES, VIEWS))
+    check = wrap(joined()).check_layout(lambda views: arguments(views.flatten(0, 1)), images)
+    assert check.fits is True, check
 
 
 def test_what_is_supervised_is_what_the_kernel_sees(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,8 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
-from benchmarks.step import latents, measure
+from benchmarks.step import check_layout, latents, measure
 from tests.helpers.training_runs import fresh_accelerate
 
 
@@ -51,3 +52,12 @@ def test_cached_latents_run_at_their_smallest_size(
     assert differences[:2] == [0, 0]
     assert 0 < differences[2] < 2**-9
     assert "steps per second" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_cost_of_checking_a_layout_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    threads = torch.get_num_threads()
+    assert check_layout.main(["--repeats", "1"]) == 0
+    torch.set_num_threads(threads)
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith(("| CAT3D", "| Wan"))]
+    assert [float(row[-1].rstrip(" |")) > 0 for row in rows] == [True, True]

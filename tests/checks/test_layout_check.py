@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +158,11 @@ def check_row(row: Row, **layout: Any) -> LayoutCheck:
     if layout:
         model._supervised = [replace(model.supervised_layers[0], layout=TokenLayout(**layout))]
     return model.check_layout(inputs_of(row, pipeline), row.batch()["images"])
+
+
+def test_every_backbone_of_this_repository_is_checked() -> None:
+    installed = {point.name for point in entry_points(group="cameo.backbones") if point.value.startswith("cameo.")}
+    assert installed == {row.backbone for row in TINY}
 
 
 @every_tiny

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import cameo
 from cameo import Correspondence
 from cameo.errors import CaptureError
+from cameo.probing.ablation import self_view_only
 from tests.helpers.catalogue import Entry, Row, noise, rows
 from tests.helpers.catalogue_images import IMAGES
 from tests.helpers.catalogue_videos import VIDEOS
@@ -105,6 +106,18 @@ def test_one_match_pulls_its_query_and_the_matched_view(attached: Attached) -> N
     pulled = images.sum(-1) > 0
     assert torch.equal(pulled, expected), (pulled != expected).nonzero().tolist()
     assert not others.any()
+
+
+def test_the_layer_can_be_cut_to_its_own_views(attached: Attached) -> None:
+    """Text of open length, masks and calls sample by sample stay as they are."""
+    (layer,) = attached.model.supervised_layers
+    with torch.no_grad():
+        with self_view_only(attached.model, layer, (GRID,) * attached.entry.views):
+            cut = sample(attached.model(**attached.inputs))
+        after = sample(attached.model(**attached.inputs))
+    assert cut.isfinite().all()
+    assert not torch.allclose(cut, attached.before, atol=1e-4)
+    assert torch.equal(after, attached.before)
 
 
 def test_a_copy_has_the_same_loss(attached: Attached) -> None:
