@@ -100,7 +100,7 @@ class _Cut:
 
     def done(self, path: str, watcher: CallWatcher) -> None:
         """Check the calls of a run as a capture does: of several it must be known which one mixes the views."""
-        self.was_called |= captured_call(self._layer, watcher) is not None
+        self.was_called |= captured_call(self._layer, watcher.calls) is not None
 
     def parts(self, like: Tensor, length: int, key_length: int) -> list[_Part] | None:
         """Return which queries see which keys in a call with queries or logits `like`; None if it holds one view only.
