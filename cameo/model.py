@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from cameo.alignment import AlignmentHead, check_head_options, check_options
+from cameo.alignment import AlignmentHead, alignment_loss, check_head_options, check_options
 from cameo.alignment.head_watch import HeadWatch
 from cameo.attention.capture import AttentionCapture, AttentionLayer, CapturedAttention
 from cameo.attention.compiled.regions import is_being_compiled, skipped_by_compiler
 from cameo.attention.visibility import split_call
 from cameo.backbone import get_backbone, resolve_layers, unwrap_peft
+from cameo.checks.observed_forward import ObservedForward, Observer
 from cameo.checks.unseen_kernels import UnseenKernels
 from cameo.config import CameoConfig, finite
 from cameo.correspondence import Correspondence
@@ -22,7 +23,6 @@ from cameo.correspondence.correspondence import one_per_layer
 from cameo.errors import CaptureError, NoLossError
 from cameo.geometry.grids import TokenGrids
 from cameo.renamed import old_attributes, old_functions, old_keywords
-from cameo.supervised_forward import ObservedForward, Observer, layer_loss
 from cameo.wrapped import check_plain, find_wrapper, forget, register
 
 __all__ = ["CameoModel", "attach", "wrapper_of"]
@@ -67,7 +67,7 @@ class CameoModel(nn.Module):
 
     With `torch.compile` (of this module, or of the base or its blocks in place, `module.compile()`) a forward with a
     correspondence stays one compiled graph where the supervised layers attend by SDPA; the first one runs eagerly, and
-    the loss is computed outside of the graph, see `cameo.supervised_forward`.
+    the loss is computed outside of the graph, see `cameo.checks.observed_forward`.
     Under `DistributedDataParallel` call the outer module, and read `weight`, `alignment_loss` and `token_grid` from
     this one: `accelerator.unwrap_model(outer)`, or `outer.module`. Keep `find_unused_parameters=False`, and give every
     step a correspondence (an empty one has loss 0 with a graph), since the heads get their gradient from the alignment
@@ -147,25 +147,37 @@ class CameoModel(nn.Module):
         if trains:
             self._watch.look(self.alignment_heads, self.base_model)
         unseen = self._unseen if trains and self.check_unseen else None
-        return matches, self._observer.observe(self.base_model, self._supervised, matches, unseen, compiled)
+        return matches, self._observer.observe(
+            self.base_model, unwrap_peft(self.base_model), self._supervised, matches, unseen, compiled
+        )
 
     @torch.compiler.disable
     def _align(self, captured: AttentionCapture, matches: Sequence[Correspondence]) -> None:
         """Compute the alignment loss of an observed forward."""
-        losses, counts = [], []
-        for layer, head, match in zip(self._supervised, self.alignment_heads, matches, strict=True):
-            assert isinstance(head, AlignmentHead)
-            seen = captured.take(layer.path)
-            if self._trains():
-                seen.check_graph(layer.path)
-            options = {"implementation": self.implementation, "gelu": self.gelu}
-            loss, count = layer_loss(layer, seen, match, head, self.cameo_config, **options)
-            losses.append(loss)
-            counts.append(count)
-        self._alignment_loss = torch.stack(losses).mean()
-        self._num_supervised = torch.stack(counts).sum()
+        layers = zip(self._supervised, self.alignment_heads, matches, strict=True)
+        found = [self._layer_loss(layer, captured.take(layer.path), match, head) for layer, head, match in layers]
+        self._alignment_loss = torch.stack([loss for loss, _ in found]).mean()
+        self._num_supervised = torch.stack([count for _, count in found]).sum()
         if self._trains():
             self._watch.follow(self._alignment_loss)
+
+    def _layer_loss(
+        self, layer: AttentionLayer, seen: CapturedAttention, match: Correspondence, head: nn.Module
+    ) -> tuple[Tensor, Tensor]:
+        """Alignment loss of one layer, and the number of its matches."""
+        if self._trains():
+            seen.check_graph(layer.path)
+        assert isinstance(head, AlignmentHead)
+        config = self.cameo_config
+        query, key, local, visible = split_call(layer, seen, match, config.normalize)
+        if (references := config.references_among(match.num_views)) is not None:
+            references = layer.layout.view_order.num_references(references)
+        loss = alignment_loss(
+            query, key, local, head, scale=seen.scale, normalize=config.normalize, reduction=config.reduction,
+            num_reference_views=references, visible=visible, softness=config.softness,
+            implementation=self.implementation, gelu=self.gelu,
+        )  # fmt: skip
+        return loss, local.matched.sum()
 
     @property
     def weight(self) -> float:

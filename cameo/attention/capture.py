@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from cameo.attention.compiled.traced_layers import TracedLayers
 from cameo.attention.kernel_calls import FUSED, CallWatcher
 from cameo.attention.kernels.call import KernelCall, join_samples, join_slices
+from cameo.attention.kernels.known import fused_call
 from cameo.attention.layout import TokenLayout
 from cameo.attention.watched_layers import WatchedLayers
 from cameo.errors import CaptureError, as_integer
@@ -166,7 +167,9 @@ class AttentionCapture:
 
         self._layers: WatchedLayers | TracedLayers
         if traced:
-            self._layers = TracedLayers(model, by_path, keep)
+            self._layers = TracedLayers(
+                model, by_path, lambda path, calls: keep(path, [fused_call(*call) for call in calls])
+            )
         else:
             self._layers = WatchedLayers(model, by_path, CallWatcher, keep_watched)
 

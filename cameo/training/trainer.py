@@ -16,6 +16,8 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from cameo.attention.compiled.in_place import compile_in_place
+from cameo.backbone import unwrap_peft
 from cameo.data import MultiViewDataset
 from cameo.data.batches import MatchedDataset, to_device
 from cameo.model import CameoModel
@@ -87,6 +89,7 @@ class Trainer:
             num_warmup_steps=config.lr_warmup_steps,
             num_training_steps=config.max_train_steps,
         )
+        compile_in_place(model.base_model, unwrap_peft(model.base_model), config.torch_compile)
         self.prepared, self.optimizer = self.accelerator.prepare(self.supervision.module, optimizer)
         self.accelerator.register_for_checkpointing(self.scheduler)
         self.ema: EMAModel | None = None

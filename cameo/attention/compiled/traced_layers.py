@@ -19,11 +19,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from cameo.attention.kernels.call import KernelCall
-from cameo.attention.kernels.known import fused_call
 from cameo.errors import CaptureError
 
-__all__ = ["TracedLayers", "explain_no_tracing"]
+__all__ = ["FusedArguments", "TracedLayers", "explain_no_tracing"]
+
+FusedArguments = tuple[Tensor, Tensor, Tensor | None, bool, float | None]
+Done = Callable[[str, list[FusedArguments]], None]
 
 # Lets the graph of a checkpointed block hand out the noted tensors; they are not noted again when it is recomputed.
 CHECKPOINT_OPTION = "skip_fwd_side_effects_in_bwd_under_checkpoint"
@@ -37,20 +38,22 @@ class TracedLayers:
         ...     def forward(self, x):
         ...         return F.scaled_dot_product_attention(x, x, x)
         >>> model = torch.compile(nn.Sequential(Attention()), backend="eager", fullgraph=True)
-        >>> with TracedLayers(model._orig_mod, ["0"], lambda path, calls: print(path, calls[0].query.shape)):
+        >>> with TracedLayers(model._orig_mod, ["0"], lambda path, calls: print(path, calls[0][0].shape)):
         ...     _ = model(torch.zeros(1, 2, 12, 4))
         0 torch.Size([1, 2, 12, 4])
 
     Args:
         model: the module in which the paths are looked up.
         paths: dotted module paths of the layers.
-        done: receives, at the end of the block, the calls of the latest run of each layer, `done(path, calls)`.
+        done: receives, at the end of the block, the calls of the latest run of each layer, `done(path, calls)`, each
+            with its query, key, mask, `is_causal` and `scale`, the arguments of `fused_call` in
+            `cameo.attention.kernels.known`.
 
     Raises:
         CaptureError: a layer is in two such blocks at a time, as in two threads.
     """
 
-    def __init__(self, model: nn.Module, paths: Iterable[str], done: Callable[[str, list[KernelCall]], None]) -> None:
+    def __init__(self, model: nn.Module, paths: Iterable[str], done: Done) -> None:
         self._layers: dict[str, Any] = {path: model.get_submodule(path) for path in paths}
         self._done = done
         self._cleanup = ExitStack()
@@ -68,9 +71,10 @@ class TracedLayers:
                         f"layer {path!r} is observed by another forward of the same model at this moment; run one "
                         "forward with a correspondence after the other"
                     )
-                stack.callback(_as_before, layer, type(layer))
+                plain: Any = type(layer)
+                stack.callback(_as_before, layer, plain)
                 layer._noted = _Noted()
-                layer.__class__ = _traced(type(layer))
+                layer.__class__ = _traced(plain)
             self._cleanup = stack.pop_all()
         return self
 
@@ -83,7 +87,7 @@ class TracedLayers:
             assert isinstance(found, _Noted)
             if found.calls is not None:
                 self._ran.add(path)
-                self._done(path, [fused_call(*call) for call in found.calls])
+                self._done(path, list(found.calls))
 
     def explain_no_call(self, path: str) -> str:
         """Say why no kernel call of a layer was seen."""
@@ -109,13 +113,13 @@ def explain_no_tracing(layer: nn.Module) -> str:
 class _Noted:
     """What a layer hands out: the arguments of its calls in its latest run, None before the first."""
 
-    calls: tuple[tuple[Any, ...], ...] | None = None
+    calls: tuple[FusedArguments, ...] | None = None
 
 
 class _Note(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
-        self.calls: list[tuple[Any, ...]] = []
+        self.calls: list[FusedArguments] = []
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

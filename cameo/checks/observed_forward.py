@@ -1,4 +1,4 @@
-"""A forward of a wrapped model with its supervised layers observed, in compiled code where it can be; their loss.
+"""A forward of a wrapped model with its supervised layers observed, in compiled code where that is possible.
 
 Where the model, or a part that holds a supervised layer, is compiled by `torch.compile`, the first forward with a
 correspondence runs that part eagerly, so that all checks see it. If all of its attention is SDPA, the queries and keys
@@ -15,19 +15,15 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from cameo.alignment import AlignmentHead, alignment_loss
-from cameo.attention.capture import AttentionCapture, AttentionLayer, CapturedAttention
+from cameo.attention.capture import AttentionCapture, AttentionLayer
 from cameo.attention.compiled.regions import EagerRegions, compiled_around, modules_around
 from cameo.attention.compiled.traced_layers import explain_no_tracing
-from cameo.attention.visibility import split_call
-from cameo.backbone import unwrap_peft
 from cameo.checks.unseen_kernels import UnseenKernels
-from cameo.config import CameoConfig
 from cameo.correspondence import Correspondence
 
-__all__ = ["ObservedForward", "Observer", "layer_loss"]
+__all__ = ["ObservedForward", "Observer"]
 
 
 class Observer:
@@ -42,7 +38,7 @@ class Observer:
         >>> model.compile(backend="eager")
         >>> layer = AttentionLayer(0, "0", heads=1, layout=TokenLayout("b (v h w)"))
         >>> for _ in range(2):
-        ...     with observer.observe(model, [layer], [], None, False) as forward:
+        ...     with observer.observe(model, model, [layer], [], None, False) as forward:
         ...         _ = forward.run(torch.randn(1, 1, 8, 4))
         ...     print(forward.traced, forward.captured["0"].query.shape)
         False torch.Size([1, 1, 8, 4])
@@ -57,6 +53,7 @@ class Observer:
     def observe(
         self,
         model: nn.Module,
+        core: nn.Module,
         layers: Sequence[AttentionLayer],
         matches: Sequence[Correspondence],
         unseen: UnseenKernels | None,
@@ -65,13 +62,13 @@ class Observer:
         """Return the block in which the next forward of `model` is to run.
 
         Args:
-            model: the wrapped module, perhaps PEFT's around it.
+            model: the wrapped module.
+            core: the module within it in which the layers' paths are looked up; `model` itself, or what PEFT holds.
             layers: supervised layers.
             matches: of each layer; for `unseen`.
             unseen: its check is part of the block, None for no check.
             surrounded: whether the block stands in a function that `torch.compile` compiles, see `is_being_compiled`.
         """
-        core = unwrap_peft(model)
         prefix = next(f"{name}." if name else "" for name, module in model.named_modules() if module is core)
         paths = {layer.path: prefix + layer.path for layer in layers}
         compiled = surrounded or any(compiled_around(model, path) for path in paths.values())
@@ -146,57 +143,6 @@ class ObservedForward:
         self._open.__exit__(kind, *rest)
         if kind is None:
             self._done(self.captured)
-
-
-def layer_loss(
-    layer: AttentionLayer,
-    seen: CapturedAttention,
-    match: Correspondence,
-    head: AlignmentHead,
-    config: CameoConfig,
-    *,
-    implementation: str,
-    gelu: str,
-) -> tuple[Tensor, Tensor]:
-    """Alignment loss of one layer, and the number of its matches.
-
-    Args:
-        layer: the layer, for its token layout.
-        seen: its captured call.
-        match: matches at its token grid.
-        head: its alignment head.
-        config: how the wrapped model computes its loss.
-        implementation, gelu: see `cameo.alignment_loss`.
-
-    Raises:
-        CaptureError: the mask of the call cannot be read.
-        ShapeError: the call has another shape than the layout and the matches.
-        ValueError: the correspondence has fewer views than `num_reference_views`.
-    """
-    query, key, local, visible = split_call(layer, seen, match, config.normalize)
-    references = config.num_reference_views
-    if references is not None and references > match.num_views:
-        raise ValueError(
-            f"num_reference_views: expected at most {match.num_views}, the views of the correspondence, got "
-            f"{references}"
-        )
-    if references is not None:
-        references = layer.layout.view_order.num_references(references)
-    loss = alignment_loss(
-        query,
-        key,
-        local,
-        head,
-        scale=seen.scale,
-        normalize=config.normalize,
-        reduction=config.reduction,
-        num_reference_views=references,
-        visible=visible,
-        softness=config.softness,
-        implementation=implementation,
-        gelu=gelu,
-    )
-    return loss, local.matched.sum()
 
 
 class _Eager:
