@@ -63,7 +63,7 @@ class OptimizerSettings(Settings):
     mixed_precision: str = setting("no", choices=("no", "fp16", "bf16"))
     # Whether float32 products may round to TF32 on a GPU: faster, less exact. false by default, as in torch.
     allow_tf32: bool = setting(False, changeable=True)
-    # What torch.compile compiles: off (nothing, the default: it takes minutes before the first step), default (the whole
+    # What torch.compile compiles: off (nothing, the default, as it takes minutes at the start), default (the whole
     # model as one graph) or regional (each repeated block, which takes less). Steps with an alignment loss stay
     # compiled where the supervised layers attend by SDPA.
     torch_compile: str = setting("off", choices=("off", "default", "regional"), changeable=True)
