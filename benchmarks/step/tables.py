@@ -7,11 +7,12 @@ from functools import partial
 
 from benchmarks.common.measuring import table_of
 from benchmarks.common.page import DEVICES, Script
-from benchmarks.step import measure
+from benchmarks.step import compiled, measure
 
 __all__ = ["SCRIPT", "TABLES"]
 
 SCRIPT = Script("benchmarks.step.measure", "training_step")
+COMPILED = Script("benchmarks.step.compiled", "compiled_step")
 
 
 def step(device: str) -> str:
@@ -21,4 +22,14 @@ def step(device: str) -> str:
     return SCRIPT.section(found, "\n\n".join(tables), device)
 
 
-TABLES: dict[str, Callable[[], str]] = {f"step_{device}": partial(step, device) for device in DEVICES}
+def compiled_step(device: str) -> str:
+    """Steps with alignment, compiled and not."""
+    found = COMPILED.found(device)
+    return COMPILED.section(found, table_of(compiled.table(found)), device)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    f"{name}_{device}": partial(make, device)
+    for name, make in (("step", step), ("compiled_step", compiled_step))
+    for device in DEVICES
+}

@@ -25,6 +25,7 @@ class WatchedLayers:
     """Open a watcher whenever one of some layers runs, in the thread that entered the block.
 
     Example:
+        >>> import torch
         >>> class Attention(nn.Module):
         ...     def forward(self, x):
         ...         return nn.functional.scaled_dot_product_attention(x, x, x)

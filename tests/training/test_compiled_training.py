@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("alone_on_shared_scenes")
 STEPS = {"max_train_steps": 2, "checkpointing_steps": 1, "validation_steps": 100}
 
 
-@pytest.mark.parametrize("torch_compile", ["default", "regional"])
+@pytest.mark.parametrize("torch_compile", [pytest.param("default", marks=pytest.mark.slow), "regional"])
 def test_saved_files_and_a_resumed_run_are_those_without_compilation(
     torch_compile: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -89,8 +89,8 @@ class EagerRegions:
         self._kept_eager: dict[nn.Module, str] = {}
 
     def __enter__(self) -> EagerRegions:
-        for path in self._paths:
-            parts = compiled_around(self._model, path)
+        by_path = {path: compiled_around(self._model, path) for path in self._paths}  # before anything is changed
+        for path, parts in by_path.items():
             for part in parts:
                 if part._compiled_call_impl is not None:
                     self._taken.append((part, part._compiled_call_impl))

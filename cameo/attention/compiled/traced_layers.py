@@ -34,6 +34,7 @@ class TracedLayers:
     """Note the calls of `F.scaled_dot_product_attention` in some layers, in compiled code too.
 
     Example:
+        >>> import torch
         >>> class Attention(nn.Module):
         ...     def forward(self, x):
         ...         return F.scaled_dot_product_attention(x, x, x)
