@@ -133,6 +133,19 @@ class CameoConfig:
         """
         return [self.normalize] * len(self.layers) if isinstance(self.normalize, str) else list(self.normalize)
 
+    def references_among(self, num_views: int) -> int | None:
+        """Return `num_reference_views` for a correspondence of so many views.
+
+        Raises:
+            ValueError: it has fewer.
+        """
+        if self.num_reference_views is not None and self.num_reference_views > num_views:
+            raise ValueError(
+                f"num_reference_views: expected at most {num_views}, the views of the correspondence, got "
+                f"{self.num_reference_views}"
+            )
+        return self.num_reference_views
+
     def save(self, folder: str | Path) -> Path:
         """Write `cameo_config.json` into `folder` (temporary name, then rename) and return its path."""
         path = Path(folder) / CONFIG_NAME

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +12,10 @@ from torch import Tensor, nn
 from cameo.alignment import AlignmentHead, alignment_loss, check_head_options, check_options
 from cameo.alignment.head_watch import HeadWatch
 from cameo.attention.capture import AttentionCapture, AttentionLayer, CapturedAttention
+from cameo.attention.compiled.regions import is_being_compiled, skipped_by_compiler
 from cameo.attention.visibility import split_call
 from cameo.backbone import get_backbone, resolve_layers, unwrap_peft
+from cameo.checks.observed_forward import ObservedForward, Observer
 from cameo.checks.unseen_kernels import UnseenKernels
 from cameo.config import CameoConfig, finite
 from cameo.correspondence import Correspondence
@@ -64,7 +65,9 @@ class CameoModel(nn.Module):
         check_unseen: whether the first training forwards with a correspondence look for attention that runs unseen
             beside the supervised call, see `cameo.checks.unseen_kernels`; it may be set, and is not saved.
 
-    A forward with a correspondence runs eagerly even where the model is compiled, one without runs compiled.
+    With `torch.compile` (of this module, or of the base or its blocks in place, `module.compile()`) a forward with a
+    correspondence stays one compiled graph where the supervised layers attend by SDPA; the first one runs eagerly, and
+    the loss is computed outside of the graph, see `cameo.checks.observed_forward`.
     Under `DistributedDataParallel` call the outer module, and read `weight`, `alignment_loss` and `token_grid` from
     this one: `accelerator.unwrap_model(outer)`, or `outer.module`. Keep `find_unused_parameters=False`, and give every
     step a correspondence (an empty one has loss 0 with a graph), since the heads get their gradient from the alignment
@@ -102,10 +105,12 @@ class CameoModel(nn.Module):
         self._num_supervised: Tensor | None = None
         self._watch = HeadWatch()
         self._unseen = UnseenKernels()
+        self._observer = Observer()
         self.check_unseen = True
         self._attached = True
         register(base_model, self)
 
+    @skipped_by_compiler
     def forward(
         self, *args: Any, correspondence: Correspondence | Sequence[Correspondence] | None = None, **kwargs: Any
     ) -> Any:
@@ -125,62 +130,54 @@ class CameoModel(nn.Module):
         self._alignment_loss = self._num_supervised = None
         if correspondence is None:
             return self.base_model(*args, **kwargs)
-        return self._forward_aligned(correspondence, args, kwargs)
-
-    @torch.compiler.disable
-    def _forward_aligned(
-        self, correspondence: Correspondence | Sequence[Correspondence], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        matches = one_per_layer(correspondence, len(self._supervised))
-        self._check_supported()
-        trains = self.training and torch.is_grad_enabled()
-        if trains:
-            self._watch.look(self.alignment_heads, self.base_model)
-            looking = self._unseen.look(unwrap_peft(self.base_model), self._supervised, matches)
-        with looking if trains and self.check_unseen else nullcontext(), self.capture() as captured:
-            output = self.base_model(*args, **kwargs)
-        losses, counts = [], []
-        each = zip(
-            self._supervised, self.alignment_heads, matches, self.cameo_config.normalize_of_layers(), strict=True
-        )
-        for layer, head, match, normalize in each:
-            assert isinstance(head, AlignmentHead)
-            loss, count = self._layer_loss(layer, captured.take(layer.path), match, head, normalize)
-            losses.append(loss)
-            counts.append(count)
-        self._alignment_loss = torch.stack(losses).mean()
-        self._num_supervised = torch.stack(counts).sum()
-        if trains:
-            self._watch.follow(self._alignment_loss)
+        matches, observed = self._begin(correspondence, is_being_compiled())
+        with observed:
+            output = observed.run(*args, **kwargs)  # alone is compiled
+        self._align(observed.captured, matches)
         return output
 
+    @torch.compiler.disable
+    def _begin(
+        self, correspondence: Correspondence | Sequence[Correspondence], compiled: bool
+    ) -> tuple[Sequence[Correspondence], ObservedForward]:
+        """Check what can be checked before a forward, and prepare to observe it."""
+        matches = one_per_layer(correspondence, len(self._supervised))
+        self._check_supported()
+        trains = self._trains()
+        if trains:
+            self._watch.look(self.alignment_heads, self.base_model)
+        unseen = self._unseen if trains and self.check_unseen else None
+        return matches, self._observer.observe(
+            self.base_model, unwrap_peft(self.base_model), self._supervised, matches, unseen, compiled
+        )
+
+    @torch.compiler.disable
+    def _align(self, captured: AttentionCapture, matches: Sequence[Correspondence]) -> None:
+        """Compute the alignment loss of an observed forward."""
+        normalize = self.cameo_config.normalize_of_layers()
+        layers = zip(self._supervised, matches, self.alignment_heads, normalize, strict=True)
+        found = [self._layer_loss(layer, captured.take(layer.path), *others) for layer, *others in layers]
+        self._alignment_loss = torch.stack([loss for loss, _ in found]).mean()
+        self._num_supervised = torch.stack([count for _, count in found]).sum()
+        if self._trains():
+            self._watch.follow(self._alignment_loss)
+
     def _layer_loss(
-        self, layer: AttentionLayer, seen: CapturedAttention, match: Correspondence, head: AlignmentHead, normalize: str
+        self, layer: AttentionLayer, seen: CapturedAttention, match: Correspondence, head: nn.Module, normalize: str
     ) -> tuple[Tensor, Tensor]:
         """Alignment loss of one layer, and the number of its matches."""
-        if self.training and torch.is_grad_enabled():
+        if self._trains():
             seen.check_graph(layer.path)
+        assert isinstance(head, AlignmentHead)
+        config = self.cameo_config
         query, key, local, visible = split_call(layer, seen, match, normalize)
-        references = self.cameo_config.num_reference_views
-        if references is not None:
-            if references > match.num_views:
-                views = f"{match.num_views}, the views of the correspondence"
-                raise ValueError(f"num_reference_views: expected at most {views}, got {references}")
+        if (references := config.references_among(match.num_views)) is not None:
             references = layer.layout.view_order.num_references(references)
         loss = alignment_loss(
-            query,
-            key,
-            local,
-            head,
-            scale=seen.scale,
-            normalize=normalize,
-            reduction=self.cameo_config.reduction,
-            num_reference_views=references,
-            visible=visible,
-            softness=self.cameo_config.softness,
-            implementation=self.implementation,
-            gelu=self.gelu,
-        )
+            query, key, local, head, scale=seen.scale, normalize=normalize, reduction=config.reduction,
+            num_reference_views=references, visible=visible, softness=config.softness,
+            implementation=self.implementation, gelu=self.gelu,
+        )  # fmt: skip
         return loss, local.matched.sum()
 
     @property
@@ -357,8 +354,11 @@ class CameoModel(nn.Module):
 
         return push_to_hub(self, repo_id, **options)
 
+    def _trains(self) -> bool:
+        return self.training and torch.is_grad_enabled()
+
     def _check_supported(self) -> None:
-        if self.cameo_config.backbone is None or not (self.training and torch.is_grad_enabled()):
+        if self.cameo_config.backbone is None or not self._trains():
             return
         if reason := get_backbone(self.cameo_config.backbone).unsupported(unwrap_peft(self.base_model)):
             raise CaptureError(reason)
@@ -380,7 +380,8 @@ class CameoModel(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # A model that was pickled by an earlier release has no watch, and a weight beside that of `cameo_config`.
-        super().__setstate__({"_watch": HeadWatch(), "_unseen": UnseenKernels(), "check_unseen": True, **state})
+        now = {"_watch": HeadWatch(), "_unseen": UnseenKernels(), "_observer": Observer(), "check_unseen": True}
+        super().__setstate__({**now, **state})
         if "weight" in state:
             self.weight = vars(self).pop("weight")
         if self._attached:

@@ -39,8 +39,7 @@ def check_plain(model: nn.Module, wrapper: type[nn.Module]) -> None:
     if hasattr(model, "_orig_mod"):
         raise ValueError(
             "model: is compiled by torch.compile. Wrap the plain module, cameo.wrap(model._orig_mod, ...), "
-            "and compile the result: forwards without a correspondence then run compiled, those with one "
-            "run eagerly."
+            "and compile the result, torch.compile(wrapped), or compile in place, model.compile()."
         )
     if type(model) in (nn.DataParallel, nn.parallel.DistributedDataParallel):
         raise ValueError(

@@ -38,6 +38,8 @@ class JointDiT(DiTTransformer2DModel, PeftAdapterMixin):
     Source: Scalable Diffusion Models with Transformers, arXiv 2212.09748.
     """
 
+    _repeated_blocks = ("BasicTransformerBlock",)  # what `compile_repeated_blocks` compiles
+
     @property
     def attn_processors(self) -> dict[str, Any]:
         """Attention processors by name, as those of diffusers' U-Nets."""

@@ -7,12 +7,13 @@ from functools import partial
 
 from benchmarks.common.measuring import table_of
 from benchmarks.common.page import DEVICES, Script
-from benchmarks.step import latents, measure
+from benchmarks.step import compiled, latents, measure
 
 __all__ = ["LATENTS", "SCRIPT", "TABLES"]
 
 SCRIPT = Script("benchmarks.step.measure", "training_step")
 LATENTS = Script("benchmarks.step.latents", "latents")
+COMPILED = Script("benchmarks.step.compiled", "compiled_step")
 
 
 def step(device: str) -> str:
@@ -28,8 +29,14 @@ def cached(device: str) -> str:
     return LATENTS.section(found, table_of(latents.table(found)), device)
 
 
+def compiled_step(device: str) -> str:
+    """Steps with alignment, compiled and not."""
+    found = COMPILED.found(device)
+    return COMPILED.section(found, table_of(compiled.table(found)), device)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     f"{name}_{device}": partial(write, device)
-    for name, write in {"step": step, "latents": cached}.items()
+    for name, write in {"step": step, "latents": cached, "compiled_step": compiled_step}.items()
     for device in DEVICES
 }

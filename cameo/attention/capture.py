@@ -16,11 +16,13 @@ from typing import Any
 from einops import rearrange
 from torch import Tensor, nn
 
-from cameo.attention.kernel_calls import CallWatcher
+from cameo.attention.compiled.traced_layers import TracedLayers
+from cameo.attention.kernel_calls import FUSED, CallWatcher
 from cameo.attention.kernel_inputs import InputsWatcher, KernelInputs
 from cameo.attention.kernels.call import KernelCall, join_samples, join_slices
+from cameo.attention.kernels.known import fused_call
 from cameo.attention.layout import TokenLayout
-from cameo.attention.watched_layers import LayerWatcher, WatchedLayers
+from cameo.attention.watched_layers import WatchedLayers
 from cameo.errors import CaptureError, as_integer
 from cameo.geometry.grids import TokenGrids
 from cameo.renamed import old_attributes
@@ -132,9 +134,18 @@ class AttentionCapture:
         torch.Size([1, 2, 12, 4])
 
     `captured[path]` holds the latest call of each layer: if a layer runs twice in a forward (a write and a read
-    pass), the second call replaces the first. Only the thread that entered the block is observed. Compiled parts
-    of the model that contain a layer run eagerly inside the block, since a compiled graph hides its queries and
-    keys.
+    pass), the second call replaces the first. Only the thread that entered the block is observed. What is compiled in
+    place and holds a layer runs eagerly inside the block, since compiled code hides its queries and keys, unless
+    `traced`.
+
+    Args:
+        model: the module in which the layers' paths are looked up.
+        layers: what to observe.
+        traced: observe the layers in compiled code too, by SDPA alone and at the end of the block, see
+            `cameo.attention.compiled.traced_layers`.
+
+    Attributes:
+        untraced: for each observed layer why it would not be seen if `traced`, "" if it would be.
 
     Raises:
         CaptureError: in the forward, if a layer does more to its logits than to scale them and to hide keys, or calls
@@ -142,21 +153,31 @@ class AttentionCapture:
             is read and at the end of the block, if the layer did not run or called no known kernel.
     """
 
-    def __init__(self, model: nn.Module, layers: Iterable[AttentionLayer]) -> None:
+    def __init__(self, model: nn.Module, layers: Iterable[AttentionLayer], *, traced: bool = False) -> None:
         self._model, self._hooks = model, ExitStack()
         self._attention_layers = by_path = {layer.path: layer for layer in layers}
         self._captured: dict[str, CapturedAttention] = {}
         self._taken: set[str] = set()
-        captured = self._captured
+        self.untraced: dict[str, str] = {}
+        captured, untraced = self._captured, self.untraced
 
-        def keep(
-            path: str, watcher: LayerWatcher
-        ) -> None:  # not a method: a reference cycle would keep the calls alive
-            call = captured_call(by_path[path], watcher)
+        # No methods: a reference cycle would keep the calls alive.
+        def keep(path: str, calls: list[KernelCall]) -> None:
+            call = captured_call(by_path[path], calls)
             if call is not None:
                 captured[path] = call
 
-        self._layers = WatchedLayers(model, by_path, lambda path: _watcher(by_path[path]), keep)
+        def keep_watched(path: str, watcher: CallWatcher | InputsWatcher) -> None:
+            keep(path, watcher.calls)
+            untraced[path] = _explain_untraced(watcher)
+
+        self._layers: WatchedLayers[CallWatcher | InputsWatcher] | TracedLayers
+        if traced:
+            self._layers = TracedLayers(
+                model, by_path, lambda path, calls: keep(path, [fused_call(*call) for call in calls])
+            )
+        else:
+            self._layers = WatchedLayers(model, by_path, lambda path: _watcher(by_path[path]), keep_watched)
 
     def __enter__(self) -> AttentionCapture:
         self._captured.clear()
@@ -165,8 +186,8 @@ class AttentionCapture:
             stack.push(self._layers.__exit__)
             self._layers.__enter__()
             for path, layer in self._attention_layers.items():
-                if layer.kernel_inputs is not None:  # after the hooks that open a watcher when the layer runs
-                    module = self._model.get_submodule(path)
+                if layer.kernel_inputs is not None and isinstance(self._layers, WatchedLayers):
+                    module = self._model.get_submodule(path)  # after the hooks that open a watcher when the layer runs
                     stack.enter_context(layer.kernel_inputs.watched(module, partial(_hand_on, self._layers, path)))
             self._hooks = stack.pop_all()
         return self
@@ -213,13 +234,13 @@ def _hand_on(layers: WatchedLayers[CallWatcher | InputsWatcher], path: str, side
         watcher.keep(side, value)
 
 
-def captured_call(layer: AttentionLayer, watcher: LayerWatcher) -> CapturedAttention | None:
-    """Return that call of a layer which mixes the views, among those that a watcher saw; None if it saw none.
+def captured_call(layer: AttentionLayer, calls: list[KernelCall]) -> CapturedAttention | None:
+    """Return that call of a layer which mixes the views, among those that were seen; None if there are none.
 
     Raises:
         CaptureError: there are several calls and the layer does not say which, or the number of heads is another.
     """
-    calls = join_slices(watcher.calls)
+    calls = join_slices(calls)
     if not calls:
         return None
     if len(calls) > 1 and layer.kernel_call is None:
@@ -233,6 +254,17 @@ def captured_call(layer: AttentionLayer, watcher: LayerWatcher) -> CapturedAtten
             f"so there is no kernel_call={layer.kernel_call}; it counts from 0"
         )
     return per_head(layer, calls[layer.kernel_call or 0])
+
+
+def _explain_untraced(watcher: CallWatcher | InputsWatcher) -> str:
+    if isinstance(watcher, InputsWatcher):
+        return "its queries and keys are named by kernel_inputs, which compiled code does not hand out"
+    others = sorted(set(watcher.kernels) - {FUSED})
+    if others:
+        return f"it attends by {' and '.join(others)}, and compiled code shows F.{FUSED} alone"
+    if len(join_slices(watcher.calls)) < len(watcher.calls):
+        return "its kernel takes the batch in slices, which compiled code does not show as such"
+    return ""
 
 
 def several_calls(path: str, count: int, calls: Iterable[KernelCall] = ()) -> CaptureError:

@@ -17,12 +17,14 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from cameo.attention.kernels.call import KernelCall
 from cameo.attention.kernels.explicit import PRODUCTS, Product, measure_scale, operands_of
-from cameo.attention.kernels.known import Kernel, UnreadableCallError, causal_mask
+from cameo.attention.kernels.known import Kernel, UnreadableCallError, fused_call
 from cameo.attention.kernels.multihead import read_multihead
 from cameo.attention.kernels.taps import kernel_taps
 from cameo.errors import CaptureError
 
-__all__ = ["CallWatcher", "unwatched"]
+__all__ = ["EXPLICIT", "FUSED", "CallWatcher", "unwatched"]
+
+FUSED, EXPLICIT = "scaled_dot_product_attention", "an explicit softmax"
 
 MULTIHEAD = inspect.signature(F.multi_head_attention_forward)
 
@@ -43,6 +45,11 @@ class CallWatcher(TorchFunctionMode):
     multiple goes into a softmax. A kernel that calls another is recorded once. `torch.nn.MultiheadAttention` does not
     take its fast path inside the block, whose result differs in the last digits.
 
+    Attributes:
+        layer: name of what is watched, for messages.
+        calls: the calls, in order.
+        kernels: the name of the kernel of each call; that of SDPA where another one handed the call on to it.
+
     Raises:
         CaptureError: inside the block, for attention that does more to its logits than to scale them and to hide keys.
     """
@@ -51,7 +58,8 @@ class CallWatcher(TorchFunctionMode):
         super().__init__()
         self.layer = layer
         self.calls: list[KernelCall] = []
-        self._muted = False
+        self.kernels: list[str] = []
+        self._muted = self._reached_fused = False
         self._product: Product | None = None
 
     def __enter__(self) -> CallWatcher:
@@ -73,10 +81,11 @@ class CallWatcher(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         output = func(*args, **kwargs)
+        name = getattr(func, "__name__", "").partition(".")[0]
+        self._reached_fused |= name == FUSED
         if self._muted:
             return output
-        name = getattr(func, "__name__", "").partition(".")[0]
-        if name == "scaled_dot_product_attention":
+        if name == FUSED:
             self._fused(*args, **kwargs)
         elif name in PRODUCTS:
             operands = operands_of(name, args, kwargs)
@@ -85,24 +94,24 @@ class CallWatcher(TorchFunctionMode):
         elif name == "softmax" and self._product is not None:
             self._explicit(args[0] if args else kwargs["input"], *args[1:], **kwargs)
         elif name == "multi_head_attention_forward":
-            self._read(read_multihead, MULTIHEAD.bind(*args, **kwargs))
+            self._read("torch.nn.MultiheadAttention", read_multihead, MULTIHEAD.bind(*args, **kwargs))
         return output
 
     def kernel_call(self, kernel: Kernel, run: Callable[[BoundArguments], Any], given: BoundArguments) -> Any:
         """Run a kernel of another package and record it once, even if it falls back to SDPA."""
-        muted, self._muted = self._muted, True
+        muted, self._muted, self._reached_fused = self._muted, True, False
         try:
             output = run(given)
             if not muted:
-                self._read(kernel.read, given)
+                self._read(FUSED if self._reached_fused else kernel.title, kernel.read, given)
         finally:
             self._muted = muted
         return output
 
-    def _read(self, read: Callable[[dict[str, Any]], KernelCall], given: BoundArguments) -> None:
+    def _read(self, kernel: str, read: Callable[[dict[str, Any]], KernelCall], given: BoundArguments) -> None:
         given.apply_defaults()
         try:
-            self.calls.append(read(given.arguments))
+            self._keep(kernel, read(given.arguments))
         except UnreadableCallError as error:
             raise CaptureError(
                 f"layer {self.layer!r} attends with {error}, so its logits are more than a multiple of q.k with some "
@@ -120,9 +129,7 @@ class CallWatcher(TorchFunctionMode):
         scale: float | None = None,
         **_: Any,
     ) -> None:
-        if is_causal:
-            attn_mask = causal_mask(query.shape[-2], key.shape[-2], query.device)
-        self._keep(query, key, scale, attn_mask)
+        self._keep(FUSED, fused_call(query, key, attn_mask, is_causal, scale))
 
     def _ends_product(self, logits: Tensor, dim: int | None = None, *_: Any, **options: Any) -> bool:
         """Whether the softmax with these arguments is taken of the latest product."""
@@ -137,11 +144,12 @@ class CallWatcher(TorchFunctionMode):
         product, self._product = self._product, None
         assert product is not None
         scale, mask = measure_scale(self.layer, product, logits)
-        self._keep(product.query, product.key, scale, None if mask is None else mask.reshape(product.shape))
+        mask = None if mask is None else mask.reshape(product.shape)
+        self._keep(EXPLICIT, KernelCall(product.query, product.key, scale, mask))
 
-    def _keep(self, query: Tensor, key: Tensor, scale: float | None, mask: Tensor | None) -> None:
-        scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
-        self.calls.append(KernelCall(query, key, scale, mask))
+    def _keep(self, kernel: str, call: KernelCall) -> None:
+        self.kernels.append(kernel)
+        self.calls.append(call)
 
 
 @contextmanager

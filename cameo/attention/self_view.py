@@ -60,7 +60,7 @@ def cut_other_views(module: nn.Module, layer: AttentionLayer, token_grids: Token
 
     def done(_: str, watcher: CallWatcher) -> None:
         """Check the calls of a run as a capture does: of several it must be known which one mixes the views."""
-        if captured_call(layer, watcher) is not None:
+        if captured_call(layer, watcher.calls) is not None:
             ran.append(True)
 
     layers = WatchedLayers(module, [layer.path], lambda _: _Cutter(layer, parts), done)

@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from typing import Any, Generic, Protocol, TypeVar
 
-import torch
 from torch import nn
 
+from cameo.attention.compiled.regions import EagerRegions
 from cameo.attention.kernels.call import KernelCall
 from cameo.attention.kernels.known import KNOWN
 
@@ -40,6 +40,7 @@ class WatchedLayers(Generic[Watcher]):
     """Open a watcher whenever one of some layers runs, in the thread that entered the block.
 
     Example:
+        >>> import torch
         >>> from cameo.attention.kernel_calls import CallWatcher
         >>> class Attention(nn.Module):
         ...     def forward(self, x):
@@ -49,8 +50,8 @@ class WatchedLayers(Generic[Watcher]):
         ...     _ = model(torch.zeros(1, 2, 12, 4))
         0 1
 
-    Compiled parts of the model that contain a layer run eagerly inside the block, since a compiled graph hides its
-    kernel calls.
+    What is compiled in place and holds a layer runs eagerly inside the block, since compiled code hides its kernel
+    calls, see `EagerRegions`.
 
     Args:
         model: the module in which the paths are looked up.
@@ -77,6 +78,7 @@ class WatchedLayers(Generic[Watcher]):
         self._thread = threading.get_ident()
         self._ran.clear()
         with ExitStack() as stack:
+            stack.enter_context(EagerRegions(self._model, self._paths))
             for path in self._paths:
                 module = self._model.get_submodule(path)
                 for hook in (
@@ -85,8 +87,6 @@ class WatchedLayers(Generic[Watcher]):
                     module.register_forward_hook(self._closer(path), always_call=True, prepend=True),
                 ):
                     stack.callback(hook.remove)
-            if any(_compiled(self._model, path) for path in self._paths):
-                stack.enter_context(torch.compiler.set_stance("force_eager"))
             self._cleanup = stack.pop_all()  # without this line, an error above removes the hooks again
         return self
 
@@ -143,11 +143,3 @@ class WatchedLayers(Generic[Watcher]):
             self._done(path, watcher)
 
         return close_watcher
-
-
-def _compiled(model: nn.Module, path: str) -> bool:
-    """Whether the layer, a module around it or a part of it was compiled in place."""
-    names = path.split(".") if path else []
-    chain = [model.get_submodule(".".join(names[:count])) for count in range(len(names) + 1)]
-    chain += chain[-1].modules()
-    return any(getattr(module, "_compiled_call_impl", None) is not None for module in chain)

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map
 
 from cameo.attention.capture import AttentionLayer, captured_call
-from cameo.attention.kernel_calls import CallWatcher, unwatched
-from cameo.attention.kernels.call import join_slices
+from cameo.attention.kernel_calls import EXPLICIT, CallWatcher, unwatched
+from cameo.attention.kernels.call import KernelCall, join_slices
 from cameo.attention.kernels.known import Kernel
 from cameo.checks.rerun import CannotTell, left_as_it_was, run_again
 from cameo.errors import CaptureError
@@ -81,6 +81,12 @@ class UnseenKernels:
         self.answers: dict[str, str] = {}
         self._forwards = 0
 
+    def is_due(self, layers: Sequence[AttentionLayer]) -> bool:
+        """Whether the next `look` would make one of these layers run again."""
+        number = self._forwards + 1
+        is_one = number <= LAST_FORWARD and not number & (number - 1)
+        return is_one and any(self.answers.get(layer.path) != "" for layer in layers)
+
     @contextmanager
     def look(
         self, model: nn.Module, layers: Sequence[AttentionLayer], matches: Sequence[Correspondence]
@@ -95,8 +101,8 @@ class UnseenKernels:
         Raises:
             CaptureError: inside the block, by the module that calls an unseen attention.
         """
+        due = self.is_due(layers)
         self._forwards += 1
-        due = self._forwards <= LAST_FORWARD and not self._forwards & (self._forwards - 1)
         with ExitStack() as stack:
             for layer, match in zip(layers, matches, strict=True):
                 if due and layer.kernel_inputs is None and self.answers.get(layer.path) != "":
@@ -173,7 +179,7 @@ class _HeldCalls(CallWatcher):
         if self._ends_product(logits, *arguments, **options):
             product, self._product = self._product, None
             assert product is not None
-            self._keep(product.query, product.key, 1.0, None)
+            self._keep(EXPLICIT, KernelCall(product.query, product.key, 1.0))
 
     def _hold(self, output: Any, call: int) -> Any:
         if not isinstance(output, Tensor):
@@ -244,7 +250,7 @@ class _Subject:
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, lambda saved: saved):
             with watcher:
                 run_again(self.module, inputs, form)
-            call = captured_call(self.layer, watcher)
+            call = captured_call(self.layer, watcher.calls)
         if call is None:
             raise CannotTell("no attention kernel was seen when the module ran again")
         if call.samples is not None or call.key_lengths is not None:

@@ -6,8 +6,8 @@ from cameo.lazy import load_on_use
 
 if TYPE_CHECKING:
     from cameo.correspondence.correspondence import DEPTH_TOLERANCE, Correspondence, GridSize
-    from cameo.correspondence.tracks import PixelPairs, Tracks
     from cameo.correspondence.frames import latent_frames, merge_views
+    from cameo.correspondence.tracks import PixelPairs, Tracks
 else:
     __getattr__, __dir__ = load_on_use(
         __name__,

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cameo.inspection.readings import AS_GIVEN, Reading
+from cameo.inspection.readings import Reading
 from cameo.inspection.registration import Registration
 from cameo.inspection.scenes import InspectedScene
 from cameo.tables import markdown_table

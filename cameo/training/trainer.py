@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
+from cameo.attention.compiled.in_place import compile_in_place
+from cameo.backbone import unwrap_peft
 from cameo.data import MultiViewDataset
 from cameo.inspection.at_start import warn_of_misfit
 from cameo.model import CameoModel
@@ -93,6 +95,7 @@ class Trainer:
             num_warmup_steps=config.lr_warmup_steps,
             num_training_steps=config.max_train_steps,
         )
+        compile_in_place(model.base_model, unwrap_peft(model.base_model), config.torch_compile)
         self.prepared, self.optimizer = self.accelerator.prepare(self.supervision.module, optimizer)
         self.accelerator.register_for_checkpointing(self.scheduler)
         self.ema: EMAModel | None = None

@@ -12,7 +12,15 @@ from benchmarks.convergence.arms import subjects_of
 from benchmarks.pages import PAGES
 
 EXPECTED = {
-    "performance.md": {"counts", "gates_cpu", "matches_cpu", "step_cuda", "latents_cpu", "missed_cpu"},
+    "performance.md": {
+        "counts",
+        "gates_cpu",
+        "matches_cpu",
+        "step_cuda",
+        "latents_cpu",
+        "compiled_step_cpu",
+        "missed_cpu",
+    },
     "results.md": {"families_tiny", "demands_tiny", "declared_tiny"}
     | {f"{name}_tiny_{subject}" for name in ("study", "levels") for subject in subjects_of("tiny")},
 }

@@ -174,37 +174,6 @@ def test_exponential_moving_average() -> None:
     assert float(average.module.alignment_loss.detach()) != float(start.detach())
 
 
-@pytest.mark.parametrize("part", ["wrapper", "base in place", "layer in place"])
-def test_compiled_parts_run_eagerly_with_a_correspondence(part: str) -> None:
-    torch.compiler.reset()
-    model = toy()
-    expected, plain = run_loss(model), model(tokens())
-    expected.backward()
-    truth = gradients(model)
-    model.zero_grad()
-    compiled: list[int] = []
-
-    def counting(graph: Any, example_inputs: Any) -> Any:
-        compiled.append(1)
-        return graph.forward
-
-    run: Any = model
-    if part == "wrapper":
-        run = torch.compile(model, backend=counting)
-    else:
-        paths = {"base": "base_model", "layer": f"base_model.{LAYER}"}
-        model.get_submodule(paths[part.split()[0]]).compile(backend=counting)
-    torch.testing.assert_close(run(tokens()), plain)
-    assert compiled, "nothing was compiled: nothing was tested"
-    for _ in range(2):
-        torch.testing.assert_close(run(tokens(), correspondence=matches()), plain)
-        torch.testing.assert_close(model.alignment_loss, expected)
-    model.alignment_loss.backward()
-    for name, grad in gradients(model).items():
-        torch.testing.assert_close(grad, truth[name])
-    torch.testing.assert_close(run(tokens()), plain)
-
-
 def test_a_compiled_model_is_refused_with_the_cure() -> None:
     compiled = torch.compile(Toy())
     with pytest.raises(ValueError, match=r"compiled by torch\.compile.*cameo\.wrap\(model\._orig_mod"):

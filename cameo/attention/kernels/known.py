@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cameo.attention.kernels.call import KernelCall, pad
 
-__all__ = ["KNOWN", "Kernel", "UnreadableCallError", "causal_mask"]
+__all__ = ["KNOWN", "Kernel", "UnreadableCallError", "causal_mask", "fused_call"]
 
 
 class UnreadableCallError(ValueError):
@@ -55,6 +55,18 @@ def causal_mask(queries: int, keys: int, device: torch.device, *, from_the_end: 
         [[1, 1, 0], [1, 1, 1]]
     """
     return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries if from_the_end else 0)
+
+
+def fused_call(query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None) -> KernelCall:
+    """Build the call of `F.scaled_dot_product_attention` with these arguments.
+
+    Example:
+        >>> fused_call(torch.zeros(1, 2, 12, 4), torch.zeros(1, 2, 12, 4), None, False, None).scale
+        0.5
+    """
+    if is_causal:
+        mask = causal_mask(query.shape[-2], key.shape[-2], query.device)
+    return KernelCall(query, key, query.shape[-1] ** -0.5 if scale is None else float(scale), mask)
 
 
 def _refuse(given: Mapping[str, Any], **plain: Any) -> None:

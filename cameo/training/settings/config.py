@@ -85,6 +85,11 @@ class TrainingConfig(
         """Refuse settings of several components that contradict each other."""
         if self.compare_without_cameo and not self.loss_weight:
             raise ValueError("compare_without_cameo=true needs loss_weight > 0, or both runs would train without CAMEO")
+        if self.torch_compile != "off" and self.supervision == "repa" and self.loss_weight:
+            raise ValueError(
+                f"torch_compile={self.torch_compile}: supervision=repa reads hidden tokens by hooks, which compiled "
+                "code does not run; give torch_compile=off"
+            )
         if self.correspondence_control == "other_scene" and self.train_batch_size < 2:
             raise ValueError(
                 "correspondence_control=other_scene: takes the matches of the next sample of the batch, and there is "

@@ -64,6 +64,10 @@ class OptimizerSettings(Settings):
     mixed_precision: str = setting("no", choices=("no", "fp16", "bf16"))
     # Whether float32 products may round to TF32 on a GPU: faster, less exact. false by default, as in torch.
     allow_tf32: bool = setting(False, changeable=True)
+    # What torch.compile compiles: off (nothing, the default, as it takes minutes at the start), default (the whole
+    # model as one graph) or regional (each repeated block, which takes less). Steps with an alignment loss stay
+    # compiled where the supervised layers attend by SDPA.
+    torch_compile: str = setting("off", choices=("off", "default", "regional"), changeable=True)
     # Whether weights averaged over the steps are kept, validated and saved. false by default.
     use_ema: bool = setting(False)
     # Share of the old average that a step keeps, in [0, 1). 0.9995 by default: averages over about 2000 steps.
