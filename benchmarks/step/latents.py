@@ -31,7 +31,9 @@ from cameo.adapters.cat3d.cameras import CONDITION_CHANNELS
 from cameo.adapters.cat3d.pipeline import Cat3DPipeline
 from cameo.adapters.common.noise_schedules import ddim
 from cameo.data.batches import match_layers
+from cameo.latents.encode import latent_settings
 from cameo.processes.accelerator import make_accelerator
+from cameo.scenes.cache import fingerprint
 from cameo.training.data import StepSampler, build_dataset, noisy_inputs, training_batches, with_latents
 from cameo.training.settings import TrainingConfig
 from cameo.training.setup import add_lora, wrap_denoiser
@@ -124,8 +126,7 @@ def measure(resolution: int, repeats: int, device: torch.device) -> dict[str, An
         trained = {way: Trained(folder, resolution, changes, stack) for way, changes in WAYS.items()}
         steps = {way: one.step for way, one in trained.items()}
         seconds = interleaved(steps, repeats, device, budget=SECONDS)
-        stored = sorted((folder / "latents").glob("*/*.safetensors"), key=lambda path: path.stat().st_size)
-        sizes = {LIVE: None, "latents in float16": stored[0], "latents in float32": stored[-1]}
+        sizes = {LIVE: None} | {way: size_on_disk(folder / "latents", one) for way, one in list(trained.items())[1:]}
         return {
             "resolution": resolution,
             "views": SCENES * VIEWS,
@@ -134,13 +135,21 @@ def measure(resolution: int, repeats: int, device: torch.device) -> dict[str, An
                     **summary(seconds[way]),
                     "processor": summary(one.seconds[1:]),  # the first step warms up
                     "encoding": one.encoding if way != LIVE else None,
-                    "bytes": None if (path := sizes[way]) is None else path.stat().st_size,
+                    "bytes": sizes[way],
                     "steps": len(one.losses),
                     "largest relative difference of a loss": difference(one.losses, trained[LIVE].losses),
                 }
                 for way, one in trained.items()
             },
         }
+
+
+def size_on_disk(folder: Path, trained: Trained) -> int:
+    """Bytes of the latents that a run reads."""
+    settings = latent_settings(
+        trained.pipeline, resolution=trained.config.resolution, stored=trained.config.latent_precision
+    )
+    return sum(path.stat().st_size for path in (folder / fingerprint(settings)).iterdir())
 
 
 def difference(found: list[tuple[float, float]], expected: list[tuple[float, float]]) -> float:

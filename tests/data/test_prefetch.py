@@ -110,3 +110,14 @@ def test_every_tensor_of_a_batch_is_recorded(monkeypatch: pytest.MonkeyPatch) ->
     image = torch.zeros(3).as_subclass(OnDevice)
     prefetch._record({"images": image, "correspondences": [match], "key": ["a"], "host": torch.zeros(2)}, "main")
     assert recorded == [3, 16, 16]
+
+
+def test_matches_are_pinned_with_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    pinned: list[torch.Tensor] = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor.clone()) or pinned[-1])
+    index = torch.full((1, 2, 2, 4), -1)
+    found = Correspondence(index, ((2, 2), (2, 2)), match_weight=torch.ones(1, 2, 2, 4)).pin_memory()
+    assert found.index is pinned[0]
+    assert found.match_weight is pinned[1]
+    assert found.distance is None
+    assert found.token_grids == ((2, 2), (2, 2))

@@ -191,14 +191,18 @@ def test_a_speck_far_away_is_left_out_and_told(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match=r"speck.ply: 12 of 24 triangles lie far from all others, and are left out"):
         scene = load_mesh(tmp_path / "speck.ply", np.random.default_rng(0))
     np.testing.assert_allclose(np.ptp(scene.corners.reshape(-1, 3), axis=0), [1, 1, 0.5])
-    # A thin pole on the box belongs to it, far as it reaches.
+    # A speck three sizes away is part of what is shown, and a thin pole on the box belongs to it.
+    speck.apply_translation([-297, 0, 0])
+    trimesh.util.concatenate([trimesh.creation.box((1, 1, 0.5)), speck]).export(tmp_path / "near.ply")
     pole = trimesh.creation.box((0.001, 0.001, 3))
     pole.apply_translation([0, 0, 1.5])
     trimesh.util.concatenate([trimesh.creation.box((1, 1, 1)), pole]).export(tmp_path / "pole.ply")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         scene = load_mesh(tmp_path / "pole.ply", np.random.default_rng(0))
+        near = load_mesh(tmp_path / "near.ply", np.random.default_rng(0))
     np.testing.assert_allclose(np.ptp(scene.corners.reshape(-1, 3), axis=0), [1 / 3.5, 1 / 3.5, 1])
+    np.testing.assert_allclose(np.ptp(near.corners.reshape(-1, 3), axis=0), np.array([3.5005, 1, 0.5]) / 3.5005)
 
 
 def scenes(folder: Path, **options: Any) -> EmbeddedScenes:

@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 import torch
 
+import cameo.training.data
 from cameo.errors import DataError
 from cameo.latents.store import LatentReader
 from cameo.training.checkpoint import check_continues
+from cameo.training.data import StepSampler, build_dataset, training_batches
 from cameo.training.trainer import Trainer
-from tests.helpers.latents import latent_trainer, pipeline
+from tests.helpers.latents import latent_config, latent_trainer, pipeline
 from tests.helpers.training_runs import make_trainer
 
 pytestmark = pytest.mark.usefixtures("alone_on_shared_scenes")
@@ -127,3 +129,28 @@ def test_a_resumed_run_keeps_its_latents_and_may_move_them(tmp_path: Path) -> No
     folder, fixed = tmp_path / "run" / "checkpoint-1", part._fixed_settings()
     with pytest.raises(ValueError, match=r"cannot continue with other settings \(cache_latents: True -> False\)"):
         check_continues(folder, {**fixed, "cache_latents": False}, 2)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_batches_wait_in_pinned_memory_for_a_gpu_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str
+) -> None:
+    asked: dict[str, Any] = {}
+
+    def loader(dataset: Any, **options: Any) -> list[dict[str, Any]]:
+        asked.update(options)
+        return [options["collate_fn"]([dataset[index]]) for (index,) in options["batch_sampler"]]
+
+    monkeypatch.setattr(cameo.training.data, "DataLoader", loader)
+    seen: list[torch.dtype] = []
+    monkeypatch.setattr(
+        cameo.training.data,
+        "on_device",
+        lambda batches, _: (seen.append(one["images"].dtype) or one for one in batches),
+    )
+    config = latent_config(tmp_path)
+    sampler = StepSampler(start=0, stop=2, batch_size=1)
+    with training_batches(build_dataset(config, "train"), sampler, config, torch.device(device)) as batches:
+        assert [step for step, _ in batches] == [0, 1]
+    assert asked["pin_memory"] == (device == "cuda")
+    assert seen == [torch.uint8] * 2
