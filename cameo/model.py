@@ -156,7 +156,7 @@ class CameoModel(nn.Module):
         """Compute the alignment loss of an observed forward."""
         normalize = self.cameo_config.normalize_of_layers()
         layers = zip(self._supervised, matches, self.alignment_heads, normalize, strict=True)
-        found = [self._layer_loss(layer, captured.take(layer.path), *others) for layer, *others in layers]
+        found = [self._layer_loss(one, captured.take(one.path), match, head, each) for one, match, head, each in layers]
         self._alignment_loss = torch.stack([loss for loss, _ in found]).mean()
         self._num_supervised = torch.stack([count for _, count in found]).sum()
         if self._trains():
