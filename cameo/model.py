@@ -62,12 +62,11 @@ class CameoModel(nn.Module):
         weight: factor for the caller's loss, `loss + model.weight * model.alignment_loss`; it is
             `cameo_config.weight`, and may be set.
         implementation, gelu: how the loss is computed, see `cameo.alignment_loss`.
-        check_unseen: whether the first training forwards with a correspondence look for attention that runs unseen
-            beside the supervised call, see `cameo.checks.unseen_kernels`; it may be set, and is not saved.
+        check_unseen: whether the first training forwards look for attention that runs unseen beside the supervised
+            call, see `cameo.checks.unseen_kernels`; it may be set, and is not saved.
 
-    With `torch.compile` (of this module, or of the base or its blocks in place, `module.compile()`) a forward with a
-    correspondence stays one compiled graph where the supervised layers attend by SDPA; the first one runs eagerly, and
-    the loss is computed outside of the graph, see `cameo.checks.observed_forward`.
+    With `torch.compile` (of this module, or of the base or its blocks in place) a forward with a correspondence stays
+    one compiled graph where the supervised layers attend by SDPA, but for the first, see `cameo.checks.observed_forward`.
     Under `DistributedDataParallel` call the outer module, and read `weight`, `alignment_loss` and `token_grid` from
     this one: `accelerator.unwrap_model(outer)`, or `outer.module`. Keep `find_unused_parameters=False`, and give every
     step a correspondence (an empty one has loss 0 with a graph), since the heads get their gradient from the alignment

@@ -28,7 +28,7 @@ from benchmarks.common.page import RESULTS
 from benchmarks.correspondence.accuracy import HALF_ROOM, Room
 from cameo import Correspondence
 from cameo.correspondence.matching import _token_points
-from cameo.correspondence.nearest import match_tokens
+from cameo.correspondence.neighbors.nearest import match_tokens
 from cameo.geometry import unproject
 
 CYCLE_THRESHOLD = 1.5

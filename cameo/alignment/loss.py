@@ -18,7 +18,7 @@ from cameo.alignment.operator import fused_alignment_loss
 from cameo.alignment.options import check_options
 from cameo.alignment.reference import reference_loss
 from cameo.alignment.supervision import supervision_weights
-from cameo.correspondence.triton_support import refusal as triton_refusal
+from cameo.correspondence.neighbors.triton_support import refusal as triton_refusal
 from cameo.errors import ShapeError
 from cameo.renamed import old_keywords
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from cameo.choices import GELUS
-from cameo.correspondence.triton_support import DTYPES, INSTALL_TRITON, MAX_HEADS, interpreted, refusal
+from cameo.correspondence.neighbors.triton_support import DTYPES, INSTALL_TRITON, MAX_HEADS, interpreted, refusal
 from cameo.errors import ShapeError, unknown_name
 
 try:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -92,12 +91,6 @@ class Correspondence:
     def pin_memory(self) -> Correspondence:
         """Return this correspondence in pinned memory, from which a GPU copies in the background."""
         return self._mapped(Tensor.pin_memory, self.token_grids)
-
-    def record_stream(self, stream: Any) -> None:
-        """Tell the allocator that a CUDA stream uses the tensors, as `torch.Tensor.record_stream` does."""
-        for tensor in (self.index, self.match_weight, self.distance):
-            if tensor is not None:
-                tensor.record_stream(stream)
 
     def select(self, sample: int) -> Correspondence:
         """Return one sample of the batch, as a batch of one."""

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from einops import einsum, rearrange
 from torch import Tensor
 
-from cameo.correspondence.nearest import cycle_consistent, match_tokens
+from cameo.correspondence.neighbors.nearest import cycle_consistent, match_tokens
 from cameo.geometry import camera_rays, cell_centres
 from cameo.geometry.cameras import full_precision, invert_extrinsics, most_exact
 from cameo.geometry.depth import read_depth

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from cameo.correspondence.matching import token_at
-from cameo.correspondence.nearest import cycle_consistent
+from cameo.correspondence.neighbors.nearest import cycle_consistent
 from cameo.correspondence.tracks import Tracks
 from cameo.geometry.grids import TokenGrids, token_distance
 

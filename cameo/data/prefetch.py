@@ -50,9 +50,11 @@ def on_device(batches: Iterable[dict[str, Any]], device: torch.device) -> Iterat
 
 def _record(value: Any, stream: Any) -> None:
     """Keep the memory of tensors that one stream has filled until `stream`, which uses them, is done with it."""
-    if isinstance(value, Tensor | Correspondence):
+    if isinstance(value, Tensor):
         if value.device.type == "cuda":
             value.record_stream(stream)
+    elif isinstance(value, Correspondence):
+        _record([value.index, value.match_weight, value.distance], stream)
     elif isinstance(value, dict | list):
         for item in value.values() if isinstance(value, dict) else value:
             _record(item, stream)

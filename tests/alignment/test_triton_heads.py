@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from scipy import special
 from torch import Tensor
 
-from cameo.correspondence.triton_support import refusal
+from cameo.correspondence.neighbors.triton_support import refusal
 from cameo.errors import ShapeError
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -305,10 +305,10 @@ def test_refusals_give_the_reason(interpreted: Interpreter, monkeypatch: pytest.
     cpu, cuda, float32 = torch.device("cpu"), torch.device("cuda", 0), torch.float32
     assert "need a CUDA device" in str(refusal(cpu, float32, 8, 1))
     assert interpreted(triton_interpreter.refusal, cpu, float32, 32, 1) is None
-    monkeypatch.setattr("cameo.correspondence.triton_support._capability", lambda device: (7, 5))
+    monkeypatch.setattr("cameo.correspondence.neighbors.triton_support._capability", lambda device: (7, 5))
     monkeypatch.setattr(torch.version, "hip", None)
     assert "compute capability 7.5" in str(refusal(cuda, float32, 8, 1))
-    monkeypatch.setattr("cameo.correspondence.triton_support._capability", lambda device: (8, 0))
+    monkeypatch.setattr("cameo.correspondence.neighbors.triton_support._capability", lambda device: (8, 0))
     assert refusal(cuda, torch.bfloat16, 8, 0) is None
     assert "torch.float64" in str(refusal(cuda, torch.float64, 8, 1))
     assert "at most 32" in str(refusal(cuda, float32, 33, 1))

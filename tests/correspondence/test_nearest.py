@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from cameo.correspondence import nearest
-from cameo.correspondence.nearest import match_tokens, nearest_by_differences, nearest_by_products
+from cameo.correspondence.neighbors import nearest
+from cameo.correspondence.neighbors.nearest import match_tokens, nearest_by_differences, nearest_by_products
 from tests.helpers.memory import memory_of
 
 
@@ -157,7 +157,7 @@ def test_triton_compiles_without_spills(kernel, most_registers, capability):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from cameo.correspondence import triton_nearest
+    from cameo.correspondence.neighbors import triton_nearest
 
     kinds = {
         "nearest_kernel": {"points": "*fp32", "index": "*i32", "distance": "*fp32", "views": "i32", "tokens": "i32"},

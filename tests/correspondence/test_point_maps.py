@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import cameo.correspondence.matching
-import cameo.correspondence.nearest
+import cameo.correspondence.neighbors.nearest
 import cameo.geometry
 from cameo.correspondence import Correspondence
 
@@ -70,7 +70,7 @@ def loop_match(tokens: Tensor, width: int, threshold: float) -> tuple[Tensor, Te
 @pytest.mark.parametrize("threshold", [0.5, 1.0, 1.5])
 @pytest.mark.parametrize("block", [1, 24 * 8, 1 << 21])
 def test_point_maps_equal_plain_loops(monkeypatch, threshold, block):
-    monkeypatch.setattr(cameo.correspondence.nearest, "TILE_BYTES", block)
+    monkeypatch.setattr(cameo.correspondence.neighbors.nearest, "TILE_BYTES", block)
     generator = torch.Generator().manual_seed(3)
     # Whole numbers, so that ties are frequent; image size = grid size, so that nothing is resampled.
     points = torch.randint(0, 3, (2, 3, 3, 3, 4), generator=generator).double()

@@ -16,7 +16,7 @@ import cameo.adapters
 TRITON_MODULES = (
     "cameo.alignment.triton_head_kernels",
     "cameo.alignment.triton_heads",
-    "cameo.correspondence.triton_nearest",
+    "cameo.correspondence.neighbors.triton_nearest",
 )
 MODULES = sorted(
     {"cameo"}

@@ -19,7 +19,7 @@ import triton.runtime.interpreter as triton_interpreter
 
 from cameo.alignment import triton_heads
 from cameo.alignment.triton_head_kernels import normal_cdf
-from cameo.correspondence import triton_support
+from cameo.correspondence.neighbors import triton_support
 
 
 class Interpreter:

@@ -87,7 +87,7 @@ def cycle_kernel(nearest, kept, widths, views, tokens, squared_threshold, BLOCK:
 
 
 def match_tokens(tokens: Tensor, widths: tuple[int, ...], cycle_threshold: float) -> tuple[Tensor, Tensor]:
-    """Do :func:`cameo.correspondence.nearest.match_tokens` in two launches; the host does not wait."""
+    """Do :func:`cameo.correspondence.neighbors.nearest.match_tokens` in two launches; the host does not wait."""
     batch, views, count, _ = tokens.shape
     points = tokens.transpose(2, 3).contiguous()
     nearest = tokens.new_empty((batch, views, views, count), dtype=torch.int32)

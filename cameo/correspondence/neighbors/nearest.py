@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from cameo.correspondence.triton_support import device_refusal
+from cameo.correspondence.neighbors.triton_support import device_refusal
 from cameo.errors import unknown_name
 
 __all__ = ["IMPLEMENTATIONS", "cycle_consistent", "match_tokens", "nearest_by_differences", "nearest_by_products"]
@@ -67,7 +67,7 @@ def match_tokens(
         reason = triton_refusal(tokens.device)
         if reason is not None:
             raise ValueError(f'implementation: "triton" cannot serve this: {reason}. Use "auto" or "differences"')
-        from cameo.correspondence import triton_nearest
+        from cameo.correspondence.neighbors import triton_nearest
 
         return triton_nearest.match_tokens(tokens, widths, cycle_threshold)
     if implementation == "products" and tokens.device.type != "cpu":

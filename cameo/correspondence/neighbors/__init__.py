@@ -1,0 +1,1 @@
+"""Exact nearest neighbours with the cycle check: in plain torch, and in Triton."""
