@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 import logging
 import pickle
 import warnings
@@ -269,6 +271,21 @@ def test_transparent_pixels_show_the_background(tmp_path: Path) -> None:
     assert white[:, 0, 63].tolist() == [255, 255, 255]
     green = open_views(tmp_path, SIZE, background=(0, 1, 0)).select(0, [0]).images[0]
     assert green[:, 0, 63].tolist() == [0, 255, 0]
+
+
+def test_depth_of_co3d_counts_where_its_mask_does(tmp_path: Path) -> None:
+    folder = formats.write_co3d(tmp_path / "chair", formats.room_views())
+    path = folder / "frame_annotations.jgz"
+    entries = json.loads(gzip.decompress(path.read_bytes()))
+    mask = np.zeros(SIZE, dtype=np.uint8)
+    mask[:, :20] = 255
+    Image.fromarray(mask).save(folder / "mask.png")
+    entries[0]["depth"]["mask_path"] = "chair/mask.png"
+    path.write_bytes(gzip.compress(json.dumps(entries).encode()))
+    depth = open_views(folder, SIZE).views(0).depth
+    assert (depth[0, 0, :, :20] > 0).any()
+    assert not depth[0, 0, :, 20:].any()
+    assert (depth[1, 0, :, 20:] > 0).any()
 
 
 def test_gray_of_sixteen_bit_keeps_its_shades(tmp_path: Path) -> None:
