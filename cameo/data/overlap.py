@@ -152,10 +152,11 @@ class _Surfaces:
             depth = depth.float()
             picked[view] = depth[0, rows[:, None], columns].flatten()
             valid = is_measured(depth)
-            near = F.max_pool2d(torch.where(valid, -depth, -torch.inf), 3, 1, 1)
-            far = F.max_pool2d(torch.where(valid, depth, 0.0), 3, 1, 1)
-            if self.cell > 1:
-                near, far = (F.max_pool2d(part, self.cell, ceil_mode=True) for part in (near, far))
+            # A cell and the pixels around it.
+            near, far = (
+                F.max_pool2d(torch.where(valid, part, none), self.cell + 2, self.cell, 1, ceil_mode=True)
+                for part, none in ((-depth, -torch.inf), (depth, 0.0))
+            )
             self.ranges[view] = torch.stack([-near.flatten(), far.flatten()], dim=-1)
         self.ranges = self.ranges.flatten(0, 1)
         self.measured = is_measured(picked)

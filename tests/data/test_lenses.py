@@ -130,12 +130,18 @@ MODELS = {
     "RADIAL_FISHEYE": "110 61 50 0.02 0.01",
     "FOV": "110 112 61 50 0.6",
     "THIN_PRISM_FISHEYE": "110 112 61 50 0.05 -0.01 0.001 0.001 0.003 -0.001 0.001 0.001",
+    "RAD_TAN_THIN_PRISM_FISHEYE": "110 112 61 50 0.05 -0.01 0.003 -0.001 0.001 0.001 0.001 0.001 0 0 0 0",
+    "SIMPLE_FISHEYE": "110 61 50",  # bends without a coefficient
+    "FISHEYE": "110 112 61 50",
+    "SIMPLE_DIVISION": "110 61 50 -0.2",
+    "DIVISION": "110 112 61 50 -0.2",
+    "EUCM": "110 112 61 50 0.6 1.1",
     "SIMPLE_PINHOLE": "110 61 50",
+    "PINHOLE": "110 112 61 50",
 }
 
 
-@pytest.mark.parametrize("binary", [False, True])
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(("model", "binary"), [*((model, True) for model in MODELS), ("SIMPLE_RADIAL", False)])
 def test_tracks_of_colmap_fall_on_the_points_that_they_show(model: str, binary: bool, tmp_path: Path) -> None:
     """Sightings are written where the lens saw the points, and read where the returned camera projects them."""
     height, width = SIZE

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 import logging
 import pickle
 import warnings
@@ -271,9 +273,45 @@ def test_transparent_pixels_show_the_background(tmp_path: Path) -> None:
     assert green[:, 0, 63].tolist() == [0, 255, 0]
 
 
+def test_depth_of_co3d_counts_where_its_mask_does(tmp_path: Path) -> None:
+    folder = formats.write_co3d(tmp_path / "chair", formats.room_views())
+    path = folder / "frame_annotations.jgz"
+    entries = json.loads(gzip.decompress(path.read_bytes()))
+    mask = np.zeros(SIZE, dtype=np.uint8)
+    mask[:, :20] = 255
+    Image.fromarray(mask).save(folder / "mask.png")
+    entries[0]["depth"]["mask_path"] = "chair/mask.png"
+    path.write_bytes(gzip.compress(json.dumps(entries).encode()))
+    depth = open_views(folder, SIZE).views(0).depth
+    assert (depth[0, 0, :, :20] > 0).any()
+    assert not depth[0, 0, :, 20:].any()
+    assert (depth[1, 0, :, 20:] > 0).any()
+
+
 def test_gray_of_sixteen_bit_keeps_its_shades(tmp_path: Path) -> None:
     formats.write_seven_scenes(tmp_path, formats.room_views())
     shades = np.tile(np.linspace(0, 65535, formats.WIDTH), (formats.HEIGHT, 1))
     Image.fromarray(shades.astype(np.uint16)).save(tmp_path / "frame-000000.color.png")
     image = RGBDSequence(tmp_path, SIZE).select(0, [0]).images[0]
     np.testing.assert_allclose(image[1, 5].numpy(), shades[0] / 257, atol=1)
+
+
+def test_a_photograph_that_exif_turns_is_turned_if_its_camera_says_so(tmp_path: Path) -> None:
+    formats.write_nerfstudio(tmp_path, formats.room_views())
+    upright = Image.open(tmp_path / "images" / "0000.png")
+    turned = upright.transpose(Image.Transpose.ROTATE_90)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # show it turned by 90 degrees clockwise
+    turned.save(tmp_path / "images" / "0000.png", exif=exif)
+    views = open_views(tmp_path, SIZE).views(0)
+    assert torch.equal(views.images, formats.room_views().images)
+    turned.save(tmp_path / "images" / "0000.png")
+    with pytest.raises(DataError, match=r"0000.png: is 48x64, and its camera is for 64x48"):
+        open_views(tmp_path, SIZE)
+
+
+def test_of_several_models_of_colmap_the_first_is_read_and_the_others_are_told(tmp_path: Path) -> None:
+    formats.write_colmap(tmp_path, formats.room_views())
+    (tmp_path / "sparse" / "1").mkdir()
+    with pytest.warns(UserWarning, match=r"sparse: holds several models, which share no world; .*sparse/0 is read"):
+        assert len(open_views(tmp_path).cameras(0)) == 4

@@ -99,6 +99,24 @@ def test_depth_is_coarsened_where_a_scene_has_too_much_of_it(monkeypatch: pytest
     assert (coarse - exact).mean() < 0.05
 
 
+def test_the_range_of_a_cell_holds_the_pixels_around_each_of_its_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
+    height, width, cell = 10, 14, 4
+    depth = torch.rand(1, 1, height, width, generator=torch.Generator().manual_seed(0)) + 0.5
+    depth[0, 0, 3, 5] = 0.0  # not measured
+    views = wall(1)
+    monkeypatch.setattr(module, "KEPT_PIXELS", 3 * 4)
+    cameras = SceneCameras(views.intrinsics, views.extrinsics, (height, width), "wall")
+    surfaces = module._Surfaces(cameras, iter(depth), 2)
+    assert surfaces.cell == cell
+    for row in range(3):
+        for column in range(4):
+            rows = slice(max(0, row * cell - 1), row * cell + cell + 1)
+            columns = slice(max(0, column * cell - 1), column * cell + cell + 1)
+            around = depth[0, 0, rows, columns]
+            around = around[around > 0]
+            assert surfaces.ranges[row * 4 + column].tolist() == [around.min().item(), around.max().item()]
+
+
 def test_shared_tracks() -> None:
     views = wall(3, depth=0.0)
     # View 0 has points 1 2 3 4, view 1 has 3 4 and 4 again, view 2 has none.
