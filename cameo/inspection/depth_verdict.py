@@ -91,8 +91,8 @@ def _unexplained(check: DataCheck, given: Score, search: Search) -> DataCheck:
     compared = (given.compared.sum() / given.measured.sum().clamp(min=1)).item()
     if compared < LEAST_COMPARED:
         words = (
-            f"of the tokens with depth, {compared:.1%} fall on depth of the other view: the views hardly overlap, or the "
-            "cameras are wrong in a way that was not tried. Look at the picture, or compare more pairs"
+            f"of the tokens with depth, {compared:.1%} fall on depth of the other view: the views hardly overlap, or "
+            "the cameras are wrong in a way that was not tried. Look at the picture, or compare more pairs"
         )
         return replace(check, words=words)
     if _is_wrong(given):
@@ -100,8 +100,8 @@ def _unexplained(check: DataCheck, given: Score, search: Search) -> DataCheck:
     if alike := search.alike(AS_GIVEN, GROSS):
         words = (
             "in these views the data would fit as well with another reading: "
-            f"{', '.join(one.words.partition(';')[0] for one in alike)}. Views with more parallax, from directions that "
-            "differ more, would tell"
+            f"{', '.join(one.words.partition(';')[0] for one in alike)}. Views with more parallax, from directions "
+            "that differ more, would tell"
         )
         return replace(check, words=words)
     if not _fits(given):

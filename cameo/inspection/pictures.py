@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.colors import hsv_to_rgb
 from matplotlib.figure import Figure
@@ -34,6 +35,8 @@ __all__ = ["check_figure", "write_figure"]
 PANEL, PANEL_PIXELS = 1.7, 128
 DOTS = 8
 GRAY = 0.8
+# Mean difference of two colors, in [0, 1], from which all are drawn alike.
+LARGEST_DIFFERENCE = 0.5
 
 
 def check_figure(check: DataCheck, pairs: int) -> Figure:
@@ -71,8 +74,9 @@ def check_figure(check: DataCheck, pairs: int) -> Figure:
     handles: list[Any] = [
         Line2D([], [], marker="o", color="0.3", markersize=4, linewidth=0.8, label="one surface point in two views"),
         Patch(color=str(GRAY), label="no match"),
+        Patch(color=colormaps["magma"](1.0), label=f"difference from 0 (black) to {LARGEST_DIFFERENCE:g} (this color)"),
     ]
-    figure.legend(handles=handles, loc="outside lower left", ncols=2, fontsize=7, frameon=False)
+    figure.legend(handles=handles, loc="outside lower left", ncols=3, fontsize=7, frameon=False)
     return figure
 
 
@@ -115,7 +119,7 @@ def _draw_pair(
     _show(figure.add_subplot(inner[1]), torch.where(matched, warped, GRAY), f"view {pair[1]} warped, {share}")
     axis = figure.add_subplot(inner[2])
     axis.set_facecolor(str(GRAY))
-    axis.imshow(difference.numpy(), cmap="magma", vmin=0, vmax=0.5, interpolation="nearest")
+    axis.imshow(difference.numpy(), cmap="magma", vmin=0, vmax=LARGEST_DIFFERENCE, interpolation="nearest")
     error = f"{difference.nanmean():.3f}" if matched.any() else "none"
     _bare(axis, f"difference, mean {error}")
 

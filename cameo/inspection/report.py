@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cameo.inspection.readings import AS_GIVEN, Reading
+from cameo.inspection.readings import Reading
 from cameo.inspection.registration import Registration
 from cameo.inspection.scenes import InspectedScene
 from cameo.tables import markdown_table
@@ -57,6 +57,7 @@ class DataCheck:
     """What `check_views` found out: whether cameras, depth and images fit together.
 
     Example:
+        >>> from cameo.inspection.readings import AS_GIVEN
         >>> check = DataCheck("cannot tell", "the views hardly overlap", AS_GIVEN, pairs=())
         >>> print(check.verdict, check.exit_status, check.mistakes)
         cannot tell 3 ()

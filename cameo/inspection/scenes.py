@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cameo.correspondence.tracks import Tracks
 from cameo.errors import DataError
 from cameo.geometry import cell_centres
 from cameo.geometry.depth import is_measured, read_depth
