@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cameo.inspection.readings import AS_GIVEN, Reading
 from cameo.inspection.registration import Registration, register, with_moved_depth
-from cameo.inspection.report import AGREES, CANNOT_TELL, WRONG, DataCheck
+from cameo.inspection.report import AGREES, CANNOT_TELL, NOT_REGISTERED, WRONG, DataCheck
 from cameo.inspection.scenes import InspectedScene
 from cameo.inspection.scores import Score, score
 from cameo.inspection.search import GROSS, LEAST_QUALITY, Search
@@ -76,7 +76,7 @@ def _explained(check: DataCheck, given: Score, found: _Found, registration: Regi
     names = list(found.reading.names)
     if registration is not None:
         words.append(f"it looks like {registration.words}")
-        names.append("depth not registered")
+        names.append(NOT_REGISTERED)
     if found.reading != AS_GIVEN:
         words.append(
             f"{found.score.matched_share:.1%} of the tokens are then matched instead of {given.matched_share:.1%}, and "
