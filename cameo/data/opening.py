@@ -19,6 +19,7 @@ from cameo.data.readers.frames import Format, ReadOptions, SceneFiles
 from cameo.data.readers.source import PosedScenes
 from cameo.errors import DataError, unknown_name
 from cameo.scenes.embedded import EmbeddedScenes
+from cameo.scenes.meshes import find_meshes
 from cameo.scenes.views import WholeScenes
 
 __all__ = ["MeshScenes", "Recognized", "open_views", "recognize"]
@@ -46,7 +47,8 @@ class Recognized:
     """What a folder was recognized as.
 
     - `name`: of the format; `reason`: the files that show it, and what else was found.
-    - `form`, `folders`: its reader, and the folders that it reads; None and none for meshes.
+    - `form`: its reader; None for meshes.
+    - `folders`: the folders of the level on which it was found, among which are those that it reads.
     """
 
     name: str
@@ -84,8 +86,8 @@ def open_views(
     """Open a folder of posed images or meshes as scenes, whichever of the known formats it has.
 
     The formats, what each needs, and its conventions are listed in docs/data.md. Views are decoded when they are asked
-    for: undistorted, cropped at the center to the aspect of `size`, and resized. A folder of several scenes of one format
-    is as many scenes. What was recognized is in `format` and `reason`, and in one line of the log.
+    for: undistorted, cropped at the center to the aspect of `size`, and resized. A folder of several scenes of one
+    format is as many scenes. What was recognized is in `format` and `reason`, and in one line of the log.
 
     Example:
         >>> import tempfile
@@ -117,7 +119,8 @@ def open_views(
     logger.info("%s: read as %s, since it holds %s", folder, recognized.name, recognized.reason)
     size = (int(size[0]), int(size[1]))
     if recognized.form is None:
-        return MeshScenes(EmbeddedScenes(split=split or "train", mesh_dir=folder, size=size), recognized.reason)
+        rendered = EmbeddedScenes(split or "train", len(find_meshes(folder)), mesh_dir=folder, size=size)
+        return MeshScenes(rendered, recognized.reason)
     options = ReadOptions(
         size=size,
         background=background,
@@ -126,12 +129,13 @@ def open_views(
         stride=stride,
         cache_bytes=cache_bytes,
     )
-    scenes = [scene for place in recognized.folders for scene in recognized.form.scenes(place)]
+    places = [place for place in recognized.folders if recognized.form.recognize(place) is not None]
+    scenes = [scene for place in places for scene in recognized.form.scenes(place)]
     opened = PosedScenes(
         recognized.form, _named(scenes, folder), options, split=split, holdout=holdout, reason=recognized.reason
     )
     if len(opened) == 1:
-        opened.cameras(0)  # a fault of a single scene is told when it is opened
+        opened.select(0, [0])  # a fault that all frames have is told when a single scene is opened
     return opened
 
 
@@ -153,9 +157,14 @@ def recognize(folder: Path, data_format: str = "auto") -> Recognized:
     forms = [form for form in FORMATS if data_format in ("auto", form.name)]
     level = [folder]
     for _ in range(DEEPEST + 1):
-        found = [(form, reason, place) for place in level[:LOOKED_INTO] for form in forms if (reason := form.recognize(place))]
-        if found:
-            return _chosen(folder, level, found)
+        signs = [
+            (form, reason, place)
+            for place in level[:LOOKED_INTO]
+            for form in forms
+            if (reason := form.recognize(place))
+        ]
+        if signs:
+            return _chosen(folder, level, signs)
         level = [inner for place in level for inner in subfolders(place)]
     if data_format in ("auto", MESHES) and (mesh := _first_mesh(folder)) is not None:
         return Recognized(MESHES, str(mesh.relative_to(folder)))
@@ -163,7 +172,7 @@ def recognize(folder: Path, data_format: str = "auto") -> Recognized:
 
 
 def _chosen(folder: Path, level: list[Path], found: list[tuple[Format, str, Path]]) -> Recognized:
-    """The first format in order, with all folders of the level that have it."""
+    """The first format in order of those that were found in the folders of a level."""
     form, reason, place = min(found, key=lambda one: FORMATS.index(one[0]))
     where = "" if place == folder else f"{place.relative_to(folder)}/"
     reason = f"{where}{reason}"
@@ -173,8 +182,7 @@ def _chosen(folder: Path, level: list[Path], found: list[tuple[Format, str, Path
         reason = f"{reason}; it holds {named} too"
         if level != [folder]:
             warnings.warn(f"{folder}: holds scenes of several formats; read are those as {reason}", stacklevel=4)
-    places = tuple(path for path in level if form.recognize(path))
-    return Recognized(form.name, reason, form, places)
+    return Recognized(form.name, reason, form, tuple(level))
 
 
 def _named(scenes: list[SceneFiles], folder: Path) -> list[SceneFiles]:
@@ -186,9 +194,10 @@ def _named(scenes: list[SceneFiles], folder: Path) -> list[SceneFiles]:
 
 
 def _first_mesh(folder: Path) -> Path | None:
-    meshes = (path for path in folder.rglob("*") if path.suffix.lower() in MESH_SUFFIXES)
-    visible = (path for path in meshes if not any(part.startswith(".") for part in path.relative_to(folder).parts))
-    return min(visible, default=None)
+    try:
+        return find_meshes(folder)[0]
+    except DataError:
+        return None
 
 
 def _not_recognized(folder: Path, forms: list[Format], data_format: str) -> str:
@@ -199,4 +208,6 @@ def _not_recognized(folder: Path, forms: list[Format], data_format: str) -> str:
     if data_format in ("auto", MESHES):
         needs.append(f"- {MESHES}: {MESHES_NEED}")
     wanted = "a data set" if data_format == "auto" else f"data_format={data_format}"
-    return f"{folder}: not recognized as {wanted}; it holds {seen}. Known formats and what they need:\n" + "\n".join(needs)
+    return f"{folder}: not recognized as {wanted}; it holds {seen}. Known formats and what they need:\n" + "\n".join(
+        needs
+    )

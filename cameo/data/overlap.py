@@ -33,7 +33,7 @@ GRID = 16
 # Scenes of up to so many views are compared completely, in others each view with so many candidates.
 COMPLETE, CANDIDATES = 256, 64
 # Depth values of a scene that are kept while it is measured; with more, the depth is coarsened.
-KEPT_PIXELS = 2**24
+KEPT_PIXELS = 2**23
 # Points of a view by which its candidates are found, and views into which they are projected at a time.
 FEW_POINTS, VIEWS_AT_A_TIME = 9, 64
 # Scenes of fewer views are measured before a progress bar could be read.
@@ -48,9 +48,9 @@ def view_overlap(views: Views, *, grid: int = GRID) -> Tensor:
 
     Points are taken on a `grid` x `grid` raster of each view; a point counts as shown if it falls inside view j and its
     depth lies in the range of the 3x3 pixels there. This is a coarser test than `Correspondence.from_depth`, and fast
-    enough for long sequences. The diagonal is 1; the row of a view without any depth is otherwise 0. Scenes of more than
-    256 views are not compared completely: each view is compared with 64 others among those that may show a part of
-    it, evenly spread over the sequence, and the others count as 0.
+    enough for long sequences. The diagonal is 1; the row of a view without any depth is otherwise 0. Scenes of more
+    than 256 views are not compared completely: each view is compared with 64 others among those that may show a part
+    of it, evenly spread over the sequence, and the others count as 0.
 
     Where no view has depth, the overlap is the share of view i's `tracks` that view j has too. Without tracks it is
     estimated from the cameras: points are placed where the optical axes meet, and the share that lies inside view j is
@@ -152,10 +152,11 @@ class _Surfaces:
             depth = depth.float()
             picked[view] = depth[0, rows[:, None], columns].flatten()
             valid = is_measured(depth)
-            near = F.max_pool2d(torch.where(valid, -depth, -torch.inf), 3, 1, 1)
-            far = F.max_pool2d(torch.where(valid, depth, 0.0), 3, 1, 1)
-            if self.cell > 1:
-                near, far = (F.max_pool2d(part, self.cell, ceil_mode=True) for part in (near, far))
+            # A cell and the pixels around it.
+            near, far = (
+                F.max_pool2d(torch.where(valid, part, none), self.cell + 2, self.cell, 1, ceil_mode=True)
+                for part, none in ((-depth, -torch.inf), (depth, 0.0))
+            )
             self.ranges[view] = torch.stack([-near.flatten(), far.flatten()], dim=-1)
         self.ranges = self.ranges.flatten(0, 1)
         self.measured = is_measured(picked)
@@ -171,7 +172,9 @@ class _Surfaces:
         found = inside.flatten().nonzero()[:, 0]  # most points fall outside of most views
         x, y, z = (part.flatten()[found] for part in (x, y, z))
         rows, columns = self._cells()
-        place = views[found // len(points)] * (rows * columns) + (y / self.cell).long() * columns + (x / self.cell).long()
+        place = (
+            views[found // len(points)] * (rows * columns) + (y / self.cell).long() * columns + (x / self.cell).long()
+        )
         # The depth in the range around the pixel that is nearest to the depth of the point.
         nearest, farthest = self.ranges.index_select(0, place).unbind(-1)
         surface = z.clamp(nearest, farthest)
@@ -198,11 +201,11 @@ class _Sights:
 
 
 def candidate_pairs(points: Tensor, measured: Tensor, cameras: SceneCameras) -> Tensor:
-    """Return `[F, F]` bool: the pairs of views to compare, at most 2 x 64 x F of them where there are more than 256 views.
+    """Return `[F, F]` bool: the pairs of views to compare, at most 2 x 64 x F of them if there are more than 256 views.
 
-    A view is a candidate for another if one of a few points `[F, P, 3]` of one lies inside the image of the other. Of more
-    candidates than needed, those are taken that are evenly spread over the sequence, so that near and far ones are among
-    them.
+    A view is a candidate for another if one of a few points `[F, P, 3]` of one lies inside the image of the other. Of
+    more candidates than needed, those are taken that are evenly spread over the sequence, so that near and far ones are
+    among them.
     """
     count, (height, width) = len(cameras), cameras.size
     if count <= COMPLETE:
@@ -309,7 +312,11 @@ def _stored(path: Path, count: int) -> Tensor | None:
         return None
     try:
         overlap = torch.from_numpy(np.load(path, allow_pickle=False))
-        if overlap.shape != (count, count) or overlap.dtype != torch.float32 or not ((overlap >= 0) & (overlap <= 1)).all():
+        if (
+            overlap.shape != (count, count)
+            or overlap.dtype != torch.float32
+            or not ((overlap >= 0) & (overlap <= 1)).all()
+        ):
             raise ValueError(f"{overlap.dtype} {list(overlap.shape)}")
     except Exception as error:  # numpy raises whatever a damaged file makes it trip over
         warnings.warn(f"{path}: damaged ({error}); the overlap is measured again", stacklevel=4)

@@ -46,9 +46,9 @@ class RGBDSequence(PosedScenes):
     - `stride`: keep every n-th frame.
     - `cache_bytes`: of decoded frames that are kept.
 
-    Frames without all files or with an unusable pose are left out with a warning. Raises `DataError` that
-    names the file or folder: no frames, no intrinsics, images of several sizes; and from the methods an image that
-    cannot be decoded, no depth at all.
+    Frames without all files or with an unusable pose are left out with a warning. Raises `DataError` that names the
+    file or folder: no frames, no intrinsics, images of several sizes, a first frame that cannot be decoded; and from
+    the methods another one that cannot be decoded, or no depth at all.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class RGBDSequence(PosedScenes):
             time_tolerance=time_tolerance,
         )
         super().__init__(form, form.scenes(self.path), options, split=split, holdout=holdout)
-        self.cameras(0)  # a fault of the folder is told when it is opened
+        self.select(0, [0])  # a fault that all frames have is told when the sequence is opened
 
     @property
     def frame_names(self) -> list[str]:

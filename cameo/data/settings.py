@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from cameo.choices import MESH_SUFFIXES, RIG_NAMES, ROOM_RIG_NAMES
+from cameo.choices import POSED_FORMATS, RIG_NAMES, ROOM_RIG_NAMES
 from cameo.errors import DataError
 from cameo.scenes.room_rig import RoomRig
 from cameo.settings import Settings, setting
@@ -28,21 +28,27 @@ RIG_SETTINGS = (
 
 @dataclass
 class DataSettings(Settings):
-    """Data: an RGB-D sequence, a folder of meshes, or embedded scenes."""
+    """Data: a folder of posed images or meshes, or embedded scenes."""
 
-    # Folder of an RGB-D sequence (7-Scenes or TUM layout) or of meshes. null, the default, takes embedded scenes, so
-    # that everything runs without a download.
+    # Folder of posed images in one of the formats of docs/data.md, or of meshes; a scene, or several. null, the
+    # default, takes embedded scenes, so that everything runs without a download.
     train_data_dir: str | None = setting(None, path=True, changeable=True)
     # What the data is: scenes (furnished rooms), bare_rooms (empty rooms with bold patterns, on which small models
-    # learn within minutes) and objects are embedded; meshes and rgbd are read from train_data_dir. auto, the default,
+    # learn within minutes) and objects are embedded; the others are formats of train_data_dir. auto, the default,
     # looks into train_data_dir, and without it takes objects if there is a camera_rig around an object, else scenes.
-    data_format: str = setting("auto", choices=("auto", *EMBEDDED, "meshes", "rgbd"))
-    # Camera matrix [[fx, 0, cx], [0, fy, cy], [0, 0, 1]] in pixels of the full color image, for a sequence that does
-    # not state its own. null, the default, reads it from the sequence.
+    data_format: str = setting("auto", choices=("auto", *EMBEDDED, "meshes", *POSED_FORMATS))
+    # Camera matrix [[fx, 0, cx], [0, fy, cy], [0, 0, 1]] in pixels of the full, undistorted color image, for data that
+    # does not state its own. null, the default, reads it from the files.
     intrinsics: list[list[float]] | None = setting(None)
-    # Units of a sequence's depth images per meter, > 0. null, the default, takes that of the layout (1000 for 7-Scenes,
-    # 5000 for TUM).
+    # Numbers in the depth files per unit of the world, > 0. null, the default, takes that of the format (1000 for
+    # 7-Scenes and nerfstudio, 5000 for TUM).
     depth_scale: float | None = setting(None, above=0)
+    # Red, green and blue in [0, 1] that transparent pixels of train_data_dir show. White by default, as zero123 and the
+    # models trained on its renders have it.
+    image_background: tuple[float, float, float] = setting((1.0, 1.0, 1.0), share="[0, 1]")
+    # Decoded views of train_data_dir that are kept in each process that loads data, in MB, >= 0. 256 by default: all
+    # of some hundred views at 512 pixels, and little beside a model.
+    view_cache_mb: int = setting(256, at_least=0, changeable=True)
     # Poses of the cameras, for backbones that are told none; a sample is then all views of the rig. fan stands in
     # scenes or bare_rooms: all views look at a point of the room, at the angles of rig_azimuths and rig_elevations
     # and with an overlap from min_overlap to max_overlap; the others stand around an object or mesh, as a release has
@@ -120,7 +126,7 @@ class DataSettings(Settings):
 
     def _check_rig(self) -> None:
         around_object, of_fan = self.camera_rig in RIG_NAMES, self.camera_rig in ROOM_RIG_NAMES
-        if around_object and self.data_format in ("scenes", "bare_rooms", "rgbd"):
+        if around_object and self.data_format in ("scenes", "bare_rooms", *POSED_FORMATS):
             raise ValueError(
                 f"camera_rig={self.camera_rig}: stands around an object, so it needs data_format=objects, meshes or "
                 f"auto, got {self.data_format}; give camera_rig=fan, which stands in rooms, or camera_rig=null"
@@ -149,7 +155,7 @@ def data_format(settings: DataSettings) -> str:
         ('scenes', 'objects')
 
     Raises:
-        DataError: if `train_data_dir` is no folder.
+        DataError: if `train_data_dir` is no folder, or is of no format that is known.
     """
     if settings.data_format != "auto":
         return settings.data_format
@@ -157,7 +163,9 @@ def data_format(settings: DataSettings) -> str:
         folder = Path(settings.train_data_dir)
         if not folder.is_dir():
             raise DataError(f"train_data_dir={folder}: no such folder")
-        return "meshes" if any(path.suffix.lower() in MESH_SUFFIXES for path in folder.rglob("*")) else "rgbd"
+        from cameo.data.opening import recognize  # imports torch, which settings do without
+
+        return recognize(folder).name
     return "objects" if settings.camera_rig in RIG_NAMES else "scenes"
 
 

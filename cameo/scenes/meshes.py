@@ -22,13 +22,14 @@ LIGHT_DIRECTION = np.array([0.4, -0.3, 0.87])
 
 
 def find_meshes(folder: Path) -> list[Path]:
-    """Return the .glb, .obj and .ply files below a folder in name order.
+    """Return the .glb, .obj and .ply files below a folder in name order, without hidden ones.
 
     Raises `DataError` where the folder is absent or holds none.
     """
     if not folder.is_dir():
         raise DataError(f"{folder}: expected a folder of meshes, found {'a file' if folder.exists() else 'nothing'}")
-    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in MESH_SUFFIXES)
+    meshes = (path for path in folder.rglob("*") if path.suffix.lower() in MESH_SUFFIXES)
+    found = sorted(path for path in meshes if not any(part[0] == "." for part in path.relative_to(folder).parts))
     if not found:
         raise DataError(f"{folder}: no meshes found; looked for {', '.join(MESH_SUFFIXES)}, also in subfolders")
     return found

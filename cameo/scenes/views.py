@@ -212,9 +212,7 @@ class WholeScenes:
     def cameras(self, scene: int) -> SceneCameras:
         """Return the cameras and tracks of a scene, which is loaded for that."""
         views = self.views(scene)
-        return SceneCameras(
-            views.intrinsics, views.extrinsics, views.size, views.key, up=views.up, tracks=views.tracks
-        )
+        return SceneCameras(views.intrinsics, views.extrinsics, views.size, views.key, up=views.up, tracks=views.tracks)
 
     def select(self, scene: int, indices: Sequence[int]) -> Views:
         """Return some views of a scene, which is loaded for that."""

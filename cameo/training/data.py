@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Sampler
 
+from cameo.choices import POSED_FORMATS
 from cameo.correspondence import DEPTH_TOLERANCE
-from cameo.data import EmbeddedScenes, MultiViewDataset, RGBDSequence, RoomRig, SceneSource, collate, rig_views
+from cameo.data import EmbeddedScenes, MultiViewDataset, RoomRig, SceneSource, collate, open_views, rig_views
 from cameo.data.batches import MatchedDataset
 from cameo.data.matches import MatchReader, TokenGrids
 from cameo.data.settings import data_format, room_rig
@@ -41,6 +42,8 @@ if not TYPE_CHECKING:  # a type checker is to see the new names alone
     __getattr__ = old_functions(__name__)
 
 ENDLESS = 2**40
+# Kinds of correspondence that are computed from depth.
+FROM_DEPTH = ("depth", "point_map")
 
 
 def build_dataset(config: TrainingConfig, split: str) -> MultiViewDataset:
@@ -60,7 +63,7 @@ def build_dataset(config: TrainingConfig, split: str) -> MultiViewDataset:
     elif config.camera_rig and rig is None:
         warnings.warn(
             f"camera_rig={config.camera_rig} does not apply to {config.train_data_dir}: the cameras are those of the "
-            "sequence. A backbone with fixed poses learns from the poses of the sequence",
+            "data. A backbone with fixed poses learns from the poses of the data",
             stacklevel=2,
         )
     return MultiViewDataset(
@@ -78,16 +81,26 @@ def build_dataset(config: TrainingConfig, split: str) -> MultiViewDataset:
 
 def _source(config: TrainingConfig, split: str, kind: str, rig: str | RoomRig | None) -> SceneSource:
     size = (config.resolution, config.resolution)
-    if kind == "rgbd":
+    if kind in POSED_FORMATS:
         if not config.train_data_dir:
-            raise DataError("data_format=rgbd needs train_data_dir=, the folder of the sequence")
-        return RGBDSequence(
+            raise DataError(f"data_format={kind} needs train_data_dir=, the folder of the scenes")
+        opened = open_views(
             config.train_data_dir,
-            size=size,
+            size,
+            data_format=config.data_format,
             split=split,
             intrinsics=config.intrinsics,
             depth_scale=config.depth_scale,
+            background=config.image_background,
+            cache_bytes=config.view_cache_mb << 20,
         )
+        if config.uses_matches and config.correspondence in FROM_DEPTH and not opened.cameras(0).has_depth:
+            raise DataError(
+                f"train_data_dir={config.train_data_dir}: {opened.format} data without depth, which "
+                f"correspondence={config.correspondence} needs; give correspondence=features, or loss_weight=0 to "
+                "train without CAMEO"
+            )
+        return opened
     if kind == "meshes" and not config.train_data_dir:
         raise DataError("data_format=meshes needs train_data_dir=, a folder of .glb, .obj or .ply files")
     return EmbeddedScenes(
@@ -109,7 +122,7 @@ def match_settings(config: TrainingConfig) -> dict[str, Any]:
     files, which may have moved: depth and cameras are compared view by view when the matches are read.
     """
     kind = data_format(config)
-    embedded, in_room = kind != "rgbd", room_rig(config)
+    embedded, in_room = kind not in POSED_FORMATS, room_rig(config)
     rigged = in_room is not None or (kind in ("objects", "meshes") and config.camera_rig is not None)
     from_depth = config.correspondence == "depth"
     return {

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from cameo.backbone import get_backbone
+from cameo.choices import POSED_FORMATS
 from cameo.config import CONFIG_NAME, CameoConfig
 from cameo.errors import DataError
 from cameo.hub import from_pretrained, local_folder
@@ -56,7 +57,7 @@ class EvaluatedModel:
 def data_settings(config: TrainingConfig) -> dict[str, Any]:
     """Return the settings that decide the validation samples of a run; comparable results have equal ones."""
     known = match_settings(config)
-    embedded = known["data_format"] != "rgbd"
+    embedded = known["data_format"] not in POSED_FORMATS
     return {
         "source": Path(config.train_data_dir).name if config.train_data_dir else "embedded",
         **{name: known[name] for name in DATA_SETTINGS},

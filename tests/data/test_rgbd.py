@@ -196,7 +196,7 @@ def test_truncated_image_is_named(seven_scenes: Path, kind: str) -> None:
     path = seven_scenes / f"frame-000004.{kind}.png"
     path.write_bytes(path.read_bytes()[:200])
     with pytest.raises(DataError, match=rf"frame-000004.{kind}.png: cannot decode the (color|depth) image"):
-        RGBDSequence(seven_scenes)
+        RGBDSequence(seven_scenes).views()
 
 
 def test_depth_that_is_not_16_bit(seven_scenes: Path) -> None:
@@ -209,7 +209,7 @@ def test_all_depth_missing(seven_scenes: Path) -> None:
     for path in seven_scenes.glob("*.depth.png"):
         Image.fromarray(np.zeros((HEIGHT, WIDTH), dtype=np.uint16)).save(path)
     with pytest.raises(DataError, match="no frame has any depth measurement"):
-        RGBDSequence(seven_scenes)
+        RGBDSequence(seven_scenes).views()
 
 
 def test_intrinsics_missing_wrong_or_given(seven_scenes: Path) -> None:
@@ -313,9 +313,9 @@ def test_depth_stored_in_metres_is_noticed(seven_scenes: Path) -> None:
     for path in seven_scenes.glob("*.depth.png"):
         Image.fromarray(np.full((HEIGHT, WIDTH), 2, dtype=np.uint16)).save(path)
     with pytest.warns(UserWarning, match=r"largest depth of all frames is 0\.002 m .*pass depth_scale=1"):
-        RGBDSequence(seven_scenes)
+        RGBDSequence(seven_scenes).views()
     with warnings.catch_warnings(action="error"):
-        RGBDSequence(seven_scenes, depth_scale=1)
+        RGBDSequence(seven_scenes, depth_scale=1).views()
 
 
 def test_files_of_the_wrong_kind_are_named(seven_scenes: Path, tum: Path, monkeypatch: pytest.MonkeyPatch) -> None:

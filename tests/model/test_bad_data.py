@@ -29,7 +29,7 @@ def _alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def truncated(b: Bench) -> None:
     path = b.sequence() / "frame-000002.color.png"
     path.write_bytes(path.read_bytes()[:200])
-    RGBDSequence(path.parent, size=(32, 32))
+    RGBDSequence(path.parent, size=(32, 32)).views()
 
 
 def without_intrinsics(b: Bench) -> None:
@@ -38,11 +38,17 @@ def without_intrinsics(b: Bench) -> None:
     build_dataset(make_config(b.folder, train_data_dir=str(folder)), "train")
 
 
+def far_apart(views: int) -> torch.Tensor:
+    extrinsics = torch.eye(4).repeat(views, 1, 1)
+    extrinsics[:, 0, 3] = 100.0 * torch.arange(views)
+    return extrinsics
+
+
 def without_depth(b: Bench) -> None:
     folder = b.sequence()
     for path in folder.glob("*.depth.png"):
         Image.fromarray(np.zeros((48, 64), dtype=np.uint16)).save(path)
-    build_dataset(make_config(b.folder, train_data_dir=str(folder)), "train")
+    build_dataset(make_config(b.folder, train_data_dir=str(folder)), "train")[0]
 
 
 def eight_bit_depth(b: Bench) -> None:
@@ -92,7 +98,7 @@ CASES: dict[str, tuple[Callable[[Bench], Any], type[Exception], str]] = {
         r"images of room/16: expected \[2, 3, 8, 8\].*same image size",
     ),
     "no overlapping views": (
-        lambda b: b.train_on(OneScene(b.views(depth=torch.zeros(3, 1, 32, 32)))),
+        lambda b: b.train_on(OneScene(b.views(extrinsics=far_apart(3)))),
         ValueError,
         r"no scene has 2 views whose overlap.*Widen the bounds",
     ),
@@ -109,7 +115,7 @@ CASES: dict[str, tuple[Callable[[Bench], Any], type[Exception], str]] = {
     "empty data folder": (
         lambda b: build_dataset(make_config(b.folder, train_data_dir=str(b.folder)), "train"),
         ValueError,
-        r"no RGB-D frames found; looked for frame-NNNNNN.color.png",
+        r"not recognized as a data set; it holds no files.*rgbd: frame-NNNNNN.color.png",
     ),
     "sequence format without folder": (
         lambda b: build_dataset(make_config(b.folder, data_format="rgbd"), "train"),

@@ -197,7 +197,7 @@ def test_data_folders_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyP
     matrix = [[60.0, 0.0, 32.0], [0.0, 60.0, 24.0], [0.0, 0.0, 1.0]]
     settings = {"train_data_dir": str(sequence), "intrinsics": matrix, "depth_scale": 500.0}
     source = build_dataset(make_config(tmp_path, **settings), "train").source
-    assert isinstance(source, RGBDSequence)
+    assert source.format == "rgbd"
     assert source.views().depth.unique().tolist() == [4.0]
     meshes = tmp_path / "objects"
     (meshes / "chairs").mkdir(parents=True)

@@ -1,8 +1,8 @@
 """CO3Dv2: a category's `frame_annotations.jgz` with the images and depth that it names.
 
-Conventions: facebookresearch/co3d, co3d/dataset/data_types.py and PyTorch3D's implicitron dataset. Cameras are PyTorch3D's:
-x left, y up, z forward, applied from the right, `X_camera = X_world @ R + T`; focal lengths and principal point in NDC.
-Depth is a 16-bit PNG with the bits of 16-bit floating-point numbers, times `scale_adjustment`.
+Conventions: facebookresearch/co3d, co3d/dataset/data_types.py and PyTorch3D's implicitron dataset. Cameras are those of
+PyTorch3D: x left, y up, z forward, applied from the right, `X_camera = X_world @ R + T`; focal lengths and principal
+point in NDC. Depth is a 16-bit PNG with the bits of 16-bit floating-point numbers, times `scale_adjustment`.
 """
 
 from __future__ import annotations
@@ -81,7 +81,9 @@ def _read(scene: SceneFiles, options: ReadOptions) -> Listing:
                 listing.dropped.append((name, f"no image {color}"))
                 continue
             lens = options.lens(size) or _lens(where, viewpoint, size)
-            listing.frames.append(Frame(name, color, pose, lens, _depth(scene.path, where, entry.get("depth"), options)))
+            listing.frames.append(
+                Frame(name, color, pose, lens, _depth(scene.path, where, entry.get("depth"), options))
+            )
         except (KeyError, IndexError, TypeError, ValueError) as error:
             if isinstance(error, DataError):
                 raise
@@ -115,7 +117,10 @@ def _lens(where: str, viewpoint: dict[str, Any], size: tuple[int, int]) -> Lens:
         raise DataError(f"{where}: unknown intrinsics_format {form!r}; known: {', '.join(INTRINSICS_FORMATS)}")
     half = np.array([size[1], size[0]]) / 2
     scale = half if form == INTRINSICS_FORMATS[0] else np.full(2, half.min())
-    (fx, fy), (cx, cy) = np.array(viewpoint["focal_length"]) * scale, half - np.array(viewpoint["principal_point"]) * scale
+    (fx, fy), (cx, cy) = (
+        np.array(viewpoint["focal_length"]) * scale,
+        half - np.array(viewpoint["principal_point"]) * scale,
+    )
     if not np.isfinite([fx, fy, cx, cy]).all() or min(fx, fy) <= 0:
         raise DataError(f"{where}: expected finite focal lengths > 0 in NDC, got {viewpoint['focal_length']}")
     return Lens(size, float(fx), float(fy), float(cx), float(cy))

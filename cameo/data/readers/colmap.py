@@ -1,7 +1,7 @@
 """Sparse models of COLMAP, text or binary, with the photographs and the points that several of them show.
 
-Conventions: colmap.github.io/format.html. Poses are world-to-camera with OpenCV axes, pixel centers at +0.5. The world has
-no unit of its own.
+Conventions: colmap.github.io/format.html. Poses are world-to-camera with OpenCV axes, pixel centers at +0.5. The world
+has no unit of its own.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from cameo.data.readers.files import StoredFile, inside, optional_package, read_text
-from cameo.data.readers.frames import Format, Frame, Listing, ReadOptions, SceneFiles, Sightings
+from cameo.data.readers.frames import Format, Frame, Listing, ReadOptions, SceneFiles, Sightings, one_scene
 from cameo.data.readers.lenses import COLMAP, Lens
 from cameo.data.readers.poses import from_quaternion
 from cameo.errors import DataError
@@ -99,7 +99,9 @@ def _check_counts(model: Path, suffix: str) -> None:
         size = path.stat().st_size
         count = int.from_bytes(StoredFile(path).read()[:8], "little")
         if size < 8 or size < 8 + count * least:
-            raise DataError(f"{path}: {size} bytes do not hold its {count} entries; the file is cut short, copy it again")
+            raise DataError(
+                f"{path}: {size} bytes do not hold its {count} entries; the file is cut short, copy it again"
+            )
 
 
 def _images_folder(folder: Path, model: Path, reconstruction: Any) -> Path:
@@ -129,11 +131,11 @@ def _lens(model: Path, camera: Any) -> Lens:
         raise DataError(f"{where}: expected a size and finite parameters, got {camera.width}x{camera.height}, {params}")
     if camera.is_spherical():
         raise DataError(
-            f"{where}: a camera of the model {camera.model_name} has no flat image; render perspective views of it first"
+            f"{where}: the model {camera.model_name} has no flat image; render perspective views of it first"
         )
     size = (int(camera.height), int(camera.width))
     lens = Lens.of_matrix(np.asarray(camera.calibration_matrix()), size)
-    if camera.is_perspective_pinhole():
+    if camera.is_perspective_pinhole() and camera.is_undistorted():  # a fisheye without coefficients is none
         return lens
     return lens.distorted(f"{COLMAP}{camera.model_name}", tuple(params))
 
@@ -150,6 +152,6 @@ FORMAT = Format(
     name="colmap",
     needs="cameras, images and points3D (.bin or .txt) in sparse/0, and the photographs in images/",
     recognize=_recognize,
-    scenes=lambda folder: [SceneFiles(folder)],
+    scenes=one_scene,
     read=_read,
 )

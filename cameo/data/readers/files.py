@@ -81,10 +81,10 @@ def inside(folder: Path, name: object, *, stated_in: object) -> Path:
     """Return the path of a file that a data set names; it must stay in the folder, also if links are followed.
 
     Example:
-        >>> inside(Path("scene"), "../../secret.png", stated_in="transforms.json")
+        >>> inside(Path("scene"), "../../secret.png", stated_in="transforms.json")  # doctest: +ELLIPSIS
         Traceback (most recent call last):
         ...
-        cameo.errors.DataError: transforms.json: names '../../secret.png', which leaves the folder scene; put the file ...
+        cameo.errors.DataError: transforms.json: names '../../secret.png', which leaves the folder scene; put ...
     """
     if not isinstance(name, str) or not name.strip() or "\0" in name:
         raise DataError(f"{stated_in}: expected the name of a file, got {name!r}; write its path relative to {folder}")

@@ -14,7 +14,7 @@ import numpy as np
 from cameo.data.readers.files import StoredFile
 from cameo.data.readers.lenses import Lens
 
-__all__ = ["DepthImage", "Format", "Frame", "Listing", "ReadOptions", "SceneFiles", "Sightings"]
+__all__ = ["DepthImage", "Format", "Frame", "Listing", "ReadOptions", "SceneFiles", "Sightings", "one_scene"]
 
 Array = np.ndarray
 
@@ -106,8 +106,8 @@ class Format:
 
     - `name`: of `cameo.choices.POSED_FORMATS`.
     - `needs`: the files that it needs, for messages.
-    - `recognize(folder)`: what in the folder shows that it is of this format; None where nothing does. It looks at names
-      of files, and at no more content than it must.
+    - `recognize(folder)`: what in the folder shows that it is of this format; None where nothing does. It looks at
+      names of files, and at no more content than it must.
     - `scenes(folder)`: the scenes of a folder that was recognized.
     - `read(scene, options)`: lists the frames of a scene without decoding them.
     """
@@ -117,3 +117,13 @@ class Format:
     recognize: Callable[[Path], str | None]
     scenes: Callable[[Path], list[SceneFiles]]
     read: Callable[[SceneFiles, ReadOptions], Listing]
+
+
+def one_scene(folder: Path) -> list[SceneFiles]:
+    """Return the scene of a format of which a folder holds one.
+
+    Example:
+        >>> one_scene(Path("kitchen"))[0].key
+        'kitchen'
+    """
+    return [SceneFiles(folder)]

@@ -39,7 +39,7 @@ def image_size(file: StoredFile) -> tuple[int, int]:
 
 
 def check_image(frame: Frame) -> None:
-    """Raise `DataError` unless the frame's color image has the size that its camera states, or has it turned by EXIF."""
+    """Raise `DataError` unless the color image has the size that its camera states, or has it turned by EXIF."""
     stored, (height, width) = image_size(frame.color), frame.lens.size
     turned = stored == (width, height) and _open(frame.color, "color").getexif().get(ORIENTATION) in TURNED
     if stored != (height, width) and not turned:
@@ -90,8 +90,8 @@ def read_depth(frame: Frame, size: tuple[int, int]) -> Tensor:
             f"{full[1]}x{full[0]}; register the depth to the color camera first"
         )
     columns, rows, inside = _source_pixels(frame.lens, size, (height, width))
-    picked = raw[rows, columns]
-    measured = inside & np.isfinite(picked) & (picked > 0) & (picked < NOTHING_THERE)
+    picked = raw[rows, columns].astype(np.float64)
+    measured: Array = inside & np.isfinite(picked) & (picked > 0) & (picked < NOTHING_THERE)
     if frame.depth.invalid:
         measured &= ~np.isin(picked, frame.depth.invalid)
     if frame.depth.mask is not None:
@@ -99,7 +99,7 @@ def read_depth(frame: Frame, size: tuple[int, int]) -> Tensor:
         if mask.shape != raw.shape:
             raise DataError(f"{frame.depth.mask}: expected the size of {frame.depth.file}, {raw.shape} (H, W)")
         measured &= mask[rows, columns] > 0
-    depth = np.where(measured, picked, 0).astype(np.float64) / frame.depth.per_unit
+    depth = np.where(measured, picked, 0.0) / frame.depth.per_unit
     return torch.from_numpy(depth.astype(np.float32))[None]
 
 
@@ -116,7 +116,7 @@ def output_points(lens: Lens, size: tuple[int, int], xy: Array) -> Array:
     moved = undistort_points(lens, xy) - (left, top)
     moved = moved * (size[1] / (right - left), size[0] / (bottom - top))
     with np.errstate(invalid="ignore"):
-        inside = ((moved >= 0) & (moved < (size[1], size[0]))).all(axis=1)
+        inside: Array = ((moved >= 0) & (moved < (size[1], size[0]))).all(axis=1)
     return np.where(inside[:, None], moved, np.nan)
 
 
@@ -215,7 +215,9 @@ def _read_numpy(file: StoredFile) -> Array:
     except DataError:
         raise
     except Exception as error:  # zipfile and numpy raise whatever they trip over
-        raise DataError(f"{file}: cannot read the depth ({error}); write it with numpy.save, without objects") from error
+        raise DataError(
+            f"{file}: cannot read the depth ({error}); write it with numpy.save, without objects"
+        ) from error
 
 
 def _read_tiff(file: StoredFile) -> Array:

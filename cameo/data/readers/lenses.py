@@ -1,7 +1,7 @@
 """Lenses: from rays to pixels with distortion, and the pinhole camera that shows the same without it.
 
-Axes: M points, H W pixels of the full image. Pixel centers are at +0.5; OpenCV counts from 0, so half a pixel is taken off
-where it reads an image.
+Axes: M points, H W pixels of the full image. Pixel centers are at +0.5; OpenCV counts from 0, so half a pixel is taken
+off where it reads an image.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from cameo.errors import DataError
 __all__ = ["Lens", "rays_to_pixels", "straightened", "undistort_image", "undistort_points"]
 
 Array = np.ndarray
-# Focal lengths that are tried for the undistorted image, as shares of the lens's: from a narrow to a wide view.
-ZOOMS = 4.0 * 0.5 ** (np.arange(61) / 20)
+# Focal lengths that are tried for the undistorted image, as shares of the lens's: from a narrow view, in which no lens
+# folds back, to a wide one. The image is not enlarged more than MOST_ZOOM times.
+ZOOMS, MOST_ZOOM = 64.0 * 0.5 ** (np.arange(141) / 20), 4.0
 # Points along each side of the image border that must lie in the original image.
 BORDER_POINTS = 33
 COLMAP = "COLMAP "
@@ -120,7 +121,7 @@ def straightened(lens: Lens) -> Lens:
     fits, distance = shown(ZOOMS)
     fits[1:] &= (np.diff(distance, axis=0) > 0).all(1)  # beyond, the polynomial of a lens folds back
     count = len(fits) if fits.all() else int(np.argmin(fits))
-    if count == 0:
+    if count == 0 or ZOOMS[count - 1] > MOST_ZOOM:
         raise DataError(
             f"lens {lens.model} with {', '.join(f'{value:g}' for value in lens.params)}: its distortion leaves nothing "
             f"of the image of {width}x{height}; check the parameters and their order"

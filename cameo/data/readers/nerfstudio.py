@@ -1,7 +1,7 @@
 """`transforms.json` of nerfstudio and instant-ngp, and the `transforms_train.json` of NeRF's synthetic scenes.
 
-Conventions: docs.nerf.studio, "Data conventions", and nerfstudio/data/dataparsers/nerfstudio_dataparser.py; instant-ngp,
-docs/nerf_dataset_tips.md. Poses are camera-to-world with OpenGL axes.
+Conventions: docs.nerf.studio, "Data conventions", and nerfstudio/data/dataparsers/nerfstudio_dataparser.py;
+instant-ngp, docs/nerf_dataset_tips.md. Poses are camera-to-world with OpenGL axes.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from cameo.data.readers.files import StoredFile, inside, number, read_json
-from cameo.data.readers.frames import DepthImage, Format, Frame, Listing, ReadOptions, SceneFiles
+from cameo.data.readers.frames import DepthImage, Format, Frame, Listing, ReadOptions, SceneFiles, one_scene
 from cameo.data.readers.images import image_size
 from cameo.data.readers.lenses import Lens
 from cameo.data.readers.poses import OPENGL_TO_OPENCV, matrix_4x4, rigid
@@ -78,8 +78,8 @@ def _applied(path: Path, content: dict[str, Any]) -> np.ndarray:
     applied = None if matrix is None else rigid(matrix)
     if applied is None:
         raise DataError(
-            f"{path}: applied_transform: expected a rigid 3x4 or 4x4 matrix, got {_shown(content['applied_transform'])}; "
-            "remove it, and the world stays as the file has it"
+            f"{path}: applied_transform: expected a rigid 3x4 or 4x4 matrix, got "
+            f"{_shown(content['applied_transform'])}; remove it, and the world stays as the file has it"
         )
     return np.linalg.inv(applied)
 
@@ -102,15 +102,17 @@ def _lens(where: str, values: dict[str, Any], color: StoredFile, options: ReadOp
     else:
         fx = _focal_length(where, given("fl_x"), given("camera_angle_x"), size[1])
         fy = _focal_length(where, given("fl_y"), given("camera_angle_y"), size[0])
-        if fx is None and fy is None:
+        if fx is None:
+            fx = fy
+        if fx is None:
             raise DataError(
                 f"{where}: no camera intrinsics; write fl_x, fl_y, cx, cy in pixels or camera_angle_x in radians, or "
                 "pass intrinsics= as a 3x3 matrix"
             )
-        fx, fy = fx if fx is not None else fy, fy if fy is not None else fx
-        assert fx is not None and fy is not None
         cx, cy = given("cx"), given("cy")
-        lens = Lens(size, fx, fy, size[1] / 2 if cx is None else cx, size[0] / 2 if cy is None else cy)
+        lens = Lens(
+            size, fx, fx if fy is None else fy, size[1] / 2 if cx is None else cx, size[0] / 2 if cy is None else cy
+        )
     model = values.get("camera_model", "FISHEYE" if values.get("is_fisheye") else "OPENCV")
     if model not in PERSPECTIVE + FISHEYE:
         raise DataError(
@@ -143,7 +145,9 @@ def _depth(
         raise DataError(f"{where}: depth file {path} is not there; restore it, or remove depth_file_path")
     if options.depth_scale is not None:
         return DepthImage(StoredFile(path), options.depth_scale)
-    unit = next((key for key in ("depth_unit_scale_factor", "integer_depth_scale") if values.get(key) is not None), None)
+    unit = next(
+        (key for key in ("depth_unit_scale_factor", "integer_depth_scale") if values.get(key) is not None), None
+    )
     if unit is None:
         return DepthImage(StoredFile(path), DEPTH_PER_UNIT)
     scale = number(values[unit], named=unit, stated_in=where)
@@ -161,6 +165,6 @@ FORMAT = Format(
     name="nerfstudio",
     needs='transforms.json (or transforms_train.json) with "frames", and the images that it names',
     recognize=_recognize,
-    scenes=lambda folder: [SceneFiles(folder)],
+    scenes=one_scene,
     read=_read,
 )

@@ -1,8 +1,8 @@
 """RealEstate10K: a text file for each clip, and its frames as images that are named by their time stamps.
 
-Conventions: google.github.io/realestate10k/download.html. The first line is the address of the video; each other line is
-`timestamp fx fy cx cy 0 0` and a 3x4 matrix by rows, world-to-camera with OpenCV axes. fx and cx are shares of the width,
-fy and cy of the height. ACID and what pixelSplat converts from have the same form.
+Conventions: google.github.io/realestate10k/download.html. The first line is the address of the video; each other line
+is `timestamp fx fy cx cy 0 0` and a 3x4 matrix by rows, world-to-camera with OpenCV axes. fx and cx are shares of the
+width, fy and cy of the height. ACID and what pixelSplat converts from have the same form.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ COLUMNS = 19
 
 def _clips(folder: Path) -> list[Path]:
     places = [folder / place for place in TEXTS if (folder / place).is_dir()]
-    return [path for place in places for path in sorted(place.glob("*.txt")) if not path.name.startswith(".")]
+    found = [path for place in places for path in sorted(place.glob("*.txt"))]
+    return [path for path in found if path.is_file() and not path.name.startswith(".")]
 
 
 def _recognize(folder: Path) -> str | None:
@@ -54,8 +55,8 @@ def _scenes(folder: Path) -> list[SceneFiles]:
     if not clips:
         wanted = ", ".join(place.format("CLIP") for place in FRAMES)
         raise DataError(
-            f"{folder}: {len(_clips(folder))} clips, and no frames of any; put those of CLIP.txt into one of the folders "
-            f"{wanted}, named by their time stamps"
+            f"{folder}: {len(_clips(folder))} clips, and no frames of any; put those of CLIP.txt into one of the "
+            f"folders {wanted}, named by their time stamps"
         )
     return [SceneFiles(folder, str(path.relative_to(folder))) for path in clips]
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from cameo.data.readers.files import StoredFile, inside, read_numbers, read_text
-from cameo.data.readers.frames import DepthImage, Format, Frame, Listing, ReadOptions, SceneFiles
+from cameo.data.readers.frames import DepthImage, Format, Frame, Listing, ReadOptions, SceneFiles, one_scene
 from cameo.data.readers.images import image_size
 from cameo.data.readers.lenses import Lens
 from cameo.data.readers.poses import from_quaternion, rigid
@@ -22,8 +22,8 @@ __all__ = ["LAYOUTS"]
 
 Array = np.ndarray
 
-# Calibrations published with the TUM RGB-D benchmark per freiburg number: fx, fy, cx, cy, and the distortion k1, k2, p1,
-# p2, k3. They count pixel centers from 0; half a pixel is added where they are used.
+# Calibrations published with the TUM RGB-D benchmark per freiburg number: fx, fy, cx, cy, and the distortion k1, k2,
+# p1, p2, k3. They count pixel centers from 0; half a pixel is added where they are used.
 TUM_CALIBRATIONS = {
     "1": ((517.3, 516.5, 318.6, 255.3), (0.2624, -0.9531, -0.0054, 0.0026, 1.1633)),
     "2": ((520.9, 521.0, 325.1, 249.7), (0.2312, -0.7849, -0.0033, -0.0001, 0.9172)),
@@ -128,7 +128,9 @@ def _tum_pose(values: list[str]) -> Array | None:
 def _tum_frames(scene: SceneFiles, options: ReadOptions) -> Listing:
     folder, tolerance, listing = scene.path, options.time_tolerance, Listing(metric=True)
     lens: Lens | None = None
-    colors, depths, poses = (_read_table(folder / f"{name}.txt", 8 if name == "groundtruth" else 2) for name in TUM_TEXTS)
+    colors, depths, poses = (
+        _read_table(folder / f"{name}.txt", 8 if name == "groundtruth" else 2) for name in TUM_TEXTS
+    )
     depth_times, pose_times = np.array([t for t, _ in depths]), np.array([t for t, _ in poses])
     for time, (name,) in colors:
         depth = _nearest(depth_times, time, tolerance)
@@ -169,12 +171,15 @@ def _tum_lens(folder: Path, size: tuple[int, int], options: ReadOptions) -> Lens
 
 
 def _seven_scenes(folder: Path) -> str | None:
-    found = min((path.name for path in folder.glob("frame-*.*")), default=None)
-    return found
+    return min((path.name for path in folder.glob("frame-*.*")), default=None)
 
 
 def _tum(folder: Path) -> str | None:
-    return "rgb.txt, depth.txt and groundtruth.txt" if all((folder / f"{name}.txt").exists() for name in TUM_TEXTS) else None
+    return (
+        "rgb.txt, depth.txt and groundtruth.txt"
+        if all((folder / f"{name}.txt").exists() for name in TUM_TEXTS)
+        else None
+    )
 
 
 # By the name of the layout; both are of the format rgbd.
@@ -183,14 +188,14 @@ LAYOUTS = {
         name="rgbd",
         needs="frame-NNNNNN.color.png (or .jpg), .depth.png and .pose.txt (7scenes)",
         recognize=_seven_scenes,
-        scenes=lambda folder: [SceneFiles(folder)],
+        scenes=one_scene,
         read=_seven_scenes_frames,
     ),
     "tum": Format(
         name="rgbd",
         needs="rgb.txt, depth.txt and groundtruth.txt (tum)",
         recognize=_tum,
-        scenes=lambda folder: [SceneFiles(folder)],
+        scenes=one_scene,
         read=_tum_frames,
     ),
 }

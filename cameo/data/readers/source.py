@@ -10,7 +10,6 @@ import math
 import warnings
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -187,7 +186,7 @@ class _Scene:
             first = next(frame.depth.file for frame in self.frames if frame.depth is not None)
             raise DataError(
                 f"{self.where}: no frame has any depth measurement (first file: {first}); "
-                "check that the depth images are the originals"
+                "check that the depth images are the 16-bit originals"
             )
         if self.metric and largest < LEAST_RANGE:
             per_unit = next(frame.depth.per_unit for frame in self.frames if frame.depth is not None)

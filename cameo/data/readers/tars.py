@@ -48,7 +48,9 @@ def _recognize(folder: Path) -> str | None:
 def _scenes(folder: Path) -> list[SceneFiles]:
     scenes = []
     for path in _tars(folder):
-        names = [name.removesuffix(CAMERAS) for name in _members(path, path.stat().st_mtime_ns) if name.endswith(CAMERAS)]
+        names = [
+            name.removesuffix(CAMERAS) for name in _members(path, path.stat().st_mtime_ns) if name.endswith(CAMERAS)
+        ]
         if not names:
             raise DataError(
                 f"{path}: holds no SCENE{CAMERAS}; write it with cameo.data.write_tars, whose layout docs/data.md gives"
@@ -70,16 +72,27 @@ def _members(path: Path, _: int) -> dict[str, StoredFile]:
             f"{path}: cannot be read as a tar ({error}); copy it again, and unpack one that is compressed, since views "
             "are read from the middle of it"
         ) from error
-    size, found = path.stat().st_size, {}
+    found = {}
+    _check_end(path, members)
     for member in members:
         if member.isdir():
             continue
         if not member.isfile():
             raise DataError(f"{path}: {member.name} is a link; store the file itself")
-        if member.offset_data + member.size > size:
-            raise DataError(f"{path}: is cut short within {member.name}; copy it again")
         found[member.name.removeprefix("./")] = StoredFile(path, member.name, member.offset_data, member.size)
     return found
+
+
+def _check_end(path: Path, members: list[tarfile.TarInfo]) -> None:
+    """A tar ends with empty blocks; one that was cut between two members looks like a complete one otherwise."""
+    if not members:
+        return
+    last = members[-1]
+    end = last.offset_data + -(-last.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+    with path.open("rb") as file:
+        file.seek(end)
+        if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+            raise DataError(f"{path}: is cut short at or after {last.name}; copy it again")
 
 
 def _read(scene: SceneFiles, options: ReadOptions) -> Listing:
@@ -88,7 +101,9 @@ def _read(scene: SceneFiles, options: ReadOptions) -> Listing:
     content = read_json(cameras)
     if not isinstance(content, dict) or not isinstance(content.get("views"), list) or not content["views"]:
         raise DataError(f'{cameras}: expected an object with a list "views", as docs/data.md gives it')
-    per_unit = options.depth_scale or number(content.get("depth_per_unit", 1.0), named="depth_per_unit", stated_in=cameras)
+    per_unit = options.depth_scale or number(
+        content.get("depth_per_unit", 1.0), named="depth_per_unit", stated_in=cameras
+    )
     if per_unit <= 0:
         raise DataError(f"{cameras}: depth_per_unit: expected a number > 0, got {per_unit:g}")
     listing = Listing(up=_up(cameras, content.get("up")))
@@ -146,11 +161,17 @@ def _sightings(file: StoredFile | None, views: int) -> list[Sightings | None]:
         return [None] * views
     try:
         with file.open() as stream, np.load(stream, allow_pickle=False) as loaded:
-            point, view, xy = loaded["point"].astype(np.int64), loaded["view"].astype(np.int64), loaded["xy"].astype(float)
+            point, view, xy = (
+                loaded["point"].astype(np.int64),
+                loaded["view"].astype(np.int64),
+                loaded["xy"].astype(float),
+            )
     except Exception as error:  # zipfile and numpy raise whatever they trip over
         raise DataError(f"{file}: expected arrays point, view and xy written with numpy.savez ({error})") from error
     if point.ndim != 1 or view.shape != point.shape or xy.shape != (len(point), 2) or not np.isfinite(xy).all():
-        raise DataError(f"{file}: expected point [N], view [N] and finite xy [N, 2], got {point.shape}, {view.shape}, {xy.shape}")
+        raise DataError(
+            f"{file}: expected point [N], view [N] and finite xy [N, 2], got {point.shape}, {view.shape}, {xy.shape}"
+        )
     if len(view) and not (view.min() >= 0 and view.max() < views):
         raise DataError(f"{file}: view: expected numbers from 0 to {views - 1}, got {view.min()} to {view.max()}")
     return [Sightings(point[view == index], xy[view == index]) for index in range(views)]
@@ -167,9 +188,9 @@ def write_tars(source: SceneSource, folder: str | Path, *, scenes_per_tar: int =
         ...     def __len__(self):
         ...         return 3
         ...     def views(self, scene):
-        ...         cameras = {"intrinsics": 8 * torch.eye(3).repeat(2, 1, 1), "extrinsics": torch.eye(4).repeat(2, 1, 1)}
-        ...         cameras["intrinsics"][:, :2, 2], cameras["intrinsics"][:, 2, 2] = 4, 1
-        ...         return Views(torch.zeros(2, 3, 8, 8), torch.ones(2, 1, 8, 8), **cameras, key="wall")
+        ...         intrinsics = torch.tensor([[8.0, 0, 4], [0, 8, 4], [0, 0, 1]]).repeat(2, 1, 1)
+        ...         images, depth, extrinsics = torch.zeros(2, 3, 8, 8), torch.ones(2, 1, 8, 8), torch.eye(4)
+        ...         return Views(images, depth, intrinsics, extrinsics.repeat(2, 1, 1), key="wall")
         >>> [path.name for path in write_tars(Wall(), tempfile.mkdtemp(), scenes_per_tar=2)]
         ['scenes-00000.tar', 'scenes-00001.tar']
 

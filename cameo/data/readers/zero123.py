@@ -1,7 +1,8 @@
-"""Renders as zero123 and its successors have them: `000.png` with transparency and `000.npy`, for each view of an object.
+"""Renders as zero123 and its successors have them: `000.png` with transparency and `000.npy`, for each view.
 
-Conventions: cvlab-columbia/zero123, objaverse-rendering/scripts/blender_script.py. The pose is 3x4, from Blender's world
-(z up) to a camera with OpenGL axes; the camera has a 35 mm lens on a 32 mm sensor, a field of view of 49.13 degrees.
+Conventions: cvlab-columbia/zero123, objaverse-rendering/scripts/blender_script.py. The pose is 3x4, from Blender's
+world (z up) to a camera with OpenGL axes; the camera has a 35 mm lens on a 32 mm sensor, a field of view of 49.13
+degrees.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from cameo.data.readers.files import StoredFile, inside
-from cameo.data.readers.frames import Format, Frame, Listing, ReadOptions, SceneFiles
+from cameo.data.readers.frames import Format, Frame, Listing, ReadOptions, SceneFiles, one_scene
 from cameo.data.readers.images import image_size
 from cameo.data.readers.lenses import Lens
 from cameo.data.readers.poses import OPENGL_TO_OPENCV, matrix_4x4, rigid
@@ -66,7 +67,9 @@ def _pose(path: Path) -> np.ndarray | None:
     try:
         loaded = np.load(path, allow_pickle=False)
     except Exception as error:  # numpy raises ValueError, EOFError and what zipfile and pickle raise
-        raise DataError(f"{path}: expected a 3x4 matrix written with numpy.save ({error}); render the view again") from error
+        raise DataError(
+            f"{path}: expected a 3x4 matrix written with numpy.save ({error}); render the view again"
+        ) from error
     matrix = matrix_4x4(loaded) if isinstance(loaded, np.ndarray) and loaded.dtype.kind in "fiu" else None
     return None if matrix is None else rigid(matrix)
 
@@ -75,6 +78,6 @@ FORMAT = Format(
     name="zero123",
     needs="000.png and 000.npy (3x4, world to Blender camera), 001.png and so on, in a folder for each object",
     recognize=_recognize,
-    scenes=lambda folder: [SceneFiles(folder)],
+    scenes=one_scene,
     read=_read,
 )
