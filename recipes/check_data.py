@@ -15,7 +15,7 @@ matched points, views warped into each other and their differences, as given and
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cameo.files import write_atomically
@@ -55,7 +55,8 @@ def main(arguments: list[str]) -> None:
     from cameo.training.data import build_dataset
 
     Launch.from_environment().refuse_several_processes("recipes/check_data.py")
-    source = build_dataset(config, "train").source
+    # Data without depth is opened too, whatever the run would match with.
+    source = build_dataset(replace(config, loss_weight=0.0, compare_without_cameo=False), "train").source
     check = check_views(source, scenes=options.scenes, pairs=options.pairs)
     output = Path(options.output)
     write_atomically(output / "table.md", f"{check}\n")

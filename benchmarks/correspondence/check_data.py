@@ -1,13 +1,14 @@
 """How often does `check_views` call right data right, and name what is wrong with data that is not?
 
-Each scene is handed over as it is, and with one or two mistakes at a time. The thresholds of the check were chosen on the
-scenes of the part "development", and on nothing of the part "validation": other seeds, other cameras, images of
-another size, noise, and other parts of the real sequence.
+Each scene is handed over as it is, and with one or two mistakes at a time. The thresholds of the check were chosen on
+the scenes of the part "development", and on nothing of the part "validation": other seeds, other cameras, images of
+another size, noise, tracks without depth, and other parts of the real sequence.
 
-    python -m benchmarks.correspondence.check_data                # writes results/check_data.json and the .md beside this file
+    python -m benchmarks.correspondence.check_data                             # everything, about an hour on a core
     python -m benchmarks.correspondence.check_data --kinds validation/rooms    # runs these again
 
-The real sequence is read from the folder `rgbd_room` in `CAMEO_TEST_DATA` and left out where there is none.
+Written are results/check_data.json and the page beside this file. The real sequence is read from the folder `rgbd_room`
+in `CAMEO_TEST_DATA` and left out where there is none.
 """
 
 from __future__ import annotations
@@ -44,12 +45,13 @@ RIGHT = "none"
 FAULTY_SCENES = 1
 HEAD = """# Does `check_views` tell right data from wrong?
 
-Written by `python -m benchmarks.correspondence.check_data`, which says what the scenes are. The thresholds of the check were
-chosen on the scenes under "Development" and nothing was changed after the scenes under "Validation" were looked at. Each
-row counts checks of scenes: *named* is a verdict "wrong" with exactly the mistakes that were made; *partly named* names one
-of two, or one more; *wrong, other* names another mistake or none. The last column counts warnings of the short check with
-which a training starts. The sequence of a real room comes with depth that is not registered to color, which the check says
-of it; "registered" is the same with its depth made 1.1 times smaller and moved by 1.5 % of the width."""
+Written by `python -m benchmarks.correspondence.check_data`, which says what the scenes are. The thresholds of the check
+were chosen on the scenes under "Development" alone. Each row counts checks of scenes: *named* is a verdict "wrong" with
+exactly the mistakes that were made; *partly named* names one of two, or one more; *wrong, other* names another mistake
+or none. The last column counts warnings of the short check with which a training starts, which loads no neighboring
+frames and so cannot see that something belongs to another one. The sequence of a real room comes with depth that is not
+registered to color, which the check says of it (its row is the first of "real, as it comes"); "registered" is the same
+with its depth made 1.1 times smaller and moved by 1.5 % of the width."""
 FLIP = {"OpenGL": (1.0, -1.0, -1.0, 1.0), "PyTorch3D": (-1.0, -1.0, 1.0, 1.0)}
 
 

@@ -25,8 +25,8 @@ ROTATION_TOLERANCE = 1e-3
 # Intrinsics that are divided by the image size have a principal point below 1 and, for a field of view of at least 19
 # degrees, a focal length below 3. In pixels, no camera with more than one pixel has such values.
 NORMALIZED_FOCAL_LENGTH = 3.0
-# A crop whose principal point lies farther outside than this many of its own sides would be less than an eighth as wide as
-# a frame with the principal point in its middle: nobody cuts that out, and intrinsics of a larger image are common.
+# A crop whose principal point lies farther outside than this many of its own sides would be less than an eighth as wide
+# as a frame with the principal point in its middle: nobody cuts that out, and intrinsics of a larger image are common.
 FARTHEST_PRINCIPAL_POINT = 3.0
 # In the order of the checks in check_cameras: argument, fault, cure.
 CAMERA_FAULTS = (
@@ -168,8 +168,8 @@ def check_image_size(intrinsics: Tensor, image_size: Sequence[int], *, stackleve
         sample, view = (outside > FARTHEST_PRINCIPAL_POINT).nonzero()[0].tolist()
         x, y = (center[sample, view] * side).tolist()
         raise ValueError(
-            f"intrinsics: sample {sample}, view {view} has its principal point at x={x:.1f}, y={y:.1f}, far outside the "
-            f"image of {height} x {width} pixels, so they are of another image size. {cure}"
+            f"intrinsics: sample {sample}, view {view} has its principal point at x={x:.1f}, y={y:.1f}, far outside "
+            f"the image of {height} x {width} pixels, so they are of another image size. {cure}"
         )
     if stacklevel is not None and (outside > 0).all():
         x, y = (center.flatten(0, -2)[0] * side).tolist()

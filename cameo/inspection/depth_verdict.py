@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cameo.inspection.readings import AS_GIVEN, Reading
 from cameo.inspection.registration import Registration, register, with_moved_depth
-from cameo.inspection.report import AGREES, CANNOT_TELL, WRONG, DataCheck
+from cameo.inspection.report import AGREES, CANNOT_TELL, NOT_REGISTERED, WRONG, DataCheck
 from cameo.inspection.scenes import InspectedScene
 from cameo.inspection.scores import Score, score
 from cameo.inspection.search import GROSS, LEAST_QUALITY, Search
@@ -57,7 +57,7 @@ def judge_depth(scenes: Sequence[InspectedScene]) -> DataCheck:
     check = DataCheck(CANNOT_TELL, "", AS_GIVEN, pairs=(), registration=registration)
     if (moved or found.reading != AS_GIVEN) and not _is_wrong(found.score):
         return _explained(check, given, found, registration if moved else None)
-    return replace(check, **_unexplained(given, found.search))
+    return _unexplained(check, given, found.search)
 
 
 def _search(scenes: Sequence[InspectedScene]) -> _Found:
@@ -76,7 +76,7 @@ def _explained(check: DataCheck, given: Score, found: _Found, registration: Regi
     names = list(found.reading.names)
     if registration is not None:
         words.append(f"it looks like {registration.words}")
-        names.append("depth not registered")
+        names.append(NOT_REGISTERED)
     if found.reading != AS_GIVEN:
         words.append(
             f"{found.score.matched_share:.1%} of the tokens are then matched instead of {given.matched_share:.1%}, and "
@@ -86,25 +86,27 @@ def _explained(check: DataCheck, given: Score, found: _Found, registration: Regi
     return replace(check, verdict=WRONG, words=". ".join(words), reading=found.reading, mistakes=tuple(names))
 
 
-def _unexplained(given: Score, search: Search) -> dict[str, str]:
-    """Return the verdict and its words where no reading explains the views better than the given one."""
+def _unexplained(check: DataCheck, given: Score, search: Search) -> DataCheck:
+    """Return the verdict where no reading explains the views better than the given one."""
     compared = (given.compared.sum() / given.measured.sum().clamp(min=1)).item()
     if compared < LEAST_COMPARED:
-        return {
-            "words": f"of the tokens with depth, {compared:.1%} fall on depth of the other view: the views hardly "
-            "overlap, or the cameras are wrong in a way that was not tried. Look at the picture, or compare more pairs"
-        }
+        words = (
+            f"of the tokens with depth, {compared:.1%} fall on depth of the other view: the views hardly overlap, or "
+            "the cameras are wrong in a way that was not tried. Look at the picture, or compare more pairs"
+        )
+        return replace(check, words=words)
     if _is_wrong(given):
-        return {"verdict": WRONG, "words": f"{_misfit(given)}, and none of the mistakes tried explains it"}
+        return replace(check, verdict=WRONG, words=f"{_misfit(given)}, and none of the mistakes tried explains it")
     if alike := search.alike(AS_GIVEN, GROSS):
-        names = ", ".join(" and ".join(one.names) for one in alike)
-        return {
-            "words": f"in these views the data would fit as well with another reading: {names}. Views with more "
-            "parallax, from directions that differ more, would tell"
-        }
+        words = (
+            "in these views the data would fit as well with another reading: "
+            f"{', '.join(one.words.partition(';')[0] for one in alike)}. Views with more parallax, from directions "
+            "that differ more, would tell"
+        )
+        return replace(check, words=words)
     if not _fits(given):
-        return {"words": f"{_misfit(given)}. That may be noise of the depth; look at the picture"}
-    return {"verdict": AGREES, "words": f"{given.matched_share:.1%} of the tokens have a match in another view"}
+        return replace(check, words=f"{_misfit(given)}. That may be noise of the depth; look at the picture")
+    return replace(check, verdict=AGREES, words=f"{given.matched_share:.1%} of the tokens have a match in another view")
 
 
 def _fits(found: Score) -> bool:

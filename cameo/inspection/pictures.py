@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import io
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.colors import hsv_to_rgb
 from matplotlib.figure import Figure
@@ -22,8 +24,7 @@ from torch import Tensor
 
 from cameo.files import write_atomically
 from cameo.inspection.readings import AS_GIVEN, Reading
-from cameo.inspection.registration import moved_edges
-from cameo.inspection.report import DataCheck
+from cameo.inspection.registration import Registration, moved_edges
 from cameo.inspection.scenes import InspectedScene, at_grid
 from cameo.inspection.scores import match_pairs
 from cameo.scenes.views import images_to_float
@@ -34,45 +35,50 @@ __all__ = ["check_figure", "write_figure"]
 PANEL, PANEL_PIXELS = 1.7, 128
 DOTS = 8
 GRAY = 0.8
+# Mean difference of two colors, in [0, 1], from which all are drawn alike.
+LARGEST_DIFFERENCE = 0.5
 
 
-def check_figure(check: DataCheck, pairs: int) -> Figure:
-    """Draw a `DataCheck`: a row for each reading of each pair, the given one first.
+def check_figure(
+    title: str, scenes: Sequence[InspectedScene], reading: Reading, moved: Registration | None, pairs: int
+) -> Figure:
+    """Draw a row for each reading of each pair, the given one first, and edges of depth that is not registered.
 
     Args:
-        check: with the scenes that were compared.
+        title: the verdict in words.
+        scenes: that were compared.
+        reading: the one that explains the views best.
+        moved: how depth is to be moved; None where it lies on its colors.
         pairs: how many pairs are drawn, at most.
 
     Raises:
-        ValueError: the check holds no scenes, or `pairs` is below 1.
+        ValueError: there are no scenes, or `pairs` is below 1.
     """
-    if pairs < 1 or not check.scenes:
-        raise ValueError(
-            f"pairs: expected at least 1 and a check of scenes, got {pairs} and {len(check.scenes)} scenes"
-        )
+    if pairs < 1 or not scenes:
+        raise ValueError(f"pairs: expected at least 1 and a check of scenes, got {pairs} and {len(scenes)} scenes")
     readings = {"as given": AS_GIVEN}
-    if check.reading != AS_GIVEN:
-        readings["as it looks like"] = check.reading
-    shown = _telling_pairs(check, pairs)
-    moved = check.registration is not None and "depth not registered" in check.mistakes
-    rows = len(shown) * len(readings) + int(moved)
-    title = textwrap.fill(f"{check.verdict}: {check.words}", 135)
+    if reading != AS_GIVEN:
+        readings["as it looks like"] = reading
+    shown = _telling_pairs(scenes, reading, pairs)
+    rows = len(shown) * len(readings) + int(moved is not None)
+    title = textwrap.fill(title, 135)
     height = PANEL * rows + 0.2 * (title.count("\n") + 1) + 0.5
     figure = Figure(figsize=(5 * PANEL, height), layout="constrained")
     figure.suptitle(title, fontsize=8, x=0.01, ha="left")
     grid = figure.add_gridspec(rows, 2, width_ratios=(2, 3))
     place = 0
     for scene, pair in shown:
-        for name, reading in readings.items():
-            _draw_pair(figure, grid, place, scene, pair, reading, name)
+        for name, one in readings.items():
+            _draw_pair(figure, grid, place, scene, pair, one, name)
             place += 1
-    if moved:
-        _draw_edges(figure, grid, place, check, shown[0][0])
+    if moved is not None:
+        _draw_edges(figure, grid, place, shown[0][0], moved)
     handles: list[Any] = [
         Line2D([], [], marker="o", color="0.3", markersize=4, linewidth=0.8, label="one surface point in two views"),
         Patch(color=str(GRAY), label="no match"),
+        Patch(color=colormaps["magma"](1.0), label=f"difference from 0 (black) to {LARGEST_DIFFERENCE:g} (this color)"),
     ]
-    figure.legend(handles=handles, loc="outside lower left", ncols=2, fontsize=7, frameon=False)
+    figure.legend(handles=handles, loc="outside lower left", ncols=3, fontsize=7, frameon=False)
     return figure
 
 
@@ -84,12 +90,14 @@ def write_figure(figure: Figure, path: str | Path) -> Path:
     return Path(path)
 
 
-def _telling_pairs(check: DataCheck, most: int) -> list[tuple[InspectedScene, Tensor]]:
+def _telling_pairs(
+    scenes: Sequence[InspectedScene], reading: Reading, most: int
+) -> list[tuple[InspectedScene, Tensor]]:
     """The pairs with neither few matches nor almost the same view, by the reading that was found."""
     found = []
-    for scene in check.scenes:
+    for scene in scenes:
         pairs = scene.pairs[: len(scene.pairs) // 2]
-        matched = match_pairs(at_grid(scene, (DOTS, DOTS)), check.reading, pairs)
+        matched = match_pairs(at_grid(scene, (DOTS, DOTS)), reading, pairs)
         share = matched.visible.sum(-1) / matched.measured.sum(-1).clamp(min=1)
         found += [((value - 0.6).abs().item(), scene, pair) for value, pair in zip(share, pairs, strict=True)]
     found.sort(key=lambda one: one[0])
@@ -115,7 +123,7 @@ def _draw_pair(
     _show(figure.add_subplot(inner[1]), torch.where(matched, warped, GRAY), f"view {pair[1]} warped, {share}")
     axis = figure.add_subplot(inner[2])
     axis.set_facecolor(str(GRAY))
-    axis.imshow(difference.numpy(), cmap="magma", vmin=0, vmax=0.5, interpolation="nearest")
+    axis.imshow(difference.numpy(), cmap="magma", vmin=0, vmax=LARGEST_DIFFERENCE, interpolation="nearest")
     error = f"{difference.nanmean():.3f}" if matched.any() else "none"
     _bare(axis, f"difference, mean {error}")
 
@@ -150,13 +158,12 @@ def _warped(scene: InspectedScene, pair: Tensor, reading: Reading, size: tuple[i
     return colors.T.unflatten(-1, size), found.visible[0].unflatten(-1, size)
 
 
-def _draw_edges(figure: Figure, grid: GridSpec, row: int, check: DataCheck, scene: InspectedScene) -> None:
+def _draw_edges(figure: Figure, grid: GridSpec, row: int, scene: InspectedScene, move: Registration) -> None:
     """Draw the edges of depth on the colors of a view, as given and moved."""
-    assert check.registration is not None
     inner = grid[row, :].subgridspec(1, 4)
     for place, view in enumerate((0, len(scene.views) // 2)):
         for moved in (False, True):
-            image, edges = moved_edges(scene, view, check.registration if moved else None)
+            image, edges = moved_edges(scene, view, move if moved else None)
             shown = torch.where(edges, torch.tensor([1.0, 0.1, 0.1])[:, None, None], image)
             title = f"edges of depth, {'moved' if moved else 'as given'}"
             _show(figure.add_subplot(inner[2 * place + int(moved)]), shown, title)

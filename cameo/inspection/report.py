@@ -19,9 +19,10 @@ from cameo.tables import markdown_table
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["AGREES", "CANNOT_TELL", "WRONG", "DataCheck", "PairCheck"]
+__all__ = ["AGREES", "CANNOT_TELL", "NOT_REGISTERED", "WRONG", "DataCheck", "PairCheck"]
 
 AGREES, WRONG, CANNOT_TELL = "agrees", "wrong", "cannot tell"
+NOT_REGISTERED = "depth not registered"  # among the mistakes
 EXIT_STATUS = {AGREES: 0, WRONG: 1, CANNOT_TELL: 3}
 NEVER_SEEN = (
     "Never seen: a common factor of depth and positions; depth that is a few percent too large or small; a lens "
@@ -57,6 +58,7 @@ class DataCheck:
     """What `check_views` found out: whether cameras, depth and images fit together.
 
     Example:
+        >>> from cameo.inspection.readings import AS_GIVEN
         >>> check = DataCheck("cannot tell", "the views hardly overlap", AS_GIVEN, pairs=())
         >>> print(check.verdict, check.exit_status, check.mistakes)
         cannot tell 3 ()
@@ -110,7 +112,8 @@ class DataCheck:
         """Draw matched points and warped views of a few pairs, as given and, where that is wrong, as it looks like."""
         from cameo.inspection.pictures import check_figure
 
-        return check_figure(self, pairs)
+        moved = self.registration if NOT_REGISTERED in self.mistakes else None
+        return check_figure(f"{self.verdict}: {self.words}", self.scenes, self.reading, moved, pairs)
 
     def draw(self, path: str | Path, *, pairs: int = 2) -> Path:
         """Write the picture of `figure` to a PNG file; returns the path."""

@@ -29,6 +29,7 @@ def advantage(quality: Tensor, other: Tensor) -> tuple[float, float]:
     """Return how much better one reading explains the same pairs than another: mean gain, and in standard errors.
 
     Example:
+        >>> import torch
         >>> gain, certainty = advantage(torch.tensor([1.0, 1.2, 0.8]), torch.tensor([0.0, 0.1, -0.1]))
         >>> round(gain, 3), round(certainty)
         (1.0, 17)

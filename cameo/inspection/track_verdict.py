@@ -53,8 +53,9 @@ def judge_tracks(scenes: Sequence[InspectedScene]) -> DataCheck:
     if fit < TRACKS_WRONG:
         return replace(check, verdict=WRONG, words=f"{shown}, and none of the mistakes tried explains it")
     if alike := search.alike(AS_GIVEN, GROSS):
+        readings = ", ".join(one.words.partition(";")[0] for one in alike)
         return replace(
-            check, words=f"{shown}, and with another reading too: {' or '.join(' '.join(one.names) for one in alike)}"
+            check, words=f"{shown}; in these views the data would fit as well with another reading: {readings}"
         )
     if fit < TRACKS_FIT:
         return replace(check, words=f"{shown} and in front of both cameras; right data has {TRACKS_FIT:.0%} or more")

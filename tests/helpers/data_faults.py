@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 
 from cameo.correspondence.tracks import Tracks
 from cameo.geometry import camera_rays, pixel_grid, project, unproject
@@ -76,3 +79,17 @@ def flat_wall() -> Views:
     extrinsics[:, 0, 3] = -position
     intrinsics = torch.tensor([[focal, 0, side / 2], [0, focal, side / 2], [0, 0, 1]]).repeat(count, 1, 1)
     return Views(images, torch.full((count, 1, side, side), 2.0), intrinsics, extrinsics, "wall")
+
+
+def write_seven_scenes(views: Views, folder: Path) -> Path:
+    """Write views as an RGB-D sequence of the 7-Scenes layout, exact up to a millimeter of depth."""
+    folder.mkdir(parents=True)
+    poses = torch.linalg.inv(views.extrinsics.double()).numpy()
+    for frame in range(len(views)):
+        name = f"frame-{frame:06d}"
+        Image.fromarray(views.images[frame].permute(1, 2, 0).numpy()).save(folder / f"{name}.color.png")
+        depth = (views.depth[frame, 0] * 1000).round().clamp(0, 65534)
+        Image.fromarray(depth.numpy().astype(np.uint16)).save(folder / f"{name}.depth.png")
+        np.savetxt(folder / f"{name}.pose.txt", poses[frame])
+    np.savetxt(folder / "camera-intrinsics.txt", views.intrinsics[0].numpy())
+    return folder
