@@ -27,9 +27,14 @@ def imports_from(folder: Path) -> Iterator[Path]:
         yield folder
     finally:
         sys.path.remove(entry)
-        for name, module in list(sys.modules.items()):
-            if any(Path(place).resolve().is_relative_to(folder) for place in _places(module)):
-                del sys.modules[name]
+        # All of them first: the path of a namespace package cannot be read once its parent is gone.
+        came = [
+            name
+            for name, module in list(sys.modules.items())
+            if any(Path(place).resolve().is_relative_to(folder) for place in _places(module))
+        ]
+        for name in came:
+            del sys.modules[name]
         sys.path_importer_cache.pop(entry, None)
 
 
@@ -53,6 +58,29 @@ def stand_in(name: str, **attributes: Any) -> Iterator[types.ModuleType]:
                 package = stack.enter_context(stand_in(parent))
             patch.setattr(package, last, module, raising=False)
             yield module
+
+
+@contextmanager
+def bare_package(name: str, folder: Path) -> Iterator[types.ModuleType]:
+    """Let `import <name>.x` load x from `folder` without the package's own `__init__.py`, which may import too much."""
+    with stand_in(name) as package:
+        package.__path__ = [str(folder.resolve())]
+        yield package
+
+
+@contextmanager
+def lent_names(modules: dict[str, dict[str, Any]]) -> Iterator[None]:
+    """Lend modules that are installed the names they had in the release that a checkout was written for.
+
+    Names that they have already stay as they are.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        for name, attributes in modules.items():
+            module = importlib.import_module(name)
+            for key, value in attributes.items():
+                if not hasattr(module, key):
+                    patch.setattr(module, key, value, raising=False)
+        yield
 
 
 @contextmanager
