@@ -1,31 +1,55 @@
-"""The video models of published repositories: views are latent frames."""
+"""The video models of published repositories, narrow: views are latent frames."""
 
 from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.helpers.kernel_packages import install_transformer_engine
+from tests.helpers.attached_models import Arguments
+from tests.helpers.catalogue import noise
+from tests.helpers.kernel_packages import install_flash, install_transformer_engine
 from tests.helpers.models import GRID, SAMPLES, VIEWS
-from tests.helpers.repositories import Arguments, Entry, frames_first, noise
-from tests.helpers.upstream_imports import bare_package, imports_from, stand_in, without_xformers
+from tests.helpers.repositories import Builder, Entry, switch_checkpointing_on, views_first
+from tests.helpers.upstream_imports import (
+    bare_packages,
+    import_without_assertions,
+    imports_from,
+    stand_in,
+    without,
+    without_xformers,
+)
 
-TIME = 400.0
+__all__ = ["VIDEOS", "VIDEO_KERNELS", "viewcrafter"]
+
+KERNELS = ("flash_attn", "flash_attn_interface", "sageattention")
+
+
+def time() -> Tensor:
+    return torch.full((SAMPLES,), 400.0)
 
 
 @contextmanager
-def recammaster(folder: Path) -> Iterator[Callable[[], nn.Module]]:
-    with ExitStack() as stack:
-        stack.enter_context(imports_from(folder))
-        stack.enter_context(bare_package("diffsynth", folder / "diffsynth"))
-        stack.enter_context(bare_package("diffsynth.models", folder / "diffsynth" / "models"))
+def flash_attention(version: int | None) -> Iterator[None]:
+    """The stand-in for flash-attn 2 or 3, or none."""
+    with pytest.MonkeyPatch.context() as patch, ExitStack() as stack:
+        if version is not None:
+            install_flash(patch)
+        present = {None: (), 2: ("flash_attn",), 3: ("flash_attn", "flash_attn_interface")}[version]
+        stack.enter_context(without(*(name for name in KERNELS if name not in present)))
+        yield
+
+
+@contextmanager
+def recammaster(folder: Path, *, flash: int | None = None) -> Iterator[Builder]:
+    with flash_attention(flash), imports_from(folder), bare_packages(folder, "diffsynth", "diffsynth.models"):
         dit = importlib.import_module("diffsynth.models.wan_video_dit")
 
         def build() -> nn.Module:
@@ -39,7 +63,7 @@ def recammaster(folder: Path) -> Iterator[Callable[[], nn.Module]]:
                 eps=1e-6,
                 patch_size=(1, 2, 2),
                 num_heads=2,
-                num_layers=2,
+                num_layers=1,  # its token grid is large
                 has_image_input=False,
             )
             for block in model.blocks:  # as its training adds them to Wan
@@ -50,21 +74,23 @@ def recammaster(folder: Path) -> Iterator[Callable[[], nn.Module]]:
 
 
 def recammaster_inputs(latents: Tensor) -> Arguments:
-    number = latents.shape[1] // 2  # the cameras of the target frames
-    cameras = noise(SAMPLES, number, 12)
-    return (latents.transpose(1, 2), torch.full((SAMPLES,), TIME), cameras, noise(SAMPLES, 5, 8)), {}
+    cameras = noise(SAMPLES, latents.shape[1] // 2, 12)  # of the target frames
+    return (latents.transpose(1, 2), time(), cameras, noise(SAMPLES, 5, 8)), {}
+
+
+def recammaster_checkpoint(model: nn.Module) -> dict[str, Any]:
+    model.train()
+    return {"use_gradient_checkpointing": True}
 
 
 @contextmanager
-def wan(folder: Path) -> Iterator[Callable[[], nn.Module]]:
-    """With its own SDPA function where it calls flash-attn, which asserts CUDA tensors."""
-    with ExitStack() as stack:
-        stack.enter_context(imports_from(folder))
-        stack.enter_context(bare_package("wan", folder / "wan"))
-        stack.enter_context(bare_package("wan.modules", folder / "wan" / "modules"))
+def wan(folder: Path, *, flash: int | None = None) -> Iterator[Builder]:
+    """It calls flash-attn alone, on CUDA tensors alone. Without one, its own fallback takes that function's place."""
+    with flash_attention(flash), imports_from(folder), bare_packages(folder, "wan", "wan.modules"):
+        attention = import_without_assertions("wan.modules.attention", folder)
         model = importlib.import_module("wan.modules.model")
-        attention = importlib.import_module("wan.modules.attention")
-        model.flash_attention = functools.partial(attention.attention, dtype=torch.float32)
+        if flash is None:
+            model.flash_attention = functools.partial(attention.attention, dtype=torch.float32)
 
         def build() -> nn.Module:
             return model.WanModel(
@@ -82,67 +108,98 @@ def wan(folder: Path) -> Iterator[Callable[[], nn.Module]]:
         yield build
 
 
-PADDED = VIEWS * GRID[0] * GRID[1] + 3
-
-
 def wan_inputs(latents: Tensor) -> Arguments:
-    videos = list(latents.transpose(1, 2))
-    return (videos, torch.full((SAMPLES, PADDED), TIME), list(noise(SAMPLES, 5, 8)), PADDED), {}
+    length = VIEWS * GRID[0] * GRID[1] + 3  # with padding
+    return (list(latents.transpose(1, 2)), time()[:, None].expand(-1, length), list(noise(SAMPLES, 5, 8)), length), {}
 
 
 @contextmanager
-def gen3c(folder: Path) -> Iterator[Callable[[], nn.Module]]:
-    """Its video transformer with the attention of Transformer Engine, which it cannot do without."""
-    logs = {name: lambda *_: None for name in ("debug", "info", "critical")}
-    with ExitStack() as stack:
-        patch = stack.enter_context(pytest.MonkeyPatch.context())
+def gen3c(folder: Path, *, backend: str = "transformer_engine") -> Iterator[Builder]:
+    logs = {name: lambda *_: None for name in ("debug", "info")}
+    with pytest.MonkeyPatch.context() as patch, ExitStack() as stack:
         install_transformer_engine(patch)
         stack.enter_context(imports_from(folder))
         stack.enter_context(stand_in("megatron.core", parallel_state=None))
         stack.enter_context(stand_in("cosmos_predict1.utils.log", **logs))
         stack.enter_context(stand_in("cosmos_predict1.utils.distributed"))
         stack.enter_context(stand_in("cosmos_predict1.utils.lazy_config", instantiate=None))
+        blocks = importlib.import_module("cosmos_predict1.diffusion.module.blocks")
         network = importlib.import_module("cosmos_predict1.diffusion.networks.general_dit")
+        blocks.Attention = functools.partial(blocks.Attention, backend=backend)  # no setting of the model says it
+        patch.setattr(Tensor, "cuda", lambda tensor: tensor)  # it makes its frequencies on the GPU
 
         def build() -> nn.Module:
-            with pytest.MonkeyPatch.context() as cpu:
-                cpu.setattr(Tensor, "cuda", lambda tensor: tensor)  # its frequencies are made on the GPU
-                return network.GeneralDIT(
-                    max_img_h=16,
-                    max_img_w=16,
-                    max_frames=8,
-                    in_channels=4,
-                    out_channels=4,
-                    patch_spatial=2,
-                    patch_temporal=1,
-                    concat_padding_mask=False,
-                    model_channels=48,
-                    num_blocks=2,
-                    num_heads=2,
-                    mlp_ratio=1.0,
-                    block_x_format="THWBD",
-                    crossattn_emb_channels=8,
-                    pos_emb_cls="rope3d",
-                    use_adaln_lora=True,
-                    adaln_lora_dim=8,
-                )
+            return network.GeneralDIT(
+                max_img_h=16,
+                max_img_w=16,
+                max_frames=8,
+                in_channels=4,
+                out_channels=4,
+                patch_spatial=2,
+                patch_temporal=1,
+                concat_padding_mask=False,
+                model_channels=48,
+                num_blocks=2,
+                num_heads=2,
+                mlp_ratio=1.0,
+                block_x_format="THWBD",
+                crossattn_emb_channels=8,
+                pos_emb_cls="rope3d",
+                use_adaln_lora=True,
+                adaln_lora_dim=8,
+            )
 
         yield build
 
 
 def gen3c_inputs(latents: Tensor) -> Arguments:
-    arguments = latents.transpose(1, 2), torch.full((SAMPLES,), TIME), noise(SAMPLES, 5, 8)
-    return arguments, {"fps": torch.full((SAMPLES,), 24.0)}
+    return (latents.transpose(1, 2), time(), noise(SAMPLES, 5, 8)), {"fps": torch.full((SAMPLES,), 24.0)}
 
 
 def sequence_first(tokens: Tensor, views: int, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """Tokens `[(V h w), B, C]`."""
-    return frames_first(tokens.transpose(0, 1), views, grid)
+    return views_first(tokens.transpose(0, 1), views, grid)
 
 
 @contextmanager
-def viewcrafter(folder: Path) -> Iterator[Callable[[], nn.Module]]:
-    """In the settings of its released model; its temporal attention is not that of xformers."""
+def trajectorycrafter(folder: Path) -> Iterator[Builder]:
+    with imports_from(folder):
+        module = importlib.import_module("models.crosstransformer3d")
+        embed = module.get_3d_sincos_pos_embed
+        module.get_3d_sincos_pos_embed = lambda *given: embed(*given).numpy()  # as earlier releases of diffusers
+
+        def build() -> nn.Module:
+            return module.CrossTransformer3DModel(
+                num_attention_heads=2,
+                attention_head_dim=24,
+                in_channels=8,
+                out_channels=4,
+                time_embed_dim=16,
+                text_embed_dim=8,
+                num_layers=2,
+                sample_width=8,
+                sample_height=6,
+                sample_frames=9,
+                max_text_seq_length=5,
+                is_train_cross=True,
+                cross_attn_in_channels=4,
+                cross_attn_dim_head=8,
+                cross_attn_num_heads=2,
+            )
+
+        yield build
+
+
+def trajectorycrafter_inputs(latents: Tensor) -> Arguments:
+    return (latents, noise(SAMPLES, 5, 8), time()), {
+        "inpaint_latents": noise(*latents.shape, seed=1),
+        "cross_latents": noise(*latents.shape, seed=2),
+    }
+
+
+@contextmanager
+def viewcrafter(folder: Path, **options: Any) -> Iterator[Builder]:
+    """In the settings of its released model, but narrow."""
     with without_xformers(), imports_from(folder):
         network = importlib.import_module("lvdm.modules.networks.openaimodel3d")
 
@@ -158,11 +215,11 @@ def viewcrafter(folder: Path) -> Iterator[Callable[[], nn.Module]]:
                 context_dim=8,
                 use_linear=True,
                 temporal_conv=True,
-                use_relative_position=False,
                 temporal_length=VIEWS,
                 addition_attention=True,
                 image_cross_attention=True,
                 fs_condition=True,
+                **{"use_relative_position": False, **options},
             )
 
         yield build
@@ -170,21 +227,22 @@ def viewcrafter(folder: Path) -> Iterator[Callable[[], nn.Module]]:
 
 def viewcrafter_inputs(latents: Tensor) -> Arguments:
     context = noise(SAMPLES, 77 + 16 * VIEWS, 8)
-    return (latents.transpose(1, 2), torch.full((SAMPLES,), TIME), context), {"fs": torch.full((SAMPLES,), 10)}
+    return (latents.transpose(1, 2), time(), context), {"fs": torch.full((SAMPLES,), 10)}
 
 
 def cells_first(tokens: Tensor, views: int, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """Tokens `[(B h w), V, C]`."""
-    images = tokens.reshape(SAMPLES, *grid, views, -1).permute(0, 3, 1, 2, 4)
-    return images, tokens[:0]
+    return tokens.reshape(SAMPLES, *grid, views, -1).permute(0, 3, 1, 2, 4), tokens[:0]
 
 
-def checkpoint_blocks(model: nn.Module) -> None:
+def viewcrafter_checkpoint(model: nn.Module) -> dict[str, Any]:
     for module in model.modules():
         if hasattr(module, "checkpoint"):
             module.checkpoint = True
+    return {}
 
 
+# The rows of the page.
 VIDEOS = {
     "ReCamMaster": Entry(
         "ReCamMaster",
@@ -193,18 +251,12 @@ VIDEOS = {
         latents=(4, 60, 104),
         views=2,  # a source and a target frame
         grid=(30, 52),  # the only one that its blocks take
-        targets=("q", "k"),
+        checkpoint=recammaster_checkpoint,
     ),
-    "Wan2.2, official code": Entry(
-        "Wan2.2", wan, wan_inputs, latents=(4, GRID[0] * 2, GRID[1] * 2), targets=("q", "k")
-    ),
-    "GEN3C": Entry(
-        "GEN3C",
-        gen3c,
-        gen3c_inputs,
-        latents=(4, GRID[0] * 2, GRID[1] * 2),
-        to_images=sequence_first,
-        targets=("to_q.0", "to_k.0"),
+    "Wan2.2, official code": Entry("Wan2.2", wan, wan_inputs),
+    "GEN3C": Entry("GEN3C", gen3c, gen3c_inputs, to_images=sequence_first),
+    "TrajectoryCrafter": Entry(
+        "TrajectoryCrafter", trajectorycrafter, trajectorycrafter_inputs, checkpoint=switch_checkpointing_on
     ),
     "ViewCrafter, DynamiCrafter": Entry(
         "ViewCrafter",
@@ -213,6 +265,13 @@ VIDEOS = {
         latents=(8, *GRID),
         to_images=cells_first,
         reach="cell",
-        checkpoint=checkpoint_blocks,
+        checkpoint=viewcrafter_checkpoint,
     ),
+}
+# The same rows with another kernel: what opens them then.
+VIDEO_KERNELS = {
+    ("ReCamMaster", "flash-attn 2"): functools.partial(recammaster, flash=2),
+    ("ReCamMaster", "flash-attn 3"): functools.partial(recammaster, flash=3),
+    ("Wan2.2, official code", "flash-attn 2"): functools.partial(wan, flash=2),
+    ("GEN3C", "torch"): functools.partial(gen3c, backend="torch"),
 }

@@ -61,11 +61,23 @@ def stand_in(name: str, **attributes: Any) -> Iterator[types.ModuleType]:
 
 
 @contextmanager
-def bare_package(name: str, folder: Path) -> Iterator[types.ModuleType]:
-    """Let `import <name>.x` load x from `folder` without the package's own `__init__.py`, which may import too much."""
-    with stand_in(name) as package:
-        package.__path__ = [str(folder.resolve())]
-        yield package
+def bare_packages(folder: Path, *names: str) -> Iterator[None]:
+    """Import from these packages of `folder`, parents first, without their `__init__.py`, which may import too much."""
+    with ExitStack() as stack:
+        for name in names:
+            package = stack.enter_context(stand_in(name))
+            package.__path__ = [str(folder.resolve().joinpath(*name.split(".")))]
+        yield
+
+
+def import_without_assertions(name: str, folder: Path) -> types.ModuleType:
+    """Import a module of `folder` as `python -O` does, which skips its assertions; inside of `imports_from`."""
+    path = folder.resolve().joinpath(*name.split(".")).with_suffix(".py")
+    module = types.ModuleType(name)
+    module.__file__ = str(path)
+    sys.modules[name] = module
+    exec(compile(path.read_text(encoding="utf-8"), str(path), "exec", optimize=1), vars(module))
+    return module
 
 
 @contextmanager
@@ -94,11 +106,17 @@ def xformers_by_sdpa() -> Iterator[types.ModuleType]:
 
 
 @contextmanager
-def without_xformers() -> Iterator[None]:
-    """Let every import of xformers fail, whether or not it is installed."""
+def without(*names: str) -> Iterator[None]:
+    """Let every import of these modules fail, whether or not they are installed."""
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("xformers", "xformers.ops"):
+        for name in names:
             patch.setitem(sys.modules, name, None)
+        yield
+
+
+@contextmanager
+def without_xformers() -> Iterator[None]:
+    with without("xformers", "xformers.ops"):
         yield
 
 
