@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from tests.helpers.attached_models import Arguments
 from tests.helpers.catalogue import noise
-from tests.helpers.models import GRID, SAMPLES, VIEWS
+from tests.helpers.models import SAMPLES, VIEWS
 from tests.helpers.repositories import Builder, Entry, switch_checkpointing_on
 from tests.helpers.upstream_imports import (
     bare_packages,
@@ -30,8 +30,8 @@ from tests.helpers.upstream_imports import (
 __all__ = ["IMAGES", "IMAGE_KERNELS"]
 
 TIME = 400
-CELLS = (4, *GRID)  # latents of models with a token for each cell
-SQUARE = (4, 4)  # of models that know square token grids only
+OBLONG = (6, 8)  # token grids of U-Nets, whose convolutions spread a changed cell over its neighbors
+SQUARE = (6, 6)  # of those that know no other grids
 UNET: dict[str, Any] = {
     "sample_size": 8,
     "layers_per_block": 1,
@@ -241,18 +241,27 @@ IMAGES = {
         "MVGenMaster",
         copy_of_diffusers,
         copy_of_diffusers_inputs,
-        latents=CELLS,
+        latents=(4, *OBLONG),
+        grid=OBLONG,
         checkpoint=enable_checkpointing,
     ),
     "CAMEO's authors": Entry(
-        "CAMEO", copy_of_diffusers, copy_of_diffusers_inputs, latents=CELLS, checkpoint=enable_checkpointing
+        "CAMEO",
+        copy_of_diffusers,
+        copy_of_diffusers_inputs,
+        latents=(4, *OBLONG),
+        grid=OBLONG,
+        checkpoint=enable_checkpointing,
     ),
-    "Wonder3D": Entry("Wonder3D", wonder3d, mvdiffusion_inputs, latents=CELLS, checkpoint=switch_checkpointing_on),
+    "Wonder3D": Entry(
+        "Wonder3D", wonder3d, mvdiffusion_inputs, latents=(4, *OBLONG), grid=OBLONG, checkpoint=switch_checkpointing_on
+    ),
     "Wonder3D, across domains": Entry(
         "Wonder3D",
         functools.partial(wonder3d, views=1),
         lambda latents: mvdiffusion_inputs(latents.transpose(0, 1)),
-        latents=CELLS,
+        latents=(4, *OBLONG),
+        grid=OBLONG,
         views=2,  # normals and colors
         to_images=domains_first,
         checkpoint=switch_checkpointing_on,
