@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from tests.helpers.models import GRID, SAMPLES, VIEWS
 
 __all__ = [
+    "CLASSES",
     "PAGE",
+    "REPOSITORIES",
     "SIZE",
     "TEXT",
     "Entry",
@@ -32,6 +34,7 @@ __all__ = [
     "text_mask",
 ]
 
+CLASSES, REPOSITORIES = "Transformers of diffusers", "Published repositories"  # headings of the page
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 PATCH = 2
 SIZE = (GRID[0] * PATCH, GRID[1] * PATCH)  # of the latents of a view
@@ -40,7 +43,7 @@ TEXT = (5, 3)  # text tokens of the two samples, where the class takes texts of 
 
 @dataclass(frozen=True)
 class Entry:
-    """One class, and a layer of it.
+    """One class of diffusers, and a layer of it.
 
     Attributes:
         build: makes the model.
@@ -68,23 +71,24 @@ class Entry:
 
 @dataclass(frozen=True)
 class Row:
-    """A row of the page's table of classes: model, class, the line that attaches CAMEO, projections for a LoRA."""
+    """A row of a table of the page: model, class, the line that attaches CAMEO, projections for a LoRA, and notes."""
 
     name: str
     kind: str
     line: str
     targets: tuple[str, ...]
+    notes: str
 
 
-def rows() -> dict[str, Row]:
-    """Read the table of diffusers' transformers in docs/models.md."""
-    section = PAGE.read_text(encoding="utf-8").split("\n## Transformers of diffusers\n")[1].split("\n## ")[0]
+def rows(heading: str) -> dict[str, Row]:
+    """Read the table under this heading of docs/models.md."""
+    section = PAGE.read_text(encoding="utf-8").split(f"\n## {heading}\n")[1].split("\n## ")[0]
     found = {}
     for line in section.splitlines():
         cells = [cell.strip() for cell in line.strip("|").split(" | ")]
         if line.startswith("| ") and cells[2].startswith("`cameo.wrap("):
             targets = tuple(re.findall(r"`([\w.]+)`", cells[3]))
-            found[cells[0]] = Row(cells[0], cells[1].strip("`"), cells[2].strip("`"), targets)
+            found[cells[0]] = Row(cells[0], cells[1].strip("`"), cells[2].strip("`"), targets, cells[4])
     return found
 
 

@@ -124,9 +124,13 @@ def install_sage(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
 
 
 class _DotProductAttention(nn.Module):
-    def __init__(self, heads: int, width: int, qkv_format: str = "sbhd", attn_mask_type: str = "no_mask") -> None:
+    def __init__(
+        self, num_attention_heads: int, kv_channels: int, num_gqa_groups: int | None = None,
+        attention_dropout: float = 0.0, qkv_format: str = "sbhd", attn_mask_type: str = "no_mask",
+        sequence_parallel: bool = False, tp_size: int = 1, tp_group: Any = None,
+    ) -> None:  # fmt: skip
         super().__init__()
-        self.qkv_format, self.attn_mask_type, self.softmax_scale = qkv_format, attn_mask_type, width**-0.5
+        self.qkv_format, self.attn_mask_type, self.softmax_scale = qkv_format, attn_mask_type, kv_channels**-0.5
 
     def forward(
         self, query_layer: Tensor, key_layer: Tensor, value_layer: Tensor, attention_mask: Tensor | None = None,
@@ -141,6 +145,16 @@ class _DotProductAttention(nn.Module):
         )
 
 
+def _apply_rotary_pos_emb(t: Tensor, freqs: Tensor, tensor_format: str = "sbhd", fused: bool = False) -> Tensor:
+    assert tensor_format == "sbhd"
+    first, second = t.chunk(2, dim=-1)
+    return t * freqs.cos() + torch.cat([-second, first], dim=-1) * freqs.sin()
+
+
 def install_transformer_engine(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
-    """Transformer Engine's attention module."""
-    return _module(monkeypatch, "transformer_engine.pytorch", DotProductAttention=_DotProductAttention)
+    """Transformer Engine's attention module, and what models take from the package beside it."""
+    functions = {"DotProductAttention": _DotProductAttention, "apply_rotary_pos_emb": _apply_rotary_pos_emb}
+    _module(monkeypatch, "transformer_engine.pytorch.attention", **functions)
+    package = _module(monkeypatch, "transformer_engine.pytorch", RMSNorm=nn.RMSNorm, **functions)
+    _module(monkeypatch, "transformer_engine", pytorch=package)
+    return package

@@ -23,6 +23,7 @@ __all__ = [
     "VIEWS",
     "Attention",
     "JointModel",
+    "Place",
     "RowModel",
     "add_lora",
     "check_bit_identical",

@@ -27,9 +27,14 @@ def imports_from(folder: Path) -> Iterator[Path]:
         yield folder
     finally:
         sys.path.remove(entry)
-        for name, module in list(sys.modules.items()):
-            if any(Path(place).resolve().is_relative_to(folder) for place in _places(module)):
-                del sys.modules[name]
+        # All of them first: the path of a namespace package cannot be read once its parent is gone.
+        came = [
+            name
+            for name, module in list(sys.modules.items())
+            if any(Path(place).resolve().is_relative_to(folder) for place in _places(module))
+        ]
+        for name in came:
+            del sys.modules[name]
         sys.path_importer_cache.pop(entry, None)
 
 
@@ -56,6 +61,41 @@ def stand_in(name: str, **attributes: Any) -> Iterator[types.ModuleType]:
 
 
 @contextmanager
+def bare_packages(folder: Path, *names: str) -> Iterator[None]:
+    """Import from these packages of `folder`, parents first, without their `__init__.py`, which may import too much."""
+    with ExitStack() as stack:
+        for name in names:
+            package = stack.enter_context(stand_in(name))
+            package.__path__ = [str(folder.resolve().joinpath(*name.split(".")))]
+        yield
+
+
+def import_without_assertions(name: str, folder: Path) -> types.ModuleType:
+    """Import a module of `folder` as `python -O` does, which skips its assertions; inside of `imports_from`."""
+    path = folder.resolve().joinpath(*name.split(".")).with_suffix(".py")
+    module = types.ModuleType(name)
+    module.__file__ = str(path)
+    sys.modules[name] = module
+    exec(compile(path.read_text(encoding="utf-8"), str(path), "exec", optimize=1), vars(module))
+    return module
+
+
+@contextmanager
+def lent_names(modules: dict[str, dict[str, Any]]) -> Iterator[None]:
+    """Lend modules that are installed the names they had in the release that a checkout was written for.
+
+    Names that they have already stay as they are.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        for name, attributes in modules.items():
+            module = importlib.import_module(name)
+            for key, value in attributes.items():
+                if not hasattr(module, key):
+                    patch.setattr(module, key, value, raising=False)
+        yield
+
+
+@contextmanager
 def xformers_by_sdpa() -> Iterator[types.ModuleType]:
     """Stand in for `xformers.ops.memory_efficient_attention`, whose real kernel exists on CUDA only."""
     with (
@@ -66,11 +106,17 @@ def xformers_by_sdpa() -> Iterator[types.ModuleType]:
 
 
 @contextmanager
-def without_xformers() -> Iterator[None]:
-    """Let every import of xformers fail, whether or not it is installed."""
+def without(*names: str) -> Iterator[None]:
+    """Let every import of these modules fail, whether or not they are installed."""
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("xformers", "xformers.ops"):
+        for name in names:
             patch.setitem(sys.modules, name, None)
+        yield
+
+
+@contextmanager
+def without_xformers() -> Iterator[None]:
+    with without("xformers", "xformers.ops"):
         yield
 
 
