@@ -66,7 +66,7 @@ class CameoModel(nn.Module):
             call, see `cameo.checks.unseen_kernels`; it may be set, and is not saved.
 
     With `torch.compile` (of this module, or of the base or its blocks in place) a forward with a correspondence stays
-    one compiled graph where the supervised layers attend by SDPA, but for the first, see `cameo.checks.observed_forward`.
+    one compiled graph where the layers attend by SDPA, but for the first, see `cameo.checks.observed_forward`.
     Under `DistributedDataParallel` call the outer module, and read `weight`, `alignment_loss` and `token_grid` from
     this one: `accelerator.unwrap_model(outer)`, or `outer.module`. Keep `find_unused_parameters=False`, and give every
     step a correspondence (an empty one has loss 0 with a graph), since the heads get their gradient from the alignment
