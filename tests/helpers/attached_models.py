@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,7 @@ __all__ = [
     "check_lora",
     "check_untouched",
     "first_tensor",
+    "hidden_states",
     "one_match",
     "randomize",
 ]
@@ -36,7 +37,7 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 class Attached:
     """A model with CAMEO, and what one forward with a single match gave.
 
-    `hidden` is the gradient of the loss on what enters the layer, `gradients` that on the parameters.
+    `hidden` are the gradients of the loss on what enters the layer, `gradients` those on the parameters.
     """
 
     model: cameo.CameoModel
@@ -45,7 +46,7 @@ class Attached:
     before: Tensor
     output: Tensor
     loss: Tensor
-    hidden: Tensor
+    hidden: tuple[Tensor, ...]
     gradients: tuple[Tensor | None, ...]
 
 
@@ -73,24 +74,35 @@ def one_match(query: Place, key: Place, views: int, grid: tuple[int, int]) -> Co
     return Correspondence(index, (grid,) * views)
 
 
-def attach(model: nn.Module, line: str, arguments: Arguments, match: Correspondence) -> Attached:
-    """Attach by the line of a page, and run the model before and after."""
+def hidden_states(*args: Any, **options: Any) -> tuple[Tensor, ...]:
+    """What enters a layer of self-attention."""
+    return (args[0] if args else options["hidden_states"],)
+
+
+def attach(
+    model: nn.Module,
+    line: str,
+    arguments: Arguments,
+    match: Correspondence,
+    enters: Callable[..., tuple[Tensor, ...]] = hidden_states,
+) -> Attached:
+    """Attach by the line of a page, and run the model before and after; `enters` gives what enters the layer."""
     args, options = arguments
     before = first_tensor(model(*args, **options)).detach()
     wrapped = eval(line, {"cameo": cameo, "model": model})
     seen: list[Tensor] = []
 
     def keep(module: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
-        seen.append(args[0] if args else options["hidden_states"])
+        seen.extend(enters(*args, **options))
 
     (layer,) = wrapped.supervised_layers
     hook = model.get_submodule(layer.path).register_forward_pre_hook(keep, with_kwargs=True)
     output = first_tensor(wrapped(*args, **options, correspondence=match)).detach()
     hook.remove()
     assert wrapped.num_supervised == 1
-    gradients = _gradients(wrapped, seen[0])
+    gradients, number = _gradients(wrapped, *seen), len(seen)
     loss = wrapped.alignment_loss.detach()
-    return Attached(wrapped, arguments, match, before, output, loss, gradients[0], gradients[1:])
+    return Attached(wrapped, arguments, match, before, output, loss, gradients[:number], gradients[number:])
 
 
 def _gradients(model: cameo.CameoModel, *others: Tensor) -> tuple[Any, ...]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from cameo import Correspondence
 from tests.helpers import attached_models as checks
-from tests.helpers.attached_models import Arguments, Attached
+from tests.helpers.attached_models import Arguments, Attached, hidden_states
 from tests.helpers.catalogue import Row, noise
 from tests.helpers.models import GRID, SAMPLES, VIEWS, Place, next_view
 
@@ -37,7 +37,7 @@ PATCH = 2
 LATENTS = (4, GRID[0] * PATCH, GRID[1] * PATCH)  # channels, height and width, of models that pack 2 x 2 cells
 
 
-def views_first(tokens: Tensor, views: int, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+def views_first(views: int, grid: tuple[int, int], tokens: Tensor) -> tuple[Tensor, Tensor]:
     """Take tokens `[B, (V h w + p), C]` or `[(B V), h w, C]` apart into images `[B, V, h, w, C]` and what is left."""
     tokens = tokens.reshape(SAMPLES, -1, tokens.shape[-1])
     length = views * grid[0] * grid[1]
@@ -63,6 +63,7 @@ class Entry:
         inputs: makes the arguments of a forward from latents `[B, V, C, H, W]`.
         latents: C, H and W of them.
         views, grid: of the layer.
+        enters: picks what enters the layer out of its arguments.
         to_images: takes what enters the layer apart into images `[B, V, h, w, C]` and all other tokens `[..., C]`.
         reach: which tokens of another view a query attends to: "all", its "row", or its "cell" in all other views.
         checkpoint: turns the model's own gradient checkpointing on, and returns more options of its forward; None
@@ -75,7 +76,8 @@ class Entry:
     latents: tuple[int, int, int] = LATENTS
     views: int = VIEWS
     grid: tuple[int, int] = GRID
-    to_images: Callable[[Tensor, int, tuple[int, int]], tuple[Tensor, Tensor]] = views_first
+    enters: Callable[..., tuple[Tensor, ...]] = hidden_states
+    to_images: Callable[..., tuple[Tensor, Tensor]] = views_first
     reach: str = "all"
     checkpoint: Callable[[nn.Module], dict[str, Any]] | None = None
 
@@ -112,8 +114,9 @@ def attach(model: nn.Module, entry: Entry, row: Row) -> Attached:
     """Attach by the line of the page, and run with one match."""
     assert type(model).__name__ == row.kind
     match = checks.one_match(*entry.one_match, entry.views, entry.grid)
-    return checks.attach(model, row.line, entry.inputs(noise(SAMPLES, entry.views, *entry.latents)), match)
+    arguments = entry.inputs(noise(SAMPLES, entry.views, *entry.latents))
+    return checks.attach(model, row.line, arguments, match, entry.enters)
 
 
 def check_footprint(attached: Attached, entry: Entry) -> None:
-    checks.check_footprint(*entry.to_images(attached.hidden, entry.views, entry.grid), entry.reached())
+    checks.check_footprint(*entry.to_images(entry.views, entry.grid, *attached.hidden), entry.reached())

@@ -115,15 +115,34 @@ def hunyuan_paint(folder: Path) -> Iterator[Builder]:
         yield build
 
 
+REFERENCES = 2
+
+
 def hunyuan_paint_inputs(latents: Tensor) -> Arguments:
-    views = latents.shape[1]
-    return (latents, TIME, noise(SAMPLES, 5, 8)), {
-        "normal_imgs": noise(*latents.shape, seed=1),
-        "position_imgs": noise(*latents.shape, seed=2),
-        "ref_latents": noise(SAMPLES, 1, *latents.shape[2:]),
-        "camera_info_gen": torch.arange(views).repeat(SAMPLES, 1),
-        "camera_info_ref": torch.zeros(SAMPLES, 1, dtype=torch.long),
+    return with_references(torch.cat([noise(SAMPLES, REFERENCES, *latents.shape[2:]), latents], dim=1))
+
+
+def with_references(latents: Tensor) -> Arguments:
+    """The first views are the reference images."""
+    references, targets = latents[:, :REFERENCES], latents[:, REFERENCES:]
+    return (targets, TIME, noise(SAMPLES, 5, 8)), {
+        "normal_imgs": noise(*targets.shape, seed=1),
+        "position_imgs": noise(*targets.shape, seed=2),
+        "ref_latents": references,
+        "camera_info_gen": torch.arange(targets.shape[1]).repeat(SAMPLES, 1),
+        "camera_info_ref": torch.arange(REFERENCES).repeat(SAMPLES, 1),
     }
+
+
+def references_and_targets(hidden: Tensor, *, encoder_hidden_states: Tensor, **_: Any) -> tuple[Tensor, ...]:
+    return encoder_hidden_states, hidden
+
+
+def copies_first(views: int, grid: tuple[int, int], references: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """References `[(B U), (R h w), C]`, a copy for each of the U targets, and targets `[(B U), h w, C]`."""
+    copies = references.reshape(SAMPLES, -1, REFERENCES, *grid, references.shape[-1])
+    others = targets.reshape(SAMPLES, views - REFERENCES, *grid, -1)
+    return torch.cat([copies.abs().sum(1), others], dim=1), targets[:0]
 
 
 @contextmanager
@@ -218,7 +237,7 @@ def mvdiffusion_inputs(latents: Tensor) -> Arguments:
     return (images, torch.full((number,), TIME), noise(number, 5, 8)), {}
 
 
-def domains_first(tokens: Tensor, views: int, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+def domains_first(views: int, grid: tuple[int, int], tokens: Tensor) -> tuple[Tensor, Tensor]:
     """Tokens `[(V B), h w, C]`."""
     return tokens.reshape(views, SAMPLES, *grid, -1).transpose(0, 1), tokens[:0]
 
@@ -236,6 +255,16 @@ IMAGES = {
         latents=(4, *SQUARE),
         grid=SQUARE,
         checkpoint=lambda model: enable_checkpointing(model.unet),
+    ),
+    "Hunyuan3D-2 paint, references": Entry(
+        "Hunyuan3D-2",
+        hunyuan_paint,
+        with_references,
+        latents=(4, *SQUARE),
+        views=REFERENCES + VIEWS,
+        grid=SQUARE,
+        enters=references_and_targets,
+        to_images=copies_first,
     ),
     "MVGenMaster": Entry(
         "MVGenMaster",

@@ -156,9 +156,9 @@ def gen3c_inputs(latents: Tensor) -> Arguments:
     return (latents.transpose(1, 2), time(), noise(SAMPLES, 5, 8)), {"fps": torch.full((SAMPLES,), 24.0)}
 
 
-def sequence_first(tokens: Tensor, views: int, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+def sequence_first(views: int, grid: tuple[int, int], tokens: Tensor) -> tuple[Tensor, Tensor]:
     """Tokens `[(V h w), B, C]`."""
-    return views_first(tokens.transpose(0, 1), views, grid)
+    return views_first(views, grid, tokens.transpose(0, 1))
 
 
 @contextmanager
@@ -197,6 +197,22 @@ def trajectorycrafter_inputs(latents: Tensor) -> Arguments:
     }
 
 
+def with_references(latents: Tensor) -> Arguments:
+    """The first half of the views are the reference frames."""
+    references, targets = latents.chunk(2, dim=1)
+    (_, *others), options = trajectorycrafter_inputs(targets)
+    return (targets, *others), {**options, "cross_latents": references}
+
+
+def references_and_targets(references: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+    return references, targets
+
+
+def halves(views: int, grid: tuple[int, int], *parts: Tensor) -> tuple[Tensor, Tensor]:
+    """Reference and target frames, `[B, (V h w), C]` each."""
+    return views_first(views, grid, torch.cat(parts, dim=1))
+
+
 @contextmanager
 def viewcrafter(folder: Path, **options: Any) -> Iterator[Builder]:
     """In the settings of its released model, but narrow."""
@@ -230,7 +246,7 @@ def viewcrafter_inputs(latents: Tensor) -> Arguments:
     return (latents.transpose(1, 2), time(), context), {"fs": torch.full((SAMPLES,), 10)}
 
 
-def cells_first(tokens: Tensor, views: int, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+def cells_first(views: int, grid: tuple[int, int], tokens: Tensor) -> tuple[Tensor, Tensor]:
     """Tokens `[(B h w), V, C]`."""
     return tokens.reshape(SAMPLES, *grid, views, -1).permute(0, 3, 1, 2, 4), tokens[:0]
 
@@ -257,6 +273,14 @@ VIDEOS = {
     "GEN3C": Entry("GEN3C", gen3c, gen3c_inputs, to_images=sequence_first),
     "TrajectoryCrafter": Entry(
         "TrajectoryCrafter", trajectorycrafter, trajectorycrafter_inputs, checkpoint=switch_checkpointing_on
+    ),
+    "TrajectoryCrafter, references": Entry(
+        "TrajectoryCrafter",
+        trajectorycrafter,
+        with_references,
+        views=2 * VIEWS,
+        enters=references_and_targets,
+        to_images=halves,
     ),
     "ViewCrafter, DynamiCrafter": Entry(
         "ViewCrafter",

@@ -58,16 +58,16 @@ def test_one_match_pulls_its_query_and_the_matched_view(attached: Attached, entr
     expected = torch.zeros(entry.views, *GRID, dtype=torch.bool)
     expected[QUERY] = True
     expected[KEY[0]] = True
-    checks.check_footprint(*entry.to_images(attached.hidden), expected)
+    checks.check_footprint(*entry.to_images(*attached.hidden), expected)
 
 
-def test_the_layer_can_be_cut_to_its_own_views(attached: Attached) -> None:
+def test_the_layer_can_be_cut_to_its_own_views(attached: Attached, entry: Entry) -> None:
     """Text of open length, masks and calls sample by sample stay as they are."""
-    (layer,) = attached.model.supervised_layers
+    (layer,), (args, options) = attached.model.supervised_layers, attached.arguments
     with torch.no_grad():
-        with self_view_only(attached.model, layer, (GRID,) * attached.entry.views):
-            cut = checks.first_tensor(attached.model(**attached.inputs))
-        after = checks.first_tensor(attached.model(**attached.inputs))
+        with self_view_only(attached.model, layer, (GRID,) * entry.views):
+            cut = checks.first_tensor(attached.model(*args, **options))
+        after = checks.first_tensor(attached.model(*args, **options))
     assert cut.isfinite().all()
     assert not torch.allclose(cut, attached.before, atol=1e-4)
     assert torch.equal(after, attached.before)
