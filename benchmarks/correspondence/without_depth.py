@@ -53,7 +53,7 @@ LEGEND = (
     "that near (larger of rows and columns). *Not visible*: share of the matches whose point the other view does not "
     "show, or of which the depth camera has no measurement. *Precision*: share of all matches that are within 1 token "
     "of the truth. *Recall*: share of the truly visible tokens that are matched to within 1 token. *Weight*: "
-    "`match_weight`. Time: of one process, with all pairs of views of a sample."
+    "`match_weight`. Time: of the processor, for all pairs of views of a sample."
 )
 
 Method = Callable[[dict[str, Any]], Correspondence]
@@ -145,15 +145,15 @@ def measure(options: argparse.Namespace) -> tuple[dict[str, Found], Found]:
     exact = Found()
     for number in range(options.samples):
         batch: dict[str, Any] = collate([dataset[number]])
-        began = time.perf_counter()
+        began = time.process_time()
         cameras = batch["intrinsics"], batch["extrinsics"]
         truth = Correspondence.from_depth(batch["depth"], *cameras, token_grid=options.grid)
-        exact.seconds += time.perf_counter() - began
+        exact.seconds += time.process_time() - began
         exact.add(truth, truth)
         for counted, method in found.values():
-            began = time.perf_counter()
+            began = time.process_time()
             match = method(batch)
-            counted.seconds += time.perf_counter() - began
+            counted.seconds += time.process_time() - began
             counted.add(match, truth)
     return {name: counted for name, (counted, _) in found.items()}, exact
 

@@ -72,8 +72,7 @@ def _sightings(tracks: Sequence[Tracks], token_grids: TokenGrids, image_size: tu
     token = token_at(xy, rows, columns, image_size)
     in_tokens = xy * torch.stack([columns, rows], dim=-1) / xy.new_tensor([image_size[1], image_size[0]])
     nearness = (1 - (in_tokens % 1 - 0.5).abs()).prod(dim=-1)
-    order = torch.sort(point, stable=True).indices
-    order = order[torch.sort(sample[order], stable=True).indices]
+    order = torch.sort(point, stable=True).indices  # of one point, the sightings of each sample stay side by side
     order = order[token[order] >= 0]
     sample, point = sample[order], point[order]
     begins = (sample.diff() != 0) | (point.diff() != 0)

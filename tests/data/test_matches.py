@@ -61,3 +61,18 @@ def test_writer_refuses_what_it_cannot_hold(tmp_path: Path) -> None:
     writer.folder = tmp_path / "file"
     with pytest.raises(DataError, match=r"file/.*cannot write the matches .*choose a folder"):
         writer.flush()
+
+
+def test_weights_come_back_as_they_were(tmp_path: Path) -> None:
+    grids = ((1, 3), (1, 3))
+    weight = np.array([0.0, 1 / 16, 577 / 1024], dtype=np.float32)  # as tracks have them
+    with MatchWriter(tmp_path, {"correspondence": "tracks"}) as writer:
+        writer.add(0, 4, 2, grids, np.array([-1, 0, 2]), weight=weight)
+        writer.add(0, 2, 4, grids, np.array([1, -1, 2]), weight=weight[[1, 0, 2]])
+    match = MatchReader(tmp_path).read(0, [4, 2], grids)
+    assert match is not None
+    assert match.match_weight is not None
+    assert match.match_weight.dtype == torch.float32
+    assert match.match_weight[0, 0, 1].tolist() == weight.tolist()
+    assert match.match_weight[0, 1, 0].tolist() == weight[[1, 0, 2]].tolist()
+    assert not match.match_weight[0, 0, 0].any()

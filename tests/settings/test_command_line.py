@@ -116,7 +116,7 @@ def test_help_lists_each_setting_once() -> None:
     text = help_text("About.", [Options, EvaluationSettings, TrainingConfig])
     for name in {*vars(TrainingConfig()), *vars(EvaluationSettings()), "output"}:
         assert len(re.findall(rf"^  {name}=", text, re.MULTILINE)) == 1, name
-    assert "correspondence=depth  (depth, point_map, features)" in text
+    assert "correspondence=depth  (depth, point_map, features, tracks, matcher)" in text
     assert max(map(len, text.splitlines())) <= 120
 
 
