@@ -159,7 +159,10 @@ class Trainer:
             # A new run finds checkpoints here only where it was told to overwrite them.
             checkpoint.prune_checkpoints(self.output_dir, None if config.resume_from_checkpoint else 0)
             save_config(config, self.output_dir / "config.yaml")
-            warn_of_misfit(self.dataset.source)
+            if (
+                source := getattr(self.dataset, "source", None)
+            ) is not None:  # a data set of somebody else may have none
+                warn_of_misfit(source)
             self.metrics.keep_until(self.step)
             self.validations.keep_until(self.step)
         start_trackers(accelerator, config)
