@@ -8,13 +8,13 @@ from __future__ import annotations
 import io
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
 from cameo.errors import DataError
 
-__all__ = ["read_image", "to_rgba"]
+__all__ = ["decode", "read_image", "to_rgb", "to_rgba"]
 
 Array = np.ndarray
 WHITE = (1.0, 1.0, 1.0)
@@ -57,14 +57,41 @@ def read_image(path: str | Path, *, background: tuple[float, float, float] | Non
     path = Path(path)
     if background is not None and not (len(background) == 3 and all(0 <= value <= 1 for value in background)):
         raise ValueError(f"background: expected three numbers in [0, 1] or None, got {background}")
-    image = _open(path)
-    rgba = to_rgba(image, str(path))
+    image = decode(path, str(path))
+    if image.getexif().get(ORIENTATION_TAG, 1) not in (0, 1):
+        warnings.warn(
+            f"{path.parent}: images there have an EXIF orientation, which is not applied, since cameras and depth "
+            "belong to the pixels as they are stored; turn the files themselves, with their cameras, to have them "
+            "upright",
+            stacklevel=2,
+        )
+    return to_rgb(image, str(path), background)
+
+
+def to_rgb(image: Any, name: str, background: tuple[float, float, float] | None) -> Array:
+    """Convert a Pillow image of any mode to sRGB, uint8 `[H, W, 3]`; see `read_image` for what becomes of which.
+
+    Example:
+        >>> from PIL import Image
+        >>> to_rgb(Image.new("LA", (1, 1), (0, 51)), "shade", (1.0, 1.0, 1.0)).tolist()
+        [[[204, 204, 204]]]
+
+    Args:
+        image: of any mode.
+        name: what errors and warnings call it, usually its path.
+        background: color behind transparent pixels, sRGB in [0, 1]; None refuses an image that has any.
+
+    Raises:
+        DataError: for a mode without 8-bit colors, for CMYK without a profile, and for transparent pixels without a
+            background.
+    """
+    rgba = to_rgba(image, name)
     alpha = rgba[..., 3]
     if (alpha == 255).all():
         return np.ascontiguousarray(rgba[..., :3])
     if background is None:
         raise DataError(
-            f"{path}: {np.mean(alpha < 255):.1%} of the pixels are transparent, and their colors are not to be seen; "
+            f"{name}: {np.mean(alpha < 255):.1%} of the pixels are transparent, and their colors are not to be seen; "
             "blend the image with a background, or pass background="
         )
     share = alpha[..., None].astype(np.float64) / 255
@@ -112,38 +139,41 @@ def to_rgba(image: Any, name: str) -> Array:
     return rgba
 
 
-def _open(path: Path) -> Any:
-    """Decode the one frame of a file."""
+def decode(source: Path | IO[bytes], name: str, kind: str = "color") -> Any:
+    """Decode the one image of a file, or of an open one, as Pillow has it.
+
+    Args:
+        source: path, or stream at the beginning of the file.
+        name: what errors call it, usually its path.
+        kind: what it shows, for errors.
+
+    Raises:
+        DataError: for a file that is missing, no image, cut short, of too many pixels or of several frames.
+    """
     from PIL import Image
 
     limit = f"more than {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels"
     try:
-        with Image.open(path) as file:
+        with Image.open(source) as file:
             # The further pictures of a phone's or a stereo camera's JPEG (MPO) are not frames of an animation.
             frames = 1 if file.format == "MPO" else getattr(file, "n_frames", 1)
             if frames > 1:
-                raise DataError(f"{path}: expected one image, got {frames} frames or pages; save one image per file")
+                raise DataError(f"{name}: expected one image, got {frames} frames or pages; save one image per file")
             file.load()
-            image, orientation = file.copy(), file.getexif().get(ORIENTATION_TAG, 1)
+            image = file.copy()
             image.format = file.format  # which a copy lacks
+            return image
     except FileNotFoundError:
-        raise DataError(f"{path}: there is no such image file") from None
+        raise DataError(f"{name}: there is no such image file") from None
     except Image.DecompressionBombError as error:
         raise DataError(
-            f"{path}: cannot decode the image: {limit} ({error}); scale it down, or raise PIL.Image.MAX_IMAGE_PIXELS"
+            f"{name}: cannot decode the {kind} image: {limit} ({error}); scale it down, or raise "
+            "PIL.Image.MAX_IMAGE_PIXELS"
         ) from error
     except DataError:
         raise
     except (OSError, SyntaxError, ValueError) as error:
-        raise DataError(f"{path}: cannot decode the image ({error})") from error
-    if orientation not in (0, 1):
-        warnings.warn(
-            f"{path.parent}: images there have an EXIF orientation, which is not applied, since cameras and depth "
-            "belong to the pixels as they are stored; turn the files themselves, with their cameras, to have them "
-            "upright",
-            stacklevel=3,
-        )
-    return image
+        raise DataError(f"{name}: cannot decode the {kind} image ({error}); replace it by the original") from error
 
 
 def _by_profile(image: Any, profile: bytes, name: str) -> Array:

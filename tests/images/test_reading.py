@@ -159,7 +159,7 @@ def test_files_that_cannot_be_decoded(tmp_path: Path, monkeypatch: pytest.Monkey
     with pytest.raises(DataError, match=r"absent.png: there is no such image file"):
         read_image(tmp_path / "absent.png")
     (tmp_path / "text.png").write_text("no image")
-    with pytest.raises(DataError, match=r"text.png: cannot decode the image"):
+    with pytest.raises(DataError, match=r"text.png: cannot decode the color image"):
         read_image(tmp_path / "text.png")
     noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
     short = saved(tmp_path / "short.png", Image.fromarray(noise))

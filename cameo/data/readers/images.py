@@ -19,6 +19,7 @@ from cameo.data.readers.frames import DepthImage, Frame
 from cameo.data.readers.lenses import Lens, rays_to_pixels, straightened, undistort_image, undistort_points
 from cameo.errors import DataError
 from cameo.geometry import crop_intrinsics, resize_intrinsics
+from cameo.images.reading import decode, to_rgb
 
 __all__ = ["check_image", "image_size", "output_intrinsics", "output_points", "read_color", "read_depth"]
 
@@ -34,8 +35,13 @@ ORIENTATION = 0x0112
 
 def image_size(file: StoredFile) -> tuple[int, int]:
     """Return (H, W) of an image from its header; `DataError` that names the file where it is none."""
-    image = _open(file, "color", decode=False)
-    return image.height, image.width
+    from PIL import Image
+
+    try:
+        with file.open() as stream, Image.open(stream) as image:
+            return image.height, image.width
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(f"{file}: cannot decode the color image ({error}); replace it by the original") from error
 
 
 def check_image(frame: Frame) -> None:
@@ -57,20 +63,20 @@ def check_image(frame: Frame) -> None:
 def read_color(frame: Frame, size: tuple[int, int], background: tuple[float, float, float]) -> Tensor:
     """Return the image `[3, h, w]` uint8: undistorted, cropped at the center to the aspect of `size`, and resized.
 
-    Transparent pixels show the `background`. Gray of 16 bit is reduced to 8.
+    Transparent pixels show the `background`; the colors are those of `cameo.images.reading.to_rgb`.
     """
     from PIL import Image, ImageOps
 
     image = _open(frame.color, "color")
     if (image.height, image.width) != frame.lens.size:
         image = ImageOps.exif_transpose(image)
-    image = _as_rgb(image, frame.color, background)
     if (image.height, image.width) != frame.lens.size:
         raise DataError(f"{frame.color}: has changed since it was opened; expected {frame.lens.size} (H, W)")
+    colors = to_rgb(image, str(frame.color), background)
     if frame.lens.model != "pinhole":
-        image = Image.fromarray(undistort_image(frame.lens, np.array(image)))
+        colors = undistort_image(frame.lens, colors)
     box = crop_box(frame.lens.size, size)
-    resized = image.resize((size[1], size[0]), Image.Resampling.BICUBIC, box=box)
+    resized = Image.fromarray(colors).resize((size[1], size[0]), Image.Resampling.BICUBIC, box=box)
     return torch.from_numpy(np.array(resized)).permute(2, 0, 1).contiguous()
 
 
@@ -155,32 +161,13 @@ def _source_pixels(lens: Lens, size: tuple[int, int], depth_size: tuple[int, int
     return columns, rows, inside
 
 
-def _open(file: StoredFile, kind: str, *, decode: bool = True) -> Any:
-    """Open an image; also one that is none, cut short, or of gigabytes once decoded ends in a `DataError`."""
-    from PIL import Image
-
+def _open(file: StoredFile, kind: str) -> Any:
+    """Decode an image; one that is none ends in a `DataError`."""
     try:
-        with file.open() as stream, Image.open(stream) as image:
-            return image.copy() if decode else image
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"{file}: cannot decode the {kind} image ({error}); replace it by the original") from error
-
-
-def _as_rgb(image: Any, file: StoredFile, background: tuple[float, float, float]) -> Any:
-    from PIL import Image
-
-    if image.mode in ("I", "I;16", "I;16L", "I;16B", "I;16N"):
-        gray = np.array(image).astype(np.int64)
-        if gray.min() < 0 or gray.max() > 65535:
-            raise DataError(f"{file}: expected gray of at most 16 bit, got {gray.min()} to {gray.max()}; save 8 bit")
-        return Image.fromarray(np.rint(gray / 257).astype(np.uint8)).convert("RGB")
-    if image.mode == "F":
-        raise DataError(f"{file}: expected a color image, got floating-point numbers; save 8 bit per color")
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        color = tuple(round(255 * part) for part in background)
-        return Image.alpha_composite(Image.new("RGBA", image.size, (*color, 255)), image).convert("RGB")
-    return image.convert("RGB")
+        with file.open() as stream:
+            return decode(stream, str(file), kind)
+    except OSError as error:
+        raise DataError(f"{file}: cannot read the {kind} image ({error}); replace it by the original") from error
 
 
 def _depth_numbers(depth: DepthImage) -> Array:
