@@ -164,9 +164,9 @@ def test_files_that_cannot_be_decoded(tmp_path: Path, monkeypatch: pytest.Monkey
     noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
     short = saved(tmp_path / "short.png", Image.fromarray(noise))
     short.write_bytes(short.read_bytes()[:2000])
-    with pytest.raises(DataError, match=r"short.png: cannot decode the image"):
+    with pytest.raises(DataError, match=r"short.png: cannot decode the color image"):
         read_image(short)
     large = saved(tmp_path / "large.png", Image.fromarray(noise))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    with pytest.raises(DataError, match=r"large.png: cannot decode the image: more than 2,000 pixels.*scale it down"):
+    with pytest.raises(DataError, match=r"large.png: cannot decode the color image: more than 2,000 pixels.*scale it down"):
         read_image(large)
