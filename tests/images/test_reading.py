@@ -168,5 +168,7 @@ def test_files_that_cannot_be_decoded(tmp_path: Path, monkeypatch: pytest.Monkey
         read_image(short)
     large = saved(tmp_path / "large.png", Image.fromarray(noise))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    with pytest.raises(DataError, match=r"large.png: cannot decode the color image: more than 2,000 pixels.*scale it down"):
+    with pytest.raises(
+        DataError, match=r"large.png: cannot decode the color image: more than 2,000 pixels.*scale it down"
+    ):
         read_image(large)
