@@ -111,8 +111,8 @@ def _source(config: TrainingConfig, split: str, kind: str, rig: str | RoomRig | 
         if config.uses_matches and config.correspondence in FROM_DEPTH and not opened.cameras(0).has_depth:
             raise DataError(
                 f"train_data_dir={config.train_data_dir}: {opened.format} data without depth, which "
-                f"correspondence={config.correspondence} needs; give correspondence=matcher or features, or tracks for a "
-                "COLMAP model, or loss_weight=0 to train without CAMEO"
+                f"correspondence={config.correspondence} needs; give correspondence=matcher or features, or tracks for "
+                "a COLMAP model, or loss_weight=0 to train without CAMEO"
             )
         return opened
     if kind == "meshes" and not config.train_data_dir:
