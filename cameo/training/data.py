@@ -66,7 +66,7 @@ def build_dataset(config: TrainingConfig, split: str) -> MultiViewDataset:
             "data. A backbone with fixed poses learns from the poses of the data",
             stacklevel=2,
         )
-    return MultiViewDataset(
+    dataset = MultiViewDataset(
         _source(config, split, kind, rig),
         num_views=config.num_views,
         num_reference_views=config.num_reference_views,
@@ -77,6 +77,9 @@ def build_dataset(config: TrainingConfig, split: str) -> MultiViewDataset:
         seed=config.seed if split == "train" else config.data_seed,
         length=ENDLESS,
     )
+    if kind in POSED_FORMATS and len(dataset.source) == 1:
+        dataset.overlap(0)  # measured once, before processes that load data would each do it
+    return dataset
 
 
 def _source(config: TrainingConfig, split: str, kind: str, rig: str | RoomRig | None) -> SceneSource:

@@ -294,3 +294,24 @@ def test_gray_of_sixteen_bit_keeps_its_shades(tmp_path: Path) -> None:
     Image.fromarray(shades.astype(np.uint16)).save(tmp_path / "frame-000000.color.png")
     image = RGBDSequence(tmp_path, SIZE).select(0, [0]).images[0]
     np.testing.assert_allclose(image[1, 5].numpy(), shades[0] / 257, atol=1)
+
+
+def test_a_photograph_that_exif_turns_is_turned_if_its_camera_says_so(tmp_path: Path) -> None:
+    formats.write_nerfstudio(tmp_path, formats.room_views())
+    upright = Image.open(tmp_path / "images" / "0000.png")
+    turned = upright.transpose(Image.Transpose.ROTATE_90)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # show it turned by 90 degrees clockwise
+    turned.save(tmp_path / "images" / "0000.png", exif=exif)
+    views = open_views(tmp_path, SIZE).views(0)
+    assert torch.equal(views.images, formats.room_views().images)
+    turned.save(tmp_path / "images" / "0000.png")
+    with pytest.raises(DataError, match=r"0000.png: is 48x64, and its camera is for 64x48"):
+        open_views(tmp_path, SIZE)
+
+
+def test_of_several_models_of_colmap_the_first_is_read_and_the_others_are_told(tmp_path: Path) -> None:
+    formats.write_colmap(tmp_path, formats.room_views())
+    (tmp_path / "sparse" / "1").mkdir()
+    with pytest.warns(UserWarning, match=r"sparse: holds several models, which share no world; .*sparse/0 is read"):
+        assert len(open_views(tmp_path).cameras(0)) == 4

@@ -116,8 +116,8 @@ def output_points(lens: Lens, size: tuple[int, int], xy: Array) -> Array:
     moved = undistort_points(lens, xy) - (left, top)
     moved = moved * (size[1] / (right - left), size[0] / (bottom - top))
     with np.errstate(invalid="ignore"):
-        inside: Array = ((moved >= 0) & (moved < (size[1], size[0]))).all(axis=1)
-    return np.where(inside[:, None], moved, np.nan)
+        inside = np.all((moved >= 0) & (moved < (size[1], size[0])), axis=1, keepdims=True)
+    return np.where(inside, moved, np.nan)
 
 
 def crop_box(full: tuple[int, int], size: tuple[int, int]) -> tuple[int, int, int, int]:
