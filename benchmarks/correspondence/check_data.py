@@ -45,20 +45,20 @@ RIGHT = "none"
 FAULTY_SCENES = 1
 HEAD = """# Does `check_views` tell right data from wrong?
 
-Written by `python -m benchmarks.correspondence.check_data`, which says what the scenes are. The thresholds of the check
-were chosen on the scenes under "Development" alone. Each row counts checks of scenes: *named* is a verdict "wrong" with
-exactly the mistakes that were made; *partly named* names one of two, or one more; *wrong, other* names another mistake
-or none. The last column counts warnings of the short check with which a training starts, which loads no neighboring
-frames and so cannot see that something belongs to another one. The sequence of a real room comes with depth that is not
-registered to color, which the check says of it (its row is the first of "real, as it comes"); "registered" is the same
-with its depth made 1.1 times smaller and moved by 1.5 % of the width, which was found on the whole sequence. Its thirds
-are apart in the two parts, but all of it was looked at while the scores were designed; the other scenes under
-"Validation" were not.
+Written by `python -m benchmarks.correspondence.check_data`, which says what the scenes are. The thresholds of the
+check were chosen on the scenes under "Development" alone. Each row counts checks of scenes: *named* is a verdict
+"wrong" with exactly the mistakes that were made; *partly named* names one of two, or one more; *wrong, other* names
+another mistake or none. The last column counts warnings of the short check with which a training starts, which loads
+no neighboring frames and so cannot see that something belongs to another one. The sequence of a real room comes with
+depth that is not registered to color, which the check says of it (its row is the first of "real, as it comes");
+"registered" is the same with its depth made 1.1 times smaller and moved by 1.5 % of the width, which was found on the
+whole sequence. Its thirds are apart in the two parts, but all of it was looked at while the scores were designed; the
+other scenes under "Validation" were not.
 
-What is missed: a field that belongs to the next frame, on an even orbit around an object (where that is nearly the same)
-and with three views (which is called wrong without a cause); distance along the ray around small objects that are far
-away; a focal length that is wrong by a quarter or a third, with tracks around such objects. Depth of another size than its
-colors is called either "not registered" or "intrinsics of another image", which it is too."""
+What is missed: a field that belongs to the next frame, on an even orbit around an object (where that is nearly the
+same) and with three views (which is called wrong without a cause); distance along the ray around small objects that
+are far away; a focal length that is wrong by a quarter or a third, with tracks around such objects. Depth of another
+size than its colors is called either "not registered" or "intrinsics of another image", which it is too."""
 FLIP = {"OpenGL": (1.0, -1.0, -1.0, 1.0), "PyTorch3D": (-1.0, -1.0, 1.0, 1.0)}
 
 
