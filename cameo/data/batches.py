@@ -19,7 +19,7 @@ from cameo.geometry import unproject
 from cameo.geometry.grids import TokenGrids
 from cameo.scenes.views import MultiViewSample, collate, images_to_float
 
-__all__ = ["MatchedDataset", "layer_grids", "match_batch", "match_layers", "to_device"]
+__all__ = ["MatchedDataset", "kind_of_truth", "layer_grids", "match_batch", "match_layers", "to_device"]
 
 KINDS = ("depth", "point_map", "features", "tracks", "matcher")
 # Where a batch holds the tracks of a kind, and where they come from.
@@ -102,6 +102,17 @@ def match_layers(layers: Sequence[AttentionLayer], batch: Mapping[str, Any], **o
     matches = {match.token_grids: match for match in batch.get("correspondences", ())}
     matches |= {grids: match_batch(batch, grids, **options) for grids in set(token_grids) - matches.keys()}
     return [matches[grids] for grids in token_grids]
+
+
+def kind_of_truth(batch: Mapping[str, Any]) -> str:
+    """Return the kind of correspondence to which a batch is compared: "depth", or "tracks" where none was measured.
+
+    Example:
+        >>> kind_of_truth({"depth": torch.zeros(1, 2, 1, 4, 4), "tracks": []})
+        'tracks'
+    """
+    has_depth = "depth" in batch and bool((batch["depth"] > 0).any())
+    return "tracks" if not has_depth and "tracks" in batch else "depth"
 
 
 def layer_grids(layer: AttentionLayer, batch: Mapping[str, Any]) -> TokenGrids:

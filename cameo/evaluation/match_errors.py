@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cameo.alignment import AlignmentHead
 from cameo.correspondence import Correspondence
-from cameo.data.batches import layer_grids, match_batch
+from cameo.data.batches import kind_of_truth, layer_grids, match_batch
 from cameo.geometry.grids import TokenGrid, token_distance
 from cameo.model import CameoModel
 from cameo.pipeline import TrainingInputs
@@ -88,7 +88,7 @@ def find_matches(
     """
     layer, alignment_head = model.supervised_layers[0], model.alignment_heads[0]
     assert isinstance(alignment_head, AlignmentHead)
-    match = match_batch(batch, layer_grids(layer, batch))
+    match = match_batch(batch, layer_grids(layer, batch), kind=kind_of_truth(batch))
     local, order = layer.layout.localize(match), layer.layout.view_order
     if layer.layout.reach != "all":
         raise ValueError(f"layer {layer.path!r} attends to a part of the other view; its attention is not drawn")

@@ -18,7 +18,7 @@ from cameo.geometry.depth import is_measured
 from cameo.model import CameoModel
 from cameo.pipeline import MultiViewPipeline
 from cameo.probing import probe_layers
-from cameo.probing.denoising import NOT_COVISIBLE, DenoisingErrors, measure_denoising, sample_batches
+from cameo.probing.denoising import DenoisingErrors, measure_denoising, sample_batches
 from cameo.probing.hits import READOUTS
 from cameo.probing.layer_probe import LayerProbe
 from cameo.probing.probed_layer import ProbedLayer
@@ -131,13 +131,16 @@ def _denoising(
             section.add(name, errors.keys, errors.sample_losses(levels))
         else:
             section.mean[name], section.notes[name] = None, f"no level of noise_levels={settings.noise_levels} is in it"
-    if errors.references:
+    if errors.not_covisible is None:
         covisible = errors.sample_psnr(errors.squared_covisible, validation.high_levels)
         section.add("psnr_covisible", errors.keys, covisible, missing="no target pixel is seen by a reference")
     else:
-        section.mean["psnr_covisible"], section.notes["psnr_covisible"] = None, NOT_COVISIBLE
+        section.mean["psnr_covisible"], section.notes["psnr_covisible"] = None, errors.not_covisible
     section.add("psnr_all", errors.keys, errors.sample_psnr(errors.squared, validation.high_levels))
-    squared = {"psnr_all": errors.squared, "psnr_covisible": errors.squared_covisible if errors.references else {}}
+    squared = {
+        "psnr_all": errors.squared,
+        "psnr_covisible": errors.squared_covisible if errors.not_covisible is None else {},
+    }
     by_level = {"loss": errors.loss} | {
         name: {level: errors.sample_psnr(of_levels, [level]) for level in of_levels}
         for name, of_levels in squared.items()

@@ -20,7 +20,7 @@ from cameo.attention.capture import AttentionLayer
 from cameo.data import MultiViewSample
 from cameo.model import CameoModel
 from cameo.pipeline import MultiViewPipeline
-from cameo.probing.denoising import NOT_COVISIBLE, DenoisingErrors, DenoisingPass, ValidationSettings, measure_denoising
+from cameo.probing.denoising import DenoisingErrors, DenoisingPass, ValidationSettings, measure_denoising
 from cameo.probing.tally import BatchMatches, LayerHitCounter
 from cameo.renamed import old_functions
 
@@ -44,7 +44,7 @@ def validate(
     Args:
         model: wraps `pipeline.denoiser`.
         pipeline: turns batches into inputs of the denoiser.
-        data: samples with depth.
+        data: samples with depth, or with tracks, from which the true matches are taken where there is no depth.
         settings: samples, noise levels and noise.
         predict_from: noise level from which on the clean image is predicted, for `psnr_all_by_level` and
             `psnr_covisible_by_level`; default `settings.high_noise`. With 0 every level has a PSNR. A model with a
@@ -54,8 +54,8 @@ def validate(
     Returns:
         - `loss` (mean over noise levels) and `loss_by_level`.
         - `psnr_all` in dB at high noise, over the target views. `psnr_covisible`, over their pixels that a reference
-          view sees; None without reference views. `psnr_all_by_level` and `psnr_covisible_by_level`, the same at each
-          noise level from `predict_from` on.
+          view sees; None without reference views or depth. `psnr_all_by_level` and `psnr_covisible_by_level`, the same
+          at each noise level from `predict_from` on.
         - `precision`: share of matches whose most-attended token is the matched one (`@0`) or lies within one token of
           it (`@1`, tokens of the key view), for the mean over heads, the best head, and through the alignment head.
           None where a query reaches only one token of each view, or no match.
@@ -67,7 +67,7 @@ def validate(
           high noise.
 
     Raises:
-        DataError: if the samples have no depth.
+        DataError: if the samples lack the field `depth`; it may be 0, which means not measured, everywhere.
         ValueError: if no target pixel is seen by a reference, where there is one, or no noise level is high.
     """
     attention = _ObservedAttention(model, layers)
@@ -78,7 +78,7 @@ def validate(
     )
     return {
         **_denoising_report(errors, settings.high_levels),
-        **_attention_report(attention.counter, errors.references),
+        **_attention_report(attention.counter, errors.not_covisible),
         **attention.precision_by_layer(),
         "settings": asdict(settings),
     }
@@ -119,11 +119,11 @@ def _denoising_report(errors: DenoisingErrors, high_levels: Sequence[float]) -> 
         finite = [value for value in errors.sample_psnr(squared, levels) if not math.isnan(value)]
         return _mean(finite) if finite else None
 
-    covisible = errors.squared_covisible if errors.references else {}
+    covisible = errors.squared_covisible if errors.not_covisible is None else {}
     return {
         "loss": _mean(list(by_level.values())),
         "loss_by_level": by_level,
-        "psnr_covisible": psnr(covisible, high_levels) if errors.references else None,
+        "psnr_covisible": psnr(covisible, high_levels) if errors.not_covisible is None else None,
         "psnr_all": psnr(errors.squared, high_levels),
         "psnr_covisible_by_level": {str(level): psnr(covisible, [level]) for level in covisible},
         "psnr_all_by_level": {str(level): psnr(errors.squared, [level]) for level in errors.squared},
@@ -131,12 +131,12 @@ def _denoising_report(errors: DenoisingErrors, high_levels: Sequence[float]) -> 
     }
 
 
-def _attention_report(counter: LayerHitCounter, references: int) -> dict[str, Any]:
+def _attention_report(counter: LayerHitCounter, not_covisible: str | None) -> dict[str, Any]:
     hits, pairs, chance = counter.totals()
     one_token = counter.one_token and pairs > 0
     notes = {}
-    if not references:
-        notes["psnr_covisible"] = NOT_COVISIBLE
+    if not_covisible is not None:
+        notes["psnr_covisible"] = not_covisible
     if one_token:
         notes["precision"] = "a query reaches one token of each view, so there is no choice; see precision_view"
     else:

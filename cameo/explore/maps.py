@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cameo.alignment import AlignmentHead
 from cameo.attention.capture import AttentionLayer
-from cameo.data.batches import layer_grids, match_batch
+from cameo.data.batches import kind_of_truth, layer_grids, match_batch
 from cameo.geometry.grids import TokenGrid
 from cameo.model import CameoModel
 from cameo.pipeline import TrainingInputs
@@ -68,7 +68,7 @@ def why_not_shown(layer: AttentionLayer) -> str | None:
 
 def map_sizes(layer: AttentionLayer, batch: Mapping[str, Any]) -> list[tuple[int, int]]:
     """Return the size `(N, M)` of every map of one readout of a layer on a batch."""
-    local = layer.layout.localize(match_batch(batch, layer_grids(layer, batch)))
+    local = layer.layout.localize(match_batch(batch, layer_grids(layer, batch), kind=kind_of_truth(batch)))
     tokens = [height * width for height, width in local.token_grids]
     pairs = [(tokens[i], tokens[j]) for i in range(local.num_views) for j in range(local.num_views) if i != j]
     return pairs * local.batch_size
@@ -107,7 +107,7 @@ def layer_maps(
 def _maps_of(
     model: CameoModel, layer: AttentionLayer, batch: Mapping[str, Any], seen: Any, heads: Mapping[str, AlignmentHead]
 ) -> Iterator[ViewMaps]:
-    match = match_batch(batch, layer_grids(layer, batch))
+    match = match_batch(batch, layer_grids(layer, batch), kind=kind_of_truth(batch))
     query, key, local = model.split(layer, seen, match)
     order, head = layer.layout.view_order, heads.get(layer.path)
     for row in range(local.batch_size):

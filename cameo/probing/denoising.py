@@ -22,7 +22,8 @@ from cameo.probing.mode import evaluation_mode, native_precision
 
 __all__ = [
     "MAX_PSNR",
-    "NOT_COVISIBLE",
+    "NO_DEPTH",
+    "NO_REFERENCES",
     "DenoisingErrors",
     "DenoisingPass",
     "ValidationSettings",
@@ -38,7 +39,8 @@ __all__ = [
 # The PSNR of a perfect prediction is infinite; it is capped here, at a mean squared error of 1e-10.
 MAX_PSNR = 100.0
 # Why there are no covisible pixels, in the notes of results.
-NOT_COVISIBLE = "num_reference_views=0: there is no reference view that could see a pixel"
+NO_REFERENCES = "num_reference_views=0: there is no reference view that could see a pixel"
+NO_DEPTH = "the data has no depth, so it is not known which pixels a reference view sees"
 
 
 @dataclass(frozen=True)
@@ -151,6 +153,7 @@ class DenoisingErrors:
         squared_covisible: the same over the pixels that a reference view sees; NaN where a sample has none.
         pixels: number of covisible pixels over all samples and these levels.
         references: number of reference views of a sample.
+        has_depth: whether any sample so far has depth.
     """
 
     predict_from: float
@@ -160,6 +163,14 @@ class DenoisingErrors:
     squared_covisible: dict[float, list[float]] = field(default_factory=dict)
     pixels: int = 0
     references: int = 0
+    has_depth: bool = False
+
+    @property
+    def not_covisible(self) -> str | None:
+        """Why it is not known which pixels a reference view sees; None where it is."""
+        if not self.references:
+            return NO_REFERENCES
+        return None if self.has_depth else NO_DEPTH
 
     def add(self, denoised: DenoisingPass, pipeline: MultiViewPipeline) -> None:
         """Measure a forward pass; all noise levels of a batch come one after another, as in `denoising_passes`."""
@@ -167,6 +178,7 @@ class DenoisingErrors:
         if len(self.loss.get(level, ())) == len(self.keys):  # the first level of a batch
             self.keys += batch["key"]
         self.references = int(batch["num_reference_views"])
+        self.has_depth |= bool((batch["depth"] > 0).any())
         losses = pipeline.denoising_loss(denoised.output, denoised.inputs)
         self.loss.setdefault(level, []).extend(losses.double().tolist())
         if level < self.predict_from:
@@ -199,7 +211,7 @@ class DenoisingErrors:
                 f"validation settings: no target view at a noise level of high_noise={settings.high_noise} or more, so "
                 f"nothing can be measured; got noise_levels={settings.noise_levels}. Give some at and above high_noise"
             )
-        if self.references and not self.pixels:
+        if self.not_covisible is None and not self.pixels:
             raise ValueError(
                 "validation data: no target pixel is seen by a reference view, so nothing can be measured. "
                 "Raise min_overlap, or take a rig in which views see each other's surface"

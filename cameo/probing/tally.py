@@ -17,7 +17,7 @@ from cameo.alignment import AlignmentHead
 from cameo.attention.capture import AttentionLayer, CapturedAttention
 from cameo.attention.layout import TokenLayout
 from cameo.correspondence import Correspondence
-from cameo.data.batches import layer_grids
+from cameo.data.batches import kind_of_truth, layer_grids, match_batch
 from cameo.errors import DataError
 from cameo.geometry.grids import TokenGrids
 from cameo.model import CameoModel
@@ -38,6 +38,7 @@ class BatchMatches:
                 f"sample {batch.get('key', '?')}: has no depth, and the probe takes the true matches from it"
             )
         self.batch, self.metric = batch, metric
+        self._kind = kind_of_truth(batch)
         self._geometry = (batch["depth"], batch["intrinsics"], batch["extrinsics"])
         self._groups = angle_bins(batch["extrinsics"]).to(batch["depth"].device)
         self._by_grids: dict[TokenGrids, Correspondence] = {}
@@ -47,7 +48,7 @@ class BatchMatches:
         """True matches at the token grids of a layer."""
         token_grids = layer_grids(layer, self.batch)
         if token_grids not in self._by_grids:
-            self._by_grids[token_grids] = Correspondence.from_depth(*self._geometry, token_grid=token_grids)
+            self._by_grids[token_grids] = match_batch(self.batch, token_grids, kind=self._kind)
         return self._by_grids[token_grids]
 
     def true_matches(self, layer: AttentionLayer) -> TrueMatches:

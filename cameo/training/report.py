@@ -71,9 +71,11 @@ def write_pictures(
         drawn[name] = _draw(model, pipeline, batch, inputs, config, trained_head=trained_head)
     folder = Path(folder)
     images = {name: one.images for name, one in drawn.items()}
-    views = comparison_figure(batch, images, samples=len(samples), pixels=_measured_pixels(batch))
-    seen = "that a reference view sees" if batch["num_reference_views"] else "of the view"
-    views.supxlabel(f"below each prediction: PSNR over the pixels {seen}", fontsize=8)
+    pixels = _measured_pixels(batch)
+    views = comparison_figure(batch, images, samples=len(samples), pixels=pixels)
+    if pixels is not None:
+        seen = "that a reference view sees" if batch["num_reference_views"] else "of the view"
+        views.supxlabel(f"below each prediction: PSNR over the pixels {seen}", fontsize=8)
     written = [save_figure(views, folder / "views.png")]
     found = {name: one.found for name, one in drawn.items() if isinstance(one.found, FoundMatches)}
     if not found:
@@ -149,7 +151,7 @@ def _measured_pixels(batch: dict[str, Any]) -> torch.Tensor | None:
     """Pixels over which the PSNR of a picture is taken: those that a reference sees, all where there is none."""
     if not batch["num_reference_views"]:
         return torch.ones_like(batch["images"][:, :, :1], dtype=torch.bool)
-    return covisible_pixels(batch) if "depth" in batch else None
+    return covisible_pixels(batch) if "depth" in batch and bool((batch["depth"] > 0).any()) else None
 
 
 def _draw(

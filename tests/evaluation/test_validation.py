@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from cameo.attention.layout import TokenLayout
-from cameo.data import collate
+from cameo.data import MultiViewDataset, collate
+from cameo.data.batches import layer_grids, match_batch
 from cameo.evaluation.validation import validate
 from cameo.probing import probe_layers
 from cameo.probing.denoising import ValidationSettings, covisible_pixels
@@ -20,8 +21,25 @@ from cameo.wrap import CameoModel
 from tests.helpers.batches import make_batch
 from tests.helpers.evaluations import VALIDATION, rig_data
 from tests.helpers.planted_attention import PlantedAttention, joined
+from tests.helpers.tracked_rooms import TrackedRooms
 
 LEVELS = (0.5, 0.95, 1.0)
+
+
+def test_photographs_are_validated_by_their_tracks(trained: tuple[CameoModel, Any, Any]) -> None:
+    model, pipeline, data = trained
+    settings = ValidationSettings(num_samples=2, batch_size=2, noise_levels=LEVELS)
+
+    rooms = TrackedRooms(data.source, with_depth=False)
+    photographs = MultiViewDataset(rooms, num_views=3, seed=0)
+    found = validate(model, pipeline, photographs, settings)
+    assert found["psnr_covisible"] is None
+    assert found["psnr_covisible_by_level"] == {}
+    assert "no depth" in found["notes"]["psnr_covisible"]
+    batch = collate([photographs[0], photographs[1]])
+    match = match_batch(batch, layer_grids(model.supervised_layers[0], batch), kind="tracks")
+    assert found["pairs"] == len(LEVELS) * int(match.matched.sum()) > 100
+    assert 0 <= found["precision"]["mean@0"] <= found["precision"]["mean@1"] <= 1
 
 
 def test_validation_is_deterministic_and_leaves_the_model_alone(trained: tuple[CameoModel, Any, Any]) -> None:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import replace
 
 import pytest
 import torch
 
 import cameo.training.data
 from cameo import Correspondence, Tracks
-from cameo.data import MultiViewDataset, SceneSource, Views
+from cameo.data import SceneSource, Views
 
 __all__ = ["TrackedRooms", "give_tracks", "pixel_tracks"]
 
@@ -18,28 +17,21 @@ __all__ = ["TrackedRooms", "give_tracks", "pixel_tracks"]
 EVERY = 5
 
 
-@dataclass(frozen=True)
-class TrackedViews(Views):
-    """Views with tracks."""
-
-    tracks: Tracks | None = None
-
-
 class TrackedRooms:
-    """The scenes of a source with depth, with tracks of their pixels."""
+    """The scenes of a source with depth, with tracks of their pixels; `with_depth` says whether depth stays."""
 
-    def __init__(self, source: SceneSource) -> None:
-        self.source = source
-        self._views: dict[int, TrackedViews] = {}
+    def __init__(self, source: SceneSource, *, with_depth: bool = True) -> None:
+        self.source, self.with_depth = source, with_depth
+        self._views: dict[int, Views] = {}
 
     def __len__(self) -> int:
         return len(self.source)
 
-    def views(self, scene: int) -> TrackedViews:
+    def views(self, scene: int) -> Views:
         if scene not in self._views:
             views = self.source.views(scene)
-            fields: dict[str, Any] = {**vars(views), "tracks": pixel_tracks(views)}
-            self._views[scene] = TrackedViews(**fields)
+            depth = views.depth if self.with_depth else torch.zeros_like(views.depth)
+            self._views[scene] = replace(views, depth=depth, tracks=pixel_tracks(views))
         return self._views[scene]
 
 
@@ -59,12 +51,5 @@ def pixel_tracks(views: Views) -> Tracks:
 
 def give_tracks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the data sets of runs have tracks."""
-    source, item = cameo.training.data._source, MultiViewDataset.__getitem__
-
-    def with_tracks(dataset: MultiViewDataset, index: int) -> Any:
-        sample = item(dataset, index)
-        tracks = dataset.source.views(sample["scene"]).tracks
-        return {**sample, "tracks": tracks.of_views(sample["scene_views"])}
-
+    source = cameo.training.data._source
     monkeypatch.setattr(cameo.training.data, "_source", lambda *arguments: TrackedRooms(source(*arguments)))
-    monkeypatch.setattr(MultiViewDataset, "__getitem__", with_tracks)
