@@ -114,6 +114,9 @@ def _draw_pair(
     _show(axis, torch.cat([images[0], torch.ones(3, height, 2), images[1]], -1), "")
     axis.set_ylabel(name, fontsize=7)
     axis.set_title(f"{scene.views.key}, views {pair[0]} and {pair[1]}", fontsize=7)
+    if not (scene.views.depth > 0).any():
+        _draw_tracks(axis, scene, pair, (height, width))
+        return
     _draw_matches(axis, scene, pair, reading, (height, width))
     inner = grid[row, 1].subgridspec(1, 3)
     warped, matched = _warped(scene, pair, reading, (height, width))
@@ -143,8 +146,31 @@ def _draw_matches(axis: Axes, scene: InspectedScene, pair: Tensor, reading: Read
     found = match_pairs(coarse, reading, pair[None])
     scale = torch.tensor([size[1] / scene.views.size[1], size[0] / scene.views.size[0]])
     start, end = coarse.centers * scale, found.xy[0] * scale + torch.tensor([size[1] + 2.0, 0.0])
-    for number in found.visible[0].nonzero().flatten().tolist():
-        (x, y), (u, v) = start[number].tolist(), end[number].tolist()
+    _join(axis, start[found.visible[0]], end[found.visible[0]], size)
+
+
+def _draw_tracks(axis: Axes, scene: InspectedScene, pair: Tensor, size: tuple[int, int]) -> None:
+    """Join points that both views show, spread over the first one, where there is no depth to project."""
+    tracks = scene.views.tracks
+    if tracks is None:
+        return
+    scale = torch.tensor([size[1] / scene.views.size[1], size[0] / scene.views.size[0]])
+    seen = []
+    for view in pair:
+        here = tracks.view == scene.at(view, 0)
+        seen.append(dict(zip(tracks.point[here].tolist(), tracks.xy[here] * scale, strict=True)))
+    by_cell = {}
+    for point in seen[0].keys() & seen[1].keys():
+        cell = (seen[0][point] * DOTS / torch.tensor([size[1], size[0]])).long()
+        by_cell[tuple(cell.tolist())] = point
+    if by_cell:
+        start, end = (torch.stack([of_view[point] for point in by_cell.values()]) for of_view in seen)
+        _join(axis, start, end + torch.tensor([size[1] + 2.0, 0.0]), size)
+
+
+def _join(axis: Axes, start: Tensor, end: Tensor, size: tuple[int, int]) -> None:
+    """Draw lines between points of two images side by side, each in a color of its place in the first."""
+    for (x, y), (u, v) in zip(start.tolist(), end.tolist(), strict=True):
         color = hsv_to_rgb((x / size[1], 0.5 + 0.5 * y / size[0], 1.0))
         axis.plot([x, u], [y, v], color=color, linewidth=0.5, marker="o", markersize=2.5, markeredgewidth=0)
 
