@@ -78,5 +78,5 @@ def _entry(kind: type, name: str, comment: str) -> str:
     if entry.default_factory is not dataclasses.MISSING:
         default = entry.default_factory()
     shown = default if isinstance(default, str) else json.dumps(default)
-    head = f"  {name}={shown}  ({values})"
+    head = textwrap.fill(f"  {name}={shown}  ({values})", WIDTH, subsequent_indent=" " * 6, drop_whitespace=True)
     return "\n".join([head, textwrap.fill(comment, WIDTH, initial_indent="      ", subsequent_indent="      ")])

@@ -94,7 +94,7 @@ def test_batched_equals_loop():
 
 def test_gradcheck():
     intrinsics, extrinsics = (camera.requires_grad_() for camera in random_cameras(1, 2))
-    depth = random_depth(1, 2, 2, 2).requires_grad_()
+    depth = random_depth(1, 2, 3, 4).requires_grad_()
     assert torch.autograd.gradcheck(unproject, (depth, intrinsics, extrinsics))
     points = unproject(depth, intrinsics, extrinsics).flatten(-2).mT.detach().requires_grad_()
     assert torch.autograd.gradcheck(project, (points, intrinsics, extrinsics))
@@ -165,7 +165,7 @@ def test_wrong_inputs_are_named():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_computed_in_single(dtype):
     intrinsics, extrinsics = camera_towards_x()
-    points = unproject(torch.full((1, 1, 1, 2, 2), 2.0, dtype=dtype), intrinsics, extrinsics)
+    points = unproject(torch.full((1, 1, 1, 48, 64), 2.0, dtype=dtype), intrinsics, extrinsics)
     assert points.dtype == torch.float32
     assert plucker_rays(intrinsics.to(dtype), extrinsics.to(dtype), (2, 2), (2, 2)).dtype == torch.float32
 

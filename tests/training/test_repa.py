@@ -40,7 +40,7 @@ def repa_loss_by_hand(trainer: Trainer, batch: dict[str, Any], micro_step: int) 
     config, model = trainer.config, trainer.model
     (layer,) = model.supervised_layers
     block = model.base_model.get_submodule(layer.path).__class__
-    assert block.__name__ == "Attention"
+    assert block.__name__ == "JointAttention"
     parent = model.base_model.get_submodule(layer.path.rpartition(".")[0])
     outputs: list[Tensor] = []
     handle = parent.register_forward_hook(lambda module, args, output: outputs.append(output))

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from cameo import Correspondence
+from cameo.attention.capture import AttentionCapture
 from cameo.config import CameoConfig
 from cameo.correspondence.features import FeatureExtractor
 from cameo.data import collate
@@ -108,7 +109,7 @@ def test_nothing_is_matched_once_the_alignment_is_off(
     monkeypatch.setattr("cameo.data.batches.match_batch", counted("match", match_batch))
     monkeypatch.setattr(FeatureExtractor, "forward", counted("features", FeatureExtractor.forward))
     trainer = make_trainer(tmp_path, alignment_until=2, max_train_steps=4, **settings)
-    monkeypatch.setattr(type(trainer.model), "capture", counted("capture", type(trainer.model).capture))
+    monkeypatch.setattr("cameo.checks.observed_forward.AttentionCapture", counted("capture", AttentionCapture))
     found = history(trainer)
     assert [entry["supervised"] > 0 for entry in found] == [True, True, False, False]
     assert [entry["alignment_loss"] != 0 for entry in found] == [True, True, False, False]
