@@ -17,7 +17,7 @@ from typing import Any
 from cameo.attention.capture import AttentionLayer
 from cameo.explore.images import data_url
 from cameo.explore.maps import MEAN, THROUGH_HEAD, ViewMaps, layer_maps, map_sizes, single_head, why_not_shown
-from cameo.explore.packing import Kept, Pack, choose_kept
+from cameo.explore.packing import BUDGET, Kept, Pack, choose_kept
 from cameo.files import write_atomically
 from cameo.model import CameoModel
 from cameo.pipeline import MultiViewPipeline
@@ -78,6 +78,7 @@ def write_page(
     layers: Sequence[AttentionLayer] | None = None,
     noise_levels: Sequence[float] = NOISE_LEVELS,
     about: Sequence[str] = (),
+    budget: int = BUDGET,
 ) -> Path:
     """Write one HTML file on which a click on a token shows where each model looks; returns its path.
 
@@ -94,6 +95,7 @@ def write_page(
         layers: layers to show. By default those that are supervised in any of the models.
         noise_levels: shares of the last timestep, in [0, 1].
         about: sentences at the end of the page, such as where the models came from.
+        budget: most bytes of all maps before they are compressed; the default keeps the page below 40 MB.
 
     Raises:
         ValueError: no model, no noise level, or no layer whose attention can be shown as maps.
@@ -107,7 +109,7 @@ def write_page(
     wanted = [layer for layer in wanted if layer.path not in refused]
     if not wanted:
         raise ValueError(f"layers: expected one that attends across whole views, got {refused or 'none'}")
-    kept, single_heads = _choose(wanted, batch, len(models) * len(noise_levels))
+    kept, single_heads = _choose(wanted, batch, len(models) * len(noise_levels), budget)
     readouts = [MEAN]
     trained = [shown.model.alignment_heads for shown in models.values() if shown.trained_head]
     if any(True for heads in trained for _ in heads.parameters()):
@@ -142,14 +144,14 @@ def write_page(
     return Path(path)
 
 
-def _choose(layers: Sequence[AttentionLayer], batch: Mapping[str, Any], runs: int) -> tuple[Kept, bool]:
+def _choose(layers: Sequence[AttentionLayer], batch: Mapping[str, Any], runs: int, budget: int) -> tuple[Kept, bool]:
     """Choose what is kept of the maps of each query, and whether the single heads are."""
     by_layer = [(layer.heads, map_sizes(layer, batch)) for layer in layers]
     everything = [size for heads, sizes in by_layer for size in sizes * runs * (heads + 2)]
-    kept = choose_kept(everything)
+    kept = choose_kept(everything, budget)
     if kept == Kept(None, 1):
         return kept, True
-    return choose_kept([size for _, sizes in by_layer for size in sizes * runs * 2]), False
+    return choose_kept([size for _, sizes in by_layer for size in sizes * runs * 2], budget), False
 
 
 def _collect(

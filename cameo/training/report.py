@@ -25,6 +25,7 @@ from cameo.training.settings import TrainingConfig
 __all__ = ["card_metrics", "metrics_table", "noise_inputs", "predicted_views", "write_attention_page", "write_pictures"]
 
 NOT_MEASURED = "-"
+PAGE_BUDGET = 6 * 10**6  # bytes of the maps on the page that a run leaves behind
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ def write_attention_page(
     if show_base and has_adapter(first):
         shown = {"base": ShownModel(first, trained_head=False, base=True), **shown}
     try:
-        return write_page(path, shown, pipeline, batch, title=f"Where {config.backbone} looks")
+        return write_page(path, shown, pipeline, batch, title=f"Where {config.backbone} looks", budget=PAGE_BUDGET)
     except ValueError as error:
         warnings.warn(f"{Path(path).name} is left out: {error}", stacklevel=2)
         return None
