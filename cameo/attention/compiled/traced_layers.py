@@ -105,7 +105,7 @@ def explain_no_tracing(layer: nn.Module) -> str:
     import torch._dynamo.config
 
     if not hasattr(torch._dynamo.config, CHECKPOINT_OPTION):
-        return f"torch {torch.__version__} cannot hand its queries and keys out of a compiled graph; 2.9 and newer can"
+        return f"torch {torch.__version__} cannot hand its queries and keys out of a compiled graph; 2.14 can"
     if "forward" in vars(layer):
         return "the forward of its module was replaced by another function"
     return ""
