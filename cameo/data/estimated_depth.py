@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from zipfile import BadZipFile
 
@@ -23,10 +24,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cameo.data.readers.source import PosedScenes
 from cameo.errors import DataError
 from cameo.geometry import pixel_grid, project
+from cameo.scenes.views import SceneCameras, Views
 
-__all__ = ["read_estimated_depth"]
+__all__ = ["EstimatedDepth", "read_estimated_depth"]
 
 KINDS = ("depth", "points")
 # Share of the image's diagonal by which the projected points may miss their pixels; their median is taken.
@@ -71,37 +74,108 @@ def read_estimated_depth(
         DataError: a file cannot be read or has another shape, no frame has a file, both kinds are there, or point maps
             are of another world than the cameras.
     """
-    found = [kind for kind in KINDS if (Path(folder) / kind).is_dir()]
-    if not found:
+    kind = _kind_in(Path(folder))
+    if kind is None:
         return None
+    _check_files(Path(folder), kind, names)
+    frames = zip(names, intrinsics, extrinsics, strict=True)
+    return torch.stack([_of_frame(Path(folder), kind, name, size, k, e, min_confidence) for name, k, e in frames])
+
+
+class EstimatedDepth:
+    """A scene of photographs as a `LazySource`, with the depth that another program has estimated for them.
+
+    Raises `DataError` if the source has several scenes, depth of its own, or photographs whose lens distortion was
+    undone (the estimates are of the photographs as they were: undo it before, as `colmap image_undistorter` does), and
+    where `read_estimated_depth` does.
+
+    Args:
+        source: the photographs, from `cameo.data.open_views`.
+        folder: which holds `depth` or `points`.
+        min_confidence: as of `read_estimated_depth`.
+    """
+
+    def __init__(self, source: PosedScenes, folder: str | Path, *, min_confidence: float = 0.0) -> None:
+        self.source, self.folder, self.min_confidence = source, Path(folder), min_confidence
+        self.format = source.format
+        if len(source) != 1:
+            raise DataError(f"{folder}: estimated depth is for one scene, and the photographs are {len(source)} scenes")
+        if source.cameras(0).has_depth:
+            raise DataError(f"{folder}: the photographs have depth of their own; leave out the estimated one")
+        if source.is_undistorted(0):
+            raise DataError(
+                f"{folder}: the photographs are distorted by their lens, which is undone here, not in the estimates. "
+                "Undistort them first, as `colmap image_undistorter` does, and estimate the depth of the result"
+            )
+        kind = _kind_in(self.folder)
+        if kind is None:
+            raise DataError(f"{folder}: expected a folder depth/ or points/ in it, with a file for each photograph")
+        self.kind, self.names = kind, source.names(0)
+        _check_files(self.folder, kind, self.names)
+
+    def __len__(self) -> int:
+        return 1
+
+    def cameras(self, scene: int) -> SceneCameras:
+        """Return the cameras of the photographs; no image is decoded."""
+        return replace(self.source.cameras(scene), has_depth=True)
+
+    def views(self, scene: int = 0) -> Views:
+        """Return all views."""
+        return self.select(scene, range(len(self.names)))
+
+    def select(self, scene: int, indices: Sequence[int]) -> Views:
+        """Return some views in the given order, with their estimated depth."""
+        views = self.source.select(scene, indices)
+        depth = [
+            _of_frame(self.folder, self.kind, self.names[index], views.size, k, e, self.min_confidence)
+            for index, k, e in zip(indices, views.intrinsics, views.extrinsics, strict=True)
+        ]
+        return replace(views, depth=torch.stack(depth))
+
+
+def _kind_in(folder: Path) -> str | None:
+    found = [kind for kind in KINDS if (folder / kind).is_dir()]
     if len(found) > 1:
         raise DataError(f"{folder}: holds both depth and points; remove one of them, so that it is clear which counts")
-    (kind,) = found
-    depth = torch.zeros(len(names), 1, *size)
-    missing = []
-    for number, name in enumerate(names):
-        path = _file(Path(folder) / kind, Path(name).stem)
-        if path is None:
-            missing.append(name)
-            continue
-        values, confidence = _read(path, kind)
-        rows, columns = _pixels(values.shape[:2], size)
-        values = values[rows[:, None], columns]
-        if kind == "points":
-            values = _depth_of_points(path, values, intrinsics[number], extrinsics[number])
-        kept = np.isfinite(values) & (values > 0)
-        if confidence is not None:
-            kept &= confidence[rows[:, None], columns] >= min_confidence
-        depth[number, 0] = torch.from_numpy(np.where(kept, values, 0).astype(np.float32))
+    return found[0] if found else None
+
+
+def _of_frame(
+    folder: Path,
+    kind: str,
+    name: str,
+    size: tuple[int, int],
+    intrinsics: Tensor,
+    extrinsics: Tensor,
+    min_confidence: float,
+) -> Tensor:
+    """Return the depth of one frame, `[1, H, W]`; 0 if it has no file."""
+    path = _file(folder / kind, Path(name).stem)
+    if path is None:
+        return torch.zeros(1, *size)
+    values, confidence = _read(path, kind)
+    rows, columns = _pixels(values.shape[:2], size)
+    values = values[rows[:, None], columns]
+    if kind == "points":
+        values = _depth_of_points(path, values, intrinsics, extrinsics)
+    kept = np.isfinite(values) & (values > 0)
+    if confidence is not None:
+        kept &= confidence[rows[:, None], columns] >= min_confidence
+    return torch.from_numpy(np.where(kept, values, 0).astype(np.float32))[None]
+
+
+def _check_files(folder: Path, kind: str, names: Sequence[str]) -> None:
+    """Raise where no frame has a file, and count those that have none."""
+    missing = [name for name in names if _file(folder / kind, Path(name).stem) is None]
     if len(missing) == len(names):
         raise DataError(f"{Path(folder) / kind}: holds no file for any frame, such as {Path(names[0]).stem}.npy")
     if missing:
         warnings.warn(
             f"{Path(folder) / kind}: {len(missing)} of {len(names)} frames have no file and so no depth; first: "
             f"{missing[0]}",
-            stacklevel=2,
+            stacklevel=3,
         )
-    return depth
 
 
 def _file(folder: Path, stem: str) -> Path | None:

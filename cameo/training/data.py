@@ -19,8 +19,10 @@ from cameo.correspondence import DEPTH_TOLERANCE
 from cameo.correspondence.settings import MatcherSettings
 from cameo.data import EmbeddedScenes, MultiViewDataset, RoomRig, SceneSource, collate, open_views, rig_views
 from cameo.data.batches import MatchedDataset
+from cameo.data.estimated_depth import EstimatedDepth
 from cameo.data.matches import MatchReader, TokenGrids
 from cameo.data.prefetch import on_device
+from cameo.data.readers.source import PosedScenes
 from cameo.data.settings import data_format, room_rig
 from cameo.data.shards import RECIPE, check_settings
 from cameo.errors import DataError
@@ -108,11 +110,17 @@ def _source(config: TrainingConfig, split: str, kind: str, rig: str | RoomRig | 
             background=config.image_background,
             cache_bytes=config.view_cache_mb << 20,
         )
+        if config.estimated_depth is not None:
+            if not isinstance(opened, PosedScenes):
+                raise DataError(
+                    f"estimated_depth={config.estimated_depth}: is for photographs, not for {opened.format}"
+                )
+            return EstimatedDepth(opened, config.estimated_depth)
         if config.uses_matches and config.correspondence in FROM_DEPTH and not opened.cameras(0).has_depth:
             raise DataError(
                 f"train_data_dir={config.train_data_dir}: {opened.format} data without depth, which "
                 f"correspondence={config.correspondence} needs; give correspondence=matcher or features, or tracks for "
-                "a COLMAP model, or loss_weight=0 to train without CAMEO"
+                "a COLMAP model, estimated_depth=, or loss_weight=0 to train without CAMEO"
             )
         return opened
     if kind == "meshes" and not config.train_data_dir:

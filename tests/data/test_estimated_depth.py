@@ -8,8 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from cameo.data.estimated_depth import read_estimated_depth
+from cameo.correspondence import Correspondence
+from cameo.data import MultiViewDataset, open_views
+from cameo.data.estimated_depth import EstimatedDepth, read_estimated_depth
+from cameo.errors import DataError
 from cameo.geometry import unproject
+from cameo.training.data import build_dataset
+from cameo.training.settings import TrainingConfig
+from tests.helpers.posed_formats import room_views, write_nerfstudio, write_realestate10k
 
 SIZE = (4, 4)
 INTRINSICS = torch.tensor([[4.0, 0, 2], [0, 4, 2], [0, 0, 1]]).repeat(2, 1, 1)
@@ -105,3 +111,42 @@ def test_a_single_channel_may_be_in_front_or_behind(tmp_path: Path) -> None:
     found = read(tmp_path)
     assert found is not None
     assert found.flatten(1).mean(1).tolist() == [2.0, 3.0]
+
+
+def test_photographs_with_estimated_depth_are_a_scene_with_depth(tmp_path: Path) -> None:
+    views = room_views(4)
+    folder = write_realestate10k(tmp_path / "photos", views)
+    (folder / "depth").mkdir()
+    for view in range(3):  # the last has none
+        np.save(folder / "depth" / f"{1000 * view}.npy", views.depth[view, 0].numpy())
+    with pytest.warns(UserWarning, match=r"1 of 4 frames have no file"):
+        source = EstimatedDepth(open_views(folder, views.size), folder)
+    found = source.select(0, [2, 0])
+    assert torch.equal(found.depth, views.depth[[2, 0]])
+    assert not source.views(0).depth[3].any()
+    expected, match = (
+        Correspondence.from_depth(
+            one.depth[None, :3], one.intrinsics[None, :3], one.extrinsics[None, :3], token_grid=(6, 8)
+        ).index
+        for one in (views, source.views(0))
+    )
+    assert (match == expected).float().mean() > 0.99  # poses in text are rounded
+    assert (expected >= 0).any()
+    assert MultiViewDataset(source, num_views=2)[0]["depth"].any()
+
+    settings = {"num_views": 2, "resolution": 24, "correspondence": "depth", "min_overlap": 0.1}
+    config = TrainingConfig(train_data_dir=str(folder), estimated_depth=str(folder), **settings)
+    assert build_dataset(config, "train")[0]["depth"].any()  # the last view is held out
+
+
+def test_estimated_depth_that_does_not_fit_the_data_is_refused(tmp_path: Path) -> None:
+    views = room_views(2)
+    photos = open_views(write_realestate10k(tmp_path / "photos", views), views.size)
+    with pytest.raises(DataError, match="expected a folder depth/ or points/"):
+        EstimatedDepth(photos, tmp_path)
+    measured = open_views(write_nerfstudio(tmp_path / "measured", views), views.size)
+    (tmp_path / "depth").mkdir()
+    with pytest.raises(DataError, match="have depth of their own"):
+        EstimatedDepth(measured, tmp_path)
+    with pytest.raises(DataError, match="holds no file for any frame"):
+        EstimatedDepth(photos, tmp_path)

@@ -113,6 +113,10 @@ class PosedScenes:
         """Return the names of the views of a scene, as its files have them."""
         return [frame.name for frame in self._scene(scene).frames]
 
+    def is_undistorted(self, scene: int) -> bool:
+        """Tell whether the lens distortion of any image of a scene is undone."""
+        return any(frame.lens.model != "pinhole" for frame in self._scene(scene).frames)
+
     def fingerprint(self, scene: int) -> str:
         """Return hexadecimal digits that change with the cameras, the tracks and the content of the depth files."""
         return self._scene(scene).fingerprint(self.options)
