@@ -54,7 +54,10 @@ def _record(value: Any, stream: Any) -> None:
         if value.device.type == "cuda":
             value.record_stream(stream)
     elif isinstance(value, Correspondence):
-        _record([value.index, value.match_weight, value.distance], stream)
+        if value.device.type == "cuda":
+            for tensor in (value.index, value.match_weight, value.distance):
+                if tensor is not None:
+                    tensor.record_stream(stream)
     elif isinstance(value, dict | list):
         for item in value.values() if isinstance(value, dict) else value:
             _record(item, stream)

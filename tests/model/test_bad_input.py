@@ -68,7 +68,9 @@ def nothing_to_train(b: Bench) -> None:
 
 def empty_validation(b: Bench) -> None:
     pipeline, model = b.wrapped()
-    batch = {**b.batch, "depth": torch.zeros_like(b.batch["depth"])}
+    apart = b.batch["extrinsics"].clone()
+    apart[:, 0, 0, 3] += 1000.0  # the reference view sees nothing of the others
+    batch = {**b.batch, "extrinsics": apart}
     sample = {name: value[0] if not isinstance(value, int) else value for name, value in batch.items()}
     validate(model, pipeline, [sample], ValidationSettings(num_samples=1, noise_levels=(1.0,)))
 

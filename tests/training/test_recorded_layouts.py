@@ -89,5 +89,5 @@ def test_a_resumed_run_supervises_what_it_did(tmp_path: Path, recorded: bool) ->
 
 @pytest.mark.parametrize("layouts", [[], [{}, {}], ["b (v h w)"], {"path": {}}])
 def test_layouts_that_are_none(layouts: Any) -> None:
-    with pytest.raises(ValueError, match=r"layouts: expected None, or of a backbone a mapping for each of the layers"):
+    with pytest.raises(ValueError, match=r"layouts: expected None, or a mapping for each of the layers"):
         CameoConfig("mvdream", ["mid"], layouts=layouts).check()
