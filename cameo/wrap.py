@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
     from cameo.probing.layer_probe import LayerProbe
 
 __all__ = ["CameoModel", "attach", "wrap"]
+
+logger = logging.getLogger(__name__)
 
 Layouts = TokenLayout | str | Sequence[TokenLayout | str] | None
 Found = tuple[list[str], list[TokenLayout]]
@@ -158,11 +162,18 @@ def _layers_of_description(core: nn.Module, config: CameoConfig, wanted: Sequenc
             'layout=TokenLayout("(b v) (h w)", own_view_shows=0)'
         )
     layouts = _layouts(layout, len(wanted))
+    _mention_the_check()
     if len(set(layouts)) == 1:
         config.layout = layouts[0].to_dict()
     else:
         config.layouts = [one.to_dict() for one in layouts]
     return [_module_path(core, path) for path in wanted], layouts
+
+
+@cache
+def _mention_the_check() -> None:
+    """Say once in a process how a description is proved, since attention itself cannot know whether it is right."""
+    logger.info("a layout is taken as described; model.check_layout(inputs, images) proves it on the model")
 
 
 def _layouts(given: object, count: int) -> list[TokenLayout]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import pickle
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -262,3 +264,12 @@ def test_grids_by_numbers_of_numpy() -> None:
     for size in (True, (2, 2.0), (2, 0), (2,), "22", 2.5):
         with pytest.raises(ValueError, match="token_grid: expected a positive int or"):
             Correspondence.from_features(features, token_grid=size)
+
+
+def test_a_description_mentions_once_how_it_is_proved(caplog: pytest.LogCaptureFixture) -> None:
+    sys.modules["cameo.wrap"]._mention_the_check.cache_clear()  # `cameo.wrap` is the function
+    with caplog.at_level(logging.INFO, logger="cameo.wrap"):
+        for _ in range(2):
+            cameo.wrap(JointModel(), layer="joint", layout="b (v h w)")
+    told = [record.getMessage() for record in caplog.records]
+    assert told == ["a layout is taken as described; model.check_layout(inputs, images) proves it on the model"]
