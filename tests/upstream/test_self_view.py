@@ -33,6 +33,8 @@ def test_a_cut_layer_equals_itself_run_view_by_view(
         if subject.backbone == "zero123plus":  # its module joins the reference by itself; tests/probing runs it
             return
         tokens, output = calls[-1]
+        if tokens.shape[1] < sum(height * width for height, width in subject.grids):
+            return  # its processor joins the views by itself, so the module cannot be called with one of them
         hooks = dict(module._forward_hooks), dict(module._forward_pre_hooks)
         module._forward_hooks.clear(), module._forward_pre_hooks.clear()  # those that join the frames of sv3d/inflated
         expected = view_by_view(module, tokens, len(subject.grids))
