@@ -13,12 +13,12 @@ from torch import Tensor
 
 from cameo.alignment import AlignmentHead
 from cameo.attention.capture import AttentionLayer
-from cameo.data.batches import kind_of_truth, layer_grids, match_batch
 from cameo.geometry.grids import TokenGrid
 from cameo.model import CameoModel
 from cameo.pipeline import TrainingInputs
 from cameo.probing.hits import attention_maps
 from cameo.probing.mode import evaluation_mode, native_precision
+from cameo.probing.tally import BatchMatches
 
 __all__ = ["MEAN", "THROUGH_HEAD", "ViewMaps", "layer_maps", "map_sizes", "single_head", "why_not_shown"]
 
@@ -66,9 +66,9 @@ def why_not_shown(layer: AttentionLayer) -> str | None:
     return None if layer.layout.reach == "all" else "a token attends to a part of each other view"
 
 
-def map_sizes(layer: AttentionLayer, batch: Mapping[str, Any]) -> list[tuple[int, int]]:
+def map_sizes(layer: AttentionLayer, matches: BatchMatches) -> list[tuple[int, int]]:
     """Return the size `(N, M)` of every map of one readout of a layer on a batch."""
-    local = layer.layout.localize(match_batch(batch, layer_grids(layer, batch), kind=kind_of_truth(batch)))
+    local = layer.layout.localize(matches.match(layer))
     tokens = [height * width for height, width in local.token_grids]
     pairs = [(tokens[i], tokens[j]) for i in range(local.num_views) for j in range(local.num_views) if i != j]
     return pairs * local.batch_size
@@ -76,7 +76,7 @@ def map_sizes(layer: AttentionLayer, batch: Mapping[str, Any]) -> list[tuple[int
 
 def layer_maps(
     model: CameoModel,
-    batch: Mapping[str, Any],
+    matches: BatchMatches,
     inputs: TrainingInputs,
     layers: Sequence[AttentionLayer],
     *,
@@ -88,7 +88,7 @@ def layer_maps(
 
     Args:
         model: wraps the denoiser that `inputs` are for.
-        batch: collated samples with depth, or with matches of their own.
+        matches: collated samples, with their true matches.
         inputs: of the denoiser, made from the batch.
         layers: layers that `why_not_shown` has nothing against.
         trained_head: whether the alignment heads of the supervised layers were trained with these weights.
@@ -100,14 +100,14 @@ def layer_maps(
         for layer, head in zip(model.supervised_layers, model.alignment_heads, strict=True)
         if trained_head and isinstance(head, AlignmentHead) and head.weights()
     }
-    maps = {layer.path: _maps_of(model, layer, batch, captured.take(layer.path), heads) for layer in layers}
+    maps = {layer.path: _maps_of(model, layer, matches, captured.take(layer.path), heads) for layer in layers}
     return maps, output
 
 
 def _maps_of(
-    model: CameoModel, layer: AttentionLayer, batch: Mapping[str, Any], seen: Any, heads: Mapping[str, AlignmentHead]
+    model: CameoModel, layer: AttentionLayer, matches: BatchMatches, seen: Any, heads: Mapping[str, AlignmentHead]
 ) -> Iterator[ViewMaps]:
-    match = match_batch(batch, layer_grids(layer, batch), kind=kind_of_truth(batch))
+    match = matches.match(layer)
     query, key, local = model.split(layer, seen, match)
     order, head = layer.layout.view_order, heads.get(layer.path)
     for row in range(local.batch_size):

@@ -24,6 +24,7 @@ from cameo.pipeline import MultiViewPipeline
 from cameo.probing.denoising import check_noise_levels, fixed_inputs
 from cameo.probing.hits import ERROR_CLASSES
 from cameo.probing.mode import base_weights, evaluation_mode
+from cameo.probing.tally import BatchMatches
 
 __all__ = ["NOISE_LEVELS", "ShownModel", "write_page"]
 
@@ -109,14 +110,15 @@ def write_page(
     wanted = [layer for layer in wanted if layer.path not in refused]
     if not wanted:
         raise ValueError(f"layers: expected one that attends across whole views, got {refused or 'none'}")
-    kept, single_heads = _choose(wanted, batch, len(models) * len(noise_levels), budget)
+    matches = BatchMatches(batch, metric=False)
+    kept, single_heads = _choose(wanted, matches, len(models) * len(noise_levels), budget)
     readouts = [MEAN]
     trained = [shown.model.alignment_heads for shown in models.values() if shown.trained_head]
     if any(True for heads in trained for _ in heads.parameters()):
         readouts.append(THROUGH_HEAD)
     if single_heads:
         readouts += [single_head(number) for number in range(max(layer.heads for layer in wanted))]
-    content = _collect(models, pipeline, batch, wanted, noise_levels, _Content(Pack(kept), readouts))
+    content = _collect(models, pipeline, matches, wanted, noise_levels, _Content(Pack(kept), readouts))
     view, token = _first_token(content)
     facts = {
         "samples": _samples(batch),
@@ -127,7 +129,6 @@ def write_page(
             {
                 "text": f"{layer.index}: {layer.path}{' (supervised)' if layer.path in supervised else ''}",
                 "grids": content.grids[number],
-                "truth": number,
             }
             for number, layer in enumerate(wanted)
         ],
@@ -144,9 +145,9 @@ def write_page(
     return Path(path)
 
 
-def _choose(layers: Sequence[AttentionLayer], batch: Mapping[str, Any], runs: int, budget: int) -> tuple[Kept, bool]:
+def _choose(layers: Sequence[AttentionLayer], matches: BatchMatches, runs: int, budget: int) -> tuple[Kept, bool]:
     """Choose what is kept of the maps of each query, and whether the single heads are."""
-    by_layer = [(layer.heads, map_sizes(layer, batch)) for layer in layers]
+    by_layer = [(layer.heads, map_sizes(layer, matches)) for layer in layers]
     everything = [size for heads, sizes in by_layer for size in sizes * runs * (heads + 2)]
     kept = choose_kept(everything, budget)
     if kept == Kept(None, 1):
@@ -157,17 +158,18 @@ def _choose(layers: Sequence[AttentionLayer], batch: Mapping[str, Any], runs: in
 def _collect(
     models: Mapping[str, ShownModel],
     pipeline: MultiViewPipeline,
-    batch: dict[str, Any],
+    matches: BatchMatches,
     layers: Sequence[AttentionLayer],
     noise_levels: Sequence[float],
     content: _Content,
 ) -> _Content:
+    batch = dict(matches.batch)
     for level_number, level in enumerate(noise_levels):
         with evaluation_mode(pipeline.denoiser):  # without what a pipeline does in training only
             inputs = fixed_inputs(pipeline, batch, range(len(batch["images"])), level, SEED)
         for model_number, shown in enumerate(models.values()):
             with base_weights(shown.model) if shown.base else nullcontext():
-                maps, output = layer_maps(shown.model, batch, inputs, layers, trained_head=shown.trained_head)
+                maps, output = layer_maps(shown.model, matches, inputs, layers, trained_head=shown.trained_head)
             predicted = pipeline.predict_clean(output, inputs)
             for sample, of_sample in enumerate(predicted):
                 for view in range(int(batch["num_reference_views"]), len(of_sample)):

@@ -13,6 +13,7 @@ from cameo.explore.maps import ViewMaps, layer_maps
 from cameo.explore.packing import Pack
 from cameo.explore.write import SEED
 from cameo.probing.denoising import fixed_inputs
+from cameo.probing.tally import BatchMatches
 from cameo.wrap import CameoModel
 
 LEVELS = (0.5, 1.0)
@@ -30,7 +31,7 @@ class Page(NamedTuple):
         """Compute the maps of the supervised layer anew."""
         inputs = fixed_inputs(self.pipeline, self.batch, range(len(self.batch["images"])), level, SEED)
         layer = self.model.supervised_layers[0]
-        maps, _ = layer_maps(self.model, self.batch, inputs, [layer], trained_head=True)
+        maps, _ = layer_maps(self.model, BatchMatches(self.batch, metric=False), inputs, [layer], trained_head=True)
         return list(maps[layer.path])
 
 

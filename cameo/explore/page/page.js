@@ -50,7 +50,7 @@ function mapAt(model, query, key) {
 }
 
 function truthOf(query, key) {
-  const of = facts.truth[facts.layers[state.layer].truth][state.sample];
+  const of = facts.truth[state.layer][state.sample];
   return of[query + "/" + key] || null;
 }
 
