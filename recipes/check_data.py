@@ -1,9 +1,9 @@
 """Check whether cameras, depth and images of a data set fit together, before anything is trained on them.
 
-    python recipes/check_data.py train_data_dir=path/to/data                  # any folder that a training can read
-    python recipes/check_data.py train_data_dir=path/to/data depth_scale=5000 resolution=256
-    python recipes/check_data.py config=my.yaml                               # the data of a run
-    python recipes/check_data.py                                              # embedded rooms, which are right
+    cameo check-data train_data_dir=path/to/data  # any folder that a training can read
+    cameo check-data train_data_dir=path/to/data depth_scale=5000 resolution=256
+    cameo check-data config=my.yaml               # the data of a run
+    cameo check-data                              # embedded rooms, which are right
 
 The settings are those of the training recipes, and a few more; --help lists all of them, --print-config prints those
 that a run would use. Printed are figures for pairs of views and a verdict in words: "agrees"; "wrong", with what it
@@ -15,14 +15,14 @@ matched points, views warped into each other and their differences, as given and
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cameo.files import write_atomically
+from cameo.recipes import CONFIGS
 from cameo.settings import Settings, run_recipe, setting, split_arguments, typed_values
 from cameo.training.settings import TrainingConfig, load_config, settings_file
-
-CONFIGS = Path(__file__).parent / "configs"
 
 
 @dataclass
@@ -54,7 +54,7 @@ def main(arguments: list[str]) -> None:
     from cameo.processes.launch import Launch
     from cameo.training.data import build_dataset
 
-    Launch.from_environment().refuse_several_processes("recipes/check_data.py")
+    Launch.from_environment().refuse_several_processes("cameo check-data")
     # Data without depth is opened too, whatever the run would match with.
     source = build_dataset(replace(config, loss_weight=0.0, compare_without_cameo=False), "train").source
     check = check_views(source, scenes=options.scenes, pairs=options.pairs)
@@ -65,5 +65,10 @@ def main(arguments: list[str]) -> None:
     raise SystemExit(check.exit_status)
 
 
+def run(arguments: Sequence[str] | None = None) -> None:
+    """Run the recipe; `arguments` are those of the command line by default."""
+    run_recipe(main, read, [Options, TrainingConfig], about=__doc__ or "", arguments=arguments)
+
+
 if __name__ == "__main__":
-    run_recipe(main, read, [Options, TrainingConfig], about=__doc__)
+    run()

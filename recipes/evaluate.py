@@ -1,10 +1,10 @@
 """Evaluate a multi-view diffusion model, or compare models that were evaluated.
 
-    python recipes/evaluate.py backbone=cat3d                                       # a base as it is
-    python recipes/evaluate.py checkpoint=outputs/lora-cat3d-tiny/adapter output=results/with
-    python recipes/evaluate.py checkpoint=outputs/lora-cat3d-tiny/checkpoint-200 num_sampled=32 attention_layers=all
-    python recipes/evaluate.py checkpoint=you/rooms-lora train_data_dir=path/to/rgbd
-    python recipes/evaluate.py --compare results/without results/with output=results/difference
+    cameo evaluate backbone=cat3d                                                  # a base as it is
+    cameo evaluate checkpoint=outputs/lora-cat3d-tiny/adapter output=results/with
+    cameo evaluate checkpoint=outputs/lora-cat3d-tiny/checkpoint-200 num_sampled=32 attention_layers=all
+    cameo evaluate checkpoint=you/rooms-lora train_data_dir=path/to/rgbd
+    cameo evaluate --compare results/without results/with output=results/difference
 
 A checkpoint is a saved adapter or pipeline, a `checkpoint-N` of a run, or the id of a Hub repository
 (`checkpoint_revision=`). Its data is the validation set of its run (`config.yaml` beside it), else that of the
@@ -21,17 +21,17 @@ samples.png; with --compare table.md and comparison.png (default `outputs/compar
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cameo.evaluation.settings import EvaluationSettings
 from cameo.files import write_atomically
+from cameo.recipes import CONFIGS
 from cameo.settings import Settings, run_recipe, setting, split_arguments, typed_values
 from cameo.training.run_settings import evaluation_settings, run_settings
 from cameo.training.settings import TrainingConfig
-
-CONFIGS = Path(__file__).parent / "configs"
 
 
 @dataclass
@@ -86,7 +86,7 @@ def main(arguments: list[str]) -> None:
     """Evaluate or compare, and print the table."""
     from cameo.processes.launch import Launch
 
-    Launch.from_environment().refuse_several_processes("recipes/evaluate.py")
+    Launch.from_environment().refuse_several_processes("cameo evaluate")
     options, evaluation, settings = read(arguments)
     if options.compare:
         compare(options.results, Path(options.output or "outputs/comparison"))
@@ -127,5 +127,10 @@ def compare(paths: list[str], output: Path) -> None:
     print(f"table.md, {figure.name} in {output}")
 
 
+def run(arguments: Sequence[str] | None = None) -> None:
+    """Run the recipe; `arguments` are those of the command line by default."""
+    run_recipe(main, read_all, [Options, EvaluationSettings, TrainingConfig], about=__doc__ or "", arguments=arguments)
+
+
 if __name__ == "__main__":
-    run_recipe(main, read_all, [Options, EvaluationSettings, TrainingConfig], about=__doc__)
+    run()

@@ -1,26 +1,27 @@
 """Train all weights of a multi-view diffusion model, from a preset or from released weights, with or without CAMEO.
 
-    python recipes/full_finetune.py                                              # small base model on embedded rooms
-    python recipes/full_finetune.py loss_weight=0.1 train_data_dir=path/to/rgbd  # an RGB-D sequence, or a mesh folder
-    python recipes/full_finetune.py backbone=mvdream                             # or zero123plus, sv3d
-    python recipes/full_finetune.py resume_from_checkpoint=latest                # go on with an interrupted run
-    accelerate launch recipes/full_finetune.py config=my.yaml                    # several GPUs
-    torchrun --nproc_per_node 2 recipes/full_finetune.py config=my.yaml          # several processes on CPUs
+    cameo full                                                                 # small base model on embedded rooms
+    cameo full loss_weight=0.1 train_data_dir=path/to/rgbd                     # an RGB-D sequence, or a mesh folder
+    cameo full backbone=mvdream                                                # or zero123plus, sv3d
+    cameo full resume_from_checkpoint=latest                                   # go on with an interrupted run
+    accelerate launch -m cameo.recipes.full_finetune config=my.yaml            # several GPUs
+    torchrun --nproc_per_node 2 -m cameo.recipes.full_finetune config=my.yaml  # several processes on CPUs
 
 Every setting of `cameo.training.settings.TrainingConfig` can be given as key=value; --help lists them with what they
-mean, --print-config prints those that a run would use.
+mean, --print-config prints those that a run would use. In a clone `python recipes/full_finetune.py` is the same, and
+launchers take that file too.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from cameo.files import write_atomically
+from cameo.recipes import CONFIGS
 from cameo.settings import run_recipe
 from cameo.training.settings import TrainingConfig, load_config, settings_file
-
-CONFIGS = Path(__file__).parent / "configs"
 
 
 def read(arguments: list[str]) -> TrainingConfig:
@@ -34,10 +35,10 @@ def main(arguments: list[str]) -> None:
     from cameo.training.setup import begin_run
 
     with begin_run(config):
-        run(config)
+        train_and_report(config)
 
 
-def run(config: TrainingConfig) -> None:
+def train_and_report(config: TrainingConfig) -> None:
     """Train one model, and write its results."""
     from cameo.training.data import build_dataset
     from cameo.training.report import card_metrics, metrics_table, write_pictures
@@ -82,5 +83,10 @@ def run(config: TrainingConfig) -> None:
         print(f"pushed to {model.push_to_hub(str(config.hub_model_id), **hub, **facts)}")
 
 
+def run(arguments: Sequence[str] | None = None) -> None:
+    """Run the recipe; `arguments` are those of the command line by default."""
+    run_recipe(main, lambda arguments: [read(arguments)], [TrainingConfig], about=__doc__ or "", arguments=arguments)
+
+
 if __name__ == "__main__":
-    run_recipe(main, lambda arguments: [read(arguments)], [TrainingConfig], about=__doc__)
+    run()

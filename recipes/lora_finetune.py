@@ -1,28 +1,29 @@
 """Train a LoRA with CAMEO on a multi-view diffusion model; without arguments about two minutes on two CPU cores.
 
-    python recipes/lora_finetune.py                                          # bundled base, embedded rooms
-    python recipes/lora_finetune.py train_data_dir=path/to/rgbd num_views=4  # an RGB-D sequence, or a mesh folder
-    python recipes/lora_finetune.py backbone=zero123plus                     # or mvdream, sv3d: settings in configs/
-    python recipes/lora_finetune.py resume_from_checkpoint=latest            # go on with an interrupted run
-    python recipes/lora_finetune.py push_to_hub=true hub_model_id=you/name   # and publish the adapter
-    accelerate launch recipes/lora_finetune.py config=my.yaml            # several GPUs
-    torchrun --nproc_per_node 2 recipes/lora_finetune.py config=my.yaml  # several processes on CPUs
+    cameo lora                                                                 # bundled base, embedded rooms
+    cameo lora train_data_dir=path/to/rgbd num_views=4                         # an RGB-D sequence, or a mesh folder
+    cameo lora backbone=zero123plus                                            # or mvdream, sv3d: settings in configs/
+    cameo lora resume_from_checkpoint=latest                                   # go on with an interrupted run
+    cameo lora push_to_hub=true hub_model_id=you/name                          # and publish the adapter
+    accelerate launch -m cameo.recipes.lora_finetune config=my.yaml            # several GPUs
+    torchrun --nproc_per_node 2 -m cameo.recipes.lora_finetune config=my.yaml  # several processes on CPUs
 
 Every setting of `cameo.training.settings.TrainingConfig` can be given as key=value; --help lists them with what they
-mean, --print-config prints those that a run would use. Without arguments this is a demonstration, which can be
+mean, --print-config prints those that a run would use. In a clone `python recipes/lora_finetune.py` is the same, and
+launchers take that file too. Without arguments this is a demonstration, which can be
 repeated: it replaces what it has left itself, and no run with settings of its own.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from cameo.files import write_atomically
+from cameo.recipes import CONFIGS
 from cameo.settings import run_recipe
 from cameo.training.settings import TrainingConfig, load_config, settings_file
-
-CONFIGS = Path(__file__).parent / "configs"
 
 
 def read(arguments: list[str]) -> TrainingConfig:
@@ -85,5 +86,10 @@ def train_and_compare(config: TrainingConfig) -> None:
         print(f"pushed to {run.model.push_to_hub(str(config.hub_model_id), **hub, **facts)}")
 
 
+def run(arguments: Sequence[str] | None = None) -> None:
+    """Run the recipe; `arguments` are those of the command line by default."""
+    run_recipe(main, lambda arguments: [read(arguments)], [TrainingConfig], about=__doc__ or "", arguments=arguments)
+
+
 if __name__ == "__main__":
-    run_recipe(main, lambda arguments: [read(arguments)], [TrainingConfig], about=__doc__)
+    run()

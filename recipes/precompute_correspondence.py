@@ -1,8 +1,8 @@
 """Compute the matches of a training set once, so that the training reads them instead of computing them.
 
-    python recipes/precompute_correspondence.py config=my.yaml precomputed_correspondence=matches
-    python recipes/lora_finetune.py             config=my.yaml precomputed_correspondence=matches
-    torchrun --nproc_per_node 2 recipes/precompute_correspondence.py config=my.yaml precomputed_correspondence=matches
+    cameo precompute config=my.yaml precomputed_correspondence=matches
+    cameo lora       config=my.yaml precomputed_correspondence=matches
+    torchrun --nproc_per_node 2 -m cameo.recipes.precompute_correspondence config=my.yaml ...  # several processes
 
 The settings are those of the training, so one settings file serves both, and a few more; --help lists all of them,
 --print-config prints those that a run would use.
@@ -14,13 +14,12 @@ environment, and need not run at the same time.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
+from cameo.recipes import CONFIGS
 from cameo.settings import Settings, run_recipe, setting, split_arguments, typed_values
 from cameo.training.settings import TrainingConfig, load_config, settings_file
-
-CONFIGS = Path(__file__).parent / "configs"
 
 
 @dataclass
@@ -69,5 +68,10 @@ def main(arguments: list[str]) -> None:
         print(f"still to be done by process {', '.join(map(str, done.waiting))} of {share.num_processes}")
 
 
+def run(arguments: Sequence[str] | None = None) -> None:
+    """Run the recipe; `arguments` are those of the command line by default."""
+    run_recipe(main, read, [Options, TrainingConfig], about=__doc__ or "", arguments=arguments)
+
+
 if __name__ == "__main__":
-    run_recipe(main, read, [Options, TrainingConfig], about=__doc__)
+    run()

@@ -1,16 +1,16 @@
 """Find the layers of a multi-view diffusion model whose attention matches the same surface point in other views.
 
-    python recipes/probe_layers.py backbone=cat3d                                    # the base of the settings file
-    python recipes/probe_layers.py checkpoint=outputs/lora-cat3d-tiny/adapter        # a trained model, or its run's
-    python recipes/probe_layers.py backbone=sv3d layers=0,2 timesteps=0.5,1.0 train_data_dir=path/to/rgbd
-    python recipes/probe_layers.py backbone=cat3d --perturb                          # and the effect of each layer
-    python recipes/probe_layers.py --list backbone=zero123plus                       # only list the layers
-    python recipes/probe_layers.py --list backbone=mvdream pretrained_model_name_or_path=path/to/model
+    cameo probe backbone=cat3d                              # the base of the settings file
+    cameo probe checkpoint=outputs/lora-cat3d-tiny/adapter  # a trained model, or its run's
+    cameo probe backbone=sv3d layers=0,2 timesteps=0.5,1.0 train_data_dir=path/to/rgbd
+    cameo probe backbone=cat3d --perturb                    # and the effect of each layer
+    cameo probe --list backbone=zero123plus                 # only list the layers
+    cameo probe --list backbone=mvdream pretrained_model_name_or_path=path/to/model
 
 The settings are those of the training recipes, and a few more; --help lists all of them, --print-config prints those
 that a run would use. The layers are probed on `num_validation_samples` samples of the validation set; with
 `inflate=true` these are the layers that see one view each, as if they were inflated. A checkpoint is given as for
-`recipes/evaluate.py` (`checkpoint_revision=` for a Hub repository). `--perturb` validates the model with the attention
+`cameo evaluate` (`checkpoint_revision=` for a Hub repository). `--perturb` validates the model with the attention
 of one layer at a time restricted to its own view.
 
 Written to `output` (default `outputs/probe`): probe.json, for `cameo.wrap(layer="auto", probe=LayerProbe.load(...))`,
@@ -20,11 +20,13 @@ those for `resolution` and `num_views`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cameo.files import write_atomically
+from cameo.recipes import CONFIGS
 from cameo.settings import Settings, run_recipe, setting, split_arguments, typed_values
 from cameo.training.run_settings import evaluation_settings, run_settings
 from cameo.training.settings import TrainingConfig
@@ -32,8 +34,6 @@ from cameo.training.settings import TrainingConfig
 if TYPE_CHECKING:
     from cameo import CameoModel
     from cameo.pipeline import MultiViewPipeline
-
-CONFIGS = Path(__file__).parent / "configs"
 
 
 @dataclass
@@ -83,7 +83,7 @@ def main(arguments: list[str]) -> None:
     """Probe the layers, or list them, and print a table."""
     from cameo.processes.launch import Launch
 
-    Launch.from_environment().refuse_several_processes("recipes/probe_layers.py")
+    Launch.from_environment().refuse_several_processes("cameo probe")
     options, settings = read(arguments)
     if options.list:
         list_layers(run_settings(settings, CONFIGS, None)[0])
@@ -167,5 +167,10 @@ def list_layers(config: TrainingConfig) -> None:
     print(layer_table(get_backbone(config.backbone), denoiser, **size))
 
 
+def run(arguments: Sequence[str] | None = None) -> None:
+    """Run the recipe; `arguments` are those of the command line by default."""
+    run_recipe(main, read_all, [Options, TrainingConfig], about=__doc__ or "", arguments=arguments)
+
+
 if __name__ == "__main__":
-    run_recipe(main, read_all, [Options, TrainingConfig], about=__doc__)
+    run()

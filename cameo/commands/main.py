@@ -1,4 +1,4 @@
-"""The command `cameo`: `cameo lora`, `cameo explore`, ..., each of which is a module of this package.
+"""The command `cameo`: `cameo lora`, `cameo explore`, ..., each of which is a module with a function `run`.
 
 Needs nothing but the standard library until a command is chosen, so that `cameo --help` answers at once.
 """
@@ -25,7 +25,13 @@ class Command:
 
 
 COMMANDS = {
-    "explore": Command("cameo.commands.explore", "write a page on which a click shows where a model looks"),
+    "lora": Command("cameo.recipes.lora_finetune", "train a LoRA with CAMEO; without settings a demonstration"),
+    "full": Command("cameo.recipes.full_finetune", "train all weights with CAMEO, from a preset or released weights"),
+    "check-data": Command("cameo.recipes.check_data", "say whether cameras, depth and images fit together"),
+    "precompute": Command("cameo.recipes.precompute_correspondence", "compute the matches of a training set once"),
+    "probe": Command("cameo.recipes.probe_layers", "find the layers whose attention matches the same surface point"),
+    "evaluate": Command("cameo.recipes.evaluate", "measure a model, or compare models that were measured"),
+    "explore": Command("cameo.recipes.explore", "write a page on which a click shows where a model looks"),
     "doctor": Command("cameo.commands.doctor", "say what is installed, what can be used and what is missing for what"),
 }
 

@@ -32,7 +32,7 @@ __all__ = [
 # To be raised whenever the same settings give other matches or other files.
 FORMAT_VERSION = 1
 INDEX_NAME = "matches.json"
-RECIPE = "recipes/precompute_correspondence.py"
+RECIPE = "cameo precompute"
 TYPES = {"I8": np.int8, "I16": np.int16, "I32": np.int32, "I64": np.int64, "F16": np.float16, "F32": np.float32}
 # numpy has no bfloat16; its bits come as integers.
 TYPES["BF16"] = np.int16

@@ -82,12 +82,12 @@ def load_result(path: str | Path) -> dict[str, Any]:
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise DataError(f"{path}: no such file; recipes/evaluate.py writes result.json") from None
+        raise DataError(f"{path}: no such file; cameo evaluate writes result.json") from None
     except ValueError as error:
         raise DataError(f"{path}: not valid JSON ({error})") from error
     missing = [name for name in ("settings", "data", "sections") if not isinstance(result, dict) or name not in result]
     if missing:
-        raise DataError(f"{path}: is no result of recipes/evaluate.py, {', '.join(missing)} missing")
+        raise DataError(f"{path}: is no result of cameo evaluate, {', '.join(missing)} missing")
     return result
 
 

@@ -36,7 +36,7 @@ def warn_of_misfit(source: SceneSource) -> None:
         return
     if check.verdict == WRONG:
         warnings.warn(
-            f"the data seems to be wrong: {check.words}. recipes/check_data.py with the settings of this run shows it "
+            f"the data seems to be wrong: {check.words}. cameo check-data with the settings of this run shows it "
             "in pictures, and looks for more mistakes",
             stacklevel=3,
         )

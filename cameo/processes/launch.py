@@ -140,7 +140,7 @@ class Launch:
         if self.num_processes > 1:
             raise ValueError(
                 f"{recipe} runs as one process, and {self.num_processes} were launched, which would all write the same "
-                f"files; start it with python {recipe}"
+                f"files; start {recipe} without a launcher"
             )
 
     def _check_settings(self, config: TrainingConfig) -> None:

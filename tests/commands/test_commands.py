@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from cameo.commands import doctor
-from cameo.commands.explore import Options, checkpoints_of
 from cameo.commands.main import COMMANDS, main
+from cameo.recipes.explore import Options, checkpoints_of
 from cameo.version import __version__
 from tests.helpers.training_runs import fresh_accelerate, make_trainer, scene_cache
 

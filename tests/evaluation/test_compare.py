@@ -262,9 +262,9 @@ def test_files_are_read_under_names_that_tell_them_apart(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, r"none.json: no such file; recipes/evaluate.py writes result.json"),
+        (None, r"none.json: no such file; cameo evaluate writes result.json"),
         ("{", r"none.json: not valid JSON"),
-        ("[]", r"none.json: is no result of recipes/evaluate.py, settings, data, sections missing"),
+        ("[]", r"none.json: is no result of cameo evaluate, settings, data, sections missing"),
         ('{"settings": {}, "data": {}}', r"sections missing"),
     ],
 )

@@ -40,13 +40,13 @@ class Tree:
 
 
 def read_tree(root: Path) -> Tree:
-    """Parse every module of `cameo/` and `adapters/` (installed as `cameo.adapters`), the recipes and benchmarks."""
+    """Parse every module of `cameo/`, `adapters/` and `recipes/` (installed below `cameo`), and the benchmarks."""
     files: dict[str, str] = {}
     for folder in ("cameo", "adapters", *SCRIPTS):
         for path in sorted((root / folder).rglob("*.py")):
             relative = path.relative_to(root)
             parts = relative.with_suffix("").parts
-            if folder == "adapters":
+            if folder in ("adapters", "recipes"):
                 parts = ("cameo", *parts)
             if parts[-1] == "__init__":
                 parts = parts[:-1]

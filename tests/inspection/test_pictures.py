@@ -86,9 +86,7 @@ def test_a_training_warns_of_wrong_data_and_of_nothing_else(sequence: Path, open
         warn_of_misfit(RGBDSequence(sequence, (48, 48)))
         rendered = {"num_scenes": 1, "views_per_scene": 6, "size": (48, 48), "progress": False}
         warn_of_misfit(EmbeddedScenes(cache_dir=scene_cache(), **rendered))
-    with pytest.warns(
-        UserWarning, match=r"the data seems to be wrong: it looks like OpenGL axes.*recipes/check_data.py"
-    ):
+    with pytest.warns(UserWarning, match=r"the data seems to be wrong: it looks like OpenGL axes.*cameo check-data"):
         warn_of_misfit(RGBDSequence(opengl_sequence, (48, 48)))
     with pytest.warns(UserWarning, match="could not be checked.*expected at least 2"):
         warn_of_misfit(RGBDSequence(sequence, (48, 48), stride=6))

@@ -157,13 +157,13 @@ def test_what_the_trainer_does_not_do_is_refused(variable: str, value: str, mess
         check({**ACCELERATE, variable: value})
 
 
-@pytest.mark.parametrize("recipe", ["evaluate.py", "probe_layers.py"])
-def test_a_recipe_of_one_process_is_not_run_twice(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("recipe", "command"), [("evaluate", "evaluate"), ("probe_layers", "probe")])
+def test_a_recipe_of_one_process_is_not_run_twice(recipe: str, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in TORCHRUN.items():
         monkeypatch.setenv(name, value)
-    main = runpy.run_path(str(RECIPES / recipe))["main"]
+    main = runpy.run_path(str(RECIPES / f"{recipe}.py"))["main"]
     with pytest.raises(
-        ValueError, match=rf"recipes/{recipe} runs as one process, and 2 were launched, .*start it with"
+        ValueError, match=rf"cameo {command} runs as one process, and 2 were launched, .*start cameo {command} without"
     ):
         main(["backbone=cat3d"])
 

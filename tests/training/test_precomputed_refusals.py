@@ -53,7 +53,7 @@ def filled(tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainingConfig, Ca
         ({"data_format": "objects"}, "expected data_format=objects, got data_format=scenes"),
         (
             {"precomputed_correspondence": "no/folder"},
-            "no/folder: holds no matches; write them with recipes/precompute_",
+            "no/folder: holds no matches; write them with cameo precompute",
         ),
     ],
 )

@@ -77,6 +77,17 @@ def test_overrides_win_and_keep_their_types(file: Path) -> None:
     assert config.max_train_steps == 10
 
 
+def test_config_is_found_by_the_name_of_a_shipped_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    default = settings_file("lora", CONFIGS, ["config=lora_cat3d_sd21"])
+    named = load_config(default, ["config=lora_cat3d_sd21", "max_train_steps=3"])
+    assert named == load_config(CONFIGS / "lora_cat3d_sd21.yaml", ["max_train_steps=3"])
+    with pytest.raises(ValueError, match="unknown config 'lora_cat3d_sd2': did you mean 'lora_cat3d_sd21'"):
+        load_config(default, ["config=lora_cat3d_sd2"])
+    monkeypatch.chdir(tmp_path)
+    Path("lora_cat3d_sd21").write_text("num_views: 5\n")  # a file of the user comes first
+    assert load_config(default, ["config=lora_cat3d_sd21"]).num_views == 5
+
+
 def test_config_override_replaces_the_file(file: Path, tmp_path: Path) -> None:
     other = tmp_path / "other.yaml"
     other.write_text("rank: 8\n")

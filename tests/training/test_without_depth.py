@@ -192,7 +192,7 @@ def test_pairs_that_a_matcher_has_not_matched_are_an_error(tmp_path: Path, match
     assert isinstance(matched, MatchedDataset)
     for index in range(2):
         assert not matched[index]["not_precomputed"]
-    with pytest.raises(DataError, match=r"not all in the folder .*matches.*Run recipes/precompute_correspondence\.py"):
+    with pytest.raises(DataError, match=r"not all in the folder .*matches.*Run cameo precompute"):
         [matched[index] for index in range(2, 16)]
 
 

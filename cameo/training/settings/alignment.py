@@ -68,7 +68,7 @@ class AlignmentSettings(Settings):
     # it (worker), which is faster if there is no GPU. Tracks, which are lists of different lengths, are always matched
     # by the data workers.
     correspondence_in: str = setting("step", choices=("step", "worker"), changeable=True)
-    # Folder of matches that recipes/precompute_correspondence.py has filled. null, the default, computes the matches.
+    # Folder of matches that cameo precompute has filled. null, the default, computes the matches.
     precomputed_correspondence: str | None = setting(None, path=True, changeable=True)
     # Control experiments, with matches that carry no information about the sample: those of the next sample of the
     # batch (other_scene), or random tokens (random). none by default.

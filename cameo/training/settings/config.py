@@ -60,7 +60,7 @@ class TrainingConfig(
         >>> config.loss_weight, config.num_views
         (0.1, 3)
 
-    The comments above the fields say what each is; `python recipes/lora_finetune.py --help` prints them.
+    The comments above the fields say what each is; `cameo lora --help` prints them.
 
     Raises:
         ValueError: for a value of the wrong type or out of range, and for settings that contradict each other.
@@ -129,6 +129,8 @@ def load_config(
 ) -> TrainingConfig:
     """Read a YAML file and apply `key=value` overrides; `config=other.yaml` among them replaces the file.
 
+    `config=lora_cat3d_sd21`, without a suffix, is the file of that name beside `path`, one of those that come along.
+
     Embedded data that the file names gives way to a `train_data_dir=` or `camera_rig=` among the overrides, with the
     settings of its rig in rooms.
 
@@ -150,7 +152,7 @@ def load_config(
         ValueError: for an unknown key, a value of the wrong type, or an override without `=`.
     """
     changed = _typed(overrides)
-    path = Path(changed.pop("config", path)).expanduser()
+    path = _named_file(changed.pop("config", None), Path(path).expanduser())
     given = read_yaml(path)
     for name in given:
         if name not in _NAMES and name not in SETTINGS:
@@ -176,6 +178,19 @@ def load_config(
                 stacklevel=2,
             )
     return TrainingConfig(**typed_values(TrainingConfig, typed, places=places))
+
+
+def _named_file(config: str | None, default: Path) -> Path:
+    """Return the settings file that `config=` names: a path, or the name of a file beside the default one."""
+    if config is None:
+        return default
+    path = Path(config).expanduser()
+    if path.suffix or path.is_file() or path.name != config:
+        return path
+    known = sorted(file.stem for file in default.parent.glob("*.yaml"))
+    if config not in known:
+        raise ValueError(f"{unknown_name('config', config, known)}. For a file of yours write config=path/to/it.yaml")
+    return default.with_name(f"{config}.yaml")
 
 
 def continued_settings(config: TrainingConfig) -> dict[str, Any]:

@@ -45,7 +45,7 @@ class ModelSettings(Settings):
 
 @dataclass
 class LoraSettings(Settings):
-    """LoRA, for recipes/lora_finetune.py."""
+    """LoRA, for `cameo lora`."""
 
     # Rank of the update of each weight matrix, >= 1. 4 by default, as in diffusers' LoRA scripts.
     rank: int = setting(4, at_least=1)

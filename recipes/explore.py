@@ -1,9 +1,9 @@
 """Write a page on which a click on a token shows where a model looks: one HTML file that opens from disk.
 
-    cameo explore outputs/lora-cat3d-tiny                   # a finished run: base, without and with CAMEO
-    cameo explore outputs/lora-cat3d-tiny/adapter           # an adapter, beside its base
-    cameo explore you/rooms-lora                            # the same from the Hub
-    cameo explore outputs/one outputs/other output=two.html # two runs, side by side
+    cameo explore outputs/lora-cat3d-tiny                    # a finished run: base, without and with CAMEO
+    cameo explore outputs/lora-cat3d-tiny/adapter            # an adapter, beside its base
+    cameo explore you/rooms-lora                             # the same from the Hub
+    cameo explore outputs/one outputs/other output=two.html  # two runs, side by side
     cameo explore outputs/lora-cat3d-tiny/adapter layers=all noise_levels='[1.0]'
 
 The samples are the first ones of the validation set of the (first) run, all models get the same noise. Every setting of
@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cameo.recipes import CONFIGS
 from cameo.settings import Settings, run_recipe, setting, split_arguments, typed_values
 from cameo.training.output_folder import WITHOUT_CAMEO
 from cameo.training.run_settings import run_settings
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from cameo.explore.write import ShownModel
     from cameo.training.runs import EvaluatedModel
 
-CONFIGS = Path(__file__).parents[2] / "recipes" / "configs"
 ADAPTER = "adapter"  # folder in that of a finished run
 SHOWN_LAYERS = ("supervised", "all")
 
@@ -89,7 +89,7 @@ def main(arguments: list[str]) -> None:
     """Load the models, write the page and say where it is."""
     from cameo.processes.launch import Launch
 
-    Launch.from_environment().refuse_several_processes("recipes/explore.py")
+    Launch.from_environment().refuse_several_processes("cameo explore")
     options, settings = read(arguments)
     from cameo.data import collate
     from cameo.data.batches import to_device
@@ -157,3 +157,7 @@ def load_models(models: list[str], settings: dict[str, Any]) -> tuple[dict[str, 
             shown[name if len(models) == 1 else f"{model}, {name}"] = ShownModel(run.model, run.trained_head)
     assert first is not None  # Options.check
     return shown, first
+
+
+if __name__ == "__main__":
+    run()
