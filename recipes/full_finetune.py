@@ -41,10 +41,11 @@ def main(arguments: list[str]) -> None:
 def train_and_report(config: TrainingConfig) -> None:
     """Train one model, and write its results."""
     from cameo.training.data import build_dataset
-    from cameo.training.report import card_metrics, metrics_table, write_pictures
+    from cameo.training.report import card_metrics, card_pictures, metrics_table, write_pictures
     from cameo.training.setup import (
         check_push,
         load_pipeline,
+        push_finished,
         run_name,
         to_run_device,
         validation_callback,
@@ -75,12 +76,15 @@ def train_and_report(config: TrainingConfig) -> None:
     table = metrics_table({f"step {entry['step']}": entry for entry in result.validations[-3:]})
     print(f"\n{table}\n")
     write_atomically(output / "table.md", table + "\n")
-    facts = {"pipeline": pipeline, "metrics": card_metrics(result.validations[-1]), "pictures": pictures}
-    folder = model.save_pretrained(output / "model", license=config.hub_license, **facts)
+    start, end = result.validations[0], result.validations[-1]
+    facts = {
+        "pipeline": pipeline,
+        "metrics": card_metrics({"base" if start["step"] == 0 else f"step {start['step']}": start, name: end}),
+        "pictures": card_pictures(pictures),
+    }
+    folder = model.save_pretrained(output / "model", license=config.hub_license, repo_id=config.hub_model_id, **facts)
     print(f"model in {folder}, pictures in {output / 'pictures'}, losses in {result.metrics}")
-    if config.push_to_hub:
-        hub = {"token": config.hub_token, "private": config.hub_private, "license": config.hub_license}
-        print(f"pushed to {model.push_to_hub(str(config.hub_model_id), **hub, **facts)}")
+    push_finished(model, folder, config, **facts)
 
 
 def run(arguments: Sequence[str] | None = None) -> None:

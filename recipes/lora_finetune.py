@@ -43,8 +43,14 @@ def main(arguments: list[str]) -> None:
 def train_and_compare(config: TrainingConfig) -> None:
     """Train each run of the recipe, one after the other, and write their results."""
     from cameo.training.data import build_dataset
-    from cameo.training.report import card_metrics, metrics_table, write_attention_page, write_pictures
-    from cameo.training.setup import check_push, planned_runs, train_lora
+    from cameo.training.report import (
+        card_metrics,
+        card_pictures,
+        metrics_table,
+        write_attention_page,
+        write_pictures,
+    )
+    from cameo.training.setup import check_push, planned_runs, push_finished, train_lora
 
     check_push(config)
     planned = planned_runs(config)
@@ -73,17 +79,20 @@ def train_and_compare(config: TrainingConfig) -> None:
     table = metrics_table(columns)
     print(f"\n{table}\n")
     write_atomically(output / "table.md", table + "\n")
-    for other in [one for one in runs.values() if one is not run]:
+    base = {"base": run.validations[0]}
+    for name, other in [(name, one) for name, one in runs.items() if one is not run]:
         folder = Path(other.trainer.config.output_dir) / "adapter"
-        other.model.save_pretrained(folder, license=config.hub_license, metrics=card_metrics(other.validations[-1]))
-    facts = {"metrics": card_metrics(run.validations[-1]), "pictures": pictures}
-    adapter = run.model.save_pretrained(output / "adapter", license=config.hub_license, **facts)
+        metrics = card_metrics({**base, name: other.validations[-1]})
+        other.model.save_pretrained(folder, license=config.hub_license, metrics=metrics)
+    trained = {name: entries[-1] for name, entries in validations.items()}
+    facts = {"metrics": card_metrics({**base, **trained}), "pictures": card_pictures(pictures)}
+    adapter = run.model.save_pretrained(
+        output / "adapter", license=config.hub_license, repo_id=config.hub_model_id, **facts
+    )
     print(f"adapter in {adapter}, pictures in {output / 'pictures'}, losses in {run.result.metrics}")
     if page is not None:
         print(f"where the models look, token by token: open {page} in a browser")
-    if config.push_to_hub:
-        hub = {"token": config.hub_token, "private": config.hub_private, "license": config.hub_license}
-        print(f"pushed to {run.model.push_to_hub(str(config.hub_model_id), **hub, **facts)}")
+    push_finished(run.model, adapter, config, **facts)
 
 
 def run(arguments: Sequence[str] | None = None) -> None:

@@ -32,6 +32,7 @@ COMMANDS = {
     "probe": Command("cameo.recipes.probe_layers", "find the layers whose attention matches the same surface point"),
     "evaluate": Command("cameo.recipes.evaluate", "measure a model, or compare models that were measured"),
     "explore": Command("cameo.recipes.explore", "write a page on which a click shows where a model looks"),
+    "push": Command("cameo.recipes.push", "push a finished adapter or model to the Hugging Face Hub, with its card"),
     "doctor": Command("cameo.commands.doctor", "say what is installed, what can be used and what is missing for what"),
 }
 

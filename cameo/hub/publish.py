@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,16 @@ from torch import Tensor, nn
 from cameo.backbone import get_backbone, unwrap_peft
 from cameo.config import CameoConfig
 from cameo.errors import DataError
+from cameo.hub.license import is_named_elsewhere
 from cameo.hub.loading import ADAPTER, BaseNeededError, load_base, without_adapter
 from cameo.hub.weights import ADAPTER_FORMATS, adapter_layers, adapter_name, format_in, stale_files
 from cameo.memory import placed_like
 
-__all__ = ["explained_errors", "file_names", "upload", "verify"]
+__all__ = ["NotReproducedError", "explained_errors", "file_names", "forget_local_names", "upload", "verify"]
+
+
+class NotReproducedError(RuntimeError):
+    """The saved files do not reproduce the output of the model that they were saved from."""
 
 
 def verify(base: nn.Module, config: CameoConfig, stage: Path, load: Callable[[nn.Module | None], nn.Module]) -> None:
@@ -33,7 +39,7 @@ def verify(base: nn.Module, config: CameoConfig, stage: Path, load: Callable[[nn
         load: loads the staged files, given the base or None.
 
     Raises:
-        RuntimeError: if they differ.
+        NotReproducedError: if they differ.
     """
     with torch.random.fork_rng(devices=[]):  # fresh heads must not shift the random numbers of a training
         is_adapter = format_in(stage) in ADAPTER_FORMATS
@@ -43,7 +49,7 @@ def verify(base: nn.Module, config: CameoConfig, stage: Path, load: Callable[[nn
             again = load(without_adapter(base) if is_adapter else _zeroed(unwrap_peft(base)))
     _align_precision(again, base)
     if not _is_reproduced(base, again, config):
-        raise RuntimeError(
+        raise NotReproducedError(
             "the saved files do not reproduce the model's output, so nothing was pushed. Likely causes: the "
             f"base in cameo_config.json ({config.base_model}) is not the one trained on, base weights "
             "changed beside the adapter (merge it and save the full model), the adapter's scale was changed, "
@@ -129,6 +135,17 @@ def _tensors(output: Any) -> list[Tensor]:
 def file_names(folder: Path) -> list[str]:
     """List the files below a folder, relative to it."""
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def forget_local_names(folder: Path) -> None:
+    """Remove names of local folders from the JSON files that diffusers and PEFT write beside the weights."""
+    for path in folder.rglob("*.json"):
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        names = ("_name_or_path", "base_model_name_or_path")
+        given = [name for name in names if isinstance(settings, dict) and settings.get(name)]
+        if local := [name for name in given if not is_named_elsewhere(settings[name])]:
+            kept = {name: value for name, value in settings.items() if name not in local}
+            path.write_text(json.dumps(kept, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def upload(

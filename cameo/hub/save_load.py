@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
-import re
 import shutil
 import tempfile
 import uuid
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -20,12 +19,16 @@ from cameo.backbone import get_backbone, unwrap_peft
 from cameo.config import CONFIG_NAME, CameoConfig
 from cameo.errors import DataError
 from cameo.files import move_into_place, write_atomically
+from cameo.hub.access import check_access
 from cameo.hub.card import CardFacts, Metrics, Pictures, copy_pictures, model_card
-from cameo.hub.license import find_license, hub_id, require_license
+from cameo.hub.left_out import left_out
+from cameo.hub.license import find_license, hub_id, is_named_elsewhere, require_license
 from cameo.hub.loading import check_numbers, load_base, read_adapter, read_full
-from cameo.hub.publish import explained_errors, file_names, upload, verify
+from cameo.hub.plain import builds_in_diffusers, package_of
+from cameo.hub.publish import explained_errors, file_names, forget_local_names, upload, verify
 from cameo.hub.weights import (
     ADAPTER_FORMATS,
+    DATA_FILES,
     HEAD_FILE,
     adapter_settings,
     check_readable,
@@ -42,8 +45,6 @@ __all__ = ["from_pretrained", "local_folder", "push_to_hub", "save_pretrained"]
 
 logger = logging.getLogger(__name__)
 
-DOWNLOADED = ["*.json", "*.safetensors", "*.txt", "*.model"]  # never pickles or code
-
 
 @old_keywords
 def save_pretrained(
@@ -55,6 +56,7 @@ def save_pretrained(
     metrics: Metrics | None = None,
     pictures: Pictures | None = None,
     license: str | Mapping[str, str] | None = None,
+    repo_id: str | None = None,
 ) -> Path:
     """Write weights, `cameo_config.json` and a model card to `folder`.
 
@@ -77,10 +79,16 @@ def save_pretrained(
         folder: created if needed.
         include_head: also write the alignment head, to go on training; inference does not need it.
         pipeline: the pipeline around a full model; its other components are saved with it.
-        metrics: for the card, name to value or group to names and values.
+        metrics: for the card, name to value, or to compare models column to names and values; the last column is this
+            model's. A figure of this model goes into the card's `model-index` too.
         pictures: for the card, caption to path or `PIL.Image`, or a list of paths.
         license: identifier of the Hub, or a mapping with `license`, `license_name`, `license_link`. Default:
             that of the base weights where it is known without network, else the card states none.
+        repo_id: Hub repository under which the card is to name the model; without it the code on the card runs in the
+            folder, and `cameo push` fills the name in.
+
+    A warning says what no file keeps: the scale of an adapter, a disabled one, other adapters, parameters that were
+    trained beside it.
 
     Raises:
         ValueError: if the adapter is ambiguous or merged, if `pipeline` holds another model, if the backbone does not
@@ -95,7 +103,7 @@ def save_pretrained(
     try:
         stage.mkdir(parents=True)
         facts = find_license(model.cameo_config, license, backbone=_backbone(model.cameo_config))
-        _stage(model, stage, target.name, facts, include_head, pipeline, metrics, pictures)
+        _stage(model, stage, repo_id, facts, include_head, pipeline, metrics, pictures)
         _move_in(stage, target)
     finally:
         shutil.rmtree(stage, ignore_errors=True)
@@ -213,16 +221,12 @@ def push_to_hub(
         raise ValueError(
             "revision: a pull request is opened against the default branch; leave out create_pr or revision"
         )
-    from huggingface_hub import HfApi, get_token
+    from huggingface_hub import HfApi
 
     config = model.cameo_config
-    if not (token or get_token()):
-        raise PermissionError("no Hugging Face token: pass token=, set the variable HF_TOKEN, or run `hf auth login`")
+    repo_id = check_access(repo_id, token)
     facts = require_license(config, license, backbone=_backbone(config), token=token)
     api = HfApi(token=token, library_name="cameo")
-    if "/" not in repo_id:
-        with explained_errors(repo_id):
-            repo_id = f"{api.whoami()['name']}/{repo_id}"
     with tempfile.TemporaryDirectory() as root:
         stage = Path(root) / "model"
         stage.mkdir()
@@ -248,7 +252,7 @@ def push_to_hub(
 def _stage(
     model: CameoModel,
     folder: Path,
-    place: str,
+    repo_id: str | None,
     license: dict[str, str],
     include_head: bool,
     pipeline: Any,
@@ -258,7 +262,6 @@ def _stage(
     on_hub: bool = False,
 ) -> None:
     """Write the files of a save into an empty folder."""
-    import diffusers
     from safetensors.torch import save_file
 
     base, core = model.base_model, unwrap_peft(model.base_model)
@@ -270,53 +273,38 @@ def _stage(
         )
     position = "none" if backbone is None else backbone.position(core)
     config = replace(model.cameo_config, cameo_version=__version__, position=position)
-    if on_hub and config.base_model is not None and not _is_loadable_elsewhere(config.base_model):
+    if on_hub and config.base_model is not None and not is_named_elsewhere(config.base_model):
         logger.warning(
             "base model %s is a local folder: others have to pass base_model= to load this", config.base_model
         )
         config.base_model = config.base_revision = None
+    for lost in left_out(base):
+        warnings.warn(f"saving: {lost}", stacklevel=4)
     weight_format = write_weights(base, folder, config=config, pipeline=pipeline)
     if on_hub:
-        _forget_local_names(folder)
+        forget_local_names(folder)
     config.save(folder)
     head = {key: value.contiguous() for key, value in model.alignment_heads.state_dict().items()}
     if include_head and head:
         save_file(head, str(folder / HEAD_FILE), metadata={"format": "pt"})
+    component = component_name(core, pipeline)
     card = CardFacts(
-        place=place,
-        on_hub=on_hub,
+        repo_id=repo_id,
         weight_format=weight_format,
         config=config,
         class_name=type(core).__name__,
-        component=component_name(core, pipeline),
-        in_diffusers=getattr(diffusers, type(core).__name__, None) is type(core),
+        package=package_of(core),
+        component=component,
         license=license,
+        plain_base=weight_format in ADAPTER_FORMATS and builds_in_diffusers(core, component, config, online=on_hub),
         has_head=include_head and bool(head),
         adapter=_adapter_facts(base) if weight_format in ADAPTER_FORMATS else {},
         metrics=metrics,
         pictures=copy_pictures(pictures, folder),
     )
     if backbone is not None:
-        card.pipeline_tag = backbone.pipeline_tag
+        card.pipeline_tag, card.backbone_package = backbone.pipeline_tag, type(backbone).__module__.partition(".")[0]
     write_atomically(folder / "README.md", model_card(card))
-
-
-def _is_loadable_elsewhere(name: str) -> bool:
-    """Tell from its spelling whether the name of a base means the same on other machines.
-
-    A local folder that has been removed is still a local folder.
-    """
-    return hub_id(name) is not None or re.fullmatch(r"[a-z]{2,}:[\w.-]+", name) is not None
-
-
-def _forget_local_names(folder: Path) -> None:
-    """Remove names of local folders from the JSON files that diffusers writes beside the weights."""
-    for path in folder.rglob("*.json"):
-        settings = json.loads(path.read_text(encoding="utf-8"))
-        name = settings.get("_name_or_path") if isinstance(settings, dict) else None
-        if name and not _is_loadable_elsewhere(name):
-            del settings["_name_or_path"]
-            path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _adapter_facts(base: nn.Module) -> dict[str, Any]:
@@ -375,7 +363,7 @@ def local_folder(
             token=token,
             cache_dir=cache_dir,
             local_files_only=local_files_only,
-            allow_patterns=DOWNLOADED,
+            allow_patterns=list(DATA_FILES),
         )
     return Path(snapshot)
 

@@ -23,13 +23,16 @@ from torch import nn
 from cameo.backbone import unwrap_peft
 from cameo.config import CONFIG_NAME, CameoConfig
 from cameo.errors import DataError
+from cameo.hub.license import hub_id
 
 __all__ = [
     "ADAPTER_FORMATS",
+    "DATA_FILES",
     "HEAD_FILE",
     "check_readable",
     "format_in",
     "format_to_write",
+    "is_saved_file",
     "stale_files",
     "write_weights",
 ]
@@ -58,6 +61,7 @@ FILES = {
     "module": (MODULE_FILE,),
 }
 ADAPTER_FORMATS = ("diffusers_lora", "peft")
+DATA_FILES = ("*.json", "*.safetensors", "*.txt", "*.model")  # never pickles or code
 
 
 def format_to_write(model: nn.Module, pipeline: Any = None) -> str:
@@ -119,6 +123,23 @@ def check_readable(folder: Path, weight_format: str) -> None:
                         file.keys()
             except (SafetensorError, ValueError, OSError) as error:
                 raise DataError(f"{path}: damaged or cut short ({error}). Save, copy or download it again") from error
+
+
+def is_saved_file(name: str, weight_format: str, folder: Path) -> bool:
+    """Tell whether a file of a saved folder belongs to the model: its weights, settings and pictures.
+
+    A pipeline has more: what the folders of its components hold, such as the vocabulary of a tokenizer; never a pickle
+    or code.
+
+    Example:
+        >>> is_saved_file("optimizer.bin", "diffusers_lora", Path("checkpoint-100"))
+        False
+    """
+    patterns = [CONFIG_NAME, HEAD_FILE, "pictures/*", *FILES[weight_format]]
+    if weight_format == "pipeline":
+        components = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+        patterns += [f"{component}/{kind}" for component in components for kind in DATA_FILES]
+    return any(_matches(name, pattern) for pattern in patterns)
 
 
 def formats_among(names: Iterable[str]) -> list[str]:
@@ -198,7 +219,7 @@ def write_weights(model: nn.Module, folder: Path, *, config: CameoConfig, pipeli
 
     weight_format, core = format_to_write(model, pipeline), unwrap_peft(model)
     if weight_format == "diffusers_lora":
-        _write_diffusers_lora(core, folder / LORA_FILE, component_name(core, pipeline))
+        _write_diffusers_lora(core, folder / LORA_FILE, component_name(core, pipeline), config)
     elif weight_format == "peft":
         _write_peft(model, folder, config)
     elif weight_format == "pipeline":
@@ -228,13 +249,15 @@ def component_name(core: nn.Module, pipeline: Any = None) -> str:
     )
 
 
-def _write_diffusers_lora(core: nn.Module, path: Path, prefix: str) -> None:
+def _write_diffusers_lora(core: nn.Module, path: Path, prefix: str, config: CameoConfig) -> None:
     from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
 
     name = adapter_name(core)
     settings = adapter_settings(core).to_dict()
+    settings["base_model_name_or_path"] = hub_id(config.base_model)  # nothing else means the same elsewhere
+    settings["revision"] = config.base_revision
     header = {f"{prefix}.{key}": sorted(value) if isinstance(value, set) else value for key, value in settings.items()}
     state = get_peft_model_state_dict(core, adapter_name=name)
     save_file(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,15 @@ from cameo.probing.mode import base_weights, evaluation_mode, generate_views, ha
 from cameo.tables import markdown_table
 from cameo.training.settings import TrainingConfig
 
-__all__ = ["card_metrics", "metrics_table", "noise_inputs", "predicted_views", "write_attention_page", "write_pictures"]
+__all__ = [
+    "card_metrics",
+    "card_pictures",
+    "metrics_table",
+    "noise_inputs",
+    "predicted_views",
+    "write_attention_page",
+    "write_pictures",
+]
 
 NOT_MEASURED = "-"
 PAGE_BUDGET = 6 * 10**6  # bytes of the maps on the page that a run leaves behind
@@ -172,9 +180,44 @@ def _draw(
     return _Drawn(predicted_views(model, pipeline, batch, inputs, config), found)
 
 
-def card_metrics(validation: Mapping[str, Any]) -> dict[str, Any]:
-    """Pick what a model card shows of a validation result: its figures and settings, without notes and pictures."""
-    return {name: value for name, value in validation.items() if name not in ("notes", "pictures", "step")}
+def card_metrics(columns: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """Pick what a model card shows of validation results, side by side, in words that need no glossary.
+
+    Example:
+        >>> measured = {"loss": 0.26761, "psnr_covisible": None, "psnr_all": 11.9743, "precision": {"mean@1": 0.45661}}
+        >>> for name, figure in card_metrics({"with CAMEO": measured})["with CAMEO"].items():
+        ...     print(f"{name}: {figure}")
+        PSNR of the predicted view, all pixels (dB): 11.97
+        attention finds the true match within one token (%): 45.7
+        denoising loss: 0.2676
+    """
+    return {title: _card_figures(measured) for title, measured in columns.items()}
+
+
+def _card_figures(measured: Mapping[str, Any]) -> dict[str, float]:
+    precision, views = measured["precision"] or {}, measured.get("precision_view") or {}
+    figures = {
+        "PSNR of the predicted view where the reference sees it (dB)": (measured["psnr_covisible"], 1, 2),
+        "PSNR of the predicted view, all pixels (dB)": (measured["psnr_all"], 1, 2),
+        "attention finds the true match within one token (%)": (precision.get("mean@1"), 100, 1),
+        "attention prefers a view that shows the same point (%)": (views.get("mean"), 100, 1),
+        "the same by chance (%)": (views.get("chance"), 100, 1),
+        "denoising loss": (measured["loss"], 1, 4),
+    }
+    return {name: round(value * unit, digits) for name, (value, unit, digits) in figures.items() if value is not None}
+
+
+def card_pictures(pictures: Sequence[Path]) -> dict[str, Path]:
+    """Give the pictures of `write_pictures` the captions of a model card, which say what there is to see."""
+    captions = {
+        "views": "Scenes that the training has not seen. From left to right: the view that the model is given, if any, "
+        "the true target view, and what each model makes of it, predicted from pure noise in one step and sampled in "
+        "several. The closer to the true view the better; below each is the PSNR.",
+        "attention": "Where the supervised attention looks, token by token of the target view. Blue: its strongest "
+        "attention is on the true match in the other view, or one token off. Yellow and orange: it looks elsewhere. "
+        "Gray: the other view does not show that point. The more blue the better.",
+    }
+    return {captions.get(path.stem, path.stem): path for path in pictures}
 
 
 def metrics_table(columns: Mapping[str, Mapping[str, Any]]) -> str:

@@ -20,6 +20,7 @@ import yaml
 
 WRITE_TOKEN, READ_TOKEN, WRONG_TOKEN = ("hf_" + letter * 34 for letter in "wrx")
 OWNER = "painter"
+READERS = "gallery"  # organization of the owner of the tokens, who may only read there
 
 
 @dataclass
@@ -108,8 +109,11 @@ class _Handler(BaseHTTPRequestHandler):
     def _route(self, parts: list[str]) -> None:
         match parts:
             case ["api", "whoami-v2"]:
-                self._require_token()
-                self._json({"type": "user", "name": OWNER, "orgs": []})
+                role = "write" if self._require_token() == WRITE_TOKEN else "read"
+                auth = {"type": "access_token", "accessToken": {"displayName": "tests", "role": role}}
+                self._json(
+                    {"type": "user", "name": OWNER, "orgs": [{"name": READERS, "roleInOrg": "read"}], "auth": auth}
+                )
             case ["api", "repos", "create"]:
                 self._create()
             case ["api", "validate-yaml"]:

@@ -1,0 +1,72 @@
+"""Whether diffusers, without cameo, can build a network and its base."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from cameo.config import CameoConfig
+from cameo.hub.license import hub_id
+
+__all__ = ["builds_in_diffusers", "package_of"]
+
+
+def package_of(core: nn.Module) -> str:
+    """Name the package of a network's class; what diffusers exports is of diffusers.
+
+    Example:
+        >>> package_of(nn.Linear(1, 1))
+        'torch'
+    """
+    import diffusers
+
+    kind = type(core)
+    return "diffusers" if getattr(diffusers, kind.__name__, None) is kind else kind.__module__.partition(".")[0]
+
+
+def builds_in_diffusers(core: nn.Module, component: str, config: CameoConfig, *, online: bool) -> bool:
+    """Tell whether `from_pretrained` of diffusers builds this network from the repository of its base.
+
+    It does if the repository holds, in the folder of the component, the same class with the same settings: an adapter
+    of cameo may have changed it after loading, such as the first convolution of Stable Diffusion, or converted it.
+
+    Args:
+        core: the denoiser.
+        component: its name in a pipeline.
+        config: names the base.
+        online: whether to ask the Hub for what is not in the local cache.
+    """
+    name = hub_id(config.base_model)
+    if name is None or package_of(core) != "diffusers":
+        return False
+    stored = _stored_settings(name, f"{component}/config.json", config.base_revision, online=online)
+    current = dict(core.config)  # type: ignore[arg-type]
+    if stored.get("_class_name") != type(core).__name__:
+        return False
+    common = [key for key in stored if not key.startswith("_") and key in current]
+    return all(_comparable(stored[key]) == _comparable(current[key]) for key in common)
+
+
+def _stored_settings(name: str, file: str, revision: str | None, *, online: bool) -> dict[str, Any]:
+    """Read a JSON file of a repository; empty if there is none, or it is not at hand."""
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.utils import httpx  # hub 1.x and 2.x use different HTTP libraries under this name
+
+    found = try_to_load_from_cache(name, file, revision=revision)
+    if not isinstance(found, str):
+        if not online:
+            return {}
+        try:
+            found = hf_hub_download(name, file, revision=revision)
+        except (HfHubHTTPError, OSError, httpx.HTTPError):
+            return {}
+    read = json.loads(Path(found).read_text(encoding="utf-8"))
+    return read if isinstance(read, dict) else {}
+
+
+def _comparable(value: Any) -> Any:
+    return [_comparable(entry) for entry in value] if isinstance(value, list | tuple) else value
