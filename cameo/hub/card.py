@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from cameo.config import CameoConfig
-from cameo.hub.license import hub_id, is_named_elsewhere
+from cameo.hub.license import hub_id
+from cameo.hub.places import is_named_elsewhere, without_folder
 from cameo.hub.results import Metrics, eval_results, number, results_section
 from cameo.hub.snippets import usage_section
 from cameo.hub.weights import ADAPTER_FORMATS
@@ -189,8 +190,6 @@ def _details(facts: CardFacts) -> str:
     rows: dict[str, Any] = {
         "Backbone": config.backbone or f"{facts.class_name}, token layout {config.layout or config.layouts}",
         "Base weights": _base_text(facts),
-    }
-    rows |= {
         "Supervised layer": ", ".join(config.layers),
         "Alignment head": _compact(config.head)
         + (", included" if facts.has_head else ", not included (training only)"),
@@ -211,7 +210,7 @@ def _details(facts: CardFacts) -> str:
     if config.cameo_version:
         rows["cameo"] = config.cameo_version
     return "## Training\n\n" + markdown_table(
-        ("", ""), [(name, _compact(_without_folders(value))) for name, value in rows.items()]
+        ("", ""), [(name, _compact(without_folder(value))) for name, value in rows.items()]
     )
 
 
@@ -237,11 +236,6 @@ def _base_text(facts: CardFacts) -> str:
     if not facts.is_named_elsewhere:
         return "a folder of the author, not published"
     return config.base_model + (f" at {config.base_revision}" if config.base_revision else "")
-
-
-def _without_folders(value: Any) -> Any:
-    """Cut a path on this machine down to its name."""
-    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 
 
 def _pictures(facts: CardFacts) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 from cameo.config import CameoConfig
 
-__all__ = ["find_license", "hub_id", "is_named_elsewhere", "require_license"]
+__all__ = ["find_license", "hub_id", "require_license"]
 
 logger = logging.getLogger(__name__)
 
@@ -25,18 +25,6 @@ def hub_id(name: str | None) -> str | None:
     if name is None or Path(name).exists() or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
         return None
     return name
-
-
-def is_named_elsewhere(name: str) -> bool:
-    """Tell from its spelling whether the name of a base means the same on other machines.
-
-    A local folder that has been removed is still a local folder.
-
-    Example:
-        >>> is_named_elsewhere("bundled:cat3d-tiny"), is_named_elsewhere("/data/base")
-        (True, False)
-    """
-    return hub_id(name) is not None or re.fullmatch(r"[a-z]{2,}:[\w.-]+", name) is not None
 
 
 def find_license(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,12 +14,11 @@ from torch import Tensor, nn
 from cameo.backbone import get_backbone, unwrap_peft
 from cameo.config import CameoConfig
 from cameo.errors import DataError
-from cameo.hub.license import is_named_elsewhere
 from cameo.hub.loading import ADAPTER, BaseNeededError, load_base, without_adapter
 from cameo.hub.weights import ADAPTER_FORMATS, adapter_layers, adapter_name, format_in, stale_files
 from cameo.memory import placed_like
 
-__all__ = ["NotReproducedError", "explained_errors", "file_names", "forget_local_names", "upload", "verify"]
+__all__ = ["NotReproducedError", "explained_errors", "file_names", "upload", "verify"]
 
 
 class NotReproducedError(RuntimeError):
@@ -135,17 +133,6 @@ def _tensors(output: Any) -> list[Tensor]:
 def file_names(folder: Path) -> list[str]:
     """List the files below a folder, relative to it."""
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-
-
-def forget_local_names(folder: Path) -> None:
-    """Remove names of local folders from the JSON files that diffusers and PEFT write beside the weights."""
-    for path in folder.rglob("*.json"):
-        settings = json.loads(path.read_text(encoding="utf-8"))
-        names = ("_name_or_path", "base_model_name_or_path")
-        given = [name for name in names if isinstance(settings, dict) and settings.get(name)]
-        if local := [name for name in given if not is_named_elsewhere(settings[name])]:
-            kept = {name: value for name, value in settings.items() if name not in local}
-            path.write_text(json.dumps(kept, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def upload(

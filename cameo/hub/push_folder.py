@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 import re
 import shutil
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,9 +16,10 @@ from cameo.errors import DataError
 from cameo.files import write_atomically
 from cameo.hub.access import check_access
 from cameo.hub.card import UNNAMED
-from cameo.hub.license import hub_id, is_named_elsewhere, require_license
+from cameo.hub.license import hub_id, require_license
 from cameo.hub.loading import BaseNeededError
-from cameo.hub.publish import explained_errors, file_names, forget_local_names, upload, verify
+from cameo.hub.places import forget_local_names, public_config
+from cameo.hub.publish import explained_errors, file_names, upload, verify
 from cameo.hub.save_load import from_pretrained
 from cameo.hub.weights import check_readable, format_in, is_saved_file
 
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from huggingface_hub import ModelCard
 
 __all__ = ["PushedFolder", "named_card", "push_folder", "saved_folder"]
-
-logger = logging.getLogger(__name__)
 
 CARD = "README.md"
 RESULTS = ("adapter", "model")  # folders of the results in that of a finished run
@@ -104,13 +102,7 @@ def push_folder(
         for key, value in require_license(config, stated, backbone=backbone, token=token).items():
             card.data[key] = value
         write_atomically(stage / CARD, f"---\n{card.data.to_yaml()}\n---\n{card.text}")
-        public = config
-        if config.base_model is not None and not is_named_elsewhere(config.base_model):
-            logger.warning(
-                "base model %s is a local folder: others have to pass base_model= to load this", config.base_model
-            )
-            public = replace(config, base_model=None, base_revision=None)
-        public.save(stage)
+        public_config(config).save(stage)
         forget_local_names(stage)
         unverified = _verify(folder, stage, config, weight_format)
         with explained_errors(repo_id):
@@ -139,8 +131,8 @@ def saved_folder(folder: str | Path) -> Path:
     found = next((place for place in within if (place / CONFIG_NAME).is_file()), None)
     if found is None:
         raise DataError(
-            f"{folder}: holds no saved model: expected {CONFIG_NAME} in it, or in its folder {' or '.join(RESULTS)}, as a "
-            "finished run leaves it"
+            f"{folder}: holds no saved model: expected {CONFIG_NAME} in it, or in its folder {' or '.join(RESULTS)}, "
+            "as in that of a finished run"
         )
     if not (found / CARD).is_file():
         raise DataError(f"{found / CARD}: no such file; the card is pushed with the model. Save the model again")

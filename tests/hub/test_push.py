@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -112,9 +113,12 @@ class TestPush:
         assert "license: apache-2.0" in card
         assert ("Inference differs from the base model" in card) == (name == "sv3d-inflated")
         own_class = name.startswith(("cat3d-transformer", "sv3d", "zero123plus"))
-        assert ("with its map of positions" in card) == (not own_class)
-        assert ("plain diffusers loads the U-Net without it" in card) == (name != "cat3d-transformer")
-        assert ("a class of its own code" in card) == own_class
+        assert ("is a class of the library cameo, which is needed: `pip install cameo-diffusion`" in card) == own_class
+        assert ("from diffusers import" in card) == (not own_class)
+        assert ("The weights alone are not the whole model" in card) == (name != "cat3d-transformer")
+        assert ("plain diffusers loads the U-Net without it" in card) == (not own_class)
+        for block in re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL):
+            exec(block, {})  # each defines what it uses; the bases are fresh weights, so a function takes them
 
     def test_urls(self, hub):
         urls = [hub.steps[name]["value"] for name in ("full", "lora", "branch", "pull request")]
@@ -134,8 +138,11 @@ class TestPush:
         card = ModelCard(first["README.md"].decode())
         assert card.data.license == "openrail"  # from the card of painter/base on the Hub
         assert card.data.base_model == "painter/base"
-        assert 'cameo.from_pretrained("painter/rooms")' in card.text
+        assert 'cameo.from_pretrained("painter/rooms", base_model=pipeline.denoiser)' in card.text
         assert "| psnr | 21.5 |" in card.text
+        assert [(one.metric_type, one.metric_value) for one in card.data.eval_results] == [("psnr", 21.5)]
+        assert card.data.model_name == "rooms"
+        assert card.text.lstrip().startswith("# rooms\n")
 
     def test_pull_request_leaves_the_branch(self, hub):
         repository = hub.repositories["painter/rooms"]
@@ -164,7 +171,9 @@ class TestPush:
             ("no license", "ValueError", "pass license="),
             ("no token", "PermissionError", "set the variable HF_TOKEN"),
             ("wrong token", "PermissionError", "answered 401"),
-            ("read token", "PermissionError", "answered 403"),
+            ("read token", "PermissionError", "may read and not write"),
+            ("no member", "PermissionError", "may only read in gallery"),
+            ("no id", "ValueError", "is no id of a Hub repository"),
             ("no connection", "ConnectionError", "could not be reached"),
         ],
     )

@@ -1,8 +1,11 @@
-"""Whether diffusers, without cameo, can build a network and its base."""
+"""What of a model means the same on other machines: names of places, and what diffusers builds without cameo."""
 
 from __future__ import annotations
 
 import json
+import logging
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,61 @@ from torch import nn
 from cameo.config import CameoConfig
 from cameo.hub.license import hub_id
 
-__all__ = ["builds_in_diffusers", "package_of"]
+__all__ = [
+    "builds_in_diffusers",
+    "forget_local_names",
+    "is_named_elsewhere",
+    "package_of",
+    "public_config",
+    "without_folder",
+]
+
+logger = logging.getLogger(__name__)
+
+
+def is_named_elsewhere(name: str) -> bool:
+    """Tell from its spelling whether the name of a base means the same on other machines.
+
+    A local folder that has been removed is still a local folder.
+
+    Example:
+        >>> is_named_elsewhere("bundled:cat3d-tiny"), is_named_elsewhere("/data/base")
+        (True, False)
+    """
+    return hub_id(name) is not None or re.fullmatch(r"[a-z]{2,}:[\w.-]+", name) is not None
+
+
+def without_folder(value: Any) -> Any:
+    """Cut a path on this machine down to its last name; anything else stays as it is.
+
+    Example:
+        >>> without_folder("/home/me/office"), without_folder("rooms"), without_folder(0.1)
+        ('office', 'rooms', 0.1)
+    """
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+
+
+def public_config(config: CameoConfig) -> CameoConfig:
+    """Return a configuration as it is published, without the folders of this machine; warn if the base is one."""
+    training = {name: without_folder(value) for name, value in config.training.items()}
+    config = replace(config, training=training)
+    if config.base_model is not None and not is_named_elsewhere(config.base_model):
+        logger.warning(
+            "base model %s is a local folder: others have to pass base_model= to load this", config.base_model
+        )
+        config.base_model = config.base_revision = None
+    return config
+
+
+def forget_local_names(folder: Path) -> None:
+    """Remove names of local folders from the JSON files that diffusers and PEFT write beside the weights."""
+    for path in folder.rglob("*.json"):
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        names = ("_name_or_path", "base_model_name_or_path")
+        given = [name for name in names if isinstance(settings, dict) and settings.get(name)]
+        if local := [name for name in given if not is_named_elsewhere(settings[name])]:
+            kept = {name: value for name, value in settings.items() if name not in local}
+            path.write_text(json.dumps(kept, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def package_of(core: nn.Module) -> str:
