@@ -60,7 +60,7 @@ def check_access(repo_id: str, token: str | None = None) -> str:
     if not (token or get_token()):
         raise PermissionError("no Hugging Face token: pass token=, set the variable HF_TOKEN, or run `hf auth login`")
     with explained_errors(repo_id):
-        user = HfApi(token=token, library_name="cameo").whoami(cache=True)
+        user = HfApi(token=token, library_name="cameo").whoami()
     name = str(user["name"])
     if "/" not in repo_id:
         repo_id = f"{name}/{repo_id}"

@@ -20,7 +20,7 @@ from cameo.errors import DataError
 from cameo.training.checkpoint import list_checkpoints, load_trained
 from cameo.training.data import build_dataset
 from cameo.training.settings import load_config
-from cameo.training.setup import add_lora, check_push, load_pipeline, planned_runs
+from cameo.training.setup import add_lora, load_pipeline, planned_runs
 from cameo.wrap import attach
 from tests.helpers.sequences import write_sequence
 from tests.helpers.training_runs import RecipeProcess, make_config, read_lines, same_files
@@ -170,24 +170,6 @@ def test_planned_runs_of_a_comparison(tmp_path: Path) -> None:
     assert len(planned_runs(make_config(tmp_path, compare_without_cameo=True, overwrite_output_dir=True))) == 2
     with pytest.raises(ValueError, match="there are two runs; expected latest"):
         planned_runs(make_config(tmp_path, compare_without_cameo=True, resume_from_checkpoint="checkpoint-6"))
-
-
-def test_push_without_token_is_refused_before_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
-    config = make_config(tmp_path, push_to_hub=True, hub_model_id="me/rooms")
-    with pytest.raises(PermissionError, match=r"push_to_hub=true: no Hugging Face token.*Nothing was trained yet"):
-        check_push(config)
-    config.hub_token = "hf_secret"
-    check_push(config)
-
-
-def test_push_without_license_is_refused_before_the_training(tmp_path: Path) -> None:
-    settings = {"push_to_hub": True, "hub_model_id": "me/rooms", "hub_token": "hf_secret", "preset": None}
-    config = make_config(tmp_path, pretrained_model_name_or_path=str(tmp_path), **settings)
-    with pytest.raises(ValueError, match=r"no license is known.*hub_license=. Nothing was trained yet"):
-        check_push(config)
-    config.hub_license = "openrail"
-    check_push(config)
 
 
 def test_data_folders_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
