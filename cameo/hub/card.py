@@ -176,7 +176,7 @@ def _introduction(facts: CardFacts) -> str:
 
 def _inference_text(config: CameoConfig) -> str:
     if not config.inflate:
-        return "Inference needs nothing of it: the model runs as the base model does."
+        return "Nothing of that is needed at inference: the model runs as the base model does."
     layers = ", ".join(f"`{path}`" for path in config.layers)
     return (
         f"**Inference differs from the base model:** {layers} saw one view at a time and now attends across all views "
@@ -206,9 +206,9 @@ def _details(facts: CardFacts) -> str:
         rows["Supervised"] = "within each view, whose own tokens show the reference view too"
     if facts.adapter:
         rows["Adapter"] = _compact(facts.adapter)
-    rows.update(config.training)
+    rows |= {name[:1].upper() + name[1:]: value for name, value in config.training.items()}
     if config.cameo_version:
-        rows["cameo"] = config.cameo_version
+        rows["Version of cameo"] = config.cameo_version
     return "## Training\n\n" + markdown_table(
         ("", ""), [(name, _compact(without_folder(value))) for name, value in rows.items()]
     )

@@ -54,8 +54,8 @@ def results_section(metrics: Metrics | None, config: CameoConfig) -> str:
     if samples := config.training.get("validation samples"):
         data = config.training.get("data", "the data")
         parts.append(
-            f"Measured on {samples} samples of {data} that the training has not seen, with the same noise for every "
-            "column. A predicted view is what the model makes of pure noise, or nearly so, in one step."
+            f"Measured on {samples} samples of the validation set ({data}), with the same noise for every column. A "
+            "predicted view is what the model makes of pure noise, or nearly so, in one step."
         )
     return "\n\n".join(parts)
 

@@ -49,7 +49,19 @@ def _with_cameo(facts: CardFacts) -> list[str]:
     else:
         code = ["import cameo", "", f'model = cameo.from_pretrained("{place}")']
         code += [f"{unwrapped}  # the denoiser itself, in eval mode"]
-    return [text, _code(code)]
+    sampling = _sampling_text(facts) if any(line.startswith("pipeline =") for line in code) else ""
+    return [text, _code(code), sampling]
+
+
+def _sampling_text(facts: CardFacts) -> str:
+    """Say how the pipeline is asked for views."""
+    training = facts.config.training
+    side, views = training.get("resolution"), training.get("views")
+    made_for = f" This model was trained on {views} views of {side} x {side} pixels." if side and views else ""
+    return (
+        "Then `pipeline.sample(batch, num_inference_steps=25)` generates the target views. A batch is made of posed "
+        "images by `collate([MultiViewDataset(open_views(folder))[0]])`, all three of `cameo.data`." + made_for
+    )
 
 
 def _without_cameo(facts: CardFacts) -> list[str]:

@@ -210,7 +210,7 @@ def _card_figures(measured: Mapping[str, Any]) -> dict[str, float]:
 def card_pictures(pictures: Sequence[Path]) -> dict[str, Path]:
     """Give the pictures of `write_pictures` the captions of a model card, which say what there is to see."""
     captions = {
-        "views": "Scenes that the training has not seen. From left to right: the view that the model is given, if any, "
+        "views": "Samples of the validation set. From left to right: the view that the model is given, if any, "
         "the true target view, and what each model makes of it, predicted from pure noise in one step and sampled in "
         "several. The closer to the true view the better; below each is the PSNR.",
         "attention": "Where the supervised attention looks, token by token of the target view. Blue: its strongest "

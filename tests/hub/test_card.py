@@ -117,9 +117,9 @@ class TestCard:
             "| | base | with CAMEO |",
             "| PSNR (dB) | 20 | 21.12 |",
             "| lpips (vgg) | | 0.25 |",
-            r"| data | rooms \| halls |",
-            "| steps | 400 |",
-            "| masks | masks |",
+            r"| Data | rooms \| halls |",
+            "| Steps | 400 |",
+            "| Masks | masks |",
             "![Left: input](pictures/01_a_view.png)",
             "![memory](pictures/02.png)",
         ]:

@@ -55,7 +55,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory):
             env=environment(server, folder / "home", token=WRITE_TOKEN),
             capture_output=True,
             text=True,
-            timeout=400,
+            timeout=900,
             check=False,
         )
         assert done.returncode == 0, done.stderr[-3000:]
@@ -80,7 +80,7 @@ def run_as_stranger(hub: LoopbackHub, code: str, folder: Path, *, token: str | N
         env=environment(hub, folder / "home", token=token),
         capture_output=True,
         text=True,
-        timeout=400,
+        timeout=900,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
