@@ -168,7 +168,12 @@ def upload(
 @contextlib.contextmanager
 def explained_errors(repo_id: str) -> Iterator[None]:
     """Turn the errors of the Hub's client into ones that say what to do."""
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RevisionNotFoundError,
+    )
     from huggingface_hub.utils import httpx  # hub 1.x and 2.x use different HTTP libraries under this name
 
     try:
@@ -180,6 +185,8 @@ def explained_errors(repo_id: str) -> Iterator[None]:
             f"{repo_id}: not in the local cache, and the Hub was not reached. Check the connection and "
             f"HF_HUB_OFFLINE, or pass local_files_only=False. ({error})"
         ) from error
+    except OfflineModeIsEnabled as error:
+        raise ConnectionError(f"{repo_id}: HF_HUB_OFFLINE is set, so the Hub is not asked; unset it") from error
     except HfHubHTTPError as error:
         status = error.response.status_code
         if status in (401, 403, 404):

@@ -96,9 +96,7 @@ def push_folder(
                 shutil.copyfile(folder / name, stage / name)
         card = named_card((folder / CARD).read_text(encoding="utf-8"), repo_id)
         backbone = None if config.backbone is None else get_backbone(config.backbone)
-        stated = license or {key: card.data.get(key) for key in ("license", "license_name", "license_link")}
-        if not isinstance(stated, str) and not stated.get("license"):
-            stated = None
+        stated = _stated_license(card) if license is None else license
         for key, value in require_license(config, stated, backbone=backbone, token=token).items():
             card.data[key] = value
         write_atomically(stage / CARD, f"---\n{card.data.to_yaml()}\n---\n{card.text}")
@@ -160,9 +158,14 @@ def named_card(text: str, repo_id: str) -> ModelCard:
     if title and (title[1].startswith(UNNAMED) or title[1] in own):
         body = f"{body[: title.start(1)]}{name}{body[title.end(1) :]}"
     if card.data.get("eval_results"):
-        card.data.model_name = name
+        card.data["model_name"] = name
     card.text = body
     return card
+
+
+def _stated_license(card: ModelCard) -> dict[str, str] | None:
+    stated = {key: card.data.get(key) for key in ("license", "license_name", "license_link")}
+    return {key: str(value) for key, value in stated.items() if value} if stated["license"] else None
 
 
 def _verify(folder: Path, stage: Path, config: CameoConfig, weight_format: str) -> str | None:

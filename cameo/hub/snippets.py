@@ -118,7 +118,13 @@ def _adapter_without_cameo(facts: CardFacts) -> list[str]:
         code.insert(len(imports), "from torch import nn")
     code += [f'    """Put the adapter on a `{name}`, {_described_base(facts)}."""']
     code += [f"    return {load}" if by_peft else f"    {load}"]
-    return [f"Without cameo, {where}:", _code(code), JOINED]
+    text = f"Without cameo, {where}:"
+    if base := hub_id(facts.config.base_model):
+        text = (
+            f"Without cameo, {where}. The network is the one that cameo makes of `{base}`, which diffusers alone may not "
+            "build: it can have more input channels, or be converted."
+        )
+    return [text, _code(code), JOINED]
 
 
 def _described_base(facts: CardFacts) -> str:
