@@ -121,8 +121,8 @@ def _adapter_without_cameo(facts: CardFacts) -> list[str]:
     text = f"Without cameo, {where}:"
     if base := hub_id(facts.config.base_model):
         text = (
-            f"Without cameo, {where}. The network is the one that cameo makes of `{base}`, which diffusers alone may not "
-            "build: it can have more input channels, or be converted."
+            f"Without cameo, {where}. The network is the one that cameo makes of `{base}`, which diffusers alone may "
+            "not build: it can have more input channels, or be converted."
         )
     return [text, _code(code), JOINED]
 
