@@ -15,7 +15,7 @@ from cameo.config import CONFIG_NAME, CameoConfig
 from cameo.errors import DataError
 from cameo.files import write_atomically
 from cameo.hub.access import check_access
-from cameo.hub.card import UNNAMED
+from cameo.hub.card_facts import UNNAMED
 from cameo.hub.license import hub_id, require_license
 from cameo.hub.loading import BaseNeededError
 from cameo.hub.places import forget_local_names, public_config

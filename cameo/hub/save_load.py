@@ -20,12 +20,14 @@ from cameo.config import CONFIG_NAME, CameoConfig
 from cameo.errors import DataError
 from cameo.files import move_into_place, write_atomically
 from cameo.hub.access import check_access
-from cameo.hub.card import CardFacts, Metrics, Pictures, copy_pictures, model_card
+from cameo.hub.card import Pictures, copy_pictures, model_card
+from cameo.hub.card_facts import CardFacts
 from cameo.hub.left_out import left_out
 from cameo.hub.license import find_license, hub_id, require_license
 from cameo.hub.loading import check_numbers, load_base, read_adapter, read_full
 from cameo.hub.places import builds_in_diffusers, forget_local_names, package_of, public_config
 from cameo.hub.publish import explained_errors, file_names, upload, verify
+from cameo.hub.results import Metrics
 from cameo.hub.weights import (
     ADAPTER_FORMATS,
     DATA_FILES,

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
+from cameo.hub.card_facts import CardFacts
 from cameo.hub.license import hub_id
 from cameo.hub.weights import ADAPTER_FORMATS, LORA_FILE, MODULE_FILE
-
-if TYPE_CHECKING:
-    from cameo.hub.card import CardFacts
 
 __all__ = ["PACKAGE", "usage_section"]
 
@@ -100,16 +97,15 @@ def _adapter_without_cameo(facts: CardFacts) -> list[str]:
         options = f'prefix="{facts.component}", weight_name="{LORA_FILE}"'
         load, imports = f'{variable}.load_lora_adapter("{facts.place}", {options})', []
     where = "with PEFT" if by_peft else "in plain diffusers"
+    if facts.config.position != "none":
+        where += " and without the map of positions"
     if facts.in_diffusers:
         imports = [f"from diffusers import {name}", *imports]
     if facts.plain_base:
         base = _base_arguments(facts, f'subfolder="{facts.component}"')
         code = [*imports, "", f"{variable} = {name}.from_pretrained({base})"]
         code += [f"{variable} = {load}" if by_peft else load]
-        text = f"Without cameo, {where}:"
-        if facts.config.position != "none":
-            text = f"Without cameo, {where} and without the map of positions:"
-        return [text, _code(code), JOINED]
+        return [f"Without cameo, {where}:", _code(code), JOINED]
     kind = name if facts.in_diffusers else "nn.Module"
     if not facts.in_diffusers:
         imports += ["from torch import nn"]

@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 import cameo
 from cameo.adapters.common.joint_views import inflate
 from cameo.config import CameoConfig
-from cameo.hub.card import CardFacts, model_card
+from cameo.hub.card import model_card
+from cameo.hub.card_facts import CardFacts
 from cameo.hub.license import find_license, hub_id
 from tests.helpers.saved_models import ADAPTER, Net, lora, names, output, plain_unet, wrapped, wrapped_lora, wrapped_net
 

@@ -16,7 +16,8 @@ import cameo
 from cameo.adapters.common.positions import get_position, set_position
 from cameo.backbone import get_backbone
 from cameo.config import CONFIG_NAME, CameoConfig
-from cameo.hub.card import CardFacts, model_card
+from cameo.hub.card import model_card
+from cameo.hub.card_facts import CardFacts
 from cameo.hub.publish import verify
 from cameo.training.checkpoint import load_trained
 from tests.helpers.saved_models import lora
@@ -120,14 +121,15 @@ def test_the_card_tells_of_it(backbone: str, kind: str, tmp_path: Path) -> None:
         folder = wrapped(backbone, built.unet).save_pretrained(tmp_path / position, **options)
         card = (folder / "README.md").read_text()
         told = (
-            "plain diffusers loads the U-Net without it, and its output is another",
             "The pipelines of cameo and `cameo.from_pretrained` add the map",
             f'`cameo.backbone.get_backbone("{backbone}").set_position(unet, "sincos")`',
             "| Position map | sincos, fixed, behind the first convolution; not part of the weights |",
         )
         assert [text in card for text in told] == [position == "sincos"] * len(told)
-        in_diffusers = position == "none" and backbone in ("cat3d", "mvdream")  # the others have a class of their own
-        assert ("in plain diffusers:" in card) == in_diffusers
+        in_diffusers = backbone in ("cat3d", "mvdream")  # the others have a class of their own
+        other = "plain diffusers loads the U-Net without it, and its output is another"
+        assert (other in card) == (in_diffusers and position == "sincos")
+        assert ("in plain diffusers:" in card) == (in_diffusers and position == "none")
 
 
 def test_the_code_on_the_card_gives_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,7 +139,7 @@ def test_the_code_on_the_card_gives_the_model(tmp_path: Path, monkeypatch: pytes
     card = (folder / "README.md").read_text()
     code = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)[1]
     call = next(line for line in re.findall(r"`(.*?)`", card) if ".set_position(" in line)
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.chdir(folder)
     scope: dict[str, Any] = {"cameo": cameo}
     exec(code, scope)
     assert isinstance(scope["unet"], UNet2DConditionModel)
@@ -151,7 +153,7 @@ def test_the_code_on_the_card_gives_the_model(tmp_path: Path, monkeypatch: pytes
 
 def test_a_card_without_a_map_is_as_before() -> None:
     config = CameoConfig("cat3d", ["mid"], base_model="preset:tiny")
-    facts = CardFacts("me/rooms", True, "pipeline", config, "UNet2DConditionModel", "unet", True, {})
+    facts = CardFacts("me/rooms", "pipeline", config, "UNet2DConditionModel", "diffusers")
     assert "Without cameo, in plain diffusers:" in model_card(facts)
     assert "position" not in model_card(facts).lower()
 

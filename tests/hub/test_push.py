@@ -167,7 +167,7 @@ class TestPush:
             ("load unknown", "PermissionError", "Check the id"),
             ("load unknown branch", "DataError", "check revision="),
             ("invalid license", "ValueError", "license 'other' needs a name"),
-            ("base changed", "RuntimeError", "base weights changed beside the adapter"),
+            ("base changed", "NotReproducedError", "base weights changed beside the adapter"),
             ("no license", "ValueError", "pass license="),
             ("no token", "PermissionError", "set the variable HF_TOKEN"),
             ("wrong token", "PermissionError", "answered 401"),

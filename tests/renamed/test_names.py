@@ -111,6 +111,7 @@ def card_of_push(push: Callable[..., str], **keywords: Any) -> str:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(save_load, "upload", read)
+        patch.setattr(save_load, "check_access", lambda repo_id, token: repo_id)
         return push(wrapped(), "me/rooms", token="hf_of_nobody", **keywords)
 
 
