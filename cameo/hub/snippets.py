@@ -115,9 +115,9 @@ def _adapter_without_cameo(facts: CardFacts) -> list[str]:
     code += [f'    """Put the adapter on a `{name}`, {_described_base(facts)}."""']
     code += [f"    return {load}" if by_peft else f"    {load}"]
     text = f"Without cameo, {where}:"
-    if base := hub_id(facts.config.base_model):
+    if origin := hub_id(facts.config.base_model):
         text = (
-            f"Without cameo, {where}. The network is the one that cameo makes of `{base}`, which diffusers alone may "
+            f"Without cameo, {where}. The network is the one that cameo makes of `{origin}`, which diffusers alone may "
             "not build: it can have more input channels, or be converted."
         )
     return [text, _code(code), JOINED]

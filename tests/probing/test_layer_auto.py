@@ -16,7 +16,8 @@ from cameo.adapters.cat3d import BUNDLED
 from cameo.backbone import get_backbone, unwrap_peft
 from cameo.config import CameoConfig
 from cameo.data import EmbeddedScenes, MultiViewDataset, collate
-from cameo.hub.card import CardFacts, model_card
+from cameo.hub.card import model_card
+from cameo.hub.card_facts import CardFacts
 from cameo.wrap import CameoModel
 from tests.helpers.probes import CAT3D, LEVELS, made_probe
 from tests.helpers.training_runs import scene_cache
@@ -54,7 +55,7 @@ def test_auto_takes_the_best_layer_and_keeps_the_evidence(tmp_path: Path) -> Non
 
 def test_a_card_without_a_probe_says_nothing_of_a_choice() -> None:
     config = CameoConfig(backbone=None, layers=["attn"])
-    assert "chosen by" not in model_card(CardFacts("me/x", True, "peft", config, "Net", "unet", False, {}))
+    assert "chosen by" not in model_card(CardFacts("me/x", "peft", config, "Net", "nets"))
 
 
 @pytest.mark.parametrize(
