@@ -164,7 +164,8 @@ def _base_text(facts: CardFacts) -> str:
 
 
 def _pictures(facts: CardFacts) -> str:
-    shown = [f"![{_plain(text)}]({path})\n\n{_plain(text)}" for text, path in facts.pictures.items()]
+    captions = {_plain(text): path for text, path in facts.pictures.items()}
+    shown = [f"![{text.partition('. ')[0]}]({path})\n\n{text}" for text, path in captions.items()]
     return "## Pictures\n\n" + "\n\n".join(shown) if shown else ""
 
 
