@@ -1,0 +1,149 @@
+"""Curves as inline SVG: one line per run, thin for the steps and thick for their moving mean."""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+__all__ = ["COLORS", "Series", "line_chart", "moving_mean", "nice_ticks"]
+
+# Colors of Okabe and Ito, which color-blind eyes tell apart, dark enough for lines on white; and dashes beside them.
+COLORS = ("#d55e00", "#0072b2", "#009e73", "#a3588a")
+DASHES = ("6 3", "", "2 3", "9 3 2 3")
+WIDTH, HEIGHT = 420, 230
+LEFT, RIGHT, TOP, BOTTOM = 52, 10, 10, 36
+MOST_POINTS = 400  # of a line; more are averaged in groups, which no screen shows
+
+
+@dataclass(frozen=True)
+class Series:
+    """A line of a chart.
+
+    - `points`: pairs of a step and a value; values that are not finite leave a gap.
+    - `style`: number of its color and dash; runs keep theirs from chart to chart.
+    - `smooth`: draw a moving mean over the thin line of the values.
+    - `dots`: mark each value, for values that are few.
+    """
+
+    name: str
+    points: Sequence[tuple[float, float]]
+    style: int = 0
+    smooth: bool = True
+    dots: bool = False
+
+
+def line_chart(
+    series: Sequence[Series], *, title: str, unit: str, level: tuple[str, float] | None = None, from_zero: bool = False
+) -> str:
+    """Draw lines over the steps as an SVG element with a title for screen readers.
+
+    Example:
+        >>> chart = line_chart([Series("with CAMEO", [(1, 0.5), (2, 0.25)])], title="denoising loss", unit="loss")
+        >>> chart.startswith('<svg viewBox="0 0 420 230" role="img"'), "with CAMEO from 0.5 to 0.25" in chart
+        (True, True)
+
+    Args:
+        series: the lines; those without a finite value are left out.
+        title: what is drawn.
+        unit: label of the vertical axis.
+        level: name and value of a horizontal line, such as chance.
+        from_zero: whether the vertical axis starts at 0.
+
+    Raises:
+        ValueError: if there is no finite value.
+    """
+    lines = [(one, points) for one in series if (points := [p for p in one.points if math.isfinite(p[1])])]
+    if not lines:
+        raise ValueError(f"series: expected a finite value to draw in {title!r}, got none")
+    steps = [step for _, points in lines for step, _ in points]
+    values = [value for _, points in lines for _, value in _thinned(points)] + ([level[1]] if level else [])
+    low, high = (min(0.0, *values) if from_zero else min(values)), max(values)
+    margin = 0.05 * (high - low) or abs(high) * 0.05 or 1.0
+    low, high = (low if from_zero and low == 0 else low - margin), high + margin
+    first, last = min(steps), max(max(steps), min(steps) + 1)
+
+    def x(step: float) -> str:
+        return f"{LEFT + (step - first) / (last - first) * (WIDTH - LEFT - RIGHT):.1f}"
+
+    def y(value: float) -> str:
+        return f"{TOP + (high - value) / (high - low) * (HEIGHT - TOP - BOTTOM):.1f}"
+
+    parts = [_axes(first, last, low, high, x, y, unit)]
+    if level:
+        parts.append(f'<path class="level" d="M{LEFT} {y(level[1])}H{WIDTH - RIGHT}"/>')
+        parts.append(f'<text class="level" x="{WIDTH - RIGHT - 4}" y="{float(y(level[1])) - 4:.1f}">{level[0]}</text>')
+    for one, points in lines:
+        color, dash = COLORS[one.style % len(COLORS)], DASHES[one.style % len(DASHES)]
+        thin = _thinned(points)
+        if one.smooth:
+            parts.append(f'<path class="raw" stroke="{color}" d="{_path(thin, x, y)}"/>')
+            thin = _thinned(moving_mean(points))
+        parts.append(f'<path class="line" stroke="{color}" stroke-dasharray="{dash}" d="{_path(thin, x, y)}"/>')
+        if one.dots:
+            parts += [f'<circle fill="{color}" cx="{x(step)}" cy="{y(value)}" r="3.5"/>' for step, value in thin]
+    told = "; ".join(f"{one.name} from {points[0][1]:.4g} to {points[-1][1]:.4g}" for one, points in lines)
+    told += f"; {level[0]} at {level[1]:.4g}" if level else ""
+    label = html.escape(f"{title} over the steps {first:g} to {last:g}: {told}")
+    head = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">'
+    return "".join([head, f"<title>{label}</title>", *parts, "</svg>"])
+
+
+def moving_mean(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Average each value with its neighbors, a twentieth of all values on either side at most; ends take fewer.
+
+    Example:
+        >>> moving_mean([(step, float(step == 10)) for step in range(20)])[9]
+        (9, 0.3333333333333333)
+    """
+    reach = len(points) // 20
+    sums = [0.0]
+    for _, value in points:
+        sums.append(sums[-1] + value)
+    means = []
+    for place, (step, _) in enumerate(points):
+        near = min(reach, place, len(points) - 1 - place)
+        means.append((step, (sums[place + near + 1] - sums[place - near]) / (2 * near + 1)))
+    return means
+
+
+def nice_ticks(low: float, high: float, most: int = 5) -> list[float]:
+    """Return round numbers within a range, at most so many.
+
+    Example:
+        >>> nice_ticks(0.13, 0.61)
+        [0.2, 0.3, 0.4, 0.5, 0.6]
+        >>> nice_ticks(0, 400)
+        [0.0, 100.0, 200.0, 300.0, 400.0]
+    """
+    size = 10.0 ** math.floor(math.log10((high - low) / most))
+    step = next(size * factor for factor in (1, 2, 5, 10, 20) if (high - low) / (size * factor) < most)
+    ticks = range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)
+    return [float(f"{tick * step:.10g}") for tick in ticks]
+
+
+def _thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Average neighbors in groups, where there are more points than a line shows."""
+    size = -(-len(points) // MOST_POINTS)
+    groups = [points[start : start + size] for start in range(0, len(points), size)]
+    return [(sum(s for s, _ in group) / len(group), sum(v for _, v in group) / len(group)) for group in groups]
+
+
+def _path(points, x, y) -> str:  # type: ignore[no-untyped-def]
+    return "M" + "L".join(f"{x(step)} {y(value)}" for step, value in points)
+
+
+def _axes(first, last, low, high, x, y, unit) -> str:  # type: ignore[no-untyped-def]
+    parts = []
+    for tick in nice_ticks(low, high):
+        parts.append(f'<path class="grid" d="M{LEFT} {y(tick)}H{WIDTH - RIGHT}"/>')
+        parts.append(f'<text class="y" x="{LEFT - 6}" y="{float(y(tick)) + 4:.1f}">{tick:g}</text>')
+    for tick in nice_ticks(first, last):
+        parts.append(f'<path class="grid" d="M{x(tick)} {HEIGHT - BOTTOM}v4"/>')
+        parts.append(f'<text class="x" x="{x(tick)}" y="{HEIGHT - BOTTOM + 17}">{tick:g}</text>')
+    middle = (TOP + HEIGHT - BOTTOM) / 2
+    parts.append(f'<text class="x" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 4}">optimizer step</text>')
+    parts.append(f'<text class="x" transform="translate(11 {middle}) rotate(-90)">{html.escape(unit)}</text>')
+    parts.append(f'<path class="axis" d="M{LEFT} {TOP}V{HEIGHT - BOTTOM}H{WIDTH - RIGHT}"/>')
+    return "".join(parts)

@@ -1,0 +1,282 @@
+"""Write the report of a run as one HTML file that needs no network, no server and no script."""
+
+from __future__ import annotations
+
+import base64
+import html
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from cameo.files import write_atomically
+from cameo.report.charts import COLORS, DASHES, Series, line_chart
+from cameo.report.shown import ShownSetting, settings_of, without_folders
+
+__all__ = ["Headline", "Picture", "ReportedRun", "write_report"]
+
+
+@dataclass(frozen=True)
+class Headline:
+    """A figure that tells what the training changed.
+
+    - `title`, `why`: what it is in a few words, and in a sentence what it tells.
+    - `values`: the figure of each column, from the start to the run that is reported.
+    - `show`, `show_change`: formats of a value and of a difference, as `{:.2f} dB`.
+    """
+
+    title: str
+    why: str
+    values: Mapping[str, float]
+    show: str
+    show_change: str
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A PNG file, its title, what there is to see in it, and what it shows for those who do not see it."""
+
+    path: Path
+    title: str
+    caption: str
+    alt: str
+
+
+@dataclass(frozen=True)
+class ReportedRun:
+    """What a run has recorded.
+
+    - `steps`: the entries of metrics.jsonl.
+    - `validations`: the entries of validations.jsonl.
+    - `alarms`: what most likely makes the run useless, a paragraph each.
+    """
+
+    steps: Sequence[Mapping[str, Any]]
+    validations: Sequence[Mapping[str, Any]]
+    alarms: Sequence[str] = field(default=())
+
+
+def write_report(
+    path: str | Path,
+    runs: Mapping[str, ReportedRun],
+    *,
+    title: str,
+    about: str,
+    headlines: Sequence[Headline],
+    header: Sequence[str],
+    rows: Mapping[str, Sequence[str]],
+    pictures: Sequence[Picture],
+    settings: Any,
+    facts: Mapping[str, str],
+    explore: Path | None = None,
+) -> Path:
+    """Write one self-contained HTML file about a finished run, or runs that are compared; returns its path.
+
+    Secrets are left out, and the folders of absolute paths, wherever they stand.
+
+    Args:
+        path: of the file, which is written whole.
+        runs: name to what was recorded, the run without CAMEO first.
+        title, about: heading, and a sentence below it.
+        headlines: figures that are shown large.
+        header, rows: the table: names of its columns, and title of each row with its cells.
+        pictures: embedded as they are.
+        settings: dataclass of the settings of the (last) run.
+        facts: versions, device, seconds: name to text.
+        explore: page of `cameo explore` in the same folder, to which a link leads.
+
+    Raises:
+        OSError: if a picture cannot be read, or the file not be written.
+    """
+    path = Path(path)
+    folder = resources.files("cameo.report") / "page"
+    parts = {
+        "title": _text(title),
+        "about": _text(about),
+        "css": (folder / "page.css").read_text("utf-8"),
+        "alarms": _alarms(runs),
+        "headlines": "".join(['<div class="cards">', *map(_card, headlines), "</div>"]) if headlines else "",
+        "table": _table(header, rows),
+        "curves": _curves(runs),
+        "pictures": "".join([*_link(explore), *map(_picture, pictures)]) or "<p>None were drawn.</p>",
+        "settings": _settings(settings_of(settings)),
+        "facts": _facts(facts),
+    }
+    write_atomically(path, Template((folder / "page.html").read_text("utf-8")).substitute(parts))
+    return path
+
+
+def _text(text: str) -> str:
+    return html.escape(without_folders(text))
+
+
+def _alarms(runs: Mapping[str, ReportedRun]) -> str:
+    told = [
+        f"<p>{f'<strong>Run {_text(name)}.</strong> ' if len(runs) > 1 else ''}{_text(alarm)}</p>"
+        for name, run in runs.items()
+        for alarm in run.alarms
+    ]
+    if told:
+        return f'<div class="alarm" role="alert"><h2>Look at this first</h2>{"".join(told)}</div>'
+    sentences = [sentence for name, run in runs.items() for sentence in _fine(name, run)]
+    return f'<div class="fine"><p>No alarm. {" ".join(sentences)}</p></div>'
+
+
+def _fine(name: str, run: ReportedRun) -> Iterator[str]:
+    """Say where the supervision of a run without an alarm stands."""
+    steps = [entry for entry in run.steps if entry.get("alignment_chance")][-50:]
+    if steps:
+        loss, chance = (_mean(steps, key) for key in ("alignment_loss", "alignment_chance"))
+        share = _mean(steps, "supervised") / _mean(steps, "matchable")
+        yield (
+            f"Run {_text(name)}: the alignment loss ended at {loss:.2f}, where uniform attention has {chance:.2f}; "
+            f"{share:.0%} of the tokens had a match (means of the last {len(steps)} supervised steps)."
+        )
+
+
+def _mean(entries: Sequence[Mapping[str, Any]], key: str) -> float:
+    return sum(float(entry[key]) for entry in entries) / len(entries)
+
+
+def _card(headline: Headline) -> str:
+    names, values = list(headline.values), list(headline.values.values())
+    low, high = min(values), max(values)
+    places = [8 + 84 * (value - low) / ((high - low) or 1) for value in values]
+    items = [
+        f'<li><span>{_text(name)}</span><span class="track"><i class="{"last" if name == names[-1] else "first"}" '
+        f'style="left:{place:.1f}%"></i></span><b>{headline.show.format(value)}</b></li>'
+        for name, value, place in zip(names, values, places, strict=True)
+    ]
+    against = [
+        f"{_text(name)}: {headline.show_change.format(values[-1] - value)}"
+        for name, value in zip(names[1:-1], values[1:-1], strict=True)
+    ]
+    also = f"; against {', '.join(against)}" if against else ""
+    return (
+        f'<div class="card"><h3>{_text(headline.title)}</h3>'
+        f'<p class="big">{headline.show_change.format(values[-1] - values[0])}</p>'
+        f'<p class="against">{_text(names[-1])} against {_text(names[0])}{also}</p>'
+        f'<ol>{"".join(items)}</ol><p class="why">{_text(headline.why)}</p></div>'
+    )
+
+
+def _table(header: Sequence[str], rows: Mapping[str, Sequence[str]]) -> str:
+    head = "".join(f'<th scope="col">{_text(name)}</th>' for name in ("measured on the validation set", *header))
+    body = "".join(
+        f'<tr><th scope="row">{_text(title)}</th>{"".join(f"<td>{_text(cell)}</td>" for cell in cells)}</tr>'
+        for title, cells in rows.items()
+    )
+    return _scrolled(f'<table class="figures"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>', "Table")
+
+
+def _scrolled(content: str, label: str) -> str:
+    """Let what is wider than a phone scroll by itself, with the keyboard too."""
+    return f'<div class="wide" role="region" tabindex="0" aria-label="{_text(label)}">{content}</div>'
+
+
+def _curves(runs: Mapping[str, ReportedRun]) -> str:
+    styles = {name: place + (len(runs) == 1) for place, name in enumerate(runs)}
+    legend = "".join(
+        f'<li><svg viewBox="0 0 44 10" aria-hidden="true"><path class="line" stroke="{COLORS[style % len(COLORS)]}" '
+        f'stroke-dasharray="{DASHES[style % len(DASHES)]}" d="M0 5H44"/></svg>{_text(name)}</li>'
+        for name, style in styles.items()
+    )
+    charts = [*_step_charts(runs, styles), *_validation_charts(runs, styles)]
+    figures = "".join(
+        f"<figure><h3>{_text(title)}</h3>{chart}<figcaption>{_text(caption)}</figcaption></figure>"
+        for title, chart, caption in charts
+    )
+    return (
+        f'<ul class="legend">{legend}</ul><p class="note">Thin: each step. Thick: moving mean over a tenth of the run.</p>'
+        f'<div class="charts">{figures}</div>'
+    )
+
+
+def _step_charts(runs: Mapping[str, ReportedRun], styles: Mapping[str, int]) -> Iterator[tuple[str, str, str]]:
+    def lines(key: str, *, supervised: bool = False) -> list[Series]:
+        points = {
+            name: [(e["step"], e[key]) for e in run.steps if not supervised or e.get("supervised")]
+            for name, run in runs.items()
+        }
+        return [Series(name, drawn, styles[name]) for name, drawn in points.items() if drawn]
+
+    if losses := lines("loss"):
+        title = "Denoising loss"
+        caption = "Noise levels differ from step to step, and the loss with them: the moving mean tells."
+        yield title, line_chart(losses, title=title, unit="loss"), caption
+    if aligned := lines("alignment_loss", supervised=True):
+        title = "Alignment loss"
+        steps = [entry for run in runs.values() for entry in run.steps if entry.get("alignment_chance")]
+        chance = ("chance", _mean(steps, "alignment_chance")) if steps else None
+        caption = (
+            "Chance is the loss of attention that looks at all tokens alike. Below it the attention finds matches; a line "
+            "that stays there has learned nothing from them."
+            if chance
+            else "The negative cosine similarity between what the layer computes and the image features."
+        )
+        yield title, line_chart(aligned, title=title, unit="nats" if chance else "loss", level=chance), caption
+        title, known = "Matches per step", any("matchable" in entry for run in runs.values() for entry in run.steps)
+        title = title if known else "Supervised tokens per step"
+        caption = "How many tokens the alignment loss of a step is about. Where they are few, the loss says little."
+        chart = line_chart(lines("supervised", supervised=True), title=title, unit=title.split()[0].lower(), from_zero=True)
+        yield title, chart, caption
+
+
+def _validation_charts(runs: Mapping[str, ReportedRun], styles: Mapping[str, int]) -> Iterator[tuple[str, str, str]]:
+    metrics = {
+        "Validation: PSNR where the reference sees it": ("psnr_covisible", "dB", "Higher is better."),
+        "Validation: attention finds the match within one token": ("precision/mean@1", "share of matches", "Higher is "
+        "better: the share of matches whose most-attended token is at most one token off, mean of the heads."),
+        "Validation: denoising loss": ("loss", "loss", "Lower is better. The same samples and noise at every step."),
+    }  # fmt: skip
+    for title, (key, unit, caption) in metrics.items():
+        lines = []
+        for name, run in runs.items():
+            points = [(entry["step"], value) for entry in run.validations if (value := _value(entry, key)) is not None]
+            if points:
+                lines.append(Series(name, points, styles[name], smooth=False, dots=True))
+        if lines:
+            yield title, line_chart(lines, title=title, unit=unit), caption
+
+
+def _value(entry: Mapping[str, Any], key: str) -> float | None:
+    value: Any = entry
+    for part in key.split("/"):
+        value = (value or {}).get(part)
+    return None if value is None else float(value)
+
+
+def _link(explore: Path | None) -> list[str]:
+    if explore is None:
+        return []
+    name = html.escape(explore.name)
+    return [f'<p><a href="{name}">{name}</a>, in the same folder: click a token and see where each model looks.</p>']
+
+
+def _picture(picture: Picture) -> str:
+    data = base64.b64encode(picture.path.read_bytes()).decode()
+    image = f'<img src="data:image/png;base64,{data}" alt="{_text(picture.alt)}">'
+    return (
+        f'<figure class="picture"><h3>{_text(picture.title)}</h3>{_scrolled(image, picture.title)}'
+        f"<figcaption>{_text(picture.caption)}</figcaption></figure>"
+    )
+
+
+def _settings(settings: Sequence[ShownSetting]) -> str:
+    changed = [one for one in settings if one.differs]
+    rows = "".join(
+        f"<dt>{_text(one.name)}={_text(one.value)}</dt><dd>default {_text(one.default)}</dd><dd>{_text(one.comment)}</dd>"
+        for one in changed
+    )
+    whole = "".join(f"<dt>{_text(one.name)}={_text(one.value)}</dt>" for one in settings)
+    return (
+        f'<p>{len(changed)} of {len(settings)} settings differ from their defaults.</p><dl class="list">{rows}</dl>'
+        f'<details><summary>All settings</summary><dl class="list">{whole}</dl></details>'
+    )
+
+
+def _facts(facts: Mapping[str, str]) -> str:
+    rows = "".join(f"<dt>{_text(name)}</dt><dd>{_text(text)}</dd>" for name, text in facts.items())
+    return f'<dl class="facts">{rows}</dl>'
