@@ -41,7 +41,7 @@ def main(arguments: list[str]) -> None:
 def train_and_report(config: TrainingConfig) -> None:
     """Train one model, and write its results."""
     from cameo.training.data import build_dataset
-    from cameo.training.report import card_metrics, metrics_table, write_pictures
+    from cameo.training.report import card_metrics, metrics_table, write_pictures, write_run_report
     from cameo.training.setup import (
         check_push,
         load_pipeline,
@@ -78,6 +78,8 @@ def train_and_report(config: TrainingConfig) -> None:
     facts = {"pipeline": pipeline, "metrics": card_metrics(result.validations[-1]), "pictures": pictures}
     folder = model.save_pretrained(output / "model", license=config.hub_license, **facts)
     print(f"model in {folder}, pictures in {output / 'pictures'}, losses in {result.metrics}")
+    report = write_run_report({name: result}, model, config, output / "report.html", pictures=pictures, start="start")
+    print(f"what changed, with curves, pictures and settings: open {report} in a browser")
     if config.push_to_hub:
         hub = {"token": config.hub_token, "private": config.hub_private, "license": config.hub_license}
         print(f"pushed to {model.push_to_hub(str(config.hub_model_id), **hub, **facts)}")

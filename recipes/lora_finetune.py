@@ -43,7 +43,13 @@ def main(arguments: list[str]) -> None:
 def train_and_compare(config: TrainingConfig) -> None:
     """Train each run of the recipe, one after the other, and write their results."""
     from cameo.training.data import build_dataset
-    from cameo.training.report import card_metrics, metrics_table, write_attention_page, write_pictures
+    from cameo.training.report import (
+        card_metrics,
+        metrics_table,
+        write_attention_page,
+        write_pictures,
+        write_run_report,
+    )
     from cameo.training.setup import check_push, planned_runs, train_lora
 
     check_push(config)
@@ -79,6 +85,16 @@ def train_and_compare(config: TrainingConfig) -> None:
     facts = {"metrics": card_metrics(run.validations[-1]), "pictures": pictures}
     adapter = run.model.save_pretrained(output / "adapter", license=config.hub_license, **facts)
     print(f"adapter in {adapter}, pictures in {output / 'pictures'}, losses in {run.result.metrics}")
+    report = write_run_report(
+        {name: run.result for name, run in runs.items()},
+        run.model,
+        config,
+        output / "report.html",
+        pictures=pictures,
+        start="base",
+        explore=page,
+    )
+    print(f"what changed, with curves, pictures and settings: open {report} in a browser")
     if page is not None:
         print(f"where the models look, token by token: open {page} in a browser")
     if config.push_to_hub:

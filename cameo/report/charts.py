@@ -13,7 +13,7 @@ __all__ = ["COLORS", "Series", "line_chart", "moving_mean", "nice_ticks"]
 COLORS = ("#d55e00", "#0072b2", "#009e73", "#a3588a")
 DASHES = ("6 3", "", "2 3", "9 3 2 3")
 WIDTH, HEIGHT = 420, 230
-LEFT, RIGHT, TOP, BOTTOM = 52, 10, 10, 36
+LEFT, RIGHT, TOP, BOTTOM = 52, 16, 10, 36
 MOST_POINTS = 400  # of a line; more are averaged in groups, which no screen shows
 
 
@@ -73,7 +73,9 @@ def line_chart(
     parts = [_axes(first, last, low, high, x, y, unit)]
     if level:
         parts.append(f'<path class="level" d="M{LEFT} {y(level[1])}H{WIDTH - RIGHT}"/>')
-        parts.append(f'<text class="level" x="{WIDTH - RIGHT - 4}" y="{float(y(level[1])) - 4:.1f}">{level[0]}</text>')
+        parts.append(
+            f'<text class="level" x="{WIDTH - RIGHT - 4}" y="{float(y(level[1])) - 4:.1f}">{html.escape(level[0])} {level[1]:.2f}</text>'
+        )
     for one, points in lines:
         color, dash = COLORS[one.style % len(COLORS)], DASHES[one.style % len(DASHES)]
         thin = _thinned(points)

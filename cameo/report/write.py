@@ -101,7 +101,7 @@ def write_report(
         "table": _table(header, rows),
         "curves": _curves(runs),
         "pictures": "".join([*_link(explore), *map(_picture, pictures)]) or "<p>None were drawn.</p>",
-        "settings": _settings(settings_of(settings)),
+        "settings": _settings(settings_of(settings), list(runs)),
         "facts": _facts(facts),
     }
     write_atomically(path, Template((folder / "page.html").read_text("utf-8")).substitute(parts))
@@ -150,16 +150,20 @@ def _card(headline: Headline) -> str:
         for name, value, place in zip(names, values, places, strict=True)
     ]
     against = [
-        f"{_text(name)}: {headline.show_change.format(values[-1] - value)}"
+        f"{_text(name)}: {_change(headline, values[-1] - value)}"
         for name, value in zip(names[1:-1], values[1:-1], strict=True)
     ]
     also = f"; against {', '.join(against)}" if against else ""
     return (
         f'<div class="card"><h3>{_text(headline.title)}</h3>'
-        f'<p class="big">{headline.show_change.format(values[-1] - values[0])}</p>'
+        f'<p class="big">{_change(headline, values[-1] - values[0])}</p>'
         f'<p class="against">{_text(names[-1])} against {_text(names[0])}{also}</p>'
         f'<ol>{"".join(items)}</ol><p class="why">{_text(headline.why)}</p></div>'
     )
+
+
+def _change(headline: Headline, difference: float) -> str:
+    return headline.show_change.format(difference).replace("-", "\u2212")  # a minus as wide as the plus
 
 
 def _table(header: Sequence[str], rows: Mapping[str, Sequence[str]]) -> str:
@@ -220,15 +224,17 @@ def _step_charts(runs: Mapping[str, ReportedRun], styles: Mapping[str, int]) -> 
         title, known = "Matches per step", any("matchable" in entry for run in runs.values() for entry in run.steps)
         title = title if known else "Supervised tokens per step"
         caption = "How many tokens the alignment loss of a step is about. Where they are few, the loss says little."
-        chart = line_chart(lines("supervised", supervised=True), title=title, unit=title.split()[0].lower(), from_zero=True)
+        chart = line_chart(
+            lines("supervised", supervised=True), title=title, unit=title.split()[0].lower(), from_zero=True
+        )
         yield title, chart, caption
 
 
 def _validation_charts(runs: Mapping[str, ReportedRun], styles: Mapping[str, int]) -> Iterator[tuple[str, str, str]]:
     metrics = {
-        "Validation: PSNR where the reference sees it": ("psnr_covisible", "dB", "Higher is better."),
-        "Validation: attention finds the match within one token": ("precision/mean@1", "share of matches", "Higher is "
-        "better: the share of matches whose most-attended token is at most one token off, mean of the heads."),
+        "Validation: PSNR": ("psnr_covisible", "dB", "Higher is better: the predicted view where the reference sees it."),
+        "Validation: matches found": ("precision/mean@1", "share of matches", "Higher is "
+        "better: the share of tokens whose most-attended token is the match or next to it, mean of the heads."),
         "Validation: denoising loss": ("loss", "loss", "Lower is better. The same samples and noise at every step."),
     }  # fmt: skip
     for title, (key, unit, caption) in metrics.items():
@@ -259,21 +265,25 @@ def _picture(picture: Picture) -> str:
     data = base64.b64encode(picture.path.read_bytes()).decode()
     image = f'<img src="data:image/png;base64,{data}" alt="{_text(picture.alt)}">'
     return (
-        f'<figure class="picture"><h3>{_text(picture.title)}</h3>{_scrolled(image, picture.title)}'
-        f"<figcaption>{_text(picture.caption)}</figcaption></figure>"
+        f'<figure class="picture"><h3>{_text(picture.title)}</h3><figcaption>{_text(picture.caption)} '
+        f'<span class="swipe">It scrolls sideways.</span></figcaption>{_scrolled(image, picture.title)}</figure>'
     )
 
 
-def _settings(settings: Sequence[ShownSetting]) -> str:
+def _settings(settings: Sequence[ShownSetting], runs: Sequence[str]) -> str:
+    of = f" of the run {_text(runs[-1])}" if len(runs) > 1 else ""
     changed = [one for one in settings if one.differs]
     rows = "".join(
-        f"<dt>{_text(one.name)}={_text(one.value)}</dt><dd>default {_text(one.default)}</dd><dd>{_text(one.comment)}</dd>"
+        f'<tr><th scope="row"><code>{_text(one.name)}</code></th><td>{_text(one.value)}</td><td>{_text(one.default)}</td></tr>'
         for one in changed
     )
-    whole = "".join(f"<dt>{_text(one.name)}={_text(one.value)}</dt>" for one in settings)
+    head = "".join(f'<th scope="col">{name}</th>' for name in ("setting", "value", "default"))
+    table = f'<table class="changed"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>'
+    whole = "".join(f"<dt>{_text(one.name)}={_text(one.value)}</dt><dd>{_text(one.comment)}</dd>" for one in settings)
     return (
-        f'<p>{len(changed)} of {len(settings)} settings differ from their defaults.</p><dl class="list">{rows}</dl>'
-        f'<details><summary>All settings</summary><dl class="list">{whole}</dl></details>'
+        f"<p>{len(changed)} of {len(settings)} settings{of} differ from their defaults.</p>"
+        f"{_scrolled(table, 'Settings that differ from their defaults')}"
+        f'<details><summary>All settings, and what they mean</summary><dl class="list">{whole}</dl></details>'
     )
 
 
