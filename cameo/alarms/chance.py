@@ -36,8 +36,8 @@ def alignment_chance(
         >>> round(alignment_chance([layer], [match], config).item(), 4)  # log(16)
         2.7726
 
-    It is the logarithm of the number of keys over which the softmax of a match runs, with the weights of the loss, and 0
-    where there is no match, as the loss is. Keys that a mask hides are counted: with masks it is an upper bound.
+    It is the logarithm of the number of keys over which the softmax of a match runs, with the weights of the loss, and
+    0 where there is no match, as the loss is. Keys that a mask hides are counted: with masks it is an upper bound.
 
     Args:
         layers: the supervised layers.

@@ -2,14 +2,15 @@
 
 The rules and their reasons:
 
-- *Alignment at chance*: over the last `WINDOW` supervised steps, the alignment loss is at least `AT_CHANCE` of that of
-  uniform attention. A run is judged from its supervised step `FIRST` on, counted after `lr_warmup_steps`. Of the 41
-  runs with true matches in benchmarks/results/convergence, on five backbones and a real room, the slowest is at 0.78 of it
+- *Alignment at chance*: over the last `WINDOW` supervised steps, the alignment loss is at least `AT_CHANCE` of that
+  of uniform attention. A run is judged from its supervised step `FIRST` on, counted after `lr_warmup_steps`. Of the 41
+  runs with true matches in benchmarks/results/convergence, on five bases and a real room, the slowest is at 0.78 of it
   there; all 13 runs with random matches are at 1.00.
-- *Few matches*: over the last `WINDOW` steps that were to be supervised, less than `FEW` of the tokens that could have had a
-  match have one. A run is judged from the step `FIRST_COUNTED` on. Runs with min_overlap=0.3, the default, have
-  far more; below it, most of a step's time goes into tokens that teach nothing about views.
-- *Data check*: `cameo.inspection` found that another reading of cameras and depth fits better. It is known at the start.
+- *Few matches*: over the last `WINDOW` steps that were to be supervised, less than `FEW` of the tokens that could have
+  had a match have one. A run is judged from the step `FIRST_COUNTED` on. Below that bound, the loss of a step rests on
+  a handful of tokens, and almost all of the work is for tokens that teach nothing about views.
+- *Data check*: `cameo.inspection` found that another reading of cameras and depth fits certainly better, or that none
+  fits. It is known at the start.
 
 A step counts for the first rule if it has a match, for the second if samples of it were to be supervised: steps of
 weight 0 and batches that the pipeline does not align do not count. A run with fewer steps is never judged by them.
@@ -18,11 +19,11 @@ weight 0 and batches that the pipeline does not align do not count. A run with f
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cameo.model import CameoModel
+from cameo.attention.capture import AttentionLayer
 from cameo.training.settings import TrainingConfig
 
 __all__ = ["AT_CHANCE", "FEW", "FIRST", "FIRST_COUNTED", "WINDOW", "Alarm", "RunWatch"]
@@ -66,10 +67,9 @@ class RunWatch:
     """Judges a run by the records of its steps; on the main process, which has them.
 
     Example:
-        >>> import cameo
-        >>> from cameo.backbone import get_backbone
-        >>> model = cameo.wrap(get_backbone("cat3d").build("tiny").unet, backbone="cat3d")
-        >>> watch = RunWatch(model, TrainingConfig())
+        >>> from cameo.attention.layout import TokenLayout
+        >>> layer = AttentionLayer(0, "mid_block.attn", heads=2, layout=TokenLayout("b (v h w)"))
+        >>> watch = RunWatch([layer], TrainingConfig())
         >>> watch.see([{"alignment_loss": 5.5, "alignment_chance": 5.545, "supervised": 9, "matchable": 768}] * 149)
         >>> [alarm.word for alarm in watch.alarms()]
         ['few matches']
@@ -77,14 +77,18 @@ class RunWatch:
         >>> [alarm.word for alarm in watch.alarms()]
         ['alignment at chance', 'few matches']
 
+    Args:
+        layers: those that are supervised, whose paths are told.
+        config: the settings of the run.
+
     Attributes:
         data_is_wrong: what the check of the data says is wrong; None where nothing is, or nothing was checked.
     """
 
-    def __init__(self, model: CameoModel, config: TrainingConfig) -> None:
+    def __init__(self, layers: Sequence[AttentionLayer], config: TrainingConfig) -> None:
         self.config = config
         self.data_is_wrong: str | None = None
-        self._layers = ", ".join(layer.path for layer in model.supervised_layers)
+        self._layers = ", ".join(layer.path for layer in layers)
         self._steps = self._counted = 0
         self._losses: deque[tuple[float, float]] = deque(maxlen=WINDOW)
         self._matches: deque[tuple[float, float]] = deque(maxlen=WINDOW)
@@ -121,14 +125,14 @@ class RunWatch:
         wrong = " The check of the data found a mistake, see below." if self.data_is_wrong else ""
         return Alarm(
             "alignment at chance",
-            f"after {self._steps} supervised steps the alignment loss of {self._layers} is {loss:.3f}, mean of the last "
-            f"{len(self._losses)}; attention that looks everywhere alike has {chance:.3f}.",
-            "matches that the images do not support, from wrong cameras or depth; a layer that cannot tell positions, or "
-            f"whose queries and keys are not trained (target_modules); a learning_rate ({self.config.learning_rate:g}) or "
-            f"loss_weight ({self.config.loss_weight:g}) that is too small for {self.config.max_train_steps} steps."
-            f"{wrong}",
-            "cameo check-data {run} looks for wrong cameras and depth, cameo probe {run} for a layer that finds matches "
-            "before any training; then raise learning_rate or loss_weight, or train longer.",
+            f"after {self._steps} supervised steps the alignment loss of {self._layers} is {loss:.3f}, mean of the "
+            f"last {len(self._losses)}; attention that looks everywhere alike has {chance:.3f}.",
+            "matches that the images do not support, from wrong cameras or depth; a layer that cannot tell positions, "
+            "or whose queries and keys are not trained (target_modules); a learning_rate "
+            f"({self.config.learning_rate:g}) or loss_weight ({self.config.loss_weight:g}) that is too small for "
+            f"{self.config.max_train_steps} steps.{wrong}",
+            "cameo check-data {run} looks for wrong cameras and depth, cameo probe {run} for a layer that finds "
+            "matches before any training; then raise learning_rate or loss_weight, or train longer.",
         )
 
     def _few_matches(self) -> Alarm | None:
@@ -141,11 +145,11 @@ class RunWatch:
         overlap = f"min_overlap ({config.min_overlap:g})" if config.camera_rig is None else "the camera_rig"
         return Alarm(
             "few matches",
-            f"of the tokens that could have had a match in the last {len(self._matches)} steps, {found / possible:.2%} "
-            f"had one ({found / len(self._matches):.1f} a step); expected at least {FEW:.0%}.",
-            f"views that overlap too little, see {overlap} and num_views ({config.num_views}); depth without measurements "
-            "or in another unit than the positions of the cameras (depth_scale); cameras in another convention; a layer "
-            "whose queries reach only a part of the other views.",
+            f"of the tokens that could have had a match in the last {len(self._matches)} steps, "
+            f"{found / possible:.2%} had one ({found / len(self._matches):.1f} a step); expected at least {FEW:.0%}.",
+            f"views that overlap too little, see {overlap} and num_views ({config.num_views}); depth without "
+            "measurements or in another unit than the positions of the cameras (depth_scale); cameras in another "
+            "convention; a layer whose queries reach only a part of the other views.",
             "cameo check-data {run} shows what fits and how many tokens match; then choose views that overlap more, or "
             "another layer (cameo probe {run}).",
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cameo.report.charts import Series, line_chart
-from cameo.report.write import Headline, Picture, ReportedRun, write_report
+from cameo.report.curves import ReportedRun
+from cameo.report.write import Headline, Picture, write_report
 
-__all__ = ["Headline", "Picture", "ReportedRun", "Series", "line_chart", "write_report"]
+__all__ = ["Headline", "Picture", "ReportedRun", "write_report"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 __all__ = ["COLORS", "Series", "line_chart", "moving_mean", "nice_ticks"]
@@ -34,6 +34,37 @@ class Series:
     dots: bool = False
 
 
+@dataclass(frozen=True)
+class _Frame:
+    """The plane of a chart: the steps and values at its edges, and where they lie in the picture."""
+
+    first: float
+    last: float
+    low: float
+    high: float
+
+    def x(self, step: float) -> float:
+        return round(LEFT + (step - self.first) / (self.last - self.first) * (WIDTH - LEFT - RIGHT), 1)
+
+    def y(self, value: float) -> float:
+        return round(TOP + (self.high - value) / (self.high - self.low) * (HEIGHT - TOP - BOTTOM), 1)
+
+    def path(self, points: Sequence[tuple[float, float]]) -> str:
+        return "M" + "L".join(f"{self.x(step)} {self.y(value)}" for step, value in points)
+
+    def axes(self, unit: str) -> Iterator[str]:
+        for tick in nice_ticks(self.low, self.high):
+            yield f'<path class="grid" d="M{LEFT} {self.y(tick)}H{WIDTH - RIGHT}"/>'
+            yield _label(f"{tick:g}", "y", LEFT - 6, self.y(tick) + 4)
+        for tick in nice_ticks(self.first, self.last):
+            yield f'<path class="grid" d="M{self.x(tick)} {HEIGHT - BOTTOM}v4"/>'
+            yield _label(f"{tick:g}", "x", self.x(tick), HEIGHT - BOTTOM + 17)
+        yield _label("optimizer step", "x", (LEFT + WIDTH - RIGHT) / 2, HEIGHT - 4)
+        middle = (TOP + HEIGHT - BOTTOM) / 2
+        yield f'<text class="x" transform="translate(11 {middle}) rotate(-90)">{html.escape(unit)}</text>'
+        yield f'<path class="axis" d="M{LEFT} {TOP}V{HEIGHT - BOTTOM}H{WIDTH - RIGHT}"/>'
+
+
 def line_chart(
     series: Sequence[Series], *, title: str, unit: str, level: tuple[str, float] | None = None, from_zero: bool = False
 ) -> str:
@@ -57,39 +88,43 @@ def line_chart(
     lines = [(one, points) for one in series if (points := [p for p in one.points if math.isfinite(p[1])])]
     if not lines:
         raise ValueError(f"series: expected a finite value to draw in {title!r}, got none")
-    steps = [step for _, points in lines for step, _ in points]
-    values = [value for _, points in lines for _, value in _thinned(points)] + ([level[1]] if level else [])
-    low, high = (min(0.0, *values) if from_zero else min(values)), max(values)
-    margin = 0.05 * (high - low) or abs(high) * 0.05 or 1.0
-    low, high = (low if from_zero and low == 0 else low - margin), high + margin
-    first, last = min(steps), max(max(steps), min(steps) + 1)
-
-    def x(step: float) -> str:
-        return f"{LEFT + (step - first) / (last - first) * (WIDTH - LEFT - RIGHT):.1f}"
-
-    def y(value: float) -> str:
-        return f"{TOP + (high - value) / (high - low) * (HEIGHT - TOP - BOTTOM):.1f}"
-
-    parts = [_axes(first, last, low, high, x, y, unit)]
+    frame = _frame_of([points for _, points in lines], level, from_zero)
+    parts = list(frame.axes(unit))
     if level:
-        parts.append(f'<path class="level" d="M{LEFT} {y(level[1])}H{WIDTH - RIGHT}"/>')
-        parts.append(
-            f'<text class="level" x="{WIDTH - RIGHT - 4}" y="{float(y(level[1])) - 4:.1f}">{html.escape(level[0])} {level[1]:.2f}</text>'
-        )
+        height = frame.y(level[1])
+        parts.append(f'<path class="level" d="M{LEFT} {height}H{WIDTH - RIGHT}"/>')
+        parts.append(_label(f"{level[0]} {level[1]:.2f}", "level", WIDTH - RIGHT - 4, round(height - 4, 1)))
     for one, points in lines:
         color, dash = COLORS[one.style % len(COLORS)], DASHES[one.style % len(DASHES)]
-        thin = _thinned(points)
         if one.smooth:
-            parts.append(f'<path class="raw" stroke="{color}" d="{_path(thin, x, y)}"/>')
-            thin = _thinned(moving_mean(points))
-        parts.append(f'<path class="line" stroke="{color}" stroke-dasharray="{dash}" d="{_path(thin, x, y)}"/>')
+            parts.append(f'<path class="raw" stroke="{color}" d="{frame.path(_thinned(points))}"/>')
+        thick = _thinned(moving_mean(points) if one.smooth else points)
+        parts.append(f'<path class="line" stroke="{color}" stroke-dasharray="{dash}" d="{frame.path(thick)}"/>')
         if one.dots:
-            parts += [f'<circle fill="{color}" cx="{x(step)}" cy="{y(value)}" r="3.5"/>' for step, value in thin]
+            places = [(frame.x(step), frame.y(value)) for step, value in thick]
+            parts += [f'<circle fill="{color}" cx="{x}" cy="{y}" r="3.5"/>' for x, y in places]
     told = "; ".join(f"{one.name} from {points[0][1]:.4g} to {points[-1][1]:.4g}" for one, points in lines)
     told += f"; {level[0]} at {level[1]:.4g}" if level else ""
-    label = html.escape(f"{title} over the steps {first:g} to {last:g}: {told}")
+    label = html.escape(f"{title} over the steps {frame.first:g} to {frame.last:g}: {told}")
     head = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">'
     return "".join([head, f"<title>{label}</title>", *parts, "</svg>"])
+
+
+def _frame_of(
+    lines: Sequence[Sequence[tuple[float, float]]], level: tuple[str, float] | None, from_zero: bool
+) -> _Frame:
+    """Choose the edges of a chart, with a margin above and below what is drawn."""
+    steps = [step for points in lines for step, _ in points]
+    values = [value for points in lines for _, value in _thinned(points)]
+    values += ([level[1]] if level else []) + ([0.0] if from_zero else [])
+    low, high = min(values), max(values)
+    margin = 0.05 * (high - low) or 0.05 * abs(high) or 1.0
+    first, last = min(steps), max(max(steps), min(steps) + 1)
+    return _Frame(first, last, low if from_zero and low == 0 else low - margin, high + margin)
+
+
+def _label(text: str, kind: str, x: float, y: float) -> str:
+    return f'<text class="{kind}" x="{x}" y="{y}">{html.escape(text)}</text>'
 
 
 def moving_mean(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -130,22 +165,3 @@ def _thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]
     size = -(-len(points) // MOST_POINTS)
     groups = [points[start : start + size] for start in range(0, len(points), size)]
     return [(sum(s for s, _ in group) / len(group), sum(v for _, v in group) / len(group)) for group in groups]
-
-
-def _path(points, x, y) -> str:  # type: ignore[no-untyped-def]
-    return "M" + "L".join(f"{x(step)} {y(value)}" for step, value in points)
-
-
-def _axes(first, last, low, high, x, y, unit) -> str:  # type: ignore[no-untyped-def]
-    parts = []
-    for tick in nice_ticks(low, high):
-        parts.append(f'<path class="grid" d="M{LEFT} {y(tick)}H{WIDTH - RIGHT}"/>')
-        parts.append(f'<text class="y" x="{LEFT - 6}" y="{float(y(tick)) + 4:.1f}">{tick:g}</text>')
-    for tick in nice_ticks(first, last):
-        parts.append(f'<path class="grid" d="M{x(tick)} {HEIGHT - BOTTOM}v4"/>')
-        parts.append(f'<text class="x" x="{x(tick)}" y="{HEIGHT - BOTTOM + 17}">{tick:g}</text>')
-    middle = (TOP + HEIGHT - BOTTOM) / 2
-    parts.append(f'<text class="x" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 4}">optimizer step</text>')
-    parts.append(f'<text class="x" transform="translate(11 {middle}) rotate(-90)">{html.escape(unit)}</text>')
-    parts.append(f'<path class="axis" d="M{LEFT} {TOP}V{HEIGHT - BOTTOM}H{WIDTH - RIGHT}"/>')
-    return "".join(parts)

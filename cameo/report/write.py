@@ -5,17 +5,17 @@ from __future__ import annotations
 import base64
 import html
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from string import Template
 from typing import Any
 
 from cameo.files import write_atomically
-from cameo.report.charts import COLORS, DASHES, Series, line_chart
+from cameo.report.curves import ReportedRun, curves, mean
 from cameo.report.shown import ShownSetting, settings_of, without_folders
 
-__all__ = ["Headline", "Picture", "ReportedRun", "write_report"]
+__all__ = ["Headline", "Picture", "write_report"]
 
 
 @dataclass(frozen=True)
@@ -42,20 +42,6 @@ class Picture:
     title: str
     caption: str
     alt: str
-
-
-@dataclass(frozen=True)
-class ReportedRun:
-    """What a run has recorded.
-
-    - `steps`: the entries of metrics.jsonl.
-    - `validations`: the entries of validations.jsonl.
-    - `alarms`: what most likely makes the run useless, a paragraph each.
-    """
-
-    steps: Sequence[Mapping[str, Any]]
-    validations: Sequence[Mapping[str, Any]]
-    alarms: Sequence[str] = field(default=())
 
 
 def write_report(
@@ -99,7 +85,7 @@ def write_report(
         "alarms": _alarms(runs),
         "headlines": "".join(['<div class="cards">', *map(_card, headlines), "</div>"]) if headlines else "",
         "table": _table(header, rows),
-        "curves": _curves(runs),
+        "curves": curves(runs),
         "pictures": "".join([*_link(explore), *map(_picture, pictures)]) or "<p>None were drawn.</p>",
         "settings": _settings(settings_of(settings), list(runs)),
         "facts": _facts(facts),
@@ -128,16 +114,12 @@ def _fine(name: str, run: ReportedRun) -> Iterator[str]:
     """Say where the supervision of a run without an alarm stands."""
     steps = [entry for entry in run.steps if entry.get("alignment_chance")][-50:]
     if steps:
-        loss, chance = (_mean(steps, key) for key in ("alignment_loss", "alignment_chance"))
-        share = _mean(steps, "supervised") / _mean(steps, "matchable")
+        loss, chance = (mean(steps, key) for key in ("alignment_loss", "alignment_chance"))
+        share = mean(steps, "supervised") / mean(steps, "matchable")
         yield (
             f"Run {_text(name)}: the alignment loss ended at {loss:.2f}, where uniform attention has {chance:.2f}; "
             f"{share:.0%} of the tokens had a match (means of the last {len(steps)} supervised steps)."
         )
-
-
-def _mean(entries: Sequence[Mapping[str, Any]], key: str) -> float:
-    return sum(float(entry[key]) for entry in entries) / len(entries)
 
 
 def _card(headline: Headline) -> str:
@@ -180,80 +162,6 @@ def _scrolled(content: str, label: str) -> str:
     return f'<div class="wide" role="region" tabindex="0" aria-label="{_text(label)}">{content}</div>'
 
 
-def _curves(runs: Mapping[str, ReportedRun]) -> str:
-    styles = {name: place + (len(runs) == 1) for place, name in enumerate(runs)}
-    legend = "".join(
-        f'<li><svg viewBox="0 0 44 10" aria-hidden="true"><path class="line" stroke="{COLORS[style % len(COLORS)]}" '
-        f'stroke-dasharray="{DASHES[style % len(DASHES)]}" d="M0 5H44"/></svg>{_text(name)}</li>'
-        for name, style in styles.items()
-    )
-    charts = [*_step_charts(runs, styles), *_validation_charts(runs, styles)]
-    figures = "".join(
-        f"<figure><h3>{_text(title)}</h3>{chart}<figcaption>{_text(caption)}</figcaption></figure>"
-        for title, chart, caption in charts
-    )
-    return (
-        f'<ul class="legend">{legend}</ul><p class="note">Thin: each step. Thick: moving mean over a tenth of the run.</p>'
-        f'<div class="charts">{figures}</div>'
-    )
-
-
-def _step_charts(runs: Mapping[str, ReportedRun], styles: Mapping[str, int]) -> Iterator[tuple[str, str, str]]:
-    def lines(key: str, *, supervised: bool = False) -> list[Series]:
-        points = {
-            name: [(e["step"], e[key]) for e in run.steps if not supervised or e.get("supervised")]
-            for name, run in runs.items()
-        }
-        return [Series(name, drawn, styles[name]) for name, drawn in points.items() if drawn]
-
-    if losses := lines("loss"):
-        title = "Denoising loss"
-        caption = "Noise levels differ from step to step, and the loss with them: the moving mean tells."
-        yield title, line_chart(losses, title=title, unit="loss"), caption
-    if aligned := lines("alignment_loss", supervised=True):
-        title = "Alignment loss"
-        steps = [entry for run in runs.values() for entry in run.steps if entry.get("alignment_chance")]
-        chance = ("chance", _mean(steps, "alignment_chance")) if steps else None
-        caption = (
-            "Chance is the loss of attention that looks at all tokens alike. Below it the attention finds matches; a line "
-            "that stays there has learned nothing from them."
-            if chance
-            else "The negative cosine similarity between what the layer computes and the image features."
-        )
-        yield title, line_chart(aligned, title=title, unit="nats" if chance else "loss", level=chance), caption
-        title, known = "Matches per step", any("matchable" in entry for run in runs.values() for entry in run.steps)
-        title = title if known else "Supervised tokens per step"
-        caption = "How many tokens the alignment loss of a step is about. Where they are few, the loss says little."
-        chart = line_chart(
-            lines("supervised", supervised=True), title=title, unit=title.split()[0].lower(), from_zero=True
-        )
-        yield title, chart, caption
-
-
-def _validation_charts(runs: Mapping[str, ReportedRun], styles: Mapping[str, int]) -> Iterator[tuple[str, str, str]]:
-    metrics = {
-        "Validation: PSNR": ("psnr_covisible", "dB", "Higher is better: the predicted view where the reference sees it."),
-        "Validation: matches found": ("precision/mean@1", "share of matches", "Higher is "
-        "better: the share of tokens whose most-attended token is the match or next to it, mean of the heads."),
-        "Validation: denoising loss": ("loss", "loss", "Lower is better. The same samples and noise at every step."),
-    }  # fmt: skip
-    for title, (key, unit, caption) in metrics.items():
-        lines = []
-        for name, run in runs.items():
-            points = [(entry["step"], value) for entry in run.validations if (value := _value(entry, key)) is not None]
-            if points:
-                lines.append(Series(name, points, styles[name], smooth=False, dots=True))
-        if lines:
-            yield title, line_chart(lines, title=title, unit=unit), caption
-
-
-def _value(entry: Mapping[str, Any], key: str) -> float | None:
-    value: Any = entry
-    for part in key.split("/"):
-        value = (value or {}).get(part)
-    return None if value is None else float(value)
-
-
 def _link(explore: Path | None) -> list[str]:
     if explore is None:
         return []
@@ -274,7 +182,8 @@ def _settings(settings: Sequence[ShownSetting], runs: Sequence[str]) -> str:
     of = f" of the run {_text(runs[-1])}" if len(runs) > 1 else ""
     changed = [one for one in settings if one.differs]
     rows = "".join(
-        f'<tr><th scope="row"><code>{_text(one.name)}</code></th><td>{_text(one.value)}</td><td>{_text(one.default)}</td></tr>'
+        f'<tr><th scope="row"><code>{_text(one.name).replace("_", "_<wbr>")}</code></th>'
+        f"<td>{_text(one.value)}</td><td>{_text(one.default)}</td></tr>"
         for one in changed
     )
     head = "".join(f'<th scope="col">{name}</th>' for name in ("setting", "value", "default"))

@@ -231,17 +231,17 @@ def _figure(value: float | None, format_spec: str) -> str:
 PICTURES = {
     "views": (
         "Predicted views",
-        "Each row is one sample of the validation set, which no run was trained on: the reference view, the true target "
-        "view, and what each model makes of it, from pure noise in one step and sampled. A better model puts the colors "
-        "and edges of the reference where the true view has them; its PSNR is higher.",
+        "Samples of the validation set, which no run saw: the reference view, the true target view, and "
+        "what each model makes of it, from pure noise in one step and sampled. A better model puts the colors and edges of "
+        "the reference where the true view has them; its PSNR is higher.",
         "Grid of images: rows are samples, columns the reference view, the true view and the prediction of each model, "
         "with its PSNR below.",
     ),
     "attention": (
         "Where the attention finds the match",
-        "Each token of the target view is colored by how far the token of the reference view that it attends to most lies "
-        "from its true match: dark blue is the match itself, orange is four tokens off or more, gray has no match. The "
-        "more blue, the better the attention knows where a surface point is in the other view.",
+        "Each token of the target view is colored by how far the token that it attends to most in the reference view "
+        "lies from its true match: dark blue is the match itself, orange is four tokens off or more, gray has no "
+        "match. The more blue, the better the attention knows where a surface point is in the other view.",
         "Grid of maps: rows are samples, columns the two views and for each model a map of the tokens, colored by the "
         "distance from the most-attended token to the true match, with the share within one token above.",
     ),

@@ -80,7 +80,7 @@ class Trainer:
         if isinstance(pipeline, LatentEncoder):
             pipeline.encoder_precision = HALF.get(config.mixed_precision)
         self.supervision = Supervision(model, pipeline, dataset, config, self.device)
-        self.watch = RunWatch(model, config)
+        self.watch = RunWatch(model.supervised_layers, config)
         self.trained = [parameter for parameter in self.supervision.module.parameters() if parameter.requires_grad]
         if not self.trained:
             raise ValueError("model: no parameter requires a gradient; add LoRA or call requires_grad_(True) first")
