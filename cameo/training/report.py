@@ -231,8 +231,8 @@ def _figure(value: float | None, format_spec: str) -> str:
 PICTURES = {
     "views": (
         "Predicted views",
-        "Samples of the validation set, which no run saw: the reference view, the true target view, and "
-        "what each model makes of it, from pure noise in one step and sampled. A better model puts the colors and edges of "
+        "Samples of the validation set, which no run saw: the reference view, the true target view, and what "
+        "each model makes of it, from pure noise in one step and sampled. A better model puts the colors and edges of "
         "the reference where the true view has them; its PSNR is higher.",
         "Grid of images: rows are samples, columns the reference view, the true view and the prediction of each model, "
         "with its PSNR below.",
