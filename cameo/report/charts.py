@@ -13,7 +13,7 @@ __all__ = ["COLORS", "Series", "line_chart", "moving_mean", "nice_ticks"]
 COLORS = ("#d55e00", "#0072b2", "#009e73", "#a3588a")
 DASHES = ("6 3", "", "2 3", "9 3 2 3")
 WIDTH, HEIGHT = 420, 230
-LEFT, RIGHT, TOP, BOTTOM = 52, 16, 10, 36
+LEFT, RIGHT, TOP, BOTTOM = 64, 16, 10, 36
 MOST_POINTS = 400  # of a line; more are averaged in groups, which no screen shows
 
 
@@ -118,7 +118,8 @@ def _frame_of(
     values = [value for points in lines for _, value in _thinned(points)]
     values += ([level[1]] if level else []) + ([0.0] if from_zero else [])
     low, high = min(values), max(values)
-    margin = 0.05 * (high - low) or 0.05 * abs(high) or 1.0
+    # A range that is narrow against its values would need labels with many digits.
+    margin = max(0.05 * (high - low), 0.001 * max(abs(low), abs(high))) or 1.0
     first, last = min(steps), max(max(steps), min(steps) + 1)
     return _Frame(first, last, low if from_zero and low == 0 else low - margin, high + margin)
 

@@ -15,6 +15,7 @@ from cameo.alarms import watch
 from cameo.training import trainer
 from cameo.training.checkpoint import list_checkpoints
 from tests.helpers import data_faults
+from tests.helpers.sequences import write_sequence
 from tests.helpers.training_runs import REPA, RecipeProcess, make_trainer, read_lines
 
 pytestmark = pytest.mark.usefixtures("alone_on_shared_scenes")
