@@ -59,8 +59,12 @@ class Alarm:
         Args:
             run: settings that name those of the run, as `config=outputs/run/config.yaml`.
         """
+        return " ".join(f"{name}: {text}" for name, text in self.parts(run).items())
+
+    def parts(self, run: str) -> dict[str, str]:
+        """Return the parts of the paragraph by what stands before each."""
         cure = self.cure.format(run=run)
-        return f"Alarm, {self.word}: {self.seen} Likely causes: {self.causes} What to do: {cure}"
+        return {f"Alarm, {self.word}": self.seen, "Likely causes": self.causes, "What to do": cure}
 
 
 class RunWatch:

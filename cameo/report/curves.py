@@ -18,12 +18,12 @@ class ReportedRun:
 
     - `steps`: the entries of metrics.jsonl.
     - `validations`: the entries of validations.jsonl.
-    - `alarms`: what most likely makes the run useless, a paragraph each.
+    - `alarms`: what most likely makes the run useless; of each the parts of its text by what stands before them.
     """
 
     steps: Sequence[Mapping[str, Any]]
     validations: Sequence[Mapping[str, Any]]
-    alarms: Sequence[str] = field(default=())
+    alarms: Sequence[Mapping[str, str]] = field(default=())
 
 
 def mean(entries: Sequence[Mapping[str, Any]], key: str) -> float:

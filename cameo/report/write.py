@@ -99,11 +99,12 @@ def _text(text: str) -> str:
 
 
 def _alarms(runs: Mapping[str, ReportedRun]) -> str:
-    told = [
-        f"<p>{f'<strong>Run {_text(name)}.</strong> ' if len(runs) > 1 else ''}{_text(alarm)}</p>"
-        for name, run in runs.items()
-        for alarm in run.alarms
-    ]
+    told = []
+    for name, run in runs.items():
+        for alarm in run.alarms:
+            parts = [f"<strong>{_text(part)}:</strong> {_text(text)}" for part, text in alarm.items()]
+            parts[0] += f" ({_text(f'run {name}')})" if len(runs) > 1 else ""
+            told.append(f"<p>{'<br>'.join(parts)}</p>")
     if told:
         return f'<div class="alarm" role="alert"><h2>Look at this first</h2>{"".join(told)}</div>'
     sentences = [sentence for name, run in runs.items() for sentence in _fine(name, run)]

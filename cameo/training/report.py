@@ -272,16 +272,17 @@ def write_run_report(
     *_, last = results.values()
     columns = {f"{start} (step {last.validations[0]['step']})": last.validations[0]}
     columns |= {name: result.validations[-1] for name, result in results.items()}
-    run = f"config={Path(config.output_dir) / 'config.yaml'}"
+    folder = Path(config.output_dir)
+    run = f"config={'' if folder.is_absolute() else f'{folder.as_posix()}/'}config.yaml"
     shown = [Picture(picture, *PICTURES.get(picture.stem, (picture.stem, "", picture.stem))) for picture in pictures]
     layers = ", ".join(layer.path for layer in model.supervised_layers)
     return write_report(
         path,
         {
-            name: ReportedRun(result.history(), result.validations, [alarm.paragraph(run) for alarm in result.alarms])
+            name: ReportedRun(result.history(), result.validations, [alarm.parts(run) for alarm in result.alarms])
             for name, result in results.items()
         },
-        title=f"Report of {Path(config.output_dir).resolve().name}",
+        title=f"Report of {folder.resolve().name}",
         about=f"{config.backbone} from {model.cameo_config.base_model}; layer {layers}; {last.step} steps of "
         f"{config.train_batch_size * config.gradient_accumulation_steps} samples with {config.num_views} views.",
         headlines=_headlines(columns),

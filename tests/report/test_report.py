@@ -103,7 +103,7 @@ def test_nothing_of_the_machine_and_no_secret(finished_run: Path) -> None:
 
 def test_alarms_stand_first_and_names_are_escaped(tmp_path: Path) -> None:
     Image.new("RGB", (4, 4)).save(tmp_path / "views.png")
-    run = ReportedRun([{"step": 1, "loss": 1.0}], [], ["Alarm, few matches: see /home/me/run/config.yaml & <b>."])
+    run = ReportedRun([{"step": 1, "loss": 1.0}], [], [{"Alarm, few matches": "see /home/me/run/config.yaml & <b>."}])
     path = write_report(
         tmp_path / "report.html",
         {"a <run>": run},
