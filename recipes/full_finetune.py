@@ -41,7 +41,13 @@ def main(arguments: list[str]) -> None:
 def train_and_report(config: TrainingConfig) -> None:
     """Train one model, and write its results."""
     from cameo.training.data import build_dataset
-    from cameo.training.report import card_metrics, card_pictures, metrics_table, write_pictures
+    from cameo.training.report import (
+        card_metrics,
+        card_pictures,
+        metrics_table,
+        write_pictures,
+        write_run_report,
+    )
     from cameo.training.setup import (
         check_push,
         load_pipeline,
@@ -84,6 +90,8 @@ def train_and_report(config: TrainingConfig) -> None:
     }
     folder = model.save_pretrained(output / "model", license=config.hub_license, repo_id=config.hub_model_id, **facts)
     print(f"model in {folder}, pictures in {output / 'pictures'}, losses in {result.metrics}")
+    report = write_run_report({name: result}, model, config, output / "report.html", pictures=pictures, start="start")
+    print(f"what changed, with curves, pictures and settings: open {report} in a browser")
     push_finished(model, folder, config, **facts)
 
 

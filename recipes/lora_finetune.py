@@ -49,6 +49,7 @@ def train_and_compare(config: TrainingConfig) -> None:
         metrics_table,
         write_attention_page,
         write_pictures,
+        write_run_report,
     )
     from cameo.training.setup import check_push, planned_runs, push_finished, train_lora
 
@@ -90,6 +91,16 @@ def train_and_compare(config: TrainingConfig) -> None:
         output / "adapter", license=config.hub_license, repo_id=config.hub_model_id, **facts
     )
     print(f"adapter in {adapter}, pictures in {output / 'pictures'}, losses in {run.result.metrics}")
+    report = write_run_report(
+        {name: run.result for name, run in runs.items()},
+        run.model,
+        config,
+        output / "report.html",
+        pictures=pictures,
+        start="base",
+        explore=page,
+    )
+    print(f"what changed, with curves, pictures and settings: open {report} in a browser")
     if page is not None:
         print(f"where the models look, token by token: open {page} in a browser")
     push_finished(run.model, adapter, config, **facts)

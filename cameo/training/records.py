@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cameo.alarms import Alarm
 from cameo.files import write_atomically
 
 __all__ = ["Records", "TrainingResult"]
@@ -54,16 +55,22 @@ class TrainingResult:
     Attributes:
         step: optimizer steps done.
         metrics: path of `metrics.jsonl`: per step `step, loss, alignment_loss, learning_rate` (losses are means over
-            micro steps and processes) and `supervised`, the number of matches behind the step.
+            micro steps and processes) and `supervised`, the number of matches behind the step; with matches also
+            `alignment_chance`, the alignment loss that uniform attention would have, and `matchable`, the number of
+            matches that there could have been; where an alarm stands, `alarm`, its words.
         validations: what `on_validation` returned, each with its `step`; on the main process only.
         stopped_by: name of the signal that ended the run early, or None.
+        alarms: what most likely makes the run useless, as its latest steps show it.
+        seconds: how long it took; of a run that was resumed, since then.
     """
 
     step: int
     metrics: Path
     validations: list[dict[str, Any]] = field(default_factory=list)
     stopped_by: str | None = None
+    alarms: list[Alarm] = field(default_factory=list)
+    seconds: float = 0.0
 
-    def history(self) -> list[dict[str, float]]:
+    def history(self) -> list[dict[str, Any]]:
         """Read the entries of all steps."""
         return Records(self.metrics).read()

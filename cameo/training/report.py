@@ -1,10 +1,13 @@
-"""What a recipe shows of a run: pictures of its models, the table of its validations, the metrics of a model card."""
+"""What a recipe shows of a run: pictures, the table of its validations, the metrics of a model card, `report.html`."""
 
 from __future__ import annotations
 
+import platform
+import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +22,22 @@ from cameo.model import CameoModel
 from cameo.pipeline import MultiViewPipeline, TrainingInputs
 from cameo.probing.denoising import covisible_pixels
 from cameo.probing.mode import base_weights, evaluation_mode, generate_views, has_adapter, native_precision
+from cameo.report import Headline, Picture, ReportedRun, write_report
 from cameo.tables import markdown_table
+from cameo.training.records import TrainingResult
 from cameo.training.settings import TrainingConfig
+from cameo.version import __version__
 
 __all__ = [
     "card_metrics",
     "card_pictures",
+    "device_name",
     "metrics_table",
     "noise_inputs",
     "predicted_views",
     "write_attention_page",
     "write_pictures",
+    "write_run_report",
 ]
 
 NOT_MEASURED = "-"
@@ -222,6 +230,11 @@ def card_pictures(pictures: Sequence[Path]) -> dict[str, Path]:
 
 def metrics_table(columns: Mapping[str, Mapping[str, Any]]) -> str:
     """Format validation results side by side as a Markdown table."""
+    return markdown_table(["", *columns], [[title, *cells] for title, cells in _rows(columns).items()])
+
+
+def _rows(columns: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:
+    """Return the rows of the table by their title, without those of which nothing was measured."""
     covisible = "PSNR of predicted clean image at high noise, pixels the reference sees (dB)"
     rows: dict[str, Callable[[Mapping[str, Any]], str]] = {
         "denoising loss, fixed noise": lambda m: f"{m['loss']:.4f}",
@@ -235,8 +248,7 @@ def metrics_table(columns: Mapping[str, Mapping[str, Any]]) -> str:
         "the same by chance": lambda m: _view_share(m, "chance"),
     }
     shown = {title: [show(metrics) for metrics in columns.values()] for title, show in rows.items()}
-    measured = {title: cells for title, cells in shown.items() if any(cell != NOT_MEASURED for cell in cells)}
-    return markdown_table(["", *columns], [[title, *cells] for title, cells in measured.items()])
+    return {title: cells for title, cells in shown.items() if any(cell != NOT_MEASURED for cell in cells)}
 
 
 def _share(metrics: Mapping[str, Any], name: str) -> str:
@@ -249,3 +261,128 @@ def _view_share(metrics: Mapping[str, Any], name: str) -> str:
 
 def _figure(value: float | None, format_spec: str) -> str:
     return NOT_MEASURED if value is None else format(value, format_spec)
+
+
+# What there is to see in each picture, by the name of its file, and what it shows for those who do not see it.
+PICTURES = {
+    "views": (
+        "Predicted views",
+        "Samples of the validation set, which no run saw: the reference view, the true target view, and what "
+        "each model makes of it, from pure noise in one step and sampled. A better model puts the colors and edges of "
+        "the reference where the true view has them; its PSNR is higher.",
+        "Grid of images: rows are samples, columns the reference view, the true view and the prediction of each model, "
+        "with its PSNR below.",
+    ),
+    "attention": (
+        "Where the attention finds the match",
+        "Each token of the target view is colored by how far the token that it attends to most in the reference view "
+        "lies from its true match: dark blue is the match itself, orange is four tokens off or more, gray has no "
+        "match. The more blue, the better the attention knows where a surface point is in the other view.",
+        "Grid of maps: rows are samples, columns the two views and for each model a map of the tokens, colored by the "
+        "distance from the most-attended token to the true match, with the share within one token above.",
+    ),
+}
+
+
+def write_run_report(
+    results: Mapping[str, TrainingResult],
+    model: CameoModel,
+    config: TrainingConfig,
+    path: str | Path,
+    *,
+    pictures: Sequence[Path],
+    start: str,
+    explore: Path | None = None,
+) -> Path:
+    """Write `report.html` of a finished recipe; returns its path. See `cameo.report`.
+
+    Args:
+        results: of each run of the recipe, by name; the last one is that of `model` and `config`.
+        model: for the layers that are supervised, and the device.
+        config: the settings.
+        path: of the file.
+        pictures: what `write_pictures` returned.
+        start: what the model is before the training, as "base".
+        explore: page of `write_attention_page`, in the same folder.
+    """
+    *_, last = results.values()
+    columns = {f"{start} (step {last.validations[0]['step']})": last.validations[0]}
+    columns |= {name: result.validations[-1] for name, result in results.items()}
+    folder = Path(config.output_dir)
+    run = f"config={'' if folder.is_absolute() else f'{folder.as_posix()}/'}config.yaml"
+    shown = [Picture(picture, *PICTURES.get(picture.stem, (picture.stem, "", picture.stem))) for picture in pictures]
+    layers = ", ".join(layer.path for layer in model.supervised_layers)
+    return write_report(
+        path,
+        {
+            name: ReportedRun(result.history(), result.validations, [alarm.parts(run) for alarm in result.alarms])
+            for name, result in results.items()
+        },
+        title=f"Report of {folder.resolve().name}",
+        about=f"{config.backbone} from {model.cameo_config.base_model}; layer {layers}; {last.step} steps of "
+        f"{config.train_batch_size * config.gradient_accumulation_steps} samples with {config.num_views} views.",
+        headlines=_headlines(columns),
+        header=list(columns),
+        rows=_rows(columns),
+        pictures=shown,
+        settings=config,
+        facts=_facts(results, next(model.parameters()).device),
+        explore=explore,
+    )
+
+
+def _headlines(columns: Mapping[str, Mapping[str, Any]]) -> list[Headline]:
+    figures: list[tuple[str, str, Callable[[Mapping[str, Any]], float | None], str, str]] = [
+        (
+            "Predicted view, where the reference sees it",
+            "PSNR of the clean image that is predicted from high noise; higher is better.",
+            lambda m: m["psnr_covisible"],
+            "{:.2f}",
+            "{:+.2f} dB",
+        ),
+        (
+            "Attention finds the match (%)",
+            "Share of tokens whose most-attended token lies within one token of the true match, mean of the heads.",
+            lambda m: None if m["precision"] is None else 100 * m["precision"]["mean@1"],
+            "{:.1f}",
+            "{:+.1f} points",
+        ),
+        (
+            "Denoising loss",
+            "The same samples and the same noise at each noise level; lower is better.",
+            lambda m: m["loss"],
+            "{:.4f}",
+            "{:+.4f}",
+        ),
+    ]
+    headlines = []
+    for title, why, value, show, show_change in figures:
+        values = {name: found for name, metrics in columns.items() if (found := value(metrics)) is not None}
+        if len(values) == len(columns):
+            headlines.append(Headline(title, why, values, show, show_change))
+    return headlines
+
+
+def _facts(results: Mapping[str, TrainingResult], device: torch.device) -> dict[str, str]:
+    packages = ("torch", "diffusers", "peft", "accelerate")
+    seconds = {
+        f"time of the run {name}": f"{result.seconds:.0f} s, validation included" for name, result in results.items()
+    }
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "device": device_name(device),
+        **seconds,
+        "cameo": __version__,
+        "Python": platform.python_version(),
+        **{name: version(name) for name in packages},
+    }
+
+
+def device_name(device: torch.device) -> str:
+    """Return the name of a GPU, or the architecture of the CPU.
+
+    Example:
+        >>> device_name(torch.device("cpu")).endswith(" CPU")
+        True
+    """
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,6 +21,7 @@ from cameo.pipeline import MultiViewPipeline
 from cameo.settings import split_arguments
 from cameo.training.checkpoint import STATE_NAME
 from cameo.training.data import build_dataset, match_settings
+from cameo.training.report import device_name
 from cameo.training.run_settings import RUN_SETTINGS, evaluation_settings, run_settings
 from cameo.training.settings import TrainingConfig
 from cameo.training.setup import base_name, load_pipeline, wrap_denoiser
@@ -128,7 +128,7 @@ def load_evaluated(
         "layers": list(model.cameo_config.layers),
         "weight": model.cameo_config.weight if checkpoint else None,
         "training": model.cameo_config.training if checkpoint else {},
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU",
+        "device": device_name(device),
         "torch": torch.__version__,
     }
     return EvaluatedModel(model, pipeline, config, trained_head, facts)

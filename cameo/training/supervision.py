@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 
+from cameo.alarms import alignment_chance, matchable_tokens
 from cameo.correspondence import Correspondence
 from cameo.correspondence.controls import matches_of_next_sample, random_matches
 from cameo.correspondence.features import FeatureExtractor
@@ -63,6 +64,8 @@ class Supervision:
         module: what the training calls in place of `model`: `model` itself, or `FeatureAlignment` around it.
         heads: the modules whose parameters get a gradient from the auxiliary loss alone, and which are not published.
         num_wanted: number of samples that the latest micro step was to supervise, whether or not they have a match.
+        chance: alignment loss of uniform attention with the matches of the latest micro step; 0 without matches.
+        matchable: number of matches that there could have been in the latest micro step.
         watch: warns where the first steps of the run meet no match.
     """
 
@@ -80,6 +83,8 @@ class Supervision:
         self.features: FeatureExtractor | None = None
         self.matcher = make_matcher(config).to(device) if config.uses_matcher else None
         self.num_wanted: int | Tensor = 0
+        self.chance: float | Tensor = 0.0
+        self.matchable: int | Tensor = 0
         self.watch = MatchWatch(model, config)
         if not config.uses_matches:  # the alignment heads would get no gradient
             model.alignment_heads.requires_grad_(False)
@@ -102,7 +107,7 @@ class Supervision:
     ) -> dict[str, Any]:
         """Return the arguments with which `module` computes its alignment loss; none at a step without alignment."""
         config = self.config
-        self.num_wanted = 0
+        self.num_wanted = self.chance = self.matchable = 0
         if not (self.weight(micro_step) and inputs.aligned):
             return {}
         noise_levels = inputs.timesteps / (self.pipeline.num_train_timesteps - 1)
@@ -117,7 +122,20 @@ class Supervision:
             return {"features": batch["features"], "grids": self.module.grids(batch), "kept": kept}
         matches = training_matches(self.model, batch, noise_levels, config, micro_step, process)
         self.watch.offer(matches)
+        layers = self.model.supervised_layers
+        self.chance = alignment_chance(layers, matches, self.model.cameo_config)
+        most = sum(matchable_tokens(*one) for one in zip(layers, (match.token_grids for match in matches), strict=True))
+        self.matchable = self.num_wanted * most
         return {"correspondence": matches}
+
+    def figures(self) -> dict[str, float | Tensor]:
+        """Return what the latest micro step adds to the records of its step, and `num_wanted`."""
+        return {
+            "supervised": self.num_supervised,
+            "num_wanted": self.num_wanted,
+            "alignment_chance": self.chance,
+            "matchable": self.matchable,
+        }
 
     def no_loss(self, denoising: Tensor) -> Tensor:
         """Return an alignment loss of 0 like `denoising`, for a step without alignment.

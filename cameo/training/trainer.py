@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from itertools import islice
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
+from cameo.alarms import RunWatch
 from cameo.attention.compiled.in_place import compile_in_place
 from cameo.backbone import unwrap_peft
 from cameo.data import MultiViewDataset
@@ -35,6 +37,7 @@ from cameo.training.supervision import Supervision
 
 __all__ = ["HALF", "Trainer"]
 
+CONFIG_FILE = "config.yaml"
 HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -77,6 +80,7 @@ class Trainer:
         if isinstance(pipeline, LatentEncoder):
             pipeline.encoder_precision = HALF.get(config.mixed_precision)
         self.supervision = Supervision(model, pipeline, dataset, config, self.device)
+        self.watch = RunWatch(model.supervised_layers, config)
         self.trained = [parameter for parameter in self.supervision.module.parameters() if parameter.requires_grad]
         if not self.trained:
             raise ValueError("model: no parameter requires a gradient; add LoRA or call requires_grad_(True) first")
@@ -124,7 +128,7 @@ class Trainer:
             return self._train()
 
     def _train(self) -> TrainingResult:
-        accelerator = self.accelerator
+        accelerator, start = self.accelerator, time.monotonic()
         matched = with_matches(self.dataset, self.model, self.config, num_processes=accelerator.num_processes)
         samples = with_latents(matched, self.dataset, self.pipeline, self.config, accelerator)
         self._start()
@@ -137,8 +141,12 @@ class Trainer:
         finally:
             for tracker in self.accelerator.trackers:  # end_training() would also end the process group of a next run
                 tracker.finish()
-        validations = self.validations.read() if self.accelerator.is_main_process else []
-        return TrainingResult(self.step, self.metrics.path, validations, stopped_by)
+        validations = self.validations.read() if accelerator.is_main_process else []
+        alarms = self.watch.alarms()
+        for alarm in alarms:
+            accelerator.print(f"\n{alarm.paragraph(f'config={self.output_dir / CONFIG_FILE}')}")
+        seconds = time.monotonic() - start
+        return TrainingResult(self.step, self.metrics.path, validations, stopped_by, alarms, seconds)
 
     def _start(self) -> None:
         config, accelerator = self.config, self.accelerator
@@ -158,13 +166,13 @@ class Trainer:
             self.output_dir.mkdir(parents=True, exist_ok=True)
             # A new run finds checkpoints here only where it was told to overwrite them.
             checkpoint.prune_checkpoints(self.output_dir, None if config.resume_from_checkpoint else 0)
-            save_config(config, self.output_dir / "config.yaml")
-            if (
-                source := getattr(self.dataset, "source", None)
-            ) is not None:  # a data set of somebody else may have none
-                warn_of_misfit(source)
+            save_config(config, self.output_dir / CONFIG_FILE)
+            # A data set of somebody else may have no source.
+            if (source := getattr(self.dataset, "source", None)) is not None:
+                self.watch.data_is_wrong = warn_of_misfit(source)
             self.metrics.keep_until(self.step)
             self.validations.keep_until(self.step)
+            self.watch.see(self.metrics.read())
         start_trackers(accelerator, config)
 
     def _run(self, dataset: Dataset[MultiViewSample]) -> str | None:
@@ -202,13 +210,16 @@ class Trainer:
                     return stop.received or "a signal to another process"
         return None
 
-    def _train_step(self, batches: Iterator[tuple[int, Any]], stop: StopSignal) -> tuple[dict[str, float], bool]:
+    def _train_step(self, batches: Iterator[tuple[int, Any]], stop: StopSignal) -> tuple[dict[str, Any], bool]:
         """Take one optimizer step; returns its entry of the records, and whether a process was told to stop."""
         sums, samples = self._accumulate_gradients(batches)
         norm = self.accelerator.clip_grad_norm_(self.trained, self.config.max_grad_norm)
         entry, num_wanted, norm_sum, stopping = self._exchange(sums, norm, stop)
         self._check_finite(entry, norm_sum, samples)
         self.supervision.watch.see(num_wanted, entry["supervised"], warn=self.accelerator.is_main_process)
+        self.watch.see([entry])
+        if words := self.watch.words():
+            entry["alarm"] = words
         self._update_weights()
         self._record(entry)
         return entry, stopping
@@ -217,18 +228,16 @@ class Trainer:
         """Run the forward and backward passes of a step.
 
         Returns:
-            The sums of the denoising losses, the alignment losses, the numbers of matches and those of the samples that
-            were to have some; the keys of the samples.
+            The sums of the denoising losses, the alignment losses and `Supervision.figures`; the keys of the samples.
         """
         accumulate = self.config.gradient_accumulation_steps
-        sums, samples = torch.zeros(4, device=self.device), []
+        sums, samples = torch.zeros(6, device=self.device), []
         for part, (micro_step, batch) in enumerate(islice(batches, accumulate), start=1):
             with nullcontext() if part == accumulate else self.accelerator.no_sync(self.prepared):
                 loss, denoising, alignment = self._losses(batch, micro_step)
                 self.accelerator.backward(loss / accumulate)
-            counts = (self.supervision.num_supervised, self.supervision.num_wanted)
-            numbers = [torch.as_tensor(count, dtype=torch.float32, device=self.device) for count in counts]
-            sums += torch.stack([denoising.detach(), alignment.detach(), *numbers])
+            figures = [denoising.detach(), alignment.detach(), *self.supervision.figures().values()]
+            sums += torch.stack([torch.as_tensor(one, dtype=torch.float32, device=self.device) for one in figures])
             samples += batch["key"]
         return sums, samples
 
@@ -243,7 +252,7 @@ class Trainer:
         loss_weight = self.supervision.weight(micro_step)
         return denoising + loss_weight * alignment, denoising, alignment
 
-    def _exchange(self, sums: Tensor, norm: Tensor, stop: StopSignal) -> tuple[dict[str, float], float, float, bool]:
+    def _exchange(self, sums: Tensor, norm: Tensor, stop: StopSignal) -> tuple[dict[str, Any], float, float, bool]:
         """Let all processes agree on the figures of a step and on stopping, in the one exchange of the step.
 
         Returns:
@@ -253,7 +262,7 @@ class Trainer:
         stopping = torch.tensor(float(stop.received is not None), device=self.device)
         figures = torch.stack([*sums, stopping, norm.float()])
         totals = self.accelerator.reduce(figures, "sum").tolist()
-        denoising, alignment, supervised, num_wanted, stopping_sum, norm_sum = totals
+        denoising, alignment, supervised, num_wanted, chance, matchable, stopping_sum, norm_sum = totals
         count = self.config.gradient_accumulation_steps * self.accelerator.num_processes
         entry = {
             "step": self.step + 1,
@@ -262,15 +271,17 @@ class Trainer:
             "supervised": supervised,
             "learning_rate": float(self.scheduler.get_last_lr()[0]),
         }
+        if self.config.uses_matches:
+            entry |= {"alignment_chance": chance / count, "matchable": matchable}
         return entry, num_wanted, norm_sum, stopping_sum > 0
 
-    def _shown(self, entry: Mapping[str, float]) -> dict[str, str]:
+    def _shown(self, entry: Mapping[str, Any]) -> dict[str, str]:
         """Return what the progress bar shows of a step."""
         shown = {"loss": f"{entry['loss']:.4f}", "align": f"{entry['alignment_loss']:.3f}"}
         if self.config.loss_weight:
             name = "matches" if self.config.uses_matches else "tokens"
             shown[name] = f"{entry['supervised']:.0f}"
-        return shown
+        return shown | ({"alarm": entry["alarm"]} if "alarm" in entry else {})
 
     def _update_weights(self) -> None:
         """Apply the accumulated gradient to the weights, the learning rate schedule and the averaged weights."""
@@ -283,13 +294,14 @@ class Trainer:
         if self.ema is not None:
             self.ema.step(self.trained)
 
-    def _record(self, entry: Mapping[str, float]) -> None:
+    def _record(self, entry: Mapping[str, Any]) -> None:
         """Write the figures of a step to the tracker and to `metrics.jsonl`."""
-        self.accelerator.log({name: value for name, value in entry.items() if name != "step"}, step=self.step)
+        numbers = {name: value for name, value in entry.items() if name not in ("step", "alarm")}
+        self.accelerator.log(numbers, step=self.step)
         if self.accelerator.is_main_process:
             self.metrics.append(entry)
 
-    def _check_finite(self, entry: Mapping[str, float], norm: float, samples: list[str]) -> None:
+    def _check_finite(self, entry: Mapping[str, Any], norm: float, samples: list[str]) -> None:
         values = {"denoising": entry["loss"], "alignment": entry["alignment_loss"], "norm of the gradient": norm}
         if self.accelerator.scaler is not None:  # with fp16 a gradient may overflow, and the step is skipped
             del values["norm of the gradient"]

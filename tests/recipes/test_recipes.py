@@ -43,7 +43,16 @@ def test_lora_on_an_rgbd_folder_end_to_end(tmp_path: Path) -> None:
     run = RecipeProcess("lora_finetune", out, **settings)
     assert run.wait() == 0, run.output
 
-    expected = {"adapter", "pictures", "table.md", "validation.json", "metrics.jsonl", "config.yaml", "logs"}
+    expected = {
+        "adapter",
+        "pictures",
+        "report.html",
+        "table.md",
+        "validation.json",
+        "metrics.jsonl",
+        "config.yaml",
+        "logs",
+    }
     assert {path.name for path in out.iterdir()} >= expected
     assert len(read_lines(out / "metrics.jsonl")) == 4
     assert len(read_lines(out / "without_cameo" / "metrics.jsonl")) == 4

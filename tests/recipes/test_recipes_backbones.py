@@ -71,6 +71,7 @@ def run(recipe: str, backbone: str, output: Path, monkeypatch: pytest.MonkeyPatc
 def check_finite(output: Path, name: str) -> None:
     steps = read_lines(output / "metrics.jsonl")
     assert len(steps) == SHORT["max_train_steps"]
+    assert f"<h1>Report of {output.name}</h1>" in (output / "report.html").read_text()
     assert all(math.isfinite(entry["loss"]) and math.isfinite(entry["alignment_loss"]) for entry in steps)
     supervised = [entry["supervised"] > 0 for entry in steps]
     # A temporal layer is supervised by the few matches that stay at their position, which a step may have none of.
@@ -131,3 +132,4 @@ def test_a_run_of_all_weights_with_repa_is_named_so(tmp_path: Path, monkeypatch:
         warnings.filterwarnings("ignore", "test_vit has random weights")
         run("full", "cat3d", tmp_path, monkeypatch, **REPA, max_train_steps=1, loss_weight=0.1, lr_warmup_steps=0)
     assert list(json.loads((tmp_path / "validation.json").read_text())) == ["with REPA"]
+    assert "negative cosine similarity" in (tmp_path / "report.html").read_text()
