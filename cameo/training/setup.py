@@ -88,15 +88,20 @@ def begin_run(config: TrainingConfig, *, demonstration: bool = False) -> Iterato
         yield
 
 
-def load_pipeline(config: TrainingConfig) -> MultiViewPipeline:
+def load_pipeline(config: TrainingConfig, *, outline: bool = False) -> MultiViewPipeline:
     """Load the weights to start from, or build a preset with weights drawn from `seed`.
+
+    Args:
+        config: settings of the run.
+        outline: whether to build the pipeline without the weights to start from, see `Backbone.outline`.
 
     Raises:
         ImportError: if the run is to use xformers on a GPU, and it is not installed.
     """
     adapter = get_backbone(config.backbone)
     if config.pretrained_model_name_or_path:
-        pipeline = adapter.load(config.pretrained_model_name_or_path, revision=config.revision, **config.preset_options)
+        load = adapter.outline if outline else adapter.load
+        pipeline = load(config.pretrained_model_name_or_path, revision=config.revision, **config.preset_options)
     else:
         torch.manual_seed(config.seed)
         pipeline = adapter.build(config.preset or "tiny", **config.preset_options)
