@@ -75,8 +75,8 @@ def _held(trainer: Trainer, pipeline: Any, batches: list[Any]) -> int:
     tensors += trainer.ema.shadow_params if trainer.ema is not None else []
     for batch in batches[:1]:  # the others are loaded when they are needed, outside of the step
         tensors += [value for value in batch.values() if isinstance(value, Tensor)]
-        tensors += [
-            part for match in batch.get("correspondences", ()) for part in (match.index, match.distance)
-        ]
-    storages = {one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in tensors if torch.is_tensor(one)}
+        tensors += [part for match in batch.get("correspondences", ()) for part in (match.index, match.distance)]
+    storages = {
+        one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in tensors if torch.is_tensor(one)
+    }
     return sum(storages.values())

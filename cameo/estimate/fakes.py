@@ -6,23 +6,23 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 __all__ = ["Fakes", "GpuAutocast", "encoders_of"]
 
-# Functions that autocast computes in float32 on CUDA, and in the precision of their input on a CPU; of all of them, those
-# that the backbones keep tensors for.
-FLOAT32_ON_CUDA = (F.layer_norm, F.group_norm, torch.layer_norm, torch.group_norm)
+# Functions of torch.nn.functional that autocast computes in float32 on CUDA, and in the precision of their input on a CPU:
+# of all of them, those that the backbones keep tensors for.
+FLOAT32_ON_CUDA = ("layer_norm", "group_norm")
 
 
-class GpuAutocast(TorchFunctionMode):
-    """Lets autocast on CPU tensors choose the precisions that it chooses on CUDA.
+class GpuAutocast:
+    """Lets autocast on CPU tensors choose the precisions that it chooses on CUDA; can be entered again.
 
     Example:
         >>> with GpuAutocast(), torch.autocast("cpu", torch.bfloat16):
@@ -30,13 +30,27 @@ class GpuAutocast(TorchFunctionMode):
         torch.float32
     """
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func in FLOAT32_ON_CUDA and torch.is_autocast_enabled("cpu"):
-            args, kwargs = tree_map(_widened, (args, kwargs))
-            with torch.autocast("cpu", enabled=False):
-                return func(*args, **kwargs)
-        return func(*args, **kwargs)
+    def __init__(self) -> None:
+        self._stack = ExitStack()
+
+    def __enter__(self) -> None:
+        # Patched, since a TorchFunctionMode is not asked where a backward pass computes activations again.
+        for name in FLOAT32_ON_CUDA:
+            self._stack.enter_context(patch.object(F, name, _in_float32(getattr(F, name))))
+
+    def __exit__(self, *raised: object) -> None:
+        self._stack.close()
+
+
+def _in_float32(function: Any) -> Any:
+    def wide(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_autocast_enabled("cpu"):
+            return function(*args, **kwargs)
+        args, kwargs = tree_map(_widened, (args, kwargs))
+        with torch.autocast("cpu", enabled=False):
+            return function(*args, **kwargs)
+
+    return wide
 
 
 def _widened(value: Any) -> Any:

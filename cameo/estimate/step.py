@@ -112,9 +112,7 @@ def estimate_step(config: TrainingConfig, *, full: bool, device: str = "cpu") ->
         step.prepare()
         step.take()
     seconds = time.monotonic() - start
-    return StepEstimate(
-        parameters, num_trained, step.held, step.peaks, step.at_peak, step.kept, step.flops, seconds
-    )
+    return StepEstimate(parameters, num_trained, step.held, step.peaks, step.at_peak, step.kept, step.flops, seconds)
 
 
 class _Step:
