@@ -29,6 +29,14 @@ def read(arguments: list[str]) -> TrainingConfig:
     return load_config(settings_file("full", CONFIGS, arguments), arguments)
 
 
+def dry_run(arguments: list[str], device: str | None) -> None:
+    """Print what a step takes, without weights and data."""
+    config = read(arguments)
+    from cameo.estimate import dry_run
+
+    dry_run(config, full=True, device=device)
+
+
 def main(arguments: list[str]) -> None:
     """Train, validate, write the pipeline in diffusers layout, and push it if asked."""
     config = read(arguments)
@@ -85,7 +93,8 @@ def train_and_report(config: TrainingConfig) -> None:
 
 def run(arguments: Sequence[str] | None = None) -> None:
     """Run the recipe; `arguments` are those of the command line by default."""
-    run_recipe(main, lambda arguments: [read(arguments)], [TrainingConfig], about=__doc__ or "", arguments=arguments)
+    kinds, about = [TrainingConfig], __doc__ or ""
+    run_recipe(main, lambda given: [read(given)], kinds, about=about, arguments=arguments, dry_run=dry_run)
 
 
 if __name__ == "__main__":

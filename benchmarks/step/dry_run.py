@@ -14,6 +14,7 @@ import argparse
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
+from itertools import product
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,13 @@ RUNS: dict[str, tuple[bool, dict[str, Any]]] = {
         {"backbone": "cat3d", "preset": "transformer-small", "train_batch_size": 4, "gradient_checkpointing": True}
         | {"use_ema": True},
     ),
+}
+# Views and sides in pixels for which the shipped settings of each release are computed, one sample at a time.
+RELEASED = {
+    "lora_cat3d_sd21": ((4, 512), (8, 512)),
+    "lora_mvdream_sd21": ((4, 256), (8, 256)),
+    "lora_zero123plus_v12": ((7, 320),),
+    "lora_sv3d_p": ((21, 576), (11, 576)),
 }
 COMMON = {"loss_weight": 0.1, "num_scenes": 4, "views_per_scene": 7, "min_overlap": 0.0, "max_overlap": 1.0}
 
@@ -116,6 +124,46 @@ def table(found: Mapping[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
+def released_cases() -> Iterator[tuple[str, TrainingConfig, bool]]:
+    """Name, settings and whether all weights are trained, of each line of the table of released sizes."""
+    for file, sizes in RELEASED.items():
+        config = load_config(ROOT / "recipes" / "configs" / f"{file}.yaml")
+        for (views, side), full in product(sizes, (False, True)):
+            changes = {"num_views": views, "resolution": side, "train_batch_size": 1, "gradient_accumulation_steps": 1}
+            trained = "all weights" if full else "LoRA"
+            yield f"{config.backbone}, {views} views, {side} px, {trained}", replace(config, **changes), full
+
+
+def compute(config: TrainingConfig, full: bool) -> dict[str, Any]:
+    """Estimate a step of a released size on a GPU."""
+    step = estimate_step(config, full=full, device="cuda")
+    facts = {"backbone": config.backbone, "views": config.num_views, "px": config.resolution, "all_weights": full}
+    return {**facts, **asdict(step)}
+
+
+def released_table(found: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """One row per released size: the peak, what it consists of, and what it would be with cached latents; in GB."""
+    rows = []
+    for entry in found.values():
+        held, peaks = sum(entry["held"].values()), entry["peaks"]
+        rows.append(
+            {
+                "backbone": entry["backbone"],
+                "views": entry["views"],
+                "px": entry["px"],
+                "trained": "all weights" if entry["all_weights"] else "LoRA",
+                "peak, GB": max(peaks.values()) / 1e9,
+                "in the phase": max(peaks, key=peaks.get),
+                "held between steps": held / 1e9,
+                "without the encoders' phase": max(peak for name, peak in peaks.items() if name != "encoders") / 1e9,
+                "kept for the backward pass": entry["kept"] / 1e9,
+                "TFLOP a step": sum(entry["flops"].values()) / 1e12,
+                "trained, millions": entry["num_trained"] / 1e6,
+            }
+        )
+    return rows
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Estimate and measure what is not in the results file yet, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -125,6 +173,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--released", action="store_true", help="compute the released sizes instead; minutes")
     parser.add_argument("--output", type=Path, help="results file")
     options = parser.parse_args(arguments)
+    if options.released:
+        results = Results(options.output or COMPUTED, "cpu", again=options.again)
+        for name, config, full in released_cases():
+            print(f"{name}: {'in the results file' if results.has(name) else 'computing'}", flush=True)
+            results.get(name, partial(compute, config, full))
+        print(f"\n{results.environment}\n\n{table_of(released_table(results.found))}")
+        return 0
     results = Results(options.output or MEASURED, "cpu", again=options.again)
     for name in [options.only] if options.only else RUNS:
         print(f"{name}: {'in the results file' if results.has(name) else 'estimating and measuring'}", flush=True)
