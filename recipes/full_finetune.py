@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from cameo.files import write_atomically
@@ -33,8 +34,9 @@ def dry_run(arguments: list[str], device: str | None) -> None:
     """Print what a step takes, without weights and data."""
     config = read(arguments)
     from cameo.estimate import dry_run
+    from cameo.training.setup import outlined_run
 
-    dry_run(config, full=True, device=device)
+    dry_run(config, partial(outlined_run, full=True), device)
 
 
 def main(arguments: list[str]) -> None:

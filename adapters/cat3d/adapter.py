@@ -220,7 +220,7 @@ class Cat3D(Backbone):
         Raises:
             DataError: for a Hub id whose architecture is not known here; says how to get its settings.
         """
-        from cameo.adapters.common.outlines import outline_pipeline
         from cameo.adapters.cat3d.weights import OUTLINES
+        from cameo.adapters.common.outlines import outline_pipeline
 
         return outline_pipeline(self, name_or_path, OUTLINES, revision=revision, **options)

@@ -1,7 +1,7 @@
 """Pipelines without weights: built from configs alone, with every parameter on the meta device, which holds no memory.
 
-The architectures of the releases, whose configs may be out of reach, stand here as facts: Stable Diffusion 2.1, from which
-all of them descend, and OpenCLIP's ViT-H/14, which reads their reference images.
+The architectures of the releases, whose configs may be out of reach, stand here as facts: Stable Diffusion 2.1, from
+which all of them descend, and OpenCLIP's ViT-H/14, which reads their reference images.
 """
 
 from __future__ import annotations
@@ -86,6 +86,7 @@ class TokenizerOutline:
         self.model_max_length = model_max_length
 
     def __call__(self, texts: str | Sequence[str], **options: Any) -> SimpleNamespace:
+        """Return `input_ids` `[texts, model_max_length]`, all zero."""
         count = 1 if isinstance(texts, str) else len(texts)
         return SimpleNamespace(input_ids=torch.zeros(count, self.model_max_length, dtype=torch.int64))
 

@@ -3,8 +3,9 @@
     python -m benchmarks.step.dry_run [--again] [--released] [--only NAME]
 
 The runs below are of all backbones, with LoRA and with all weights, with and without gradient checkpointing. Each is
-estimated and then measured: two steps of the library's own `Trainer`, and the memory events of the profiler in the third
-(`benchmarks.step.real_step`). `--released` computes the table of released sizes instead, for a GPU that need not be there.
+estimated and then measured: two steps of the library's own `Trainer`, and the memory events of the profiler in the
+third (`benchmarks.step.real_step`). `--released` computes the table of released sizes instead, for a GPU that need not
+be there.
 What is in `benchmarks/results/dry_run_cpu.json` is not measured again.
 """
 
@@ -14,16 +15,17 @@ import argparse
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
-from itertools import product
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from benchmarks.common.measuring import Results, table_of
 from benchmarks.common.page import RESULTS, ROOT
 from benchmarks.step.real_step import measure_step
-from cameo.estimate.step import StepEstimate, estimate_step
+from cameo.estimate.step import estimate_step
 from cameo.training.settings import TrainingConfig, load_config
+from cameo.training.setup import outlined_run
 
 MEASURED, COMPUTED = RESULTS / "dry_run_cpu.json", RESULTS / "dry_run_released_cpu.json"
 BOUND = 0.15  # a larger miss is to be explained
@@ -83,7 +85,10 @@ def compare(name: str) -> dict[str, Any]:
     config = settings(changes)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        estimated, measured = estimate_step(config, full=full), measure_step(config, full=full)
+        estimated, measured = (
+            estimate_step(config, partial(outlined_run, full=full), "cpu"),
+            measure_step(config, full=full),
+        )
     return {
         "settings": dict(changes),
         "all_weights": full,
@@ -136,7 +141,7 @@ def released_cases() -> Iterator[tuple[str, TrainingConfig, bool]]:
 
 def compute(config: TrainingConfig, full: bool) -> dict[str, Any]:
     """Estimate a step of a released size on a GPU."""
-    step = estimate_step(config, full=full, device="cuda")
+    step = estimate_step(config, partial(outlined_run, full=full), "cuda")
     facts = {"backbone": config.backbone, "views": config.num_views, "px": config.resolution, "all_weights": full}
     return {**facts, **asdict(step)}
 

@@ -1,62 +1,52 @@
-"""The pipeline and the model of a run without weights, and a batch as the run would see it."""
+"""A run without weights, and a batch as the run would see it."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
+from diffusers.utils import logging
 from torch import Tensor
 
 from cameo.correspondence import Correspondence
 from cameo.data.batches import layer_grids
 from cameo.model import CameoModel
-from cameo.pipeline import LatentEncoder, MultiViewPipeline
+from cameo.pipeline import LatentEncoder, MultiViewPipeline, TrainingInputs
 from cameo.training.settings import TrainingConfig
-from cameo.training.setup import add_lora, load_pipeline, wrap_denoiser
-from cameo.training.trainer import HALF
 
-__all__ = ["batch_bytes", "example_batch", "example_matches", "outlined_model", "reads_images"]
+__all__ = ["OutlinedRun", "batch_bytes", "example_batch", "example_matches", "quiet_loading", "reads_images"]
 
 
-def outlined_model(config: TrainingConfig, *, full: bool) -> tuple[Any, CameoModel]:
-    """Build pipeline and wrapped model of a run as its recipe would, without weights.
+@dataclass(frozen=True)
+class OutlinedRun:
+    """A run as its recipe would build it, without weights.
 
-    Example:
-        >>> pipeline, model = outlined_model(TrainingConfig(preset="tiny"), full=True)
-        >>> next(model.parameters()).device.type
-        'meta'
-
-    Args:
-        config: settings of the run. With `layer=auto`, which would probe the weights, the default layer is taken.
-        full: whether all weights are trained, or a LoRA.
-
-    Raises:
-        DataError: for weights on the Hub whose architecture is not known.
-        ValueError: for a backbone that does not say how it is built without weights, and for settings that do not fit.
+    Attributes:
+        pipeline: the denoiser with its VAE, encoders and noise schedule.
+        model: wraps the denoiser; what is to be trained requires a gradient.
+        inputs: adds noise to a batch, a function of the batch and the number of the micro step, as the training does.
     """
-    layer = None if config.layer == "auto" else config.layer
-    kernel = {"enable_xformers_memory_efficient_attention": False, "alignment_implementation": "auto"}
-    config = replace(config, layer=layer, resume_from_checkpoint=None, **kernel)
+
+    pipeline: Any
+    model: CameoModel
+    inputs: Callable[[Mapping[str, Any], int], TrainingInputs]
+
+
+@contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Keep diffusers from showing the progress of a loading in which nothing is loaded."""
+    level, shown = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
-        with init_empty_weights():
-            pipeline = load_pipeline(config, outline=True)
-            if full:
-                pipeline.denoiser.requires_grad_(True)
-            else:
-                add_lora(pipeline.denoiser, config)
-            model = wrap_denoiser(pipeline, config)
-    except NotImplementedError as error:
-        raise ValueError(f"{error}, so a dry run cannot build it; give it the method `outline`, or a preset") from error
-    if not config.uses_matches:  # as in a training, whose heads would get no gradient
-        model.alignment_heads.requires_grad_(False)
-    for parameter in model.parameters():
-        if parameter.requires_grad:  # mixed precision keeps trained parameters in float32
-            parameter.data = parameter.data.float()
-    if isinstance(pipeline, LatentEncoder):
-        pipeline.encoder_precision = HALF.get(config.mixed_precision)
-    return pipeline, model
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if shown:
+            logging.enable_progress_bar()
 
 
 def reads_images(pipeline: MultiViewPipeline) -> bool:

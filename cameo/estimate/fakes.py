@@ -16,8 +16,8 @@ from torch.utils._pytree import tree_map
 
 __all__ = ["Fakes", "GpuAutocast", "encoders_of"]
 
-# Functions of torch.nn.functional that autocast computes in float32 on CUDA, and in the precision of their input on a CPU:
-# of all of them, those that the backbones keep tensors for.
+# Functions of torch.nn.functional that autocast computes in float32 on CUDA, and in the precision of their input on a
+# CPU: of all of them, those that the backbones keep tensors for.
 FLOAT32_ON_CUDA = ("layer_norm", "group_norm")
 
 

@@ -1,28 +1,30 @@
-"""What `--dry-run` prints: the expected peak memory and FLOPs of a step, what they consist of, and what would save some."""
+"""What `--dry-run` prints: the expected peak memory and FLOPs of a step, their parts, and what would save some."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
+from cameo.estimate.building import OutlinedRun
 from cameo.estimate.savings import Saving, savings
 from cameo.estimate.step import StepEstimate, estimate_step
 from cameo.tables import markdown_row, markdown_table
 from cameo.training.settings import TrainingConfig
-from cameo.training.setup import base_name
 
 __all__ = ["DEVICES", "dry_run", "gigabytes", "report_lines"]
 
 DEVICES = ("cpu", "cuda")
 
 
-def dry_run(config: TrainingConfig, *, full: bool, device: str | None = None) -> None:
+def dry_run(
+    config: TrainingConfig, outline: Callable[[TrainingConfig], OutlinedRun], device: str | None = None
+) -> None:
     """Print what a training step of these settings takes; builds no weights, reads no data, writes nothing.
 
     Args:
         config: settings of the run.
-        full: whether all weights are trained, or a LoRA.
+        outline: builds the run without its weights, see `estimate_step`.
         device: "cpu", or "cuda" for a GPU, which need not be there; None takes what this machine has.
 
     Raises:
@@ -33,16 +35,18 @@ def dry_run(config: TrainingConfig, *, full: bool, device: str | None = None) ->
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device not in DEVICES:
         raise ValueError(f"--dry-run={device}: expected {' or '.join(DEVICES)}, as in --dry-run=cuda")
-    for line in report_lines(config, full=full, device=device):
+    for line in report_lines(config, outline, device):
         print(line, flush=True)
 
 
-def report_lines(config: TrainingConfig, *, full: bool, device: str) -> Iterator[str]:
+def report_lines(
+    config: TrainingConfig, outline: Callable[[TrainingConfig], OutlinedRun], device: str
+) -> Iterator[str]:
     """Return the lines of the report, each as soon as it is known."""
     if config.mixed_precision == "fp16" and device == "cpu":
         raise ValueError("mixed_precision=fp16 needs a GPU, for which --dry-run=cuda is; on the CPU use bf16 or no")
-    step = estimate_step(config, full=full, device=device)
-    yield _title(config, step, full=full, device=device)
+    step = estimate_step(config, outline, device)
+    yield _title(config, step, device)
     yield ""
     yield markdown_table(["parameters", "number"], [*step.parameters.items(), ("trained of them", step.num_trained)])
     yield ""
@@ -54,7 +58,7 @@ def report_lines(config: TrainingConfig, *, full: bool, device: str) -> Iterator
     yield markdown_row(["with one setting changed", "peak GB", "saves GB", "TFLOP"])
     yield markdown_row(["---"] * 4)
     has_vae = any(name == "vae" for name in step.parameters)
-    for saving in savings(config, full=full, device=device, has_vae=has_vae):
+    for saving in savings(config, outline, device, has_vae=has_vae):
         yield _saving(config, saving, step)
     yield ""
     yield from notes(config, device)
@@ -80,8 +84,8 @@ def notes(config: TrainingConfig, device: str) -> list[str]:
     found = []
     if device == "cuda":
         found.append(
-            "On a GPU come its context and the workspaces of its libraries, about 1 GB, and what the allocator keeps in "
-            "pieces, some percent. The precisions are those of autocast on CUDA; no GPU was asked."
+            "Beside this a GPU holds its context, the workspaces of its libraries, and what its allocator keeps in "
+            "pieces. The precisions are those of autocast on CUDA; no GPU was asked."
         )
     if config.layer == "auto":
         found.append("layer=auto: the default layer stands in for the one that probing would choose.")
@@ -97,14 +101,14 @@ def notes(config: TrainingConfig, device: str) -> list[str]:
     return found
 
 
-def _title(config: TrainingConfig, step: StepEstimate, *, full: bool, device: str) -> str:
-    trained = "all weights" if full else f"a LoRA of rank {config.rank}"
+def _title(config: TrainingConfig, step: StepEstimate, device: str) -> str:
+    base = config.pretrained_model_name_or_path or f"preset {config.preset or 'tiny'}"
     where = "a GPU" if device == "cuda" else "a CPU; for a GPU --dry-run=cuda"
     return (
         f"Expected peak {gigabytes(_total(config, step))} GB in the phase {_phase(step)!r}, {tera(step.total_flops)} "
-        f"TFLOP a step: {config.backbone}, {base_name(config)}, {trained}, {config.num_views} views of "
-        f"{config.resolution} px, batch {config.train_batch_size}, mixed_precision={config.mixed_precision}, on {where}. "
-        f"Computed in {step.seconds:.0f} s without weights and data."
+        f"TFLOP a step: {config.backbone}, {base}, {step.num_trained / 1e6:.3g} million weights trained, {config.num_views} views of "
+        f"{config.resolution} px, batch {config.train_batch_size}, mixed_precision={config.mixed_precision}, on "
+        f"{where}. Computed in {step.seconds:.0f} s without weights and data."
     )
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 from cameo.errors import DataError
+from cameo.estimate.building import OutlinedRun
 from cameo.estimate.step import StepEstimate, estimate_step
 from cameo.training.settings import TrainingConfig
 
@@ -45,11 +46,13 @@ def changes_of(config: TrainingConfig, *, has_vae: bool) -> dict[str, Any]:
     return changes
 
 
-def savings(config: TrainingConfig, *, full: bool, device: str, has_vae: bool) -> Iterator[Saving]:
+def savings(
+    config: TrainingConfig, outline: Callable[[TrainingConfig], OutlinedRun], device: str, *, has_vae: bool
+) -> Iterator[Saving]:
     """Estimate the step again for each of `changes_of`, one after the other, as each takes as long as the first."""
     for name, value in changes_of(config, has_vae=has_vae).items():
         shown = f"{name}={str(value).lower() if isinstance(value, bool) else value}"
         try:
-            yield Saving(shown, estimate_step(replace(config, **{name: value}), full=full, device=device))
+            yield Saving(shown, estimate_step(replace(config, **{name: value}), outline, device))
         except (ValueError, DataError) as error:
             yield Saving(shown, None, str(error))

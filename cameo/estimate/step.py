@@ -4,29 +4,26 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import chain
-from typing import Any
 
 import torch
 from accelerate.utils.operations import convert_to_fp32
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
-from cameo.estimate.building import batch_bytes, example_batch, example_matches, outlined_model, reads_images
+from cameo.estimate.building import OutlinedRun, batch_bytes, example_batch, example_matches, reads_images
 from cameo.estimate.fakes import Fakes, GpuAutocast, encoders_of
 from cameo.estimate.tracking import INSIDE, Tracker
 from cameo.estimate.workspace import alignment_flops, alignment_workspace
-from cameo.model import CameoModel
 from cameo.pipeline import TrainingInputs
-from cameo.training.data import noisy_inputs
 from cameo.training.settings import TrainingConfig
-from cameo.training.trainer import HALF
 
 __all__ = ["HELD", "KINDS", "StepEstimate", "estimate_step"]
 
+HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
 MOST_DRAWS = 64  # until the views of a batch attend to each other, where some batches are of single images
 WEIGHTS, TRAINED, ENCODERS = "frozen weights", "trained weights", "encoders"
 OPTIMIZER, AVERAGED, BATCH = "optimizer state", "averaged weights", "batch"
@@ -76,12 +73,15 @@ class StepEstimate:
         return sum(self.flops.values())
 
 
-def estimate_step(config: TrainingConfig, *, full: bool, device: str = "cpu") -> StepEstimate:
+def estimate_step(
+    config: TrainingConfig, outline: Callable[[TrainingConfig], OutlinedRun], device: str
+) -> StepEstimate:
     """Compute what a step of a training takes, without its weights and without its data.
 
     Example:
+        >>> from cameo.training.setup import outlined_run
         >>> config = TrainingConfig(preset="tiny", num_views=2, resolution=32, train_batch_size=1)
-        >>> step = estimate_step(config, full=True)
+        >>> step = estimate_step(config, lambda config: outlined_run(config, full=True), "cpu")
         >>> step.num_trained == sum(step.parameters.values())
         True
 
@@ -91,21 +91,20 @@ def estimate_step(config: TrainingConfig, *, full: bool, device: str = "cpu") ->
 
     Args:
         config: settings of the run.
-        full: whether all weights are trained, or a LoRA.
+        outline: builds the run without its weights, as `cameo.training.setup.outlined_run` does.
         device: "cpu", or "cuda" for a GPU, which need not be there.
 
     Raises:
-        DataError, ValueError: see `cameo.estimate.building.outlined_model`; for settings that do not fit the backbone,
-            as in a training.
+        DataError, ValueError: those of `outline`; for settings that do not fit the backbone, as in a training.
     """
     start = time.monotonic()
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")  # which the training itself will give
-        pipeline, model = outlined_model(config, full=full)
-        step = _Step(config, pipeline, model, on_gpu=device == "cuda")
+        run = outline(config)
+        step = _Step(config, run, on_gpu=device == "cuda")
         parameters = {
-            "denoiser": _count(model.base_model),
-            "alignment heads": _count(model.alignment_heads),
+            "denoiser": _count(run.model.base_model),
+            "alignment heads": _count(run.model.alignment_heads),
             **{name: _count(module) for name, module in step.encoders.items()},
         }
         num_trained = sum(parameter.numel() for parameter in step.trained)
@@ -118,8 +117,9 @@ def estimate_step(config: TrainingConfig, *, full: bool, device: str = "cpu") ->
 class _Step:
     """A step of a training, phase by phase, as `Trainer` takes it."""
 
-    def __init__(self, config: TrainingConfig, pipeline: Any, model: CameoModel, *, on_gpu: bool) -> None:
-        self.config, self.pipeline, self.model, self.on_gpu = config, pipeline, model, on_gpu
+    def __init__(self, config: TrainingConfig, run: OutlinedRun, *, on_gpu: bool) -> None:
+        self.config, self.on_gpu = config, on_gpu
+        self.pipeline, self.model, self.inputs = run.pipeline, run.model, run.inputs
         self.held: dict[str, int] = {}
         self.peaks: dict[str, int] = {}
         self.at_peak: dict[str, int] = {}
@@ -131,13 +131,13 @@ class _Step:
             products={alignment: lambda query, key, *_: alignment_flops(query.shape, key.shape)},
         )
         self.fakes = Fakes(self.tracker, *([GpuAutocast()] if on_gpu else []))
-        self.encoders = encoders_of(pipeline)
-        for module in (model, *self.encoders.values()):
+        self.encoders = encoders_of(self.pipeline)
+        for module in (self.model, *self.encoders.values()):
             self.fakes.empty_module(module)
-        model.train()
-        self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.batch = example_batch(config, pipeline)
-        self.matches = example_matches(model, self.batch, distances=config.reduction == "released")
+        self.model.train()
+        self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.batch = example_batch(config, self.pipeline)
+        self.matches = example_matches(self.model, self.batch, distances=config.reduction == "released")
 
     def prepare(self) -> None:
         """Hold what is held between two steps."""
@@ -204,7 +204,7 @@ class _Step:
             with self.fakes.computing(), torch.no_grad():
                 pipeline.encode_views(self.fakes.empty(torch.zeros(()).expand(self.batch["images"].shape)))
         with self.fakes.encoders_without_contents(self.encoders):
-            drawn = (noisy_inputs(pipeline, self.batch, config, number) for number in range(MOST_DRAWS))
+            drawn = (self.inputs(self.batch, number) for number in range(MOST_DRAWS))
             inputs = next(one for one in drawn if one.aligned)
         # An index of the views in place of a mask, whose number of views would not be known without contents.
         inputs.loss_views = inputs.loss_views.nonzero()[:, 0]

@@ -35,8 +35,8 @@ class Tracker(TorchDispatchMode):
     A tensor that shares the memory of another one is not counted again. What an operator allocates inside and releases
     before it returns is not seen, except where `inside` says it.
 
-    Where the computation reads a value of a tensor without contents, it gets some value: True of an `all`, False of another
-    bool, 1 of a number.
+    Where the computation reads a value of a tensor without contents, it gets some value: True of an `all`, False of
+    another bool, 1 of a number.
 
     Args:
         inside: for operators that allocate much inside: how many bytes, a function of their arguments.

@@ -39,7 +39,7 @@ def alignment_workspace(
     """
     sums = 2 * query.numel() * BYTES
     _, num_heads, views, tokens, width = query.shape
-    hidden = [weight for weight in head[:-1:2]]
+    hidden = list(head[:-1:2])
     channels = num_heads if kind == "none" or hidden else 1
     matches = int(index.numel())
     pairs = matches // max(1, views) * tokens * views

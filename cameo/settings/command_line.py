@@ -1,4 +1,4 @@
-"""One command line for all recipes: `key=value`, `--key=value`, `--key value`, `--help`, `--print-config`, `--dry-run`."""
+"""One command line for all recipes: `key=value`, `--key value`, `--help`, `--print-config`, `--dry-run`."""
 
 from __future__ import annotations
 
@@ -121,7 +121,9 @@ def run_recipe(
     arguments: Sequence[str] | None = None,
     dry_run: Callable[[list[str], str | None], None] | None = None,
 ) -> None:
-    """Run a recipe: answer `--help`, `--print-config` and `--dry-run`, print a user's mistake as one paragraph, with exit status 2.
+    """Run a recipe: answer `--help`, `--print-config` and `--dry-run`, print a user's mistake as one paragraph.
+
+    After a mistake the exit status is 2.
 
     Args:
         main: the recipe; gets the arguments.
