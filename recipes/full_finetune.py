@@ -3,6 +3,7 @@
     cameo full                                                                 # small base model on embedded rooms
     cameo full loss_weight=0.1 train_data_dir=path/to/rgbd                     # an RGB-D sequence, or a mesh folder
     cameo full backbone=mvdream                                                # or zero123plus, sv3d
+    cameo full --dry-run                                                       # will it fit? =cuda: on a GPU
     cameo full resume_from_checkpoint=latest                                   # go on with an interrupted run
     accelerate launch -m cameo.recipes.full_finetune config=my.yaml            # several GPUs
     torchrun --nproc_per_node 2 -m cameo.recipes.full_finetune config=my.yaml  # several processes on CPUs

@@ -3,6 +3,7 @@
     cameo lora                                                                 # bundled base, embedded rooms
     cameo lora train_data_dir=path/to/rgbd num_views=4                         # an RGB-D sequence, or a mesh folder
     cameo lora backbone=zero123plus                                            # or mvdream, sv3d: settings in configs/
+    cameo lora --dry-run                                                       # will it fit? =cuda: on a GPU
     cameo lora resume_from_checkpoint=latest                                   # go on with an interrupted run
     cameo lora push_to_hub=true hub_model_id=you/name                          # and publish the adapter
     accelerate launch -m cameo.recipes.lora_finetune config=my.yaml            # several GPUs

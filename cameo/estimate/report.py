@@ -104,9 +104,10 @@ def notes(config: TrainingConfig, device: str) -> list[str]:
 def _title(config: TrainingConfig, step: StepEstimate, device: str) -> str:
     base = config.pretrained_model_name_or_path or f"preset {config.preset or 'tiny'}"
     where = "a GPU" if device == "cuda" else "a CPU; for a GPU --dry-run=cuda"
+    trained = f"{step.num_trained / 1e6:.3g} million weights trained"
     return (
         f"Expected peak {gigabytes(_total(config, step))} GB in the phase {_phase(step)!r}, {tera(step.total_flops)} "
-        f"TFLOP a step: {config.backbone}, {base}, {step.num_trained / 1e6:.3g} million weights trained, {config.num_views} views of "
+        f"TFLOP a step: {config.backbone}, {base}, {trained}, {config.num_views} views of "
         f"{config.resolution} px, batch {config.train_batch_size}, mixed_precision={config.mixed_precision}, on "
         f"{where}. Computed in {step.seconds:.0f} s without weights and data."
     )

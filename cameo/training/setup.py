@@ -165,7 +165,7 @@ def outlined_run(config: TrainingConfig, *, full: bool) -> OutlinedRun:
         ValueError: for a backbone that does not say how it is built without weights, and for settings that do not fit.
     """
     layer = None if config.layer == "auto" else config.layer
-    kernel = {"enable_xformers_memory_efficient_attention": False, "alignment_implementation": "auto"}
+    kernel: dict[str, Any] = {"enable_xformers_memory_efficient_attention": False, "alignment_implementation": "auto"}
     config = replace(config, layer=layer, resume_from_checkpoint=None, **kernel)
     try:
         with init_empty_weights(), quiet_loading():

@@ -81,10 +81,14 @@ def test_every_count_is_that_of_the_real_model(backbone: str, full: bool) -> Non
 def test_settings_that_save_memory_save_some() -> None:
     step = estimate_step(settings(), full=True)
     checkpointed = estimate_step(settings(gradient_checkpointing=True), full=True)
-    half = estimate_step(settings(mixed_precision="bf16"), full=True)
+    # Of several samples, beside whose activations the weights that autocast copies count little.
+    four, half = (
+        estimate_step(settings(mixed_precision=precision, train_batch_size=4), full=True)
+        for precision in ("no", "bf16")
+    )
     double = estimate_step(settings(train_batch_size=2), full=True)
     assert checkpointed.kept < 0.5 * step.kept
-    assert half.kept < 0.9 * step.kept
+    assert half.kept < 0.9 * four.kept
     assert double.kept == pytest.approx(2 * step.kept, rel=0.1)
     assert double.flops["forward"] == 2 * step.flops["forward"]
     assert checkpointed.flops["forward"] == step.flops["forward"]
