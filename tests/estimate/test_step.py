@@ -55,7 +55,7 @@ def test_a_real_step_takes_what_was_said(full: bool, changes: dict[str, Any], mo
     )
 
 
-@pytest.mark.parametrize("full", [True, False], ids=["all weights", "LoRA"])
+@pytest.mark.parametrize("full", [pytest.param(True, marks=pytest.mark.slow), False], ids=["all weights", "LoRA"])
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_every_count_is_that_of_the_real_model(backbone: str, full: bool) -> None:
     config = settings(backbone, use_ema=True)
