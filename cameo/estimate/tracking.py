@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
@@ -68,7 +69,7 @@ class Tracker(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is DEVICE:  # asked for at every turn, and allocates nothing
             return func(*args)
-        if func is torch.ops.aten._local_scalar_dense.default and _is_fake(args[0]):
+        if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
             return _some_value(args[0])
         kwargs = kwargs or {}
         if func in self.inside:
@@ -79,7 +80,7 @@ class Tracker(TorchDispatchMode):
         for value in tree_iter(result):
             if isinstance(value, Tensor):
                 self.see(value)
-        if func in ALL and _is_fake(result):
+        if func in ALL and isinstance(result, FakeTensor):
             result._answers_all = True
         self._count(func, args, kwargs, result)
         return result
@@ -136,12 +137,6 @@ class Tracker(TorchDispatchMode):
     def _forget(self, key: int) -> None:
         _, size, kind = self._known.pop(key)
         self._add(kind, -size)
-
-
-def _is_fake(tensor: Tensor) -> bool:
-    from torch._subclasses.fake_tensor import FakeTensor
-
-    return isinstance(tensor, FakeTensor)
 
 
 def _some_value(tensor: Tensor) -> bool | int | float:

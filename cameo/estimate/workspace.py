@@ -1,4 +1,4 @@
-"""What the alignment loss takes inside, which is decided by the matches of a batch: bounds where every token has one.
+"""What the alignment loss takes inside, which the matches of a batch decide: about, and where every token has one.
 
 Axes: B samples, K heads, V views, N tokens per view, D head dimension.
 """
@@ -10,7 +10,6 @@ from typing import Any
 
 from torch import Tensor
 
-from cameo.alignment import heads
 from cameo.alignment.heads import CPU_HIDDEN, WORKSPACE_BYTES
 from cameo.alignment.sweep import CPU_PRODUCTS, KEYS_AT_ONCE
 
@@ -23,7 +22,7 @@ PRODUCTS = 3  # logits, the gradient of the queries and that of the keys
 def alignment_workspace(
     query: Tensor, key: Tensor, index: Tensor, weights: Tensor, head: Sequence[Tensor], kind: str, *, on_gpu: bool
 ) -> int:
-    """Return the bytes that a sweep holds at most: the sums of both gradients, and its portions.
+    """Return about the bytes that a sweep holds at its peak: the sums of both gradients, and its portions.
 
     Example:
         >>> import torch
@@ -41,16 +40,15 @@ def alignment_workspace(
     _, num_heads, views, tokens, width = query.shape
     hidden = list(head[:-1:2])
     channels = num_heads if kind == "none" or hidden else 1
-    matches = int(index.numel())
-    pairs = matches // max(1, views) * tokens * views
+    matches = index.numel()
+    pairs = matches * tokens
     if on_gpu:
         portions = min(WORKSPACE_BYTES, pairs * (channels + bool(hidden)) * BYTES * 2)
     else:
         held = min(pairs, CPU_PRODUCTS)
         portions = (channels + 1) * held * BYTES + (0 if hidden else channels * held * BYTES)
         portions += 2 * sum(len(weight) for weight in hidden) * min(pairs, CPU_HIDDEN) * BYTES
-    keys = min(views * tokens, KEYS_AT_ONCE)
-    operands = 2 * num_heads * width * (keys + min(views * tokens, heads.WORKSPACE_BYTES // 8)) * BYTES // 2
+    operands = num_heads * width * (min(views * tokens, KEYS_AT_ONCE) + views * tokens) * BYTES
     # Each match is listed with its sample, views, token, query and weight.
     lists = 6 * matches * 8
     return sums + portions + min(operands, WORKSPACE_BYTES // 2) + lists
