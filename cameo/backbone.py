@@ -194,6 +194,14 @@ class Backbone:
         """
         raise NotImplementedError(f"backbone {self.name!r} only attaches; load the model yourself")
 
+    def outline(self, name_or_path: str, *, revision: str | None = None, **options: Any) -> Any:
+        """Build the pipeline that `load` would return without its weights: every parameter is on the meta device.
+
+        Nothing is downloaded: what is built comes from the configs of a local folder, or from what the adapter knows
+        of a release.
+        """
+        raise NotImplementedError(f"backbone {self.name!r} does not say how to build a pipeline without its weights")
+
     def license(self, name_or_path: str | None) -> str | Mapping[str, str] | None:
         """Return the license of a preset, of bundled weights or of those in `released`, None for others.
 

@@ -3,6 +3,7 @@
     cameo full                                                                 # small base model on embedded rooms
     cameo full loss_weight=0.1 train_data_dir=path/to/rgbd                     # an RGB-D sequence, or a mesh folder
     cameo full backbone=mvdream                                                # or zero123plus, sv3d
+    cameo full --dry-run                                                       # will it fit? =cuda: on a GPU
     cameo full resume_from_checkpoint=latest                                   # go on with an interrupted run
     accelerate launch -m cameo.recipes.full_finetune config=my.yaml            # several GPUs
     torchrun --nproc_per_node 2 -m cameo.recipes.full_finetune config=my.yaml  # several processes on CPUs
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from cameo.files import write_atomically
@@ -27,6 +29,15 @@ from cameo.training.settings import TrainingConfig, load_config, settings_file
 def read(arguments: list[str]) -> TrainingConfig:
     """Read the settings file of the backbone, and the settings of the command line over it."""
     return load_config(settings_file("full", CONFIGS, arguments), arguments)
+
+
+def dry_run(arguments: list[str], device: str | None) -> None:
+    """Print what a step takes, without weights and data."""
+    config = read(arguments)
+    from cameo.estimate import dry_run
+    from cameo.training.setup import outlined_run
+
+    dry_run(config, partial(outlined_run, full=True), device)
 
 
 def main(arguments: list[str]) -> None:
@@ -97,7 +108,8 @@ def train_and_report(config: TrainingConfig) -> None:
 
 def run(arguments: Sequence[str] | None = None) -> None:
     """Run the recipe; `arguments` are those of the command line by default."""
-    run_recipe(main, lambda arguments: [read(arguments)], [TrainingConfig], about=__doc__ or "", arguments=arguments)
+    kinds, about = [TrainingConfig], __doc__ or ""
+    run_recipe(main, lambda given: [read(given)], kinds, about=about, arguments=arguments, dry_run=dry_run)
 
 
 if __name__ == "__main__":

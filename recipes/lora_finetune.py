@@ -3,6 +3,7 @@
     cameo lora                                                                 # bundled base, embedded rooms
     cameo lora train_data_dir=path/to/rgbd num_views=4                         # an RGB-D sequence, or a mesh folder
     cameo lora backbone=zero123plus                                            # or mvdream, sv3d: settings in configs/
+    cameo lora --dry-run                                                       # will it fit? =cuda: on a GPU
     cameo lora resume_from_checkpoint=latest                                   # go on with an interrupted run
     cameo lora push_to_hub=true hub_model_id=you/name                          # and publish the adapter
     accelerate launch -m cameo.recipes.lora_finetune config=my.yaml            # several GPUs
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from cameo.files import write_atomically
@@ -29,6 +31,15 @@ from cameo.training.settings import TrainingConfig, load_config, settings_file
 def read(arguments: list[str]) -> TrainingConfig:
     """Read the settings file of the backbone, and the settings of the command line over it."""
     return load_config(settings_file("lora", CONFIGS, arguments), arguments)
+
+
+def dry_run(arguments: list[str], device: str | None) -> None:
+    """Print what a step takes, without weights and data."""
+    config = read(arguments)
+    from cameo.estimate import dry_run
+    from cameo.training.setup import outlined_run
+
+    dry_run(config, partial(outlined_run, full=False), device)
 
 
 def main(arguments: list[str]) -> None:
@@ -108,7 +119,8 @@ def train_and_compare(config: TrainingConfig) -> None:
 
 def run(arguments: Sequence[str] | None = None) -> None:
     """Run the recipe; `arguments` are those of the command line by default."""
-    run_recipe(main, lambda arguments: [read(arguments)], [TrainingConfig], about=__doc__ or "", arguments=arguments)
+    kinds, about = [TrainingConfig], __doc__ or ""
+    run_recipe(main, lambda given: [read(given)], kinds, about=about, arguments=arguments, dry_run=dry_run)
 
 
 if __name__ == "__main__":

@@ -213,3 +213,14 @@ class Cat3D(Backbone):
         from cameo.adapters.cat3d.weights import load_pipeline
 
         return load_pipeline(name_or_path, revision=revision or self.revision(name_or_path), **options)
+
+    def outline(self, name_or_path: str, *, revision: str | None = None, **options: Any) -> Any:
+        """Build what `load` would return without its weights; takes the same arguments, and downloads nothing.
+
+        Raises:
+            DataError: for a Hub id whose architecture is not known here; says how to get its settings.
+        """
+        from cameo.adapters.cat3d.weights import OUTLINES
+        from cameo.adapters.common.outlines import outline_pipeline
+
+        return outline_pipeline(self, name_or_path, OUTLINES, revision=revision, **options)

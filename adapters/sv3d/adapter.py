@@ -215,6 +215,17 @@ class SV3D(Backbone):
 
         return load_pipeline(name_or_path, revision=revision or self.revision(name_or_path), **options)
 
+    def outline(self, name_or_path: str, *, revision: str | None = None, **options: Any) -> Any:
+        """Build what `load` would return without its weights; takes the same arguments, and downloads nothing.
+
+        Raises:
+            DataError: for a Hub id whose architecture is not known here; says how to get its settings.
+        """
+        from cameo.adapters.common.outlines import outline_pipeline
+        from cameo.adapters.sv3d.weights import OUTLINES
+
+        return outline_pipeline(self, name_or_path, OUTLINES, revision=revision, **options)
+
 
 def _attention_layers(model: nn.Module, *, temporal: bool) -> list[AttentionLayer]:
     attentions = find_attentions(model, temporal=temporal)

@@ -10,6 +10,7 @@ from typing import Any
 import diffusers
 import torch
 
+from cameo.adapters.common import outlines
 from cameo.adapters.common.noise_schedules import edm_euler
 from cameo.adapters.common.places import place_of, unbundled
 from cameo.adapters.sv3d.convert import from_sgm, read_sgm_checkpoint, settings_from_sgm
@@ -17,7 +18,7 @@ from cameo.adapters.sv3d.denoiser import SV3DUNet
 from cameo.adapters.sv3d.pipeline import SV3DPipeline
 from cameo.errors import DataError
 
-__all__ = ["from_checkpoint", "from_diffusers", "load_pipeline"]
+__all__ = ["OUTLINES", "from_checkpoint", "from_diffusers", "load_pipeline"]
 
 
 def load_pipeline(name_or_path: str, *, revision: str | None = None, **options: Any) -> SV3DPipeline:
@@ -106,3 +107,12 @@ def from_checkpoint(
     if torch_dtype is not None:
         unet.to(torch_dtype)
     return SV3DPipeline(unet.eval(), edm_euler(), vae=vae, image_encoder=image_encoder)
+
+
+def _outline() -> SV3DPipeline:
+    """SV3D_p; of its VAE, whose decoder is another, the training runs the encoder alone."""
+    return SV3DPipeline(SV3DUNet(), edm_euler(), vae=outlines.vae(), image_encoder=outlines.vision_encoder())
+
+
+# Builds a release without its weights, see `Backbone.outline`.
+OUTLINES = {"chenguolin/sv3d-diffusers": _outline}

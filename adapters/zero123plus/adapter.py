@@ -196,3 +196,14 @@ class Zero123Plus(Backbone):
         from cameo.adapters.zero123plus.weights import load_pipeline
 
         return load_pipeline(name_or_path, revision=revision or self.revision(name_or_path), **options)
+
+    def outline(self, name_or_path: str, *, revision: str | None = None, **options: Any) -> Any:
+        """Build what `load` would return without its weights; takes the same arguments, and downloads nothing.
+
+        Raises:
+            DataError: for a Hub id whose architecture is not known here; says how to get its settings.
+        """
+        from cameo.adapters.common.outlines import outline_pipeline
+        from cameo.adapters.zero123plus.weights import OUTLINES
+
+        return outline_pipeline(self, name_or_path, OUTLINES, revision=revision, **options)

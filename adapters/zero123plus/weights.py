@@ -6,11 +6,13 @@ from typing import Any
 
 from diffusers import DiffusionPipeline
 
+from cameo.adapters.common import outlines
+from cameo.adapters.common.noise_schedules import linear_euler_ancestral
 from cameo.adapters.common.places import place_of, unbundled
 from cameo.adapters.zero123plus.pipeline import Zero123PlusPipeline
 from cameo.errors import DataError
 
-__all__ = ["load_pipeline"]
+__all__ = ["OUTLINES", "load_pipeline"]
 
 
 def load_pipeline(name_or_path: str, *, revision: str | None = None, **options: Any) -> Zero123PlusPipeline:
@@ -31,3 +33,19 @@ def load_pipeline(name_or_path: str, *, revision: str | None = None, **options: 
             pipeline.scheduler.config, timestep_spacing="trailing"
         )
     return pipeline
+
+
+def _outline() -> Zero123PlusPipeline:
+    return Zero123PlusPipeline(
+        outlines.unet(),
+        linear_euler_ancestral(),
+        vae=outlines.vae(),
+        vision_encoder=outlines.vision_encoder(),
+        text_encoder=outlines.text_encoder(),
+        tokenizer=outlines.TokenizerOutline(),
+        ramping_coefficients=[step / 76 for step in range(77)],
+    )
+
+
+# Builds a release without its weights, see `Backbone.outline`.
+OUTLINES = {"sudo-ai/zero123plus-v1.1": _outline, "sudo-ai/zero123plus-v1.2": _outline}

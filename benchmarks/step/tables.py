@@ -7,12 +7,14 @@ from functools import partial
 
 from benchmarks.common.measuring import table_of
 from benchmarks.common.page import DEVICES, Script
-from benchmarks.step import compiled, latents, measure
+from benchmarks.step import compiled, dry_run, latents, measure
 
-__all__ = ["LATENTS", "SCRIPT", "TABLES"]
+__all__ = ["DRY_RUN", "LATENTS", "SCRIPT", "TABLES"]
 
 SCRIPT = Script("benchmarks.step.measure", "training_step")
 LATENTS = Script("benchmarks.step.latents", "latents")
+DRY_RUN = Script("benchmarks.step.dry_run", "dry_run")
+RELEASED = Script("benchmarks.step.dry_run --released", "dry_run_released")
 COMPILED = Script("benchmarks.step.compiled", "compiled_step")
 
 
@@ -35,8 +37,20 @@ def compiled_step(device: str) -> str:
     return COMPILED.section(found, table_of(compiled.table(found)), device)
 
 
+def estimated() -> str:
+    """What a dry run says of steps, and what they take."""
+    found = DRY_RUN.found("cpu")
+    return DRY_RUN.section(found, table_of(dry_run.table(found)), "cpu")
+
+
+def released() -> str:
+    """What a dry run says of the released sizes: computed, not measured."""
+    found = RELEASED.found("cpu")
+    return RELEASED.section(found, table_of(dry_run.released_table(found)), "cpu")
+
+
 TABLES: dict[str, Callable[[], str]] = {
     f"{name}_{device}": partial(write, device)
     for name, write in {"step": step, "latents": cached, "compiled_step": compiled_step}.items()
     for device in DEVICES
-}
+} | {"dry_run_cpu": estimated, "dry_run_released": released}

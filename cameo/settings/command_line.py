@@ -1,4 +1,4 @@
-"""One command line for all recipes: `key=value`, `--key=value`, `--key value`, `--help`, `--print-config`."""
+"""One command line for all recipes: `key=value`, `--key value`, `--help`, `--print-config`, `--dry-run`."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ __all__ = ["CONFIG", "run_recipe", "split_arguments"]
 
 CONFIG = "config"  # the settings file; every recipe takes it
 HELP, PRINT = ("--help", "-h"), ("--print-config", "--print_config")
+DRY_RUN = re.compile(r"--dry[-_]run(?:=(.*))?")
 KEY = re.compile(r"(?:--)?([A-Za-z_][\w-]*)((?:\.[\w-]+)*)")
 # Errors that a user can cause; any other error is a fault of the program.
 MISTAKES = (ValueError, ImportError, OSError, FloatingPointError)
@@ -118,8 +119,11 @@ def run_recipe(
     *,
     about: str,
     arguments: Sequence[str] | None = None,
+    dry_run: Callable[[list[str], str | None], None] | None = None,
 ) -> None:
-    """Run a recipe: answer `--help` and `--print-config`, print a user's mistake as one paragraph, with exit status 2.
+    """Run a recipe: answer `--help`, `--print-config` and `--dry-run`, print a user's mistake as one paragraph.
+
+    After a mistake the exit status is 2.
 
     Args:
         main: the recipe; gets the arguments.
@@ -127,6 +131,8 @@ def run_recipe(
         kinds: dataclasses of the settings, for `--help`.
         about: what the recipe does, its module's docstring.
         arguments: of the command line; None takes those of this process.
+        dry_run: answers `--dry-run` and `--dry-run=DEVICE`; gets the other arguments and the device, None where none
+            is given.
 
     Raises:
         SystemExit: with status 2 for a user's mistake. Any other exception is a fault of the program and is passed on.
@@ -140,6 +146,8 @@ def run_recipe(
             for settings in read([argument for argument in given if argument not in PRINT]):
                 values |= {name: value for name, value in shown_settings(settings).items() if name not in values}
             print(to_yaml(values), end="")
+        elif dry_run and (asked := [match for argument in given if (match := DRY_RUN.fullmatch(argument))]):
+            dry_run([argument for argument in given if not DRY_RUN.fullmatch(argument)], asked[-1][1])
         else:
             read(given)  # so that a mistake is reported before anything slow is imported
             main(given)

@@ -19,6 +19,8 @@ EXPECTED = {
         "step_cuda",
         "latents_cpu",
         "compiled_step_cpu",
+        "dry_run_cpu",
+        "dry_run_released",
         "missed_cpu",
     },
     "results.md": {"families_tiny", "demands_tiny", "declared_tiny"}

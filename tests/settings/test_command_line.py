@@ -19,7 +19,7 @@ import cameo
 from cameo import choices
 from cameo.errors import DataError
 from cameo.evaluation.settings import EvaluationSettings
-from cameo.settings import Settings, run_recipe, setting
+from cameo.settings import Settings, run_recipe, setting, split_arguments
 from cameo.settings.help import comments, components, help_text
 from cameo.training.settings import TrainingConfig, load_config
 
@@ -163,3 +163,27 @@ def test_names_that_settings_choose_from_are_those_of_the_code() -> None:
     assert tuple(TRUNKS) == choices.LPIPS_TRUNKS
     correspondence = TrainingConfig.__dataclass_fields__["correspondence"]
     assert tuple(correspondence.metadata["choices"]) == KINDS
+
+
+@pytest.mark.parametrize(("flag", "device"), [("--dry-run", None), ("--dry_run=cuda", "cuda"), ("--dry-run=", "")])
+def test_a_dry_run_gets_the_settings_and_the_device(flag: str, device: str | None) -> None:
+    asked: list[object] = []
+
+    def fail(arguments: list[str]) -> None:
+        raise AssertionError("a dry run trains nothing")
+
+    options: dict[str, Any] = {"about": "", "dry_run": lambda arguments, device: asked.append((arguments, device))}
+    run_recipe(fail, lambda arguments: [], [], arguments=["seed=1", flag, "rank=2"], **options)
+    assert asked == [(["seed=1", "rank=2"], device)]
+
+
+def test_a_recipe_without_a_dry_run_refuses_one(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        run_recipe(
+            lambda arguments: None,
+            lambda arguments: split_arguments(arguments, TrainingConfig),
+            [TrainingConfig],
+            about="",
+            arguments=["--dry-run"],
+        )
+    assert "dry_run" in capsys.readouterr().err
