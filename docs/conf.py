@@ -15,7 +15,6 @@ html_title = f"cameo {__version__}"
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "from_code", "repository_files"]
 source_suffix = {".md": "markdown"}
 exclude_patterns = ["_build"]
-templates_path: list[str] = []
 
 html_theme = "furo"
 html_static_path = ["static"]
@@ -31,5 +30,5 @@ autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
 autodoc_preserve_defaults = True  # `device=None` as it is written, not the repr of a value
+napoleon_use_ivar = True  # attributes as a list: some are properties, which have entries of their own
 napoleon_use_rtype = False
-nitpicky = False

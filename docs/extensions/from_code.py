@@ -55,7 +55,8 @@ def shown_settings(kinds: list[type], level: str) -> Iterator[str]:
     for title, entries in entries_by_component(kinds):
         yield from (f"{level} {title}", "")
         for entry in entries:
-            yield from (f"`{entry.name}={entry.default}` ({entry.values})", f": {entry.comment}", "")
+            comment = PAGE.sub(r"[\1](../\1.md)", entry.comment)
+            yield from (f"`{entry.name}={entry.default}` ({entry.values})", f": {comment}", "")
 
 
 def commands(_: str) -> Iterator[str]:
@@ -81,6 +82,7 @@ def as_markdown(docstring: list[str]) -> Iterator[str]:
     yield ""
 
 
+PAGE = re.compile(r"\bdocs/([\w/]+)\.md")  # a page that a comment names, which becomes a link; the reference is in a folder
 WRITERS: dict[str, Callable[[str], Iterator[str]]] = {
     "public-names": public_names,
     "settings": settings,

@@ -15,6 +15,7 @@ from urllib.parse import quote
 
 from docutils import nodes
 from markdown_it import MarkdownIt
+from mdit_py_plugins.anchors import anchors_plugin
 from sphinx import addnodes
 from sphinx.application import Sphinx
 from sphinx.transforms import SphinxTransform
@@ -42,6 +43,8 @@ class LeavingLinks(SphinxTransform):
             for node in list(self.document.findall(kind)):
                 target, _, fragment = node.get("reftarget", "").partition("#")
                 path = (folder / target).resolve()
+                if not path.exists():  # the text of a page that includes a file of the root of the repository
+                    path = (root / target).resolve()
                 if node.get("refdomain") == "doc":  # a Markdown file, as a document without its suffix
                     path, fragment = Path(target + ".md"), node.get("reftargetid") or ""
                 if path.is_relative_to(source) or not path.is_relative_to(root) or not path.exists():
@@ -104,7 +107,7 @@ def body_of(app: Sphinx, root: Path, path: PurePosixPath) -> tuple[str, list[str
         linked.append(str(relative))
         return f'{match[1]}="{relative_uri(page, page_of(relative) + ".html")}{fragment}"'
 
-    html = MarkdownIt("commonmark").enable("table").render(text)
+    html = MarkdownIt("commonmark").enable("table").use(anchors_plugin, max_level=4).render(text)
     html = html.replace("<table>", '<div class="table-wrapper"><table class="docutils">')
     html = html.replace("</table>", "</table></div>")
     return re.sub(r'(href|src)="(?!https?:|#)([^"#]+)(#[^"]*)?"', link, html), linked
