@@ -8,7 +8,7 @@ sys.path.insert(0, str(Path(__file__).parent / "extensions"))
 from cameo.version import __version__
 
 project = "cameo"
-author = "the authors of cameo"
+author = "the authors of cameo-diffusion"
 release = version = __version__
 html_title = f"cameo {__version__}"
 
@@ -20,6 +20,8 @@ html_theme = "furo"
 html_static_path = ["static"]
 html_css_files = ["cameo.css"]
 html_copy_source = False
+html_show_copyright = False
+smartquotes = False  # `--help` stays as it is typed
 html_theme_options = {"top_of_page_buttons": []}
 
 myst_enable_extensions = ["colon_fence", "deflist"]

@@ -1,6 +1,6 @@
 """Run the code of docs/tutorial.md from top to bottom in a temporary folder, and keep the pictures that it draws.
 
-    python docs/draw_tutorial.py
+python docs/draw_tutorial.py
 """
 
 from __future__ import annotations

@@ -82,7 +82,9 @@ def as_markdown(docstring: list[str]) -> Iterator[str]:
     yield ""
 
 
-PAGE = re.compile(r"\bdocs/([\w/]+)\.md")  # a page that a comment names, which becomes a link; the reference is in a folder
+PAGE = re.compile(
+    r"\bdocs/([\w/]+)\.md"
+)  # a page that a comment names, which becomes a link; the reference is in a folder
 WRITERS: dict[str, Callable[[str], Iterator[str]]] = {
     "public-names": public_names,
     "settings": settings,

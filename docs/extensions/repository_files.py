@@ -1,7 +1,7 @@
 """Links that leave the folder of the documentation become pages of the site that show the file or list the folder.
 
-A page links to `../recipes/minimal_loop.py` as it would on a code host; the site has to work from a disk too, so what such a
-link names is shown by a page under `files/`: Markdown as text, code with its colors, a folder as a list of its files.
+A page links to `../recipes/minimal_loop.py` as it would on a code host. The site has to work from a disk too, so a page
+under `files/` shows what such a link names: Markdown as text, code with its colors, a folder as a list of its files.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def shown_files(app: Sphinx) -> Iterator[tuple[str, dict[str, Any], str]]:
         done.add(name)
         body, linked = body_of(app, root, PurePosixPath(name))
         waiting += linked
-        title = f"<h1>{escape(name)}</h1>"
+        title = f'<p class="file-path">{escape(name)}</p>'
         yield page_of(PurePosixPath(name)), {"title": name, "body": title + body}, "page.html"
 
 
@@ -110,6 +110,7 @@ def body_of(app: Sphinx, root: Path, path: PurePosixPath) -> tuple[str, list[str
     html = MarkdownIt("commonmark").enable("table").use(anchors_plugin, max_level=4).render(text)
     html = html.replace("<table>", '<div class="table-wrapper"><table class="docutils">')
     html = html.replace("</table>", "</table></div>")
+    html = html.replace("<pre>", '<div class="highlight"><pre>').replace("</pre>", "</pre></div>")
     return re.sub(r'(href|src)="(?!https?:|#)([^"#]+)(#[^"]*)?"', link, html), linked
 
 

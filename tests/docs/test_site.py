@@ -1,4 +1,4 @@
-"""The site is built offline without a warning, and holds every public name, setting, command, and file that it links to."""
+"""The site builds offline without a warning; it holds every public name, setting, command and file that it links to."""
 
 from __future__ import annotations
 

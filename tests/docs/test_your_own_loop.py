@@ -1,4 +1,4 @@
-"""The code of docs/guides/your_own_loop.md runs, before and after CAMEO is added, and what it says of the order is so."""
+"""The code of docs/guides/your_own_loop.md runs, before and after CAMEO is added; its word on the order is right."""
 
 from __future__ import annotations
 

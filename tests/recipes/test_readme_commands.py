@@ -1,4 +1,4 @@
-"""The command lines of the README and of the pages on recipes run as they stand there, with a few settings that make them short.
+"""The command lines of the README and of the pages on recipes run as they stand, with settings that make them short.
 
 They run in a folder of their own, in which lie what they name: the recipes, `my.yaml` and an RGB-D sequence.
 """
