@@ -8,11 +8,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from torch import nn
 
+import cameo.data.depth_estimator
+from cameo.scenes.embedded import EmbeddedScenes
 from tests.helpers.hub_server import OWNER, LoopbackHub
 from tests.helpers.pages import DOCS, PAGES, CommandLine, blocks, command_lines, hub_environment, text_of, with_owner
-from tests.helpers.training_runs import write_settings
+from tests.helpers.tracked_rooms import pixel_tracks
+from tests.helpers.training_runs import scene_cache, write_settings
 
 GUIDES = {page.stem for page in (DOCS / "guides").glob("*.md")} - {"index"}
 COMPLETE = ("any_model", "several_processes", "weight_and_schedule", "compiled")  # code that needs nothing else
@@ -45,6 +51,26 @@ def test_code_runs(name: str, capsys: pytest.CaptureFixture[str]) -> None:
         assert all(one.grad is not None for one in names["inner"].alignment_heads.parameters())
     else:
         assert printed.splitlines()[-1] == "step 3: 0.025"
+
+
+def test_without_depth(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CAMEO_CACHE", scene_cache())
+    from_tracks, from_network = guide("without_depth")
+    model = cameo.wrap(nn.MultiheadAttention(8, 2, batch_first=True), layer="", layout="b (v h w)", stride=16)
+    sightings = torch.tensor([0, 0]), torch.tensor([0, 1]), torch.tensor([[8.0, 8.0], [24.0, 8.0]])
+    names: dict[str, Any] = {"cameo": cameo, "model": model, "samples": [sightings]}
+    exec(from_tracks, names)
+    assert names["match"].index[0, 0, 1, 0] == 1
+    assert int(names["match"].matched.sum()) == 2
+
+    room = EmbeddedScenes(split="validation", num_scenes=1, views_per_scene=4, size=(48, 48), progress=False).views(0)
+    network = lambda images: 3 / room.depth + 0.5  # noqa: E731  (stands for a network, whose weights need a download)
+    monkeypatch.setattr(cameo.data.depth_estimator, "DepthEstimator", lambda name: network)
+    cameras = {"intrinsics": room.intrinsics, "extrinsics": room.extrinsics}
+    names = {"images": room.images, "tracks": pixel_tracks(room), **cameras, "names": "abcd", "folder": tmp_path}
+    exec(from_network, names)
+    written = torch.stack([torch.from_numpy(np.load(tmp_path / "depth" / f"{name}.npy")) for name in "abcd"])
+    assert ((written - room.depth[:, 0]) / room.depth[:, 0]).abs().nanmedian() < 0.03
 
 
 @pytest.mark.slow
