@@ -7,6 +7,7 @@ under `files/` shows what such a link names: Markdown as text, code with its col
 from __future__ import annotations
 
 import re
+from base64 import b64encode
 from collections.abc import Iterator
 from html import escape
 from pathlib import Path, PurePosixPath
@@ -22,7 +23,6 @@ from sphinx.transforms import SphinxTransform
 from sphinx.util.osutil import relative_uri
 
 LANGUAGES = {".py": "python", ".yaml": "yaml", ".toml": "toml", ".json": "json"}
-PICTURES = (".png", ".jpg", ".svg")
 
 
 def page_of(path: PurePosixPath) -> str:
@@ -99,9 +99,11 @@ def body_of(app: Sphinx, root: Path, path: PurePosixPath) -> tuple[str, list[str
         relative = PurePosixPath(named.relative_to(root).as_posix())
         if named.is_relative_to(app.srcdir):
             inside = str(relative.relative_to(Path(app.srcdir).name))
-            if named.suffix in PICTURES:
+            if named.suffix == ".png":
                 return f'{match[1]}="{relative_uri(page, "_images/" + named.name)}"'
             return f'{match[1]}="{relative_uri(page, inside.removesuffix(".md") + ".html")}{fragment}"'
+        if named.suffix == ".png":
+            return f'{match[1]}="data:image/png;base64,{b64encode(named.read_bytes()).decode()}"'
         if not shown(named):
             return match[0]
         linked.append(str(relative))

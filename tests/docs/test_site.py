@@ -56,7 +56,7 @@ def test_every_name_of_a_module_that_a_page_imports_is_in_the_reference(site: Pa
     text = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
     imported = {
         f"{module}.{name}"
-        for module, names in re.findall(r"^from (cameo[\w.]*) import ([\w, ]+)$", text, re.M)
+        for module, names in re.findall(r"^from (cameo(?:\.\w+)*) import ([\w, ]+)$", text, re.M)
         for name in names.split(", ")
     }
     reference = read(site, "reference/modules.html") + read(site, "reference/names.html")
