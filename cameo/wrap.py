@@ -67,7 +67,7 @@ def wrap(
 
     Build the optimizer after `wrap`: one that was built before does not hold the parameters of the alignment head, so
     that the head keeps its initial weights, which a warning says after ten steps. `recipes/minimal_loop.py` is a
-    complete training loop, `docs/your_own_loop.md` adds CAMEO to an existing script.
+    complete training loop, `docs/guides/your_own_loop.md` adds CAMEO to an existing script.
 
     Args:
         model: the denoiser of a multi-view diffusion model, before or after LoRA was added to it.

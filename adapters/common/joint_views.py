@@ -138,7 +138,7 @@ def inflate(unet: Denoiser, *, use_xformers: bool = False, latent_stride: int | 
     `latent_stride` (image pixels per latent cell side, 8 for the VAE of Stable Diffusion) tells the layers their token
     grid for an image size, which `CameoModel.token_grid` needs. Each forward then takes the number of views of a
     sample, in `cross_attention_kwargs`; without it every view is taken as a sample of its own.
-    `docs/your_own_loop.md` shows the steps from here to a training loop.
+    `docs/guides/your_own_loop.md` shows the steps from here to a training loop.
 
     The attention kernels stay as they are, and diffusers' switches for them can be used before and after: attention
     slicing, xformers, other attention processors.

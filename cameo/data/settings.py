@@ -44,7 +44,8 @@ class DataSettings(Settings):
     # 7-Scenes and nerfstudio, 5000 for TUM).
     depth_scale: float | None = setting(None, above=0)
     # Folder with the depth (depth/NAME.npy) or points (points/NAME.npy) that another program has estimated for the
-    # photographs of train_data_dir, see docs/matches.md. null, the default, takes the depth of the data itself.
+    # photographs of train_data_dir, see docs/guides/without_depth.md. null, the default, takes the depth of the data
+    # itself.
     estimated_depth: str | None = setting(None, path=True, changeable=True)
     # Red, green and blue in [0, 1] that transparent pixels of train_data_dir show. White by default, as zero123 and the
     # models trained on its renders have it.

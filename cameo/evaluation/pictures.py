@@ -112,7 +112,8 @@ def match_error_figure(batch: Mapping[str, Any], found: Mapping[str, FoundMatche
     classes = [least for least in ERROR_CLASSES if least < max(*first.key_grid, 3)]
     patches = [Patch(color=ERROR_CLASSES[least], label=_class_name(least, classes)) for least in classes]
     patches.append(Patch(color="0.75", label="no match in the key view"))
-    figure.legend(handles=patches, loc="outside lower center", ncols=len(patches), fontsize=LABEL_SIZE, frameon=False)
+    columns = len(patches) if len(found) > 2 else 3  # as many as the panels are wide
+    figure.legend(handles=patches, loc="outside lower center", ncols=columns, fontsize=LABEL_SIZE, frameon=False)
     return figure
 
 

@@ -8,11 +8,12 @@ import inspect
 import json
 import textwrap
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from cameo.settings.convert import describe, setting_fields, types_of
 
-__all__ = ["comments", "components", "help_text"]
+__all__ = ["Entry", "comments", "components", "entries_by_component", "help_text"]
 
 WIDTH = 100
 USAGE = (
@@ -22,9 +23,33 @@ USAGE = (
 )
 
 
+@dataclass(frozen=True)
+class Entry:
+    """What is said of one setting: its name, its default and its values as they are typed, and its comment."""
+
+    name: str
+    default: str
+    values: str
+    comment: str
+
+
 def help_text(about: str, kinds: Sequence[type]) -> str:
     """Return the help of a recipe: what it does, how settings are given, and the settings by component."""
     sections = [about.strip(), textwrap.fill(USAGE, WIDTH)]
+    for title, entries in entries_by_component(kinds):
+        sections.append("\n".join([title, "-" * len(title), *map(_shown, entries)]))
+    return "\n\n".join(sections)
+
+
+def entries_by_component(kinds: Sequence[type]) -> Iterator[tuple[str, list[Entry]]]:
+    """List the settings of these dataclasses by component, each once: the component's title and its settings.
+
+    Example:
+        >>> from cameo.data.settings import DataSettings
+        >>> [(title, entries)] = entries_by_component([DataSettings])
+        >>> title, next(entry.default for entry in entries if entry.name == "num_views")
+        ('Data: a folder of posed images or meshes, or embedded scenes', '3')
+    """
     shown: set[str] = set()
     for kind in kinds:
         for component in components(kind):
@@ -36,9 +61,7 @@ def help_text(about: str, kinds: Sequence[type]) -> str:
             ]
             shown |= setting_fields(component).keys()
             if entries:
-                title = (inspect.getdoc(component) or component.__name__).split("\n")[0].rstrip(".")
-                sections.append("\n".join([title, "-" * len(title), *entries]))
-    return "\n\n".join(sections)
+                yield (inspect.getdoc(component) or component.__name__).split("\n")[0].rstrip("."), entries
 
 
 def components(kind: type) -> Iterator[type]:
@@ -67,7 +90,7 @@ def comments(kind: type) -> dict[str, str]:
     return texts
 
 
-def _entry(kind: type, name: str, comment: str) -> str:
+def _entry(kind: type, name: str, comment: str) -> Entry:
     entry = setting_fields(kind)[name]
     choices = entry.metadata.get("choices")
     type_ = types_of(kind)[name]
@@ -77,6 +100,10 @@ def _entry(kind: type, name: str, comment: str) -> str:
     default: Any = entry.default if entry.default is not dataclasses.MISSING else None
     if entry.default_factory is not dataclasses.MISSING:
         default = entry.default_factory()
-    shown = default if isinstance(default, str) else json.dumps(default)
-    head = textwrap.fill(f"  {name}={shown}  ({values})", WIDTH, subsequent_indent=" " * 6, drop_whitespace=True)
-    return "\n".join([head, textwrap.fill(comment, WIDTH, initial_indent="      ", subsequent_indent="      ")])
+    return Entry(name, default if isinstance(default, str) else json.dumps(default), values, comment)
+
+
+def _shown(entry: Entry) -> str:
+    head = f"  {entry.name}={entry.default}  ({entry.values})"
+    head = textwrap.fill(head, WIDTH, subsequent_indent=" " * 6, drop_whitespace=True)
+    return "\n".join([head, textwrap.fill(entry.comment, WIDTH, initial_indent="      ", subsequent_indent="      ")])

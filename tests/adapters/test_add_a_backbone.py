@@ -15,7 +15,7 @@ import pytest
 import cameo
 
 ROOT = Path(__file__).parents[2]
-PAGE = (ROOT / "docs" / "add_a_backbone.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs" / "guides" / "add_a_backbone.md").read_text(encoding="utf-8")
 
 
 def files() -> dict[str, str]:

@@ -1,19 +1,20 @@
-"""What the README says is so: its commands exist once each, its first example runs, its links lead somewhere."""
+"""What the README and the pages say is so: commands exist once each, the first example runs, links lead somewhere."""
 
 from __future__ import annotations
 
 import re
 import tomllib
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+import yaml
 
 from cameo.backbone import get_backbone
+from cameo.hub.card import PAPER
+from tests.helpers.pages import DOCS, PAGES, ROOT, text_of
 
-ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+README = text_of("README.md")
 
 
 def test_two_commands_install_and_run() -> None:
@@ -46,30 +47,35 @@ def test_first_example_runs(batch: dict[str, Any]) -> None:
     assert names["unet"] is pipeline.unet
 
 
+def test_the_readme_is_short_and_shows_one_figure() -> None:
+    assert len(README.splitlines()) <= 120
+    assert len(re.findall(r"!\[", README)) == 1
+
+
 def test_links_lead_somewhere() -> None:
-    for page in [
-        ROOT / "README.md",
-        ROOT / "CONTRIBUTING.md",
-        *ROOT.glob("docs/*.md"),
-        *ROOT.glob("benchmarks/**/*.md"),
-    ]:
-        for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text(encoding="utf-8")):
+    for page in [*PAGES, *ROOT.glob("benchmarks/**/*.md")]:
+        for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
-def test_every_test_that_the_readme_names_exists() -> None:
+def test_every_test_that_a_page_names_exists() -> None:
     code = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
-    named = re.findall(r"`(test_\w+)[\[`]", README)
-    assert len(set(named)) > 10
+    named = {name for page in PAGES for name in re.findall(r"`(test_\w+)[\[`]", page.read_text(encoding="utf-8"))}
+    assert len(named) > 10
     for name in named:
         assert re.search(rf"def {name}\(", code), name
 
 
+def test_every_picture_is_in_the_gallery() -> None:
+    gallery = text_of("docs/gallery.md")
+    shown = re.findall(r"!\[[^\]]+\]\(images/([^)]+)\)", gallery)
+    assert sorted(shown) == sorted(path.name for path in (DOCS / "images").iterdir())
+
+
 def test_every_command_of_a_page_names_a_script() -> None:
-    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/**/*.md")]
-    text = "\n".join(page.read_text(encoding="utf-8") for page in pages)
+    text = "\n".join(page.read_text(encoding="utf-8") for page in [*PAGES, *ROOT.glob("benchmarks/**/*.md")])
     modules = set(re.findall(r"python -m (benchmarks[.\w]*)", text))
-    files = set(re.findall(r"python ((?:benchmarks|recipes|tests)/[/.\w]*)", text))
+    files = set(re.findall(r"python ((?:benchmarks|docs|recipes|tests)/[/.\w]*)", text))
     assert {"benchmarks.pages", "benchmarks.convergence.study"} <= modules
     assert "recipes/lora_finetune.py" in files
     missing = {name for name in modules if not (ROOT / (name.replace(".", "/") + ".py")).is_file()}
@@ -84,3 +90,16 @@ def test_contributing_lists_the_rooms_in_their_order() -> None:
     lines = [re.findall(r"`([^`]+)`", line.split("|")[1]) for line in table[0].strip().splitlines()[2:]]
     floors = tomllib.loads((ROOT / "tests" / "helpers" / "rooms.toml").read_text(encoding="utf-8"))["floors"]
     assert [sorted(line) for line in lines] == [*map(sorted, floors), ["benchmarks", "recipes"]]
+
+
+def test_the_citation_is_of_this_version_and_of_the_paper() -> None:
+    citation = yaml.safe_load(text_of("CITATION.cff"))
+    assert citation["cff-version"] == "1.2.0"
+    assert {"title", "message", "authors"} <= citation.keys()
+    project = tomllib.loads(text_of("pyproject.toml"))["project"]
+    assert (citation["version"], citation["license"]) == (project["version"], project["license"])
+    (paper,) = citation["references"]
+    assert {"type", "title", "authors"} <= paper.keys()
+    assert paper["identifiers"][0]["value"] == f"arXiv:{PAPER}"
+    assert paper["url"].endswith(PAPER)
+    assert f"## {project['version']} (unreleased)" in text_of("CHANGELOG.md")

@@ -1,4 +1,4 @@
-"""The code of docs/your_own_loop.md runs, before and after CAMEO is added, and what it says of the order is so."""
+"""The code of docs/guides/your_own_loop.md runs, before and after CAMEO is added; its word on the order is right."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import cameo
 from tests.helpers.batches import make_batch
 from tests.helpers.training_runs import fresh_accelerate
 
-PAGE = (Path(__file__).parents[2] / "docs" / "your_own_loop.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[2] / "docs" / "guides" / "your_own_loop.md").read_text(encoding="utf-8")
 DIFF = re.findall(r"```diff\n(.*?)```", PAGE, re.S)[0].splitlines()
 STEP_BY_STEP = re.findall(r"```python\n(.*?)```", PAGE, re.S)[0]
 

@@ -93,12 +93,12 @@ def test_examples_wrap_what_can_be_supervised(module: str, monkeypatch: pytest.M
         assert int(local.matched.sum()) == side * side
 
 
-def test_the_readme_names_what_a_checkpoint_holds_beside_safetensors(
+def test_the_guide_names_what_a_checkpoint_holds_beside_safetensors(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CAMEO_CACHE", scene_cache())
-    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-    assert "Only safetensors" not in readme
+    page = (Path(__file__).parents[2] / "docs" / "guides" / "saving.md").read_text(encoding="utf-8")
+    assert "Only safetensors" not in page
     with fresh_accelerate():
         make_trainer(tmp_path, max_train_steps=1, checkpointing_steps=1).train()
     files = [path for path in (tmp_path / "checkpoint-1").rglob("*") if path.is_file()]
@@ -106,4 +106,4 @@ def test_the_readme_names_what_a_checkpoint_holds_beside_safetensors(
     for path in files:
         if path.suffix in (".safetensors", ".json", ".md"):
             continue
-        assert path.name in readme or f"*{path.suffix}" in readme, path.name
+        assert path.name in page or f"*{path.suffix}" in page, path.name

@@ -1,4 +1,4 @@
-"""The command lines of the README run as they stand there, with a few settings appended that make them short.
+"""The command lines of the README and of the pages on recipes run as they stand, with settings that make them short.
 
 They run in a folder of their own, in which lie what they name: the recipes, `my.yaml` and an RGB-D sequence.
 """
@@ -6,7 +6,6 @@ They run in a folder of their own, in which lie what they name: the recipes, `my
 from __future__ import annotations
 
 import os
-import re
 import shlex
 import subprocess
 import sys
@@ -15,12 +14,12 @@ from pathlib import Path
 import pytest
 
 from cameo.training.checkpoint import list_checkpoints
+from tests.helpers.pages import CommandLine, command_lines, parsed, text_of
 from tests.helpers.sequences import write_sequence
 from tests.helpers.training_runs import RECIPES, read_lines, run_in_process, scene_cache, write_settings
 
-README = (RECIPES.parent / "README.md").read_text(encoding="utf-8")
+PAGES = ("README.md", "docs/recipes.md", "docs/backbones.md", "docs/guides/several_processes.md")
 LAUNCHERS = {
-    "python": [sys.executable],
     "torchrun": [sys.executable, "-m", "torch.distributed.run"],
     "accelerate": [sys.executable, "-m", "accelerate.commands.accelerate_cli"],
 }
@@ -28,49 +27,42 @@ DATA = ["num_scenes=4", "num_validation_scenes=2", "num_validation_samples=2"]
 TRAINING = [*DATA, "max_train_steps=2", "num_validation_images=1", "num_inference_steps=2", "train_batch_size=1"]
 # What makes the run of a recipe short.
 SHORT = {
-    "lora_finetune.py": TRAINING,
-    "full_finetune.py": TRAINING,
-    "precompute_correspondence.py": ["num_scenes=4", "max_train_steps=2", "train_batch_size=1"],
-    "probe_layers.py": ["num_validation_scenes=2", "num_validation_samples=2", "timesteps=0.5"],
-    "evaluate.py": ["num_validation_scenes=2", "num_samples=2", "num_sampled=1", "num_inference_steps=2", "lpips=null"],
+    "lora": TRAINING,
+    "full": TRAINING,
+    "precompute": ["num_scenes=4", "max_train_steps=2", "train_batch_size=1"],
+    "probe": ["num_validation_scenes=2", "num_validation_samples=2", "timesteps=0.5"],
+    "evaluate": ["num_validation_scenes=2", "num_samples=2", "num_sampled=1", "num_inference_steps=2", "lpips=null"],
 }
 # Weights that cannot be downloaded in a test give way to a preset, and its size.
 WITHOUT_DOWNLOAD = ["pretrained_model_name_or_path=null", "preset=tiny", "resolution=32", "train_batch_size=1"]
 
 
-def command_lines() -> list[str]:
-    """Every line of the README's code blocks that starts a recipe, without its comment."""
-    blocks = re.findall(r"^```(\w*)\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
-    shell = [block for language, block in blocks if language in ("", "bash")]
-    lines = [line.split(" #")[0].strip() for block in shell for line in block.splitlines()]
-    return [line for line in lines if "recipes/" in line and line.split()[0] in LAUNCHERS]
+LINES = [line for page in PAGES for line in command_lines(text_of(page))]
 
 
-def shortened(line: str, number: int) -> list[str]:
-    """Split a command line into its words, and append what makes it short."""
-    words = shlex.split(line)
-    recipe = next(Path(word).name for word in words if word.startswith("recipes/"))
-    if "--compare" in words or "--list" in words:
-        return words
-    words += SHORT[recipe]
-    if "path/to/sequence" in line:
-        words += ["max_overlap=0.99"]  # its few views lie close together
-    if "_sd21" in line:
-        words += WITHOUT_DOWNLOAD
-    if "preset=small resolution=128" in line:
-        words += ["resolution=32"]
+def shortened(line: CommandLine, number: int) -> list[str]:
+    """Return the arguments of a command line, with those that make it short."""
+    arguments = list(line.arguments)
+    if "--compare" in arguments or "--list" in arguments:
+        return arguments
+    arguments += SHORT[line.command]
+    if "path/to/sequence" in line.line:
+        arguments += ["max_overlap=0.99"]  # its few views lie close together
+    if "_sd21" in line.line:
+        arguments += WITHOUT_DOWNLOAD
+    if "preset=small resolution=128" in line.line:
+        arguments += ["resolution=32"]
     # A folder takes one run; later lines name that of the first.
-    return words + [f"output_dir=outputs/{number}"] * (
-        number > 0 and recipe in ("lora_finetune.py", "full_finetune.py")
-    )
+    return arguments + [f"output_dir=outputs/{number}"] * (number > 0 and line.command in ("lora", "full"))
 
 
-def run_line(words: list[str], folder: Path) -> tuple[int, str]:
-    """Run a command line in a folder; returns the exit code and what it printed."""
-    if words[0] == "python":  # in a process that has imported torch already
-        return run_in_process(words[1], words[2:], folder)
+def run_line(line: CommandLine, arguments: list[str], folder: Path) -> tuple[int, str]:
+    """Run a command line in a folder with other arguments; returns the exit code and what it printed."""
+    if line.launcher not in LAUNCHERS:  # in a process that has imported torch already
+        return run_in_process(f"recipes/{line.module.__name__.rpartition('.')[2]}.py", arguments, folder)
+    words = shlex.split(line.line)
     done = subprocess.run(
-        [*LAUNCHERS[words[0]], *words[1:]],
+        [*LAUNCHERS[line.launcher], *words[1 : len(words) - len(line.arguments)], *arguments],
         cwd=folder,
         env={**os.environ, "CAMEO_CACHE": scene_cache()},
         stdout=subprocess.PIPE,
@@ -91,17 +83,14 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_every_recipe_and_launcher_is_shown() -> None:
-    lines = command_lines()
-    assert len(lines) >= 15
-    assert {line.split()[0] for line in lines} == LAUNCHERS.keys()
-    assert {
-        Path(word).name for line in lines for word in line.split() if word.startswith("recipes/") and "=" not in word
-    } >= SHORT.keys()
+    assert len(LINES) >= 15
+    assert {line.launcher for line in LINES} == {"cameo", "python", *LAUNCHERS}
+    assert {line.command for line in LINES} == SHORT.keys()
 
 
 def test_torchrun_makes_one_run_of_two_processes(folder: Path) -> None:
-    line = next(line for line in command_lines() if line.startswith("torchrun"))
-    code, output = run_line([*shlex.split(line), "max_train_steps=2", "num_validation_images=0"], folder)
+    line = next(line for line in LINES if line.launcher == "torchrun" and line.command == "lora")
+    code, output = run_line(line, [*line.arguments, "max_train_steps=2", "num_validation_images=0"], folder)
     assert code == 0, output
     assert output.count("on 2 processes (cpu)") == 1
     assert output.count("adapter in outputs/my/adapter") == 1
@@ -112,10 +101,10 @@ def test_torchrun_makes_one_run_of_two_processes(folder: Path) -> None:
 
 @pytest.mark.slow
 def test_all_command_lines_run(folder: Path) -> None:
-    lines = [line for line in command_lines() if not line.startswith("torchrun")]
+    lines = [line for line in LINES if line.launcher != "torchrun"]
     for number, line in enumerate(lines):
-        code, output = run_line(shortened(line, number), folder)
-        assert code == 0, f"{line}\n{output}"
+        code, output = run_line(line, shortened(line, number), folder)
+        assert code == 0, f"{line.line}\n{output}"
 
 
 @pytest.mark.slow
@@ -129,8 +118,9 @@ def test_all_command_lines_run(folder: Path) -> None:
 def test_accelerate_launch_is_refused_what_it_would_not_get(
     folder: Path, request_of_launcher: str, message: str
 ) -> None:
-    line = f"accelerate launch {request_of_launcher} recipes/lora_finetune.py config=my.yaml max_train_steps=2"
-    code, output = run_line(shlex.split(line), folder)
+    line = parsed(f"accelerate launch {request_of_launcher} recipes/lora_finetune.py config=my.yaml max_train_steps=2")
+    assert line is not None
+    code, output = run_line(line, line.arguments, folder)
     assert code != 0
     assert message in output
     assert not (folder / "outputs").exists()
