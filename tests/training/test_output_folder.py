@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import runpy
 import signal
 import sys
@@ -14,8 +15,8 @@ from typing import Any
 import pytest
 
 from cameo.errors import DataError
-from cameo.training import checkpoint
-from cameo.training.output_folder import LOCK_FILE, hold_folder
+from cameo.training.checkpoints import folder as checkpoint
+from cameo.training.output_folder import HOLDER_FILE, hold_folder
 from cameo.training.settings import TrainingConfig, continued_settings, load_config, save_config
 from cameo.training.setup import planned_runs
 from tests.helpers.training_runs import RECIPES, RecipeProcess
@@ -166,7 +167,7 @@ def in_another_process(work: Callable[[], None]) -> int:
     return process
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="no locks of this kind")
+@pytest.mark.skipif(sys.platform == "win32", reason="forks")
 def test_a_folder_that_another_process_holds_is_refused_until_it_ends(tmp_path: Path) -> None:
     held, worker = [], tmp_path / "worker"
 
@@ -187,7 +188,7 @@ def test_a_folder_that_another_process_holds_is_refused_until_it_ends(tmp_path: 
         os.kill(holder, signal.SIGKILL)
         os.waitpid(holder, 0)
         with hold_folder(tmp_path / "run"), hold_folder(tmp_path / "run"):
-            assert (tmp_path / "run" / LOCK_FILE).read_text() == f"{os.getpid()}\n"
+            assert (tmp_path / "run" / HOLDER_FILE).read_text() == f"{os.getpid()} on {platform.node()}\n"
         assert list((tmp_path / "run").iterdir()) == []
     finally:
         os.kill(int(worker.read_text()), signal.SIGKILL)
@@ -215,7 +216,12 @@ def test_a_second_run_in_a_folder_is_refused(tmp_path: Path) -> None:
 
 
 def test_only_what_a_run_left_itself_is_removed(tmp_path: Path) -> None:
-    own = [".checkpoint-4.partial", ".checkpoint-3.removed", "..checkpoint-4.partial.0123abcd.tmp"]
+    own = [".checkpoint-4.77.partial", ".checkpoint-3.77.removed", "..checkpoint-4.77.partial.0123abcd.tmp"]
+    own += [
+        ".checkpoint-4.partial",
+        ".checkpoint-3.removed",
+        "..checkpoint-4.partial.0123abcd.tmp",
+    ]  # of older releases
     foreign = [".git-checkpoint-mine", ".checkpoint-notes", ".checkpoint-x.partial", ".checkpoint-4.partial.bak"]
     for name in own + foreign:
         (tmp_path / name).mkdir()
