@@ -141,7 +141,7 @@ def test_runs_that_cannot_go_on_end_with_an_error(uninterrupted_lora: RecipeProc
             tmp_path / "empty",
             {"resume_from_checkpoint": "latest"},
         ),
-        "resume_from_checkpoint=checkpoint-99: not a complete checkpoint folder; in": (
+        "resume_from_checkpoint=checkpoint-99: not a complete checkpoint folder (it has no trainer_state.json); in": (
             whole,
             {"resume_from_checkpoint": "checkpoint-99"},
         ),

@@ -60,8 +60,8 @@ def find_checkpoint(output_dir: str | Path, resume_from_checkpoint: str) -> Path
     if not (path / STATE_NAME).is_file():
         names = ", ".join(checkpoint.name for checkpoint in list_checkpoints(output_dir)) or "none"
         raise DataError(
-            f"resume_from_checkpoint={resume_from_checkpoint}: not a complete checkpoint folder; "
-            f"in {output_dir}: {names}"
+            f"resume_from_checkpoint={resume_from_checkpoint}: not a complete checkpoint folder (it "
+            f"has no {STATE_NAME}); in {output_dir}: {names}"
         )
     try:
         step = int(check_checkpoint(path)["step"])
@@ -87,7 +87,7 @@ def _newest_undamaged(output_dir: Path) -> Path:
             for name, why in damaged:
                 warnings.warn(
                     f"{output_dir}: {name} is damaged and not used ({why}); the run continues from {path.name}",
-                    stacklevel=3,
+                    stacklevel=2,  # the same line for every caller, so that it is shown once
                 )
             return path
         damaged.append((path.name, reason))
