@@ -127,10 +127,11 @@ def ended(process: int) -> int | None:
 def kill_at_random(process: int, folder: Path, target: int, dice: random.Random) -> int | None:
     """Kill a run at about a step; returns the exit code of one that has ended before, None for a killed one."""
     writing, begun = dice.random() < 0.5, time.monotonic()
+    left = set(folder.glob(f".*checkpoint-{target}.*"))  # by a run that was killed before
     while True:
         if (code := ended(process)) is not None:
             return code
-        staged = any(folder.glob(f".*checkpoint-{target}.*"))
+        staged = set(folder.glob(f".*checkpoint-{target}.*")) - left
         if newest(folder) >= target or (writing and staged):
             break
         if time.monotonic() - begun > PATIENCE:
