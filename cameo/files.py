@@ -6,7 +6,7 @@ import os
 import threading
 from pathlib import Path
 
-__all__ = ["move_into_place", "write_atomically"]
+__all__ = ["flush", "move_into_place", "write_atomically"]
 
 
 def write_atomically(path: str | Path, content: str | bytes) -> None:
@@ -61,13 +61,21 @@ def move_into_place(finished: Path, path: Path) -> None:
         OSError: if the content cannot be written to the disk, or `path` is a folder that is not empty.
     """
     for entry in (*finished.rglob("*"), finished):
-        _flush(entry)
+        flush(entry)
     finished.replace(path)
-    _flush(path.parent)
+    flush(path.parent)
 
 
-def _flush(path: Path) -> None:
-    """Wait until a file's content, or the names in a folder, are on the disk."""
+def flush(path: Path) -> None:
+    """Wait until a file's content, or the names in a folder, are on the disk.
+
+    Example:
+        >>> import tempfile
+        >>> flush(Path(tempfile.mkdtemp()))
+
+    Raises:
+        OSError: if they cannot be written to the disk.
+    """
     if os.name == "nt" and path.is_dir():  # Windows opens no folders
         return
     # Windows flushes only files that are open for writing.

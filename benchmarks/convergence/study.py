@@ -52,7 +52,7 @@ from cameo.probing.ablation import perturb_layers
 from cameo.probing.denoising import ValidationSettings, sample_batches
 from cameo.probing.layer_probe import LayerProbe
 from cameo.settings import shown_settings
-from cameo.training.checkpoint import list_checkpoints
+from cameo.training.checkpoints.folder import list_checkpoints
 from cameo.training.data import build_dataset, supervised_grids
 from cameo.training.layer_choice import PROBED_SAMPLES
 from cameo.training.settings import TrainingConfig

@@ -93,6 +93,7 @@ MOVED: dict[str, str] = {
     "cameo.probed_layer": "cameo.probing.probed_layer",
     "cameo.publish": "cameo.hub.publish",
     "cameo.self_view": "cameo.attention.self_view",
+    "cameo.training.checkpoint": "cameo.training.checkpoints.folder",
     "cameo.training.config": "cameo.training.settings.config",
     "cameo.training.correspondences": "cameo.data.batches",
     "cameo.training.processes": "cameo.processes.accelerator",
@@ -135,6 +136,8 @@ MOVED_NAMES: dict[str, str] = {
     "cameo.licence.find_licence": "cameo.hub.license.find_license",
     "cameo.licence.require_licence": "cameo.hub.license.require_license",
     "cameo.self_view.self_view_only": "cameo.probing.ablation.self_view_only",
+    "cameo.training.checkpoint.load_trained": "cameo.training.trained_weights.load_trained",
+    "cameo.training.checkpoint.read_state": "cameo.training.checkpoints.verify.read_state",
     "cameo.weights.format_of": "cameo.hub.weights.format_to_write",
 }
 

@@ -3,32 +3,36 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import platform
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from cameo.errors import DataError
+from cameo.files import write_atomically
 from cameo.processes.launch import Launch
 from cameo.settings import current_names, shown_settings
-from cameo.training.checkpoint import list_checkpoints, read_state
+from cameo.training.checkpoints.folder import list_checkpoints
+from cameo.training.checkpoints.verify import read_state
 from cameo.training.settings import TrainingConfig, continued_settings, load_config
-
-try:
-    import fcntl
-except ImportError:  # Windows has other locks
-    fcntl = None  # type: ignore[assignment]
 
 __all__ = ["WITHOUT_CAMEO", "hold_folder", "refuse_other_runs"]
 
-LOCK_FILE = ".run.lock"
+# The lock, and beside it which process has it, since Windows lets nobody else read a locked file.
+LOCK_FILE, HOLDER_FILE = ".run.lock", ".run.holder"
+# Errors of drives that have no locks.
+WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 # Folder, within the output folder, of the run without CAMEO of a comparison.
 WITHOUT_CAMEO = "without_cameo"
 # Settings that may differ between two demonstrations: how the run was started, where it is written, and the token.
 NOT_COMPARED = frozenset(("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "hub_token"))
 
-# Folders that this process holds: how many times, and the descriptor of the open lock file.
-_held: dict[Path, tuple[int, int]] = {}
+# Folders that this process holds: how many times, and the lock.
+_held: dict[Path, tuple[int, FileLock | None]] = {}
 
 
 @contextlib.contextmanager
@@ -44,60 +48,74 @@ def hold_folder(output_dir: str | Path) -> Iterator[None]:
         ...     pass
 
     Raises:
-        DataError: if another process holds the folder (the message gives its id), or the folder cannot be written to.
+        DataError: if another process holds the folder (the message gives its id, and its machine if that is another
+            one), or the folder cannot be written to.
     """
-    if fcntl is None or not Launch.from_environment().is_main_process:
+    if not Launch.from_environment().is_main_process:
         yield
         return
     folder = Path(output_dir).resolve()
-    count, file = _held[folder] if folder in _held else (0, _lock(folder))
-    _held[folder] = (count + 1, file)
+    count, lock = _held[folder] if folder in _held else (0, _lock(folder))
+    _held[folder] = (count + 1, lock)
     try:
         yield
     finally:
-        count, file = _held[folder]
-        _held[folder] = (count - 1, file)
+        count, lock = _held[folder]
+        _held[folder] = (count - 1, lock)
         if count == 1:
             del _held[folder]
-            (folder / LOCK_FILE).unlink(missing_ok=True)
-            os.close(file)
+            _release(folder, lock)
 
 
-def _lock(folder: Path) -> int:
-    """Lock the file of a folder and write the id of this process into it; returns the open file.
+def _lock(folder: Path) -> FileLock | None:
+    """Lock a folder and write down which process holds it; None on a drive that has no locks, with a warning.
 
-    A record lock rather than `flock`: after a run was killed, its forked data workers would keep a lock by `flock`.
+    filelock closes the lock in a forked process, so that the data workers of a run that was killed do not keep it.
     """
-    path = folder / LOCK_FILE
-    while True:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        except OSError as error:
-            raise DataError(
-                f"output_dir={folder}: cannot be written to ({error}). Choose another output_dir, or make it writable"
-            ) from error
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError) as error:
-            holder = os.pread(file, 32, 0).decode(errors="replace").strip() or "unknown"
-            os.close(file)
-            raise DataError(
-                f"output_dir={folder}: another run is writing there (process {holder}). Wait for it or stop it, or "
-                "choose another output_dir"
-            ) from error
-        except OSError as error:
-            warnings.warn(f"{path}: cannot be locked ({error}); start no second run in this folder", stacklevel=4)
-            return file
-        try:  # the previous holder may have removed the file between the two calls
-            current = path.stat().st_ino == os.fstat(file).st_ino
-        except FileNotFoundError:
-            current = False
-        if current:
-            os.ftruncate(file, 0)
-            os.pwrite(file, f"{os.getpid()}\n".encode(), 0)
-            return file
-        os.close(file)
+    lock = FileLock(folder / LOCK_FILE)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise DataError(
+            f"output_dir={folder}: another run is writing there (process {_holder(folder)}). Wait for it or stop it, "
+            "or choose another output_dir"
+        ) from error
+    except (OSError, NotImplementedError) as error:
+        if isinstance(error, OSError) and error.errno not in WITHOUT_LOCKS:
+            raise _cannot_be_written(folder, error) from error
+        warnings.warn(f"{folder}: cannot be locked ({error}); start no second run in this folder", stacklevel=4)
+        return None
+    try:
+        write_atomically(folder / HOLDER_FILE, f"{os.getpid()} on {platform.node()}\n")
+    except OSError as error:
+        _release(folder, lock)
+        raise _cannot_be_written(folder, error) from error
+    return lock
+
+
+def _release(folder: Path, lock: FileLock | None) -> None:
+    if lock is None:
+        return
+    (folder / HOLDER_FILE).unlink(missing_ok=True)
+    if os.name != "nt":  # Windows removes no open file, and filelock removes it there itself
+        # While it is still locked: another process that has opened it sees that it is gone, and takes a new one.
+        (folder / LOCK_FILE).unlink(missing_ok=True)
+    lock.release()
+
+
+def _holder(folder: Path) -> str:
+    """Name the process that holds a folder, and its machine if it is another one."""
+    try:
+        process, _, machine = (folder / HOLDER_FILE).read_text(encoding="utf-8").strip().partition(" on ")
+    except (OSError, ValueError):
+        return "unknown"
+    return process if machine == platform.node() else f"{process} on {machine}"
+
+
+def _cannot_be_written(folder: Path, error: OSError) -> DataError:
+    cure = "Choose another output_dir, make room there, or make it writable"
+    return DataError(f"output_dir={folder}: cannot be written to ({error}). {cure}")
 
 
 def refuse_other_runs(planned: Mapping[str, TrainingConfig]) -> None:

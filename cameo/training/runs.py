@@ -19,7 +19,7 @@ from cameo.hub.weights import ADAPTER_FORMATS, HEAD_FILE, format_in
 from cameo.model import CameoModel
 from cameo.pipeline import MultiViewPipeline
 from cameo.settings import split_arguments
-from cameo.training.checkpoint import STATE_NAME
+from cameo.training.checkpoints.verify import STATE_NAME
 from cameo.training.data import build_dataset, match_settings
 from cameo.training.report import device_name
 from cameo.training.run_settings import RUN_SETTINGS, evaluation_settings, run_settings

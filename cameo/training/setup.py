@@ -28,7 +28,8 @@ from cameo.probing.denoising import ValidationSettings
 from cameo.processes.accelerator import make_accelerator
 from cameo.processes.launch import Launch
 from cameo.renamed import old_functions
-from cameo.training.checkpoint import find_checkpoint, list_checkpoints, refuse_used_folder
+from cameo.training.checkpoints.agreement import decided_by_main
+from cameo.training.checkpoints.folder import find_checkpoint, list_checkpoints, refuse_used_folder
 from cameo.training.data import data_format, noisy_inputs
 from cameo.training.layer_choice import probe_for
 from cameo.training.output_folder import WITHOUT_CAMEO, hold_folder, refuse_other_runs
@@ -208,7 +209,8 @@ def wrap_denoiser(
     layer: int | str | Sequence[int | str] | None = config.layer
     probe = chosen = None
     if layer == "auto" and config.resume_from_checkpoint:
-        saved = CameoConfig.load(find_checkpoint(config.output_dir, config.resume_from_checkpoint))
+        resumed = config.resume_from_checkpoint
+        saved = CameoConfig.load(decided_by_main(lambda: find_checkpoint(config.output_dir, resumed)))
         layer, chosen = saved.layers, saved.layer_choice
     elif layer == "auto":
         if dataset is None:
@@ -254,10 +256,18 @@ def wrap_denoiser(
 
 def _supervised_as_before(model: CameoModel, config: TrainingConfig) -> CameoModel:
     """Let a resumed run supervise the matches that it did before, whatever the adapter says today."""
-    folder = config.resume_from_checkpoint
-    if not any(path.name == folder or folder in ("latest", str(path)) for path in list_checkpoints(config.output_dir)):
-        return model  # the trainer says what is wrong
-    saved = CameoConfig.load(find_checkpoint(config.output_dir, str(folder)))
+    name = str(config.resume_from_checkpoint)
+
+    def find() -> Path | None:
+        known = list_checkpoints(config.output_dir)
+        if not any(path.name == name or name in ("latest", str(path)) for path in known):
+            return None  # the trainer says what is wrong
+        return find_checkpoint(config.output_dir, name)
+
+    folder = decided_by_main(find)
+    if folder is None:
+        return model
+    saved = CameoConfig.load(folder)
     before = replace(model.cameo_config, layouts=saved.layouts)
     if (
         saved.layers != before.layers

@@ -14,7 +14,7 @@ import torch
 from accelerate.utils import set_seed
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
@@ -28,12 +28,14 @@ from cameo.pipeline import LatentEncoder, MultiViewPipeline
 from cameo.processes.accelerator import log_pictures, make_accelerator, numbers_in, start_trackers
 from cameo.processes.stopping import StopSignal
 from cameo.scenes.views import MultiViewSample
-from cameo.training import checkpoint
+from cameo.training.checkpoints.folder import prune_checkpoints, refuse_used_folder
+from cameo.training.checkpoints.training_state import Checkpoints
 from cameo.training.data import StepSampler, noisy_inputs, training_batches, with_latents, with_matches
 from cameo.training.output_folder import hold_folder
 from cameo.training.records import Records, TrainingResult
 from cameo.training.settings import TrainingConfig, continued_settings, save_config
 from cameo.training.supervision import Supervision
+from cameo.training.trained_weights import load_trained
 
 __all__ = ["HALF", "Trainer"]
 
@@ -101,13 +103,21 @@ class Trainer:
         )
         compile_in_place(model.base_model, unwrap_peft(model.base_model), config.torch_compile)
         self.prepared, self.optimizer = self.accelerator.prepare(self.supervision.module, optimizer)
-        self.accelerator.register_for_checkpointing(self.scheduler)
         self.ema: EMAModel | None = None
         if config.use_ema:
             self.ema = EMAModel(self.trained, decay=config.ema_decay, use_ema_warmup=True, foreach=True)
-            self.accelerator.register_for_checkpointing(self.ema)
-        self.accelerator.register_save_state_pre_hook(self._save_weights)
-        self.accelerator.register_load_state_pre_hook(self._load_weights)
+        self.checkpoints = Checkpoints(
+            self.output_dir,
+            self.accelerator,
+            {
+                "optimizer": self.optimizer,
+                "scheduler": self.scheduler,
+                "scaler": self.accelerator.scaler,
+                "average": self.ema,
+            },
+            save_weights=self._save_weights,
+            load_weights=self._load_weights,
+        )
 
     @property
     def device(self) -> torch.device:
@@ -151,26 +161,26 @@ class Trainer:
     def _start(self) -> None:
         config, accelerator = self.config, self.accelerator
         if config.resume_from_checkpoint:
-            folder = checkpoint.find_checkpoint(self.output_dir, config.resume_from_checkpoint)
-            self.step = checkpoint.check_continues(folder, self._fixed_settings(), config.max_train_steps)
-            accelerator.load_state(str(folder))
+            folder, self.step = self.checkpoints.resume(
+                config.resume_from_checkpoint, self._fixed_settings(), config.max_train_steps
+            )
             if self.ema is not None:
                 self.ema.to(self.device)
             accelerator.print(f"resumed from {folder} at step {self.step}")
         elif not config.overwrite_output_dir:
-            checkpoint.refuse_used_folder(self.output_dir)
+            refuse_used_folder(self.output_dir)
         count = sum(parameter.numel() for parameter in self.trained)
         processes = f"{accelerator.num_processes} process{'es' if accelerator.num_processes > 1 else ''}"
         accelerator.print(f"training {count:,} parameters on {processes} ({self.device.type})")
         if accelerator.is_main_process:
             self.output_dir.mkdir(parents=True, exist_ok=True)
             # A new run finds checkpoints here only where it was told to overwrite them.
-            checkpoint.prune_checkpoints(self.output_dir, None if config.resume_from_checkpoint else 0)
+            prune_checkpoints(self.output_dir, None if config.resume_from_checkpoint else 0)
             save_config(config, self.output_dir / CONFIG_FILE)
             # A data set of somebody else may have no source.
             if (source := getattr(self.dataset, "source", None)) is not None:
                 self.watch.data_is_wrong = warn_of_misfit(source)
-            self.metrics.keep_until(self.step)
+            self.metrics.keep_until(self.step, every_step=True)
             self.validations.keep_until(self.step)
             self.watch.see(self.metrics.read())
         start_trackers(accelerator, config)
@@ -338,29 +348,18 @@ class Trainer:
 
     def save_checkpoint(self) -> Path:
         """Write `checkpoint-N` whole or not at all, then remove checkpoints beyond `checkpoints_total_limit`."""
-        staged = self.output_dir / f".checkpoint-{self.step}.partial"
-        final = self.output_dir / f"checkpoint-{self.step}"
         if self.accelerator.is_main_process:
-            staged = checkpoint.staging_folder(self.output_dir, self.step)
-        self.accelerator.wait_for_everyone()
-        self.accelerator.save_state(str(staged))
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            checkpoint.publish_checkpoint(staged, self.step, {"settings": self._fixed_settings()})
-            checkpoint.prune_checkpoints(self.output_dir, self.config.checkpoints_total_limit)
-        self.accelerator.wait_for_everyone()
-        return final
+            self.metrics.flush()
+            self.validations.flush()
+        return self.checkpoints.save(self.step, self._fixed_settings(), self.config.checkpoints_total_limit)
 
     def _fixed_settings(self) -> dict[str, Any]:
         return continued_settings(self.config) | {"processes": self.accelerator.num_processes}
 
-    def _save_weights(self, models: list[nn.Module], weights: list[dict[str, Tensor]], folder: str) -> None:
-        weights.clear()  # accelerate would write the frozen base too
-        if self.accelerator.is_main_process:
-            self.model.save_pretrained(folder, include_head=True)
-            self.supervision.save(folder)
+    def _save_weights(self, folder: Path) -> None:
+        self.model.save_pretrained(folder, include_head=True)
+        self.supervision.save(folder)
 
-    def _load_weights(self, models: list[nn.Module], folder: str) -> None:
-        models.clear()
-        checkpoint.load_trained(self.model, folder)
+    def _load_weights(self, folder: Path) -> None:
+        load_trained(self.model, folder)
         self.supervision.load(folder)

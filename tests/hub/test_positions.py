@@ -19,7 +19,7 @@ from cameo.config import CONFIG_NAME, CameoConfig
 from cameo.hub.card import model_card
 from cameo.hub.card_facts import CardFacts
 from cameo.hub.publish import verify
-from cameo.training.checkpoint import load_trained
+from cameo.training.trained_weights import load_trained
 from tests.helpers.saved_models import lora
 
 NARROW: dict[str, Any] = {"block_out_channels": (32, 32), "heads": 2}

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 from cameo.processes.stopping import ECHO_SECONDS
-from cameo.training import checkpoint
+from cameo.training.checkpoints import folder as checkpoint
 from tests.helpers.training_runs import (
     RecipeProcess,
 )

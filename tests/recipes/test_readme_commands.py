@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from cameo.training.checkpoint import list_checkpoints
+from cameo.training.checkpoints.folder import list_checkpoints
 from tests.helpers.pages import CommandLine, command_lines, parsed, text_of
 from tests.helpers.sequences import write_sequence
 from tests.helpers.training_runs import RECIPES, read_lines, run_in_process, scene_cache, write_settings
@@ -96,7 +96,10 @@ def test_torchrun_makes_one_run_of_two_processes(folder: Path) -> None:
     assert output.count("adapter in outputs/my/adapter") == 1
     assert [entry["step"] for entry in read_lines(folder / "outputs/my/metrics.jsonl")] == [1, 2]
     (last,) = list_checkpoints(folder / "outputs/my")
-    assert sorted(path.name for path in last.glob("random_states_*")) == ["random_states_0.pkl", "random_states_1.pkl"]
+    assert sorted(path.name for path in last.glob("random_states_*")) == [
+        "random_states_0.safetensors",
+        "random_states_1.safetensors",
+    ]
 
 
 @pytest.mark.slow

@@ -17,10 +17,11 @@ from cameo.backbone import get_backbone
 from cameo.config import CameoConfig
 from cameo.data import EmbeddedScenes, RGBDSequence
 from cameo.errors import DataError
-from cameo.training.checkpoint import list_checkpoints, load_trained
+from cameo.training.checkpoints.folder import list_checkpoints
 from cameo.training.data import build_dataset
 from cameo.training.settings import load_config
 from cameo.training.setup import add_lora, load_pipeline, planned_runs
+from cameo.training.trained_weights import load_trained
 from cameo.wrap import attach
 from tests.helpers.sequences import write_sequence
 from tests.helpers.training_runs import RecipeProcess, make_config, read_lines, same_files

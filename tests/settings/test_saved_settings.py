@@ -15,7 +15,7 @@ from cameo.errors import DataError
 from cameo.processes.accelerator import start_trackers
 from cameo.renamed import SETTINGS as RENAMED
 from cameo.settings import shown_settings, to_yaml
-from cameo.training.checkpoint import check_continues
+from cameo.training.checkpoints.folder import check_continues
 from cameo.training.run_settings import run_settings
 from cameo.training.settings import TrainingConfig, continued_settings, load_config, save_config
 

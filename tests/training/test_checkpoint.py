@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -12,8 +13,9 @@ from typing import Any
 import pytest
 
 from cameo.errors import DataError
-from cameo.training import checkpoint
+from cameo.training.checkpoints import folder as checkpoint
 from cameo.training.records import Records
+from cameo.training.trained_weights import load_trained
 from tests.helpers.training_runs import (
     RecipeProcess,
     fresh_accelerate,
@@ -74,12 +76,12 @@ def test_lora_survives_kill_and_sigterm_bit_for_bit(uninterrupted_lora: RecipePr
     assert checkpoints(out) == ["checkpoint-3"]
 
     # Killed in the middle of writing a file of checkpoint-9: the older ones stay, the half one is no checkpoint.
-    run = RecipeProcess("lora_finetune", out, **LORA, resume_from_checkpoint="latest", stall="checkpoint-9.partial")
-    run.reach(lambda: any(out.glob(".*checkpoint-9.partial*/*.half")))
+    run = RecipeProcess("lora_finetune", out, **LORA, resume_from_checkpoint="latest", stall="checkpoint-9.")
+    run.reach(lambda: any(out.glob(".*checkpoint-9.*/*.half")))
     run.signal(signal.SIGKILL)
     run.wait()
     assert checkpoints(out) == ["checkpoint-3", "checkpoint-6"]
-    assert any(name.endswith("checkpoint-9.partial") for name in hidden(out))
+    assert any(name.startswith("..checkpoint-9.") for name in hidden(out))
 
     run = RecipeProcess("lora_finetune", out, **LORA, resume_from_checkpoint="latest", signal_at=(10, signal.SIGTERM))
     assert run.wait() == 0, run.output
@@ -139,7 +141,7 @@ def test_runs_that_cannot_go_on_end_with_an_error(uninterrupted_lora: RecipeProc
             tmp_path / "empty",
             {"resume_from_checkpoint": "latest"},
         ),
-        "resume_from_checkpoint=checkpoint-99: not a complete checkpoint folder; in": (
+        "resume_from_checkpoint=checkpoint-99: not a complete checkpoint folder (it has no trainer_state.json); in": (
             whole,
             {"resume_from_checkpoint": "checkpoint-99"},
         ),
@@ -175,17 +177,18 @@ def test_checkpoint_of_another_model_is_refused(tmp_path: Path, monkeypatch: pyt
         folder = checkpoint.list_checkpoints(tmp_path)[-1]
         other = make_trainer(tmp_path / "rank", rank=2).model
         with pytest.raises(DataError, match=r"checkpoint-1: does not fit the model that trains: .*size mismatch"):
-            checkpoint.load_trained(other, folder)
+            load_trained(other, folder)
         other = make_trainer(tmp_path / "targets", target_modules=["to_q"]).model
         with pytest.raises(DataError, match=r"pytorch_lora_weights.safetensors: does not fit .*in one of them only"):
-            checkpoint.load_trained(other, folder)
+            load_trained(other, folder)
 
 
 def test_folders_that_are_no_checkpoints_are_not_listed(tmp_path: Path) -> None:
     for name in ("checkpoint-2", "checkpoint-10", "checkpoint-5", "checkpoint-x", ".checkpoint-11.partial"):
         (tmp_path / name).mkdir()
         if name != "checkpoint-5":
-            (tmp_path / name / "trainer_state.json").write_text("{}")
+            state = {"step": int(name[-2:].lstrip("-")), "settings": {}} if name[-1].isdigit() else {}
+            (tmp_path / name / "trainer_state.json").write_text(json.dumps(state))
     assert checkpoints(tmp_path) == ["checkpoint-2", "checkpoint-10"]
     checkpoint.prune_checkpoints(tmp_path, 1)
     assert checkpoints(tmp_path) == ["checkpoint-10"]
@@ -213,6 +216,7 @@ def test_a_checkpoint_is_whole_before_it_has_its_name(
 ) -> None:
     """Power may fail between any two steps: what is called checkpoint-N must hold its state file from the start."""
     staged = checkpoint.staging_folder(tmp_path, 3)
+    staged.mkdir()
     (staged / "weights.safetensors").write_bytes(b"weights")
     appeared: list[list[str]] = []
 

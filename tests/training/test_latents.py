@@ -12,7 +12,7 @@ import torch
 import cameo.training.data
 from cameo.errors import DataError
 from cameo.latents.store import LatentReader
-from cameo.training.checkpoint import check_continues
+from cameo.training.checkpoints.folder import check_continues
 from cameo.training.data import StepSampler, build_dataset, training_batches
 from cameo.training.trainer import Trainer
 from tests.helpers.latents import latent_config, latent_trainer, pipeline

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
+import platform
 import runpy
 import signal
 import sys
+import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,8 +19,8 @@ from typing import Any
 import pytest
 
 from cameo.errors import DataError
-from cameo.training import checkpoint
-from cameo.training.output_folder import LOCK_FILE, hold_folder
+from cameo.training.checkpoints import folder as checkpoint
+from cameo.training.output_folder import HOLDER_FILE, hold_folder
 from cameo.training.settings import TrainingConfig, continued_settings, load_config, save_config
 from cameo.training.setup import planned_runs
 from tests.helpers.training_runs import RECIPES, RecipeProcess
@@ -166,7 +171,7 @@ def in_another_process(work: Callable[[], None]) -> int:
     return process
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="no locks of this kind")
+@pytest.mark.skipif(sys.platform == "win32", reason="forks")
 def test_a_folder_that_another_process_holds_is_refused_until_it_ends(tmp_path: Path) -> None:
     held, worker = [], tmp_path / "worker"
 
@@ -187,10 +192,71 @@ def test_a_folder_that_another_process_holds_is_refused_until_it_ends(tmp_path: 
         os.kill(holder, signal.SIGKILL)
         os.waitpid(holder, 0)
         with hold_folder(tmp_path / "run"), hold_folder(tmp_path / "run"):
-            assert (tmp_path / "run" / LOCK_FILE).read_text() == f"{os.getpid()}\n"
+            assert (tmp_path / "run" / HOLDER_FILE).read_text() == f"{os.getpid()} on {platform.node()}\n"
         assert list((tmp_path / "run").iterdir()) == []
     finally:
         os.kill(int(worker.read_text()), signal.SIGKILL)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="forks")
+def test_of_many_processes_one_at_a_time_holds_a_folder(tmp_path: Path) -> None:
+    """Each tries again and again; whoever holds the folder finds no trace of another holder."""
+    mark, counts, children = tmp_path / "inside", tmp_path / "counts", []
+    counts.mkdir()
+    for number in range(4):
+        if (child := os.fork()) == 0:
+            held = overlaps = 0
+            end = time.monotonic() + 3
+            while time.monotonic() < end:
+                with contextlib.suppress(DataError), hold_folder(tmp_path / "run"):
+                    try:
+                        os.close(os.open(mark, os.O_CREAT | os.O_EXCL))
+                        mark.unlink()
+                        held += 1
+                    except OSError:
+                        overlaps += 1
+            (counts / str(number)).write_text(f"{held} {overlaps}")
+            os._exit(0)
+        children.append(child)
+    for child in children:
+        os.waitpid(child, 0)
+    found = [tuple(map(int, path.read_text().split())) for path in counts.iterdir()]
+    assert len(found) == 4
+    assert sum(held for held, _ in found) > 10
+    assert sum(overlaps for _, overlaps in found) == 0
+
+
+def test_a_holder_on_another_machine_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with hold_folder(tmp_path / "run"):
+        (tmp_path / "run" / HOLDER_FILE).write_text("77 on nodeA\n")
+        monkeypatch.setattr("cameo.training.output_folder._held", {})
+        with pytest.raises(DataError, match=r"another run is writing there \(process 77 on nodeA\)"):
+            hold_folder(tmp_path / "run").__enter__()
+
+
+def test_a_drive_without_locks_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("filelock.FileLock.acquire", fail)
+    with pytest.warns(UserWarning, match="cannot be locked .*start no second run"), hold_folder(tmp_path / "run"):
+        pass
+
+
+@pytest.mark.skipif(not hasattr(os, "seteuid"), reason="no users")
+def test_a_read_only_folder_is_named() -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder, user = Path(name) / "run", os.geteuid()
+        folder.mkdir()
+        Path(name).chmod(0o755)
+        folder.chmod(0o555)
+        if user == 0:
+            os.seteuid(65534)  # root may write anywhere
+        try:
+            with pytest.raises(DataError, match=r"cannot be written to \(.*Permission denied.*make it writable"):
+                hold_folder(folder).__enter__()
+        finally:
+            os.seteuid(user)
 
 
 def test_a_folder_that_cannot_be_written_to_is_named(tmp_path: Path) -> None:
@@ -215,7 +281,12 @@ def test_a_second_run_in_a_folder_is_refused(tmp_path: Path) -> None:
 
 
 def test_only_what_a_run_left_itself_is_removed(tmp_path: Path) -> None:
-    own = [".checkpoint-4.partial", ".checkpoint-3.removed", "..checkpoint-4.partial.0123abcd.tmp"]
+    own = [".checkpoint-4.77.partial", ".checkpoint-3.77.removed", "..checkpoint-4.77.partial.0123abcd.tmp"]
+    own += [
+        ".checkpoint-4.partial",
+        ".checkpoint-3.removed",
+        "..checkpoint-4.partial.0123abcd.tmp",
+    ]  # of older releases
     foreign = [".git-checkpoint-mine", ".checkpoint-notes", ".checkpoint-x.partial", ".checkpoint-4.partial.bak"]
     for name in own + foreign:
         (tmp_path / name).mkdir()

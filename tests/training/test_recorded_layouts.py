@@ -14,7 +14,7 @@ from cameo import CameoModel, TokenLayout
 from cameo.adapters.mvdream import MVDream
 from cameo.backbone import get_backbone
 from cameo.config import CONFIG_NAME, CameoConfig
-from cameo.training.checkpoint import list_checkpoints
+from cameo.training.checkpoints.folder import list_checkpoints
 from cameo.training.setup import load_pipeline, wrap_denoiser
 from tests.helpers.mvdream_models import NARROW
 from tests.helpers.training_runs import make_config

@@ -17,7 +17,7 @@ from cameo.data import collate
 from cameo.data.batches import match_batch, match_layers
 from cameo.errors import DataError
 from cameo.processes.accelerator import make_accelerator
-from cameo.training.checkpoint import list_checkpoints
+from cameo.training.checkpoints.folder import list_checkpoints
 from cameo.training.data import StepSampler, build_dataset, noisy_inputs
 from cameo.training.report import write_pictures
 from cameo.training.setup import add_lora, load_pipeline, train_lora, wrap_denoiser

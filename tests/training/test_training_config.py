@@ -12,7 +12,7 @@ import yaml
 from cameo.data.settings import room_rig
 from cameo.errors import DataError
 from cameo.settings import comparable
-from cameo.training.checkpoint import check_continues
+from cameo.training.checkpoints.folder import check_continues
 from cameo.training.settings import TrainingConfig, continued_settings, load_config, save_config, settings_file
 from cameo.training.settings.config import CHANGEABLE
 

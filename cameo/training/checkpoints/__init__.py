@@ -1,0 +1,1 @@
+"""Checkpoints of a training: safetensors and JSON with checksums, whole or absent, and never unpickled."""
