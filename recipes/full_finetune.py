@@ -51,6 +51,7 @@ def main(arguments: list[str]) -> None:
 
 def train_and_report(config: TrainingConfig) -> None:
     """Train one model, and write its results."""
+    from cameo.recipes.push_of_a_run import check_push, push_finished
     from cameo.training.data import build_dataset
     from cameo.training.report import (
         card_metrics,
@@ -60,9 +61,7 @@ def train_and_report(config: TrainingConfig) -> None:
         write_run_report,
     )
     from cameo.training.setup import (
-        check_push,
         load_pipeline,
-        push_finished,
         run_name,
         to_run_device,
         validation_callback,

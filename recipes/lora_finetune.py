@@ -53,6 +53,7 @@ def main(arguments: list[str]) -> None:
 
 def train_and_compare(config: TrainingConfig) -> None:
     """Train each run of the recipe, one after the other, and write their results."""
+    from cameo.recipes.push_of_a_run import check_push, push_finished
     from cameo.training.data import build_dataset
     from cameo.training.report import (
         card_metrics,
@@ -62,7 +63,7 @@ def train_and_compare(config: TrainingConfig) -> None:
         write_pictures,
         write_run_report,
     )
-    from cameo.training.setup import check_push, planned_runs, push_finished, train_lora
+    from cameo.training.setup import planned_runs, train_lora
 
     check_push(config)
     planned = planned_runs(config)

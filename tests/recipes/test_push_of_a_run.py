@@ -12,9 +12,9 @@ from huggingface_hub import ModelCard, constants
 from cameo.hub.publish import NotReproducedError
 from cameo.hub.results import number
 from cameo.recipes.lora_finetune import train_and_compare
+from cameo.recipes.push_of_a_run import check_push, push_finished
 from cameo.training.report import card_metrics
 from cameo.training.settings import TrainingConfig
-from cameo.training.setup import check_push, push_finished
 from tests.helpers.hub_server import READ_TOKEN, WRITE_TOKEN, WRONG_TOKEN, LoopbackHub
 from tests.helpers.training_runs import fresh_accelerate, make_config, scene_cache
 

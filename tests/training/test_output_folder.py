@@ -229,9 +229,10 @@ def test_of_many_processes_one_at_a_time_holds_a_folder(tmp_path: Path) -> None:
 def test_a_holder_on_another_machine_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with hold_folder(tmp_path / "run"):
         (tmp_path / "run" / HOLDER_FILE).write_text("77 on nodeA\n")
-        monkeypatch.setattr("cameo.training.output_folder._held", {})
-        with pytest.raises(DataError, match=r"another run is writing there \(process 77 on nodeA\)"):
-            hold_folder(tmp_path / "run").__enter__()
+        with monkeypatch.context() as another_process:
+            another_process.setattr("cameo.training.output_folder._held", {})
+            with pytest.raises(DataError, match=r"another run is writing there \(process 77 on nodeA\)"):
+                hold_folder(tmp_path / "run").__enter__()
 
 
 def test_a_drive_without_locks_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
