@@ -63,8 +63,9 @@ def test_views_that_hardly_overlap_have_few_matches(tmp_path: Path, capsys: pyte
     sequence = write_sequence(tmp_path / "wall", spacing=2.0)  # each view shows 2.13 meters of it
     settings = {"train_data_dir": str(sequence), "data_format": "rgbd", "min_overlap": 0.0, "max_overlap": 1.0}
     run = make_trainer(tmp_path / "run", **SHORT, **settings, max_train_steps=4)
-    assert alarms_of(run) == ["few matches"]
-    assert [entry.get("alarm") for entry in run.metrics.read()] == [None] * 2 + ["few matches"] * 2
+    assert "few matches" in alarms_of(run)  # the check of the data, which sees no overlap either, may ring too
+    rings = ["few matches" in entry.get("alarm", "") for entry in run.metrics.read()]
+    assert rings == [False, False, True, True]
     printed = capsys.readouterr().out
     assert "Alarm, few matches: of the tokens that could have had a match in the last 4 steps" in printed
 
