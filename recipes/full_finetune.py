@@ -35,7 +35,7 @@ def dry_run(arguments: list[str], device: str | None) -> None:
     """Print what a step takes, without weights and data."""
     config = read(arguments)
     from cameo.estimate import dry_run
-    from cameo.training.setup import outlined_run
+    from cameo.training.runs import outlined_run
 
     dry_run(config, partial(outlined_run, full=True), device)
 

@@ -24,8 +24,8 @@ from benchmarks.common.measuring import Results, table_of
 from benchmarks.common.page import RESULTS, ROOT
 from benchmarks.step.real_step import measure_step
 from cameo.estimate.step import estimate_step
+from cameo.training.runs import outlined_run
 from cameo.training.settings import TrainingConfig, load_config
-from cameo.training.setup import outlined_run
 
 MEASURED, COMPUTED = RESULTS / "dry_run_cpu.json", RESULTS / "dry_run_released_cpu.json"
 BOUND = 0.15  # a larger miss is to be explained

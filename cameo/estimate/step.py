@@ -79,7 +79,7 @@ def estimate_step(
     """Compute what a step of a training takes, without its weights and without its data.
 
     Example:
-        >>> from cameo.training.setup import outlined_run
+        >>> from cameo.training.runs import outlined_run
         >>> config = TrainingConfig(preset="tiny", num_views=2, resolution=32, train_batch_size=1)
         >>> step = estimate_step(config, lambda config: outlined_run(config, full=True), "cpu")
         >>> step.num_trained == sum(step.parameters.values())
@@ -91,7 +91,7 @@ def estimate_step(
 
     Args:
         config: settings of the run.
-        outline: builds the run without its weights, as `cameo.training.setup.outlined_run` does.
+        outline: builds the run without its weights, as `cameo.training.runs.outlined_run` does.
         device: "cpu", or "cuda" for a GPU, which need not be there.
 
     Raises:

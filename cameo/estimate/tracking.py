@@ -81,7 +81,7 @@ class Tracker(TorchDispatchMode):
             if isinstance(value, Tensor):
                 self.see(value)
         if func in ALL and isinstance(result, FakeTensor):
-            result._answers_all = True
+            result._answers_all = True  # type: ignore[attr-defined]
         self._count(func, args, kwargs, result)
         return result
 

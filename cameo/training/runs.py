@@ -1,4 +1,4 @@
-"""Load a model to evaluate: a trained adapter, a pipeline, a checkpoint of a run, or a base model as it is."""
+"""Models of runs that do not train: one to evaluate, from any checkpoint, and one without weights for a dry run."""
 
 from __future__ import annotations
 
@@ -9,24 +9,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 
 from cameo.backbone import get_backbone
 from cameo.choices import POSED_FORMATS
 from cameo.config import CONFIG_NAME, CameoConfig
 from cameo.errors import DataError
+from cameo.estimate.building import OutlinedRun, quiet_loading
 from cameo.hub import from_pretrained, local_folder
 from cameo.hub.weights import ADAPTER_FORMATS, HEAD_FILE, format_in
 from cameo.model import CameoModel
-from cameo.pipeline import MultiViewPipeline
+from cameo.pipeline import LatentEncoder, MultiViewPipeline
 from cameo.settings import split_arguments
 from cameo.training.checkpoints.verify import STATE_NAME
-from cameo.training.data import build_dataset, match_settings
+from cameo.training.data import build_dataset, match_settings, noisy_inputs
 from cameo.training.report import device_name
 from cameo.training.run_settings import RUN_SETTINGS, evaluation_settings, run_settings
 from cameo.training.settings import TrainingConfig
-from cameo.training.setup import base_name, load_pipeline, wrap_denoiser
+from cameo.training.setup import add_lora, base_name, load_pipeline, wrap_denoiser
+from cameo.training.trainer import HALF
 
-__all__ = ["EvaluatedModel", "data_settings", "evaluation_settings", "load_evaluated"]
+__all__ = ["EvaluatedModel", "data_settings", "evaluation_settings", "load_evaluated", "outlined_run"]
 
 PIPELINE_INDEX = "model_index.json"
 # Settings that a saved model brings along, and that cannot be given with it.
@@ -52,6 +55,45 @@ class EvaluatedModel:
     config: TrainingConfig
     trained_head: bool
     facts: dict[str, Any]
+
+
+def outlined_run(config: TrainingConfig, *, full: bool) -> OutlinedRun:
+    """Build the pipeline and the model of a run without weights, for `cameo.estimate`.
+
+    Example:
+        >>> run = outlined_run(TrainingConfig(preset="tiny"), full=True)
+        >>> next(run.model.parameters()).device.type
+        'meta'
+
+    Args:
+        config: settings of the run. With `layer=auto`, which would probe the weights, the default layer is taken.
+        full: whether all weights are trained, or a LoRA.
+
+    Raises:
+        DataError: for weights on the Hub whose architecture is not known.
+        ValueError: for a backbone that does not say how it is built without weights, and for settings that do not fit.
+    """
+    layer = None if config.layer == "auto" else config.layer
+    kernel: dict[str, Any] = {"enable_xformers_memory_efficient_attention": False, "alignment_implementation": "auto"}
+    config = replace(config, layer=layer, resume_from_checkpoint=None, **kernel)
+    try:
+        with init_empty_weights(), quiet_loading():
+            pipeline = load_pipeline(config, outline=True)
+            if full:
+                pipeline.denoiser.requires_grad_(True)
+            else:
+                add_lora(pipeline.denoiser, config)
+            model = wrap_denoiser(pipeline, config)
+    except NotImplementedError as error:
+        raise ValueError(f"{error}, so a dry run cannot build it; give it the method `outline`, or a preset") from error
+    if not config.uses_matches:
+        model.alignment_heads.requires_grad_(False)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    if isinstance(pipeline, LatentEncoder):
+        pipeline.encoder_precision = HALF.get(config.mixed_precision)
+    return OutlinedRun(pipeline, model, lambda batch, number: noisy_inputs(pipeline, batch, config, number))
 
 
 def data_settings(config: TrainingConfig) -> dict[str, Any]:

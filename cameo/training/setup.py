@@ -10,23 +10,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import init_empty_weights
 from torch import nn
 
 from cameo.backbone import get_backbone, resolve_layers, unwrap_peft
 from cameo.config import CameoConfig
 from cameo.data import MultiViewDataset
-from cameo.estimate.building import OutlinedRun, quiet_loading
 from cameo.evaluation.validation import validate
 from cameo.model import CameoModel, attach
-from cameo.pipeline import LatentEncoder, MultiViewPipeline
+from cameo.pipeline import MultiViewPipeline
 from cameo.probing.denoising import ValidationSettings
 from cameo.processes.accelerator import make_accelerator
 from cameo.processes.launch import Launch
 from cameo.renamed import old_functions
 from cameo.training.checkpoints.agreement import decided_by_main
 from cameo.training.checkpoints.folder import find_checkpoint, list_checkpoints, refuse_used_folder
-from cameo.training.data import data_format, noisy_inputs
+from cameo.training.data import data_format
 from cameo.training.layer_choice import probe_for
 from cameo.training.output_folder import WITHOUT_CAMEO, hold_folder, refuse_other_runs
 from cameo.training.records import TrainingResult
@@ -44,7 +42,6 @@ __all__ = [
     "card_pictures",
     "load_pipeline",
     "metrics_table",
-    "outlined_run",
     "planned_runs",
     "run_name",
     "train_lora",
@@ -146,45 +143,6 @@ def add_lora(denoiser: nn.Module, config: TrainingConfig) -> None:
         denoiser.add_adapter(lora)  # type: ignore[operator]
     else:
         inject_adapter_in_model(lora, denoiser)
-
-
-def outlined_run(config: TrainingConfig, *, full: bool) -> OutlinedRun:
-    """Build the pipeline and the model of a run without weights, for `cameo.estimate`.
-
-    Example:
-        >>> run = outlined_run(TrainingConfig(preset="tiny"), full=True)
-        >>> next(run.model.parameters()).device.type
-        'meta'
-
-    Args:
-        config: settings of the run. With `layer=auto`, which would probe the weights, the default layer is taken.
-        full: whether all weights are trained, or a LoRA.
-
-    Raises:
-        DataError: for weights on the Hub whose architecture is not known.
-        ValueError: for a backbone that does not say how it is built without weights, and for settings that do not fit.
-    """
-    layer = None if config.layer == "auto" else config.layer
-    kernel: dict[str, Any] = {"enable_xformers_memory_efficient_attention": False, "alignment_implementation": "auto"}
-    config = replace(config, layer=layer, resume_from_checkpoint=None, **kernel)
-    try:
-        with init_empty_weights(), quiet_loading():
-            pipeline = load_pipeline(config, outline=True)
-            if full:
-                pipeline.denoiser.requires_grad_(True)
-            else:
-                add_lora(pipeline.denoiser, config)
-            model = wrap_denoiser(pipeline, config)
-    except NotImplementedError as error:
-        raise ValueError(f"{error}, so a dry run cannot build it; give it the method `outline`, or a preset") from error
-    if not config.uses_matches:
-        model.alignment_heads.requires_grad_(False)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-    if isinstance(pipeline, LatentEncoder):
-        pipeline.encoder_precision = HALF.get(config.mixed_precision)
-    return OutlinedRun(pipeline, model, lambda batch, number: noisy_inputs(pipeline, batch, config, number))
 
 
 def wrap_denoiser(

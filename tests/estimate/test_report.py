@@ -12,8 +12,8 @@ from cameo.backbone import Backbone, register_backbone
 from cameo.estimate import report, savings
 from cameo.estimate.savings import changes_of
 from cameo.recipes import full_finetune, lora_finetune
+from cameo.training.runs import outlined_run
 from cameo.training.settings import TrainingConfig
-from cameo.training.setup import outlined_run
 
 OUTLINE = partial(outlined_run, full=True)
 RECIPES = {"lora": lora_finetune.run, "full": full_finetune.run}

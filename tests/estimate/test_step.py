@@ -18,8 +18,9 @@ from cameo.estimate import StepEstimate
 from cameo.estimate import estimate_step as estimate
 from cameo.estimate.tracking import Tracker
 from cameo.recipes import CONFIGS
+from cameo.training.runs import outlined_run
 from cameo.training.settings import TrainingConfig, load_config
-from cameo.training.setup import add_lora, load_pipeline, outlined_run, wrap_denoiser
+from cameo.training.setup import add_lora, load_pipeline, wrap_denoiser
 from tests.helpers.training_runs import SETTINGS, fresh_accelerate, scene_cache
 
 BACKBONES: dict[str, dict[str, Any]] = {
