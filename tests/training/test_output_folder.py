@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock, Timeout
 
 from cameo.errors import DataError
 from cameo.training.checkpoints import folder as checkpoint
@@ -227,12 +228,15 @@ def test_of_many_processes_one_at_a_time_holds_a_folder(tmp_path: Path) -> None:
 
 
 def test_a_holder_on_another_machine_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with hold_folder(tmp_path / "run"):
-        (tmp_path / "run" / HOLDER_FILE).write_text("77 on nodeA\n")
-        with monkeypatch.context() as another_process:
-            another_process.setattr("cameo.training.output_folder._held", {})
-            with pytest.raises(DataError, match=r"another run is writing there \(process 77 on nodeA\)"):
-                hold_folder(tmp_path / "run").__enter__()
+    def busy(lock: FileLock, **_: Any) -> None:
+        raise Timeout(lock.lock_file)
+
+    (tmp_path / "run").mkdir()
+    monkeypatch.setattr("filelock.FileLock.acquire", busy)
+    for holder, shown in {"77 on nodeA\n": "77 on nodeA", f"77 on {platform.node()}\n": "77"}.items():
+        (tmp_path / "run" / HOLDER_FILE).write_text(holder)
+        with pytest.raises(DataError, match=rf"another run is writing there \(process {shown}\)"):
+            hold_folder(tmp_path / "run").__enter__()
 
 
 def test_a_drive_without_locks_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

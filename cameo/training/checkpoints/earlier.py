@@ -26,7 +26,7 @@ FILES = {
     "random_states": "random_states_{rank}.pkl",
 }
 # What numpy's random state is made of; none of these runs code of the file.
-_reconstruct = np.core.multiarray._reconstruct if np.__version__ < "2" else np._core.multiarray._reconstruct
+_reconstruct = np.zeros(0).__reduce__()[0]
 NUMPY: list[Any] = [
     (_reconstruct, "numpy.core.multiarray._reconstruct"),
     (_reconstruct, "numpy._core.multiarray._reconstruct"),

@@ -80,7 +80,7 @@ def find_checkpoint(output_dir: str | Path, resume_from_checkpoint: str) -> Path
 
 
 def _newest_undamaged(output_dir: Path) -> Path:
-    damaged = []
+    damaged: list[tuple[str, str]] = []
     for path in reversed(_named(output_dir)):
         reason = damage_of(path)
         if reason is None:
