@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cameo.alignment.heads import HeadWeights
-from cameo.alignment.rows import check_matches
+from cameo.alignment.supervision import check_counts, count_rows
 from cameo.alignment.sweep import gradient_dtype, sweep
 
 __all__ = ["fused_alignment_loss"]
@@ -32,11 +32,13 @@ def _alignment_loss(
     scale: float,
     implementation: str,
     gelu: str,
+    counts: Sequence[int] | None,
     gradients: bool,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """Return the loss and its gradients with respect to query, key and the head's weights, empty unless requested."""
     grids = list(zip(token_grids[::2], token_grids[1::2], strict=True))
-    check_matches(index, grids)
+    counts = counts or count_rows(index, weights, grids, normalize).tolist()
+    check_counts(counts, index, grids)
     output = head[-1].reshape(-1) if head else None
     with torch.autocast(query.device.type, enabled=False):
         result = sweep(
@@ -51,6 +53,7 @@ def _alignment_loss(
             scale=scale,
             implementation=implementation,
             gelu=gelu,
+            counts=counts,
             gradients=gradients,
         )
     if result.query is None or result.key is None:
@@ -134,6 +137,7 @@ def fused_alignment_loss(
     scale: float,
     implementation: str,
     gelu: str,
+    counts: Sequence[int] = (),
 ) -> Tensor:
     """Compute the alignment loss; the arguments are those of `cameo.alignment_loss` after its checks.
 
@@ -144,8 +148,9 @@ def fused_alignment_loss(
         token_grids: token grid `(h, w)` of each view.
         implementation: "chunked" or "triton".
         gelu: "exact", or "fast" for an approximation where the implementation has one.
+        counts: what `cameo.alignment.supervision.count_rows` has found; empty: it is called here.
     """
     gradients = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, *head))
     flat = [side for size in token_grids for side in size]
-    options = (kind, flat, normalize, softness, scale, implementation, gelu, gradients)
+    options = (kind, flat, normalize, softness, scale, implementation, gelu, list(counts) or None, gradients)
     return _alignment_loss(query, key, index, weights, list(head), *options)[0]
