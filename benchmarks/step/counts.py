@@ -27,7 +27,8 @@ from torch import Tensor, nn
 from benchmarks.common.measuring import Results, table_of
 from benchmarks.common.page import RESULTS
 from benchmarks.step.pretend_device import NAME, Counted, PretendDevice, WithoutAttention
-from cameo.alignment import loss, sweep, triton_heads
+from cameo.alignment import heads, loss, sweep, triton_heads
+from cameo.correspondence import matching, triton_depth
 from cameo.data.batches import match_layers, to_device
 from cameo.wrap import wrap
 
@@ -46,6 +47,7 @@ PARTS = {
     "cameo/data/batches.py": "correspondence",
 }
 HEADS, DIMENSION = 10, 64
+MEMORY = 80 << 30
 KERNELS = ("pack_weights_kernel", "_tuned_scores_kernel", "softmax_kernel", "gradient_kernel", "add_partial_kernel")
 
 
@@ -84,9 +86,24 @@ def as_on_cuda(device: PretendDevice) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for name in KERNELS:
             stack.enter_context(mock.patch.object(triton_heads, name, Counted(device, name)))
+        kernel = Counted(device, "depth_kernel", match_by_twin)
+        stack.enter_context(mock.patch.object(triton_depth, "depth_kernel", kernel))
+        stack.enter_context(mock.patch.object(matching, "triton_refusal", lambda _: None))
         stack.enter_context(mock.patch.object(triton_heads, "_processors", lambda _: 132))
         stack.enter_context(mock.patch.object(loss, "triton_refusal", lambda *_: None))
+        stack.enter_context(mock.patch.object(sweep, "multiplies_wide", lambda _: True))
+        stack.enter_context(mock.patch.object(heads, "device_bytes", lambda _: MEMORY))
         yield
+
+
+def match_by_twin(
+    depth: Any, intrinsics: Any, extrinsics: Any, grids: Any, index: Any, distance: Any, *numbers: Any, **_: Any
+) -> None:
+    """Do what the kernel of `cameo.correspondence.triton_depth` does on the CPU, where the pretended tensors are."""
+    views = [tensor.held for tensor in (depth, intrinsics, extrinsics)]
+    found = matching.match_depth(*views, tuple(map(tuple, grids.held.tolist())), numbers[-1])
+    for target, result in zip((index, distance), found, strict=True):
+        target.held.copy_(result)
 
 
 def count_step(options: argparse.Namespace) -> dict[str, Any]:

@@ -209,7 +209,10 @@ class PretendDevice(TorchDispatchMode):
         if held_kwargs.get("device") is not None:
             held_kwargs["device"] = torch.device("cpu")
         held_kwargs.pop("pin_memory", None)
-        result = func(*held_args, **held_kwargs)
+        if func is aten.bmm.dtype:  # which a CPU does not have
+            result = torch.bmm(held_args[0].to(held_args[2]), held_args[1].to(held_args[2]))
+        else:
+            result = func(*held_args, **held_kwargs)
         if func in READS and not isinstance(result, Tensor | tuple | list):
             return result
         if func is aten._to_copy.default and _goes_to_cpu(kwargs):

@@ -20,7 +20,7 @@ from cameo.memory import sent_to
 if TYPE_CHECKING:
     from cameo.correspondence import Correspondence
 
-__all__ = ["check_counts", "check_matches", "count_rows", "supervision_weights"]
+__all__ = ["check_counts", "check_matches", "count_rows", "sampled_weights", "supervision_weights"]
 
 
 def supervision_weights(
@@ -75,6 +75,37 @@ def supervision_weights(
     reference, target = weights[:, :count], weights[:, count:]
     halves = [reference / _nonzero(reference.sum()), target / _nonzero(target.sum())]
     return torch.cat(halves, dim=1) * nearest
+
+
+def sampled_weights(weights: Tensor, normalize: str, max_queries: int, generator: torch.Generator | None) -> Tensor:
+    """Keep at most `max_queries` rows of the loss, drawn at random, with weights from which the loss is unbiased.
+
+    Each set of so many rows is as likely as any other, and the weights are multiplied by the number of all rows over that
+    of the kept ones, so the mean over the draws is what all rows give, of the loss and of its gradient.
+
+    Example:
+        >>> weights = torch.zeros(1, 2, 2, 4)
+        >>> weights[0, 0, 1] = 0.25
+        >>> kept = sampled_weights(weights, "per_view", 2, torch.Generator().manual_seed(0))
+        >>> sorted(kept[0, 0, 1].tolist())
+        [0.0, 0.0, 0.5, 0.5]
+
+    Args:
+        weights: `[B, V, V, N]` of `supervision_weights`.
+        normalize: "per_view": a row is a query token with the keys of one other view; "all_views": of all others.
+        max_queries: at least 1.
+        generator: of the random numbers; None is torch's own on the CPU.
+    """
+    carries = weights != 0 if normalize == "per_view" else (weights != 0).any(dim=2, keepdim=True)
+    if carries.numel() <= max_queries:
+        return weights
+    device = generator.device if generator is not None else torch.device("cpu")
+    drawn = sent_to(weights.device, torch.rand(carries.shape, generator=generator, device=device))
+    first = drawn.masked_fill(~carries, 2).flatten().topk(max_queries, largest=False, sorted=False).indices
+    chosen = torch.zeros_like(carries).flatten().scatter_(0, first, value=True).view(carries.shape)
+    count = carries.sum()
+    factor = count.to(weights.dtype) / count.clamp(min=1, max=max_queries)
+    return torch.where(chosen, weights * factor, 0)
 
 
 def check_matches(index: Tensor, token_grids: Sequence[TokenGrid]) -> None:
