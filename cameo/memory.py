@@ -1,10 +1,10 @@
-"""Where tensors begin in memory, which determines the last bits of a matrix product on a CPU; and copies to and from a device.
+"""Where tensors begin in memory, which determines the last bits of a product on a CPU; copies to and from a device.
 
 PyTorch allocates at multiples of 64 bytes. A tensor of a memory-mapped file begins wherever the file's header ends, and
 the CPU's libraries then sum its products in another order.
 
-A copy that is asked for while a device computes lets the host wait for all of it. Those here do not: small tensors go to the
-device in the background, and what comes back is read later, when it has long arrived.
+A copy that is asked for while a device computes lets the host wait for all of it. Those here do not: small tensors go
+to the device in the background, and what comes back is read later, when it has long arrived.
 """
 
 from __future__ import annotations

@@ -3,10 +3,10 @@
     python -m benchmarks.step.counts [--batch 3] [--views 4] [--grid 32] [--resolution 512] [--lines]
 
 A supervised layer of the paper's setting (Stable Diffusion 2.1: 10 heads of 64, 32x32 tokens, in bfloat16) runs on the
-pretended device of `benchmarks.step.pretend_device`, with matches from depth and softmax per view. The kernels of Triton are
-counted and not run; what the matches are computed for is computed by their twins. A launch is an operator that is no view and
-does more than to allocate, or a kernel; a wait is a value that the host reads, or a copy that blocks it. Some operators of
-torch launch several kernels of CUDA, which cannot be seen here.
+pretended device of `benchmarks.step.pretend_device`, with matches from depth and softmax per view. The kernels of
+Triton are counted and not run; what the matches are computed for is computed by their twins. A launch is an operator
+that is no view and does more than to allocate, or a kernel; a wait is a value that the host reads, or a copy that
+blocks it. Some operators of torch launch several kernels of CUDA, which cannot be seen here.
 """
 
 from __future__ import annotations
@@ -88,11 +88,11 @@ def as_on_cuda(device: PretendDevice) -> Iterator[None]:
             stack.enter_context(mock.patch.object(triton_heads, name, Counted(device, name)))
         kernel = Counted(device, "depth_kernel", match_by_twin)
         stack.enter_context(mock.patch.object(triton_depth, "depth_kernel", kernel))
-        stack.enter_context(mock.patch.object(matching, "triton_refusal", lambda _: None))
-        stack.enter_context(mock.patch.object(triton_heads, "_processors", lambda _: 132))
-        stack.enter_context(mock.patch.object(loss, "triton_refusal", lambda *_: None))
-        stack.enter_context(mock.patch.object(sweep, "multiplies_wide", lambda _: True))
-        stack.enter_context(mock.patch.object(heads, "device_bytes", lambda _: MEMORY))
+        stack.enter_context(mock.patch.object(matching, "triton_refusal", return_value=None))
+        stack.enter_context(mock.patch.object(triton_heads, "_processors", return_value=132))
+        stack.enter_context(mock.patch.object(loss, "triton_refusal", return_value=None))
+        stack.enter_context(mock.patch.object(sweep, "multiplies_wide", return_value=True))
+        stack.enter_context(mock.patch.object(heads, "device_bytes", return_value=MEMORY))
         yield
 
 
@@ -148,9 +148,7 @@ def _difference(of: Mapping[str, Counter[str]], without: Mapping[str, Counter[st
 def table(found: Mapping[str, Any]) -> list[dict[str, Any]]:
     """One row per part, and their sum."""
     parts = sorted({*found["launches"], *found["syncs"]})
-    count = {
-        kind: {part: sum(found[kind].get(part, {}).values()) for part in parts} for kind in ("launches", "syncs")
-    }
+    count = {kind: {part: sum(found[kind].get(part, {}).values()) for part in parts} for kind in ("launches", "syncs")}
     rows = [{"part": part, "launches": count["launches"][part], "waits": count["syncs"][part]} for part in parts]
     total = {"part": "together"} | {name: sum(row[name] for row in rows) for name in ("launches", "waits")}
     return [*rows, total]

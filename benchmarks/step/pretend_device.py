@@ -1,8 +1,8 @@
 """A pretended accelerator in CPU memory, which counts what a step asks of its device and where the host waits for it.
 
-Tensors of the device `pretend` hold a tensor of the CPU. Operators that mix the two devices raise as on a GPU, every operator
-that would launch something is counted, and so is every place where the host would wait: a value that is read, a shape that
-depends on values, a blocking copy. Nothing is timed, and all results are those of the CPU.
+Tensors of the device `pretend` hold a tensor of the CPU. Operators that mix the two devices raise as on a GPU, every
+operator that would launch something is counted, and so is every place where the host would wait: a value that is read,
+a shape that depends on values, a blocking copy. Nothing is timed, and all results are those of the CPU.
 
 It needs torch 2.10 or later, and everything on the device must happen inside of the block.
 """
@@ -74,7 +74,14 @@ class _Module(getattr(registration, "_DummyBackendModule", object)):  # type: ig
         return []
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("synchronize", "empty_cache", "set_rng_state", "set_rng_state_all", "manual_seed", "manual_seed_all"):
+        if name in (
+            "synchronize",
+            "empty_cache",
+            "set_rng_state",
+            "set_rng_state_all",
+            "manual_seed",
+            "manual_seed_all",
+        ):
             return lambda *_: None
         raise AttributeError(name)
 
@@ -301,7 +308,7 @@ class Counted:
 
 
 class WithoutAttention(TorchFunctionMode):
-    """A block in which an attention returns the query plus the key, at once: it is not what is counted, and takes long."""
+    """A block in which an attention returns the query plus the key: it is not what is counted, and takes long."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.scaled_dot_product_attention:

@@ -18,8 +18,8 @@ from cameo.alignment.torch_heads import MlpHead, softmax_rows
 
 __all__ = ["HeadWeights", "RowsHead", "make_rows_head", "workspace_bytes"]
 
-# Bytes of the memory that the sweep takes besides inputs and gradients, unless a single row needs more. On a device whose
-# operators are launches, few large portions are faster: a share of its memory, within bounds.
+# Bytes of the memory that the sweep takes besides inputs and gradients, unless a single row needs more. On a device
+# whose operators are launches, few large portions are faster: a share of its memory, within bounds.
 WORKSPACE_BYTES = 64 << 20
 MOST_WORKSPACE_BYTES = 192 << 20
 WORKSPACE_SHARE = 1 / 128

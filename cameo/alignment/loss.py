@@ -95,8 +95,8 @@ def alignment_loss(
             torch.func.
         gelu: "exact": to the rounding of the dtype; within 6e-7 in the kernels of "triton". "fast": within 1.2e-6, by
             a shorter polynomial, in the kernels of "triton"; the other implementations always compute the exact one.
-        max_queries: compute only so many rows (a query token with the keys that its softmax is over), drawn at random in
-            each call, at least 1. The time is proportional to it; loss and gradient are those of all rows on average.
+        max_queries: compute only so many rows (a query token with the keys that its softmax is over), at least 1, drawn
+            at random in each call. The time is proportional to it; loss and gradient are those of all rows on average.
             None computes all.
         generator: of the random numbers for `max_queries`; None is torch's own on the CPU.
 

@@ -27,7 +27,8 @@ Ranges = tuple[tuple[int, int], ...]
 
 # The Gaussian of soft targets is cut off at this many standard deviations.
 CUTOFF = 3
-# Groups that fill at most this share of a portion are computed side by side: on a CPU, and where each operator is a launch.
+# Groups that fill at most this share of a portion are computed side by side: on a CPU, and where each operator is a
+# launch.
 SMALL_GROUP = {"cpu": 0.25}
 SMALL_GROUP_ON_DEVICE = 0.5
 # Targets and their weights are computed for portions of together about so many rows times targets at once.

@@ -80,8 +80,8 @@ def supervision_weights(
 def sampled_weights(weights: Tensor, normalize: str, max_queries: int, generator: torch.Generator | None) -> Tensor:
     """Keep at most `max_queries` rows of the loss, drawn at random, with weights from which the loss is unbiased.
 
-    Each set of so many rows is as likely as any other, and the weights are multiplied by the number of all rows over that
-    of the kept ones, so the mean over the draws is what all rows give, of the loss and of its gradient.
+    Each set of so many rows is as likely as any other, and the weights are multiplied by the number of all rows over
+    that of the kept ones, so the mean over the draws is what all rows give, of the loss and of its gradient.
 
     Example:
         >>> weights = torch.zeros(1, 2, 2, 4)

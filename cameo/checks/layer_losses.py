@@ -1,7 +1,7 @@
 """The alignment losses of the supervised layers of a model: planned before a forward, computed after it.
 
-Before the forward the matches are known, and the device has little to do: they are weighed and counted there, and the counts
-are on the host when the forward has been queued.
+Before the forward the matches are known, and the device has little to do: they are weighed and counted there, and the
+counts are on the host when the forward has been queued.
 """
 
 from __future__ import annotations

@@ -24,8 +24,8 @@ from cameo.geometry.visibility import look_up
 
 __all__ = ["match_depth", "match_features", "match_point_maps", "resample_features", "token_at"]
 
-# Bytes that matching by depth may take beyond its result, unless a single key view of one sample needs more; and how many it
-# takes for each match that it computes, in float32.
+# Bytes that matching by depth may take beyond its result, unless a single key view of one sample needs more; and how
+# many it takes for each match that it computes, in float32.
 WORKSPACE_BYTES = 64 << 20
 DEPTH_BYTES = 576
 # Number of similarities in one block of two views: 64 MiB in float32.

@@ -3,9 +3,10 @@
 # mypy: disable-error-code="no-untyped-def"
 """Matches from depth on CUDA in one launch, in Triton; the twin of `cameo.correspondence.matching.match_depth`.
 
-Axes: B samples, V views, H W image pixels, N tokens per view (row-major, padded). A program computes some tokens of view i
-against view j from the depth and the cameras themselves and holds everything in registers, so there is no workspace. The
-twin inverts the intrinsics in float32 and sums in another order, so positions differ in the last digits of float32.
+Axes: B samples, V views, H W image pixels, N tokens per view (row-major, padded). A program computes some tokens of
+view i against view j from the depth and the cameras themselves and holds everything in registers, so there is no
+workspace. The twin inverts the intrinsics in float32 and sums in another order, so positions differ in the last digits
+of float32.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ def depth_kernel(
 ):
     """Matches and distances of BLOCK tokens of view i in view j.
 
-    depth: float32 [B, V, H, W]; intrinsics, extrinsics: [B, V, 3, 3] and [B, V, 4, 4]; grids: int64 [V, 2]; index int64 and
-    distance float32 [B, V, V, N].
+    depth: float32 [B, V, H, W]; intrinsics, extrinsics: [B, V, 3, 3] and [B, V, 4, 4]; grids: int64 [V, 2];
+    index int64 and distance float32 [B, V, V, N].
     """
     pair = tl.program_id(1)
     sample = pair // (views * views)
@@ -58,9 +59,7 @@ def depth_kernel(
     ray_x = _ray((e * k - f * h) / determinant, (c * h - b * k) / determinant, (b * f - c * e) / determinant, x, y)
     ray_y = _ray((f * g - d * k) / determinant, (a * k - c * g) / determinant, (c * d - a * f) / determinant, x, y)
     ray_z = _ray((d * h - e * g) / determinant, (b * g - a * h) / determinant, (a * e - b * d) / determinant, x, y)
-    point_x, point_y, point_z = _move(
-        extrinsics + here * 16, extrinsics + there * 16, ray_x * z, ray_y * z, ray_z * z
-    )
+    point_x, point_y, point_z = _move(extrinsics + here * 16, extrinsics + there * 16, ray_x * z, ray_y * z, ray_z * z)
     a, b, c, d, e, f, _, _, _ = _matrix(intrinsics + there * 9, 3)
     front = point_z > 0
     safe_z = tl.where(front, point_z, 1.0)
@@ -94,7 +93,9 @@ def _center(token, rows, columns, height, width):
     """Position of the center of tokens in pixels."""
     cell_width = (width.to(tl.float64) / columns.to(tl.float64)).to(tl.float32)
     cell_height = (height.to(tl.float64) / rows.to(tl.float64)).to(tl.float32)
-    return ((token % columns).to(tl.float32) + 0.5) * cell_width, ((token // columns).to(tl.float32) + 0.5) * cell_height
+    return ((token % columns).to(tl.float32) + 0.5) * cell_width, (
+        (token // columns).to(tl.float32) + 0.5
+    ) * cell_height
 
 
 @triton.jit
@@ -173,7 +174,9 @@ def _pixel(depth, x, y, row, column, weight, wanted, height, width):
     """Inverse depth that a pixel extrapolates to the position, and its weight."""
     place = depth + row * width + column
     here = _inverse(place, wanted)
-    slope_x = _slope(_inverse(place - 1, wanted & (column > 0)), here, _inverse(place + 1, wanted & (column < width - 1)))
+    slope_x = _slope(
+        _inverse(place - 1, wanted & (column > 0)), here, _inverse(place + 1, wanted & (column < width - 1))
+    )
     slope_y = _slope(
         _inverse(place - width, wanted & (row > 0)), here, _inverse(place + width, wanted & (row < height - 1))
     )
@@ -212,7 +215,7 @@ def _support(of, of_weight, e0, e1, e2, e3, w0, w1, w2, w3):
 def match_depth(
     depth: Tensor, intrinsics: Tensor, extrinsics: Tensor, token_grids: TokenGrids, depth_tolerance: float
 ) -> tuple[Tensor, Tensor]:
-    """Do :func:`cameo.correspondence.matching.match_depth` in one launch, for depth in float32; the host does not wait."""
+    """Do :func:`cameo.correspondence.matching.match_depth` in one launch, for depth in float32."""
     batch, views, _, height, width = depth.shape
     tokens = max(rows * columns for rows, columns in token_grids)
     index = torch.empty(batch, views, views, tokens, dtype=torch.int64, device=depth.device)

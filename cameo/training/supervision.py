@@ -99,7 +99,7 @@ class Supervision:
 
     @property
     def num_supervised(self) -> int | Tensor:
-        """Number of matches, or of tokens with features, behind the latest alignment loss; a GPU's is not waited for."""
+        """Number of matches, or of tokens with features, behind the latest alignment loss, where it is."""
         if not self.config.loss_weight:
             return 0
         if isinstance(self.module, FeatureAlignment):
