@@ -3,10 +3,11 @@
     python -m benchmarks.alignment.parts --device cpu [--seconds 20] [--again]
 
 The product is `cameo.alignment_loss` with its gradient. Its parts are the matrix products, GELU and its derivative, and
-the softmax with its gradient, each alone in buffers that are there; the limit is what its products would take at the speed
-of a product of two matrices of 1024 x 1024. With two threads, one line lets each thread compute half of the key views with
-operators of one thread. Everything of one size runs in turn. A figure is the time of the processor, divided by the threads
-(which wait for each other busily, so waiting is in it), in the fastest round: other programs hardly move it.
+the softmax with its gradient, each alone in buffers that are there; the limit is what its products would take at the
+speed of a product of two matrices of 1024 x 1024. With two threads, one line lets each thread compute half of the key
+views with operators of one thread. Everything of one size runs in turn. A figure is the time of the processor, divided
+by the threads (which wait for each other busily, so waiting is in it), in the fastest round: other programs hardly move
+it.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ def product(case: Case, selection: str) -> Callable[[], object]:
 
 def own_portions(case: Case, selection: str, threads: int) -> Callable[[], object]:
     """The same, by threads that each compute some of the key views alone."""
-    match = replace(case.match(selection), match_weight=case.weights(selection))
+    dtype = torch.promote_types(case.query.dtype, torch.float32)
+    match = replace(case.match(selection), match_weight=case.weights(selection, dtype))
     views = torch.arange(case.setting.views)
     shares = [(views % threads == thread).expand(len(views), -1) for thread in range(threads)]
     pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
@@ -97,12 +99,11 @@ def square_products(case: Case, selection: str) -> Limit:
 
 def fastest(runs: Mapping[str, Callable[[], object]], seconds: float, threads: int) -> dict[str, float]:
     """Return the processor's seconds of the fastest round of each run, in turn, for about so many seconds of it."""
-    found = {name: [] for name in runs}  # type: dict[str, list[float]]
+    found: dict[str, list[float]] = {name: [] for name in runs}
+    start = time.process_time()
     for number in range(1 + REPEATS):  # the first warms up
         if number > 1 and time.process_time() - start > seconds:
             break
-        if number == 1:
-            start = time.process_time()
         for name, run in runs.items():
             before = time.process_time()
             run()

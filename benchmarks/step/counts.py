@@ -1,6 +1,6 @@
 """How many launches and host waits CAMEO adds to a training step on an accelerator, counted without one.
 
-    python -m benchmarks.step.counts [--batch 3] [--views 4] [--grid 32] [--resolution 512] [--lines]
+    python -m benchmarks.step.counts --device cpu [--batch 3] [--views 4] [--grid 32] [--resolution 512] [--lines]
 
 A supervised layer of the paper's setting (Stable Diffusion 2.1: 10 heads of 64, 32x32 tokens, in bfloat16) runs on the
 pretended device of `benchmarks.step.pretend_device`, with matches from depth and softmax per view. The kernels of
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from benchmarks.common.measuring import Results, table_of
 from benchmarks.common.page import RESULTS
 from benchmarks.step.pretend_device import NAME, Counted, PretendDevice, WithoutAttention
+from benchmarks.step.tables import count_table
 from cameo.alignment import heads, loss, sweep, triton_heads
 from cameo.correspondence import matching, triton_depth
 from cameo.data.batches import match_layers, to_device
@@ -145,18 +146,10 @@ def _difference(of: Mapping[str, Counter[str]], without: Mapping[str, Counter[st
     return {part: counts for part, counts in found.items() if counts}
 
 
-def table(found: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """One row per part, and their sum."""
-    parts = sorted({*found["launches"], *found["syncs"]})
-    count = {kind: {part: sum(found[kind].get(part, {}).values()) for part in parts} for kind in ("launches", "syncs")}
-    rows = [{"part": part, "launches": count["launches"][part], "waits": count["syncs"][part]} for part in parts]
-    total = {"part": "together"} | {name: sum(row[name] for row in rows) for name in ("launches", "waits")}
-    return [*rows, total]
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Count, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cpu", choices=["cpu"], help="where the pretended device has its memory")
     parser.add_argument("--batch", type=int, default=3)
     parser.add_argument("--views", type=int, default=4)
     parser.add_argument("--grid", type=int, default=32, help="rows and columns of the supervised tokens")
@@ -167,7 +160,7 @@ def main(arguments: list[str] | None = None) -> int:
     name = f"batch {options.batch}, {options.views} views, {options.grid}x{options.grid} tokens"
     results = Results(options.output or RESULTS / "step_counts_cpu.json", "cpu", again=True)
     found = results.get(name, partial(count_step, options))
-    print(table_of(table(found)))
+    print(table_of(count_table(found)))
     if options.lines:
         for kind in ("launches", "syncs"):
             for part, entries in found[kind].items():
