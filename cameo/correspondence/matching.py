@@ -77,8 +77,8 @@ def match_depth(
     distance = depth.new_empty(index.shape)
     # Some key views of some samples at a time, so that the workspace is bounded.
     of_view = DEPTH_BYTES * index[0, :, 0].numel() * depth.element_size() // 4
-    samples = max(1, WORKSPACE_BYTES // (views * of_view))
-    keys = views if samples >= batch else max(1, WORKSPACE_BYTES // (min(samples, batch) * of_view))
+    keys = min(views, max(1, WORKSPACE_BYTES // of_view))
+    samples = max(1, WORKSPACE_BYTES // (views * of_view)) if keys == views else 1
     for b, j in itertools.product(range(0, batch, samples), range(0, views, keys)):
         part = (slice(b, b + samples), slice(j, j + keys))
         found = _match_key_views(

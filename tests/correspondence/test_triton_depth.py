@@ -55,7 +55,7 @@ def test_the_kernel_equals_the_plain_form(interpreted, views, grids):
     torch.testing.assert_close(distance[known], expected_distance[known], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("capability", [pytest.param(80, marks=pytest.mark.slow), 90])
 def test_the_kernel_compiles_without_spills(capability):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -99,7 +99,8 @@ def test_some_key_views_at_a_time_give_the_same_matches(views, monkeypatch):
         index, distance = matching.match_depth(*views, grids, 0.02)
         assert len(parts) > 1
         assert torch.equal(index, expected[0])
-        torch.testing.assert_close(distance, expected[1], rtol=1e-6, atol=1e-6)
+        # Products of other sizes sum in another order: coordinates of up to 10 are rounded otherwise.
+        torch.testing.assert_close(distance, expected[1], rtol=1e-5, atol=1e-5)
 
 
 def test_the_workspace_is_bounded():
