@@ -67,8 +67,12 @@ def counts() -> str:
     return COUNTS.section(found, "\n\n".join(tables), "cpu")
 
 
-TABLES: dict[str, Callable[[], str]] = {"step_counts": counts} | {
-    f"{name}_{device}": partial(write, device)
-    for name, write in {"step": step, "latents": cached, "compiled_step": compiled_step}.items()
-    for device in DEVICES
-} | {"dry_run_cpu": estimated, "dry_run_released": released}
+TABLES: dict[str, Callable[[], str]] = (
+    {"step_counts": counts}
+    | {
+        f"{name}_{device}": partial(write, device)
+        for name, write in {"step": step, "latents": cached, "compiled_step": compiled_step}.items()
+        for device in DEVICES
+    }
+    | {"dry_run_cpu": estimated, "dry_run_released": released}
+)

@@ -1,4 +1,4 @@
-"""Steps on a pretended device, in a process of their own: torch must know of a device before the first backward pass."""
+"""Steps on a pretended device, in a process of their own: torch must know of it before the first backward pass."""
 
 from __future__ import annotations
 
