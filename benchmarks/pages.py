@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
-from benchmarks.alignment import gates
+from benchmarks.alignment import gates, parts
 from benchmarks.alignment import tables as alignment
 from benchmarks.common.page import DEVICES, ROOT, filled
 from benchmarks.convergence import tables as convergence
@@ -28,6 +28,7 @@ def missed(device: str) -> str:
     rows = []
     for script, check in (
         (alignment.SCRIPT, partial(gates.check, device=device)),
+        (alignment.PARTS, parts.check),
         (step.SCRIPT, training_step.check),
         (correspondence.SCRIPT, partial(correspondence.check, device=device)),
     ):

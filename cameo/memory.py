@@ -1,18 +1,22 @@
-"""Where tensors begin in memory, which determines the last bits of a matrix product on a CPU.
+"""Where tensors begin in memory, which determines the last bits of a product on a CPU; copies to and from a device.
 
 PyTorch allocates at multiples of 64 bytes. A tensor of a memory-mapped file begins wherever the file's header ends, and
 the CPU's libraries then sum its products in another order.
+
+A copy that is asked for while a device computes lets the host wait for all of it. Those here do not: small tensors go
+to the device in the background, and what comes back is read later, when it has long arrived.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["ALIGNMENT", "align", "align_module", "placed_like"]
+__all__ = ["ALIGNMENT", "HostCopy", "align", "align_module", "placed_like", "sent_to"]
 
 ALIGNMENT = 64  # bytes
 
@@ -72,3 +76,41 @@ def placed_like(tensor: Tensor, other: Tensor) -> Tensor:
     storage = buffer[start : start + tensor.numel() * tensor.element_size()].view(tensor.dtype)
     strides = torch.empty_like(tensor, device="meta").stride()
     return storage.as_strided(tensor.shape, strides).copy_(tensor)
+
+
+def sent_to(device: torch.device, tensor: Tensor) -> Tensor:
+    """Return a tensor of the CPU on a device; the host does not wait until the device has it.
+
+    Example:
+        >>> sent_to(torch.device("cpu"), torch.arange(3)).tolist()
+        [0, 1, 2]
+    """
+    # The driver copies pageable memory before the call returns, so the tensor may be freed; Metal's does not.
+    return tensor.to(device, non_blocking=device.type != "mps")
+
+
+class HostCopy:
+    """A copy of a tensor on the CPU that is begun now and read later.
+
+    Example:
+        >>> HostCopy(torch.arange(3)).tolist()
+        [0, 1, 2]
+
+    Args:
+        tensor: on any device; a CUDA device copies it in the background, to pinned memory.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._arrived: torch.cuda.Event | None = None
+        if tensor.is_cuda:
+            self._copy = tensor.to("cpu", non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record(torch.cuda.current_stream(tensor.device))
+        else:
+            self._copy = tensor.cpu()
+
+    def tolist(self) -> list[Any]:
+        """Return the values, once they are there."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._copy.tolist()

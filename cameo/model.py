@@ -9,18 +9,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from cameo.alignment import AlignmentHead, alignment_loss, check_head_options, check_options
+from cameo.alignment import AlignmentHead, check_head_options, check_options
 from cameo.alignment.head_watch import HeadWatch
 from cameo.attention.capture import AttentionCapture, AttentionLayer, CapturedAttention
 from cameo.attention.compiled.regions import is_being_compiled, skipped_by_compiler
 from cameo.attention.visibility import split_call
 from cameo.backbone import get_backbone, resolve_layers, unwrap_peft
+from cameo.checks.layer_losses import LayerLoss, plan_losses
 from cameo.checks.observed_forward import ObservedForward, Observer
 from cameo.checks.unseen_kernels import UnseenKernels
 from cameo.config import CameoConfig, finite
 from cameo.correspondence import Correspondence
 from cameo.correspondence.correspondence import one_per_layer
-from cameo.errors import CaptureError, NoLossError
+from cameo.errors import CaptureError, NoLossError, as_integer
 from cameo.geometry.grids import TokenGrids
 from cameo.renamed import old_attributes, old_functions, old_keywords
 from cameo.wrapped import check_plain, find_wrapper, forget, register
@@ -61,7 +62,8 @@ class CameoModel(nn.Module):
         cameo_config: the settings, as saved to `cameo_config.json`.
         weight: factor for the caller's loss, `loss + model.weight * model.alignment_loss`; it is
             `cameo_config.weight`, and may be set.
-        implementation, gelu: how the loss is computed, see `cameo.alignment_loss`.
+        implementation, gelu, max_queries: how the loss is computed, see `cameo.alignment_loss`; `max_queries` in
+            training alone, with the random numbers of `query_generator`. They may be set, and are not saved.
         check_unseen: whether the first training forwards look for attention that runs unseen beside the supervised
             call, see `cameo.checks.unseen_kernels`; it may be set, and is not saved.
 
@@ -76,14 +78,17 @@ class CameoModel(nn.Module):
     """
 
     def __init__(
-        self, base_model: nn.Module, config: CameoConfig, *, implementation: str = "auto", gelu: str = "exact"
-    ) -> None:
+        self, base_model: nn.Module, config: CameoConfig, *, implementation: str = "auto", gelu: str = "exact",
+        max_queries: int | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         config.check()
         check_head_options(config.head)
         for normalize in config.normalize_of_layers():
             check_options(normalize, config.reduction, config.softness, implementation, gelu)
         self.implementation, self.gelu = implementation, gelu
+        self.max_queries = None if max_queries is None else as_integer("max_queries", max_queries, least=1)
+        self.query_generator: torch.Generator | None = None
         self.base_model = base_model
         self.cameo_config = config
         self._supervised = resolve_layers(unwrap_peft(base_model), config)
@@ -129,55 +134,44 @@ class CameoModel(nn.Module):
         self._alignment_loss = self._num_supervised = None
         if correspondence is None:
             return self.base_model(*args, **kwargs)
-        matches, observed = self._begin(correspondence, is_being_compiled())
+        losses, observed = self._begin(correspondence, is_being_compiled())
         with observed:
             output = observed.run(*args, **kwargs)  # alone is compiled
-        self._align(observed.captured, matches)
+        self._align(observed.captured, losses)
         return output
 
     @torch.compiler.disable
     def _begin(
         self, correspondence: Correspondence | Sequence[Correspondence], compiled: bool
-    ) -> tuple[Sequence[Correspondence], ObservedForward]:
-        """Check what can be checked before a forward, and prepare to observe it."""
+    ) -> tuple[Sequence[LayerLoss], ObservedForward]:
+        """Check what can be checked before a forward, plan its losses, and prepare to observe it."""
         matches = one_per_layer(correspondence, len(self._supervised))
         self._check_supported()
         trains = self._trains()
         if trains:
             self._watch.look(self.alignment_heads, self.base_model)
         unseen = self._unseen if trains and self.check_unseen else None
-        return matches, self._observer.observe(
+        sampled = {"max_queries": self.max_queries, "generator": self.query_generator} if trains else {}
+        device = next((parameter.device for parameter in self.parameters()), matches[0].device)
+        losses = plan_losses(self._supervised, self.alignment_heads, matches, self.cameo_config, device, **sampled)
+        return losses, self._observer.observe(
             self.base_model, unwrap_peft(self.base_model), self._supervised, matches, unseen, compiled
         )
 
     @torch.compiler.disable
-    def _align(self, captured: AttentionCapture, matches: Sequence[Correspondence]) -> None:
+    def _align(self, captured: AttentionCapture, losses: Sequence[LayerLoss]) -> None:
         """Compute the alignment loss of an observed forward."""
-        normalize = self.cameo_config.normalize_of_layers()
-        layers = zip(self._supervised, matches, self.alignment_heads, normalize, strict=True)
-        found = [self._layer_loss(one, captured.take(one.path), match, head, each) for one, match, head, each in layers]
+        options = {"softness": self.cameo_config.softness, "implementation": self.implementation, "gelu": self.gelu}
+        found = []
+        for planned in losses:
+            seen = captured.take(planned.layer.path)
+            if self._trains():
+                seen.check_graph(planned.layer.path)
+            found.append(planned.compute(seen, **options))
         self._alignment_loss = torch.stack([loss for loss, _ in found]).mean()
         self._num_supervised = torch.stack([count for _, count in found]).sum()
         if self._trains():
             self._watch.follow(self._alignment_loss)
-
-    def _layer_loss(
-        self, layer: AttentionLayer, seen: CapturedAttention, match: Correspondence, head: nn.Module, normalize: str
-    ) -> tuple[Tensor, Tensor]:
-        """Alignment loss of one layer, and the number of its matches."""
-        if self._trains():
-            seen.check_graph(layer.path)
-        assert isinstance(head, AlignmentHead)
-        config = self.cameo_config
-        query, key, local, visible = split_call(layer, seen, match, normalize)
-        if (references := config.references_among(match.num_views)) is not None:
-            references = layer.layout.view_order.num_references(references)
-        loss = alignment_loss(
-            query, key, local, head, scale=seen.scale, normalize=normalize, reduction=config.reduction,
-            num_reference_views=references, visible=visible, softness=config.softness,
-            implementation=self.implementation, gelu=self.gelu,
-        )  # fmt: skip
-        return loss, local.matched.sum()
 
     @property
     def weight(self) -> float:
@@ -375,11 +369,12 @@ class CameoModel(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # A computed loss is part of a graph and cannot be copied; an average (EMA) copies the model during training.
-        return {**self.__dict__, "_alignment_loss": None, "_num_supervised": None}
+        return {**self.__dict__, "_alignment_loss": None, "_num_supervised": None, "query_generator": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # A model that was pickled by an earlier release has no watch, and a weight beside that of `cameo_config`.
         now = {"_watch": HeadWatch(), "_unseen": UnseenKernels(), "_observer": Observer(), "check_unseen": True}
+        now |= {"max_queries": None, "query_generator": None}
         super().__setstate__({**now, **state})
         if "weight" in state:
             self.weight = vars(self).pop("weight")
@@ -394,7 +389,7 @@ def wrapper_of(module: nn.Module) -> CameoModel | None:
     return wrapper
 
 
-def attach(model: nn.Module, config: CameoConfig, **options: str) -> CameoModel:
+def attach(model: nn.Module, config: CameoConfig, **options: Any) -> CameoModel:
     """Wrap `model` with the settings of a saved `CameoConfig`; `wrap` and `from_pretrained` both end here."""
     check_plain(model, CameoModel)
     return CameoModel(model, config, **options)

@@ -53,6 +53,7 @@ def wrap(
     softness: float = CameoConfig.softness,
     implementation: str = "auto",
     gelu: str = "exact",
+    max_queries: int | None = None,
 ) -> CameoModel:
     """Attach CAMEO to `model` in place: the returned module holds `model` itself, not a copy.
 
@@ -92,7 +93,8 @@ def wrap(
         kernel_inputs: where the queries and keys are found in the layers of a model without an adapter that attends by
             a kernel which `cameo` does not know, see `cameo.attention.KernelInputs`; or its arguments as a mapping.
         softness: see `cameo.alignment_loss`.
-        implementation, gelu: see `cameo.alignment_loss`; kept as `model.implementation` and `model.gelu`, not saved.
+        implementation, gelu, max_queries: see `cameo.alignment_loss`; kept as `model.implementation`, `model.gelu` and
+            `model.max_queries` (for training alone), not saved.
         inflate: let layers that see one view each attend across views, and supervise those. The weights stay,
             but inference changes, also after `unwrap()`: `layer` then counts the layers that can be inflated.
         own_view: supervise layers that see one view each as they are, for a model that carries the reference in the
@@ -144,7 +146,7 @@ def wrap(
     config.normalize = each[0] if len(each) == len(layouts) and len(set(each)) == 1 else each
     if len(set(config.layers)) != len(config.layers):
         raise ValueError(f"layer: the same layer is named twice in {wanted}")
-    return attach(model, config, implementation=implementation, gelu=gelu)
+    return attach(model, config, implementation=implementation, gelu=gelu, max_queries=max_queries)
 
 
 def _layers_of_description(core: nn.Module, config: CameoConfig, wanted: Sequence[int | str], layout: Layouts) -> Found:

@@ -146,7 +146,8 @@ class Cat3DPipeline(LatentPipeline):
         if joint is None:
             joint = self.draw_joint(noise, generator, images.device)
         timesteps, noise = self.draw(clean, generator, timesteps, noise)
-        condition[self.blank(samples, condition_dropout, generator, images.device), :, 1:] = 0
+        blank = self.blank(samples, condition_dropout, generator, images.device)
+        condition[:, :, 1:].masked_fill_(blank[:, None, None, None, None], 0)
         target_views = torch.arange(views, device=images.device) >= references
         noisy = torch.where(target_views[:, None, None, None], self.scheduler.add_noise(clean, noise, timesteps), clean)
         target = self.denoising_target(clean, noise, timesteps)

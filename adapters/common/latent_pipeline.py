@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from cameo.adapters.common.positions import get_position
 from cameo.errors import ShapeError
-from cameo.memory import align_module
+from cameo.memory import align_module, sent_to
 from cameo.pipeline import TrainingInputs
 from cameo.renamed.modules import place_today
 
@@ -236,13 +236,13 @@ class LatentPipeline(DiffusionPipeline):
             timesteps = torch.randint(self.num_train_timesteps, (clean.shape[0],), generator=generator, device=device)
         if noise is None:
             noise = self.normal(clean.shape, generator, clean)
-        return timesteps.to(clean.device), noise.to(clean)
+        return sent_to(clean.device, timesteps), sent_to(clean.device, noise).to(clean)
 
     @staticmethod
     def normal(shape: Sequence[int], generator: torch.Generator | None, like: Tensor) -> Tensor:
         """Draw standard normal numbers in float32 where the generator is, with the device and precision of `like`."""
         device = generator.device if generator else like.device
-        return torch.randn(shape, generator=generator, device=device).to(like)
+        return sent_to(like.device, torch.randn(shape, generator=generator, device=device)).to(like)
 
     @staticmethod
     def blank(samples: int, probability: float, generator: torch.Generator | None, device: torch.device) -> Tensor:
@@ -250,7 +250,7 @@ class LatentPipeline(DiffusionPipeline):
         if not probability > 0:
             return torch.zeros(samples, dtype=torch.bool, device=device)
         drawn = torch.rand(samples, generator=generator, device=generator.device if generator else device)
-        return (drawn < probability).to(device)
+        return sent_to(device, drawn < probability)
 
     def draw_joint(self, noise: Tensor | None, generator: torch.Generator | None, device: torch.device) -> bool:
         """Whether the views of a batch attend to each other: all but `single_image_share` of the training batches.
@@ -258,7 +258,7 @@ class LatentPipeline(DiffusionPipeline):
         Without a draw where `noise` is given or the denoiser is not in training mode.
         """
         share = self.config.single_image_share if self.unet.training and noise is None else 0.0
-        return not bool(self.blank(1, share, generator, device))
+        return not share > 0 or not bool(self.blank(1, share, generator, torch.device("cpu")))
 
     @property
     def train_scheduler(self) -> Any:

@@ -10,9 +10,10 @@ from benchmarks.common.measuring import gate
 
 __all__ = ["check", "needed"]
 
-SPEED = {"cpu": {"released": {32: 20, 16: 9}, "all": {32: 6, 16: 3.5}}, "cuda": {"released": {32: 20}, "all": {32: 8}}}
+# On a CPU dense / chunked depends on the machine; what is demanded there is in benchmarks.alignment.parts.
+SPEED: dict[str, dict[str, dict[int, float]]] = {"cpu": {}, "cuda": {"released": {32: 20}, "all": {32: 8}}}
 MEMORY_RATIO = {"cpu": 100, "cuda": 60}
-GRADIENT_FACTOR, WORKSPACE = 1.25, 64e6
+GRADIENT_FACTOR, WORKSPACE = 1.25, {"cpu": 64e6, "cuda": 192e6}
 # peak(4 N) / peak(N) in tokens; in views the same 5 % above the ratio of the numbers of tokens.
 GROWTH = 1.05
 LIMIT = 2.5
@@ -42,8 +43,8 @@ def check(found: Mapping[str, Any], device: str) -> list[dict[str, Any]]:
     batch = 3 if device == "cuda" else 1
     return [
         *_speed(entries, method, SPEED[device], batch),
-        *_memory(entries, method, MEMORY_RATIO[device], batch),
-        *_limit(entries, method, device, batch),
+        *_memory(entries, method, device, batch),
+        *(_limit(entries, method, batch) if device == "cuda" else []),
         *_exactness(found, method, device),
     ]
 
@@ -73,18 +74,19 @@ def _speed(
     return rows
 
 
-def _memory(entries: list[dict[str, Any]], method: str, bound: float, batch: int) -> list[dict[str, Any]]:
+def _memory(entries: list[dict[str, Any]], method: str, device: str, batch: int) -> list[dict[str, Any]]:
+    workspace = WORKSPACE[device]
     shares = [
-        run["peak_bytes"] / (GRADIENT_FACTOR * entry["gradient_bytes"] + WORKSPACE)
+        run["peak_bytes"] / (GRADIENT_FACTOR * entry["gradient_bytes"] + workspace)
         for entry in entries
         for name, run in entry["runs"].items()
         if name.startswith(f"{method}, ")
     ]
-    most = "largest peak / (1.25 x (dq + dk) + 64 MB), over all sizes"
+    most = f"largest peak / (1.25 x (dq + dk) + {workspace / 1e6:g} MB), over all sizes"
     rows = [gate(most, "<= 1", max(shares, default=None))]
     entry = _entry(entries, tokens=32, batch=batch)
     ratio = _ratio(entry, "dense, released", f"{method}, released", "peak_bytes")
-    rows.append(gate(f"memory of dense / {method}, 32x32", f">= {bound}", ratio))
+    rows.append(gate(f"memory of dense / {method}, 32x32", f">= {MEMORY_RATIO[device]}", ratio))
     peak = {
         side: _entry(entries, tokens=side, batch=batch).get("runs", {}).get(f"{method}, released") for side in (32, 64)
     }
@@ -100,17 +102,14 @@ def _memory(entries: list[dict[str, Any]], method: str, bound: float, batch: int
     return rows
 
 
-def _limit(entries: list[dict[str, Any]], method: str, device: str, batch: int) -> list[dict[str, Any]]:
-    text = "a GELU-only kernel" if device == "cuda" else "the same products + GELU + GELU backward alone"
+def _limit(entries: list[dict[str, Any]], method: str, batch: int) -> list[dict[str, Any]]:
+    entry = _entry(entries, tokens=32, batch=batch)
     rows = []
-    for side in (32, 16) if device == "cpu" else (32,):
-        entry = _entry(entries, tokens=side, batch=batch)
-        for selection, parts in entry.get("limit", {}).items():
-            run = entry["runs"].get(f"{method}, {selection}")
-            limit = parts["gelu"] if device == "cuda" else sum(parts.values())
-            ratio = run["best"] / limit if run else None
-            rows.append(gate(f"time of {method} / {text}, {selection}, {side}x{side}", f"<= {LIMIT}", ratio))
-    return rows or [gate(f"time of {method} / {text}", f"<= {LIMIT}", None)]
+    for selection, parts in entry.get("limit", {}).items():
+        run = entry["runs"].get(f"{method}, {selection}")
+        ratio = run["best"] / parts["gelu"] if run else None
+        rows.append(gate(f"time of {method} / a GELU-only kernel, {selection}, 32x32", f"<= {LIMIT}", ratio))
+    return rows or [gate(f"time of {method} / a GELU-only kernel", f"<= {LIMIT}", None)]
 
 
 def _exactness(found: Mapping[str, Any], method: str, device: str) -> list[dict[str, Any]]:

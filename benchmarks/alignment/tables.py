@@ -8,15 +8,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.alignment import gates, measure
+from benchmarks.alignment import gates, measure, parts
 from benchmarks.alignment.cases import Setting
 from benchmarks.alignment.peers import dense_bytes
 from benchmarks.common.measuring import table_of
 from benchmarks.common.page import DEVICES, PICTURES, Script
 
-__all__ = ["SCRIPT", "TABLES", "draw"]
+__all__ = ["PARTS", "SCRIPT", "TABLES", "draw"]
 
 SCRIPT = Script("benchmarks.alignment.measure", "alignment")
+PARTS = Script("benchmarks.alignment.parts", "alignment_parts")
 EXPANSION = 4  # of the head's hidden layer
 
 # Released models: grid, views, heads and batch of the supervised layer.
@@ -54,6 +55,13 @@ def demanded(device: str) -> str:
     """What was demanded and what was measured."""
     found = SCRIPT.found(device)
     return SCRIPT.section(found, table_of(gates.check(found, device)), device)
+
+
+def own_parts(device: str) -> str:
+    """The loss against its own parts, and what is demanded of the ratios."""
+    found = PARTS.found(device)
+    tables = [table_of(parts.table(found)), table_of(parts.check(found))]
+    return PARTS.section(found, "\n\n".join(tables), device)
 
 
 def sizes(device: str) -> str:
@@ -129,7 +137,7 @@ def resident(device: str) -> str:
     return SCRIPT.section(found, table_of(rows), device)
 
 
-TABLES: dict[str, Callable[[], str]] = {"counts": counts} | {
+TABLES: dict[str, Callable[[], str]] = {"counts": counts, "parts_cpu": partial(own_parts, "cpu")} | {
     f"{name}_{device}": partial(function, device)
     for name, function in (
         ("gates", demanded),

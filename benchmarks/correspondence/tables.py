@@ -8,11 +8,12 @@ from typing import Any
 
 from benchmarks.common.measuring import gate, table_of
 from benchmarks.common.page import DEVICES, Script
-from benchmarks.correspondence import measure
+from benchmarks.correspondence import measure, workspace
 
 __all__ = ["SCRIPT", "TABLES", "check"]
 
 SCRIPT = Script("benchmarks.correspondence.measure", "correspondence")
+WORKSPACE = Script("benchmarks.correspondence.workspace", "depth_workspace")
 
 
 def matches(device: str) -> str:
@@ -20,6 +21,12 @@ def matches(device: str) -> str:
     found = SCRIPT.found(device)
     tables = [check(found, device), measure.table(found)]
     return SCRIPT.section(found, "\n\n".join(map(table_of, tables)), device)
+
+
+def depth_workspace() -> str:
+    """Memory of matches from depth beside their result."""
+    found = WORKSPACE.found("cpu")
+    return WORKSPACE.section(found, table_of(workspace.table(found)), "cpu")
 
 
 def check(found: Mapping[str, Any], device: str) -> list[dict[str, Any]]:
@@ -50,4 +57,6 @@ def check(found: Mapping[str, Any], device: str) -> list[dict[str, Any]]:
     ]
 
 
-TABLES: dict[str, Callable[[], str]] = {f"matches_{device}": partial(matches, device) for device in DEVICES}
+TABLES: dict[str, Callable[[], str]] = {f"matches_{device}": partial(matches, device) for device in DEVICES} | {
+    "depth_workspace": depth_workspace
+}

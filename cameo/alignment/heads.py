@@ -6,6 +6,7 @@ units.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -15,12 +16,33 @@ from torch import Tensor
 
 from cameo.alignment.torch_heads import MlpHead, softmax_rows
 
-__all__ = ["HeadWeights", "RowsHead", "make_rows_head"]
+__all__ = ["HeadWeights", "RowsHead", "make_rows_head", "workspace_bytes"]
 
-# Bytes of the memory that the sweep takes besides inputs and gradients, unless a single row needs more.
+# Bytes of the memory that the sweep takes besides inputs and gradients, unless a single row needs more. On a device
+# whose operators are launches, few large portions are faster: a share of its memory, within bounds.
 WORKSPACE_BYTES = 64 << 20
+MOST_WORKSPACE_BYTES = 192 << 20
+WORKSPACE_SHARE = 1 / 128
 # On a CPU: the number of query-key pairs whose hidden units are held at once, so that they stay in its caches.
 CPU_HIDDEN = 16384
+
+
+def workspace_bytes(device: torch.device) -> int:
+    """Bytes that the sweep may take on a device besides inputs and gradients.
+
+    Example:
+        >>> workspace_bytes(torch.device("cpu")) >> 20
+        64
+    """
+    if device.type == "cpu":
+        return WORKSPACE_BYTES
+    return max(WORKSPACE_BYTES, min(MOST_WORKSPACE_BYTES, int(WORKSPACE_SHARE * device_bytes(device))))
+
+
+@functools.cache
+def device_bytes(device: torch.device) -> int:
+    """Memory of a CUDA device; 0 of another, which is not asked."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
 
 
 @dataclass(frozen=True)
@@ -69,6 +91,7 @@ def make_rows_head(
     implementation: str,
     gelu: str,
     gradients: bool,
+    device: torch.device | None = None,
 ) -> RowsHead:
     """Build the head for products in `dtype`, as the arguments of `cameo.alignment.sweep.sweep` say.
 
@@ -80,13 +103,15 @@ def make_rows_head(
         implementation: "chunked" or "triton".
         gelu: "exact", or "fast" with "triton".
         gradients: whether to overwrite the products with their gradient.
+        device: of the products; None is a CPU.
     """
+    device = device or torch.device("cpu")
     if head.linear or head.kind == "none":
         function = softmax_rows
         if implementation == "triton":
             from cameo.alignment.triton_heads import softmax_rows as function
         channels = 1 if head.linear else heads
-        return _Softmax(function, channels, scale / heads if head.kind == "mean" else scale, gradients, dtype)
+        return _Softmax(function, channels, scale / heads if head.kind == "mean" else scale, gradients, dtype, device)
     if implementation == "triton":
         return _TritonMlp(head, scale, gelu, gradients, dtype)
     return _Mlp(head, scale, gradients, dtype)
@@ -98,10 +123,16 @@ class _Softmax:
     extra_channels = 0
 
     def __init__(
-        self, function: Callable[..., Tensor], channels: int, scale: float, gradients: bool, dtype: torch.dtype
+        self,
+        function: Callable[..., Tensor],
+        channels: int,
+        scale: float,
+        gradients: bool,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
         self.function, self.channels, self.scale, self.with_gradients = function, channels, scale, gradients
-        self.most_pairs = WORKSPACE_BYTES // (4 * channels * dtype.itemsize)
+        self.most_pairs = workspace_bytes(device) // (4 * channels * dtype.itemsize)
 
     def __call__(self, products: Tensor, targets: Tensor, weights: Tensor, excluded: Tensor | None) -> Tensor:
         return self.function(products, self.scale, targets, weights, excluded, self.with_gradients)
@@ -119,11 +150,12 @@ class _Mlp(MlpHead):
         assert head.output is not None
         layers = list(zip(head.hidden[::2], head.hidden[1::2], strict=True))
         bytes_per_pair = 2 * sum(len(bias) for _, bias in layers) * dtype.itemsize
-        pairs = WORKSPACE_BYTES // 3 // bytes_per_pair
+        workspace = workspace_bytes(head.output.device)
+        pairs = workspace // 3 // bytes_per_pair
         if head.output.device.type == "cpu":
             pairs = min(pairs, CPU_HIDDEN)
         super().__init__(layers, head.output, scale=scale, pairs=pairs, gradients=gradients)
-        self.most_pairs = WORKSPACE_BYTES // 3 // ((self.channels + self.extra_channels) * dtype.itemsize)
+        self.most_pairs = workspace // 3 // ((self.channels + self.extra_channels) * dtype.itemsize)
 
 
 class _TritonMlp:
@@ -132,7 +164,7 @@ class _TritonMlp:
     extra_channels = 0
 
     def __init__(self, head: HeadWeights, scale: float, gelu: str, gradients: bool, dtype: torch.dtype) -> None:
-        from cameo.alignment.triton_heads import mlp_rows
+        from cameo.alignment.triton_heads import mlp_rows, pack_weights
 
         assert head.output is not None
         self.function, self.scale, self.gelu = mlp_rows, scale, gelu
@@ -142,12 +174,15 @@ class _TritonMlp:
             zeros = torch.zeros_like
             self.weight_gradients = zeros(self.weight_in), zeros(self.bias), zeros(self.weight_out)
         self.channels = head.hidden[0].shape[1]
+        self.packed = pack_weights(self.weight_in, self.bias, self.weight_out, scale)
         # Besides its products each pair has a score in float32; a quarter of the workspace remains for sums and keys.
-        self.most_pairs = WORKSPACE_BYTES // 4 * 3 // (self.channels * dtype.itemsize + 4)
+        workspace = workspace_bytes(head.output.device)
+        self.most_pairs = workspace // 4 * 3 // (self.channels * dtype.itemsize + 4)
 
     def __call__(self, products: Tensor, targets: Tensor, weights: Tensor, excluded: Tensor | None) -> Tensor:
         head = self.weight_in, self.bias, self.weight_out, self.scale
-        return self.function(products, *head, targets, weights, excluded, self.weight_gradients, self.gelu)
+        sums = self.weight_gradients
+        return self.function(products, *head, targets, weights, excluded, sums, self.gelu, packed=self.packed)
 
     def parameter_gradients(self) -> list[Tensor]:
         return list(self.weight_gradients or ())

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,15 +20,16 @@ from cameo.alignment.head import AlignmentHead, is_sharded
 from cameo.alignment.operator import fused_alignment_loss
 from cameo.alignment.options import check_options
 from cameo.alignment.reference import reference_loss
-from cameo.alignment.supervision import supervision_weights
+from cameo.alignment.supervision import count_rows, sampled_weights, supervision_weights
 from cameo.correspondence.neighbors.triton_support import refusal as triton_refusal
-from cameo.errors import ShapeError
+from cameo.errors import ShapeError, as_integer
+from cameo.memory import HostCopy
 from cameo.renamed import old_keywords
 
 if TYPE_CHECKING:
     from cameo.correspondence import Correspondence
 
-__all__ = ["alignment_loss"]
+__all__ = ["PlannedMatches", "alignment_loss", "plan_matches", "planned_loss"]
 
 
 @old_keywords
@@ -44,6 +48,8 @@ def alignment_loss(
     softness: float = 0.0,
     implementation: str = "auto",
     gelu: str = "exact",
+    max_queries: int | None = None,
+    generator: torch.Generator | None = None,
 ) -> Tensor:
     """Cross-entropy of the attention between views against the true matches; a scalar.
 
@@ -89,6 +95,10 @@ def alignment_loss(
             torch.func.
         gelu: "exact": to the rounding of the dtype; within 6e-7 in the kernels of "triton". "fast": within 1.2e-6, by
             a shorter polynomial, in the kernels of "triton"; the other implementations always compute the exact one.
+        max_queries: compute only so many rows (a query token with the keys that its softmax is over), at least 1, drawn
+            at random in each call. The time is proportional to it; loss and gradient are those of all rows on average.
+            None computes all.
+        generator: of the random numbers for `max_queries`; None is torch's own on the CPU.
 
     Raises:
         ShapeError: the shapes do not fit each other, the head or the correspondence.
@@ -97,7 +107,73 @@ def alignment_loss(
 
     Source: arXiv 2512.03045.
     """
+    plan = partial(
+        plan_matches, pairs=pairs, normalize=normalize, reduction=reduction, num_reference_views=num_reference_views,
+        max_queries=max_queries, generator=generator,
+    )  # fmt: skip
     check_options(normalize=normalize, reduction=reduction, softness=softness, implementation=implementation, gelu=gelu)
+    return planned_loss(
+        query, key, correspondence, head, plan, scale=scale, normalize=normalize, visible=visible, softness=softness,
+        implementation=implementation, gelu=gelu,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class PlannedMatches:
+    """Matches with what is known of their loss before the queries and keys are.
+
+    Attributes:
+        correspondence: the matches.
+        weights: their weights in the loss, `[B, V, V, N]`.
+        counts: what `count_rows` counts, on its way to the host; None: counted when the loss is computed.
+    """
+
+    correspondence: Correspondence
+    weights: Tensor
+    counts: HostCopy | None = None
+
+    def counted(self, normalize: str) -> PlannedMatches:
+        """Begin to count the rows, so that the host need not wait for a device that is busy by then."""
+        found = count_rows(self.correspondence.index, self.weights, self.correspondence.token_grids, normalize)
+        return dataclasses.replace(self, counts=HostCopy(found))
+
+
+def plan_matches(
+    correspondence: Correspondence,
+    dtype: torch.dtype,
+    *,
+    pairs: str | Tensor = "all",
+    normalize: str = "per_view",
+    reduction: str = "mean",
+    num_reference_views: int | None = None,
+    max_queries: int | None = None,
+    generator: torch.Generator | None = None,
+) -> PlannedMatches:
+    """Weigh the matches in `dtype`, float32 or float64; the other arguments are those of `alignment_loss`."""
+    weights = supervision_weights(
+        correspondence, pairs=pairs, reduction=reduction, num_reference_views=num_reference_views, dtype=dtype
+    )
+    if max_queries is not None:
+        max_queries = as_integer("max_queries", max_queries, least=1)
+        weights = sampled_weights(weights, normalize, max_queries, generator)
+    return PlannedMatches(correspondence, weights)
+
+
+def planned_loss(
+    query: Tensor,
+    key: Tensor,
+    correspondence: Correspondence,
+    head: AlignmentHead,
+    plan: PlannedMatches | Callable[[Correspondence, torch.dtype], PlannedMatches],
+    *,
+    scale: float | None,
+    normalize: str,
+    visible: Tensor | None,
+    softness: float,
+    implementation: str,
+    gelu: str,
+) -> Tensor:
+    """Compute `alignment_loss`, with what was planned for these very matches, or with what is to plan them."""
     if scale is not None and not math.isfinite(scale):
         raise ValueError(f"scale: expected a finite factor of q.k or None, got {scale}")
     _check_tensors(query, key, correspondence, head)
@@ -111,21 +187,15 @@ def alignment_loss(
     chosen = _choose(implementation, query, head, correspondence, masked=visible is not None)
     # Half precision costs one rounding of the inputs only: everything below is float32 or float64.
     dtype = torch.promote_types(query.dtype, torch.float32)
-    weights = supervision_weights(
-        correspondence,
-        pairs=pairs,
-        reduction=reduction,
-        num_reference_views=num_reference_views,
-        dtype=dtype,
-    )
+    planned = plan if isinstance(plan, PlannedMatches) else plan(correspondence, dtype)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     if chosen == "reference":
-        return reference_loss(query, key, correspondence, weights, head, scale, normalize, softness, visible)
+        return reference_loss(query, key, correspondence, planned.weights, head, scale, normalize, softness, visible)
     return fused_alignment_loss(
         query,
         key,
         correspondence.index,
-        weights,
+        planned.weights,
         [weight.to(dtype) for weight in head.weights()],
         kind=head.kind,
         token_grids=correspondence.token_grids,
@@ -134,6 +204,7 @@ def alignment_loss(
         scale=float(scale),
         implementation=chosen,
         gelu=gelu,
+        counts=() if planned.counts is None else planned.counts.tolist(),
     )
 
 

@@ -12,10 +12,13 @@ import torch
 from torch import Tensor
 
 from cameo.alignment.heads import HeadWeights
-from cameo.alignment.rows import check_matches
+from cameo.alignment.supervision import check_counts, count_rows
 from cameo.alignment.sweep import gradient_dtype, sweep
 
 __all__ = ["fused_alignment_loss"]
+
+# Place of the argument that asks for gradients among those of the operator.
+GRADIENTS = 12
 
 
 @torch.library.custom_op("cameo::alignment_loss", mutates_args=())
@@ -33,10 +36,12 @@ def _alignment_loss(
     implementation: str,
     gelu: str,
     gradients: bool,
+    counts: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """Return the loss and its gradients with respect to query, key and the head's weights, empty unless requested."""
     grids = list(zip(token_grids[::2], token_grids[1::2], strict=True))
-    check_matches(index, grids)
+    counts = counts or count_rows(index, weights, grids, normalize).tolist()
+    check_counts(counts, index, grids)
     output = head[-1].reshape(-1) if head else None
     with torch.autocast(query.device.type, enabled=False):
         result = sweep(
@@ -51,6 +56,7 @@ def _alignment_loss(
             scale=scale,
             implementation=implementation,
             gelu=gelu,
+            counts=counts,
             gradients=gradients,
         )
     if result.query is None or result.key is None:
@@ -67,7 +73,7 @@ def _(
     query: Tensor, key: Tensor, index: Tensor, weights: Tensor, head: Sequence[Tensor], *options: Any
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     loss = query.new_empty((), dtype=torch.promote_types(query.dtype, torch.float32))
-    if not options[-1]:
+    if not options[GRADIENTS - 5]:
         return loss, query.new_empty(0), query.new_empty(0), [weight.new_empty(0) for weight in head]
     dtype = gradient_dtype(query.dtype)
     d_query, d_key = query.new_empty(query.shape, dtype=dtype), query.new_empty(key.shape, dtype=dtype)
@@ -79,7 +85,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
     ctx.mark_non_differentiable(d_query, d_key, *d_head)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(d_query, d_key, *d_head)
-    ctx.num_inputs, ctx.input_dtype, ctx.computed = len(inputs), inputs[0].dtype, inputs[-1]
+    ctx.num_inputs, ctx.input_dtype, ctx.computed = len(inputs), inputs[0].dtype, inputs[GRADIENTS]
 
 
 def _multiply(ctx: Any, d_loss: Tensor | None, *_: Any) -> tuple[Any, ...]:
@@ -134,6 +140,7 @@ def fused_alignment_loss(
     scale: float,
     implementation: str,
     gelu: str,
+    counts: Sequence[int] = (),
 ) -> Tensor:
     """Compute the alignment loss; the arguments are those of `cameo.alignment_loss` after its checks.
 
@@ -144,8 +151,9 @@ def fused_alignment_loss(
         token_grids: token grid `(h, w)` of each view.
         implementation: "chunked" or "triton".
         gelu: "exact", or "fast" for an approximation where the implementation has one.
+        counts: what `cameo.alignment.supervision.count_rows` has found; empty: it is called here.
     """
     gradients = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, *head))
     flat = [side for size in token_grids for side in size]
-    options = (kind, flat, normalize, softness, scale, implementation, gelu, gradients)
+    options = (kind, flat, normalize, softness, scale, implementation, gelu, gradients, list(counts) or None)
     return _alignment_loss(query, key, index, weights, list(head), *options)[0]

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from cameo.alignment.head import AlignmentHead
-from cameo.alignment.rows import Window, check_matches
+from cameo.alignment.rows import Window
+from cameo.alignment.supervision import check_matches
 
 if TYPE_CHECKING:
     from cameo.correspondence import Correspondence
@@ -43,7 +44,7 @@ def reference_loss(
     check_matches(correspondence.index, correspondence.token_grids)
     dtype = weights.dtype
     groups = _groups_per_view if normalize == "per_view" else _groups_all_views
-    window = Window(correspondence.token_grids, softness, query.device)
+    window = Window(correspondence.token_grids, softness)
     loss = None
     with torch.autocast(device_type=query.device.type, enabled=False):
         if normalize == "all_views" and set(correspondence.token_grids) == {(1, 1)}:

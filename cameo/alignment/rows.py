@@ -15,20 +15,24 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from einops import rearrange
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
+from cameo.alignment.supervision import count_rows
 from cameo.geometry.grids import TokenGrid
+from cameo.memory import sent_to
 
-__all__ = ["Rows", "Window", "check_matches", "plan_rows"]
+__all__ = ["Rows", "Window", "plan_rows"]
 
 Ranges = tuple[tuple[int, int], ...]
 
 # The Gaussian of soft targets is cut off at this many standard deviations.
 CUTOFF = 3
-# Groups that fill at most this share of a portion are computed side by side.
-SMALL_GROUP = 0.25
+# Groups that fill at most this share of a portion are computed side by side: on a CPU, and where each operator is a
+# launch.
+SMALL_GROUP = {"cpu": 0.25}
+SMALL_GROUP_ON_DEVICE = 0.5
+# Targets and their weights are computed for portions of together about so many rows times targets at once.
+TARGETS_AT_ONCE = 1 << 20
 # A portion of a large group has at least this many rows, or reading its keys would take longer than the products.
 LEAST_ROWS = 32
 
@@ -41,10 +45,11 @@ class Rows:
     - `ranges`: for each group the ranges `(start, stop)` of its keys among the L tokens of the sample; the columns
       `0..M-1` are these ranges in order. All groups have the same M; if G > 1, each has all of its rows here.
     - `queries`: `[G, R]`, the query's position among the tokens of the sample. Groups with fewer than R rows are padded
-      with rows whose weights are all 0.
+      with their last row, whose weights are then all 0.
     - `targets`, `weights`: `[G, R, T]`, the column of each target and its weight; 0 = no target.
     - `excluded`: `[G, R, 2]`, the half-open range of columns that a row does not see, those of its own view; None where
       every row sees every column.
+    - `sample_index`, `key_index`: if G > 1, `[G, 1]` and `[G, M]`, sample and position of each key on the device.
     """
 
     samples: tuple[int, ...]
@@ -53,37 +58,13 @@ class Rows:
     targets: Tensor
     weights: Tensor
     excluded: Tensor | None = None
+    sample_index: Tensor | None = None
+    key_index: Tensor | None = None
 
     @property
     def keys(self) -> int:
         """M."""
-        return sum(stop - start for start, stop in self.ranges[0])
-
-
-def check_matches(index: Tensor, token_grids: Sequence[TokenGrid]) -> None:
-    """Refuse a match outside its view's token grid; `Correspondence` itself reads values on the CPU only.
-
-    Args:
-        index: int64 `[B, V, V, N]`, as in `cameo.Correspondence`.
-        token_grids: token grid `(h, w)` of each view.
-
-    Raises:
-        ValueError: the message names the match.
-    """
-    lengths = torch.tensor([height * width for height, width in token_grids], device=index.device)
-    same_view = torch.eye(len(token_grids), dtype=torch.bool, device=index.device)
-    token = torch.arange(index.shape[3], device=index.device)
-    no_pair = rearrange(same_view, "i j -> 1 i j 1") | (token >= rearrange(lengths, "i -> 1 i 1 1"))
-    limit = rearrange(lengths, "j -> 1 1 j 1").masked_fill(no_pair, 0)
-    wrong = (index >= limit) & (index >= 0) | (index < -1)
-    if bool(wrong.any()):
-        b, i, j, x = torch.nonzero(wrong)[0].tolist()
-        raise ValueError(
-            f"correspondence.index[{b}, {i}, {j}, {x}]: expected -1, or a token of view {j} with grid "
-            f"{token_grids[j]} for a token of another view {i} with grid {token_grids[i]}, got "
-            f"{index[b, i, j, x].item()}. "
-            "Build the correspondence with token_grid=model.token_grid(height, width)"
-        )
+        return _length(self.ranges[0])
 
 
 def plan_rows(
@@ -96,6 +77,7 @@ def plan_rows(
     pairs: int,
     most_pairs: int,
     most_tokens: int,
+    counts: Sequence[int] = (),
 ) -> Iterator[Rows]:
     """Cut the supervised queries into portions of about `pairs` query-key pairs.
 
@@ -110,29 +92,32 @@ def plan_rows(
         pairs: number of query-key pairs that a portion should have.
         most_pairs: number of query-key pairs that a portion may have, unless a single row has more.
         most_tokens: number of rows that a portion may have, and of keys of several groups side by side.
+        counts: what `count_rows` returned; empty: it is called here, and the host waits for it.
     """
-    window = Window(token_grids, softness, index.device)
+    counts = counts or count_rows(index, weights, token_grids, normalize).tolist()
+    share = SMALL_GROUP.get(index.device.type, SMALL_GROUP_ON_DEVICE)
     groups = _groups_per_view if normalize == "per_view" else _groups_all_views
+    portions: list[list[_Group]] = []
     waiting: list[_Group] = []
     longest = 0
-    for group in groups(index, weights, token_grids, pairs):
-        small = not group.shares_keys and len(group.queries) * group.keys <= SMALL_GROUP * pairs
-        longest = max(longest, len(group.queries)) if waiting else len(group.queries)
+    for group in groups(counts[:-1], index.shape, token_grids, share * pairs):
+        small = not group.shares_keys and group.rows * group.keys <= share * pairs
+        longest = max(longest, group.rows) if waiting else group.rows
         if waiting:
             count = len(waiting) + 1
             full = count * longest * group.keys > pairs or count * max(longest, group.keys) > most_tokens
             if not small or full or group.keys != waiting[0].keys:
-                yield _side_by_side(waiting, window)
-                waiting, longest = [], len(group.queries)
+                portions.append(waiting)
+                waiting, longest = [], group.rows
         if small:
             waiting.append(group)
             continue
         count = max(pairs // group.keys, min(LEAST_ROWS, most_pairs // group.keys))
         count = max(1, min(count, most_tokens))
-        for start in range(0, len(group.queries), count):
-            yield _side_by_side([group.cut(start, start + count)], window)
+        portions += [[group.cut(start, start + count)] for start in range(0, group.rows, count)]
     if waiting:
-        yield _side_by_side(waiting, window)
+        portions.append(waiting)
+    return _on_device(portions, index, weights, token_grids, normalize, softness)
 
 
 class Window:
@@ -150,19 +135,18 @@ class Window:
     Args:
         token_grids: token grid `(h, w)` of each view.
         softness: standard deviation in tokens, at least 0.
-        device: of the matches.
     """
 
-    def __init__(self, token_grids: Sequence[TokenGrid], softness: float, device: torch.device | str = "cpu") -> None:
+    def __init__(self, token_grids: Sequence[TokenGrid], softness: float) -> None:
         self.softness = softness
-        self.grids = torch.tensor(token_grids, device=device)
+        self.grids = torch.tensor(token_grids)
         reach = min(math.floor(CUTOFF * softness), max(itertools.chain(*token_grids)) - 1)
         offsets = [
             (down, right)
             for down, right in itertools.product(range(-reach, reach + 1), repeat=2)
             if down**2 + right**2 <= (CUTOFF * softness) ** 2
         ]
-        self.offsets = torch.tensor(offsets, device=device)
+        self.offsets = torch.tensor(offsets)
 
     def spread(self, views: Tensor, tokens: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Turn the views, tokens and weights `[..., T]` of matches into those of soft targets, `[..., T * S]`.
@@ -171,8 +155,8 @@ class Window:
         """
         if len(self.offsets) == 1:
             return views, tokens, weights
-        down, right = self.offsets.unbind(-1)
-        height, width = self.grids[views].unsqueeze(-2).unbind(-1)
+        down, right = sent_to(tokens.device, self.offsets).unbind(-1)
+        height, width = sent_to(tokens.device, self.grids)[views].unsqueeze(-2).unbind(-1)
         row, column = tokens[..., None] // width + down, tokens[..., None] % width + right
         inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
         share = torch.exp((down.square() + right.square()).to(weights.dtype) / (-2 * self.softness**2))
@@ -188,90 +172,70 @@ class Window:
 
 @dataclass(frozen=True)
 class _Group:
-    """All rows with the same keys.
+    """All rows with the same keys, or some of them.
 
     - `sample`, `ranges`: as in `Rows`.
-    - `first_column`: `[V]`, the column of each view's first token.
-    - `queries`: `[R]`, as in `Rows`.
-    - `views`, `tokens`, `weights`: `[R, T]`, view, token and weight of each match.
-    - `excluded`: `[R, 2]`, as in `Rows`.
+    - `first`, `rows`: the first of its rows among all supervised ones, and their number.
+    - `without`: the view that has no keys here, None for none.
     - `shares_keys`: whether another group of the same sample has some of the same keys.
     """
 
     sample: int
     ranges: Ranges
-    first_column: Tensor
-    queries: Tensor
-    views: Tensor
-    tokens: Tensor
-    weights: Tensor
-    excluded: Tensor | None = None
+    first: int
+    rows: int
+    without: int | None = None
     shares_keys: bool = False
 
     @property
     def keys(self) -> int:
-        return sum(stop - start for start, stop in self.ranges)
+        return _length(self.ranges)
 
     def cut(self, start: int, stop: int) -> _Group:
-        rows = {name: getattr(self, name)[start:stop] for name in ("queries", "views", "tokens", "weights")}
-        return replace(self, **rows, excluded=None if self.excluded is None else self.excluded[start:stop])
+        return replace(self, first=self.first + start, rows=min(stop, self.rows) - start)
 
 
-def _groups_per_view(index: Tensor, weights: Tensor, token_grids: Sequence[TokenGrid], pairs: int) -> Iterator[_Group]:
+def _length(ranges: Ranges) -> int:
+    return sum(stop - start for start, stop in ranges)
+
+
+def _groups_per_view(
+    counts: Sequence[int], shape: Sequence[int], token_grids: Sequence[TokenGrid], small: float
+) -> Iterator[_Group]:
     """All supervised queries of a sample against one key view."""
-    _, views, _, tokens = index.shape
-    by_key_view = weights.transpose(1, 2)
-    b, j, i, x = by_key_view.nonzero(as_tuple=True)
-    counts = torch.bincount(b * views + j, minlength=index.shape[0] * views).tolist()
-    first_column = torch.zeros(views, dtype=torch.int64, device=index.device)
-    query, token, weight = i * tokens + x, index[b, i, j, x], weights[b, i, j, x]
-    stop = 0
+    _, views, _, tokens = shape
+    first = 0
     for group, count in enumerate(counts):
-        if not count:
-            continue
-        start, stop = stop, stop + count
         sample, view = divmod(group, views)
-        keys = (view * tokens, view * tokens + token_grids[view][0] * token_grids[view][1])
-        rows, matches = slice(start, stop), (slice(start, stop), None)
-        yield _Group(sample, (keys,), first_column, query[rows], j[matches], token[matches], weight[matches])
+        if count:
+            keys = (view * tokens, view * tokens + math.prod(token_grids[view]))
+            yield _Group(sample, (keys,), first, count)
+        first += count
 
 
-def _groups_all_views(index: Tensor, weights: Tensor, token_grids: Sequence[TokenGrid], pairs: int) -> Iterator[_Group]:
+def _groups_all_views(
+    counts: Sequence[int], shape: Sequence[int], token_grids: Sequence[TokenGrid], small: float
+) -> Iterator[_Group]:
     """All supervised queries of a view against the keys of all other views.
 
     All supervised queries of a small sample are one group with the keys of all views; each row excludes the columns of
     its own view.
     """
-    batch, views, _, tokens = index.shape
-    lengths = [height * width for height, width in token_grids]
-    b, i, x = weights.any(dim=2).nonzero(as_tuple=True)
-    counts = torch.bincount(b * views + i, minlength=batch * views).view(batch, views).tolist()
-    query, token, weight = i * tokens + x, index[b, i, :, x].clamp(min=0), weights[b, i, :, x]
-    view = torch.arange(views, device=index.device).expand_as(token)
-    # First column of each view among the keys of all views, and, for each view left out, among those of the others.
-    columns_of_all = torch.tensor(list(itertools.accumulate(lengths, initial=0)), device=index.device)
-    columns_of_others = columns_of_all[:-1] - torch.tensor(lengths, device=index.device)[:, None] * torch.ones(
-        views, views, dtype=torch.int64, device=index.device
-    ).triu(1)
-    excluded = columns_of_all[i[:, None] + torch.arange(2, device=index.device)]
-    stop = 0
-    for sample, of_views in enumerate(counts):
-        if 0 < sum(of_views) * sum(lengths) <= SMALL_GROUP * pairs:
-            start, stop = stop, stop + sum(of_views)
-            rows = slice(start, stop)
-            ranges = _joined(lengths, tokens, without=None)
-            group = _Group(sample, ranges, columns_of_all[:-1], query[rows], view[rows], token[rows], weight[rows])
-            yield replace(group, excluded=excluded[rows])
+    batch, views, _, tokens = shape
+    lengths = [math.prod(grid) for grid in token_grids]
+    of_all = _joined(lengths, tokens, without=None)
+    of_others = [_joined(lengths, tokens, without=view) for view in range(views)]
+    first = 0
+    for sample in range(batch):
+        of_views = counts[sample * views : (sample + 1) * views]
+        if 0 < sum(of_views) * sum(lengths) <= small:
+            yield _Group(sample, of_all, first, sum(of_views))
+            first += sum(of_views)
             continue
-        for of_view, count in enumerate(of_views):
-            if not count:
-                continue
-            start, stop = stop, stop + count
-            rows = slice(start, stop)
-            ranges = _joined(lengths, tokens, without=of_view)
-            first_column = columns_of_others[of_view]
-            group = _Group(sample, ranges, first_column, query[rows], view[rows], token[rows], weight[rows])
-            yield replace(group, shares_keys=True)
+        for view, count in enumerate(of_views):
+            if count:
+                yield _Group(sample, of_others[view], first, count, without=view, shares_keys=True)
+            first += count
 
 
 def _joined(lengths: list[int], tokens: int, without: int | None) -> Ranges:
@@ -287,23 +251,140 @@ def _joined(lengths: list[int], tokens: int, without: int | None) -> Ranges:
     return tuple(ranges)
 
 
-def _side_by_side(groups: list[_Group], window: Window) -> Rows:
-    """Bring groups into one portion; shorter ones are padded with zeros."""
+def _on_device(
+    portions: list[list[_Group]],
+    index: Tensor,
+    weights: Tensor,
+    token_grids: Sequence[TokenGrid],
+    normalize: str,
+    softness: float,
+) -> Iterator[Rows]:
+    """Bring portions to the device, many at once, for which the host waits nowhere."""
+    if not portions:
+        return
+    window = Window(token_grids, softness)
+    supervised = (_Matches if normalize == "per_view" else _MatchesOfAll)(index, weights, token_grids)
+    start = total = 0
+    for stop, portion in enumerate(portions, start=1):
+        total += _padded(portion) * supervised.targets * len(window.offsets)
+        if stop == len(portions) or total > TARGETS_AT_ONCE:
+            yield from supervised.rows(portions[start:stop], window)
+            start, total = stop, 0
 
-    def stack(parts: list[Tensor]) -> Tensor:
-        return parts[0][None] if len(parts) == 1 else pad_sequence(parts, batch_first=True)
 
-    targets, weights = [], []
-    for group in groups:
-        views, tokens, weight = window.spread(group.views, group.tokens, group.weights)
+def _padded(portion: list[_Group]) -> int:
+    """G * R."""
+    return len(portion) * max(group.rows for group in portion)
+
+
+class _Matches:
+    """The matches with a weight, on the device: of each sample and key view, one target in a row.
+
+    Attributes:
+        targets: T before the matches are spread.
+    """
+
+    def __init__(self, index: Tensor, weights: Tensor, token_grids: Sequence[TokenGrid]) -> None:
+        _, self.views, _, self.length = index.shape
+        self.device, self.token_grids = index.device, token_grids
+        self.tokens, self.weights = self.arranged(index), self.arranged(weights)
+        self.targets = self.tokens.shape[1]
+        # The positions of all rows with a weight, in order. No shape depends on values, so the host need not wait.
+        supervised = (self.weights != 0).any(dim=1) if self.targets > 1 else self.weights[:, 0] != 0
+        count = len(supervised)
+        place = torch.where(supervised, supervised.cumsum(0) - 1, count)
+        self.order = place.new_zeros(count + 1).scatter_(0, place, torch.arange(count, device=self.device))
+
+    def rows(self, portions: list[list[_Group]], window: Window) -> Iterator[Rows]:
+        """Gather the rows of some portions, and spread their matches."""
+        several = [portion for portion in portions if len(portion) > 1]
+        sent = sent_to(self.device, torch.cat([*map(_samples_and_keys, several), torch.zeros(0, dtype=torch.int64)]))
+        position, kept = self.positions(portions)
+        weight = self.weights[position]
+        if kept is not None:
+            weight = weight.masked_fill(~kept[:, None], 0)
+        targets, weight, excluded = self.columns(portions, position, weight, window)
+        queries = position % (self.views * self.length)
+        at = sent_at = 0
+        for portion in portions:
+            groups, keys, count = len(portion), portion[0].keys, _padded(portion)
+            part, shape = slice(at, at + count), (groups, count // groups)
+            at += count
+            samples = key_index = None
+            if groups > 1:
+                samples, key_index = sent[sent_at : (sent_at := sent_at + groups * (1 + keys))].split(
+                    [groups, groups * keys]
+                )
+                samples, key_index = samples[:, None], key_index.view(groups, keys)
+            yield Rows(
+                tuple(group.sample for group in portion),
+                tuple(group.ranges for group in portion),
+                queries[part].view(shape),
+                targets[part].unflatten(0, shape),
+                weight[part].unflatten(0, shape),
+                None if excluded is None or portion[0].without is not None else excluded[part].unflatten(0, shape),
+                samples,
+                key_index,
+            )
+
+    def positions(self, portions: list[list[_Group]]) -> tuple[Tensor, Tensor | None]:
+        """Position of each row, and which rows are no padding; None where none is."""
+        numbers, kept = [], []
+        for portion in portions:
+            first, rows = torch.tensor([(group.first, group.rows) for group in portion]).unbind(1)
+            offset = torch.arange(int(rows.max()))
+            kept.append((offset < rows[:, None]).flatten())
+            numbers.append((first[:, None] + offset.minimum(rows[:, None] - 1)).flatten())
+        if all(bool(part.all()) for part in kept):  # the groups follow each other
+            start = portions[0][0].first
+            return self.order[start : start + sum(map(len, numbers))], None
+        return self.order[sent_to(self.device, torch.cat(numbers))], sent_to(self.device, torch.cat(kept))
+
+    def arranged(self, values: Tensor) -> Tensor:
+        """Values `[B, V, V, N]` as `[rows, T]`, the rows of a group side by side."""
+        return values.transpose(1, 2).reshape(-1, 1)
+
+    def columns(
+        self, portions: list[list[_Group]], position: Tensor, weight: Tensor, window: Window
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Columns and weights of the targets `[rows, T * S]`, and the columns that a row does not see `[rows, 2]`."""
+        tokens = self.tokens[position]
+        if len(window.offsets) > 1:
+            views = (position // (self.views * self.length) % self.views)[:, None]
+            _, tokens, weight = window.spread(views, tokens, weight)
+        return tokens, weight, None
+
+
+class _MatchesOfAll(_Matches):
+    """The same for one softmax over all other views: of each sample and query view, a target in each view."""
+
+    def arranged(self, values: Tensor) -> Tensor:
+        return values.transpose(2, 3).reshape(-1, self.views)
+
+    def columns(
+        self, portions: list[list[_Group]], position: Tensor, weight: Tensor, window: Window
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        views = torch.arange(self.views, device=self.device).expand_as(weight)
+        views, tokens, weight = window.spread(views, self.tokens[position].clamp(min=0), weight)
+        # First column of each view among the keys of all views, and, for each view left out, among those of the others.
+        lengths = torch.tensor([math.prod(grid) for grid in self.token_grids])
+        of_all = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+        of_others = of_all[:-1] - lengths[:, None] * torch.ones(self.views, self.views, dtype=torch.int64).triu(1)
+        first_column = sent_to(self.device, torch.cat([of_all[None, :-1], of_others]))
+        kinds = [0 if portion[0].without is None else portion[0].without + 1 for portion in portions]
+        kind = torch.tensor(kinds).repeat_interleave(torch.tensor([_padded(portion) for portion in portions]))
+        columns = first_column[sent_to(self.device, kind)[:, None], views] + tokens
+        excluded = None
+        if 0 in kinds:
+            ends = sent_to(self.device, torch.stack([of_all[:-1], of_all[1:]], dim=1))
+            excluded = ends[position // self.length % self.views]
         # Without a weight a target has no meaning, but its column must exist.
-        targets.append(torch.where(weight > 0, group.first_column[views] + tokens, 0))
-        weights.append(weight)
-    return Rows(
-        tuple(group.sample for group in groups),
-        tuple(group.ranges for group in groups),
-        stack([group.queries for group in groups]),
-        stack(targets),
-        stack(weights),
-        None if groups[0].excluded is None else stack([g.excluded for g in groups if g.excluded is not None]),
-    )
+        return torch.where(weight > 0, columns, 0), weight, excluded
+
+
+def _samples_and_keys(portion: list[_Group]) -> Tensor:
+    """Samples `[G]` of several groups side by side, and the position of each of their keys `[G, M]`, in one row."""
+    starts = torch.tensor([[start for start, _ in group.ranges] for group in portion])
+    offsets = [torch.arange(stop - start) for start, stop in portion[0].ranges]
+    positions = torch.cat([starts[:, place, None] + offset for place, offset in enumerate(offsets)], dim=1)
+    return torch.cat([torch.tensor([group.sample for group in portion]), positions.flatten()])

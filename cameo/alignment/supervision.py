@@ -1,10 +1,11 @@
-"""How much each match counts in the alignment loss.
+"""Which matches are supervised: how much each counts in the alignment loss, and how many there are.
 
 Axes: B samples, V views, N tokens per view, i query view, j key view.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,11 +14,13 @@ from torch import Tensor
 
 from cameo.alignment.options import check_choice
 from cameo.errors import ShapeError, as_integer, unknown_name
+from cameo.geometry.grids import TokenGrid
+from cameo.memory import sent_to
 
 if TYPE_CHECKING:
     from cameo.correspondence import Correspondence
 
-__all__ = ["supervision_weights"]
+__all__ = ["check_counts", "check_matches", "count_rows", "sampled_weights", "supervision_weights"]
 
 
 def supervision_weights(
@@ -50,7 +53,9 @@ def supervision_weights(
     Source: arXiv 2512.03045 and the code released with it.
     """
     check_choice("reduction", reduction)
-    supervised = correspondence.matched & _pair_mask(pairs, correspondence)[None, :, :, None]
+    supervised = correspondence.matched
+    if (mask := _pair_mask(pairs, correspondence)) is not None:
+        supervised = supervised & mask[None, :, :, None]
     weights = supervised.to(dtype)
     if correspondence.match_weight is not None:
         _check_like_index("correspondence.match_weight", correspondence.match_weight, correspondence)
@@ -70,6 +75,94 @@ def supervision_weights(
     reference, target = weights[:, :count], weights[:, count:]
     halves = [reference / _nonzero(reference.sum()), target / _nonzero(target.sum())]
     return torch.cat(halves, dim=1) * nearest
+
+
+def sampled_weights(weights: Tensor, normalize: str, max_queries: int, generator: torch.Generator | None) -> Tensor:
+    """Keep at most `max_queries` rows of the loss, drawn at random, with weights from which the loss is unbiased.
+
+    Each set of so many rows is as likely as any other, and the weights are multiplied by the number of all rows over
+    that of the kept ones, so the mean over the draws is what all rows give, of the loss and of its gradient.
+
+    Example:
+        >>> weights = torch.zeros(1, 2, 2, 4)
+        >>> weights[0, 0, 1] = 0.25
+        >>> kept = sampled_weights(weights, "per_view", 2, torch.Generator().manual_seed(0))
+        >>> sorted(kept[0, 0, 1].tolist())
+        [0.0, 0.0, 0.5, 0.5]
+
+    Args:
+        weights: `[B, V, V, N]` of `supervision_weights`.
+        normalize: "per_view": a row is a query token with the keys of one other view; "all_views": of all others.
+        max_queries: at least 1.
+        generator: of the random numbers; None is torch's own on the CPU.
+    """
+    carries = weights != 0 if normalize == "per_view" else (weights != 0).any(dim=2, keepdim=True)
+    if carries.numel() <= max_queries:
+        return weights
+    device = generator.device if generator is not None else torch.device("cpu")
+    drawn = sent_to(weights.device, torch.rand(carries.shape, generator=generator, device=device))
+    first = drawn.masked_fill(~carries, 2).flatten().topk(max_queries, largest=False, sorted=False).indices
+    chosen = torch.zeros_like(carries).flatten().scatter_(0, first, value=True).view(carries.shape)
+    count = carries.sum()
+    factor = count.to(weights.dtype) / count.clamp(min=1, max=max_queries)
+    return torch.where(chosen, weights * factor, 0)
+
+
+def check_matches(index: Tensor, token_grids: Sequence[TokenGrid]) -> None:
+    """Refuse a match outside its view's token grid; `Correspondence` itself reads values on the CPU only.
+
+    Args:
+        index: int64 `[B, V, V, N]`, as in `cameo.Correspondence`.
+        token_grids: token grid `(h, w)` of each view.
+
+    Raises:
+        ValueError: the message names the match.
+    """
+    wrong = _wrong_matches(index, token_grids)
+    if bool(wrong.any()):
+        b, i, j, x = torch.nonzero(wrong)[0].tolist()
+        raise ValueError(
+            f"correspondence.index[{b}, {i}, {j}, {x}]: expected -1, or a token of view {j} with grid "
+            f"{token_grids[j]} for a token of another view {i} with grid {token_grids[i]}, got "
+            f"{index[b, i, j, x].item()}. "
+            "Build the correspondence with token_grid=model.token_grid(height, width)"
+        )
+
+
+def _wrong_matches(index: Tensor, token_grids: Sequence[TokenGrid]) -> Tensor:
+    lengths = [height * width for height, width in token_grids]
+    limits = [[0 if i == j else length for j, length in enumerate(lengths)] for i in range(len(lengths))]
+    limit = sent_to(index.device, torch.tensor(limits))[..., None]
+    if len(set(lengths)) > 1:
+        token = torch.arange(index.shape[3], device=index.device)
+        limit = limit.masked_fill(token >= sent_to(index.device, torch.tensor(lengths))[:, None, None], 0)
+    return (index >= limit) & (index >= 0) | (index < -1)
+
+
+def count_rows(index: Tensor, weights: Tensor, token_grids: Sequence[TokenGrid], normalize: str) -> Tensor:
+    """Count what the host must know before it can cut the rows into portions, in one tensor.
+
+    Example:
+        >>> index = torch.tensor([[[-1, -1], [0, -1]], [[1, 1], [-1, -1]]])[None]
+        >>> count_rows(index, (index >= 0).float(), [(1, 2)] * 2, "per_view").tolist()
+        [2, 1, 0]
+
+    Args:
+        index, weights, token_grids, normalize: see `cameo.alignment.rows.plan_rows`.
+
+    Returns:
+        int64: the number of rows of each sample and view, in turn, key views for "per_view" and query views for
+        "all_views"; then the number of matches that `check_matches` would refuse.
+    """
+    supervised = weights != 0
+    of_view = supervised.sum(dim=(1, 3)) if normalize == "per_view" else supervised.any(dim=2).sum(dim=2)
+    return torch.cat([of_view.flatten(), _wrong_matches(index, token_grids).sum()[None]])
+
+
+def check_counts(counts: Sequence[int], index: Tensor, token_grids: Sequence[TokenGrid]) -> None:
+    """Refuse what `check_matches` refuses, with the figures that `count_rows` has found."""
+    if counts[-1]:
+        check_matches(index, token_grids)
 
 
 def _usable(weight: Tensor) -> bool:
@@ -96,12 +189,12 @@ def _nonzero(total: Tensor) -> Tensor:
     return torch.where(total > 0, total, 1)
 
 
-def _pair_mask(pairs: str | Tensor, correspondence: Correspondence) -> Tensor:
+def _pair_mask(pairs: str | Tensor, correspondence: Correspondence) -> Tensor | None:
     views, device = correspondence.num_views, correspondence.index.device
     if isinstance(pairs, str):
         if pairs != "all":
             raise unknown_name("pairs", pairs, ["all"])
-        return torch.ones(views, views, dtype=torch.bool, device=device)
+        return None
     if not isinstance(pairs, Tensor) or pairs.dtype != torch.bool or pairs.shape != (views, views):
         got = f"{pairs.dtype} {list(pairs.shape)}" if isinstance(pairs, Tensor) else type(pairs).__name__
         raise ShapeError("pairs", expected=f'"all" or a bool tensor [V, V] = [{views}, {views}]', got=got)

@@ -18,13 +18,12 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from cameo.alignment import heads
-from cameo.alignment.heads import HeadWeights, RowsHead, make_rows_head
+from cameo.alignment.heads import HeadWeights, RowsHead, make_rows_head, workspace_bytes
 from cameo.alignment.rows import Rows, plan_rows
 
 __all__ = ["LossAndGradients", "gradient_dtype", "sweep"]
 
-# Whether torch can multiply half-precision matrices on CUDA and return the product in float32.
+# Whether this torch has a product of half-precision matrices that returns float32.
 WIDE_PRODUCTS = any("out_dtype" in str(schema) for schema in torch._C._jit_get_schemas_for_operator("aten::bmm"))
 # Number of keys that are converted to the dtype and shape of the products at once.
 KEYS_AT_ONCE = 2048
@@ -50,6 +49,11 @@ def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.float16 else dtype
 
 
+def multiplies_wide(device: torch.device) -> bool:
+    """Whether half-precision matrices can be multiplied on this device with a product in float32."""
+    return WIDE_PRODUCTS and device.type == "cuda"
+
+
 def sweep(
     query: Tensor,
     key: Tensor,
@@ -64,6 +68,7 @@ def sweep(
     implementation: str,
     gelu: str,
     gradients: bool,
+    counts: Sequence[int] = (),
 ) -> LossAndGradients:
     """Compute the alignment loss of `query` and `key` `[B, K, V, N, D]`, and its gradient.
 
@@ -76,6 +81,7 @@ def sweep(
         implementation: "chunked" or "triton".
         gelu: "exact", or "fast", which only "triton" offers.
         gradients: whether to compute the gradient.
+        counts: see `plan_rows`.
     """
     dtype = torch.promote_types(query.dtype, torch.float32)
     learned = head.linear and head.output is not None
@@ -88,12 +94,14 @@ def sweep(
     # float16, and no digit is lost. The rest of the scale multiplies the products.
     query_scale = 2.0 ** math.floor(math.log2(abs(scale))) if half and scale else 1.0
     # Divided by the largest weight during the sweep, or the gradients of many rows would underflow in float16.
-    largest_weight = torch.where(weights.amax() > 0, weights.amax(), 1) if half and weights.numel() else None
+    largest_weight = None
+    if half and query.dtype == torch.float16 and weights.numel():
+        largest_weight = weights.amax()
+        largest_weight = torch.where(largest_weight > 0, largest_weight, 1)
     rows_head = make_rows_head(
-        head, query.shape[1], scale / query_scale, products_dtype, implementation, gelu, gradients
+        head, query.shape[1], scale / query_scale, products_dtype, implementation, gelu, gradients, query.device
     )
     products = _Products(query, key, head, rows_head, operands, products_dtype, query_scale, gradients)
-    loss = torch.zeros((), dtype=weights.dtype, device=query.device)
     plan = plan_rows(
         index,
         weights if largest_weight is None else weights / largest_weight,
@@ -103,10 +111,11 @@ def sweep(
         pairs=min(rows_head.most_pairs, CPU_PRODUCTS) if query.device.type == "cpu" else rows_head.most_pairs,
         most_pairs=rows_head.most_pairs,
         # Queries, keys and the gradients of both take at most an eighth of the workspace each.
-        most_tokens=max(1, heads.WORKSPACE_BYTES // 8 // (query.shape[1] * query.shape[-1] * dtype.itemsize)),
+        most_tokens=max(1, workspace_bytes(query.device) // 8 // (query.shape[1] * query.shape[-1] * dtype.itemsize)),
+        counts=counts,
     )
-    for rows in plan:
-        loss += products.losses(rows).sum()
+    losses = [products.losses(rows) for rows in plan]
+    loss = torch.cat(losses).sum().to(weights.dtype) if losses else weights.new_zeros(())
     if largest_weight is not None:
         loss *= largest_weight
     if not gradients:
@@ -190,17 +199,14 @@ class _Products:
         """Queries of the rows, `[C * G, R, D]`."""
         if len(rows.samples) == 1:
             return self._as_channels(self.query[rows.samples[0]][:, None, rows.queries[0]])
-        queries = self.query.transpose(0, 1)[:, _column(rows.samples, self.query), rows.queries]
-        # A padding row takes the query of any token, which may be infinite or NaN: 0 keeps it out of the gradients.
-        padding = (rows.weights == 0).all(dim=-1)
-        return self._as_channels(queries.masked_fill(padding[None, ..., None], 0))
+        return self._as_channels(self.query.transpose(0, 1)[:, rows.sample_index, rows.queries])
 
     def _keys(self, rows: Rows, tokens: slice | None) -> Tensor:
         """Keys `[C * G, n, D]` of one slice, see `_key_slices`."""
         which = (rows.samples, rows.ranges, tokens)
         if self._converted_keys[0] != which:
             if tokens is None:
-                keys = self.key.transpose(0, 1)[:, _column(rows.samples, self.key), _keys_side_by_side(rows, self.key)]
+                keys = self.key.transpose(0, 1)[:, rows.sample_index, rows.key_index]
             else:
                 keys = self.key[rows.samples[0]][:, None, tokens]
             self._converted_keys = (which, self._as_channels(keys))
@@ -208,14 +214,17 @@ class _Products:
         return self._converted_keys[1]
 
     def _add_gradients(self, rows: Rows, unscaled: Tensor, queries: Tensor, d_products: Tensor) -> None:
-        d_queries = torch.zeros(queries.shape, dtype=self.sum_dtype, device=queries.device)
+        d_queries: Tensor | None = None
         for columns, tokens in _key_slices(rows):
             d_slice = d_products[:, :, columns].to(self.dtype)
-            if self.dtype == self.sum_dtype:
+            if d_queries is None:
+                d_queries = self._product(d_slice, self._keys(rows, tokens))
+            elif self.dtype == self.sum_dtype:
                 d_queries.baddbmm_(d_slice, self._keys(rows, tokens))
             else:
                 d_queries += self._product(d_slice, self._keys(rows, tokens))
             self._add_to_keys(rows, tokens, d_slice.transpose(1, 2), queries)
+        assert d_queries is not None
         if self.learned:
             self.d_factor += (d_queries * unscaled).sum(dim=(0, 1)) * self.query_scale
         if queries is not unscaled:
@@ -225,15 +234,14 @@ class _Products:
             self.d_query[rows.samples[0]].index_add_(1, rows.queries[0], d_query[:, 0])
             return
         # The same query may belong to several of the groups.
-        head = torch.arange(len(d_query), device=d_query.device)[:, None, None]
-        place = (_column(rows.samples, d_query), head, rows.queries)
-        self.d_query.index_put_(place, d_query, accumulate=True)
+        assert rows.sample_index is not None
+        place = (rows.sample_index, rows.queries)
+        self.d_query.transpose(1, 2).index_put_(place, d_query.permute(1, 2, 0, 3), accumulate=True)
 
     def _add_to_keys(self, rows: Rows, tokens: slice | None, d_products: Tensor, queries: Tensor) -> None:
         if tokens is None:  # each of these keys belongs to one group only, so its gradient is complete
             d_key = self._as_heads(self._product(d_products, queries), len(rows.samples))
-            place = (_column(rows.samples, d_key), _keys_side_by_side(rows, d_key))
-            self.d_key.transpose(0, 1)[:, *place] = d_key
+            self.d_key.transpose(0, 1)[:, rows.sample_index, rows.key_index] = d_key
         elif self.linear or self.dtype != self.sum_dtype:
             self.d_key[rows.samples[0]][:, tokens] += self._as_heads(self._product(d_products, queries), 1)[:, 0]
         else:
@@ -241,7 +249,7 @@ class _Products:
 
     def _product(self, left: Tensor, right: Tensor) -> Tensor:
         """Batched matrix product, summed and returned in `sum_dtype`."""
-        if left.is_cuda and self.dtype != self.sum_dtype and WIDE_PRODUCTS:
+        if self.dtype != self.sum_dtype and multiplies_wide(left.device):
             return torch.bmm(left, right, out_dtype=self.sum_dtype)
         return torch.bmm(left.to(self.sum_dtype), right.to(self.sum_dtype))
 
@@ -266,7 +274,7 @@ class _Products:
 def _key_slices(rows: Rows) -> Iterator[tuple[slice, slice | None]]:
     """Cut the keys of the rows into slices: the columns of each, and its tokens in the sample.
 
-    Several groups side by side are one slice, whose tokens are None, see `_keys_side_by_side`.
+    Several groups side by side are one slice, whose tokens are None, see `Rows.key_index`.
     """
     if len(rows.samples) > 1:
         yield slice(0, rows.keys), None
@@ -277,15 +285,3 @@ def _key_slices(rows: Rows) -> Iterator[tuple[slice, slice | None]]:
             count = min(KEYS_AT_ONCE, stop - token)
             yield slice(first, first + count), slice(token, token + count)
             first += count
-
-
-def _keys_side_by_side(rows: Rows, like: Tensor) -> Tensor:
-    """Position in the sample of each key of several groups, `[G, M]`."""
-    starts = torch.tensor([[start for start, _ in ranges] for ranges in rows.ranges], device=like.device)
-    lengths = [stop - start for start, stop in rows.ranges[0]]
-    offsets = [torch.arange(length, device=like.device) for length in lengths]
-    return torch.cat([starts[:, place, None] + offset for place, offset in enumerate(offsets)], dim=1)
-
-
-def _column(samples: Sequence[int], like: Tensor) -> Tensor:
-    return torch.tensor(samples, device=like.device)[:, None]

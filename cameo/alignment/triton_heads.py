@@ -40,7 +40,7 @@ try:
 except ImportError as error:
     raise ImportError(f"cameo.alignment.triton_heads needs Triton: {INSTALL_TRITON}") from error
 
-__all__ = ["GELUS", "HeadPlan", "mlp_rows", "refusal", "softmax_rows", "softmax_tile"]
+__all__ = ["GELUS", "HeadPlan", "mlp_rows", "pack_weights", "refusal", "softmax_rows", "softmax_tile"]
 
 # Number of unrolled chunks of hidden units, and of pipeline stages; all choices give the same bits.
 SCORES_CONFIGURATIONS = ((8, 1), (1, 1), (8, 3))
@@ -110,6 +110,17 @@ _tuned_scores_kernel = triton.autotune(
 )(scores_kernel)
 
 
+def pack_weights(weight_in: Tensor, bias: Tensor, weight_out: Tensor, scale: float) -> Tensor:
+    """Bring the weights of a head into the form in which the kernels read them, once for all rows; as in `mlp_rows`."""
+    units, heads = weight_in.shape
+    plan = HeadPlan(heads, units)
+    packed = torch.empty(4, plan.chunks, 8 * plan.padded_heads, dtype=torch.float32, device=weight_in.device)
+    shape = {"HEADS": heads, "WIDTH": plan.padded_heads, "CHUNKS": plan.chunks}
+    with torch.cuda.device_of(weight_in):
+        pack_weights_kernel[(plan.chunks,)](weight_in, bias, weight_out, packed, scale, units, **shape, num_warps=1)
+    return packed
+
+
 def mlp_rows(
     logits: Tensor,
     weight_in: Tensor,
@@ -121,6 +132,8 @@ def mlp_rows(
     excluded: Tensor | None,
     gradients: tuple[Tensor, Tensor, Tensor] | None,
     gelu: str = "exact",
+    *,
+    packed: Tensor | None = None,
 ) -> Tensor:
     """Losses [R] of rows whose heads are joined by one hidden layer; the host does not wait for the device.
 
@@ -151,6 +164,7 @@ def mlp_rows(
             None for losses only.
         gelu: "exact", at most 6e-7 from the true GELU for inputs between -12 and 12, where torch in float32 is up to
             1.2e-6 off, depending on the processor; or "fast", at most 1.2e-6 off and 6 % fewer instructions.
+        packed: what `pack_weights` made of this head and scale; None packs it here.
 
     Raises:
         ShapeError: a tensor has another shape or is not contiguous.
@@ -169,10 +183,10 @@ def mlp_rows(
     if gradients is not None:
         _check_weights("gradients of ", gradients, heads, units)
     float32: dict[str, Any] = {"dtype": torch.float32, "device": logits.device}  # not torch's default dtype
-    losses = torch.zeros(rows, **float32)
     pairs = rows * columns
     if pairs == 0:
-        return losses
+        return torch.zeros(rows, **float32)
+    losses = torch.empty(rows, **float32)
     plan = HeadPlan(heads, units)
     shape = {"HEADS": heads, "WIDTH": plan.padded_heads, "CHUNKS": plan.chunks}
     options = {
@@ -184,8 +198,8 @@ def mlp_rows(
     programs = -(-pairs // (TILE * _TILES_PER_PROGRAM))
     at_once = _processors(logits.device) * _PROGRAMS_PER_PROCESSOR
     with torch.cuda.device_of(logits):
-        packed = torch.empty(4, plan.chunks, 8 * plan.padded_heads, **float32)
-        pack_weights_kernel[(plan.chunks,)](weight_in, bias, weight_out, packed, scale, units, **shape, num_warps=1)
+        if packed is None:
+            packed = pack_weights(weight_in, bias, weight_out, scale)
         scores = torch.empty(1, rows, columns, **float32)
         _tuned_scores_kernel[(min(programs, at_once),)](
             logits, packed, weight_out, scores, pairs, units, **shape, **options
@@ -241,10 +255,11 @@ def softmax_rows(
         ValueError: a tensor has another dtype.
     """
     _check_rows(logits, targets, weights, excluded)
-    losses = torch.zeros(logits.shape[1], dtype=torch.float32, device=logits.device)
-    if logits.numel():
-        with torch.cuda.device_of(logits):
-            _launch_softmax(logits, scale, targets, weights, excluded, gradients, losses)
+    if not logits.numel():
+        return torch.zeros(logits.shape[1], dtype=torch.float32, device=logits.device)
+    losses = torch.empty(logits.shape[1], dtype=torch.float32, device=logits.device)
+    with torch.cuda.device_of(logits):
+        _launch_softmax(logits, scale, targets, weights, excluded, gradients, losses)
     return losses
 
 

@@ -25,9 +25,20 @@ __all__ = ["lengths_of_call", "split_call", "visible_tokens", "without_hidden_ma
 
 
 def split_call(
-    layer: AttentionLayer, seen: CapturedAttention, match: Correspondence, normalize: str
+    layer: AttentionLayer,
+    seen: CapturedAttention,
+    match: Correspondence,
+    normalize: str,
+    local: Correspondence | None = None,
 ) -> tuple[Tensor, Tensor, Correspondence, Tensor | None]:
     """Split a captured call by sample and view, as `cameo.alignment_loss` takes it.
+
+    Args:
+        layer: the layer.
+        seen: its captured call.
+        match: the matches of the views.
+        normalize: see `cameo.alignment_loss`.
+        local: `layer.layout.localize(match)` where it is known.
 
     Returns:
         Query and key `[B', K, V, N', D]`, the matches there, and which keys each query sees, bool `[B', V, N', V, N']`,
@@ -53,7 +64,8 @@ def split_call(
         error.args = (f"layer {layer.path!r} with {layer.layout!r}: {error}{cure}",)
         raise
     visible = visible_tokens(layer, seen, batch=batch, token_grids=grids)
-    local, visible = without_hidden_matches(layer.layout.localize(match), visible, normalize)
+    local = layer.layout.localize(match) if local is None else local
+    local, visible = without_hidden_matches(local, visible, normalize)
     return query, key, local, visible
 
 

@@ -6,6 +6,7 @@ Arguments are not checked here; users call :class:`cameo.correspondence.Correspo
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from einops import einsum, rearrange
 from torch import Tensor
 
-from cameo.correspondence.neighbors.nearest import cycle_consistent, match_tokens
+from cameo.correspondence.neighbors.nearest import cycle_consistent, match_tokens, triton_refusal
 from cameo.geometry import camera_rays, cell_centres
 from cameo.geometry.cameras import full_precision, invert_extrinsics, most_exact
 from cameo.geometry.depth import read_depth
@@ -23,6 +24,10 @@ from cameo.geometry.visibility import look_up
 
 __all__ = ["match_depth", "match_features", "match_point_maps", "resample_features", "token_at"]
 
+# Bytes that matching by depth may take beyond its result, unless a single key view of one sample needs more; and how
+# many it takes for each match that it computes, in float32.
+WORKSPACE_BYTES = 64 << 20
+DEPTH_BYTES = 576
 # Number of similarities in one block of two views: 64 MiB in float32.
 BLOCK = 1 << 24
 
@@ -55,28 +60,71 @@ def match_depth(
     Returns:
         Index and distance ``[B, V, V, N]`` as in :class:`cameo.correspondence.Correspondence`.
     """
-    views = depth.shape[1]
     depth = depth.to(torch.promote_types(depth.dtype, torch.float32))
+    if depth.dtype == torch.float32 and depth.device.type != "cpu" and triton_refusal(depth.device) is None:
+        from cameo.correspondence import triton_depth
+
+        return triton_depth.match_depth(depth, intrinsics, extrinsics, token_grids, depth_tolerance)
+    batch, views = depth.shape[:2]
     intrinsics = intrinsics.to(depth)
     centres = _padded_centres(token_grids, depth)
     # [B, V, N]: depth at the token centers, NaN for padding and missing depth.
-    centre_depth = read_depth(depth, centres.expand(depth.shape[0], -1, -1, -1))
+    centre_depth = read_depth(depth, centres.expand(batch, -1, -1, -1))
     surface = camera_rays(centres, intrinsics) * centre_depth[..., None]
     pose = _relative_poses(extrinsics).to(depth)
+    grid_of_view = [_per_view(lengths, depth) for lengths in zip(*token_grids, strict=True)]
+    index = torch.empty(batch, views, *surface.shape[1:3], dtype=torch.int64, device=depth.device)
+    distance = depth.new_empty(index.shape)
+    # Some key views of some samples at a time, so that the workspace is bounded.
+    of_view = DEPTH_BYTES * index[0, :, 0].numel() * depth.element_size() // 4
+    keys = min(views, max(1, WORKSPACE_BYTES // of_view))
+    samples = max(1, WORKSPACE_BYTES // (views * of_view)) if keys == views else 1
+    for b, j in itertools.product(range(0, batch, samples), range(0, views, keys)):
+        part = (slice(b, b + samples), slice(j, j + keys))
+        found = _match_key_views(
+            depth[part],
+            intrinsics[part],
+            pose[part],
+            surface[part[0]],
+            centre_depth[part],
+            [lengths[part[1]] for lengths in grid_of_view],
+            depth_tolerance,
+        )
+        index[part[0], :, part[1]], distance[part[0], :, part[1]] = found
+    same_view = torch.eye(views, dtype=torch.bool, device=depth.device)[..., None]
+    return index.masked_fill_(same_view, -1), distance.masked_fill_(same_view, math.inf)
+
+
+def _match_key_views(
+    depth: Tensor,
+    intrinsics: Tensor,
+    pose: Tensor,
+    surface: Tensor,
+    centre_depth: Tensor,
+    grid_of_view: list[Tensor],
+    depth_tolerance: float,
+) -> tuple[Tensor, Tensor]:
+    """Match all views `[B, i]` with some key views `[B, j]`; index and distance ``[B, i, j, N]``, also for i = j.
+
+    Args:
+        depth, intrinsics, centre_depth: of the key views.
+        pose: from the camera of i to that of j, ``[B, j, i, 4, 4]``.
+        surface: the tokens' surface points, each in its own camera, ``[B, i, N, 3]``.
+        grid_of_view: rows and columns of the tokens of each key view, ``[j, 1]``.
+        depth_tolerance: as of `match_depth`.
+    """
     # The target view j comes first, so that the points of all views are looked up in view j together.
     point = einsum(pose[..., :3, :3], surface, "b j i r c, b i n c -> b j i n r") + pose[..., None, :3, 3]
     point = rearrange(point, "b j i n c -> b j (i n) c")
     seen = look_up(point, intrinsics, lambda xy, _: read_depth(depth, xy), depth_tolerance)
-    rows, columns = (_per_view(lengths, seen.xy) for lengths in zip(*token_grids, strict=True))
-    token = token_at(seen.xy, rows, columns, depth.shape[-2:])
+    token = token_at(seen.xy, *grid_of_view, depth.shape[-2:])
     measured = torch.gather(centre_depth, -1, token.clamp(min=0)).isfinite()
     matched = measured & (token >= 0) & seen.visible
     # The surface that the view shows there lies on the same ray: it is the point scaled to the surface's depth.
     apart = ((seen.surface / seen.z)[..., None] * point - point).norm(dim=-1)
-    index = rearrange(torch.where(matched, token, -1), "b j (i n) -> b i j n", i=views)
-    distance = rearrange(torch.where(apart.isfinite(), apart, math.inf), "b j (i n) -> b i j n", i=views)
-    same_view = torch.eye(views, dtype=torch.bool, device=depth.device)[..., None]
-    return index.masked_fill(same_view, -1), distance.masked_fill(same_view, math.inf)
+    index = rearrange(torch.where(matched, token, -1), "b j (i n) -> b i j n", i=surface.shape[1])
+    distance = rearrange(torch.where(apart.isfinite(), apart, math.inf), "b j (i n) -> b i j n", i=surface.shape[1])
+    return index, distance
 
 
 @torch.no_grad()

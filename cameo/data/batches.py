@@ -60,7 +60,7 @@ def match_batch(
             batch["intrinsics"],
             batch["extrinsics"],
             token_grid=size,
-            check_values=not batch["depth"].is_cuda,
+            check_values=batch["depth"].device.type == "cpu",
         )
     if kind == "point_map" and ("point_map" in batch or "depth" in batch):
         points = batch.get("point_map")

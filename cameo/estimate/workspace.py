@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from cameo.alignment.heads import CPU_HIDDEN, WORKSPACE_BYTES
+from cameo.alignment.heads import CPU_HIDDEN, MOST_WORKSPACE_BYTES, WORKSPACE_BYTES
 from cameo.alignment.sweep import CPU_PRODUCTS, KEYS_AT_ONCE
 
 __all__ = ["alignment_flops", "alignment_workspace"]
@@ -43,7 +43,7 @@ def alignment_workspace(
     matches = index.numel()
     pairs = matches * tokens
     if on_gpu:
-        portions = min(WORKSPACE_BYTES, pairs * (channels + bool(hidden)) * BYTES * 2)
+        portions = min(MOST_WORKSPACE_BYTES, pairs * (channels + bool(hidden)) * BYTES * 2)
     else:
         held = min(pairs, CPU_PRODUCTS)
         portions = (channels + 1) * held * BYTES + (0 if hidden else channels * held * BYTES)

@@ -179,6 +179,7 @@ def wrap_denoiser(
         normalize=config.normalize,
         softness=config.softness,
         implementation=config.alignment_implementation,
+        max_queries=config.max_queries,
         reduction=config.reduction,
         num_reference_views=config.num_reference_views,
         inflate=config.inflate,
@@ -227,7 +228,8 @@ def _supervised_as_before(model: CameoModel, config: TrainingConfig) -> CameoMod
     ):
         return model
     torch.manual_seed(config.seed)
-    return attach(model.unwrap(), before, implementation=config.alignment_implementation)
+    options = {"implementation": config.alignment_implementation, "max_queries": config.max_queries}
+    return attach(model.unwrap(), before, **options)
 
 
 def _supervision_facts(config: TrainingConfig) -> dict[str, Any]:

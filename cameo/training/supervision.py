@@ -43,7 +43,7 @@ __all__ = [
 ]
 
 # Purposes of random numbers beside the noise of the images.
-DEPTH_NOISE, RANDOM_MATCHES = 1, 2
+DEPTH_NOISE, RANDOM_MATCHES, QUERIES = 1, 2, 3
 PROJECTOR_FILE = "repa_projector.safetensors"
 # Number of optimizer steps without any match after which a run that was to have some warns. Even where nine of ten
 # samples have no match, a batch of 4 has none in 66 % of the steps, and ten such steps follow each other in 1.3 %.
@@ -98,9 +98,14 @@ class Supervision:
             self.heads = self.module.projectors
 
     @property
-    def num_supervised(self) -> int:
-        """Number of matches, or of tokens with features, behind the latest alignment loss."""
-        return self.module.num_supervised if self.config.loss_weight else 0
+    def num_supervised(self) -> int | Tensor:
+        """Number of matches, or of tokens with features, behind the latest alignment loss, where it is."""
+        if not self.config.loss_weight:
+            return 0
+        if isinstance(self.module, FeatureAlignment):
+            return self.module.num_supervised
+        count = self.module._num_supervised
+        return 0 if count is None else count
 
     def targets(
         self, batch: Mapping[str, Any], inputs: TrainingInputs, micro_step: int, process: int = 0
@@ -126,6 +131,8 @@ class Supervision:
         self.chance = alignment_chance(layers, matches, self.model.cameo_config)
         most = sum(matchable_tokens(*one) for one in zip(layers, (match.token_grids for match in matches), strict=True))
         self.matchable = self.num_wanted * most
+        if config.max_queries is not None:
+            self.model.query_generator = step_generator(config, micro_step, process, QUERIES)
         return {"correspondence": matches}
 
     def figures(self) -> dict[str, float | Tensor]:

@@ -94,6 +94,7 @@ class Trainer:
             betas=(config.adam_beta1, config.adam_beta2),
             weight_decay=config.adam_weight_decay,
             eps=config.adam_epsilon,
+            fused=True if self.device.type == "cuda" else None,
         )
         self.scheduler = get_scheduler(
             config.lr_scheduler,
@@ -247,7 +248,7 @@ class Trainer:
                 loss, denoising, alignment = self._losses(batch, micro_step)
                 self.accelerator.backward(loss / accumulate)
             figures = [denoising.detach(), alignment.detach(), *self.supervision.figures().values()]
-            sums += torch.stack([torch.as_tensor(one, dtype=torch.float32, device=self.device) for one in figures])
+            sums += torch.stack([figure(one, self.device) for one in figures])
             samples += batch["key"]
         return sums, samples
 
@@ -269,7 +270,7 @@ class Trainer:
             The entry of the records, the number of samples that were to be supervised, the sum of the processes'
             gradient norms, and whether a process was told to stop.
         """
-        stopping = torch.tensor(float(stop.received is not None), device=self.device)
+        stopping = figure(stop.received is not None, self.device)
         figures = torch.stack([*sums, stopping, norm.float()])
         totals = self.accelerator.reduce(figures, "sum").tolist()
         denoising, alignment, supervised, num_wanted, chance, matchable, stopping_sum, norm_sum = totals
@@ -363,3 +364,15 @@ class Trainer:
     def _load_weights(self, folder: Path) -> None:
         load_trained(self.model, folder)
         self.supervision.load(folder)
+
+
+def figure(value: float | Tensor, device: torch.device) -> Tensor:
+    """Return a number as a float32 tensor on a device; the host does not wait, as it would for a copy of a number.
+
+    Example:
+        >>> figure(3, torch.device("cpu")).item()
+        3.0
+    """
+    if isinstance(value, Tensor):
+        return value.to(device, torch.float32)
+    return torch.full((), float(value), device=device)

@@ -17,6 +17,7 @@ TRITON_MODULES = (
     "cameo.alignment.triton_head_kernels",
     "cameo.alignment.triton_heads",
     "cameo.correspondence.neighbors.triton_nearest",
+    "cameo.correspondence.triton_depth",
 )
 MODULES = sorted(
     {"cameo"}

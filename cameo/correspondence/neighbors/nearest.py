@@ -16,6 +16,7 @@ from torch import Tensor
 
 from cameo.correspondence.neighbors.triton_support import device_refusal
 from cameo.errors import unknown_name
+from cameo.memory import sent_to
 
 __all__ = ["IMPLEMENTATIONS", "cycle_consistent", "match_tokens", "nearest_by_differences", "nearest_by_products"]
 
@@ -23,6 +24,8 @@ IMPLEMENTATIONS = ("auto", "differences", "products", "triton")
 
 # Bytes of one tile of pairwise distances, bytes of the block minima that are settled together, most blocks of a view.
 TILE_BYTES = 1 << 20
+# Bytes of one tile on a device whose operators are launches: that of several pairs of views.
+DEVICE_TILE_BYTES = 64 << 20
 BLOCKS_BYTES = 1 << 20
 MOST_BLOCKS = 64
 # The lowest compute capability that Triton supports, that of Turing.
@@ -104,23 +107,27 @@ def nearest_by_differences(tokens: Tensor) -> tuple[Tensor, Tensor]:
     """
     batch, views, count, _ = tokens.shape
     index, distance = _nothing_found(tokens)
-    rows = max(1, TILE_BYTES // tokens.element_size() // max(1, batch * count))
-    for i in range(views):
-        for j in range(i + 1, views):
-            first, second = tokens[:, i], tokens[:, j]
-            for start in range(0, count, rows):
-                stop = min(start + rows, count)
-                x, y, z = ((first[:, start:stop, None, c] - second[:, None, :, c]).square_() for c in range(3))
-                squared = x.add_(y).add_(z)
-                squared.masked_fill_(squared.isnan(), math.inf)
-                apart, best = squared.min(dim=2)
-                distance[:, i, j, start:stop] = apart
-                index[:, i, j, start:stop] = best.masked_fill_(apart.isinf(), -1)
-                apart, best = squared.min(dim=1)
-                # Later tokens win only if they are closer, so that ties stay with the lower index.
-                closer = apart < distance[:, j, i]
-                index[:, j, i] = torch.where(closer, best + start, index[:, j, i])
-                distance[:, j, i] = torch.where(closer, apart, distance[:, j, i])
+    bytes_at_once = TILE_BYTES if tokens.device.type == "cpu" else DEVICE_TILE_BYTES
+    entries = max(1, bytes_at_once // tokens.element_size() // max(1, batch * count))
+    pairs = max(1, entries // max(1, count))
+    rows = max(1, entries // pairs)
+    for part in torch.triu_indices(views, views, 1).split(pairs, dim=1):
+        i, j = sent_to(tokens.device, part)
+        first, second = tokens[:, i], tokens[:, j]
+        there, back = index[:, j, i], distance[:, j, i]
+        for start in range(0, count, rows):
+            stop = min(start + rows, count)
+            x, y, z = ((first[:, :, start:stop, None, c] - second[:, :, None, :, c]).square_() for c in range(3))
+            squared = x.add_(y).add_(z)
+            squared.masked_fill_(squared.isnan(), math.inf)
+            apart, best = squared.min(dim=3)
+            distance[:, i, j, start:stop] = apart
+            index[:, i, j, start:stop] = best.masked_fill_(apart.isinf(), -1)
+            apart, best = squared.min(dim=2)
+            # Later tokens win only if they are closer, so that ties stay with the lower index.
+            closer = apart < back
+            there, back = torch.where(closer, best + start, there), torch.where(closer, apart, back)
+        index[:, j, i], distance[:, j, i] = there, back
     return index, distance.sqrt_()
 
 

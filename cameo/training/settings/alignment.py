@@ -57,6 +57,11 @@ class AlignmentSettings(Settings):
     # Way to compute the loss: chunked or triton (in one sweep, bounded memory), or reference (readable, slow). auto,
     # the default, takes the fastest that the machine has.
     alignment_implementation: str = setting("auto", choices=IMPLEMENTATIONS, changeable=True)
+    # Number of rows (a query token with the keys that its softmax is over) whose loss is computed in a step, >= 1,
+    # drawn at random from those with a match, from the seed and the step; loss and gradient are those of all rows on
+    # average. The time of the loss is proportional to it: 21 views of 64x64 tokens have 1.1 million rows with a match.
+    # null, the default, computes all.
+    max_queries: int | None = setting(None, at_least=1)
     # Where matches come from: depth and cameras (depth, the default, with the fewest false matches), nearest point maps
     # with a cycle check (point_map, the paper's), image features (features), the tracks of the data, as of a COLMAP
     # model (tracks), or a matcher of images (matcher).
@@ -89,7 +94,8 @@ class AlignmentSettings(Settings):
             raise unknown_name("head", kind, HEAD_KINDS)
         outside = self.correspondence_in == "worker" or self.precomputed_correspondence is not None
         if self.supervision == "repa":
-            for name in ("correspondence_control", "geometry_noise", "correspondence_in", "precomputed_correspondence"):
+            of_matches = ("correspondence_control", "geometry_noise", "correspondence_in", "precomputed_correspondence")
+            for name in (*of_matches, "max_queries"):
                 if getattr(self, name) != getattr(AlignmentSettings, name):
                     raise ValueError(
                         f"{name}={getattr(self, name)}: is about matches, and supervision=repa uses none; "
