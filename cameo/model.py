@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from cameo.alignment import AlignmentHead, check_head_options, check_options
 from cameo.alignment.head_watch import HeadWatch
-from cameo.attention.capture import AttentionCapture, AttentionLayer, CapturedAttention
+from cameo.attention.capture import AttentionCapture, AttentionLayer, CapturedAttention, shared_grids
 from cameo.attention.compiled.regions import is_being_compiled, skipped_by_compiler
 from cameo.attention.visibility import split_call
 from cameo.backbone import get_backbone, resolve_layers, unwrap_peft
-from cameo.checks.layer_losses import LayerLoss, plan_losses
+from cameo.checks.layer_losses import LayerLoss, layer_totals, plan_losses
 from cameo.checks.observed_forward import ObservedForward, Observer
 from cameo.checks.unseen_kernels import UnseenKernels
 from cameo.config import CameoConfig, finite
@@ -94,8 +94,7 @@ class CameoModel(nn.Module):
         self._supervised = resolve_layers(unwrap_peft(base_model), config)
         if config.backbone is not None:
             config.layouts = [layer.layout.to_dict() for layer in self._supervised]
-        parameter = next(base_model.parameters(), None)
-        device = parameter.device if parameter is not None else None
+        device = next((parameter.device for parameter in base_model.parameters()), None)
         self.alignment_heads = nn.ModuleList(
             AlignmentHead(layer.heads, **config.head).to(device) for layer in self._supervised
         )
@@ -107,22 +106,25 @@ class CameoModel(nn.Module):
                 get_backbone(config.backbone).inflate(unwrap_peft(base_model), layer.path)
         self._alignment_loss: Tensor | None = None
         self._num_supervised: Tensor | None = None
-        self._watch = HeadWatch()
-        self._unseen = UnseenKernels()
-        self._observer = Observer()
+        self._watch, self._unseen, self._observer = HeadWatch(), UnseenKernels(), Observer()
         self.check_unseen = True
         self._attached = True
         register(base_model, self)
 
     @skipped_by_compiler
     def forward(
-        self, *args: Any, correspondence: Correspondence | Sequence[Correspondence] | None = None, **kwargs: Any
+        self,
+        *args: Any,
+        correspondence: Correspondence | Sequence[Correspondence] | None = None,
+        match_totals: Tensor | None = None,
+        **kwargs: Any,
     ) -> Any:
         """Return exactly what the wrapped model returns; with `correspondence`, set `alignment_loss` too.
 
         Args:
             correspondence: matches at the token grid of the supervised layer, see `token_grid`. Several
                 layers with different grids take a list, one per layer.
+            match_totals: what the loss divides by; None: the sums of these matches, see the method of that name.
 
         Raises:
             CaptureError: if a supervised layer did not run, its queries and keys carry no gradient in training, or
@@ -134,7 +136,7 @@ class CameoModel(nn.Module):
         self._alignment_loss = self._num_supervised = None
         if correspondence is None:
             return self.base_model(*args, **kwargs)
-        losses, observed = self._begin(correspondence, is_being_compiled())
+        losses, observed = self._begin(correspondence, match_totals, is_being_compiled())
         with observed:
             output = observed.run(*args, **kwargs)  # alone is compiled
         self._align(observed.captured, losses)
@@ -142,18 +144,18 @@ class CameoModel(nn.Module):
 
     @torch.compiler.disable
     def _begin(
-        self, correspondence: Correspondence | Sequence[Correspondence], compiled: bool
+        self, correspondence: Correspondence | Sequence[Correspondence], totals: Tensor | None, compiled: bool
     ) -> tuple[Sequence[LayerLoss], ObservedForward]:
         """Check what can be checked before a forward, plan its losses, and prepare to observe it."""
         matches = one_per_layer(correspondence, len(self._supervised))
-        self._check_supported()
-        trains = self._trains()
-        if trains:
+        if trains := self._trains():
+            self._check_supported()
             self._watch.look(self.alignment_heads, self.base_model)
         unseen = self._unseen if trains and self.check_unseen else None
-        sampled = {"max_queries": self.max_queries, "generator": self.query_generator} if trains else {}
-        device = next((parameter.device for parameter in self.parameters()), matches[0].device)
-        losses = plan_losses(self._supervised, self.alignment_heads, matches, self.cameo_config, device, **sampled)
+        sampled: Any = {"max_queries": self.max_queries, "generator": self.query_generator} if trains else {}
+        losses = plan_losses(
+            self._supervised, self.alignment_heads, matches, self.cameo_config, self._device(matches), totals, **sampled
+        )
         return losses, self._observer.observe(
             self.base_model, unwrap_peft(self.base_model), self._supervised, matches, unseen, compiled
         )
@@ -161,17 +163,25 @@ class CameoModel(nn.Module):
     @torch.compiler.disable
     def _align(self, captured: AttentionCapture, losses: Sequence[LayerLoss]) -> None:
         """Compute the alignment loss of an observed forward."""
-        options = {"softness": self.cameo_config.softness, "implementation": self.implementation, "gelu": self.gelu}
-        found = []
+        softness, found = self.cameo_config.softness, []
         for planned in losses:
             seen = captured.take(planned.layer.path)
             if self._trains():
                 seen.check_graph(planned.layer.path)
-            found.append(planned.compute(seen, **options))
+            found.append(planned.compute(seen, softness=softness, implementation=self.implementation, gelu=self.gelu))
         self._alignment_loss = torch.stack([loss for loss, _ in found]).mean()
         self._num_supervised = torch.stack([count for _, count in found]).sum()
         if self._trains():
             self._watch.follow(self._alignment_loss)
+
+    def match_totals(self, correspondence: Correspondence | Sequence[Correspondence]) -> Tensor:
+        """Return the sums of match weights that `alignment_loss` divides by, `[layers, P]`; P is 2 for "released".
+
+        The mean of the losses of several processes or accumulated parts is the loss of the whole batch where each
+        forward gets the mean of all their totals as `match_totals=`.
+        """
+        matches = one_per_layer(correspondence, len(self._supervised))
+        return layer_totals(self._supervised, matches, self.cameo_config, self._device(matches))
 
     @property
     def weight(self) -> float:
@@ -239,14 +249,7 @@ class CameoModel(nn.Module):
             ValueError: if the stride is not known, or several layers with different grids are supervised (then ask
                 each of `supervised_layers`).
         """
-        grids = {layer.token_grids(height, width, num_views) for layer in self._supervised}
-        if len(grids) > 1:
-            raise ValueError(
-                "token_grid: the supervised layers have different grids, with "
-                + ", ".join(f"{layer.path}: {layer.stride}" for layer in self._supervised)
-                + " pixels per token; build one Correspondence per layer"
-            )
-        return grids.pop()
+        return shared_grids(self._supervised, height, width, num_views)
 
     def check_layout(
         self,
@@ -350,10 +353,12 @@ class CameoModel(nn.Module):
     def _trains(self) -> bool:
         return self.training and torch.is_grad_enabled()
 
+    def _device(self, matches: Sequence[Correspondence]) -> torch.device:
+        return next((parameter.device for parameter in self.parameters()), matches[0].device)
+
     def _check_supported(self) -> None:
-        if self.cameo_config.backbone is None or not self._trains():
-            return
-        if reason := get_backbone(self.cameo_config.backbone).unsupported(unwrap_peft(self.base_model)):
+        name = self.cameo_config.backbone
+        if name and (reason := get_backbone(name).unsupported(unwrap_peft(self.base_model))):
             raise CaptureError(reason)
 
     def __getattr__(self, name: str) -> Any:

@@ -148,10 +148,16 @@ def plan_matches(
     num_reference_views: int | None = None,
     max_queries: int | None = None,
     generator: torch.Generator | None = None,
+    totals: Tensor | None = None,
 ) -> PlannedMatches:
     """Weigh the matches in `dtype`, float32 or float64; the other arguments are those of `alignment_loss`."""
     weights = supervision_weights(
-        correspondence, pairs=pairs, reduction=reduction, num_reference_views=num_reference_views, dtype=dtype
+        correspondence,
+        pairs=pairs,
+        reduction=reduction,
+        num_reference_views=num_reference_views,
+        totals=totals,
+        dtype=dtype,
     )
     if max_queries is not None:
         max_queries = as_integer("max_queries", max_queries, least=1)

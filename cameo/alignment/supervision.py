@@ -20,7 +20,7 @@ from cameo.memory import sent_to
 if TYPE_CHECKING:
     from cameo.correspondence import Correspondence
 
-__all__ = ["check_counts", "check_matches", "count_rows", "sampled_weights", "supervision_weights"]
+__all__ = ["check_counts", "check_matches", "count_rows", "match_totals", "sampled_weights", "supervision_weights"]
 
 
 def supervision_weights(
@@ -29,6 +29,7 @@ def supervision_weights(
     pairs: str | Tensor = "all",
     reduction: str = "mean",
     num_reference_views: int | None = None,
+    totals: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Return the weight [B, V, V, N] of each -log p[match] in the alignment loss, which is their weighted sum.
@@ -45,6 +46,8 @@ def supervision_weights(
     `num_reference_views` views and those of the other views are averaged separately and the two means are added; the
     mean of an empty part is 0.
 
+    `totals` takes the place of the sums that a mean divides by, see `match_totals`.
+
     Raises:
         ShapeError: `pairs`, `match_weight` or `distance` has another shape.
         ValueError: the reduction is unknown, a match weight on the CPU is negative or not finite, or something that
@@ -53,6 +56,65 @@ def supervision_weights(
     Source: arXiv 2512.03045 and the code released with it.
     """
     check_choice("reduction", reduction)
+    weights = _match_weights(correspondence, pairs, dtype)
+    if reduction == "sum":
+        if totals is not None:
+            raise ValueError('totals: reduction="sum" divides by nothing; leave them out')
+        return weights
+    count = 0 if reduction == "mean" else _check_reference_views(num_reference_views, correspondence.num_views)
+    sums = _sums(weights, reduction, count) if totals is None else totals.to(weights)
+    if reduction == "mean":
+        return weights / _nonzero(sums[0])
+    nearest = _nearest_view(correspondence)
+    halves = [part / _nonzero(total) for part, total in zip(_halves(weights, count), sums, strict=True)]
+    return torch.cat(halves, dim=1) * nearest
+
+
+def match_totals(
+    correspondence: Correspondence,
+    *,
+    pairs: str | Tensor = "all",
+    reduction: str = "mean",
+    num_reference_views: int | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Return the sums of match weights that the alignment loss divides by.
+
+    Where a batch is cut into parts, in several processes or one after the other, the mean over the whole batch is what
+    the parts give with the sum of their totals: the sum of the losses of the parts, and of their gradients.
+
+    Example:
+        >>> from cameo import Correspondence
+        >>> index = torch.full((1, 2, 2, 4), -1)
+        >>> index[0, 0, 1, :2] = 3
+        >>> match_totals(Correspondence(index=index, token_grids=((2, 2), (2, 2)))).tolist()
+        [2.0]
+
+    Returns:
+        `[1]` for "mean"; `[2]` for "released", of the queries in reference views and of the others.
+
+    Raises:
+        ValueError: for "sum", which divides by nothing.
+    """
+    check_choice("reduction", reduction)
+    if reduction == "sum":
+        raise ValueError('reduction="sum" divides by nothing, so there are no totals')
+    count = 0 if reduction == "mean" else _check_reference_views(num_reference_views, correspondence.num_views)
+    return _sums(_match_weights(correspondence, pairs, dtype), reduction, count)
+
+
+def _halves(weights: Tensor, num_reference_views: int) -> tuple[Tensor, Tensor]:
+    return weights[:, :num_reference_views], weights[:, num_reference_views:]
+
+
+def _sums(weights: Tensor, reduction: str, num_reference_views: int) -> Tensor:
+    if reduction == "mean":
+        return weights.sum()[None]
+    return torch.stack([part.sum() for part in _halves(weights, num_reference_views)])
+
+
+def _match_weights(correspondence: Correspondence, pairs: str | Tensor, dtype: torch.dtype) -> Tensor:
+    """Weight [B, V, V, N] of each match before any reduction, 0 where there is none."""
     supervised = correspondence.matched
     if (mask := _pair_mask(pairs, correspondence)) is not None:
         supervised = supervised & mask[None, :, :, None]
@@ -66,15 +128,7 @@ def supervision_weights(
             )
         # where, not a product: the weight of a pair without a match has no meaning and may be NaN.
         weights = torch.where(supervised, correspondence.match_weight.to(dtype), 0)
-    if reduction == "sum":
-        return weights
-    if reduction == "mean":
-        return weights / _nonzero(weights.sum())
-    count = _check_reference_views(num_reference_views, correspondence.num_views)
-    nearest = _nearest_view(correspondence)
-    reference, target = weights[:, :count], weights[:, count:]
-    halves = [reference / _nonzero(reference.sum()), target / _nonzero(target.sum())]
-    return torch.cat(halves, dim=1) * nearest
+    return weights
 
 
 def sampled_weights(weights: Tensor, normalize: str, max_queries: int, generator: torch.Generator | None) -> Tensor:

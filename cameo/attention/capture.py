@@ -7,7 +7,7 @@ checkpointing nor a deepcopy finds a hook.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -27,7 +27,7 @@ from cameo.errors import CaptureError, as_integer
 from cameo.geometry.grids import TokenGrids
 from cameo.renamed import old_attributes
 
-__all__ = ["AttentionCapture", "AttentionLayer", "CapturedAttention"]
+__all__ = ["AttentionCapture", "AttentionLayer", "CapturedAttention", "shared_grids"]
 
 
 @old_attributes
@@ -80,6 +80,18 @@ class AttentionLayer:
             for view in self.layout.views_with_own_grid(num_views):
                 images[view] = self.reference_size
         return tuple((-(-rows // self.stride), -(-columns // self.stride)) for rows, columns in images)
+
+
+def shared_grids(layers: Sequence[AttentionLayer], height: int, width: int, num_views: int) -> TokenGrids:
+    """Return the token grids that all layers have, see `AttentionLayer.token_grids`; differing ones are refused."""
+    grids = {layer.token_grids(height, width, num_views) for layer in layers}
+    if len(grids) > 1:
+        raise ValueError(
+            "token_grid: the supervised layers have different grids, with "
+            + ", ".join(f"{layer.path}: {layer.stride}" for layer in layers)
+            + " pixels per token; build one Correspondence per layer"
+        )
+    return grids.pop()
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,13 @@ from torch import Tensor, nn
 
 from cameo.alignment import AlignmentHead
 from cameo.alignment.loss import PlannedMatches, plan_matches, planned_loss
+from cameo.alignment.supervision import match_totals
 from cameo.attention.capture import AttentionLayer, CapturedAttention
 from cameo.attention.visibility import split_call
 from cameo.config import CameoConfig
 from cameo.correspondence import Correspondence
 
-__all__ = ["LayerLoss", "plan_losses"]
+__all__ = ["LayerLoss", "layer_totals", "plan_losses"]
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,7 @@ def plan_losses(
     matches: Sequence[Correspondence],
     config: CameoConfig,
     device: torch.device,
+    totals: Tensor | None = None,
     **options: Any,
 ) -> list[LayerLoss]:
     """Plan the losses of all layers.
@@ -77,20 +79,21 @@ def plan_losses(
         layers, heads, matches: one of each for every layer.
         config: normalization, reduction and reference views.
         device: of the model.
+        totals: what each layer divides by, see `layer_totals`; None: the sums of these matches.
         options: further ones of `cameo.alignment.loss.plan_matches`.
 
     Raises:
         ValueError: the matches have fewer views than `num_reference_views`.
     """
     planned = []
-    for layer, head, match, normalize in zip(layers, heads, matches, config.normalize_of_layers(), strict=True):
+    for number, (layer, head, match, normalize) in enumerate(
+        zip(layers, heads, matches, config.normalize_of_layers(), strict=True)
+    ):
         assert isinstance(head, AlignmentHead)
-        if (references := config.references_among(match.num_views)) is not None:
-            references = layer.layout.view_order.num_references(references)
         chosen = {
             "normalize": normalize,
-            "reduction": config.reduction,
-            "num_reference_views": references,
+            "totals": None if totals is None else totals[number],
+            **_reduction(layer, match, config),
             **options,
         }
         match = match.to(device, non_blocking=device.type != "mps")
@@ -101,3 +104,24 @@ def plan_losses(
         counted = found if device.type == "cpu" else found.counted(normalize)
         planned.append(LayerLoss(layer, head, match, local, counted, chosen, normalize))
     return planned
+
+
+def layer_totals(
+    layers: Sequence[AttentionLayer], matches: Sequence[Correspondence], config: CameoConfig, device: torch.device
+) -> Tensor:
+    """Return what the losses of the layers divide by, `[layers, P]`, see `cameo.alignment.supervision.match_totals`.
+
+    Matches that a mask of the layer hides count too: only the forward knows them.
+    """
+    totals = []
+    for layer, match in zip(layers, matches, strict=True):
+        local = layer.layout.localize(match.to(device, non_blocking=device.type != "mps"))
+        totals.append(match_totals(local, **_reduction(layer, match, config)))
+    return torch.stack(totals)
+
+
+def _reduction(layer: AttentionLayer, match: Correspondence, config: CameoConfig) -> dict[str, Any]:
+    """Return how the losses of the matches of a layer are joined, as arguments of `supervision_weights`."""
+    if (references := config.references_among(match.num_views)) is not None:
+        references = layer.layout.view_order.num_references(references)
+    return {"reduction": config.reduction, "num_reference_views": references}

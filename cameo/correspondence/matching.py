@@ -117,7 +117,8 @@ def _match_key_views(
     point = einsum(pose[..., :3, :3], surface, "b j i r c, b i n c -> b j i n r") + pose[..., None, :3, 3]
     point = rearrange(point, "b j i n c -> b j (i n) c")
     seen = look_up(point, intrinsics, lambda xy, _: read_depth(depth, xy), depth_tolerance)
-    token = token_at(seen.xy, *grid_of_view, depth.shape[-2:])
+    rows, columns = grid_of_view
+    token = token_at(seen.xy, rows, columns, depth.shape[-2:])
     measured = torch.gather(centre_depth, -1, token.clamp(min=0)).isfinite()
     matched = measured & (token >= 0) & seen.visible
     # The surface that the view shows there lies on the same ray: it is the point scaled to the surface's depth.

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from cameo.training.settings import TrainingConfig
 
 __all__ = [
     "MatchWatch",
+    "MicroStep",
     "Supervision",
     "alignment_weight",
     "drop_low_noise",
@@ -77,7 +78,7 @@ class Supervision:
         config: TrainingConfig,
         device: torch.device,
     ) -> None:
-        self.model, self.pipeline, self.config = model, pipeline, config
+        self.model, self.pipeline, self.config, self.device = model, pipeline, config, device
         self.module: CameoModel | FeatureAlignment = model
         self.heads: nn.Module = model.alignment_heads
         self.features: FeatureExtractor | None = None
@@ -131,18 +132,28 @@ class Supervision:
         self.chance = alignment_chance(layers, matches, self.model.cameo_config)
         most = sum(matchable_tokens(*one) for one in zip(layers, (match.token_grids for match in matches), strict=True))
         self.matchable = self.num_wanted * most
-        if config.max_queries is not None:
-            self.model.query_generator = step_generator(config, micro_step, process, QUERIES)
         return {"correspondence": matches}
 
-    def figures(self) -> dict[str, float | Tensor]:
-        """Return what the latest micro step adds to the records of its step, and `num_wanted`."""
-        return {
-            "supervised": self.num_supervised,
-            "num_wanted": self.num_wanted,
-            "alignment_chance": self.chance,
-            "matchable": self.matchable,
-        }
+    def figures(self) -> list[float | Tensor]:
+        """Return what the micro step of the latest targets adds to the records of its step."""
+        return [self.num_wanted, self.chance, self.matchable]
+
+    def begin(self, micro_step: int, process: int = 0) -> None:
+        """Prepare the random numbers of the forward of a micro step."""
+        if self.config.max_queries is not None:
+            self.model.query_generator = step_generator(self.config, micro_step, process, QUERIES)
+
+    @property
+    def divides_by_matches(self) -> bool:
+        """Whether the alignment loss is a mean over matches."""
+        return self.config.uses_matches and self.config.reduction != "sum"
+
+    def totals(self, targets: Mapping[str, Any]) -> Tensor:
+        """Return what the alignment loss of a micro step with these targets divides by (`CameoModel.match_totals`)."""
+        if targets:
+            return self.model.match_totals(targets["correspondence"])
+        parts = 2 if self.config.reduction == "released" else 1
+        return torch.zeros(len(self.model.supervised_layers), parts, device=self.device)
 
     def no_loss(self, denoising: Tensor) -> Tensor:
         """Return an alignment loss of 0 like `denoising`, for a step without alignment.
@@ -168,6 +179,25 @@ class Supervision:
         """Read what `save` has written."""
         if isinstance(self.module, FeatureAlignment):
             load_model(self.module.projectors, str(Path(folder) / PROJECTOR_FILE))
+
+
+@dataclass(frozen=True)
+class MicroStep:
+    """A micro batch before its forward.
+
+    Attributes:
+        number: of the micro step, counted over the whole run.
+        samples: keys of the samples.
+        inputs: of the denoiser.
+        targets: what `Supervision.targets` returned.
+        figures: what `Supervision.figures` returned.
+    """
+
+    number: int
+    samples: list[str]
+    inputs: TrainingInputs
+    targets: dict[str, Any]
+    figures: list[float | Tensor]
 
 
 class MatchWatch:

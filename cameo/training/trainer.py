@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
@@ -34,7 +34,7 @@ from cameo.training.data import StepSampler, noisy_inputs, training_batches, wit
 from cameo.training.output_folder import hold_folder
 from cameo.training.records import Records, TrainingResult
 from cameo.training.settings import TrainingConfig, continued_settings, save_config
-from cameo.training.supervision import Supervision
+from cameo.training.supervision import MicroStep, Supervision
 from cameo.training.trained_weights import load_trained
 
 __all__ = ["HALF", "Trainer"]
@@ -239,28 +239,49 @@ class Trainer:
         """Run the forward and backward passes of a step.
 
         Returns:
-            The sums of the denoising losses, the alignment losses and `Supervision.figures`; the keys of the samples.
+            The sums of the denoising losses, the alignment losses, the numbers of matches and `Supervision.figures`;
+            the keys of the samples.
         """
         accumulate = self.config.gradient_accumulation_steps
-        sums, samples = torch.zeros(6, device=self.device), []
-        for part, (micro_step, batch) in enumerate(islice(batches, accumulate), start=1):
+        micro_steps = [self._prepare(batch, number) for number, batch in islice(batches, accumulate)]
+        totals = self._match_totals(micro_steps)
+        sums = torch.zeros(6, device=self.device)
+        for part, micro_step in enumerate(micro_steps, start=1):
             with nullcontext() if part == accumulate else self.accelerator.no_sync(self.prepared):
-                loss, denoising, alignment = self._losses(batch, micro_step)
+                loss, denoising, alignment = self._losses(micro_step, totals)
                 self.accelerator.backward(loss / accumulate)
-            figures = [denoising.detach(), alignment.detach(), *self.supervision.figures().values()]
+            figures = [denoising.detach(), alignment.detach(), self.supervision.num_supervised, *micro_step.figures]
             sums += torch.stack([figure(one, self.device) for one in figures])
-            samples += batch["key"]
-        return sums, samples
+        return sums, [key for micro_step in micro_steps for key in micro_step.samples]
 
-    def _losses(self, batch: dict[str, Any], micro_step: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the training loss of a micro batch, its denoising part and its alignment part."""
+    def _prepare(self, batch: dict[str, Any], number: int) -> MicroStep:
+        """Add the noise of a micro batch, and find its matches."""
         process = self.accelerator.process_index
-        inputs = noisy_inputs(self.pipeline, batch, self.config, micro_step, process)
-        targets = self.supervision.targets(batch, inputs, micro_step, process)
+        inputs = noisy_inputs(self.pipeline, batch, self.config, number, process)
+        targets = self.supervision.targets(batch, inputs, number, process)
+        return MicroStep(number, batch["key"], inputs, targets, self.supervision.figures())
+
+    def _match_totals(self, micro_steps: Sequence[MicroStep]) -> Tensor | None:
+        """Return what each alignment loss divides by, so that their mean is that over all matches of the whole batch.
+
+        None where the batch is not cut into parts, of several processes or one after the other.
+        """
+        parts = len(micro_steps) * self.accelerator.num_processes
+        if parts == 1 or not self.supervision.divides_by_matches:
+            return None
+        totals = torch.stack([self.supervision.totals(micro_step.targets) for micro_step in micro_steps]).sum(dim=0)
+        return self.accelerator.reduce(totals, "sum") / parts
+
+    def _losses(self, micro_step: MicroStep, totals: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the training loss of a micro batch, its denoising part and its alignment part."""
+        inputs, targets = micro_step.inputs, micro_step.targets
+        self.supervision.begin(micro_step.number, self.accelerator.process_index)
+        if targets and totals is not None:
+            targets = {**targets, "match_totals": totals}
         output = self.prepared(*inputs.args, **targets, **inputs.kwargs)
         denoising = self.pipeline.denoising_loss(output, inputs).mean()
         alignment = self.supervision.module.alignment_loss if targets else self.supervision.no_loss(denoising)
-        loss_weight = self.supervision.weight(micro_step)
+        loss_weight = self.supervision.weight(micro_step.number)
         return denoising + loss_weight * alignment, denoising, alignment
 
     def _exchange(self, sums: Tensor, norm: Tensor, stop: StopSignal) -> tuple[dict[str, Any], float, float, bool]:

@@ -29,10 +29,10 @@ class Checkpointed(Toy):
         return x
 
 
-def model_of(kind: type[nn.Module] = Toy, **options: Any) -> cameo.CameoModel:
-    """The same weights in every process. Losses are sums, so that the gradients of the processes add up."""
+def model_of(kind: type[nn.Module] = Toy, *, reduction: str = "sum", **options: Any) -> cameo.CameoModel:
+    """The same weights in every process."""
     torch.manual_seed(0)
-    return cameo.wrap(kind().double(), layer=LAYER, layout="b (v h w)", reduction="sum", **options).double()
+    return cameo.wrap(kind().double(), layer=LAYER, layout="b (v h w)", reduction=reduction, **options).double()
 
 
 def samples_of(rank: int, empty: bool) -> tuple[Tensor, Correspondence]:
@@ -45,23 +45,30 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def step(run: Callable[..., Tensor], model: cameo.CameoModel, x: Tensor, match: Correspondence) -> Result:
+    """Loss and gradients; those of the processes add up for sums, and have the whole batch's as mean for means."""
     model.zero_grad()
-    out = run(x, correspondence=match)
-    (out.square().sum() + model.alignment_loss).backward()
+    if model.cameo_config.reduction == "sum":
+        out = run(x, correspondence=match)
+        (out.square().sum() + model.alignment_loss).backward()
+    else:
+        totals = model.match_totals(match)
+        if torch.distributed.is_initialized():
+            torch.distributed.all_reduce(totals)
+            totals /= 2
+        out = run(x, correspondence=match, match_totals=totals)
+        (out.square().mean() + model.alignment_loss).backward()
     found = {name: whole(p.grad).clone() for name, p in model.named_parameters() if p.grad is not None}
     return {"loss": model.alignment_loss.detach(), **found}
 
 
-def replicated() -> tuple[Any, cameo.CameoModel]:
-    model = model_of()
+def replicated(reduction: str = "sum") -> tuple[Any, cameo.CameoModel]:
+    model = model_of(reduction=reduction)
     return nn.parallel.DistributedDataParallel(model), model
 
 
-def sharded(
-    *parts: str, kind: type[nn.Module] = Toy, implementation: str = "auto"
-) -> Callable[[], tuple[Any, cameo.CameoModel]]:
+def sharded(*parts: str, kind: type[nn.Module] = Toy, **options: str) -> Callable[[], tuple[Any, cameo.CameoModel]]:
     def build() -> tuple[Any, cameo.CameoModel]:
-        model = model_of(kind, implementation=implementation)
+        model = model_of(kind, **options)
         mesh = init_device_mesh("cpu", (2,))
         for part in parts:
             for module in model.get_submodule(part).children():
@@ -80,6 +87,8 @@ WAYS: dict[str, Callable[[], tuple[Any, cameo.CameoModel]]] = {
     "FSDP blocks, checkpointed": sharded(BLOCKS, kind=Checkpointed),
     "FSDP blocks and heads": sharded(BLOCKS, HEADS),
     "FSDP blocks, reference": sharded(BLOCKS, implementation="reference"),
+    "DDP, mean": lambda: replicated("mean"),
+    "FSDP blocks, mean": sharded(BLOCKS, reduction="mean"),
 }
 
 
@@ -123,14 +132,16 @@ def test_gradients_are_those_of_one_process_on_all_samples(
     way: str, empty: bool, processes: list[dict[tuple[str, bool], Result]]
 ) -> None:
     (first, first_match), (second, second_match) = (samples_of(rank, empty) for rank in SEEDS)
-    model = model_of()
+    model = model_of(reduction="mean" if way.endswith("mean") else "sum")
     joined = Correspondence(torch.cat([first_match.index, second_match.index]), first_match.token_grids)
     expected = step(model, model, torch.cat([first, second]), joined)
     found = [process[way, empty] for process in processes]
     assert (found[1]["loss"] == 0) == empty
-    torch.testing.assert_close(found[0]["loss"] + found[1]["loss"], expected.pop("loss"), rtol=1e-12, atol=0)
+    parts = 2 if way.endswith("mean") else 1
+    loss = (found[0]["loss"] + found[1]["loss"]) / parts
+    torch.testing.assert_close(loss, expected.pop("loss"), rtol=1e-12, atol=0)
     assert expected.keys() == dict(model.named_parameters()).keys()
     for name, gradient in expected.items():
         # Both take the mean over the processes. The gradient of the key's bias is 0 up to rounding.
-        torch.testing.assert_close(2 * found[0][name], gradient, rtol=1e-11, atol=1e-14)
+        torch.testing.assert_close(2 / parts * found[0][name], gradient, rtol=1e-11, atol=1e-14)
         assert torch.equal(found[0][name], found[1][name])

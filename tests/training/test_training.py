@@ -18,6 +18,7 @@ from cameo.data.batches import match_batch, match_layers
 from cameo.errors import DataError
 from cameo.processes.accelerator import make_accelerator
 from cameo.training.checkpoints.folder import list_checkpoints
+from cameo.training.checkpoints.tensors import read_tensors
 from cameo.training.data import StepSampler, build_dataset, noisy_inputs
 from cameo.training.report import write_pictures
 from cameo.training.setup import add_lora, load_pipeline, train_lora, wrap_denoiser
@@ -63,12 +64,13 @@ def test_steps_are_those_of_a_plain_loop(tmp_path: Path) -> None:
     dataset = build_dataset(config, "train")
     for step in range(3):
         denoising = alignment = 0.0
-        for part in range(2):
-            micro_step = 2 * step + part
-            batch = collate([dataset[2 * micro_step], dataset[2 * micro_step + 1]])
+        micro_steps = range(2 * step, 2 * step + 2)
+        batches = [collate([dataset[2 * micro_step], dataset[2 * micro_step + 1]]) for micro_step in micro_steps]
+        matches = [match_batch(batch, model.token_grid(32, 32)) for batch in batches]
+        totals = (model.match_totals(matches[0]) + model.match_totals(matches[1])) / 2  # the mean is over all matches
+        for micro_step, batch, match in zip(micro_steps, batches, matches, strict=True):
             inputs = noisy_inputs(pipeline, batch, config, micro_step)
-            match = match_batch(batch, model.token_grid(32, 32))
-            output = model(*inputs.args, **inputs.kwargs, correspondence=match)
+            output = model(*inputs.args, **inputs.kwargs, correspondence=match, match_totals=totals)
             plain = pipeline.denoising_loss(output, inputs).mean()
             ((plain + 0.3 * model.alignment_loss) / 2).backward()
             denoising, alignment = denoising + plain.item() / 2, alignment + model.alignment_loss.item() / 2
@@ -344,4 +346,4 @@ def test_gradient_scaler_skips_an_overflow_without_ending_the_run(
     assert not all(torch.equal(before, after) for before, after in zip(seen[0], seen[1], strict=True))
     assert accelerator.scaler.get_scale() == 512.0
     assert trainer.ema.optimization_step == 2
-    assert (list_checkpoints(tmp_path)[-1] / "scaler.pt").is_file()
+    assert read_tensors(list_checkpoints(tmp_path)[-1] / "scaler.safetensors")["scale"] == 512.0
