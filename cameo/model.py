@@ -161,13 +161,13 @@ class CameoModel(nn.Module):
     @torch.compiler.disable
     def _align(self, captured: AttentionCapture, losses: Sequence[LayerLoss]) -> None:
         """Compute the alignment loss of an observed forward."""
-        options = {"softness": self.cameo_config.softness, "implementation": self.implementation, "gelu": self.gelu}
+        options: dict[str, Any] = {"implementation": self.implementation, "gelu": self.gelu}
         found = []
         for planned in losses:
             seen = captured.take(planned.layer.path)
             if self._trains():
                 seen.check_graph(planned.layer.path)
-            found.append(planned.compute(seen, **options))
+            found.append(planned.compute(seen, softness=self.cameo_config.softness, **options))
         self._alignment_loss = torch.stack([loss for loss, _ in found]).mean()
         self._num_supervised = torch.stack([count for _, count in found]).sum()
         if self._trains():
