@@ -72,7 +72,7 @@ def match_depth(
     centre_depth = read_depth(depth, centres.expand(batch, -1, -1, -1))
     surface = camera_rays(centres, intrinsics) * centre_depth[..., None]
     pose = _relative_poses(extrinsics).to(depth)
-    grid_of_view = [_per_view(lengths, depth) for lengths in zip(*token_grids, strict=True)]
+    rows, columns = (_per_view(lengths, depth) for lengths in zip(*token_grids, strict=True))
     index = torch.empty(batch, views, *surface.shape[1:3], dtype=torch.int64, device=depth.device)
     distance = depth.new_empty(index.shape)
     # Some key views of some samples at a time, so that the workspace is bounded.
@@ -87,7 +87,8 @@ def match_depth(
             pose[part],
             surface[part[0]],
             centre_depth[part],
-            [lengths[part[1]] for lengths in grid_of_view],
+            rows[part[1]],
+            columns[part[1]],
             depth_tolerance,
         )
         index[part[0], :, part[1]], distance[part[0], :, part[1]] = found
@@ -101,7 +102,8 @@ def _match_key_views(
     pose: Tensor,
     surface: Tensor,
     centre_depth: Tensor,
-    grid_of_view: list[Tensor],
+    rows: Tensor,
+    columns: Tensor,
     depth_tolerance: float,
 ) -> tuple[Tensor, Tensor]:
     """Match all views `[B, i]` with some key views `[B, j]`; index and distance ``[B, i, j, N]``, also for i = j.
@@ -110,14 +112,13 @@ def _match_key_views(
         depth, intrinsics, centre_depth: of the key views.
         pose: from the camera of i to that of j, ``[B, j, i, 4, 4]``.
         surface: the tokens' surface points, each in its own camera, ``[B, i, N, 3]``.
-        grid_of_view: rows and columns of the tokens of each key view, ``[j, 1]``.
+        rows, columns: those of the tokens of each key view, ``[j, 1]``.
         depth_tolerance: as of `match_depth`.
     """
     # The target view j comes first, so that the points of all views are looked up in view j together.
     point = einsum(pose[..., :3, :3], surface, "b j i r c, b i n c -> b j i n r") + pose[..., None, :3, 3]
     point = rearrange(point, "b j i n c -> b j (i n) c")
     seen = look_up(point, intrinsics, lambda xy, _: read_depth(depth, xy), depth_tolerance)
-    rows, columns = grid_of_view
     token = token_at(seen.xy, rows, columns, depth.shape[-2:])
     measured = torch.gather(centre_depth, -1, token.clamp(min=0)).isfinite()
     matched = measured & (token >= 0) & seen.visible
