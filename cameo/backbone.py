@@ -358,7 +358,7 @@ def resolve_layers(core: nn.Module, config: CameoConfig) -> list[AttentionLayer]
         if config.layouts is None:
             return [replace(layer, layout=adapter.former_layout(layer)) for layer in layers]
         recorded = zip(layers, config.layouts, strict=True)
-        return [replace(layer, layout=TokenLayout(**layout)) for layer, layout in recorded]
+        return [replace(layer, layout=_token_layout(layout)) for layer, layout in recorded]
     kernel_inputs = None if config.kernel_inputs is None else KernelInputs.from_mapping(config.kernel_inputs)
     layers = []
     for index, (path, layout) in enumerate(zip(config.layers, _described_layouts(config), strict=True)):
@@ -390,4 +390,11 @@ def _described_layouts(config: CameoConfig) -> list[TokenLayout]:
     """The layout of each layer of a model without an adapter."""
     given = config.layouts if config.layout is None else [config.layout] * len(config.layers)
     assert given is not None  # which `CameoConfig.check` made sure of
-    return [TokenLayout(**layout) for layout in given]
+    return [_token_layout(layout) for layout in given]
+
+
+def _token_layout(saved: Mapping[str, Any]) -> TokenLayout:
+    try:
+        return TokenLayout(**saved)
+    except TypeError as error:
+        raise ValueError(f"layouts: expected the keyword arguments of TokenLayout ({error}), got {saved}") from error

@@ -11,12 +11,14 @@ from types import UnionType
 from typing import Any
 
 from cameo.errors import DataError, as_integer, unknown_name
-from cameo.files import write_atomically
+from cameo.files import open_plain, parse_object, write_atomically
 from cameo.renamed import CONFIG_KEYS, KEYWORDS, old_attributes, old_fields, rename_keys
 
 __all__ = ["CONFIG_NAME", "CameoConfig"]
 
 CONFIG_NAME = "cameo_config.json"
+# Each supervised layer gets a head of its own; no model has more attentions than this.
+MOST_LAYERS = 1024
 
 
 @old_attributes
@@ -103,6 +105,8 @@ class CameoConfig:
             )
         if not all(isinstance(path, str) for path in self.layers):
             raise ValueError(f"layers: expected a list of module paths, got {self.layers!r}")
+        if len(self.layers) > MOST_LAYERS:
+            raise ValueError(f"layers: expected at most {MOST_LAYERS} module paths, got {len(self.layers)}")
         if isinstance(self.normalize, list) and len(self.normalize) != len(self.layers):
             raise ValueError(f"normalize: expected one for each of the layers {self.layers}, got {self.normalize}")
         if self.layouts is not None:
@@ -161,14 +165,13 @@ class CameoConfig:
         """
         path = Path(path)
         path = path / CONFIG_NAME if path.is_dir() else path
-        if not path.is_file():
+        if not path.exists():
             raise DataError(f"{path}: no such file; a folder saved by CameoModel.save_pretrained holds {CONFIG_NAME}")
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise DataError(f"{path}: not valid JSON ({error})") from error
-        if not isinstance(values, dict):
-            raise DataError(f"{path}: expected a JSON object, got {type(values).__name__}")
+            with open_plain(path) as file:
+                values = parse_object(file.read())
+        except (OSError, ValueError) as error:
+            raise DataError(f"{path}: damaged or not valid JSON ({error}). Save, copy or download it again") from error
         try:
             return cls.from_dict(values)
         except ValueError as error:

@@ -1,12 +1,102 @@
-"""Files that are written completely or not at all, and that survive a power failure once they are written."""
+"""Files that are written completely or not at all, and that survive a power failure; and how others' files are read."""
 
 from __future__ import annotations
 
+import json
 import os
+import stat
 import threading
 from pathlib import Path
+from typing import Any, BinaryIO, NoReturn
 
-__all__ = ["flush", "move_into_place", "write_atomically"]
+__all__ = ["flush", "move_into_place", "open_plain", "parse_object", "write_atomically"]
+
+# What a path may be that is no plain file, by the test that finds it.
+KINDS = {
+    stat.S_ISFIFO: "a named pipe",
+    stat.S_ISSOCK: "a socket",
+    stat.S_ISCHR: "a device",
+    stat.S_ISBLK: "a device",
+    stat.S_ISDIR: "a folder",
+}
+
+
+def open_plain(path: str | Path) -> BinaryIO:
+    """Open a file for reading, without waiting for one that is no plain file, such as a named pipe.
+
+    Example:
+        >>> import tempfile
+        >>> open_plain(tempfile.gettempdir())  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        ...
+        OSError: ...: is a folder; expected a plain file
+
+    Raises:
+        OSError: if there is no such file, or it is a folder, a named pipe, a socket or a device.
+    """
+    _check_plain(path, Path(path).stat().st_mode)  # a socket, and on Windows a folder, cannot even be opened
+    # A pipe that is exchanged for the file in the meantime does not block either.
+    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0)))  # noqa: SIM115 - pathlib has no opener
+    try:
+        _check_plain(path, os.fstat(file.fileno()).st_mode)
+    except OSError:
+        file.close()
+        raise
+    return file
+
+
+def _check_plain(path: str | Path, mode: int) -> None:
+    for is_kind, name in KINDS.items():
+        if is_kind(mode):
+            raise OSError(f"{path}: is {name}; expected a plain file")
+
+
+def parse_object(content: bytes) -> dict[str, Any]:
+    """Read a JSON object as every reader would: no key is given twice, and every number is finite.
+
+    Example:
+        >>> parse_object(b'{"r": 4}')
+        {'r': 4}
+        >>> parse_object(b'{"r": 4, "r": 8}')
+        Traceback (most recent call last):
+        ...
+        ValueError: the key 'r' is given twice
+
+    Raises:
+        ValueError: if it is not UTF-8, not JSON, not an object, holds NaN or an infinite number, or is nested deeper
+            than Python reads.
+    """
+    try:
+        value = json.loads(
+            content.decode("utf-8"), object_pairs_hook=_without_repeats, parse_constant=_not_finite, parse_float=_finite
+        )
+    except UnicodeDecodeError as error:
+        raise ValueError(f"is not text in UTF-8 (byte {error.start})") from None
+    except RecursionError:
+        raise ValueError("is nested too deeply") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"expected a JSON object, got {type(value).__name__}")  # noqa: TRY004 - of a file's content
+    return value
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in values:
+            raise ValueError(f"the key {name!r} is given twice")
+        values[name] = value
+    return values
+
+
+def _not_finite(text: str) -> NoReturn:
+    raise ValueError(f"holds {text}; expected finite numbers")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if number in (float("inf"), float("-inf")):
+        _not_finite(text)
+    return number
 
 
 def write_atomically(path: str | Path, content: str | bytes) -> None:

@@ -142,6 +142,8 @@ def wrap(
     config.layers, layouts = find(unwrap_peft(model), config, wanted, layout)
     if normalize is None:
         normalize = ["all_views" if layout.reach == "cell" else "per_view" for layout in layouts]
+    if not isinstance(normalize, str | list | tuple):
+        raise TypeError(f"normalize: expected a name, or a list with one for each layer, got {normalize!r}")
     each = [normalize] * len(layouts) if isinstance(normalize, str) else list(normalize)
     config.normalize = each[0] if len(each) == len(layouts) and len(set(each)) == 1 else each
     if len(set(config.layers)) != len(config.layers):

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
 
 from cameo.adapters.cat3d.convert import widen_input
 from cameo.adapters.cat3d.pipeline import Cat3DPipeline
 from cameo.adapters.common import outlines
 from cameo.adapters.common.noise_schedules import ddim
-from cameo.adapters.common.places import place_of, unbundled
+from cameo.adapters.common.places import read_index, unbundled
 from cameo.errors import DataError
 
 __all__ = ["OUTLINES", "from_stable_diffusion", "load_pipeline"]
@@ -24,7 +24,7 @@ def load_pipeline(name_or_path: str, *, revision: str | None = None, **options: 
         6
     """
     name_or_path = unbundled(name_or_path)
-    kind = DiffusionPipeline.load_config(name_or_path, revision=revision, **place_of(options)).get("_class_name")
+    kind = read_index(name_or_path, revision, options).get("_class_name")
     if kind == "Cat3DPipeline":
         return Cat3DPipeline.from_pretrained(name_or_path, revision=revision, **options)
     if kind == "StableDiffusionPipeline":

@@ -8,6 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from cameo.errors import ShapeError
 from cameo.memory import align_module, sent_to
 from cameo.pipeline import TrainingInputs
 from cameo.renamed.modules import place_today
+from cameo.untrusted.asked import check_classes, check_pipeline
 
 __all__ = ["LatentPipeline", "reference_views", "vae_stride"]
 
@@ -42,12 +44,32 @@ class LatentPipeline(DiffusionPipeline):
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """Load a pipeline as diffusers does; on a CPU its output is that of the one that was saved, bit for bit."""
+        """Load a pipeline as diffusers does; on a CPU its output is that of the one that was saved, bit for bit.
+
+        Raises:
+            DataError: if a file is damaged, asks for more than `cameo.untrusted.asked.LIMITS`, or names a class of a
+                foreign library; found out before anything is built.
+        """
+        name = args[0] if args else kwargs.get("pretrained_model_name_or_path")
+        if name is not None and Path(name).is_dir():
+            cls._check(Path(name), kwargs)
         loaded = super().from_pretrained(*args, **kwargs)
         for component in loaded.components.values():
             if isinstance(component, nn.Module):
                 align_module(component)
         return loaded
+
+    @classmethod
+    def download(cls, *args: Any, **kwargs: Any) -> Any:
+        """Fetch a repository as diffusers does; it is checked as a local folder is, before it is used."""
+        folder = super().download(*args, **kwargs)
+        cls._check(Path(folder), kwargs)
+        return folder
+
+    @classmethod
+    def _check(cls, folder: Path, given: Mapping[str, Any]) -> None:
+        check_pipeline(folder)
+        check_classes(folder, cls.__module__.split(".")[0], given)
 
     def save_pretrained(self, save_directory: Any, *args: Any, **options: Any) -> Any:
         """Write all components as diffusers does, with the map of positions that the denoiser has now."""

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from cameo.errors import unknown_name
+from cameo.untrusted.asked import INDEX, check_pipeline
 
-__all__ = ["BUNDLED_FOLDER", "PLACE_OPTIONS", "bundled_names", "place_of", "unbundled"]
+__all__ = ["BUNDLED_FOLDER", "PLACE_OPTIONS", "bundled_names", "place_of", "read_index", "unbundled"]
 
 BUNDLED_FOLDER = Path(__file__).parents[1] / "weights"
 
@@ -33,6 +34,25 @@ def bundled_names() -> list[str]:
         True
     """
     return sorted(f"bundled:{path.parent.name}" for path in BUNDLED_FOLDER.glob("*/model_index.json"))
+
+
+def read_index(name_or_path: str, revision: str | None, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the `model_index.json` of a pipeline; a local folder is checked whole, before anything is built from it.
+
+    Example:
+        >>> read_index(unbundled("bundled:cat3d-transformer-tiny"), None, {})["_class_name"]
+        'Cat3DPipeline'
+
+    Raises:
+        DataError: see `cameo.untrusted.asked.check_pipeline`.
+        OSError: if there is no such pipeline.
+    """
+    from diffusers import DiffusionPipeline
+
+    if (Path(name_or_path) / INDEX).exists():
+        return check_pipeline(Path(name_or_path))
+    index: dict[str, Any] = DiffusionPipeline.load_config(name_or_path, revision=revision, **place_of(options))
+    return index
 
 
 def unbundled(name_or_path: str) -> str:

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from torch import Tensor
 
 from cameo.adapters.common import outlines
 from cameo.adapters.common.images import image_processor
 from cameo.adapters.common.noise_schedules import ddim
-from cameo.adapters.common.places import PLACE_OPTIONS, place_of, unbundled
+from cameo.adapters.common.places import PLACE_OPTIONS, place_of, read_index, unbundled
 from cameo.adapters.mvdream.cameras import CAMERA_CHANNELS
 from cameo.adapters.mvdream.convert import from_ldm, unet_config, unet_part
 from cameo.adapters.mvdream.denoiser import ImageDreamUNet
 from cameo.adapters.mvdream.pipeline import MVDreamPipeline
 from cameo.errors import DataError, unknown_name
+from cameo.files import open_plain
+from cameo.untrusted.asked import check_pipeline
+from cameo.untrusted.reading import check_weights, read_object
 
 __all__ = ["OUTLINES", "convert_unet", "load_pipeline"]
 
@@ -91,13 +93,14 @@ def load_pipeline(
         if value is not None:
             raise ValueError(f"{name}: is for an original checkpoint (.pt); {name_or_path} brings its own")
     try:
-        index = DiffusionPipeline.load_config(name_or_path, revision=revision, **place_of(options))
+        index = read_index(name_or_path, revision, options)
     except OSError as error:
         raise DataError(
             f"{name_or_path}: {error} If it holds original checkpoints, name one of them and where the other "
             "components come from: weights='sd-v2.1-base-4view.pt', stable_diffusion=..."
         ) from error
     kind, unet = index.get("_class_name"), index.get("unet") or (None, None)
+    unet = unet if isinstance(unet, list | tuple) and len(unet) == 2 else (None, None)
     if kind == "MVDreamPipeline" and unet[1] in ("UNet2DConditionModel", "ImageDreamUNet"):
         return MVDreamPipeline.from_pretrained(name_or_path, revision=revision, **options)
     if kind == "MVDreamPipeline" and unet[1] == "MultiViewUNetModel":
@@ -111,7 +114,8 @@ def load_pipeline(
 def _from_port(folder: Path, index: Mapping[str, Any], options: dict[str, Any]) -> MVDreamPipeline:
     """Components of the port, each by its class in diffusers or transformers."""
     pipeline_options, component_options = _split_options(options)
-    config = json.loads((folder / "unet" / "config.json").read_text(encoding="utf-8"))
+    check_pipeline(folder)  # which may have come from the Hub just now
+    config = read_object(folder / "unet" / "config.json")
     heads = {
         name: None if config.get(name) in (None, -1) else int(config[name])
         for name in ("num_heads", "num_head_channels")
@@ -205,9 +209,17 @@ def _read_unet(file: Path) -> Mapping[str, Tensor]:
     if file.suffix == ".safetensors":
         from safetensors.torch import load_file
 
+        check_weights(file)
         return load_file(str(file))
-    state = torch.load(file, map_location="cpu", weights_only=True)
-    state = state.get("state_dict", state)
+    try:
+        with open_plain(file) as opened:
+            state = torch.load(opened, map_location="cpu", weights_only=True)
+        state = state.get("state_dict", state)
+    except Exception as error:  # torch raises what its formats trip over
+        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        raise DataError(
+            f"{file}: no checkpoint of tensors alone ({reason}). Other pickles are not read; download it again"
+        ) from error
     return unet_part(state)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from cameo.errors import DataError
+from cameo.untrusted.reading import check_weights
 
 __all__ = ["from_sgm", "read_sgm_checkpoint", "settings_from_sgm", "to_sgm"]
 
@@ -124,6 +125,7 @@ def read_sgm_checkpoint(path: str | Path) -> dict[str, Tensor]:
     """Weights of the `VideoUNet` in a `.safetensors` file of SGM's engine, or of the U-Net alone; without prefix."""
     from safetensors import safe_open
 
+    check_weights(Path(path))
     with safe_open(str(path), "pt") as file:
         names = list(file.keys())
         prefix = PREFIX if any(name.startswith(PREFIX) for name in names) else ""

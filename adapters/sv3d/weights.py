@@ -12,7 +12,7 @@ import torch
 
 from cameo.adapters.common import outlines
 from cameo.adapters.common.noise_schedules import edm_euler
-from cameo.adapters.common.places import place_of, unbundled
+from cameo.adapters.common.places import place_of, read_index, unbundled
 from cameo.adapters.sv3d.convert import from_sgm, read_sgm_checkpoint, settings_from_sgm
 from cameo.adapters.sv3d.denoiser import SV3DUNet
 from cameo.adapters.sv3d.pipeline import SV3DPipeline
@@ -32,7 +32,7 @@ def load_pipeline(name_or_path: str, *, revision: str | None = None, **options: 
         components = {name: value for name, value in options.items() if name not in place_of(options)}
         return from_checkpoint(name_or_path, **components)
     try:
-        index = diffusers.DiffusionPipeline.load_config(name_or_path, revision=revision, **place_of(options))
+        index = read_index(name_or_path, revision, options)
     except OSError as error:
         raise DataError(
             f"{name_or_path}: {error} A checkpoint of SGM is passed as a local file (sv3d_p.safetensors, "

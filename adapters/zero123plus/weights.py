@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from diffusers import DiffusionPipeline
-
 from cameo.adapters.common import outlines
 from cameo.adapters.common.noise_schedules import linear_euler_ancestral
-from cameo.adapters.common.places import place_of, unbundled
+from cameo.adapters.common.places import read_index, unbundled
 from cameo.adapters.zero123plus.pipeline import Zero123PlusPipeline
 from cameo.errors import DataError
 
@@ -22,7 +20,7 @@ def load_pipeline(name_or_path: str, *, revision: str | None = None, **options: 
         >>> load_pipeline("sudo-ai/zero123plus-v1.2", torch_dtype=torch.float16)  # doctest: +SKIP
     """
     name_or_path = unbundled(name_or_path)
-    settings = DiffusionPipeline.load_config(name_or_path, revision=revision, **place_of(options))
+    settings = read_index(name_or_path, revision, options)
     kind = settings.get("_class_name")
     if kind != "Zero123PlusPipeline":
         raise DataError(f"{name_or_path}: holds a {kind}; zero123plus starts from a Zero123PlusPipeline")

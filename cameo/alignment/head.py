@@ -18,6 +18,8 @@ from cameo.errors import ShapeError, as_integer, unknown_name
 
 __all__ = ["AlignmentHead", "check_head_options", "is_sharded"]
 
+DEEPEST, MOST_PARAMETERS = 64, 1 << 24
+
 
 class AlignmentHead(nn.Module):
     """Joins the attention logits of K heads into the logits that are supervised; exists in training only.
@@ -39,7 +41,9 @@ class AlignmentHead(nn.Module):
         expansion: width of the hidden layers in multiples of K, 1 or more.
 
     Raises:
-        ValueError: the kind is unknown, or a number is out of range.
+        ValueError: the kind is unknown, a number is out of range, or the MLP is far larger than is of use: deeper than
+            64 layers, or of more than 16,777,216 parameters (64 MiB), each of which is applied to every pair of
+            tokens. A file that is loaded may state these numbers.
 
     Source: arXiv 2512.03045, section on the alignment loss.
     """
@@ -50,6 +54,8 @@ class AlignmentHead(nn.Module):
             raise unknown_name("head kind", kind, HEAD_KINDS)
         num_heads, depth = as_integer("num_heads", num_heads, least=1), as_integer("depth", depth, least=0)
         expansion = as_integer("expansion", expansion, least=1)
+        if kind == "mlp":
+            _check_size(num_heads, depth, expansion)
         self.num_heads, self.kind, self.depth, self.expansion = num_heads, kind, depth, expansion
         self.hidden = nn.ModuleList()
         self.output: nn.Linear | None = None
@@ -90,6 +96,19 @@ class AlignmentHead(nn.Module):
         """Show the settings in `print(model)`."""
         names = ("num_heads", "kind", "depth", "expansion")
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
+
+
+def _check_size(num_heads: int, depth: int, expansion: int) -> None:
+    """Refuse an MLP that is too large, before it takes memory."""
+    if depth > DEEPEST:
+        raise ValueError(f"depth: expected at most {DEEPEST} hidden layers, got {depth}")
+    width = expansion * num_heads
+    parameters = (num_heads + 1) * width + max(depth - 1, 0) * (width + 1) * width + width if depth else num_heads
+    if parameters > MOST_PARAMETERS:
+        raise ValueError(
+            f"expansion: expected a head of at most {MOST_PARAMETERS:,} parameters, got {parameters:,} with "
+            f"num_heads={num_heads}, depth={depth} and expansion={expansion}; give smaller numbers"
+        )
 
 
 def check_head_options(options: Mapping[str, object]) -> None:

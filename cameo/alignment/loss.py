@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from numbers import Real
 from typing import TYPE_CHECKING
 
 import torch
@@ -112,6 +113,8 @@ def alignment_loss(
         max_queries=max_queries, generator=generator,
     )  # fmt: skip
     check_options(normalize=normalize, reduction=reduction, softness=softness, implementation=implementation, gelu=gelu)
+    if num_reference_views is not None:
+        as_integer("num_reference_views", num_reference_views, least=0)
     return planned_loss(
         query, key, correspondence, head, plan, scale=scale, normalize=normalize, visible=visible, softness=softness,
         implementation=implementation, gelu=gelu,
@@ -180,7 +183,7 @@ def planned_loss(
     gelu: str,
 ) -> Tensor:
     """Compute `alignment_loss`, with what was planned for these very matches, or with what is to plan them."""
-    if scale is not None and not math.isfinite(scale):
+    if scale is not None and not (isinstance(scale, Real) and math.isfinite(scale)):
         raise ValueError(f"scale: expected a finite factor of q.k or None, got {scale}")
     _check_tensors(query, key, correspondence, head)
     if normalize == "per_view" and max(height * width for height, width in correspondence.token_grids) == 1:
@@ -257,6 +260,8 @@ def _choose(
 def _check_tensors(query: Tensor, key: Tensor, correspondence: Correspondence, head: AlignmentHead) -> None:
     batch, views, _, tokens = correspondence.index.shape
     for name, tensor in (("query", query), ("key", key)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: expected a tensor [B, K, V, N, D], got {type(tensor).__name__}")
         if tensor.ndim != 5:
             cure = "TokenLayout.split_query and split_key bring kernel tensors to this form"
             raise ShapeError(name, expected="[B, K, V, N, D]", got=tensor.shape, cure=cure)

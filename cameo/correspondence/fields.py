@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -71,7 +72,7 @@ def _check_values(index: Tensor, grids: TokenGrids, match_weight: Tensor | None,
 
 def check_threshold(cycle_threshold: float) -> None:
     """Raise `ValueError` unless this is a distance of more than 0 tokens."""
-    if not cycle_threshold > 0:
+    if not (isinstance(cycle_threshold, Real) and cycle_threshold > 0):
         raise ValueError(f"cycle_threshold: expected more than 0 tokens, got {cycle_threshold}")
 
 

@@ -134,8 +134,8 @@ class TransformersPairs(nn.Module):
         from transformers import AutoImageProcessor, AutoModelForKeypointMatching
 
         try:
-            self.processor: Any = AutoImageProcessor.from_pretrained(name)
-            self.model: nn.Module = AutoModelForKeypointMatching.from_pretrained(name)
+            self.processor: Any = AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
+            self.model: nn.Module = AutoModelForKeypointMatching.from_pretrained(name, trust_remote_code=False)
         except OSError as error:
             raise WeightsUnavailable(
                 f"matcher={name}: its weights are not reachable ({error}). Give a folder that `save_pretrained` of "

@@ -44,8 +44,8 @@ class DepthEstimator(nn.Module):
         from transformers import AutoImageProcessor, AutoModelForDepthEstimation
 
         try:
-            self.processor: Any = AutoImageProcessor.from_pretrained(name)
-            self.model: nn.Module = AutoModelForDepthEstimation.from_pretrained(name)
+            self.processor: Any = AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
+            self.model: nn.Module = AutoModelForDepthEstimation.from_pretrained(name, trust_remote_code=False)
         except OSError as error:
             raise WeightsUnavailable(
                 f"{name}: its weights are not reachable ({error}). Give a folder that `save_pretrained` of "

@@ -18,12 +18,12 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from cameo.data.readers.files import StoredFile, load_arrays
 from cameo.data.readers.source import PosedScenes
 from cameo.errors import DataError
 from cameo.geometry import pixel_grid, project
@@ -185,16 +185,11 @@ def _file(folder: Path, stem: str) -> Path | None:
 def _read(path: Path, kind: str) -> tuple[np.ndarray, np.ndarray | None]:
     """Return depth `[h, w]` or points `[h, w, 3]`, and the confidence `[h, w]` where the file has one."""
     try:
-        stored = np.load(path, allow_pickle=False)
-        if path.suffix == ".npz":
-            with stored:
-                values, confidence = stored[kind], stored.get("confidence")
-        else:
-            values, confidence = stored, None
+        stored = load_arrays(StoredFile(path))
+        values = stored[kind] if isinstance(stored, dict) else stored
+        confidence = stored.get("confidence") if isinstance(stored, dict) else None
     except KeyError as error:
         raise DataError(f"{path}: expected an array named {kind}, and maybe confidence ({error})") from error
-    except (OSError, ValueError, EOFError, BadZipFile) as error:
-        raise DataError(f"{path}: cannot be read as a NumPy file ({error})") from error
     if values.ndim == 3 and kind == "depth" and 1 in (values.shape[0], values.shape[-1]):
         values = values.squeeze(0 if values.shape[0] == 1 else -1)
     expected = "[h, w]" if kind == "depth" else "[h, w, 3]"

@@ -9,8 +9,11 @@ shard holds, for each pair of grids such as `32x32-20x20`,
 - `distance/32x32-20x20`: float32 `[P, N]`, only where it is asked for. Half precision would not do: the distances
   decide which view is nearest, and rounded ones tie;
 - `weight/32x32-20x20`: float16 `[P, N]`, the match weights of tracks and matchers, which it holds exactly;
+- `sum/32x32-20x20`: int32 `[P]`, the checksum of each record;
 
-and `views`: int64 `[Q, 3]`, scene, view and the checksum of what its matches were computed from.
+and `views`: int64 `[Q, 3]`, scene, view and the checksum of what its matches were computed from. The header holds a
+checksum of itself and of each tensor; those that are read whole, `pairs` and `views`, are compared with it on opening,
+and each record with its own when it is read.
 """
 
 from __future__ import annotations
@@ -45,6 +48,9 @@ SCENE_BITS = 63 - 2 * VIEW_BITS
 # killed.
 SHARD_SECONDS = 600
 
+# The parts of a record, in the order of its checksum.
+PARTS = ("index", "distance", "weight")
+
 GridPair = tuple[tuple[int, int], tuple[int, int]]
 
 
@@ -70,6 +76,19 @@ def view_checksum(sample: Mapping[str, Any], view: int, kind: str = "depth") -> 
     value = 0
     for part in parts:
         value = zlib.crc32(part.contiguous().numpy(), value)
+    return value
+
+
+def record_checksum(parts: Sequence[np.ndarray]) -> int:
+    """Return the checksum of the matches, distances and weights of a pair of views, as they are stored.
+
+    Example:
+        >>> record_checksum([np.array([0, 2], dtype=np.int8)]) == record_checksum([np.array([1, 2], dtype=np.int8)])
+        False
+    """
+    value = 0
+    for part in parts:
+        value = zlib.crc32(np.ascontiguousarray(part).data, value)
     return value
 
 
@@ -175,6 +194,9 @@ class MatchWriter:
             for kind, kept in (("distance", self._distance), ("weight", self._weight)):
                 if kept[grids]:
                     tensors[f"{kind}/{name}"] = np.stack(kept[grids])
+            parts = [tensors[f"{kind}/{name}"] for kind in PARTS if f"{kind}/{name}" in tensors]
+            sums = [record_checksum(record) for record in zip(*parts, strict=True)]
+            tensors[f"sum/{name}"] = np.array(sums, dtype=np.uint32).view(np.int32)
         path = self.folder / f"{self.prefix}-{self._number:05d}.safetensors"
         Shard.write(path, tensors, self.settings)
         self._number += 1
@@ -316,13 +338,20 @@ class MatchReader:
         weight = torch.zeros(shape) if self._has_weights else None
         for number, group in groupby(places, key=lambda place: place[0]):
             shard, pairs = self.shards[number], list(group)
-            for kind, whole in (("index", index), ("distance", distance), ("weight", weight)):
-                if whole is None:
-                    continue
-                names = [f"{kind}/{_table_name((token_grids[i], token_grids[j]))}" for _, _, i, j in pairs]
-                rows = shard.rows([(name, row) for name, (_, row, _, _) in zip(names, pairs, strict=True)])
-                for (_, _, i, j), row in zip(pairs, rows, strict=True):
-                    whole.numpy()[0, i, j, : len(row)] = row
+            named = [(_table_name((token_grids[i], token_grids[j])), row) for _, row, i, j in pairs]
+            # All parts of a record are read, also those that are not asked for, since it has one checksum.
+            kinds = [kind for kind in (*PARTS, "sum") if f"{kind}/{named[0][0]}" in shard.tensors]
+            rows = {kind: shard.rows([(f"{kind}/{name}", row) for name, row in named]) for kind in kinds}
+            for place, (_, row, i, j) in enumerate(pairs):
+                record = {kind: found[place] for kind, found in rows.items()}
+                if (
+                    record_checksum([record[kind] for kind in PARTS if kind in record])
+                    != int(record["sum"]) & 0xFFFFFFFF
+                ):
+                    raise damaged(shard.path, f"the checksum of record {row} of {named[place][0]} differs")
+                for kind, whole in (("index", index), ("distance", distance), ("weight", weight)):
+                    if whole is not None:
+                        whole.numpy()[0, i, j, : len(record[kind])] = record[kind]
         try:
             return Correspondence(index, token_grids, weight, distance)
         except ValueError as error:

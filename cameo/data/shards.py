@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import tempfile
+import zlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from cameo.errors import DataError
-from cameo.files import write_atomically
+from cameo.files import open_plain, parse_object, write_atomically
 
 __all__ = [
     "INDEX_NAME",
@@ -30,7 +31,7 @@ __all__ = [
 ]
 
 # To be raised whenever the same settings give other matches or other files.
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 INDEX_NAME = "matches.json"
 RECIPE = "cameo precompute"
 TYPES = {"I8": np.int8, "I16": np.int16, "I32": np.int32, "I64": np.int64, "F16": np.float16, "F32": np.float32}
@@ -47,12 +48,14 @@ class ShardKind:
         version: of their format.
         repair: what to do with a shard that is damaged.
         renew: what to do with one of another version.
+        has_checksums: whether a shard without checksums is refused.
     """
 
     content: str
     version: int
     repair: str
     renew: str
+    has_checksums: bool = False
 
 
 MATCHES = ShardKind(
@@ -60,6 +63,7 @@ MATCHES = ShardKind(
     FORMAT_VERSION,
     repair=f"remove the file and run {RECIPE} again, which computes what is missing",
     renew=f"run {RECIPE} into another folder",
+    has_checksums=True,
 )
 
 
@@ -96,6 +100,7 @@ class Shard:
     settings: dict[str, Any]
     tensors: dict[str, _Rows]
     kind: ShardKind = MATCHES
+    checksums: Mapping[str, int] = field(default_factory=dict)
 
     @staticmethod
     def write(
@@ -114,7 +119,7 @@ class Shard:
         metadata = {"version": str(kind.version), "settings": json.dumps(dict(settings), sort_keys=True)}
         try:
             content = {name: torch.as_tensor(tensor).contiguous() for name, tensor in tensors.items()}
-            write_atomically(path, save(content, metadata=metadata))
+            write_atomically(path, _with_checksums(save(content, metadata=metadata)))
         except OSError as error:
             raise _unwritable(path, error, kind) from error
 
@@ -126,25 +131,30 @@ class Shard:
             DataError: if the file is damaged or of another version.
         """
         try:
-            with path.open("rb") as file:
+            with open_plain(path) as file:
                 length = int.from_bytes(file.read(8), "little")
                 size = path.stat().st_size
                 if not 0 < length <= size - 8:
                     raise ValueError(f"a header of {length} bytes in a file of {size}")
-                header = json.loads(file.read(length))
+                header = parse_object(file.read(length))
+            checksums = _checksums_in(header)
             metadata = header.pop("__metadata__")
             tensors, end = {}, 0
             for name, entry in header.items():
                 start, stop = entry["data_offsets"]
-                tensors[name] = _Rows(8 + length + start, tuple(entry["shape"]), np.dtype(TYPES[entry["dtype"]]))
-                end = max(end, stop)
+                rows = _Rows(8 + length + start, tuple(entry["shape"]), np.dtype(TYPES[entry["dtype"]]))
+                if stop - start != int(np.prod(rows.shape)) * rows.kind.itemsize:
+                    raise ValueError(f"{name} of {stop - start} bytes for the shape {list(rows.shape)}")
+                tensors[name], end = rows, max(end, stop)
             if 8 + length + end != size:
                 raise ValueError(f"expected {8 + length + end} bytes, got {size}")
             version, settings = metadata["version"], json.loads(metadata["settings"])
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise damaged(path, error, kind) from error
         _check_version(path, version, kind)
-        return cls(path, settings, tensors, kind)
+        if kind.has_checksums and not checksums:
+            raise damaged(path, "has no checksums", kind)
+        return cls(path, settings, tensors, kind, checksums)
 
     def rows(self, wanted: Iterable[tuple[str, int]]) -> list[np.ndarray]:
         """Read rows, each given by the name of its tensor and its number.
@@ -153,7 +163,7 @@ class Shard:
             DataError: if the file is missing, or ends before one of the rows.
         """
         try:
-            with self.path.open("rb", buffering=0) as file:
+            with open_plain(self.path) as file:
                 contents = []
                 for name, row in wanted:
                     table = self.tensors[name]
@@ -167,13 +177,57 @@ class Shard:
             raise damaged(self.path, error, self.kind) from error
 
     def whole(self, name: str) -> np.ndarray:
-        """Read all rows of a tensor."""
+        """Read all rows of a tensor.
+
+        Raises:
+            DataError: if the file is missing or cut short, or the tensor has another checksum than its header says.
+        """
         table = self.tensors[name]
         try:
             count = int(np.prod(table.shape))
-            return np.fromfile(self.path, table.kind, count, offset=table.offset).reshape(table.shape)
+            with open_plain(self.path) as file:
+                file.seek(table.offset)
+                content = file.read(count * table.kind.itemsize)
+            values = np.frombuffer(content, table.kind, count).reshape(table.shape)
+            if zlib.crc32(content) != self.checksums.get(name, zlib.crc32(content)):
+                raise ValueError(f"the checksum of {name} differs")
+            return values
         except (OSError, ValueError) as error:
             raise damaged(self.path, error, self.kind) from error
+
+
+def _with_checksums(content: bytes) -> bytes:
+    """Add the checksum of each tensor, and one of the header itself, to the header of safetensors."""
+    length = int.from_bytes(content[:8], "little")
+    header, tensors = json.loads(content[8 : 8 + length]), content[8 + length :]
+    sums = {
+        name: zlib.crc32(tensors[slice(*entry["data_offsets"])]) for name, entry in header.items() if "shape" in entry
+    }
+    header["__metadata__"]["checksums"] = json.dumps(sums, sort_keys=True)
+    header["__metadata__"]["header"] = str(_header_checksum(header))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + tensors
+
+
+def _header_checksum(header: Mapping[str, Any]) -> int:
+    """Return the checksum of a header without itself, the order of its keys and its blanks."""
+    metadata = {name: value for name, value in header["__metadata__"].items() if name != "header"}
+    return zlib.crc32(json.dumps({**header, "__metadata__": metadata}, sort_keys=True).encode())
+
+
+def _checksums_in(header: Mapping[str, Any]) -> dict[str, int]:
+    """Return the checksums of the tensors by name, none of a file of an earlier version.
+
+    Raises:
+        ValueError: if the checksum of the header itself differs.
+    """
+    metadata = header["__metadata__"]
+    if "header" not in metadata:
+        return {}
+    if metadata["header"] != str(_header_checksum(header)):
+        raise ValueError("the checksum of its header differs")
+    return {str(name): int(value) for name, value in json.loads(metadata.get("checksums", "{}")).items()}
 
 
 def check_writable(folder: Path, kind: ShardKind = MATCHES) -> None:
@@ -226,7 +280,7 @@ def check_settings(folder: str | Path, found: Mapping[str, Any], expected: Mappi
 def missing_shards(folder: str | Path) -> list[str]:
     """Return the shards in the index of a folder that are missing or have another size."""
     path = Path(folder) / INDEX_NAME
-    if not path.is_file():
+    if not path.exists():
         return []
     sizes = {path.name: path.stat().st_size for path in shard_files(folder)}
     return [name for name, size in _read_index(path)["shards"].items() if sizes.get(name) != size]
@@ -235,7 +289,7 @@ def missing_shards(folder: str | Path) -> list[str]:
 def is_finished(folder: str | Path, plan: str) -> bool:
     """Return whether all processes have written their share of a plan, and no shard is missing."""
     path = Path(folder) / INDEX_NAME
-    return path.is_file() and plan in _read_index(path)["finished"] and not missing_shards(folder)
+    return path.exists() and plan in _read_index(path)["finished"] and not missing_shards(folder)
 
 
 def finish_share(
@@ -263,13 +317,14 @@ def finish_share(
         return waiting
     if not waiting:
         # If shards are missing, plans that were finished before are no longer complete.
-        finished = _read_index(path)["finished"] if path.is_file() and not missing_shards(folder) else []
+        finished = _read_index(path)["finished"] if path.exists() and not missing_shards(folder) else []
         index = {
             "version": FORMAT_VERSION,
             "settings": dict(settings),
             "finished": sorted({*finished, plan}),
             "shards": {shard.name: shard.stat().st_size for shard in shard_files(folder)},
         }
+        index["checksum"] = _index_checksum(index)
         write_atomically(path, json.dumps(index, indent=1) + "\n")
     for marker in markers:
         marker.unlink(missing_ok=True)
@@ -278,12 +333,19 @@ def finish_share(
 
 def _read_index(path: Path) -> dict[str, Any]:
     try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-        version, index = index["version"], {name: index[name] for name in ("settings", "finished", "shards")}
+        with open_plain(path) as file:
+            content = parse_object(file.read())
+        version, index = content["version"], {name: content[name] for name in ("settings", "finished", "shards")}
+        if str(version) == str(FORMAT_VERSION) and content["checksum"] != _index_checksum(content):
+            raise ValueError("its checksum differs")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path}: damaged ({error}); remove the file and run {RECIPE} again") from error
     _check_version(path, version, MATCHES)
     return index
+
+
+def _index_checksum(index: Mapping[str, Any]) -> int:
+    return zlib.crc32(json.dumps({name: index[name] for name in index if name != "checksum"}, sort_keys=True).encode())
 
 
 def _check_version(path: Path, version: object, kind: ShardKind) -> None:

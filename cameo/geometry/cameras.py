@@ -28,10 +28,19 @@ NORMALIZED_FOCAL_LENGTH = 3.0
 # A crop whose principal point lies farther outside than this many of its own sides would be less than an eighth as wide
 # as a frame with the principal point in its middle: nobody cuts that out, and intrinsics of a larger image are common.
 FARTHEST_PRINCIPAL_POINT = 3.0
+# In pixels. Shorter ones see half a turn in a single pixel, longer ones less than a pixel of any planet.
+FOCAL_LENGTHS = (1e-2, 1e8)
+# In units of the world; the distance of the Sun is 1.5e11 meters.
+FARTHEST_ORIGIN = 1e12
 # In the order of the checks in check_cameras: argument, fault, cure.
 CAMERA_FAULTS = (
     ("intrinsics", "non-finite values", "drop the view or repair its file"),
     ("intrinsics", "a focal length that is not positive", "use OpenCV cameras, with focal lengths in pixels"),
+    (
+        "intrinsics",
+        "a focal length that no camera has, below 0.01 or above 1e8 pixels",
+        "give it in pixels of the image",
+    ),
     ("intrinsics", "a last row other than 0 0 1", "divide the matrix by its last entry"),
     (
         "intrinsics",
@@ -49,6 +58,11 @@ CAMERA_FAULTS = (
         "multiply the first row by the width and the second by the height of the image in pixels",
     ),
     ("extrinsics", "non-finite values", "drop views without a pose"),
+    (
+        "extrinsics",
+        "a translation beyond 1e12 units of the world, where no two cameras can be told apart",
+        "move the origin of the world to the scene",
+    ),
     ("extrinsics", "a last row other than 0 0 0 1", "pass [R | t] with the translation in the last column"),
     (
         "extrinsics",
@@ -95,7 +109,8 @@ def check_cameras(
 
     Raises:
         ShapeError: a tensor has another shape, or another number of samples or views.
-        ValueError: a camera is missing or not finite, a focal length is not positive, a last row is not ``0 0 1`` or
+        ValueError: a camera is missing or not finite, a focal length is not positive or beyond that of any camera, a
+            translation is beyond 1e12, a last row is not ``0 0 1`` or
             ``0 0 0 1``, intrinsics are transposed, normalized by the image size or have a skew larger than their
             focal length, or a rotation is not orthonormal with determinant +1. The message names the sample and the
             view.
@@ -117,17 +132,19 @@ def check_cameras(
 def _check_camera_values(k: Tensor, e: Tensor) -> None:
     tolerance = max(ROTATION_TOLERANCE, 4 * torch.finfo(e.dtype).eps)
     k, e = k.to(at_least_float32(k)), e.to(at_least_float32(e))
-    rotation = e[..., :3, :3]
+    rotation, focal = e[..., :3, :3], k.diagonal(dim1=-2, dim2=-1)[..., :2]
     identity = torch.eye(4, dtype=e.dtype, device=e.device)
     volume = (rotation[..., 0, :] * torch.linalg.cross(rotation[..., 1, :], rotation[..., 2, :])).sum(-1)
     bad = [
         ~k.isfinite().all(-1).all(-1),
         (k[..., 0, 0] <= 0) | (k[..., 1, 1] <= 0),
+        (focal.amin(-1) < FOCAL_LENGTHS[0]) | (focal.amax(-1) > FOCAL_LENGTHS[1]),
         (k[..., 2, :] - identity[3, 1:].to(k)).abs().amax(-1) > tolerance,
         k[..., 1, 0].abs() > tolerance * k[..., 1, 1],
         k[..., 0, 1].abs() > k[..., 0, 0],
         (k.diagonal(dim1=-2, dim2=-1)[..., :2].amax(-1) < NORMALIZED_FOCAL_LENGTH) & (k[..., :2, 2].amax(-1) < 1),
         ~e.isfinite().all(-1).all(-1),
+        e[..., :3, 3].abs().amax(-1) > FARTHEST_ORIGIN,
         (e[..., 3, :] - identity[3]).abs().amax(-1) > tolerance,
         (rotation @ rotation.mT - identity[:3, :3]).abs().amax(dim=(-2, -1)) > tolerance,
         volume < 0,

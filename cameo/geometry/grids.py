@@ -26,12 +26,14 @@ __all__ = [
 TokenGrid = tuple[int, int]
 # Those of each view of a sample.
 TokenGrids = tuple[TokenGrid, ...]
+# No image has more pixels on a side; a larger grid is a mistake that would only end when the memory does.
+LONGEST_SIDE = 1 << 14
 # One (h, w) or int for all views, or one (h, w) per view.
 GridSize = int | tuple[int, int] | Sequence[tuple[int, int]]
 
 
 def as_grid(name: str, size: object) -> tuple[int, int]:
-    """Return a grid size, given as an int or as ``(h, w)``, as two integers of at least 1.
+    """Return a grid size, given as an int or as ``(h, w)``, as two integers from 1 to 16,384.
 
     Example:
         >>> as_grid("token_grid", 4)
@@ -45,6 +47,8 @@ def as_grid(name: str, size: object) -> tuple[int, int]:
         height, width = [as_integer(name, side, least=1) for side in grid]
     except ValueError as error:
         raise ValueError(f"{name}: expected a positive int or (h, w), got {size!r}") from error
+    if max(height, width) > LONGEST_SIDE:
+        raise ValueError(f"{name}: expected at most {LONGEST_SIDE} rows and columns, got {size!r}")
     return height, width
 
 
@@ -55,6 +59,8 @@ def as_grids(name: str, sizes: Iterable[object]) -> TokenGrids:
         >>> as_grids("token_grids", [(2, 3), 4])
         ((2, 3), (4, 4))
     """
+    if not isinstance(sizes, Iterable):
+        raise TypeError(f"{name}: expected a sequence of grid sizes, one for each view, got {sizes!r}")
     return tuple(map(functools.partial(as_grid, name), sizes))
 
 

@@ -23,6 +23,7 @@ from cameo.geometry.cameras import (
     same_views,
 )
 from cameo.geometry.depth import is_measured
+from cameo.geometry.grids import as_grid
 from cameo.geometry.orbits import estimate_up, orbit_centre, spherical_angles
 
 __all__ = [
@@ -63,7 +64,7 @@ def cell_centres(
         >>> cell_centres((1, 2), (8, 8), dtype=torch.float32, device="cpu").tolist()
         [[[2.0, 4.0], [6.0, 4.0]]]
     """
-    (h, w), (height, width) = size, image_size
+    (h, w), (height, width) = as_grid("size", size), as_grid("image_size", image_size)
     y = (torch.arange(h, dtype=dtype, device=device) + 0.5) * (height / h)
     x = (torch.arange(w, dtype=dtype, device=device) + 0.5) * (width / w)
     return torch.stack([x.expand(h, w), y[:, None].expand(h, w)], dim=-1)
@@ -150,7 +151,7 @@ def plucker_rays(intrinsics: Tensor, extrinsics: Tensor, image_size: tuple[int, 
     Args:
         intrinsics: ``[B, V, 3, 3]`` in pixels of ``image_size``.
         extrinsics: ``[B, V, 4, 4]`` world-to-camera; the rays are in the same world frame.
-        image_size: ``(H, W)`` in pixels.
+        image_size: ``(H, W)`` in pixels, each from 1 to 16,384.
         size: ``(h, w)`` cells, for example the latent grid.
 
     Returns:
@@ -192,7 +193,7 @@ def relative_extrinsics(extrinsics: Tensor, reference: int = 0) -> Tensor:
     """
     check_matrices("extrinsics", extrinsics, 4)
     views = extrinsics.shape[1]
-    if not -views <= reference < views:
+    if not -views <= as_integer("reference", reference) < views:
         raise ValueError(f"reference: expected a view in 0..{views - 1}, got {reference}")
     return extrinsics @ invert_extrinsics(extrinsics[:, reference])[:, None]
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from cameo.errors import DataError
 from cameo.hub.license import hub_id
 from cameo.hub.weights import LORA_FILE, MODULE_FILE, PEFT_CONFIG, PEFT_FILE, adapter_layers, check_readable
 from cameo.memory import align, align_module
+from cameo.untrusted.reading import read_object
 
 __all__ = ["ADAPTER", "BaseNeededError", "load_base", "read_adapter", "read_full", "without_adapter"]
 
@@ -38,7 +39,10 @@ def load_base(config: CameoConfig, **place: Any) -> nn.Module:
     name = config.base_model
     if name is None or name.startswith("preset:"):
         reason = "names no base" if name is None else f"names fresh weights as base ({name}), which are not saved here"
-        raise BaseNeededError(f"{CONFIG_NAME} {reason}; pass the base as base_model=")
+        raise BaseNeededError(
+            f"{CONFIG_NAME} {reason}; pass the base as base_model=. The path of a base in a local folder is saved with "
+            "local_base=True alone"
+        )
     if config.backbone is None:
         raise BaseNeededError(f"no backbone can load the base {name!r}; load it yourself and pass base_model=")
     if hub_id(name) is None and ":" not in name and not Path(name).exists():
@@ -46,7 +50,8 @@ def load_base(config: CameoConfig, **place: Any) -> nn.Module:
     if Path(name).is_dir():
         check_readable(Path(name), "pipeline")
     try:
-        denoiser: nn.Module = get_backbone(config.backbone).load(name, revision=config.base_revision, **place).denoiser
+        with _explained(Path(name), (NotImplementedError,)):
+            loaded = get_backbone(config.backbone).load(name, revision=config.base_revision, **place)
     except NotImplementedError as error:
         raise BaseNeededError(f"{error} and pass it as base_model=") from error
     except OSError as error:
@@ -54,6 +59,7 @@ def load_base(config: CameoConfig, **place: Any) -> nn.Module:
             f"base {name!r} (revision {config.base_revision}) could not be loaded: {error}\n"
             "If you have these weights elsewhere, load them and pass base_model="
         ) from error
+    denoiser: nn.Module = loaded.denoiser
     return denoiser
 
 
@@ -75,25 +81,48 @@ def read_adapter(folder: Path, weight_format: str, base: nn.Module, *, is_traina
             raise DataError(f"{needed}: no such file; the saved adapter is incomplete")
     stored = load_file(str(path))
     check_numbers(path, stored)
+    if integers := [key for key, value in stored.items() if not value.is_floating_point()]:
+        raise DataError(f"{path}: {integers[0]}: expected a floating-point tensor, got {stored[integers[0]].dtype}")
     prefix = "base_model.model" if weight_format == "peft" else next(iter(stored), "").split(".")[0]
     inner = {key.removeprefix(f"{prefix}."): value for key, value in stored.items()}
     _check_fit(path, inner, base)
+    loaded: nn.Module
     if weight_format == "peft":
         device = str(next(base.parameters()).device)
-        loaded: nn.Module = PeftModel.from_pretrained(
-            base, str(folder), adapter_name=ADAPTER, torch_device=device, autocast_adapter_dtype=False
-        )
+        with _explained(folder / PEFT_CONFIG):
+            loaded = PeftModel.from_pretrained(
+                base, str(folder), adapter_name=ADAPTER, torch_device=device, autocast_adapter_dtype=False
+            )
         _restore(path, loaded, stored)
     else:
         if not hasattr(base, "load_lora_adapter"):
             raise ValueError(f"base_model: {type(base).__name__} cannot load a diffusers LoRA ({path})")
         loaded = base
-        loaded.load_lora_adapter(str(folder), prefix=prefix, adapter_name=ADAPTER, weight_name=LORA_FILE)  # type: ignore[operator]
+        with _explained(path):
+            loaded.load_lora_adapter(str(folder), prefix=prefix, adapter_name=ADAPTER, weight_name=LORA_FILE)  # type: ignore[operator]
         _restore(path, loaded, inner)
     for name, parameter in loaded.named_parameters():
         parameter.requires_grad_(is_trainable and f".{ADAPTER}" in name)
     align(parameter for name, parameter in loaded.named_parameters() if f".{ADAPTER}" in name)
     return loaded
+
+
+@contextlib.contextmanager
+def _explained(place: Path, passed: tuple[type[Exception], ...] = ()) -> Iterator[None]:
+    """Turn what libraries raise over the files of a model into an error that names the place, but not what is `passed`.
+
+    They raise whatever they trip over, often without the name of a file.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, (DataError, BaseNeededError, OSError, ImportError, *passed)):
+            raise
+        reason = " ".join(str(error).split())[:300]
+        raise DataError(
+            f"{place}: no model can be built from it ({type(error).__name__}: {reason}). Save, copy or download it "
+            "again"
+        ) from error
 
 
 def _check_fit(path: Path, state: dict[str, Tensor], base: nn.Module) -> None:
@@ -138,10 +167,12 @@ def _restore(path: Path, loaded: nn.Module, stored: dict[str, Tensor]) -> None:
 
 
 def check_numbers(place: Path, state: Mapping[str, Tensor]) -> None:
-    """Raise a DataError that names the first of some saved weights that holds a NaN."""
+    """Raise a DataError that names the first of some saved weights that holds a NaN or an infinite number."""
     for key, value in state.items():
-        if value.is_floating_point() and value.isnan().any():
-            raise DataError(f"{place}: {key} holds NaN, so the training has diverged. Load an earlier checkpoint")
+        # The sum of a tensor is finite only if every value is; where it overflows, each value is looked at.
+        if value.is_floating_point() and not value.sum(dtype=torch.float64).isfinite() and not value.isfinite().all():
+            what = "NaN" if value.isnan().any() else "infinite numbers"
+            raise DataError(f"{place}: {key} holds {what}, so the training has diverged. Load an earlier checkpoint")
 
 
 def without_adapter(model: nn.Module) -> nn.Module:
@@ -193,12 +224,13 @@ def _read_pipeline(folder: Path, backbone: Any) -> nn.Module:
     import diffusers
 
     if backbone is not None:
-        denoiser: nn.Module = backbone.load(str(folder)).denoiser
+        with _explained(folder):
+            denoiser: nn.Module = backbone.load(str(folder)).denoiser
         return _in_stored_precision(folder, denoiser)
-    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    index = read_object(folder / "model_index.json")
     for component in ("unet", "transformer"):
         library, name = index.get(component) or (None, "")
-        if library == "diffusers":
+        if library == "diffusers" and hasattr(diffusers, name):
             return _from_class(getattr(diffusers, name), folder / component)
     raise BaseNeededError(f"{folder}: model_index.json names no unet or transformer of diffusers; it cannot be loaded")
 
@@ -209,18 +241,19 @@ def _read_diffusers(folder: Path, base: nn.Module | None) -> nn.Module:
     path = folder / "config.json"
     if not path.is_file():
         raise DataError(f"{path}: no such file; the saved model is incomplete")
-    name = json.loads(path.read_text(encoding="utf-8")).get("_class_name", "")
-    kind = type(base) if type(base).__name__ == name else getattr(diffusers, name, None)
-    if kind is None:
+    name = read_object(path).get("_class_name", "")
+    kind = type(base) if type(base).__name__ == name else getattr(diffusers, str(name), None)
+    if not isinstance(kind, type) or not issubclass(kind, nn.Module):
         raise BaseNeededError(f"{folder}: diffusers has no class {name}; pass a module of it as base_model=")
     return _from_class(kind, folder)
 
 
 def _from_class(kind: Any, folder: Path) -> nn.Module:
     try:
-        model, report = kind.from_pretrained(
-            str(folder), use_safetensors=True, local_files_only=True, output_loading_info=True
-        )
+        with _explained(folder / "config.json"):
+            model, report = kind.from_pretrained(
+                str(folder), use_safetensors=True, local_files_only=True, output_loading_info=True
+            )
     except OSError as error:
         raise DataError(f"{folder}: the saved model is incomplete: {error}") from error
     problems = [*report["missing_keys"], *report["unexpected_keys"], *map(str, report["mismatched_keys"])]

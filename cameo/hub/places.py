@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import re
+from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from torch import nn
@@ -24,6 +25,7 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
+LOCAL = "a local file or folder"
 
 
 def is_named_elsewhere(name: str) -> bool:
@@ -39,22 +41,36 @@ def is_named_elsewhere(name: str) -> bool:
 
 
 def without_folder(value: Any) -> Any:
-    """Cut a path on this machine down to its last name; anything else stays as it is.
+    """Replace paths on this machine, also within lists and mappings; anything else stays as it is.
 
     Example:
-        >>> without_folder("/home/me/office"), without_folder("rooms"), without_folder(0.1)
-        ('office', 'rooms', 0.1)
+        >>> without_folder(["/home/me/office", "rooms", 0.1])
+        ['a local file or folder', 'rooms', 0.1]
     """
-    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+    if isinstance(value, Mapping):
+        return {name: without_folder(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_folder(inner) for inner in value]
+    return LOCAL if isinstance(value, Path) or (isinstance(value, str) and _is_path(value)) else value
 
 
-def public_config(config: CameoConfig) -> CameoConfig:
-    """Return a configuration as it is published, without the folders of this machine; warn if the base is one."""
-    training = {name: without_folder(value) for name, value in config.training.items()}
-    config = replace(config, training=training)
+def _is_path(text: str) -> bool:
+    return text.startswith(("/", "~/", "./", "../", "file:", "\\\\")) or bool(PureWindowsPath(text).drive)
+
+
+def public_config(config: CameoConfig, *, warn: bool = True) -> CameoConfig:
+    """Return a configuration as others get it, without the folders of this machine.
+
+    Args:
+        config: of the model; stays as it is.
+        warn: whether a base in a local folder is warned of, rather than noted.
+    """
+    config = replace(config, training=without_folder(config.training))
     if config.base_model is not None and not is_named_elsewhere(config.base_model):
-        logger.warning(
-            "base model %s is a local folder: others have to pass base_model= to load this", config.base_model
+        logger.log(
+            logging.WARNING if warn else logging.INFO,
+            "base model %s is a local folder, which is not saved: others have to pass base_model= to load this",
+            config.base_model,
         )
         config.base_model = config.base_revision = None
     return config

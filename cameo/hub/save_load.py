@@ -25,7 +25,13 @@ from cameo.hub.card_facts import CardFacts
 from cameo.hub.left_out import left_out
 from cameo.hub.license import find_license, hub_id, require_license
 from cameo.hub.loading import check_numbers, load_base, read_adapter, read_full
-from cameo.hub.places import builds_in_diffusers, forget_local_names, package_of, public_config
+from cameo.hub.places import (
+    builds_in_diffusers,
+    forget_local_names,
+    is_named_elsewhere,
+    package_of,
+    public_config,
+)
 from cameo.hub.publish import explained_errors, file_names, upload, verify
 from cameo.hub.results import Metrics
 from cameo.hub.weights import (
@@ -59,6 +65,7 @@ def save_pretrained(
     pictures: Pictures | None = None,
     license: str | Mapping[str, str] | None = None,
     repo_id: str | None = None,
+    local_base: bool = False,
 ) -> Path:
     """Write weights, `cameo_config.json` and a model card to `folder`.
 
@@ -88,6 +95,8 @@ def save_pretrained(
             that of the base weights where it is known without network, else the card states none.
         repo_id: Hub repository under which the card is to name the model; without it the code on the card runs in the
             folder, and `cameo push` fills the name in.
+        local_base: whether the path of a base in a local folder is written too, so that `from_pretrained` finds it
+            by itself. Without, no file names a path of this machine, whichever way the folder is passed on.
 
     A warning says what no file keeps: the scale of an adapter, a disabled one, other adapters, parameters that were
     trained beside it.
@@ -105,7 +114,7 @@ def save_pretrained(
     try:
         stage.mkdir(parents=True)
         facts = find_license(model.cameo_config, license, backbone=_backbone(model.cameo_config))
-        _stage(model, stage, repo_id, facts, include_head, pipeline, metrics, pictures)
+        _stage(model, stage, repo_id, facts, include_head, pipeline, metrics, pictures, local_base=local_base)
         _move_in(stage, target)
     finally:
         shutil.rmtree(stage, ignore_errors=True)
@@ -161,6 +170,8 @@ def from_pretrained(
     # The base is in another repository, to which the token of this one may give no access.
     place: dict[str, Any] = {"cache_dir": cache_dir} if cache_dir is not None else {}
     place |= {"local_files_only": True} if local_files_only else {}
+    if not Path(name_or_path).is_dir() and config.base_model is not None and not is_named_elsewhere(config.base_model):
+        config.base_model = None  # a folder of its author's machine, whatever there is on this one under that name
     if weight_format in ADAPTER_FORMATS:
         base = load_base(config, **place) if base_model is None else base_model
         module = read_adapter(folder, weight_format, base, is_trainable=is_trainable)
@@ -169,7 +180,10 @@ def from_pretrained(
         # A training of this model starts from these weights, and not from the base that they were trained from.
         is_local = Path(name_or_path).is_dir()
         config = replace(config, base_model=str(name_or_path), base_revision=None if is_local else folder.name)
-    model = attach(module, config)
+    try:
+        model = attach(module, config)
+    except ValueError as error:
+        raise DataError(f"{folder / CONFIG_NAME}: {error}") from error
     if config.backbone is not None:
         get_backbone(config.backbone).set_position(unwrap_peft(module), config.position)
     _read_head(model, folder)
@@ -262,6 +276,7 @@ def _stage(
     pictures: Pictures | None,
     *,
     on_hub: bool = False,
+    local_base: bool = False,
 ) -> None:
     """Write the files of a save into an empty folder."""
     from safetensors.torch import save_file
@@ -275,12 +290,12 @@ def _stage(
         )
     position = "none" if backbone is None else backbone.position(core)
     config = replace(model.cameo_config, cameo_version=__version__, position=position)
-    if on_hub:
-        config = public_config(config)
+    if not local_base:
+        config = public_config(config, warn=on_hub)
     for lost in left_out(base):
         warnings.warn(f"saving: {lost}", stacklevel=4)
     weight_format = write_weights(base, folder, config=config, pipeline=pipeline)
-    if on_hub:
+    if not local_base:
         forget_local_names(folder)
     config.save(folder)
     head = {key: value.contiguous() for key, value in model.alignment_heads.state_dict().items()}

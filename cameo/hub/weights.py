@@ -23,7 +23,11 @@ from torch import nn
 from cameo.backbone import unwrap_peft
 from cameo.config import CONFIG_NAME, CameoConfig
 from cameo.errors import DataError
+from cameo.files import parse_object
 from cameo.hub.license import hub_id
+from cameo.untrusted.adapters import check_adapter_settings
+from cameo.untrusted.asked import check_asked, check_pipeline
+from cameo.untrusted.reading import check_weights, read_object
 
 __all__ = [
     "ADAPTER_FORMATS",
@@ -104,25 +108,53 @@ def format_in(folder: Path) -> str:
 
 
 def check_readable(folder: Path, weight_format: str) -> None:
-    """Open each file of a format, and the head, as far as is needed to see that it is complete.
+    """Open each file of a format, and the head, as far as is needed to see that it is complete and asks for no more.
 
-    A changed value within a file is not detected: the formats hold no checksums.
+    A changed value within a file is not detected: the formats hold no checksums. What a model's configuration may ask
+    for is in `cameo.untrusted.asked.LIMITS`; an adapter's ranks are bounded by its weights.
 
     Raises:
-        DataError: names the first file that is damaged.
+        DataError: names the first file that is damaged, or that asks for too much.
     """
-    from safetensors import SafetensorError, safe_open
-
+    if weight_format == "pipeline":
+        check_pipeline(folder)
     for pattern in (*FILES[weight_format], HEAD_FILE):
         for path in sorted(folder.glob(pattern)):
-            try:
-                if path.suffix == ".json":
-                    json.loads(path.read_text(encoding="utf-8"))
-                else:
-                    with safe_open(str(path), "pt") as file:
-                        file.keys()
-            except (SafetensorError, ValueError, OSError) as error:
-                raise DataError(f"{path}: damaged or cut short ({error}). Save, copy or download it again") from error
+            if path.suffix != ".json":
+                check_weights(path)
+            elif path.name == "config.json":
+                check_asked(path, read_object(path))
+            else:
+                read_object(path)
+    if weight_format == "peft" and (folder / PEFT_CONFIG).exists():
+        settings = read_object(folder / PEFT_CONFIG)
+        check_adapter_settings(str(folder / PEFT_CONFIG), settings, check_weights(folder / PEFT_FILE))
+    if weight_format == "diffusers_lora":
+        _check_lora_settings(folder / LORA_FILE)
+
+
+def _check_lora_settings(path: Path) -> None:
+    """Check the settings of a diffusers LoRA, which stand in the header of its weights."""
+    from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
+    from safetensors import safe_open
+
+    shapes = check_weights(path)
+    with safe_open(str(path), "pt") as file:
+        text = (file.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY)
+    if text is None:
+        return
+    try:
+        settings = parse_object(text.encode())
+    except ValueError as error:
+        raise DataError(f"{path}: the settings of the LoRA in its header: {error}. Save it again") from error
+    prefix = next(iter(shapes), "").split(".")[0]
+    own = {key.removeprefix(f"{prefix}."): value for key, value in settings.items() if key.startswith(f"{prefix}.")}
+    if settings and not own:
+        raise DataError(
+            f"{path}: the settings of the LoRA in its header are of {next(iter(settings))!r}, and its "
+            f"weights of {prefix!r}. Save it again"
+        )
+    check_adapter_settings(str(path), own, shapes)
 
 
 def is_saved_file(name: str, weight_format: str, folder: Path) -> bool:

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import io
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
 from cameo.errors import DataError
+from cameo.files import open_plain
 
-__all__ = ["decode", "read_image", "to_rgb", "to_rgba"]
+__all__ = ["decode", "open_image", "read_image", "to_rgb", "to_rgba"]
 
 Array = np.ndarray
 WHITE = (1.0, 1.0, 1.0)
@@ -23,6 +25,11 @@ GAMMA = 1 / 2.2
 GAMMA_TOLERANCE = 0.02
 ORIENTATION_TAG = 0x0112
 SIXTEEN_BITS = ("I;16", "I;16B", "I;16L", "I;16N")
+# Formats that Pillow decodes by itself. Of others it hands some to programs, as PostScript to Ghostscript, whatever the
+# ending of the file is.
+FORMATS = (
+    "AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PCX", "PNG", "PPM", "SGI", "TGA", "TIFF", "WEBP",
+)  # fmt: skip
 # Modes of Pillow that hold a color or gray value in 8 bits, with or without an alpha channel or a palette.
 EIGHT_BITS = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "YCbCr")
 
@@ -116,6 +123,8 @@ def to_rgba(image: Any, name: str) -> Array:
     """
     from PIL import Image
 
+    if image.format not in (None, *FORMATS):
+        raise DataError(f"{name}: expected an image as PNG or JPEG, got {image.format}; convert it")
     profile, gamma = image.info.get("icc_profile"), image.info.get("gamma")
     if image.mode in SIXTEEN_BITS or (image.mode == "I" and image.format == "PNG"):
         # Pillow's own conversion cuts every value off at 255.
@@ -139,6 +148,18 @@ def to_rgba(image: Any, name: str) -> Array:
     return rgba
 
 
+def open_image(stream: IO[bytes]) -> Any:
+    """Open an image as Pillow does, but only in a format that Pillow decodes by itself.
+
+    Raises:
+        OSError: if it is none; and what Pillow raises.
+    """
+    from PIL import Image
+
+    Image.init()
+    return Image.open(stream, formats=[name for name in FORMATS if name in Image.OPEN])
+
+
 def decode(source: Path | IO[bytes], name: str, kind: str = "color") -> Any:
     """Decode the one image of a file, or of an open one, as Pillow has it.
 
@@ -154,7 +175,10 @@ def decode(source: Path | IO[bytes], name: str, kind: str = "color") -> Any:
 
     limit = f"more than {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels"
     try:
-        with Image.open(source) as file:
+        with (
+            open_plain(source) if isinstance(source, Path) else nullcontext(source) as stream,
+            open_image(stream) as file,
+        ):
             # The further pictures of a phone's or a stereo camera's JPEG (MPO) are not frames of an animation.
             frames = 1 if file.format == "MPO" else getattr(file, "n_frames", 1)
             if frames > 1:

@@ -12,6 +12,7 @@ import numpy as np
 
 from cameo.choices import MESH_SUFFIXES
 from cameo.errors import DataError
+from cameo.files import open_plain
 from cameo.images.materials import Material, material_of
 from cameo.scenes.rendering import Surface, TriangleScene
 from cameo.scenes.rooms import look_at, random_intrinsics
@@ -199,9 +200,23 @@ def _pattern(rng: np.random.Generator) -> Material:
 def _read_parts(path: Path) -> list[tuple[Any, Array]]:
     """Return the triangle meshes of a file, each with the pose `[4, 4]` that its scene gives it."""
     import trimesh
+    from trimesh.resolvers import FilePathResolver
+
+    class Beside(FilePathResolver):
+        """Finds the materials and textures that a mesh names beside it, and nowhere else."""
+
+        def get(self, name: str) -> bytes:
+            root = path.parent.resolve()
+            found = (root / name.strip()).resolve()
+            if not found.is_relative_to(root):
+                raise ValueError(f"names {name!r}, which leaves the folder {root}; put the file beside the mesh")
+            with open_plain(found) as file:
+                return file.read()
 
     try:
-        scene = trimesh.load(path, force="scene", process=False)
+        with open_plain(path) as file:
+            kind = path.suffix.lower().removeprefix(".")
+            scene = trimesh.load(file, file_type=kind, resolver=Beside(str(path)), force="scene", process=False)
         # Sorted, since the order of the graph may differ from process to process.
         nodes = [scene.graph[node] for node in sorted(scene.graph.nodes_geometry)]
         # Not scene.dump(), whose copies lack the vertex colors of a part that has a material too.

@@ -214,7 +214,7 @@ def _base_pipeline(
     is_adapter = format_in(folder) in ADAPTER_FORMATS
     if are_of_run:
         given = base_name(config)
-        if is_adapter and given != base:
+        if is_adapter and base is not None and given != base:
             warnings.warn(f"{folder}: was trained on {base}, and is put on {given} as the settings say", stacklevel=3)
         return load_pipeline(config)
     if preset and is_adapter:

@@ -197,14 +197,17 @@ def wrap_denoiser(
         "views": config.num_views,
         "resolution": config.resolution,
         "learning rate": config.learning_rate,
-        "data": Path(config.train_data_dir).name
-        if config.train_data_dir
-        else f"embedded {data_format(config).replace('_', ' ')}",
+        "data": config.hub_data_name or _kind_of_data(config),
         "seed": config.seed,
         "validation samples": config.num_validation_samples,
         **_supervision_facts(config),
     }
     return model
+
+
+def _kind_of_data(config: TrainingConfig) -> str:
+    """Say what the data are, without the name of a folder."""
+    return f"{'folder of' if config.train_data_dir else 'embedded'} {data_format(config).replace('_', ' ')}"
 
 
 def _supervised_as_before(model: CameoModel, config: TrainingConfig) -> CameoModel:

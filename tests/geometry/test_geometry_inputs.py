@@ -13,6 +13,7 @@ from cameo.geometry import (
     crop_intrinsics,
     estimate_up,
     orbit_centre,
+    pixel_grid,
     plucker_rays,
     project,
     relative_extrinsics,
@@ -134,3 +135,47 @@ def test_intrinsics_of_another_image_size_are_noticed():
         # A single view whose principal point lies outside its image is usual for a crop.
         some = torch.cat([pixels, crop_intrinsics(pixels, 0, -20)], dim=1)
         Correspondence.from_depth(depth.expand(1, 2, 1, 8, 8), some, extrinsics.expand(1, 2, 4, 4), token_grid=2)
+
+
+@pytest.mark.parametrize(
+    ("which", "place", "value", "message"),
+    [
+        ("intrinsics", (0, 0), 1e30, "a focal length that no camera has"),
+        ("intrinsics", (1, 1), 1e-3, "a focal length that no camera has"),
+        ("intrinsics", (0, 1), 1e6, "a skew larger than the focal length"),
+        ("intrinsics", (1, 0), 7.0, "a value other than 0 below the focal length"),
+        ("extrinsics", (0, 3), 1e300, "a translation beyond 1e12 units"),
+        ("extrinsics", (2, 3), -1e13, "a translation beyond 1e12 units"),
+        ("extrinsics", (3, 0), 5.0, "a last row other than 0 0 0 1"),
+    ],
+)
+def test_values_of_no_camera_are_refused(which, place, value, message):
+    cameras = {
+        "intrinsics": torch.tensor([[8.0, 0, 4], [0, 8, 4], [0, 0, 1]]).double().repeat(1, 2, 1, 1),
+        "extrinsics": torch.eye(4).double().repeat(1, 2, 1, 1),
+    }
+    depth = torch.full((1, 2, 1, 8, 8), 2.0)
+    Correspondence.from_depth(depth, **cameras, token_grid=2)
+    cameras[which][0, 1][place] = value
+    with pytest.raises(ValueError, match=rf"{which}: sample 0, view 1 has {message}.*Cure"):
+        Correspondence.from_depth(depth, **cameras, token_grid=2)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda k, e: plucker_rays(k, e, (0, 8), (2, 2)), "image_size: expected a positive int"),
+        (lambda k, e: plucker_rays(k, e, (8, 8), (0, 2)), "size: expected a positive int"),
+        (lambda k, e: pixel_grid(-1, 2, dtype=torch.float32, device="cpu"), "size: expected a positive int"),
+        (lambda k, e: relative_extrinsics(e, 1.0), "reference: expected an integer, got 1.0"),
+        (lambda k, e: relative_extrinsics(e, True), "reference: expected an integer, got True"),
+        (
+            lambda k, e: Correspondence.from_depth(torch.ones(1, 2, 1, 8, 8), k, e, token_grid=10**9),
+            "token_grid: expected at most 16384 rows and columns",
+        ),
+    ],
+)
+def test_sizes_and_views_that_are_none_are_named(call, message):
+    intrinsics = torch.tensor([[8.0, 0, 4], [0, 8, 4], [0, 0, 1]]).expand(1, 2, 3, 3)
+    with pytest.raises(ValueError, match=message):
+        call(intrinsics, torch.eye(4).expand(1, 2, 4, 4))

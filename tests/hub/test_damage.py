@@ -118,7 +118,7 @@ def test_a_damaged_base_is_named(tmp_path: Path) -> None:
     get_backbone("cat3d").build("tiny", **NARROW).save_pretrained(base)
     model = diffusers_lora()
     model.cameo_config.base_model = str(base)
-    folder = model.save_pretrained(tmp_path / "rooms")
+    folder = model.save_pretrained(tmp_path / "rooms", local_base=True)
     path = base / "unet" / "diffusion_pytorch_model.safetensors"
     path.write_bytes(half(path.read_bytes()))
     with pytest.raises(DataError, match=re.escape(str(path))):

@@ -157,8 +157,13 @@ def test_damage_is_named(tmp_path: Path) -> None:
     assert done.num_pairs > 0
     assert done.num_kept > 0
     assert len(contents(folder)) == 4 * 30
-    first.write_bytes(content.replace(b'"version":"1"', b'"version":"2"'))
-    with pytest.raises(DataError, match=rf"{first.name}: expected version 1 of the format, got 2"):
+    first.write_bytes(content.replace(b'"version":"2"', b'"version":"3"'))
+    with pytest.raises(DataError, match=rf"{first.name}: damaged \(the checksum of its header differs\)"):
+        MatchReader(folder)
+    cameo.data.shards.Shard.write(
+        first, {"views": np.zeros((1, 3), np.int64)}, {}, replace(cameo.data.shards.MATCHES, version=1)
+    )
+    with pytest.raises(DataError, match=rf"{first.name}: expected version 2 of the format, got 1; run .* into another"):
         MatchReader(folder)
 
 

@@ -8,6 +8,7 @@ point in NDC. Depth is a 16-bit PNG with the bits of 16-bit floating-point numbe
 from __future__ import annotations
 
 import gzip
+import io
 import json
 from functools import lru_cache
 from pathlib import Path
@@ -26,6 +27,8 @@ __all__ = ["FORMAT"]
 ANNOTATIONS = "frame_annotations.jgz"
 PYTORCH3D_TO_OPENCV = np.diag([-1.0, -1.0, 1.0])
 INTRINSICS_FORMATS = ("ndc_norm_image_bounds", "ndc_isotropic")
+# Of the size of packed JSON, to which it is unpacked at most.
+MOST_TIMES = 200
 
 
 def _recognize(folder: Path) -> str | None:
@@ -37,15 +40,26 @@ def _scenes(folder: Path) -> list[SceneFiles]:
 
 
 def _sequences(folder: Path) -> dict[str, list[dict[str, Any]]]:
-    path = folder / ANNOTATIONS
+    path = inside(folder, ANNOTATIONS, stated_in=folder)
     return _parsed(path, path.stat().st_mtime_ns)
+
+
+def _unpacked(path: Path) -> bytes:
+    """Unpack a file, but not one that is made to fill the memory; JSON is packed to a tenth or so."""
+    packed = StoredFile(path).read()
+    most = MOST_TIMES * max(len(packed), 1 << 16)
+    with gzip.open(io.BytesIO(packed)) as file:
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise ValueError(f"it unpacks to more than {MOST_TIMES} times its size")
+    return content
 
 
 @lru_cache(maxsize=2)
 def _parsed(path: Path, _: int) -> dict[str, list[dict[str, Any]]]:
     """The annotations of each sequence by name; kept, since one file holds all sequences of a category."""
     try:
-        entries = json.loads(gzip.decompress(StoredFile(path).read()).decode("utf-8-sig"))
+        entries = json.loads(_unpacked(path).decode("utf-8-sig"))
     except (OSError, EOFError, ValueError, RecursionError) as error:
         if isinstance(error, DataError):
             raise

@@ -93,6 +93,8 @@ def _check_counts(model: Path, suffix: str) -> None:
         path = model / f"{name}{suffix}"
         if not path.is_file():
             raise DataError(f"{path}: no such file; a sparse model has cameras, images and points3D{suffix}")
+        if not path.resolve().is_relative_to(model.resolve()):
+            raise DataError(f"{path}: is a link that leaves its folder; copy the file into it")
         if suffix == ".txt":
             read_text(path)
             continue

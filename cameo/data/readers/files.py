@@ -6,17 +6,31 @@ import importlib
 import io
 import json
 import math
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 import numpy as np
 
 from cameo.errors import DataError
+from cameo.files import open_plain
 
-__all__ = ["StoredFile", "inside", "number", "optional_package", "read_json", "read_numbers", "read_text", "subfolders"]
+__all__ = [
+    "StoredFile",
+    "inside",
+    "load_arrays",
+    "number",
+    "optional_package",
+    "read_json",
+    "read_numbers",
+    "read_text",
+    "subfolders",
+]
 
 Array = np.ndarray
+# As many as a picture of 16,384 x 16,384 pixels has.
+MOST_NUMBERS = 1 << 28
 BYTE_ORDER_MARKS = ((b"\xef\xbb\xbf", "utf-8-sig"), (b"\xff\xfe", "utf-16"), (b"\xfe\xff", "utf-16"))
 
 
@@ -48,8 +62,8 @@ class StoredFile:
     def open(self) -> BinaryIO:
         """Open it for reading; `OSError` where that fails."""
         if not self.member:
-            return self.path.open("rb")
-        with self.path.open("rb") as file:
+            return open_plain(self.path)
+        with open_plain(self.path) as file:
             file.seek(self.offset)
             return io.BytesIO(file.read(self.length))
 
@@ -97,6 +111,53 @@ def inside(folder: Path, name: object, *, stated_in: object) -> Path:
             "its path relative to it, or copy what a link points to"
         )
     return path
+
+
+def load_arrays(file: StoredFile) -> Array | dict[str, Array]:
+    """Read a `.npy` or `.npz` file without running what is pickled in it; an `.npz` as arrays by name.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "depth.npy"
+        >>> np.save(path, np.ones((2, 3)))
+        >>> load_arrays(StoredFile(path)).shape
+        (2, 3)
+
+    Raises:
+        DataError: where it cannot be read, holds Python objects, or an array of more than 2 ** 28 numbers, which a
+            compressed file of a few kilobytes can hold.
+    """
+    try:
+        with file.open() as stream:
+            if not zipfile.is_zipfile(stream):
+                stream.seek(0)
+                return _load_array(stream)
+            with zipfile.ZipFile(stream) as archive:
+                arrays = {}
+                for name in archive.namelist():
+                    with archive.open(name) as member:
+                        arrays[name.removesuffix(".npy")] = _load_array(member)
+                return arrays
+    except Exception as error:  # zipfile and numpy raise whatever they trip over
+        raise DataError(
+            f"{file}: cannot be read as a NumPy file ({error}); write it with numpy.save, without objects"
+        ) from error
+
+
+def _load_array(stream: IO[bytes]) -> Array:
+    """Read an array whose header asks for a sensible amount of memory."""
+    version = np.lib.format.read_magic(stream)
+    header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, in_columns, kind = header(stream)
+    count = math.prod(shape)
+    if kind.hasobject:
+        raise ValueError("it holds Python objects, which could run code")
+    if count > MOST_NUMBERS:
+        raise ValueError(f"it holds an array of {count:,} numbers; expected at most {MOST_NUMBERS:,}")
+    content = stream.read(count * kind.itemsize)
+    if len(content) != count * kind.itemsize:
+        raise ValueError(f"it is cut short: {len(content)} of {count * kind.itemsize} bytes")
+    return np.frombuffer(content, kind).reshape(shape, order="F" if in_columns else "C").copy()
 
 
 def read_text(path: Path | StoredFile) -> str:

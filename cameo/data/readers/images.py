@@ -5,6 +5,7 @@ Axes: H W pixels of the full image, h w of the image returned, M points.
 
 from __future__ import annotations
 
+import math
 import tempfile
 from functools import lru_cache
 from pathlib import Path
@@ -14,12 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cameo.data.readers.files import StoredFile, optional_package
+from cameo.data.readers.files import MOST_NUMBERS, StoredFile, load_arrays, optional_package
 from cameo.data.readers.frames import DepthImage, Frame
 from cameo.data.readers.lenses import Lens, rays_to_pixels, straightened, undistort_image, undistort_points
 from cameo.errors import DataError
 from cameo.geometry import crop_intrinsics, resize_intrinsics
-from cameo.images.reading import decode, to_rgb
+from cameo.images.reading import decode, open_image, to_rgb
 
 __all__ = ["check_image", "image_size", "output_intrinsics", "output_points", "read_color", "read_depth"]
 
@@ -38,7 +39,7 @@ def image_size(file: StoredFile) -> tuple[int, int]:
     from PIL import Image
 
     try:
-        with file.open() as stream, Image.open(stream) as image:
+        with file.open() as stream, open_image(stream) as image:
             return image.height, image.width
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(f"{file}: cannot decode the color image ({error}); replace it by the original") from error
@@ -191,20 +192,17 @@ def _depth_numbers(depth: DepthImage) -> Array:
 
 def _read_numpy(file: StoredFile) -> Array:
     try:
-        with file.open() as stream:
-            loaded = np.load(stream, allow_pickle=False)
-            if isinstance(loaded, np.ndarray):
-                return loaded
-            names = loaded.files
-            if len(names) != 1 and "depth" not in names:
-                raise DataError(f"{file}: expected one array or one that is named depth, got {', '.join(names)}")
-            return loaded["depth" if "depth" in names else names[0]]
-    except DataError:
-        raise
-    except Exception as error:  # zipfile and numpy raise whatever they trip over
+        loaded = load_arrays(file)
+    except DataError as error:
+        reason = error.__cause__ or error
         raise DataError(
-            f"{file}: cannot read the depth ({error}); write it with numpy.save, without objects"
+            f"{file}: cannot read the depth ({reason}); write it with numpy.save, without objects"
         ) from error
+    if isinstance(loaded, np.ndarray):
+        return loaded
+    if len(loaded) != 1 and "depth" not in loaded:
+        raise DataError(f"{file}: expected one array or one that is named depth, got {', '.join(loaded)}")
+    return loaded["depth"] if "depth" in loaded else next(iter(loaded.values()))
 
 
 def _read_tiff(file: StoredFile) -> Array:
@@ -216,13 +214,19 @@ def _read_tiff(file: StoredFile) -> Array:
         pass
     tifffile = optional_package("tifffile", needed_for=str(file))
     try:
-        with file.open() as stream:
-            numbers = np.asarray(tifffile.imread(stream))
+        with file.open() as stream, tifffile.TiffFile(stream) as opened:
+            _check_count(math.prod(opened.series[0].shape))
+            numbers = np.asarray(opened.asarray())
     except Exception as error:  # tifffile has many errors of its own
         raise DataError(f"{file}: cannot decode the depth image ({error}); replace it by the original") from error
     if numbers.dtype == np.uint8:
         raise DataError(f"{file}: expected depth of 16 bit or more, got 8 bit; replace it by the original")
     return numbers
+
+
+def _check_count(count: int) -> None:
+    if count > MOST_NUMBERS:
+        raise ValueError(f"{count:,} pixels; expected at most {MOST_NUMBERS:,}")
 
 
 def _read_exr(file: StoredFile) -> Array:
@@ -233,6 +237,10 @@ def _read_exr(file: StoredFile) -> Array:
             path = Path(folder) / "depth.exr"
             path.write_bytes(file.read())
         try:
+            file.open().close()  # which does not wait for a named pipe, as OpenEXR does
+            with exr.File(str(path), header_only=True) as opened:
+                low, high = opened.header()["dataWindow"]
+                _check_count(math.prod(int(side) + 1 for side in high - low))
             with exr.File(str(path), separate_channels=True) as opened:
                 channels = {name: np.array(channel.pixels) for name, channel in opened.channels().items()}
         except Exception as error:  # OpenEXR raises RuntimeError and others

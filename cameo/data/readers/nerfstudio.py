@@ -36,7 +36,7 @@ def _recognize(folder: Path) -> str | None:
 
 def _read(scene: SceneFiles, options: ReadOptions) -> Listing:
     folder = scene.path
-    path = folder / next(name for name in NAMES if (folder / name).is_file())
+    path = inside(folder, next(name for name in NAMES if (folder / name).is_file()), stated_in=folder)
     content = read_json(path)
     if not isinstance(content, dict) or not isinstance(content.get("frames"), list):
         raise DataError(f'{path}: expected an object with a list "frames", got {_shown(content)}')

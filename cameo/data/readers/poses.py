@@ -6,6 +6,8 @@ import numpy as np
 
 __all__ = ["OPENGL_TO_OPENCV", "from_quaternion", "matrix_4x4", "rigid"]
 
+from cameo.geometry.cameras import FARTHEST_ORIGIN
+
 Array = np.ndarray
 # Turns the axes of a camera from x right, y up, z backward to x right, y down, z forward.
 OPENGL_TO_OPENCV = np.diag([1.0, -1.0, -1.0, 1.0])
@@ -20,7 +22,7 @@ def rigid(pose: Array) -> Array | None:
         >>> rigid(np.diag([1.0, 1.0, 1.001, 1.0]))[2, 2].item(), rigid(np.diag([1.0, 1.0, -1.0, 1.0]))
         (1.0, None)
     """
-    if pose.shape != (4, 4) or not (np.abs(pose) <= np.finfo(np.float32).max).all():
+    if pose.shape != (4, 4) or not (np.abs(pose) <= FARTHEST_ORIGIN).all():
         return None
     if np.abs(pose[3] - (0.0, 0.0, 0.0, 1.0)).max() > 1e-3:
         return None

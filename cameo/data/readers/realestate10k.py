@@ -17,6 +17,7 @@ from cameo.data.readers.images import image_size
 from cameo.data.readers.lenses import Lens
 from cameo.data.readers.poses import matrix_4x4, rigid
 from cameo.errors import DataError
+from cameo.files import open_plain
 
 __all__ = ["FORMAT"]
 
@@ -35,7 +36,7 @@ def _clips(folder: Path) -> list[Path]:
 
 def _recognize(folder: Path) -> str | None:
     for path in _clips(folder)[:8]:
-        with path.open("rb") as file:
+        with open_plain(path) as file:
             lines = file.read(4096).decode("utf-8", errors="replace").splitlines()
         if any(len(line.replace(",", " ").split()) == COLUMNS and _are_numbers(line) for line in lines[:3]):
             return f"{path.relative_to(folder)} with {COLUMNS} numbers in each line"
@@ -66,7 +67,7 @@ def _frames_folder(folder: Path, clip: str) -> Path | None:
 
 
 def _read(scene: SceneFiles, options: ReadOptions) -> Listing:
-    path = scene.path / scene.name
+    path = inside(scene.path, scene.name, stated_in=scene.path)
     frames = _frames_folder(scene.path, path.stem)
     if frames is None:
         raise DataError(f"{path}: the folder with its frames is gone; restore it")

@@ -50,7 +50,7 @@ def _seven_scenes_frames(scene: SceneFiles, options: ReadOptions) -> Listing:
             listing.dropped.append((stem, f"no {missing} file"))
             continue
         try:
-            pose = rigid(read_numbers(pose_path))
+            pose = rigid(read_numbers(inside(folder, pose_path.name, stated_in=folder)))
         except DataError:  # no numbers, or a folder of this name
             pose = None
         if pose is None:
@@ -72,7 +72,7 @@ def _seven_scenes_lens(folder: Path, size: tuple[int, int], options: ReadOptions
     path = folder / "camera-intrinsics.txt"
     if not path.exists():
         raise DataError(f"{folder}: no camera intrinsics ({path.name} not found); {NO_INTRINSICS}")
-    matrix = read_numbers(path)
+    matrix = read_numbers(inside(folder, path.name, stated_in=folder))
     if matrix.shape == (4, 4) and (matrix[3] == (0, 0, 0, 1)).all() and (matrix[:3, 3] == 0).all():
         matrix = matrix[:3, :3]  # as ScanNet writes them
     if matrix.shape != (3, 3):
@@ -129,7 +129,8 @@ def _tum_frames(scene: SceneFiles, options: ReadOptions) -> Listing:
     folder, tolerance, listing = scene.path, options.time_tolerance, Listing(metric=True)
     lens: Lens | None = None
     colors, depths, poses = (
-        _read_table(folder / f"{name}.txt", 8 if name == "groundtruth" else 2) for name in TUM_TEXTS
+        _read_table(inside(folder, f"{name}.txt", stated_in=folder), 8 if name == "groundtruth" else 2)
+        for name in TUM_TEXTS
     )
     depth_times, pose_times = np.array([t for t, _ in depths]), np.array([t for t, _ in poses])
     for time, (name,) in colors:

@@ -21,12 +21,12 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from cameo.data.readers.files import StoredFile, number, read_json
+from cameo.data.readers.files import StoredFile, inside, load_arrays, number, read_json
 from cameo.data.readers.frames import DepthImage, Format, Frame, Listing, ReadOptions, SceneFiles, Sightings
 from cameo.data.readers.lenses import Lens
 from cameo.data.readers.poses import matrix_4x4, rigid
 from cameo.errors import DataError
-from cameo.files import move_into_place
+from cameo.files import move_into_place, open_plain
 from cameo.scenes.views import SceneSource, Views
 
 __all__ = ["FORMAT", "write_tars"]
@@ -48,6 +48,7 @@ def _recognize(folder: Path) -> str | None:
 def _scenes(folder: Path) -> list[SceneFiles]:
     scenes = []
     for path in _tars(folder):
+        inside(folder, path.name, stated_in=folder)
         names = [
             name.removesuffix(CAMERAS) for name in _members(path, path.stat().st_mtime_ns) if name.endswith(CAMERAS)
         ]
@@ -62,10 +63,8 @@ def _scenes(folder: Path) -> list[SceneFiles]:
 @lru_cache(maxsize=64)
 def _members(path: Path, _: int) -> dict[str, StoredFile]:
     """The files in a tar by name, with their places, so that a view can be read without the ones before it."""
-    if not path.resolve().is_relative_to(path.parent.resolve()):
-        raise DataError(f"{path}: is a link that leaves its folder; copy the tar into the folder")
     try:
-        with tarfile.open(path, "r:") as archive:
+        with open_plain(path) as file, tarfile.open(fileobj=file, mode="r:") as archive:
             members = archive.getmembers()
     except (tarfile.TarError, OSError, EOFError, ValueError) as error:
         raise DataError(
@@ -89,7 +88,7 @@ def _check_end(path: Path, members: list[tarfile.TarInfo]) -> None:
         return
     last = members[-1]
     end = last.offset_data + -(-last.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-    with path.open("rb") as file:
+    with open_plain(path) as file:
         file.seek(end)
         if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
             raise DataError(f"{path}: is cut short at or after {last.name}; copy it again")
@@ -160,13 +159,15 @@ def _sightings(file: StoredFile | None, views: int) -> list[Sightings | None]:
     if file is None:
         return [None] * views
     try:
-        with file.open() as stream, np.load(stream, allow_pickle=False) as loaded:
-            point, view, xy = (
-                loaded["point"].astype(np.int64),
-                loaded["view"].astype(np.int64),
-                loaded["xy"].astype(float),
-            )
-    except Exception as error:  # zipfile and numpy raise whatever they trip over
+        loaded = load_arrays(file)
+        if isinstance(loaded, np.ndarray):
+            raise TypeError("one array without a name")
+        point, view, xy = (
+            loaded["point"].astype(np.int64),
+            loaded["view"].astype(np.int64),
+            loaded["xy"].astype(float),
+        )
+    except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"{file}: expected arrays point, view and xy written with numpy.savez ({error})") from error
     if point.ndim != 1 or view.shape != point.shape or xy.shape != (len(point), 2) or not np.isfinite(xy).all():
         raise DataError(

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cameo.data.readers.files import StoredFile, inside
+from cameo.data.readers.files import StoredFile, inside, load_arrays
 from cameo.data.readers.frames import Format, Frame, Listing, ReadOptions, SceneFiles, one_scene
 from cameo.data.readers.images import image_size
 from cameo.data.readers.lenses import Lens
@@ -65,10 +65,11 @@ def _read(scene: SceneFiles, options: ReadOptions) -> Listing:
 
 def _pose(path: Path) -> np.ndarray | None:
     try:
-        loaded = np.load(path, allow_pickle=False)
-    except Exception as error:  # numpy raises ValueError, EOFError and what zipfile and pickle raise
+        loaded = load_arrays(StoredFile(path))
+    except DataError as error:
+        reason = error.__cause__ or error
         raise DataError(
-            f"{path}: expected a 3x4 matrix written with numpy.save ({error}); render the view again"
+            f"{path}: expected a 3x4 matrix written with numpy.save ({reason}); render the view again"
         ) from error
     matrix = matrix_4x4(loaded) if isinstance(loaded, np.ndarray) and loaded.dtype.kind in "fiu" else None
     return None if matrix is None else rigid(matrix)

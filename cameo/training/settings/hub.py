@@ -25,6 +25,9 @@ class HubSettings(Settings):
     # License of the weights, an identifier of the Hub as openrail++. null, the default, takes that of the base weights;
     # where none is known a push is refused.
     hub_license: str | None = setting(None, changeable=True)
+    # Name of the training data on the model card. null, the default, states their format alone: the name of a folder
+    # may say more than is to be public.
+    hub_data_name: str | None = setting(None, changeable=True)
 
     def check(self) -> None:
         """Refuse settings that contradict each other."""
