@@ -23,6 +23,7 @@ from tests.helpers.training_runs import scene_cache, write_settings
 GUIDES = {page.stem for page in (DOCS / "guides").glob("*.md")} - {"index"}
 COMPLETE = ("any_model", "several_processes", "weight_and_schedule", "compiled")  # code that needs nothing else
 ELSEWHERE = {"your_own_loop", "add_a_backbone"}  # test_your_own_loop.py, tests/adapters/test_add_a_backbone.py
+COMMANDS = {"scale"}  # no Python
 HERE = {"without_depth", "saving"}  # the tests below give the names that the pages take for granted
 LINES = [line for page in PAGES for line in command_lines(page.read_text(encoding="utf-8"))]
 
@@ -32,8 +33,8 @@ def guide(name: str) -> list[str]:
 
 
 def test_no_guide_is_left_out() -> None:
-    assert {*COMPLETE, *ELSEWHERE, *HERE} == GUIDES
-    assert all(guide(name) for name in GUIDES)
+    assert {*COMPLETE, *ELSEWHERE, *HERE, *COMMANDS} == GUIDES
+    assert {name for name in GUIDES if not guide(name)} == COMMANDS
 
 
 @pytest.mark.parametrize("name", [*COMPLETE[:-1], pytest.param("compiled", marks=pytest.mark.slow)])
@@ -48,7 +49,8 @@ def test_code_runs(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     elif name == "compiled":
         assert len({line.split()[1][:6] for line in printed.splitlines()}) == 1
     elif name == "several_processes":
-        assert all(one.grad is not None for one in names["inner"].alignment_heads.parameters())
+        for model in (names["inner"], names["model"]):
+            assert all(one.grad is not None for one in model.alignment_heads.parameters())
     else:
         assert printed.splitlines()[-1] == "step 3: 0.025"
 
