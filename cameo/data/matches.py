@@ -343,11 +343,9 @@ class MatchReader:
             kinds = [kind for kind in (*PARTS, "sum") if f"{kind}/{named[0][0]}" in shard.tensors]
             rows = {kind: shard.rows([(f"{kind}/{name}", row) for name, row in named]) for kind in kinds}
             for place, (_, row, i, j) in enumerate(pairs):
-                record = {kind: found[place] for kind, found in rows.items()}
-                if (
-                    record_checksum([record[kind] for kind in PARTS if kind in record])
-                    != int(record["sum"]) & 0xFFFFFFFF
-                ):
+                record = {kind: values[place] for kind, values in rows.items()}
+                found = record_checksum([record[kind] for kind in PARTS if kind in record])
+                if "sum" in record and found != int(record["sum"]) & 0xFFFFFFFF:  # version 1 has none
                     raise damaged(shard.path, f"the checksum of record {row} of {named[place][0]} differs")
                 for kind, whole in (("index", index), ("distance", distance), ("weight", weight)):
                     if whole is not None:

@@ -46,9 +46,10 @@ class ShardKind:
     Attributes:
         content: name of what they hold.
         version: of their format.
+        readable: earlier versions that are read too; they have no checksums.
         repair: what to do with a shard that is damaged.
         renew: what to do with one of another version.
-        has_checksums: whether a shard without checksums is refused.
+        has_checksums: whether a shard of this version without checksums is refused.
     """
 
     content: str
@@ -56,6 +57,7 @@ class ShardKind:
     repair: str
     renew: str
     has_checksums: bool = False
+    readable: tuple[int, ...] = ()
 
 
 MATCHES = ShardKind(
@@ -64,6 +66,7 @@ MATCHES = ShardKind(
     repair=f"remove the file and run {RECIPE} again, which computes what is missing",
     renew=f"run {RECIPE} into another folder",
     has_checksums=True,
+    readable=(1,),
 )
 
 
@@ -152,7 +155,7 @@ class Shard:
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise damaged(path, error, kind) from error
         _check_version(path, version, kind)
-        if kind.has_checksums and not checksums:
+        if kind.has_checksums and str(version) == str(kind.version) and not checksums:
             raise damaged(path, "has no checksums", kind)
         return cls(path, settings, tensors, kind, checksums)
 
@@ -349,5 +352,5 @@ def _index_checksum(index: Mapping[str, Any]) -> int:
 
 
 def _check_version(path: Path, version: object, kind: ShardKind) -> None:
-    if str(version) != str(kind.version):
+    if str(version) not in map(str, (kind.version, *kind.readable)):
         raise DataError(f"{path}: expected version {kind.version} of the format, got {version}; {kind.renew}")

@@ -38,7 +38,8 @@ def test_the_page_agrees_with_the_results(page: Path) -> None:
 
 def test_every_page_is_written_somewhere_that_is_read() -> None:
     with_tables = {page for page in ROOT.glob("**/*.md") if "<!-- table: " in page.read_text(encoding="utf-8")}
-    assert with_tables == set(PAGES)
+    by_its_campaign = ROOT / "benchmarks" / "reliability" / "README.md"  # which takes longer than to be kept as results
+    assert with_tables == {*PAGES, by_its_campaign}
 
 
 @pytest.mark.parametrize(

@@ -95,7 +95,7 @@ def main(folder: Path) -> None:
     local = folder / "base-folder"
     adapter.load(bundled).save_pretrained(str(local))
     local_lora = with_lora(adapter.load(str(local)).unet, str(local))
-    local_lora.save_pretrained(folder / "local", license="mit")
+    local_lora.save_pretrained(folder / "local", license="mit", local_base=True)
     push("local base", str(folder / "local"), "painter/local")
     local.rename(folder / "base-gone")
     push("base gone", str(folder / "local"), "painter/gone")

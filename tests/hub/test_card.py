@@ -120,7 +120,7 @@ class TestCard:
             "| lpips (vgg) | | 0.25 |",
             r"| Data | rooms \| halls |",
             "| Steps | 400 |",
-            "| Masks | masks |",
+            "| Masks | a local file or folder |",
             "![Left: input](pictures/01_a_view.png)",
             "![memory](pictures/02.png)",
         ]:

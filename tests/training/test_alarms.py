@@ -13,7 +13,7 @@ import pytest
 
 from cameo.alarms import watch
 from cameo.training import trainer
-from cameo.training.checkpoint import list_checkpoints
+from cameo.training.checkpoints.folder import list_checkpoints
 from tests.helpers import data_faults
 from tests.helpers.sequences import write_sequence
 from tests.helpers.training_runs import REPA, RecipeProcess, make_trainer, read_lines

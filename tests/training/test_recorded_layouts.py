@@ -15,6 +15,7 @@ from cameo.adapters.mvdream import MVDream
 from cameo.backbone import get_backbone
 from cameo.config import CONFIG_NAME, CameoConfig
 from cameo.training.checkpoints.folder import list_checkpoints
+from cameo.training.checkpoints.verify import write_state
 from cameo.training.setup import load_pipeline, wrap_denoiser
 from tests.helpers.mvdream_models import NARROW
 from tests.helpers.training_runs import make_config
@@ -79,10 +80,10 @@ def test_a_resumed_run_supervises_what_it_did(tmp_path: Path, recorded: bool) ->
     assert layout_of(model) == NOW
     folder = tmp_path / "checkpoint-2"
     model.save_pretrained(folder)
-    (folder / "trainer_state.json").write_text('{"step": 2, "settings": {}}')
-    assert list_checkpoints(tmp_path) == [folder]
     if not recorded:
         forget_layouts(folder)
+    write_state(folder, {"step": 2, "settings": {}})
+    assert list_checkpoints(tmp_path) == [folder]
     config = make_config(tmp_path, **settings, resume_from_checkpoint="latest")
     assert layout_of(wrap_denoiser(load_pipeline(config), config)) == (NOW if recorded else BEFORE)
 

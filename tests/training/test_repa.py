@@ -218,7 +218,7 @@ def test_frozen_hidden_tokens_are_refused(tmp_path: Path) -> None:
     batch = collate([trainer.dataset[0], trainer.dataset[1]])
     trainer.prepared.train()
     with pytest.raises(CaptureError, match=r"carries no gradient, so features could train nothing but the projector"):
-        trainer._losses(batch, 0)
+        trainer._losses(trainer._prepare(batch, 0), None)
 
 
 def test_the_loss_has_to_be_computed_before_it_is_read(tmp_path: Path) -> None:

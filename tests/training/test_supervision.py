@@ -20,6 +20,7 @@ from cameo.correspondence.features import FeatureExtractor
 from cameo.data import collate
 from cameo.data.batches import match_batch
 from cameo.errors import DataError
+from cameo.training.checkpoints.verify import read_state, write_state
 from cameo.training.data import noisy_inputs, step_generator
 from cameo.training.settings import TrainingConfig
 from cameo.training.settings.config import CHANGEABLE
@@ -88,7 +89,7 @@ def test_the_decayed_weight_is_what_the_gradient_gets(tmp_path: Path, settings: 
     dataset, found = trainer.dataset, []
     for micro_step in (1, 4):
         batch = collate([dataset[0], dataset[1]])
-        loss, denoising, alignment = trainer._losses(batch, micro_step)
+        loss, denoising, alignment = trainer._losses(trainer._prepare(batch, micro_step), None)
         found.append(((loss - denoising) / alignment).item())
     assert found == pytest.approx([0.5, 0.25], rel=1e-3)
 
@@ -122,10 +123,10 @@ def test_the_run_goes_on_as_one_without_alignment(tmp_path: Path) -> None:
     """From the step on the loss is the denoising loss alone, to the last bit of its gradient."""
     trainer = make_trainer(tmp_path, alignment_until=1)
     batch = collate([trainer.dataset[0], trainer.dataset[1]])
-    loss, denoising, _ = trainer._losses(batch, 1)
+    loss, denoising, _ = trainer._losses(trainer._prepare(batch, 1), None)
     assert torch.equal(loss, denoising)
     plain = make_trainer(tmp_path, loss_weight=0.0)
-    assert torch.equal(plain._losses(batch, 1)[0], loss)
+    assert torch.equal(plain._losses(plain._prepare(batch, 1), None)[0], loss)
     loss.backward()
     assert all(not parameter.grad.any() for parameter in trainer.model.alignment_heads.parameters())
 
@@ -376,6 +377,7 @@ def test_a_resumed_run_takes_the_layer_of_its_checkpoint(tmp_path: Path, monkeyp
     config = CameoConfig.load(tmp_path / "checkpoint-1")
     assert (config.layers, config.layer_choice) == (paths, evidence)
     replace(config, layers=[other]).save(tmp_path / "checkpoint-1")
+    write_state(tmp_path / "checkpoint-1", read_state(tmp_path / "checkpoint-1"))
 
     def refuse(*args: Any) -> Any:
         raise AssertionError("probed again")
