@@ -201,7 +201,7 @@ def test_image_sizes_that_are_none(size: tuple[Any, Any], message: str) -> None:
         ({"layers": [1]}, r"layers: expected a list of module paths, got \[1\]"),
         ({"inflate": "yes"}, "inflate: expected True or False, got 'yes'"),
         ({"base_model": 3}, "base_model: expected text, got 3"),
-        ({"weight": NAN}, "holds NaN; expected finite numbers"),
+        ({"weight": -0.5}, "weight: expected a finite factor >= 0, got -0.5"),
         ({"num_reference_views": -1}, "num_reference_views: expected an integer of at least 0, got -1"),
     ],
 )
