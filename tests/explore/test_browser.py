@@ -1,30 +1,20 @@
-"""The page in a browser: what a click shows is what the library says, and nothing is asked of the network.
-
-Needs Playwright's Python package and Debian's chromium, or CHROMIUM with the path of another one.
-"""
+"""The page in a browser: what a click shows is what the library says, and nothing is asked of the network."""
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
+from tests.helpers.browser import launched
 from tests.helpers.explored import Page
-
-CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
-playwright = pytest.importorskip("playwright.sync_api", reason="needs the package playwright")
-pytestmark = pytest.mark.skipif(not CHROMIUM, reason="needs chromium")
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+    with launched() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture

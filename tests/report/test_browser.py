@@ -1,29 +1,20 @@
-"""The report in a browser: nothing is asked of the network, and it fits a desktop and a telephone.
-
-Needs Playwright's Python package and Debian's chromium, or CHROMIUM with the path of another one.
-"""
+"""The report in a browser: nothing is asked of the network, and it fits a desktop and a telephone."""
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
-playwright = pytest.importorskip("playwright.sync_api", reason="needs the package playwright")
-pytestmark = pytest.mark.skipif(not CHROMIUM, reason="needs chromium")
+from tests.helpers.browser import launched
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+    with launched() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.mark.parametrize("width", [1280, 390])
