@@ -16,7 +16,6 @@ from torch import Tensor
 
 from cameo.correspondence.neighbors.triton_support import device_refusal
 from cameo.errors import unknown_name
-from cameo.memory import sent_to
 
 __all__ = ["IMPLEMENTATIONS", "cycle_consistent", "match_tokens", "nearest_by_differences", "nearest_by_products"]
 
@@ -111,23 +110,23 @@ def nearest_by_differences(tokens: Tensor) -> tuple[Tensor, Tensor]:
     entries = max(1, bytes_at_once // tokens.element_size() // max(1, batch * count))
     pairs = max(1, entries // max(1, count))
     rows = max(1, entries // pairs)
-    for part in torch.triu_indices(views, views, 1).split(pairs, dim=1):
-        i, j = sent_to(tokens.device, part)
-        first, second = tokens[:, i], tokens[:, j]
-        there, back = index[:, j, i], distance[:, j, i]
+    steps = [(view, other) for view in range(views) for other in range(view + 1, views, pairs)]
+    for i, first in steps:
+        others = slice(first, min(first + pairs, views))  # some of the later views at once
         for start in range(0, count, rows):
             stop = min(start + rows, count)
-            x, y, z = ((first[:, :, start:stop, None, c] - second[:, :, None, :, c]).square_() for c in range(3))
+            here = tokens[:, i, None, start:stop, None]
+            x, y, z = ((here[..., c] - tokens[:, others, None, :, c]).square_() for c in range(3))
             squared = x.add_(y).add_(z)
             squared.masked_fill_(squared.isnan(), math.inf)
             apart, best = squared.min(dim=3)
-            distance[:, i, j, start:stop] = apart
-            index[:, i, j, start:stop] = best.masked_fill_(apart.isinf(), -1)
+            distance[:, i, others, start:stop] = apart
+            index[:, i, others, start:stop] = best.masked_fill_(apart.isinf(), -1)
             apart, best = squared.min(dim=2)
             # Later tokens win only if they are closer, so that ties stay with the lower index.
-            closer = apart < back
-            there, back = torch.where(closer, best + start, there), torch.where(closer, apart, back)
-        index[:, j, i], distance[:, j, i] = there, back
+            closer = apart < distance[:, others, i]
+            index[:, others, i] = torch.where(closer, best + start, index[:, others, i])
+            distance[:, others, i] = torch.where(closer, apart, distance[:, others, i])
     return index, distance.sqrt_()
 
 
