@@ -63,6 +63,10 @@ def test_the_card_follows(base, cached: Path, tmp_path: Path) -> None:
 def test_a_published_configuration_names_no_folder() -> None:
     config = CameoConfig("cat3d", [], base_model="/home/me/base", base_revision="v1", training={"data": "/data/office"})
     public = public_config(config)
-    assert (public.base_model, public.base_revision, public.training) == (None, None, {"data": "a local file or folder"})
+    assert (public.base_model, public.base_revision, public.training) == (
+        None,
+        None,
+        {"data": "a local file or folder"},
+    )
     assert config.base_model == "/home/me/base"
     assert public_config(CameoConfig("cat3d", [], base_model=BASE)).base_model == BASE
