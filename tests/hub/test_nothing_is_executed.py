@@ -186,7 +186,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {backbone: folder / backbone for backbone in BACKBONES}
 
 
-@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize("backbone", ["cat3d", *(pytest.param(name, marks=pytest.mark.slow) for name in BACKBONES[1:])])
 def test_pipelines(
     backbone: str, whole: dict[str, Path], touched: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -217,6 +217,7 @@ def adapters(folder: Path, kind: str) -> Path:
     return cameo.wrap(model, backbone="cat3d").save_pretrained(folder / "adapter", include_head=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["diffusers LoRA", "PEFT", "full model"])
 def test_adapters_and_models(kind: str, touched: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saved = adapters(tmp_path, kind)
