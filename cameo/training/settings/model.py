@@ -15,7 +15,7 @@ class ModelSettings(Settings):
     """Model: released weights, or a preset with fresh ones."""
 
     # Adapter of the model, one of `cameo.backbones()`: cat3d, mvdream, sv3d, zero123plus, or one of your own. cat3d by
-    # default, the only one with a bundled base.
+    # default, as in the paper.
     backbone: str = setting("cat3d")
     # Weights to start from: id on the Hub, folder in diffusers layout, or bundled:NAME. null, the default, builds
     # preset.
