@@ -48,14 +48,15 @@ class ShardKind:
         version: of their format.
         repair: what to do with a shard that is damaged.
         renew: what to do with one of another version.
-        has_checksums: whether a shard without checksums is refused.
+        before_checksums: version of the last files without checksums, which are read without them; later files that
+            have none are refused.
     """
 
     content: str
     version: int
     repair: str
     renew: str
-    has_checksums: bool = False
+    before_checksums: int
 
 
 MATCHES = ShardKind(
@@ -63,7 +64,7 @@ MATCHES = ShardKind(
     FORMAT_VERSION,
     repair=f"remove the file and run {RECIPE} again, which computes what is missing",
     renew=f"run {RECIPE} into another folder",
-    has_checksums=True,
+    before_checksums=1,
 )
 
 
@@ -152,7 +153,7 @@ class Shard:
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise damaged(path, error, kind) from error
         _check_version(path, version, kind)
-        if kind.has_checksums and not checksums:
+        if str(version) != str(kind.before_checksums) and not checksums:
             raise damaged(path, "has no checksums", kind)
         return cls(path, settings, tensors, kind, checksums)
 
@@ -336,7 +337,8 @@ def _read_index(path: Path) -> dict[str, Any]:
         with open_plain(path) as file:
             content = parse_object(file.read())
         version, index = content["version"], {name: content[name] for name in ("settings", "finished", "shards")}
-        if str(version) == str(FORMAT_VERSION) and content["checksum"] != _index_checksum(content):
+        is_checked = str(version) != str(MATCHES.before_checksums)
+        if is_checked and content["checksum"] != _index_checksum(content):
             raise ValueError("its checksum differs")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path}: damaged ({error}); remove the file and run {RECIPE} again") from error
@@ -349,5 +351,5 @@ def _index_checksum(index: Mapping[str, Any]) -> int:
 
 
 def _check_version(path: Path, version: object, kind: ShardKind) -> None:
-    if str(version) != str(kind.version):
+    if str(version) not in (str(kind.version), str(kind.before_checksums)):
         raise DataError(f"{path}: expected version {kind.version} of the format, got {version}; {kind.renew}")

@@ -86,7 +86,13 @@ def resolve(typed: Mapping[str, Typed], defaults: Mapping[str, Any]) -> dict[str
     from omegaconf.errors import OmegaConfBaseException
 
     known = {name: json.loads(json.dumps(value)) for name, value in defaults.items()}
-    container = OmegaConf.create({**known, **_plain(typed)})
+    try:
+        container = OmegaConf.create({**known, **_plain(typed)})
+    except OmegaConfBaseException as error:
+        names = ", ".join(name for name, value in typed.items() if has_interpolation(value))
+        raise ValueError(
+            f"{names}: expected interpolations as ${{oc.env:NAME}} ({str(error).splitlines()[0]})"
+        ) from None
     resolved_settings = dict(typed)
     for name, value in typed.items():
         if has_interpolation(value):

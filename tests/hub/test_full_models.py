@@ -101,7 +101,7 @@ class TestFolder:
         pipeline = ADAPTER.build("tiny")
         folder = wrapped(pipeline.unet, "preset:tiny").save_pretrained(tmp_path / "rooms", pipeline=pipeline)
         (folder / "notes.txt").write_text("mine")
-        wrapped_lora(base, base_folder).save_pretrained(folder)
+        wrapped_lora(base, base_folder).save_pretrained(folder, local_base=True)
         assert names(folder) == ["README.md", CONFIG_NAME, "notes.txt", LORA]
         assert torch.equal(output(cameo.from_pretrained(folder).unwrap()), output(base))
 

@@ -46,7 +46,7 @@ class TestErrors:
             cameo.from_pretrained(folder)
 
     def test_base_gone(self, base, tmp_path):
-        folder = wrapped_lora(base, tmp_path / "gone").save_pretrained(tmp_path / "rooms")
+        folder = wrapped_lora(base, tmp_path / "gone").save_pretrained(tmp_path / "rooms", local_base=True)
         with pytest.raises(DataError, match=r"base .*gone': no such folder;.*pass base_model="):
             cameo.from_pretrained(folder)
 
