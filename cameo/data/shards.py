@@ -46,18 +46,17 @@ class ShardKind:
     Attributes:
         content: name of what they hold.
         version: of their format.
-        readable: earlier versions that are read too; they have no checksums.
         repair: what to do with a shard that is damaged.
         renew: what to do with one of another version.
-        has_checksums: whether a shard of this version without checksums is refused.
+        before_checksums: version of the last files without checksums, which are read without them; later files that
+            have none are refused.
     """
 
     content: str
     version: int
     repair: str
     renew: str
-    has_checksums: bool = False
-    readable: tuple[int, ...] = ()
+    before_checksums: int
 
 
 MATCHES = ShardKind(
@@ -65,8 +64,7 @@ MATCHES = ShardKind(
     FORMAT_VERSION,
     repair=f"remove the file and run {RECIPE} again, which computes what is missing",
     renew=f"run {RECIPE} into another folder",
-    has_checksums=True,
-    readable=(1,),
+    before_checksums=1,
 )
 
 
@@ -155,7 +153,7 @@ class Shard:
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise damaged(path, error, kind) from error
         _check_version(path, version, kind)
-        if kind.has_checksums and str(version) == str(kind.version) and not checksums:
+        if str(version) != str(kind.before_checksums) and not checksums:
             raise damaged(path, "has no checksums", kind)
         return cls(path, settings, tensors, kind, checksums)
 
@@ -339,7 +337,8 @@ def _read_index(path: Path) -> dict[str, Any]:
         with open_plain(path) as file:
             content = parse_object(file.read())
         version, index = content["version"], {name: content[name] for name in ("settings", "finished", "shards")}
-        if str(version) == str(FORMAT_VERSION) and content["checksum"] != _index_checksum(content):
+        is_checked = str(version) != str(MATCHES.before_checksums)
+        if is_checked and content["checksum"] != _index_checksum(content):
             raise ValueError("its checksum differs")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path}: damaged ({error}); remove the file and run {RECIPE} again") from error
@@ -352,5 +351,5 @@ def _index_checksum(index: Mapping[str, Any]) -> int:
 
 
 def _check_version(path: Path, version: object, kind: ShardKind) -> None:
-    if str(version) not in map(str, (kind.version, *kind.readable)):
+    if str(version) not in (str(kind.version), str(kind.before_checksums)):
         raise DataError(f"{path}: expected version {kind.version} of the format, got {version}; {kind.renew}")

@@ -32,6 +32,7 @@ LATENTS = ShardKind(
     version=1,
     repair="remove the file; the next start of the training encodes what is missing",
     renew="remove the file, or give another latents_dir",
+    before_checksums=1,
 )
 # A shard that is not full is written after this many seconds, which bounds the work that is lost if the process is
 # killed.

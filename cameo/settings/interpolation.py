@@ -89,7 +89,10 @@ def resolve(typed: Mapping[str, Typed], defaults: Mapping[str, Any]) -> dict[str
     try:
         container = OmegaConf.create({**known, **_plain(typed)})
     except OmegaConfBaseException as error:
-        raise ValueError(f"{error.full_key or 'settings'}: {str(error).splitlines()[0]}") from None
+        names = ", ".join(name for name, value in typed.items() if has_interpolation(value))
+        raise ValueError(
+            f"{names}: expected interpolations as ${{oc.env:NAME}} ({str(error).splitlines()[0]})"
+        ) from None
     resolved_settings = dict(typed)
     for name, value in typed.items():
         if has_interpolation(value):
