@@ -339,8 +339,8 @@ class MatchReader:
         for number, group in groupby(places, key=lambda place: place[0]):
             shard, pairs = self.shards[number], list(group)
             named = [(_table_name((token_grids[i], token_grids[j])), row) for _, row, i, j in pairs]
-            # All parts of a record are read, also those that are not asked for, since it has one checksum; none where an
-            # earlier release wrote it.
+            # All parts of a record are read, also those that are not asked for, since it has one checksum, but for one
+            # of an earlier release.
             kinds = [kind for kind in (*PARTS, "sum") if f"{kind}/{named[0][0]}" in shard.tensors]
             rows = {kind: shard.rows([(f"{kind}/{name}", row) for name, row in named]) for kind in kinds}
             for place, (_, row, i, j) in enumerate(pairs):
