@@ -339,14 +339,13 @@ class MatchReader:
         for number, group in groupby(places, key=lambda place: place[0]):
             shard, pairs = self.shards[number], list(group)
             named = [(_table_name((token_grids[i], token_grids[j])), row) for _, row, i, j in pairs]
-            # All parts of a record are read, also those that are not asked for, since it has one checksum, but for one
-            # of an earlier release.
+            # Also parts that are not asked for, since a record has one checksum; those of earlier releases have none.
             kinds = [kind for kind in (*PARTS, "sum") if f"{kind}/{named[0][0]}" in shard.tensors]
             rows = {kind: shard.rows([(f"{kind}/{name}", row) for name, row in named]) for kind in kinds}
             for place, (_, row, i, j) in enumerate(pairs):
                 record = {kind: found[place] for kind, found in rows.items()}
-                found = np.uint32(record_checksum([record[kind] for kind in PARTS if kind in record])).view(np.int32)
-                if record.get("sum", found) != found:
+                checksum = np.uint32(record_checksum([record[kind] for kind in PARTS if kind in record])).view(np.int32)
+                if record.get("sum", checksum) != checksum:
                     raise damaged(shard.path, f"the checksum of record {row} of {named[place][0]} differs")
                 for kind, whole in (("index", index), ("distance", distance), ("weight", weight)):
                     if whole is not None:

@@ -161,7 +161,7 @@ def test_damage_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=rf"{first.name}: damaged \(the checksum of its header differs\)"):
         MatchReader(folder)
     cameo.data.shards.Shard.write(
-        first, {"views": np.zeros((1, 3), np.int64)}, {}, replace(cameo.data.shards.MATCHES, version=1)
+        first, {"views": np.zeros((1, 3), np.int64)}, {}, replace(cameo.data.shards.MATCHES, version=3)
     )
     with pytest.raises(DataError, match=rf"{first.name}: expected version 2 of the format, got 3; run .* into another"):
         MatchReader(folder)
