@@ -106,7 +106,9 @@ def test_cores_are_those_of_this_process(monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.skipif(os.name != "posix", reason="sends a signal to a group of processes")
 def test_ctrl_c_ends_helpers_as_well_and_says_nothing_of_them(tmp_path: Path) -> None:
     script = (
-        "import sys, pathlib, time\nfrom cameo.scenes.parallel import render_scenes\n"
+        "import sys, pathlib, signal, time\nfrom cameo.scenes.parallel import render_scenes\n"
+        # A shell that started the tests in the background has had them ignore it.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from tests.helpers.rendering import Work\nwork = Work(pathlib.Path(sys.argv[1]))\n"
         "render_scenes(work.render, range(10**5), processes=3, done=lambda: time.sleep(0.01))"
     )
