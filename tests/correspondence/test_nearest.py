@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import math
-import re
-import subprocess
-import tempfile
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +10,7 @@ from torch import Tensor
 
 from cameo.correspondence.neighbors import nearest
 from cameo.correspondence.neighbors.nearest import match_tokens, nearest_by_differences, nearest_by_products
+from tests.helpers.compiled_kernels import registers_and_stack
 from tests.helpers.memory import memory_of
 
 
@@ -140,22 +136,10 @@ def match_tokens_by_triton(tokens: Tensor, widths: tuple[int, ...]) -> tuple[Ten
     return match_tokens(tokens, widths, 1.5, implementation="triton")
 
 
-@functools.cache
-def nvidia_tool(name: str) -> Path:
-    triton = pytest.importorskip("triton")
-    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
-    if not path.exists():
-        pytest.skip(f"this build of Triton has no {name}")
-    return path
-
-
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize(("kernel", "most_registers"), [("nearest_kernel", 128), ("cycle_kernel", 64)])
 def test_triton_compiles_without_spills(kernel, most_registers, capability):
-    tool = nvidia_tool("cuobjdump")
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+    pytest.importorskip("triton", reason="Triton is not installed")
 
     from cameo.correspondence.neighbors import triton_nearest
 
@@ -174,14 +158,8 @@ def test_triton_compiles_without_spills(kernel, most_registers, capability):
         "nearest_kernel": {"QUERIES": triton_nearest.QUERY_BLOCK, "KEYS": triton_nearest.KEY_BLOCK},
         "cycle_kernel": {"BLOCK": triton_nearest.CYCLE_BLOCK},
     }[kernel]
-    signature = {**kinds, **dict.fromkeys(constants, "constexpr")}
-    source = ASTSource(getattr(triton_nearest, kernel), signature, constants)
-    options = {"num_warps": triton_nearest.NEAREST_WARPS, "enable_fp_fusion": False}
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        report = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    registers, stack = (int(re.search(rf"{name}:(\d+)", report).group(1)) for name in ("REG", "STACK"))
+    registers, stack = registers_and_stack(
+        getattr(triton_nearest, kernel), kinds, constants, capability, triton_nearest.NEAREST_WARPS
+    )
     assert stack == 0
     assert registers <= most_registers

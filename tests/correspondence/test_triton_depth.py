@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import math
-import re
-import subprocess
-import tempfile
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
 from cameo.correspondence import matching
+from tests.helpers.compiled_kernels import registers_and_stack
 from tests.helpers.memory import memory_of
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
@@ -57,26 +54,15 @@ def test_the_kernel_equals_the_plain_form(interpreted, views, grids):
 
 @pytest.mark.parametrize("capability", [pytest.param(80, marks=pytest.mark.slow), 90])
 def test_the_kernel_compiles_without_spills(capability):
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     from cameo.correspondence import triton_depth
 
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    if not tool.exists():
-        pytest.skip("this build of Triton has no cuobjdump")
     pointers = dict.fromkeys(("depth", "intrinsics", "extrinsics", "distance"), "*fp32")
     numbers = dict.fromkeys(("views", "tokens", "height", "width"), "i32")
-    kinds = {**pointers, "grids": "*i64", "index": "*i64", **numbers, "tolerance": "fp32", "BLOCK": "constexpr"}
-    names = triton_depth.depth_kernel.arg_names
-    source = ASTSource(triton_depth.depth_kernel, {n: kinds[n] for n in names}, {"BLOCK": triton_depth.BLOCK})
-    options = {"num_warps": triton_depth.WARPS, "enable_fp_fusion": False}
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        report = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    registers, stack = (int(re.search(rf"{name}:(\d+)", report).group(1)) for name in ("REG", "STACK"))
+    kinds = {**pointers, "grids": "*i64", "index": "*i64", **numbers, "tolerance": "fp32"}
+    kernel = triton_depth.depth_kernel
+    kinds = {name: kinds[name] for name in kernel.arg_names if name in kinds}
+    constants = {"BLOCK": triton_depth.BLOCK}
+    registers, stack = registers_and_stack(kernel, kinds, constants, capability, triton_depth.WARPS)
     assert stack == 0
     assert registers <= 128
 
