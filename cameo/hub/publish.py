@@ -136,10 +136,10 @@ def file_names(folder: Path) -> list[str]:
 
 
 def upload(
-    api: Any,
     stage: Path,
     repo_id: str,
     *,
+    token: str | None,
     private: bool | None,
     message: str,
     create_pr: bool,
@@ -149,19 +149,21 @@ def upload(
 
     Files of an earlier upload that would mislead are removed in the same commit.
     """
-    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
-    url = api.create_repo(repo_id, private=private, exist_ok=True)
-    if revision is not None:
-        api.create_branch(repo_id, branch=revision, exist_ok=True)
-    new = file_names(stage)
-    stale = stale_files(api.list_repo_files(repo_id, revision=revision), new, place=repo_id)
-    # upload_folder may split a folder into several commits, and a failure between them leaves half a model.
-    operations: list[Any] = [CommitOperationAdd(name, str(stage / name)) for name in new]
-    operations += [CommitOperationDelete(name) for name in stale]
-    commit = api.create_commit(
-        repo_id, operations, commit_message=message, revision=revision, create_pr=create_pr or None
-    )
+    api = HfApi(token=token, library_name="cameo")
+    with explained_errors(repo_id):
+        url = api.create_repo(repo_id, private=private, exist_ok=True)
+        if revision is not None:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        new = file_names(stage)
+        stale = stale_files(api.list_repo_files(repo_id, revision=revision), new, place=repo_id)
+        # upload_folder may split a folder into several commits, and a failure between them leaves half a model.
+        operations: list[Any] = [CommitOperationAdd(name, str(stage / name)) for name in new]
+        operations += [CommitOperationDelete(name) for name in stale]
+        commit = api.create_commit(
+            repo_id, operations, commit_message=message, revision=revision, create_pr=create_pr or None
+        )
     return str(commit.pr_url or url)
 
 

@@ -19,7 +19,7 @@ from cameo.hub.card_facts import UNNAMED
 from cameo.hub.license import hub_id, require_license
 from cameo.hub.loading import BaseNeededError
 from cameo.hub.places import forget_local_names, public_config
-from cameo.hub.publish import explained_errors, file_names, upload, verify
+from cameo.hub.publish import file_names, upload, verify
 from cameo.hub.save_load import from_pretrained
 from cameo.hub.weights import check_readable, format_in, is_saved_file
 
@@ -82,8 +82,6 @@ def push_folder(
         PermissionError: without a token, or if the Hub refuses it.
         ConnectionError: if the Hub cannot be reached.
     """
-    from huggingface_hub import HfApi
-
     folder = saved_folder(folder)
     config, weight_format = CameoConfig.load(folder), format_in(folder)
     check_readable(folder, weight_format)
@@ -103,16 +101,15 @@ def push_folder(
         public_config(config).save(stage)
         forget_local_names(stage)
         unverified = _verify(folder, stage, config, weight_format)
-        with explained_errors(repo_id):
-            url = upload(
-                HfApi(token=token, library_name="cameo"),
-                stage,
-                repo_id,
-                private=private,
-                message=commit_message,
-                create_pr=create_pr,
-                revision=revision,
-            )
+        url = upload(
+            stage,
+            repo_id,
+            token=token,
+            private=private,
+            message=commit_message,
+            create_pr=create_pr,
+            revision=revision,
+        )
     return PushedFolder(url, folder, unverified)
 
 

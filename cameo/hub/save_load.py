@@ -237,12 +237,9 @@ def push_to_hub(
         raise ValueError(
             "revision: a pull request is opened against the default branch; leave out create_pr or revision"
         )
-    from huggingface_hub import HfApi
-
     config = model.cameo_config
     repo_id = check_access(repo_id, token)
     facts = require_license(config, license, backbone=_backbone(config), token=token)
-    api = HfApi(token=token, library_name="cameo")
     with tempfile.TemporaryDirectory() as root:
         stage = Path(root) / "model"
         stage.mkdir()
@@ -253,16 +250,15 @@ def push_to_hub(
             stage,
             lambda base: from_pretrained(stage, base_model=base).unwrap(),
         )
-        with explained_errors(repo_id):
-            return upload(
-                api,
-                stage,
-                repo_id,
-                private=private,
-                message=commit_message,
-                create_pr=create_pr,
-                revision=revision,
-            )
+        return upload(
+            stage,
+            repo_id,
+            token=token,
+            private=private,
+            message=commit_message,
+            create_pr=create_pr,
+            revision=revision,
+        )
 
 
 def _stage(
