@@ -106,7 +106,7 @@ def card_of_save(save: Callable[..., Path], **keywords: Any) -> str:
 
 
 def card_of_push(push: Callable[..., str], **keywords: Any) -> str:
-    def read(api: Any, stage: Path, repo_id: str, **options: Any) -> str:
+    def read(stage: Path, repo_id: str, **options: Any) -> str:
         return (stage / "README.md").read_text()
 
     with pytest.MonkeyPatch.context() as patch:
