@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common.measuring import read_results
+from cameo.files import write_atomically
 
 __all__ = ["DEVICES", "PICTURES", "RESULTS", "ROOT", "TABLE", "Script", "filled"]
 
@@ -62,3 +63,18 @@ def filled(text: str, tables: Mapping[str, Callable[[], str]]) -> str:
         KeyError: the page asks for a table that is not in `tables`.
     """
     return TABLE.sub(lambda match: f"{match[1]}\n{tables[match[2]]()}\n{match[3]}", text)
+
+
+def fill(page: Path, name: str, content: str) -> None:
+    """Write one table of a page anew, in place and as a whole; the others stay.
+
+    Raises:
+        KeyError: the page has no table of this name.
+    """
+    text = page.read_text(encoding="utf-8")
+    if name not in (found[2] for found in TABLE.finditer(text)):
+        raise KeyError(
+            f"{page}: has no table {name}: write `<!-- table: {name} -->` and `<!-- end -->` where it belongs"
+        )
+    replaced = TABLE.sub(lambda found: f"{found[1]}\n{content}\n{found[3]}" if found[2] == name else found[0], text)
+    write_atomically(page, replaced)

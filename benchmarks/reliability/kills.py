@@ -13,6 +13,7 @@ forked from a process that has imported everything. The table is written into `b
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import random
 import re
@@ -22,7 +23,7 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,9 +32,8 @@ import torch
 from safetensors.torch import load_file
 
 from benchmarks.common.measuring import environment
-from benchmarks.common.page import filled
+from benchmarks.common.page import fill
 from cameo.data import MultiViewDataset
-from cameo.files import write_atomically
 from cameo.tables import markdown_table
 from cameo.training.checkpoints.folder import list_checkpoints
 from cameo.training.data import build_dataset
@@ -61,6 +61,7 @@ SETTINGS: dict[str, Any] = {
     "max_train_steps": STEPS,
     "checkpointing_steps": 1,
 }
+Data = tuple[MultiViewDataset, MultiViewDataset]
 PATIENCE = 600  # seconds until a run that does not move counts as hung
 
 
@@ -92,18 +93,30 @@ class Tally:
     named: Counter[str] = field(default_factory=Counter)
 
 
-def start(data: tuple[MultiViewDataset, MultiViewDataset], folder: Path, resume: bool, limit: int | None) -> int:
-    """Fork a run; returns its process id."""
+def start(
+    data: Data, folder: Path, *, log: Path | None = None, first: Callable[[], object] | None = None, **settings: Any
+) -> int:
+    """Fork a run; returns its process id.
+
+    Args:
+        data: of training and of validation.
+        folder: its `output_dir`.
+        log: file for all that it prints; default: beside the folder.
+        first: called in the new process before anything else.
+        settings: those that differ from `SETTINGS`.
+    """
     process = os.fork()
     if process:
         return process
     code = 2
     try:
-        log = os.open(folder.with_suffix(".log"), os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-        os.dup2(log, 1)
-        os.dup2(log, 2)
-        given = {**SETTINGS, "output_dir": str(folder), "checkpoints_total_limit": limit}
-        train_lora(TrainingConfig(**given, resume_from_checkpoint="latest" if resume else None), *data)
+        output = os.open(log or log_of(folder), os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        sys.stdout = sys.stderr = os.fdopen(output, "w", buffering=1, encoding="utf-8")  # whatever they were before
+        if first is not None:
+            first()
+        train_lora(TrainingConfig(**{**SETTINGS, "output_dir": str(folder), **settings}), *data)
         code = 0
     except BaseException:
         traceback.print_exc()
@@ -111,6 +124,16 @@ def start(data: tuple[MultiViewDataset, MultiViewDataset], folder: Path, resume:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+def log_of(folder: Path) -> Path:
+    """File beside the folder of a run, for what the run prints."""
+    return folder.with_suffix(".log")
+
+
+def wait_for(process: int) -> int:
+    """Wait for a run; returns its exit code."""
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
 
 
 def newest(folder: Path) -> int:
@@ -145,6 +168,19 @@ def kill_at_random(process: int, folder: Path, target: int, dice: random.Random)
     return None
 
 
+@contextlib.contextmanager
+def undisturbed(work: Path | None) -> Iterator[tuple[Path, Data]]:
+    """Give a folder for runs, in which `reference` has been trained, and the data; a temporary one is removed."""
+    with tempfile.TemporaryDirectory() as temporary:
+        place = (work or Path(temporary)).resolve()
+        place.mkdir(parents=True, exist_ok=True)
+        config = TrainingConfig(**SETTINGS, output_dir=str(place / "reference"))
+        data = build_dataset(config, "train"), build_dataset(config, "validation")
+        if code := wait_for(start(data, place / "reference")):
+            raise RuntimeError(f"the reference ended with {code}:\n{log_of(place / 'reference').read_text()}")
+        yield place, data
+
+
 def difference(folder: Path, reference: Path) -> str | None:
     """Name the first file in which a finished run differs from the reference."""
     if (folder / "metrics.jsonl").read_text() != (reference / "metrics.jsonl").read_text():
@@ -157,19 +193,19 @@ def difference(folder: Path, reference: Path) -> str | None:
     return None
 
 
-def one_run(
-    data: tuple[MultiViewDataset, MultiViewDataset], folder: Path, kills: int, tally: Tally, dice: random.Random
-) -> None:
+def one_run(data: Data, folder: Path, kills: int, tally: Tally, dice: random.Random) -> None:
     """Kill, damage and resume one run until it has ended, or has been damaged `kills` times and ends by itself."""
     limit, damage, resume = dice.choice((None, 2, 3)), "", False
-    log = folder.with_suffix(".log")
+    log = log_of(folder)
     while True:
         seen = log.read_text() if log.exists() else ""
-        process = start(data, folder, resume, limit)
+        process = start(
+            data, folder, checkpoints_total_limit=limit, resume_from_checkpoint="latest" if resume else None
+        )
         if sum(tally.damaged.values()) < kills and newest(folder) < STEPS - 1:
             code = kill_at_random(process, folder, dice.randint(newest(folder) + 1, STEPS - 1), dice)
         else:
-            code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+            code = wait_for(process)
         said = log.read_text()[len(seen) :]
         if damage:
             tally.went_on[damage] += "resumed from" in said
@@ -221,19 +257,13 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
     dice, tally, begun = random.Random(given.seed), Tally(), time.monotonic()
-    with tempfile.TemporaryDirectory() as temporary:
-        work = (given.work or Path(temporary)).resolve()
-        work.mkdir(parents=True, exist_ok=True)
-        config = TrainingConfig(**SETTINGS, output_dir=str(work / "reference"))
-        data = build_dataset(config, "train"), build_dataset(config, "validation")
-        if code := os.waitstatus_to_exitcode(os.waitpid(start(data, work / "reference", False, None), 0)[1]):
-            sys.exit(f"the run without kills ended with {code}:\n{(work / 'reference.log').read_text()}")
+    with undisturbed(given.work) as (work, data):
         while sum(tally.damaged.values()) < given.kills:
             one_run(data, work / f"run-{tally.runs:03d}", given.kills, tally, dice)
     command = f"OMP_NUM_THREADS=1 python -m benchmarks.reliability.kills --kills {given.kills} --seed {given.seed}"
     found = table(tally, command, time.monotonic() - begun)
     print(found)
-    write_atomically(PAGE, filled(PAGE.read_text(encoding="utf-8"), {"kills": lambda: found}))
+    fill(PAGE, "kills", found)
 
 
 if __name__ == "__main__":

@@ -119,6 +119,7 @@ ERRORS: list[tuple[str, Damage, str]] = [
     ("colmap text", replaced("sparse/0/images.txt", " 1 0001.png", " 9 0001.png"), r"COLMAP cannot read the model"),
     ("co3d", cut(ANNOTATIONS, 60), r"jgz: expected JSON packed with gzip .*download it again"),
     ("co3d", written(ANNOTATIONS, "[]"), r"jgz: expected JSON packed with gzip"),
+    ("co3d", written(ANNOTATIONS, b"\x1f\x8b\x08" + bytes(7) + b"\xff" * 9), r"jgz: expected JSON packed .*\(Error -3"),
     ("co3d", written(ANNOTATIONS, gzip.compress(b"{}")), r"jgz: expected a list of frames, got dict"),
     ("co3d", written(ANNOTATIONS, gzip.compress(b"[]")), r"jgz: holds no frames; download it again"),
     ("co3d", edited(ANNOTATIONS, set_in(1, "sequence_name", value=None)), r"frame 1: expected an object with a seq"),

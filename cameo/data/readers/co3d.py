@@ -10,6 +10,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import zlib
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,7 @@ def _parsed(path: Path, _: int) -> dict[str, list[dict[str, Any]]]:
     """The annotations of each sequence by name; kept, since one file holds all sequences of a category."""
     try:
         entries = json.loads(_unpacked(path).decode("utf-8-sig"))
-    except (OSError, EOFError, ValueError, RecursionError) as error:
+    except (OSError, EOFError, zlib.error, ValueError, RecursionError) as error:
         if isinstance(error, DataError):
             raise
         raise DataError(f"{path}: expected JSON packed with gzip ({error}); download it again") from error
