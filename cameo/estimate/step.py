@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 
 import torch
@@ -127,8 +128,8 @@ class _Step:
         self.kept = 0
         alignment = torch.ops.cameo.alignment_loss.default
         self.tracker = Tracker(
-            inside={alignment: lambda *given: alignment_workspace(*given[:6], on_gpu=on_gpu)},
-            products={alignment: lambda query, key, *_: alignment_flops(query.shape, key.shape)},
+            inside={alignment: partial(alignment_workspace, max_queries=config.max_queries, on_gpu=on_gpu)},
+            products={alignment: partial(alignment_flops, max_queries=config.max_queries)},
         )
         self.fakes = Fakes(self.tracker, *([GpuAutocast()] if on_gpu else []))
         self.encoders = encoders_of(self.pipeline)

@@ -41,7 +41,7 @@ class Tracker(TorchDispatchMode):
 
     Args:
         inside: for operators that allocate much inside: how many bytes, a function of their arguments.
-        products: for operators that `torch.utils.flop_counter` does not know: their FLOPs, from the shapes of their
+        products: for operators that `torch.utils.flop_counter` does not know: their FLOPs, a function of their
             arguments.
 
     Attributes:

@@ -6,7 +6,6 @@ Axes: B samples, K heads, V views, N tokens per view, D head dimension.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor
 
@@ -20,7 +19,17 @@ PRODUCTS = 3  # logits, the gradient of the queries and that of the keys
 
 
 def alignment_workspace(
-    query: Tensor, key: Tensor, index: Tensor, weights: Tensor, head: Sequence[Tensor], kind: str, *, on_gpu: bool
+    query: Tensor,
+    key: Tensor,
+    index: Tensor,
+    weights: Tensor,
+    head: Sequence[Tensor],
+    kind: str,
+    token_grids: Sequence[int] = (),
+    normalize: str = "per_view",
+    *further: object,
+    max_queries: int | None = None,
+    on_gpu: bool,
 ) -> int:
     """Return about the bytes that a sweep holds at its peak: the sums of both gradients, and its portions.
 
@@ -32,7 +41,9 @@ def alignment_workspace(
         True
 
     Args:
-        query, key, index, weights, head, kind: arguments of the operator `cameo::alignment_loss`.
+        query, key, index, weights, head, kind, token_grids, normalize: as the operator `cameo::alignment_loss` takes
+            them; its further arguments change nothing.
+        max_queries: see `cameo.alignment_loss`.
         on_gpu: whether the portions are those of a GPU, which fill the workspace, or those of a CPU, which fit into its
             caches.
     """
@@ -40,8 +51,8 @@ def alignment_workspace(
     _, num_heads, views, tokens, width = query.shape
     hidden = list(head[:-1:2])
     channels = num_heads if kind == "none" or hidden else 1
-    matches = index.numel()
-    pairs = matches * tokens
+    pairs = _most_pairs(index.numel() * tokens, query.shape, normalize, max_queries)
+    matches = pairs // tokens
     if on_gpu:
         portions = min(MOST_WORKSPACE_BYTES, pairs * (channels + bool(hidden)) * BYTES * 2)
     else:
@@ -54,13 +65,37 @@ def alignment_workspace(
     return sums + portions + min(operands, WORKSPACE_BYTES // 2) + lists
 
 
-def alignment_flops(query: Sequence[int], key: Sequence[int], *rest: Any, out_val: Any = None) -> int:
-    """Return the FLOPs of loss and gradient if each token has a match in every other view; see `FlopCounterMode`.
+def alignment_flops(
+    query: Tensor,
+    key: Tensor,
+    index: Tensor,
+    weights: Tensor,
+    head: Sequence[Tensor],
+    kind: str,
+    token_grids: Sequence[int] = (),
+    normalize: str = "per_view",
+    *further: object,
+    max_queries: int | None = None,
+) -> int:
+    """Return the FLOPs of loss and gradient if each token has a match in every other view.
 
     Example:
-        >>> alignment_flops([1, 4, 2, 256, 32], [1, 4, 2, 256, 32])
+        >>> import torch
+        >>> query, index = torch.empty(1, 4, 2, 256, 32), torch.empty(1, 2, 2, 256)
+        >>> alignment_flops(query, query, index, index, [], "mean")
         100663296
+
+    Args:
+        query, key, index, weights, head, kind, token_grids, normalize: see `alignment_workspace`.
+        max_queries: see `cameo.alignment_loss`.
     """
-    samples, num_heads, views, tokens, width = query
-    pairs = samples * views * (views - 1) * tokens * tokens
+    samples, num_heads, views, tokens, width = query.shape
+    pairs = _most_pairs(samples * views * (views - 1) * tokens * tokens, query.shape, normalize, max_queries)
     return PRODUCTS * 2 * pairs * num_heads * width
+
+
+def _most_pairs(pairs: int, query: Sequence[int], normalize: str, max_queries: int | None) -> int:
+    """Of so many pairs of a query with a key, return how many are computed."""
+    _, _, views, tokens, _ = query
+    keys = tokens if normalize == "per_view" else views * tokens
+    return pairs if max_queries is None else min(pairs, max_queries * keys)

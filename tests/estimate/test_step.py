@@ -97,6 +97,14 @@ def test_settings_that_save_memory_save_some() -> None:
     assert step.peak == sum(step.at_peak.values())
 
 
+def test_few_queries_are_counted() -> None:
+    rows = 2 * 64  # of two views with 8 x 8 tokens, each with the other view
+    whole, ten, one = (estimate_step(settings(max_queries=most), full=True) for most in (None, 10, 1))
+    assert (whole.total_flops - ten.total_flops) * (rows - 1) == (whole.total_flops - one.total_flops) * (rows - 10)
+    assert whole.total_flops > ten.total_flops
+    assert one.peak <= ten.peak <= whole.peak
+
+
 def test_accumulated_gradients_stay_and_their_work_is_counted() -> None:
     one, four = (estimate_step(settings(gradient_accumulation_steps=steps), full=True) for steps in (1, 4))
     assert four.total_flops == 4 * one.total_flops

@@ -32,6 +32,24 @@ def test_the_sweep_takes_about_what_was_said(kind: str, views: int, side: int) -
 
 def test_each_pair_of_tokens_is_multiplied_three_times() -> None:
     samples, heads, views, tokens, width = 2, 4, 3, 16, 8
-    shape = (samples, heads, views, tokens, width)
+    query, index = torch.empty(samples, heads, views, tokens, width), torch.empty(samples, views, views, tokens)
     pairs = samples * views * (views - 1) * tokens**2
-    assert alignment_flops(shape, shape) == 3 * pairs * 2 * heads * width
+    assert alignment_flops(query, query, index, index, [], "mlp") == 3 * pairs * 2 * heads * width
+
+
+def test_few_queries_take_their_share() -> None:
+    samples, heads, views, tokens, width = 2, 4, 3, 16, 8
+    query, index = torch.empty(samples, heads, views, tokens, width), torch.empty(samples, views, views, tokens)
+    given = (query, query, index, index, [], "none", [])
+    one = 3 * 2 * tokens * heads * width
+    assert alignment_flops(*given, max_queries=5) == 5 * one
+    assert alignment_flops(*given, "all_views", max_queries=5) == 5 * views * one
+    assert alignment_flops(*given, max_queries=10**6) == alignment_flops(*given)
+    sizes = [
+        alignment_workspace(*given, max_queries=most, on_gpu=on_gpu)
+        for on_gpu in (False, True)
+        for most in (None, 5, 1)
+    ]
+    assert sizes[0] > sizes[1] > sizes[2]
+    assert sizes[3] > sizes[4] > sizes[5]
+    assert min(sizes) >= 2 * 4 * query.numel()
