@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+import warnings
 import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -153,7 +154,13 @@ class Shard:
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise damaged(path, error, kind) from error
         _check_version(path, version, kind)
-        if str(version) != str(kind.before_checksums) and not checksums:
+        if str(version) == str(kind.before_checksums):
+            warnings.warn(
+                f"{path.parent}: holds files of an earlier release, without checksums, so damage in them is not seen; "
+                f"{kind.renew}",
+                stacklevel=2,
+            )
+        elif not checksums:
             raise damaged(path, "has no checksums", kind)
         return cls(path, settings, tensors, kind, checksums)
 
