@@ -193,7 +193,7 @@ class MVDreamPipeline(LatentPipeline):
         target_views = torch.arange(views, device=images.device) >= references
         given = clean.masked_fill(blank[:, None, None, None, None], 0)  # zero latents, as in the release
         noisy = torch.where(target_views[:, None, None, None], self.scheduler.add_noise(clean, noise, timesteps), given)
-        texts = ["" if empty else text for text, empty in zip(self._texts(batch, samples), blank, strict=True)]
+        texts = ["" if empty else text for text, empty in zip(self._texts(batch, samples), blank.tolist(), strict=True)]
         context = self._context(texts, images.device)
         tokens = self._image_tokens(images[:, :references], blank)
         args, kwargs = self._unet_arguments(noisy, cameras, timesteps, context, tokens, joint=joint)

@@ -211,7 +211,7 @@ class SV3DPipeline(LatentPipeline):
         blank = self.blank(samples, condition_dropout, generator, images.device)
         with torch.no_grad():
             shown, context = self._condition(images[:, 0], generator)
-        shown[blank], context[blank] = 0, 0
+        shown, context = (one.masked_fill(blank.view(-1, *[1] * (one.ndim - 1)), 0) for one in (shown, context))
         level = self.noise_levels(timesteps).to(clean)
         wide = level[:, None, None, None, None]
         noisy = clean + wide * noise

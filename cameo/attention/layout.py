@@ -305,7 +305,10 @@ class TokenLayout:
         queries, keys = (self._missing_views(of, len(token_grids)) for of in ("query", "key"))
         if queries or keys:
             index = correspondence.index.clone()
-            index[:, queries] = index[:, :, keys] = -1
+            for view in queries:  # by number: a GPU would wait for the copy of a list
+                index[:, view] = -1
+            for view in keys:
+                index[:, :, view] = -1
             correspondence = dataclasses.replace(correspondence, index=index)
         return fold_matches(correspondence, self.reach)
 
