@@ -25,6 +25,8 @@ FUSED_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-
 # ... and of a network. Half precision runs the whole network under autocast without
 # loss scaling; on a CPU its gradients were off by 2.2 % (bfloat16) and 2.1 % (float16).
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 5e-2}
+# Gradients in float16 are scaled as a GradScaler does at first: those of a mean over many rows are subnormal there.
+LOSS_SCALE = 2.0**16
 
 
 def batch(samples: int = 2, views: int = 3, size: int = 64) -> dict[str, torch.Tensor | int]:
@@ -78,8 +80,9 @@ def fused_loss(device: str, dtype: torch.dtype, implementation: str, **head: Any
     query, key, joined = query.to(device).requires_grad_(), key.to(device).requires_grad_(), joined.to(device)
     match = cameo.Correspondence(index.to(device), ((12, 20),) * 3)
     loss = cameo.alignment_loss(query, key, match, joined, implementation=implementation)
-    found = [loss, *torch.autograd.grad(loss, [query, key, *joined.parameters()])]
-    return [tensor.detach().double().cpu() for tensor in found]
+    scale = LOSS_SCALE if dtype == torch.float16 else 1.0
+    gradients = torch.autograd.grad(scale * loss, [query, key, *joined.parameters()])
+    return [loss.detach().double().cpu(), *(gradient.double().cpu() / scale for gradient in gradients)]
 
 
 def fused_rows(device: str) -> list[tuple[str, float, float]]:
