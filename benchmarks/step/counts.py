@@ -26,7 +26,8 @@ from torch import Tensor, nn
 
 from benchmarks.common.measuring import Results, table_of
 from benchmarks.common.page import RESULTS
-from benchmarks.step.pretend_device import NAME, Counted, PretendDevice, WithoutAttention
+from benchmarks.step.pretend_device import NAME, PretendDevice
+from benchmarks.step.pretend_kernels import Counted, WithoutAttention
 from benchmarks.step.tables import count_table
 from cameo.alignment import heads, loss, sweep, triton_heads
 from cameo.correspondence import matching, triton_depth

@@ -12,20 +12,20 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import torch.utils.backend_registration as registration
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-__all__ = ["NAME", "Counted", "PretendDevice", "WithoutAttention", "available"]
+from benchmarks.step.pretend_dtypes import mixed_types, register_autocast
+
+__all__ = ["NAME", "PretendDevice", "available"]
 
 NAME = "pretend"
 ROOT = Path(__file__).parents[2]
@@ -109,6 +109,31 @@ class _Pretended(Tensor):
     def __repr__(self, **_: Any) -> str:
         return f"{NAME}({self.held!r})"
 
+    @property
+    def data(self) -> Tensor:
+        return Tensor.data.__get__(self)  # type: ignore[attr-defined]
+
+    @data.setter
+    def data(self, other: _Pretended) -> None:
+        Tensor.data.__set__(self, other)  # type: ignore[attr-defined]
+        self.held = other.held
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (Tensor.__getitem__, Tensor.__setitem__):
+            args = (args[0], _index_on_device(args[1]), *args[2:])
+        elif func in (Tensor.__float__, Tensor.__index__) and PretendDevice.current is not None:
+            PretendDevice.current.sync("_local_scalar_dense")
+            args = (args[0].held,)
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+    def data_ptr(self) -> int:
+        return self.held.data_ptr()
+
+    def untyped_storage(self) -> torch.UntypedStorage:
+        return self.held.untyped_storage()
+
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if PretendDevice.current is None:
@@ -138,6 +163,7 @@ class PretendDevice(TorchDispatchMode):
     """
 
     current: PretendDevice | None = None
+    casts: torch.library.Library
     name = NAME
 
     def __init__(self, parts: Mapping[str, str] | None = None) -> None:
@@ -146,6 +172,7 @@ class PretendDevice(TorchDispatchMode):
             raise RuntimeError("PretendDevice: needs torch 2.10 or later, whose devices can be made in Python")
         if torch._C._get_privateuse1_backend_name() != NAME:
             registration._setup_privateuseone_for_python_backend(NAME, backend_module=_Module())
+            PretendDevice.casts = register_autocast(NAME)
         self.parts = {str(ROOT / path): part for path, part in (parts or {}).items()}
         self.launches: dict[str, Counter[str]] = {}
         self.syncs: dict[str, Counter[str]] = {}
@@ -185,6 +212,15 @@ class PretendDevice(TorchDispatchMode):
         finally:
             self._silent -= 1
 
+    @contextlib.contextmanager
+    def counted(self) -> Iterator[None]:
+        """Count everything in this block, also within a block that is uncounted."""
+        silent, self._silent = self._silent, 0
+        try:
+            yield
+        finally:
+            self._silent = silent
+
     def clear(self) -> None:
         """Forget what was counted."""
         self.launches, self.syncs = {}, {}
@@ -210,6 +246,10 @@ class PretendDevice(TorchDispatchMode):
                     return own._init_fn(*args, **kwargs) if own is not None else func.decompose(*args, **kwargs)
             finally:
                 self._inside -= 1
+        if func is aten._foreach_copy_.default and not all(isinstance(one, _Pretended) for one in [*args[0], *args[1]]):
+            for target, source in zip(*args[:2], strict=True):  # as CUDA does between devices
+                self.run(aten.copy_.default, (target, source, *args[2:]), {})
+            return None
         self._count(func, args, kwargs)
         leaves = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, _Pretended)]
         held_args, held_kwargs = tree_map(_held, (args, kwargs))
@@ -254,6 +294,8 @@ class PretendDevice(TorchDispatchMode):
             elif strangers:
                 shapes = [tuple(tensor.shape) for tensor in strangers]
                 raise RuntimeError(f"{func}: mixes {NAME} and cpu {shapes} at {self._place()[1]}")
+        if mixed := mixed_types(func, args, kwargs):
+            raise RuntimeError(f"{func}: mixes {sorted(map(str, mixed))}, which CUDA refuses, at {self._place()[1]}")
         if func in READS:
             self.sync(func._schema.name.removeprefix("aten::"))
         if func in INDEXING and any(index is not None and index.dtype == torch.bool for index in args[1]):
@@ -285,39 +327,17 @@ class PretendDevice(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
-class Counted:
-    """In place of a kernel of Triton: counts its launches, and calls its twin if there is one.
-
-    Args:
-        device: counts.
-        name: of the kernel.
-        twin: does on the device, uncounted, what the kernel would; None leaves what the kernel writes as it was.
-    """
-
-    def __init__(self, device: PretendDevice, name: str, twin: Callable[..., None] | None = None) -> None:
-        self.device, self.name, self.twin = device, name, twin
-
-    def __getitem__(self, grid: Any) -> Callable[..., None]:
-        def launch(*arguments: Any, **options: Any) -> None:
-            self.device.launch(self.name)
-            if self.twin is not None:
-                with self.device.uncounted():
-                    self.twin(*arguments, **options)
-
-        return launch
-
-
-class WithoutAttention(TorchFunctionMode):
-    """A block in which an attention returns the query plus the key: it is not what is counted, and takes long."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.scaled_dot_product_attention:
-            return args[0] + args[1]
-        return func(*args, **(kwargs or {}))
-
-
 def _held(value: Any) -> Any:
     return value.held if isinstance(value, _Pretended) else value
+
+
+def _index_on_device(index: Any) -> Any:
+    """Turn lists in an index into tensors of the device, which torch would do in C++."""
+    if isinstance(index, tuple):
+        return tuple(map(_index_on_device, index))
+    if not isinstance(index, list):
+        return index
+    return torch.tensor(index, device=NAME, dtype=None if index else torch.long)
 
 
 def _goes_to_cpu(kwargs: Mapping[str, Any]) -> bool:

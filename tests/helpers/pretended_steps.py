@@ -19,9 +19,10 @@ from tests.helpers.training_runs import fresh_accelerate, make_trainer
 ROOT = Path(__file__).parents[2]
 
 
-def run_apart(module: str, *arguments: str) -> str:
-    """Run a module as a script, and return what it prints."""
+def run_apart(module: str, *arguments: str, **variables: str) -> str:
+    """Run a module as a script, with these variables of the environment too, and return what it prints."""
     environment = {**os.environ, "ACCELERATE_TORCH_DEVICE": NAME, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment |= variables
     command = [sys.executable, "-m", module, *arguments]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]

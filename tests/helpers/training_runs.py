@@ -47,6 +47,20 @@ SETTINGS: dict[str, Any] = {
     "num_inference_steps": 2,
     "report_to": "none",
 }
+# Two steps of a recipe on the settings that ship with it.
+SHORT: dict[str, Any] = {
+    "max_train_steps": 2,
+    "num_scenes": 3,
+    "num_validation_scenes": 2,
+    "train_batch_size": 1,
+    "num_validation_samples": 1,
+    "num_validation_images": 0,
+    "num_inference_steps": 2,
+    "resolution": 32,
+    "report_to": "none",
+    "checkpointing_steps": 1000,
+    "compare_without_cameo": "false",
+}
 
 
 @functools.cache

@@ -23,21 +23,8 @@ from cameo.training import repa, setup
 from cameo.training.settings import load_config, settings_file
 from cameo.training.setup import load_pipeline
 from tests.helpers.sequences import write_sequence
-from tests.helpers.training_runs import RECIPES, REPA, fresh_accelerate, read_lines, scene_cache
+from tests.helpers.training_runs import RECIPES, REPA, SHORT, fresh_accelerate, read_lines, scene_cache
 
-SHORT = {
-    "max_train_steps": 2,
-    "num_scenes": 3,
-    "num_validation_scenes": 2,
-    "train_batch_size": 1,
-    "num_validation_samples": 1,
-    "num_validation_images": 0,
-    "num_inference_steps": 2,
-    "resolution": 32,
-    "report_to": "none",
-    "checkpointing_steps": 1000,
-    "compare_without_cameo": "false",
-}
 # MVDream without an image: its shipped settings have one.
 TEXT = {
     "pretrained_model_name_or_path": "null",
