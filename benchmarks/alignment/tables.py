@@ -177,6 +177,9 @@ def draw(device: str) -> Path | None:
     figure, panels = plt.subplots(2, len(AXES), figsize=(15, 7.5), sharey="row", layout="constrained")
     for column, (axis, label) in enumerate(AXES.items()):
         kept = _along(entries, axis, device)
+        if not kept:  # a measurement that was interrupted, or made for the gates alone
+            panels[0, column].set_title(f"{label}: not measured", fontsize=10)
+            continue
         positions = [value**2 if axis == "tokens" else value for value in kept]
         for name, (legend, style) in METHODS.items():
             shown = [(x, e["runs"][name]) for x, e in zip(positions, kept.values(), strict=True) if name in e["runs"]]

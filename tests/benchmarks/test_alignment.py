@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.alignment import cases, gates, measure, parts, peers
+from benchmarks.alignment import cases, gates, measure, parts, peers, tables
+from benchmarks.common import page
 from benchmarks.common.page import ROOT
 from cameo import alignment_loss
 
@@ -140,3 +141,12 @@ torch.testing.assert_close(got, expected.expand(2))
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_measurement_that_was_interrupted_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = next(one for one in tables.SCRIPT.found("cpu").items() if one[1]["setting"]["tokens"] == 32)
+    (tmp_path / f"{tables.SCRIPT.results}_cpu.json").write_text(json.dumps(dict([first])), encoding="utf-8")
+    monkeypatch.setattr(page, "RESULTS", tmp_path)
+    monkeypatch.setattr(tables, "PICTURES", tmp_path)
+    assert tables.draw("cpu") == tmp_path / "alignment_cpu.png"
+    assert (tmp_path / "alignment_cpu.png").stat().st_size > 10_000
