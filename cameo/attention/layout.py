@@ -302,13 +302,11 @@ class TokenLayout:
             correspondence = split_matches(correspondence, self.view_order)
         elif removed := self.view_order.removed:
             correspondence = correspondence.take_views(range(removed, len(token_grids)))
-        queries, keys = (self._missing_views(of, len(token_grids)) for of in ("query", "key"))
-        if queries or keys:
+        views, axes = len(token_grids), {"query": 1, "key": 2}
+        if missing := [(axis, view) for of, axis in axes.items() for view in self._missing_views(of, views)]:
             index = correspondence.index.clone()
-            for view in queries:  # by number: a GPU would wait for the copy of a list
-                index[:, view] = -1
-            for view in keys:
-                index[:, :, view] = -1
+            for axis, view in missing:  # one by one: a GPU would wait for the copy of a list
+                index.select(axis, view).fill_(-1)
             correspondence = dataclasses.replace(correspondence, index=index)
         return fold_matches(correspondence, self.reach)
 
