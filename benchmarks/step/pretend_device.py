@@ -1,7 +1,8 @@
 """A pretended accelerator in CPU memory, which counts what a step asks of its device and where the host waits for it.
 
-Tensors of the device `pretend` hold a tensor of the CPU. Operators that mix the two devices raise as on a GPU, every
-operator that would launch something is counted, and so is every place where the host would wait: a value that is read,
+Tensors of the device `pretend` hold a tensor of the CPU. Operators that mix both devices raise as on a GPU, and those
+that mix types as on CUDA (`benchmarks.step.pretend_dtypes`, which has the casts of autocast too). Every operator that
+would launch something is counted, and so is every place where the host would wait: a value that is read,
 a shape that depends on values, a blocking copy. Nothing is timed, and all results are those of the CPU.
 
 It needs torch 2.10 or later, and everything on the device must happen inside of the block.
@@ -150,7 +151,7 @@ class PretendDevice(TorchDispatchMode):
         ...     with device.part("mine"):
         ...         known = bool((x + x).any())
         >>> known, device.launches["mine"].total(), device.syncs["mine"].total()
-        (True, 2, 1)
+        (True, 3, 1)
 
     Args:
         parts: name of a part of the step by the beginning of a path within the repository, as "cameo/correspondence" or

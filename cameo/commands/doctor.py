@@ -44,10 +44,12 @@ class Requirement:
 
     @property
     def is_met(self) -> bool:
-        """Whether it is installed in a version that does."""
+        """Whether it is installed, in a version that does; without `packaging` (of accelerate) any version does."""
+        if self.installed is None or importlib.util.find_spec("packaging") is None:
+            return self.installed is not None
         from packaging.specifiers import SpecifierSet
 
-        return self.installed is not None and SpecifierSet(self.versions).contains(self.installed, prereleases=True)
+        return SpecifierSet(self.versions).contains(self.installed, prereleases=True)
 
     def __str__(self) -> str:
         if self.is_met:
