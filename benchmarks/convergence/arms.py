@@ -122,6 +122,12 @@ def free_arm(arm: str, ranked: Sequence[str]) -> dict[str, Any]:
         raise SystemExit(f"--arms {arm}: expected one of {', '.join(ARMS)} or key=value[,key=value]")
     ranking, settings = split_arguments(arm.split(","), Ranking, TrainingConfig)
     chosen, values = typed_values(Ranking, ranking), typed_values(TrainingConfig, settings)
+    for name, least, most in (("layers", 1, len(ranked)), ("rank", 0, len(ranked) - 1)):
+        if name in chosen and not least <= chosen[name] <= most:
+            raise SystemExit(
+                f"--arms {arm}: expected {name} in {least}..{most}, since the model has {len(ranked)} layers that can "
+                f"be supervised, got {chosen[name]}"
+            )
     if "layers" in chosen:
         values["layer"] = list(ranked[: chosen["layers"]])
     if "rank" in chosen:

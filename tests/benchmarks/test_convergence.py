@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -108,6 +109,16 @@ def test_an_arm_that_needs_the_ranking_says_so(
         arms.settings_of("trial", "cat4d", None)
     with pytest.raises(SystemExit, match="key=value"):
         arms.free_arm("cameos", ["a"])
+
+
+@pytest.mark.parametrize(
+    ("arm", "expected"), [("rank=2", "rank in 0..1"), ("rank=-1", "rank in"), ("layers=3", "1..2")]
+)
+def test_an_arm_beyond_the_ranking_is_refused(arm: str, expected: str) -> None:
+    with pytest.raises(SystemExit, match=rf"--arms {arm}: expected .*{re.escape(expected)}.* has 2 layers"):
+        arms.free_arm(arm, ["a", "b"])
+    assert arms.free_arm("rank=1", ["a", "b"]) == {"layer": "b"}
+    assert arms.free_arm("layers=2", ["a", "b"]) == {"layer": ["a", "b"]}
 
 
 RANKED = SimpleNamespace(ranking=[SimpleNamespace(path=path) for path in ("best", "second", "last")])
