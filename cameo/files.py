@@ -6,10 +6,22 @@ import json
 import os
 import stat
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
-__all__ = ["flush", "move_into_place", "open_plain", "parse_object", "write_atomically"]
+from filelock import BaseFileLock, FileLock, Timeout
+
+__all__ = [
+    "flush",
+    "move_into_place",
+    "only_writer",
+    "open_plain",
+    "parse_object",
+    "release_lock",
+    "write_atomically",
+]
 
 # What a path may be that is no plain file, by the test that finds it.
 KINDS = {
@@ -174,3 +186,46 @@ def flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def only_writer(path: str | Path, *, wait: bool) -> Iterator[bool]:
+    """Let one of several processes write a file, on one machine or on all that share the drive.
+
+    Yields whether this process may write it during the `with` block. The others wait or are told no; once it is theirs
+    they should look whether the file is there by now. A process that is killed leaves no lock. On a drive that has no
+    locks, or cannot be written to, nobody is kept from it.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "scene"
+        >>> with only_writer(path, wait=False) as first, only_writer(path, wait=False) as second:
+        ...     first, second
+        (True, False)
+
+    Args:
+        path: the file; missing folders are created.
+        wait: whether to wait until it is this process's turn.
+    """
+    lock = FileLock(Path(path).with_name(f".{Path(path).name}.lock"))
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=-1 if wait else 0)
+    except Timeout:
+        yield False
+        return
+    except (OSError, NotImplementedError):
+        yield True
+        return
+    try:
+        yield True
+    finally:
+        release_lock(lock)
+
+
+def release_lock(lock: BaseFileLock) -> None:
+    """Remove the file of a lock that this process holds, and release it."""
+    if os.name != "nt":  # Windows removes no open file, and filelock removes it there itself
+        # While it is still locked: another process that has opened it sees that it is gone, and takes a new one.
+        Path(lock.lock_file).unlink(missing_ok=True)
+    lock.release()

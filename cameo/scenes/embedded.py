@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from cameo.errors import DataError, unknown_name
+from cameo.files import only_writer
 from cameo.scenes.cache import default_cache_dir, fingerprint, read_views, write_views
 from cameo.scenes.parallel import render_scenes
 from cameo.scenes.rendering import TriangleScene, render
@@ -55,7 +57,7 @@ class EmbeddedScenes:
     - `size`: height and width in pixels.
     - `cache_dir`: where rendered scenes are kept; None = `$CAMEO_CACHE` or `~/.cache/cameo`. Missing scenes
       are rendered at once, with a progress bar unless `progress=False`; a damaged file is rendered again with a
-      warning.
+      warning. Processes that share the folder divide the scenes among them, and none is rendered twice.
     - `mesh_dir`: a folder with .glb, .obj or .ply files (searched recursively) to show instead of rooms, each
       scaled to a unit box and seen from an orbit on a white background without depth. Eight of ten meshes
       are train, one validation, one test; scenes go round the meshes with new cameras each time.
@@ -137,7 +139,19 @@ class EmbeddedScenes:
         missing = [scene for scene in range(self.num_scenes) if not self._path(scene).exists()]
         shown = bool(progress and missing)
         with tqdm(total=len(missing), desc=f"rendering {self.split} scenes", disable=not shown) as bar:
-            render_scenes(self._render, missing, processes=processes, done=bar.update)
+            render = partial(self._render_once, wait=False)
+            render_scenes(render, missing, processes=processes, done=bar.update)
+        for scene in missing:  # what another process has begun: it finishes it, or has ended
+            self._render_once(scene, wait=True)
+
+    def _render_once(self, scene: int, *, wait: bool) -> None:
+        """Render a scene that is missing; one that another process is rendering is waited for, or left to it."""
+        path = self._path(scene)
+        if path.exists():
+            return
+        with only_writer(path, wait=wait) as may_write:
+            if may_write and not path.exists():
+                self._render(scene)
 
     def _render(self, scene: int) -> Views:
         rng = np.random.default_rng((self.seed, SPLITS[self.split], scene))

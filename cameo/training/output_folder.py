@@ -13,7 +13,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from cameo.errors import DataError
-from cameo.files import write_atomically
+from cameo.files import release_lock, write_atomically
 from cameo.processes.launch import Launch
 from cameo.settings import current_names, shown_settings
 from cameo.training.checkpoints.folder import list_checkpoints
@@ -98,10 +98,7 @@ def _release(folder: Path, lock: FileLock | None) -> None:
     if lock is None:
         return
     (folder / HOLDER_FILE).unlink(missing_ok=True)
-    if os.name != "nt":  # Windows removes no open file, and filelock removes it there itself
-        # While it is still locked: another process that has opened it sees that it is gone, and takes a new one.
-        (folder / LOCK_FILE).unlink(missing_ok=True)
-    lock.release()
+    release_lock(lock)
 
 
 def _holder(folder: Path) -> str:
