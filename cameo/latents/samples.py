@@ -42,7 +42,8 @@ class LatentDataset(Dataset[MultiViewSample]):
         except KeyError:
             raise DataError(
                 f"sample {sample['key']}: its pixels are not among those that were encoded when the training started. "
-                "A source has to give the same views of a scene each time; cache_latents=false trains without"
+                "A source has to give the same views of a scene each time, and machines of one run need a latents_dir= "
+                "that all see; cache_latents=false trains without"
             ) from None
         return MultiViewSample(**sample, latents=latents)
 

@@ -12,9 +12,15 @@ from torch import distributed
 
 from cameo.errors import DataError
 
-__all__ = ["decided_by_main", "gather_bytes"]
+__all__ = ["decided_by_main", "gather_bytes", "gathered", "has_group"]
 
 Decision = TypeVar("Decision")
+Value = TypeVar("Value")
+
+
+def has_group() -> bool:
+    """Tell whether this process is one of several that can exchange something."""
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
 
 
 def decided_by_main(decide: Callable[[], Decision]) -> Decision:
@@ -32,7 +38,7 @@ def decided_by_main(decide: Callable[[], Decision]) -> Decision:
     Raises:
         DataError: on the other processes, with the same message, where `decide` raises a `ValueError`.
     """
-    if not distributed.is_available() or not distributed.is_initialized() or distributed.get_world_size() == 1:
+    if not has_group():
         return decide()
     is_main = distributed.get_rank() == 0
     shared: list[object] = [None, None]
@@ -48,6 +54,20 @@ def decided_by_main(decide: Callable[[], Decision]) -> Decision:
     if shared[1] is not None:
         raise DataError(str(shared[1]))
     return shared[0]  # type: ignore[return-value]
+
+
+def gathered(value: Value) -> list[Value]:
+    """Return a value of every process, in their order; all processes have to call this.
+
+    Example:
+        >>> gathered("checkpoint-2")
+        ['checkpoint-2']
+    """
+    if not has_group():
+        return [value]
+    values: list[Value] = [value] * distributed.get_world_size()
+    distributed.all_gather_object(values, value)
+    return values
 
 
 def gather_bytes(content: bytes, accelerator: Accelerator) -> list[bytes]:

@@ -22,9 +22,12 @@ from cameo.training.checkpoints.verify import STATE_NAME, check_checkpoint, dama
 from cameo.training.settings import TrainingConfig
 
 __all__ = [
+    "LaterCheckpointsError",
     "check_continues",
     "find_checkpoint",
+    "how_to_go_on",
     "list_checkpoints",
+    "place_checkpoint",
     "prune_checkpoints",
     "publish_checkpoint",
     "refuse_used_folder",
@@ -37,6 +40,10 @@ NAME = re.compile(r"checkpoint-(\d+)")
 LEFTOVER = re.compile(
     r"\.checkpoint-\d+(\.\d+)?\.(partial|removed)|\.\.checkpoint-\d+(\.\d+)?\.partial\.[0-9a-f]{8}\.tmp"
 )
+
+
+class LaterCheckpointsError(DataError):
+    """The folder holds checkpoints after the one that was to be continued from."""
 
 
 def list_checkpoints(output_dir: str | Path) -> list[Path]:
@@ -72,7 +79,7 @@ def find_checkpoint(output_dir: str | Path, resume_from_checkpoint: str) -> Path
         ) from error
     later = [checkpoint for checkpoint in _named(output_dir) if _step(checkpoint) > step]
     if undamaged := [checkpoint.name for checkpoint in later if damage_of(checkpoint) is None]:
-        raise DataError(
+        raise LaterCheckpointsError(
             f"resume_from_checkpoint={resume_from_checkpoint}: {output_dir} holds later checkpoints "
             f"({', '.join(undamaged)}). Remove them, or choose another output_dir for the branch"
         )
@@ -112,6 +119,19 @@ def refuse_used_folder(output_dir: str | Path) -> None:
         )
 
 
+def how_to_go_on(output_dir: str | Path) -> str:
+    """Say how a run is continued whose processes have ended.
+
+    Example:
+        >>> import tempfile
+        >>> how_to_go_on(tempfile.mkdtemp())
+        'Start it again on all machines, with resume_from_checkpoint=latest if it has written a checkpoint'
+    """
+    if known := list_checkpoints(output_dir):
+        return f"Start it again on all machines, with resume_from_checkpoint=latest ({known[-1].name})"
+    return "Start it again on all machines, with resume_from_checkpoint=latest if it has written a checkpoint"
+
+
 def staging_folder(output_dir: str | Path, step: int) -> Path:
     """Return the folder in which this process writes a checkpoint before it is published; there is none yet."""
     folder = Path(output_dir) / f".checkpoint-{step}.{os.getpid()}.partial"
@@ -120,13 +140,18 @@ def staging_folder(output_dir: str | Path, step: int) -> Path:
 
 
 def publish_checkpoint(staged: Path, step: int, state: Mapping[str, Any]) -> Path:
-    """Write the state file, wait until everything is on the disk, and rename the staged folder to `checkpoint-N`.
+    """Write the state file of a staged checkpoint, and give it its final name as `place_checkpoint` does."""
+    staged.mkdir(parents=True, exist_ok=True)
+    write_state(staged, {**state, "step": step})
+    return place_checkpoint(staged, step)
+
+
+def place_checkpoint(staged: Path, step: int) -> Path:
+    """Wait until a staged folder is on the disk, and rename it to `checkpoint-N`.
 
     What has that name already gives way: a damaged checkpoint of this run is removed, and anything else is kept under
     another name, with a warning.
     """
-    staged.mkdir(parents=True, exist_ok=True)
-    write_state(staged, {**state, "step": step})
     final = staged.parent / f"checkpoint-{step}"
     in_the_way = None
     if final.is_symlink() or final.exists():

@@ -16,14 +16,14 @@ from cameo.training.checkpoints import earlier
 from cameo.training.checkpoints.agreement import decided_by_main, gather_bytes
 from cameo.training.checkpoints.folder import (
     check_continues,
-    find_checkpoint,
     prune_checkpoints,
     publish_checkpoint,
     staging_folder,
 )
+from cameo.training.checkpoints.machines import agreed_checkpoint
 from cameo.training.checkpoints.random_states import random_states, set_random_states
 from cameo.training.checkpoints.tensors import read_tensors, state_to_bytes, write_tensors
-from cameo.training.checkpoints.verify import STATE_NAME, read_state
+from cameo.training.checkpoints.verify import read_state
 
 __all__ = ["Checkpoints", "Part"]
 
@@ -96,23 +96,14 @@ class Checkpoints:
     def resume(
         self, resume_from_checkpoint: str, settings: Mapping[str, Any], max_train_steps: int
     ) -> tuple[Path, int]:
-        """Load the checkpoint that the setting means; returns its folder and step, the same on all processes.
+        """Load the checkpoint that the setting means, on whichever machine it is; returns its folder and step.
 
         Raises:
             DataError: if there is none, or it is damaged, or does not fit what trains.
             ValueError: if it was written with other settings.
         """
-
-        def find() -> tuple[Path, int]:
-            found = find_checkpoint(self.output_dir, resume_from_checkpoint)
-            return found, check_continues(found, settings, max_train_steps)
-
-        folder, step = decided_by_main(find)
-        if not (folder / STATE_NAME).is_file():
-            raise DataError(
-                f"{folder}: process {self.accelerator.process_index} does not see this checkpoint, which the main "
-                "process has found; put output_dir on a drive that all machines share"
-            )
+        folder = agreed_checkpoint(self.output_dir, resume_from_checkpoint)
+        step = decided_by_main(lambda: check_continues(folder, settings, max_train_steps))
         self._load_weights(folder)
         rank, is_earlier = self.accelerator.process_index, "files" not in read_state(folder)
         for name, part in self.parts.items():
