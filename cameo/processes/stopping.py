@@ -6,9 +6,11 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 
-__all__ = ["StopSignal", "leave_signals_to_parent"]
+__all__ = ["StopSignal", "ignored_sigterm", "leave_signals_to_parent"]
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 # A launcher passes Ctrl-C on to processes that have received it from the terminal already. A signal within this time
@@ -53,6 +55,24 @@ class StopSignal:
             # os.write and not print: the handler may have interrupted a print.
             message = f"\n{self.received}: stopping after this step with a checkpoint; a second signal stops at once\n"
             os.write(2, message.encode())
+
+
+@contextmanager
+def ignored_sigterm() -> Iterator[None]:
+    """Ignore SIGTERM during the `with` block, for a process that is about to end and has something to say before.
+
+    Example:
+        >>> with ignored_sigterm():
+        ...     signal.raise_signal(signal.SIGTERM)
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def leave_signals_to_parent(worker: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,9 +22,11 @@ from cameo.pipeline import MultiViewPipeline
 from cameo.probing.denoising import ValidationSettings
 from cameo.processes.accelerator import make_accelerator
 from cameo.processes.launch import Launch
+from cameo.processes.peers import watched_by_others
 from cameo.renamed import old_functions
-from cameo.training.checkpoints.agreement import decided_by_main
-from cameo.training.checkpoints.folder import find_checkpoint, list_checkpoints, refuse_used_folder
+from cameo.training.checkpoints.agreement import gathered
+from cameo.training.checkpoints.folder import find_checkpoint, how_to_go_on, list_checkpoints, refuse_used_folder
+from cameo.training.checkpoints.machines import agreed_checkpoint
 from cameo.training.data import data_format
 from cameo.training.layer_choice import probe_for
 from cameo.training.output_folder import WITHOUT_CAMEO, hold_folder, refuse_other_runs
@@ -81,7 +84,8 @@ def begin_run(config: TrainingConfig, *, demonstration: bool = False) -> Iterato
         ValueError: if the launcher requests something that the run would not do.
     """
     Launch.from_environment().check(config)
-    with hold_folder(config.output_dir):
+    go_on = partial(how_to_go_on, config.output_dir)
+    with watched_by_others(config.process_timeout, go_on), hold_folder(config.output_dir):
         if demonstration:
             config.overwrite_output_dir = True
             refuse_other_runs(planned_runs(config))
@@ -162,7 +166,7 @@ def wrap_denoiser(
     probe = chosen = None
     if layer == "auto" and config.resume_from_checkpoint:
         resumed = config.resume_from_checkpoint
-        saved = CameoConfig.load(decided_by_main(lambda: find_checkpoint(config.output_dir, resumed)))
+        saved = CameoConfig.load(agreed_checkpoint(config.output_dir, resumed))
         layer, chosen = saved.layers, saved.layer_choice
     elif layer == "auto":
         if dataset is None:
@@ -214,16 +218,11 @@ def _supervised_as_before(model: CameoModel, config: TrainingConfig) -> CameoMod
     """Let a resumed run supervise the matches that it did before, whatever the adapter says today."""
     name = str(config.resume_from_checkpoint)
 
-    def find() -> Path | None:
-        known = list_checkpoints(config.output_dir)
-        if not any(path.name == name or name in ("latest", str(path)) for path in known):
-            return None  # the trainer says what is wrong
-        return find_checkpoint(config.output_dir, name)
-
-    folder = decided_by_main(find)
-    if folder is None:
-        return model
-    saved = CameoConfig.load(folder)
+    known = list_checkpoints(config.output_dir)
+    is_there = any(path.name == name or name in ("latest", str(path)) for path in known)
+    if not any(gathered(is_there)):
+        return model  # the trainer says what is wrong
+    saved = CameoConfig.load(agreed_checkpoint(config.output_dir, name))
     before = replace(model.cameo_config, layouts=saved.layouts)
     if (
         saved.layers != before.layers
@@ -303,7 +302,9 @@ def planned_runs(config: TrainingConfig) -> dict[str, TrainingConfig]:
         return planned
     if config.resume_from_checkpoint != "latest":
         raise ValueError("resume_from_checkpoint: with compare_without_cameo=true there are two runs; expected latest")
-    has_checkpoint = {name: bool(list_checkpoints(run.output_dir)) for name, run in planned.items()}
+    if Launch.from_environment().num_processes > 1:
+        make_accelerator(config)  # so that the machines can tell each other what they have
+    has_checkpoint = {name: any(gathered(bool(list_checkpoints(run.output_dir)))) for name, run in planned.items()}
     if not any(has_checkpoint.values()):
         find_checkpoint(config.output_dir, "latest")  # raises
     return {

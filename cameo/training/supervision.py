@@ -36,6 +36,7 @@ __all__ = [
     "Supervision",
     "alignment_weight",
     "drop_low_noise",
+    "figure",
     "make_matcher",
     "matches_of_next_sample",
     "noisy_depth",
@@ -360,3 +361,15 @@ def drop_low_noise(match: Correspondence, noise_levels: Tensor, least: float) ->
     """
     low = noise_levels.to(match.device) < least
     return replace(match, index=match.index.masked_fill(low[:, None, None, None], -1))
+
+
+def figure(value: float | Tensor, device: torch.device) -> Tensor:
+    """Return a number as a float32 tensor on a device; the host does not wait, as it would for a copy of a number.
+
+    Example:
+        >>> figure(3, torch.device("cpu")).item()
+        3.0
+    """
+    if isinstance(value, Tensor):
+        return value.to(device, torch.float32)
+    return torch.full((), float(value), device=device)

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -26,15 +27,17 @@ from cameo.inspection.at_start import warn_of_misfit
 from cameo.model import CameoModel
 from cameo.pipeline import LatentEncoder, MultiViewPipeline
 from cameo.processes.accelerator import log_pictures, make_accelerator, numbers_in, start_trackers
+from cameo.processes.peers import watched_by_others
 from cameo.processes.stopping import StopSignal
 from cameo.scenes.views import MultiViewSample
-from cameo.training.checkpoints.folder import prune_checkpoints, refuse_used_folder
+from cameo.training.checkpoints.folder import how_to_go_on, prune_checkpoints, refuse_used_folder
+from cameo.training.checkpoints.machines import RECORDS, remove_checkpoints
 from cameo.training.checkpoints.training_state import Checkpoints
 from cameo.training.data import StepSampler, noisy_inputs, training_batches, with_latents, with_matches
 from cameo.training.output_folder import hold_folder
 from cameo.training.records import Records, TrainingResult
 from cameo.training.settings import TrainingConfig, continued_settings, save_config
-from cameo.training.supervision import MicroStep, Supervision
+from cameo.training.supervision import MicroStep, Supervision, figure
 from cameo.training.trained_weights import load_trained
 
 __all__ = ["HALF", "Trainer"]
@@ -71,8 +74,7 @@ class Trainer:
         self.config, self.pipeline, self.dataset, self.model = config, pipeline, dataset, model
         self.on_validation = on_validation
         self.output_dir = Path(config.output_dir)
-        self.metrics = Records(self.output_dir / "metrics.jsonl")
-        self.validations = Records(self.output_dir / "validations.jsonl")
+        self.metrics, self.validations = (Records(self.output_dir / name) for name in RECORDS)
         self.step = 0
         self.accelerator = make_accelerator(config)
         set_seed(config.seed, device_specific=True)
@@ -135,7 +137,8 @@ class Trainer:
             ValueError: if told to resume with other settings than the run had.
             FloatingPointError: if a loss or a gradient is not finite; nothing is saved from that step on.
         """
-        with hold_folder(self.output_dir):
+        go_on = partial(how_to_go_on, self.output_dir)
+        with watched_by_others(self.config.process_timeout, go_on), hold_folder(self.output_dir):
             return self._train()
 
     def _train(self) -> TrainingResult:
@@ -168,15 +171,16 @@ class Trainer:
             if self.ema is not None:
                 self.ema.to(self.device)
             accelerator.print(f"resumed from {folder} at step {self.step}")
-        elif not config.overwrite_output_dir:
+        elif config.overwrite_output_dir:
+            remove_checkpoints(self.output_dir)
+        else:
             refuse_used_folder(self.output_dir)
         count = sum(parameter.numel() for parameter in self.trained)
         processes = f"{accelerator.num_processes} process{'es' if accelerator.num_processes > 1 else ''}"
         accelerator.print(f"training {count:,} parameters on {processes} ({self.device.type})")
         if accelerator.is_main_process:
             self.output_dir.mkdir(parents=True, exist_ok=True)
-            # A new run finds checkpoints here only where it was told to overwrite them.
-            prune_checkpoints(self.output_dir, None if config.resume_from_checkpoint else 0)
+            prune_checkpoints(self.output_dir, None)
             save_config(config, self.output_dir / CONFIG_FILE)
             # A data set of somebody else may have no source.
             if (source := getattr(self.dataset, "source", None)) is not None:
@@ -385,15 +389,3 @@ class Trainer:
     def _load_weights(self, folder: Path) -> None:
         load_trained(self.model, folder)
         self.supervision.load(folder)
-
-
-def figure(value: float | Tensor, device: torch.device) -> Tensor:
-    """Return a number as a float32 tensor on a device; the host does not wait, as it would for a copy of a number.
-
-    Example:
-        >>> figure(3, torch.device("cpu")).item()
-        3.0
-    """
-    if isinstance(value, Tensor):
-        return value.to(device, torch.float32)
-    return torch.full((), float(value), device=device)

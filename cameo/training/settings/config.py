@@ -33,6 +33,7 @@ from cameo.training.settings.latents import LatentSettings
 from cameo.training.settings.model import LoraSettings, ModelSettings
 from cameo.training.settings.optimization import OptimizerSettings, ScheduleSettings
 from cameo.training.settings.output import OutputSettings
+from cameo.training.settings.processes import ProcessSettings
 
 __all__ = ["TrainingConfig", "continued_settings", "load_config", "save_config", "settings_file"]
 
@@ -42,6 +43,7 @@ __all__ = ["TrainingConfig", "continued_settings", "load_config", "save_config",
 class TrainingConfig(
     # A dataclass takes over the fields of its bases from the last to the first.
     HubSettings,
+    ProcessSettings,
     OutputSettings,
     OptimizerSettings,
     ScheduleSettings,

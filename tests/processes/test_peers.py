@@ -1,0 +1,199 @@
+"""Processes that watch each other: what each says when another one fails, falls silent or never comes."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import time
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+
+import pytest
+from torch import distributed
+
+from cameo.processes import peers
+from cameo.processes.launch import Launch
+from cameo.processes.peers import LostProcessError, watched_by_others
+
+PATIENCE = 1.0
+GLOO = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:545] Read error [10.0.0.2]:1: Connection reset by peer"
+
+
+@pytest.fixture
+def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[distributed.TCPStore]:
+    """The store of a launcher that has started this process as the first of two; signs of life come faster."""
+    monkeypatch.setattr(peers, "INTERVAL", 0.05)
+    monkeypatch.setattr(peers, "GRACE", 0.5)
+    monkeypatch.setattr(peers, "NAMING", 2.0)
+    found = distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=20))
+    group = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(found.port)}
+    for name, value in group.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT", raising=False)
+    yield found
+    assert not peers._watches
+
+
+@pytest.fixture
+def exits(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What the first process would have printed when it ended itself."""
+    printed: list[str] = []
+
+    def exit_instead(watch: peers._Watch, cause: str) -> None:
+        if watch.launch.process == 0:
+            printed.append(watch.message(cause))
+
+    monkeypatch.setattr(peers._Watch, "_exit", exit_instead)
+    return printed
+
+
+def second(store: distributed.TCPStore) -> peers._Watch:
+    """The other process, as a thread of this one."""
+    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+    return peers._Watch(Launch(1, 2, 1, group), PATIENCE, lambda: "")
+
+
+def wait_for(condition: Callable[[], object]) -> None:
+    end = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_nothing_is_said_of_processes_that_go_on_or_have_finished(
+    store: distributed.TCPStore, exits: list[str]
+) -> None:
+    with watched_by_others(PATIENCE, lambda: "Start it again"):
+        other = second(store)
+        time.sleep(2 * PATIENCE)
+        other.stop(peers.ENDED)
+        time.sleep(2 * PATIENCE)
+    assert exits == []
+
+
+def test_a_silent_process_is_named(store: distributed.TCPStore, exits: list[str]) -> None:
+    with watched_by_others(PATIENCE, lambda: "Start it again"):
+        other = second(store)
+        wait_for(lambda: peers._watches[0]._peers)
+        other._meet = lambda: None  # type: ignore[method-assign]
+        wait_for(lambda: exits)
+    other.stop(peers.ENDED)
+    assert re.fullmatch(
+        rf"process 1 \({os.getpid()} on .*\) is lost: its last sign of life came \d+ s ago, so it was killed, hangs, "
+        r"or its machine cannot be reached\. This process ends too, since the run cannot go on\. Start it again",
+        exits[0],
+    )
+
+
+def test_the_words_of_a_process_that_failed_are_passed_on(store: distributed.TCPStore, exits: list[str]) -> None:
+    with watched_by_others(PATIENCE, lambda: "Start it again"):
+        other = second(store)
+        other.stop("process 1 (4711 on far) has ended with DataError: no data")
+        wait_for(lambda: exits)
+    assert exits[0].startswith("process 1 (4711 on far) has ended with DataError: no data. This process ends too")
+
+
+def test_a_process_that_never_comes_is_named(
+    store: distributed.TCPStore, exits: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(peers, "APPEARANCE", 0.5)
+    with watched_by_others(PATIENCE, lambda: ""):
+        wait_for(lambda: exits)
+    assert exits[0].startswith("process 1 is missing: it has not appeared in 0 s")
+
+
+def test_a_store_that_is_gone_is_named(
+    store: distributed.TCPStore, exits: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(watch: peers._Watch) -> None:
+        raise distributed.DistNetworkError
+
+    with watched_by_others(PATIENCE, lambda: ""):
+        other = second(store)
+        wait_for(lambda: peers._watches[0]._peers)
+        other._meet = lambda: None  # type: ignore[method-assign]
+        time.sleep(4 * peers.INTERVAL)
+        monkeypatch.setattr(peers._Watch, "_connect", refuse)
+        peers._watches[0]._store = None
+        wait_for(lambda: exits)
+    other.stop(peers.ENDED)
+    assert "MASTER_ADDR=127.0.0.1, does not answer, and process 1 (" in exits[0]
+
+
+def test_a_broken_connection_names_the_process_that_broke_it(store: distributed.TCPStore) -> None:
+    other = second(store)
+
+    def lose() -> None:
+        wait_for(lambda: peers._watches[0]._peers)
+        other._meet = lambda: None  # type: ignore[method-assign]
+        raise RuntimeError(GLOO)
+
+    message = r"^process 1 \(.*\) is lost: .*\. Start it again$"
+    with pytest.raises(LostProcessError, match=message) as raised, watched_by_others(60, lambda: "Start it again"):
+        lose()
+    assert str(raised.value.__cause__) == GLOO
+    # What ended this process is told to others, who pass on the first cause.
+    third = peers._Watch(Launch(2, 3, 1, other.launch.environment), 60, lambda: "")
+    assert str(third.find_cause()).startswith("process 1 (")
+    third.stop(peers.ENDED)
+
+
+def test_the_sigterm_of_a_launcher_does_not_cut_the_word_short(
+    store: distributed.TCPStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    received: list[int] = []
+
+    def find_cause(watch: peers._Watch) -> str:
+        signal.raise_signal(signal.SIGTERM)
+        return "process 1 is lost"
+
+    def break_connection() -> None:
+        raise RuntimeError(GLOO)
+
+    monkeypatch.setattr(peers._Watch, "find_cause", find_cause)
+    before = signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
+    try:
+        with pytest.raises(LostProcessError, match="process 1 is lost"), watched_by_others(60, lambda: ""):
+            break_connection()
+        assert received == []
+        signal.raise_signal(signal.SIGTERM)
+        assert received == [signal.SIGTERM]
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_errors_of_this_process_stay_what_they_are(store: distributed.TCPStore) -> None:
+    with pytest.raises(FloatingPointError, match="not finite"), watched_by_others(60, lambda: ""):
+        raise FloatingPointError("not finite")
+    other = second(store)
+    wait_for(lambda: other._peers)
+    assert "has ended with FloatingPointError: not finite" in other._peers[0].state
+    other.stop(peers.ENDED)
+
+
+def test_a_process_that_was_stopped_itself_accuses_nobody(
+    store: distributed.TCPStore, exits: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, ahead = time.monotonic, [0.0]
+    monkeypatch.setattr(peers.time, "monotonic", lambda: clock() + ahead[0])
+    with watched_by_others(PATIENCE, lambda: ""):
+        other = second(store)
+        wait_for(lambda: peers._watches[0]._peers)
+        peers._watches[0]._meet = lambda: None  # type: ignore[method-assign]
+        ahead[0] = 100.0
+        time.sleep(0.5)
+    assert exits == []
+    other.stop(peers.ENDED)
+
+
+def test_blocks_may_be_nested_and_one_process_watches_nobody(
+    store: distributed.TCPStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with watched_by_others(60, lambda: ""), watched_by_others(60, lambda: ""):
+        assert len(peers._watches) == 1
+    with watched_by_others(None, lambda: ""):
+        assert not peers._watches
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with watched_by_others(60, lambda: ""):
+        assert not peers._watches
