@@ -19,6 +19,8 @@ from cameo.processes.peers import LostProcessError, watched_by_others
 PATIENCE = 1.0
 GLOO = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:545] Read error [10.0.0.2]:1: Connection reset by peer"
 
+_others: list[peers._Watch] = []
+
 
 @pytest.fixture
 def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[distributed.TCPStore]:
@@ -32,6 +34,9 @@ def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[distributed.TCPStore]:
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT", raising=False)
     yield found
+    for other in _others:  # while the constants are still short, and nothing exits
+        other.stop(peers.ENDED)
+    _others.clear()
     assert not peers._watches
 
 
@@ -51,7 +56,8 @@ def exits(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def second(store: distributed.TCPStore) -> peers._Watch:
     """The other process, as a thread of this one."""
     group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
-    return peers._Watch(Launch(1, 2, 1, group), PATIENCE, lambda: "")
+    _others.append(peers._Watch(Launch(1, 2, 1, group), PATIENCE, lambda: ""))
+    return _others[-1]
 
 
 def wait_for(condition: Callable[[], object]) -> None:

@@ -101,6 +101,20 @@ def test_a_copy_that_cannot_be_written_is_told_to_all(tmp_path: Path) -> None:
         assert str(error).startswith(f"output_dir={tmp_path / '0'}: a copy of checkpoint-2, which another machine has")
 
 
+def test_a_copy_that_is_not_the_original_gets_no_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    leave_checkpoints(tmp_path / "1", 2)
+    add = machines._Copy.add
+
+    def change(copy: machines._Copy, name: str, portion: bytes) -> None:
+        add(copy, name, portion[::-1] if name == "weights.safetensors" else portion)
+
+    monkeypatch.setattr(machines._Copy, "add", change)
+    errors = agreed(tmp_path)
+    assert [type(error) for error in errors] == [DataError, DataError]
+    assert "weights.safetensors: its checksum is not the one in" in str(errors[0])
+    assert not list((tmp_path / "0").rglob("*checkpoint*"))
+
+
 def test_checkpoints_are_removed_on_all_machines(tmp_path: Path) -> None:
     for rank in (0, 1):
         leave_checkpoints(tmp_path / str(rank), 2, 4)
