@@ -203,12 +203,16 @@ class _Watch:
                     "its machine cannot be reached"
                 )
         if (silent := now - self._answered) > patience:
-            # Where the main process is killed, its launcher takes the store away before enough signs are missed.
-            before = [peer.name for _, peer in peers if peer.state == "" and self._answered - peer.since > 2 * INTERVAL]
+            # Where the main process is killed, its launcher takes the store away before it has missed enough signs.
+            running = [peer for _, peer in peers if peer.state == ""]
+            oldest = (
+                f"; the oldest sign of life is that of {min(running, key=lambda peer: peer.since).name}"
+                if running
+                else ""
+            )
             return (
-                f"{self.name} has reached no other process for {silent:.0f} s: the place where they meet, MASTER_ADDR="
-                f"{self.launch.environment['MASTER_ADDR']}, does not answer"
-                + (f", and {before[0]} had fallen silent before" if before else "")
+                f"{self.name} has reached no other process for {silent:.0f} s: the place where they meet, "
+                f"MASTER_ADDR={self.launch.environment['MASTER_ADDR']}, does not answer{oldest}"
             )
         missing = sorted(set(range(self.launch.num_processes)) - {self.launch.process, *self._peers})
         if missing and now - self._begun > APPEARANCE:
