@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python -m benchmarks.reliability [--seed 0]
 
-Each part is a command of its own with its own table in `benchmarks/reliability/README.md`.
+Each part is a command of its own, with its table in `benchmarks/reliability/README.md`, or in `machines.md` beside it.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     seed = parser.parse_args().seed
     commands = [[sys.executable, "-m", f"benchmarks.reliability.{part}", "--seed", str(seed)] for part in PARTS]
+    commands.append([sys.executable, "-m", "benchmarks.reliability.machines"])  # in which nothing is drawn
     return sum(subprocess.run(command).returncode != 0 for command in commands)
 
 
