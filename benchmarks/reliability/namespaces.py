@@ -113,7 +113,10 @@ class Machine:
         return (self.folder / log).read_text(encoding="utf-8", errors="replace")
 
     def end(self) -> None:
-        """Kill what was started here and still runs."""
+        """Kill what was started here and still runs; torchrun's processes are not of its process group."""
+        for process in self.processes().values():
+            with suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
         for launcher in self.started:
             with suppress(ProcessLookupError):
                 os.killpg(launcher.pid, signal.SIGKILL)
