@@ -11,6 +11,7 @@ the last checkpoint are compared, bit for bit, with those of two processes of on
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import signal
@@ -174,6 +175,12 @@ def _compared(folder: Path, reference: Path) -> str:
     return "equal" if differing is None else f"differs in {differing}"
 
 
+def _last_losses(folder: Path) -> str:
+    """Denoising and alignment loss of the last step, with all digits that are kept."""
+    last = json.loads((folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+    return f"{last['loss']}, {last['alignment_loss']}"
+
+
 def exchanges(work: Path, reference: Path) -> list[list[object]]:
     """Train in three parts, each with the ranks exchanged, with folders of their own and with one output folder."""
     rows: list[list[object]] = []
@@ -187,7 +194,7 @@ def exchanges(work: Path, reference: Path) -> list[list[object]]:
                 main = order[0].folder / output
                 state = _compared(main, reference) if until == STEPS else ""
                 places = "<br>".join(f"rank {rank}, {one.folder.name}: {_files(one)}" for rank, one in enumerate(order))
-                rows.append([name, f"to step {until}", f"{seconds:.0f}", places, state])
+                rows.append([name, f"to step {until}", f"{seconds:.0f}", _last_losses(main), places, state])
                 order, resumed = exchange_addresses(order), "latest"
     return rows
 
@@ -199,11 +206,13 @@ def matches(work: Path, reference: Path) -> list[list[object]]:
         seconds = finished(pair, settings, module=PRECOMPUTE)
         shards = len(list((work / "drive" / "matches").rglob("*.safetensors")))
         rows: list[list[object]] = [
-            ["shared", "matches", f"{seconds:.0f}", f"{shards} shards in the shared folder", ""]
+            ["shared", "matches", f"{seconds:.0f}", "", f"{shards} shards in the shared folder", ""]
         ]
         seconds = finished(pair, settings)
-        same = (pair[0].folder / "run" / "metrics.jsonl").read_text() == (reference / "metrics.jsonl").read_text()
-        rows.append(["own", "trained from these", f"{seconds:.0f}", "", "equal" if same else "differs"])
+        run = pair[0].folder / "run"
+        same = (run / "metrics.jsonl").read_text() == (reference / "metrics.jsonl").read_text()
+        state = "equal" if same else "differs"
+        rows.append(["own", "trained from these", f"{seconds:.0f}", _last_losses(run), "", state])
     return rows
 
 
@@ -212,7 +221,7 @@ def kill(rank: int, number: int) -> Callable[[dict[int, int]], object]:
     return lambda ids: os.kill(ids[rank], number)
 
 
-def losses(work: Path, reference: Path) -> list[list[object]]:
+def lost_processes(work: Path, reference: Path) -> list[list[object]]:
     """Disturb runs of two processes, on one machine and on two, and resume them with the ranks exchanged."""
     rows: list[list[object]] = []
     cases: list[tuple[str, int, Callable[[list[Machine]], Callable[[dict[int, int]], object]]]] = [
@@ -245,7 +254,8 @@ def losses(work: Path, reference: Path) -> list[list[object]]:
 def page(trained: list[list[object]], lost: list[list[object]], seconds: float) -> str:
     """Return the page of a campaign."""
     place = "{device}, {threads} thread(s), torch {torch}, {date}".format(**environment())
-    header = ["output folder", "part", "seconds", "files on each machine afterwards", "against one machine"]
+    losses = "loss and alignment loss of the last step"
+    header = ["output folder", "part", "seconds", losses, "files on each machine afterwards", "against one machine"]
     ends = ["what", "machines", "rank 0 ended after", "rank 1", "last launcher", "what the others said", "resumed"]
     return f"""# Two machines
 
@@ -290,12 +300,13 @@ def main() -> None:
         with one_machine(work / "reference") as alone:
             seconds = finished([alone], RUN, processes=2)
             reference = alone.folder / "run"
-            trained: list[list[object]] = [["one machine", f"to step {STEPS}", f"{seconds:.0f}", _files(alone), ""]]
+            first = ["one machine", f"to step {STEPS}", f"{seconds:.0f}", _last_losses(reference), _files(alone), ""]
+            trained: list[list[object]] = [first]
         for part in (exchanges, matches):
             for row in part(work, reference):
                 print(row, flush=True)
                 trained.append(row)
-        found = page(trained, losses(work, reference), time.monotonic() - begun)
+        found = page(trained, lost_processes(work, reference), time.monotonic() - begun)
     print(found)
     write_atomically(PAGE, found)
 
