@@ -36,11 +36,14 @@ def _alignment_loss(
     implementation: str,
     gelu: str,
     gradients: bool,
-    counts: Sequence[int] | None = None,
+    counts: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    """Return the loss and its gradients with respect to query, key and the head's weights, empty unless requested."""
+    """Return the loss and its gradients with respect to query, key and the head's weights, empty unless requested.
+
+    No argument has a default: torch 2.10 leaves out one that has its default, and then finds a gradient too many.
+    """
     grids = list(zip(token_grids[::2], token_grids[1::2], strict=True))
-    counts = counts or count_rows(index, weights, grids, normalize).tolist()
+    counts = list(counts) or count_rows(index, weights, grids, normalize).tolist()
     check_counts(counts, index, grids)
     output = head[-1].reshape(-1) if head else None
     with torch.autocast(query.device.type, enabled=False):
@@ -85,7 +88,9 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
     ctx.mark_non_differentiable(d_query, d_key, *d_head)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(d_query, d_key, *d_head)
-    ctx.num_inputs, ctx.input_dtype, ctx.computed = len(inputs), inputs[0].dtype, inputs[GRADIENTS]
+    ctx.input_dtype, ctx.computed = inputs[0].dtype, inputs[GRADIENTS]
+    # An empty list is a list of no tensors to torch, and has an empty list of gradients.
+    ctx.others = tuple([] if value == [] else None for value in inputs[5:])
 
 
 def _multiply(ctx: Any, d_loss: Tensor | None, *_: Any) -> tuple[Any, ...]:
@@ -94,9 +99,9 @@ def _multiply(ctx: Any, d_loss: Tensor | None, *_: Any) -> tuple[Any, ...]:
             "alignment_loss: a gradient of its gradient (create_graph=True) is computed by "
             'implementation="reference" only'
         )
-    gradients, others = ctx.saved_tensors, (None,) * (ctx.num_inputs - 5)
+    gradients = ctx.saved_tensors
     if d_loss is None:
-        return (None, None, None, None, [None] * (len(gradients) - 2), *others)
+        return (None, None, None, None, [None] * (len(gradients) - 2), *ctx.others)
     if not ctx.computed:
         raise RuntimeError("alignment_loss: computed without its gradient; call it outside of torch.no_grad()")
     # The saved gradients are multiplied in place, unless they are proxies of a graph being traced, or the graph is kept
@@ -115,7 +120,7 @@ def _multiply(ctx: Any, d_loss: Tensor | None, *_: Any) -> tuple[Any, ...]:
             torch.mul(gradient, factor, out=_in_dtype(gradient, dtype))
             for gradient, dtype in zip(gradients, dtypes, strict=True)
         ]
-    return (d_query, d_key, None, None, d_head, *others)
+    return (d_query, d_key, None, None, d_head, *ctx.others)
 
 
 def _in_dtype(gradient: Tensor, dtype: torch.dtype) -> Tensor:
@@ -155,5 +160,5 @@ def fused_alignment_loss(
     """
     gradients = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, *head))
     flat = [side for size in token_grids for side in size]
-    options = (kind, flat, normalize, softness, scale, implementation, gelu, gradients, list(counts) or None)
+    options = (kind, flat, normalize, softness, scale, implementation, gelu, gradients, list(counts))
     return _alignment_loss(query, key, index, weights, list(head), *options)[0]

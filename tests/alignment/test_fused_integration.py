@@ -52,7 +52,7 @@ def test_the_operator_keeps_its_contract(kind: str, depth: int, dtype: torch.dty
         tensors = [one.detach().requires_grad_(gradients) for one in queries_and_keys(dtype)]
         weights = [one.detach().to(exact).requires_grad_(gradients) for one in head.weights()]
         token_grids = [side for grid in GRIDS for side in grid]
-        options = (kind, token_grids, normalize, 0.5, 0.7, "chunked", "exact", gradients)
+        options = (kind, token_grids, normalize, 0.5, 0.7, "chunked", "exact", gradients, [])
         arguments = (*tensors, MATCH.index, supervision_weights(MATCH, dtype=exact), weights, *options)
         checked = ["test_schema", "test_faketensor", "test_autograd_registration"]
         if gradients and (dtype == torch.float32 or (kind, depth) == ("mlp", 1)):
