@@ -1,4 +1,4 @@
-"""The whole campaign, one part after the other: about an hour on one core.
+"""The whole campaign, one part after the other: about half an hour on one core.
 
     OMP_NUM_THREADS=1 python -m benchmarks.reliability [--seed 0]
 

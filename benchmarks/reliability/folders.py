@@ -254,7 +254,7 @@ def table(outcomes: list[tuple[str, str, str]], command: str, seconds: float) ->
     place = "{device}, {threads} thread(s), torch {torch}, {date}".format(**environment())
     reasons = dict.fromkeys(f"- {kind}, {outcome}: {why}\n" for kind, outcome, why in outcomes if why)
     found = markdown_table(["what goes wrong", "said, and went on with equal results", "not so", "not tried"], rows)
-    return f"`{command}`: {place}, {seconds:.0f} s.\n\n{found}\n\n" + "".join(reasons)
+    return f"`{command}`: {place}, {seconds:.0f} s.\n\n{found}\n" + "".join(["\n", *reasons] if reasons else [])
 
 
 def main() -> None:
