@@ -19,7 +19,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import BinaryIO, NamedTuple
 
 from cameo.errors import DataError
@@ -38,6 +38,13 @@ class _Rendered(NamedTuple):
     scene: int
     error: str | None
     of_data: bool
+
+
+class _Ended(NamedTuple):
+    """That a helper has failed: its exit status, and the `scene` that it has left, None between two scenes."""
+
+    status: int
+    scene: int | None
 
 
 def available_cores() -> int:
@@ -78,7 +85,7 @@ def render_scenes(
     waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
     for scene in scenes:
         waiting.put(scene)
-    rendered: queue.SimpleQueue[_Rendered | int] = queue.SimpleQueue()
+    rendered: queue.SimpleQueue[_Rendered | _Ended] = queue.SimpleQueue()
     left, helpers = len(scenes), 0
     with ExitStack() as stack:
         start, tried = 0.0, 0
@@ -97,12 +104,14 @@ def render_scenes(
                     wanted = min(available_cores() - 1, int(seconds / WORTH_A_HELPER))
                     helpers = _start(stack, wanted, render, waiting, rendered)
             for result in _arrived(rendered, wait=here is None and helpers > 0):
-                if isinstance(result, int):
+                if isinstance(result, _Ended):
                     warnings.warn(
-                        f"a process that helped to render scenes ended with status {result}; the others go on",
+                        f"a process that helped to render scenes ended with status {result.status}; the others go on",
                         stacklevel=4,
                     )
                     helpers -= 1
+                    if result.scene is not None:
+                        waiting.put(result.scene)
                     continue
                 if result.error is not None:
                     raise (DataError if result.of_data else RuntimeError)(result.error)
@@ -117,8 +126,8 @@ def _next(waiting: queue.SimpleQueue[int]) -> int | None:
         return None
 
 
-def _arrived(rendered: queue.SimpleQueue[_Rendered | int], *, wait: bool) -> Iterator[_Rendered | int]:
-    """Results that are there, and the exit status of a helper that has failed; waits for one if asked to."""
+def _arrived(rendered: queue.SimpleQueue[_Rendered | _Ended], *, wait: bool) -> Iterator[_Rendered | _Ended]:
+    """Results that are there, and the ends of helpers that have failed; waits for one if asked to."""
     if wait:
         yield rendered.get()
     while not rendered.empty():
@@ -130,7 +139,7 @@ def _start(
     count: int,
     render: Callable[[int], object],
     waiting: queue.SimpleQueue[int],
-    rendered: queue.SimpleQueue[_Rendered | int],
+    rendered: queue.SimpleQueue[_Rendered | _Ended],
 ) -> int:
     """Start helpers, each with a thread that hands scenes to it; they end with the stack. Returns their number."""
     given = pickle.dumps(render)
@@ -178,7 +187,7 @@ def _hand_over(
     helper: subprocess.Popen[bytes],
     given: bytes,
     waiting: queue.SimpleQueue[int],
-    rendered: queue.SimpleQueue[_Rendered | int],
+    rendered: queue.SimpleQueue[_Rendered | _Ended],
 ) -> None:
     """Let a helper render scenes one by one until none is waiting."""
     assert helper.stdin is not None
@@ -193,9 +202,9 @@ def _hand_over(
             helper.stdin.flush()
             rendered.put(pickle.load(helper.stdout))
     except (OSError, EOFError, ValueError, pickle.UnpicklingError):
-        if scene is not None:
-            waiting.put(scene)
-        rendered.put(helper.wait())
+        with suppress(OSError):
+            helper.stdin.close()  # ends one that still runs, whose answer was none
+        rendered.put(_Ended(helper.wait(), scene))
 
 
 def _help(given: BinaryIO, answers: BinaryIO) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import queue
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -76,6 +78,20 @@ def test_a_helper_that_ends_leaves_its_scene_to_the_others(tmp_path: Path) -> No
         parallel.render_scenes(work.render, range(4), processes=2, done=lambda: counted.append(1))
     assert set(work.done_by().values()) == {os.getpid()}
     assert len(counted) == 4
+
+
+def test_the_scene_of_a_helper_that_ended_comes_back_with_the_word_of_it() -> None:
+    """Or another process might finish the scene, and with it the work, before the end of the helper is told."""
+    waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
+    rendered: queue.SimpleQueue[parallel._Rendered | parallel._Ended] = queue.SimpleQueue()
+    waiting.put(7)
+    asked = io.BytesIO()
+    helper = SimpleNamespace(stdin=asked, stdout=io.BytesIO(pickle.dumps("ready")), wait=lambda: 3)
+    parallel._hand_over(helper, b"", waiting, rendered)  # type: ignore[arg-type]
+    assert asked.closed
+    assert waiting.empty()
+    assert rendered.get_nowait() == parallel._Ended(3, 7)
+    assert rendered.empty()
 
 
 @pytest.mark.parametrize(("seconds", "scenes", "helpers"), [(0.1, 304, 3), (0.1, 64, 1), (0.1, 44, 0), (0.0, 304, 0)])
