@@ -225,7 +225,9 @@ def only_writer(path: str | Path, *, wait: bool) -> Iterator[bool]:
 
 def release_lock(lock: BaseFileLock) -> None:
     """Remove the file of a lock that this process holds, and release it."""
-    if os.name != "nt":  # Windows removes no open file, and filelock removes it there itself
-        # While it is still locked: another process that has opened it sees that it is gone, and takes a new one.
-        Path(lock.lock_file).unlink(missing_ok=True)
-    lock.release()
+    try:
+        if os.name != "nt":  # Windows removes no open file, and filelock removes it there itself
+            # While it is still locked: another process that has opened it sees that it is gone, and takes a new one.
+            Path(lock.lock_file).unlink(missing_ok=True)
+    finally:  # also on a drive that can no longer be written to
+        lock.release()

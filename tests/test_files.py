@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cameo.files import move_into_place, write_atomically
+from cameo.files import move_into_place, only_writer, write_atomically
 
 
 @pytest.fixture
@@ -67,3 +67,21 @@ def test_a_failed_write_leaves_the_old_content_and_nothing_else(
     with pytest.raises(OSError, match="No space left"):
         write_atomically(tmp_path / "result.json", b"new")
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"result.json": "old"}
+
+
+@pytest.mark.skipif(os.name == "nt", reason="the file of a lock is removed by filelock")
+def test_a_lock_is_released_also_where_its_file_cannot_be_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path, missing_ok: bool = False) -> None:
+        raise OSError(30, "Read-only file system", str(path))
+
+    def write_there() -> None:
+        with only_writer(tmp_path / "scene", wait=False) as may_write:
+            assert may_write
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "unlink", refuse)
+        with pytest.raises(OSError, match="Read-only"):
+            write_there()
+    write_there()
