@@ -113,6 +113,8 @@ class _Watch:
         self.name = f"process {launch.process} ({os.getpid()} on {platform.node()})"
         self._state, self._sent = "", 0
         self._peers: dict[int, _Peer] = {}
+        # Without a store of the launcher the main process opens one when it makes its accelerator, after loading.
+        self._has_met = launch.environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         self._begun = self._answered = time.monotonic()
         self._stopped = threading.Event()
         self._store: distributed.Store | None = None
@@ -129,7 +131,11 @@ class _Watch:
 
     def message(self, cause: str) -> str:
         """Say what ends this process and how to go on."""
-        return f"{cause}. This process ends too, since the run cannot go on. {self.cure()}"
+        try:
+            cure = self.cure()
+        except OSError as error:  # the drive may be what was lost
+            cure = f"What there is to go on from cannot be read ({error})"
+        return f"{cause}. This process ends too, since the run cannot go on. {cure}"
 
     def find_cause(self) -> str | None:
         """Wait until it shows which process has broken a connection."""
@@ -155,6 +161,8 @@ class _Watch:
             known = [rank for rank in sorted(others) if rank in self._peers or self._store.check([self._key(rank)])]
             signs = self._store.multi_get([self._key(rank) for rank in known]) if known else []
             self._answered = time.monotonic()
+            if not self._has_met:
+                self._begun, self._has_met = self._answered, True
             for rank, read in zip(known, signs, strict=True):
                 text = read.decode()
                 if rank not in self._peers or self._peers[rank].sign != text:
@@ -183,7 +191,7 @@ class _Watch:
             now = time.monotonic()
             if (asleep := now - before) > MISSED * INTERVAL:  # this process was stopped, and has heard nobody
                 self._answered += asleep
-                for peer in self._peers.values():
+                for peer in list(self._peers.values()):  # the other thread may add one
                     peer.since += asleep
             before = now
             if cause := self._cause(self.patience, GRACE):
@@ -202,6 +210,8 @@ class _Watch:
                     f"{peer.name} is lost: its last sign of life came {silent:.0f} s ago, so it was killed, hangs, or "
                     "its machine cannot be reached"
                 )
+        if not self._has_met or (peers and all(peer.state == ENDED for _, peer in peers) and not self._missing()):
+            return None  # nobody to meet yet, or any more: then the store may be gone as well
         if (silent := now - self._answered) > patience:
             # Where the main process is killed, its launcher takes the store away before it has missed enough signs.
             running = [peer for _, peer in peers if peer.state == ""]
@@ -214,12 +224,17 @@ class _Watch:
                 f"{self.name} has reached no other process for {silent:.0f} s: the place where they meet, "
                 f"MASTER_ADDR={self.launch.environment['MASTER_ADDR']}, does not answer{oldest}"
             )
-        missing = sorted(set(range(self.launch.num_processes)) - {self.launch.process, *self._peers})
-        if missing and now - self._begun > APPEARANCE:
+        if (missing := self._missing()) and now - self._begun > APPEARANCE:
             return f"process {missing[0]} is missing: it has not appeared in {APPEARANCE:.0f} s"
         return None
 
+    def _missing(self) -> list[int]:
+        """Numbers of the processes of which nothing was ever heard."""
+        return sorted(set(range(self.launch.num_processes)) - {self.launch.process, *self._peers})
+
     def _exit(self, cause: str) -> NoReturn:
         """End this process, whose main thread waits for a lost one, in code that no exception reaches."""
-        os.write(2, f"\n{self.message(cause)}\n".encode())
-        os._exit(1)
+        try:
+            os.write(2, f"\n{self.message(cause)}\n".encode())
+        finally:  # also where the launcher is gone, to which it is written
+            os._exit(1)
