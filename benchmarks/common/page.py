@@ -11,7 +11,7 @@ from typing import Any
 from benchmarks.common.measuring import read_results
 from cameo.files import write_atomically
 
-__all__ = ["DEVICES", "PICTURES", "RESULTS", "ROOT", "TABLE", "Script", "filled"]
+__all__ = ["DEVICES", "PICTURES", "RESULTS", "ROOT", "TABLE", "Script", "fill", "filled"]
 
 ROOT = Path(__file__).parents[2]
 PICTURES, RESULTS = ROOT / "docs" / "images", ROOT / "benchmarks" / "results"

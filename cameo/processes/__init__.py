@@ -1,1 +1,1 @@
-"""The processes of a run: what was launched, their accelerator and trackers, and the signals that end them."""
+"""The processes of a run: their launch, accelerator and trackers, what ends them, and how they watch each other."""
