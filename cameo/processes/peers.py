@@ -35,6 +35,7 @@ GRACE = 10.0
 # Seconds in which all processes have to appear; their launchers start them at the same time.
 APPEARANCE = 600.0
 ENDED = "ended"
+THREAD_NAME = "cameo-peers"
 
 _watches: list[_Watch] = []
 
@@ -118,7 +119,9 @@ class _Watch:
         self._begun = self._answered = time.monotonic()
         self._stopped = threading.Event()
         self._store: distributed.Store | None = None
-        self._threads = [threading.Thread(target=run, daemon=True) for run in (self._exchange, self._judge)]
+        self._threads = [
+            threading.Thread(target=run, name=THREAD_NAME, daemon=True) for run in (self._exchange, self._judge)
+        ]
         for thread in self._threads:
             thread.start()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import socket
@@ -34,6 +35,8 @@ def in_group(count: int, work: Callable[[int], Any], *, timeout: float = 120) ->
 
 
 def _work(work: Callable[[int], Any], rank: int, count: int, port: str, results: Any) -> None:
+    # What the process before has left in cycles, such as a store, may end threads that are not here, and would hang.
+    gc.freeze()
     group = {"RANK": rank, "WORLD_SIZE": count, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1, "MASTER_PORT": port}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "ACCELERATE_USE_CPU": "true"}
     os.environ |= {name: str(value) for name, value in group.items()}

@@ -41,6 +41,10 @@ def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[distributed.TCPStore]:
     for other in _others:  # while the constants are still short, and nothing exits
         other.stop(peers.ENDED)
     _others.clear()
+    for thread in threading.enumerate():
+        if thread.name == peers.THREAD_NAME:  # none is left that would look for the store when it is gone
+            thread.join(30)
+            assert not thread.is_alive()
     assert not peers._watches
 
 
