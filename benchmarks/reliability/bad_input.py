@@ -370,7 +370,9 @@ def main() -> None:
     chosen = parser.parse_args()
     torch.set_num_threads(1)
     begun, cases = time.monotonic(), list(campaign(chosen.inputs, chosen.seed))
-    command = f"python -m benchmarks.reliability.bad_input --inputs {chosen.inputs} --seed {chosen.seed}"
+    command = (
+        f"OMP_NUM_THREADS=1 python -m benchmarks.reliability.bad_input --inputs {chosen.inputs} --seed {chosen.seed}"
+    )
     place = "{device}, {threads} thread(s), torch {torch}, {date}".format(**environment())
     found = f"`{command}`: {place}, {time.monotonic() - begun:.0f} s.\n\n{table(cases)}\n"
     print(found)

@@ -39,7 +39,20 @@ from benchmarks.reliability.namespaces import (
 from cameo.files import write_atomically
 from cameo.tables import markdown_table
 
-__all__ = ["RUN", "Timeline", "disturbed", "finished", "has_steps", "last_words", "written"]
+__all__ = [
+    "PATIENCE",
+    "PRECOMPUTE",
+    "RUN",
+    "STEPS",
+    "TRAINING",
+    "Timeline",
+    "disturbed",
+    "finished",
+    "has_steps",
+    "kill",
+    "last_words",
+    "written",
+]
 
 PAGE = Path(__file__).with_suffix(".md")
 TRAINING, PRECOMPUTE = "cameo.recipes.lora_finetune", "cameo.recipes.precompute_correspondence"
