@@ -31,6 +31,8 @@ __all__ = ["NAME", "PretendDevice", "available"]
 NAME = "pretend"
 ROOT = Path(__file__).parents[2]
 OURS = tuple(str(ROOT / folder) for folder in ("cameo", "adapters", "recipes", "benchmarks", "tests"))
+# The files that pretend, in which nothing waits.
+PRETENDED = str(Path(__file__).parent / "pretend_")
 aten = torch.ops.aten
 # What reads values, or has a shape that depends on them.
 READS = {
@@ -311,7 +313,7 @@ class PretendDevice(TorchDispatchMode):
         frame: FrameType | None = sys._getframe(2)
         while frame is not None:
             path = frame.f_code.co_filename
-            if path.startswith(OURS) and path != __file__:
+            if path.startswith(OURS) and not path.startswith(PRETENDED):
                 line = line or f"{Path(path).relative_to(ROOT)}:{frame.f_lineno} {frame.f_code.co_name}"
                 part = part or next((name for start, name in self.parts.items() if path.startswith(start)), "")
                 if part:
