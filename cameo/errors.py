@@ -66,7 +66,9 @@ def as_integer(name: str, value: object, *, least: int | None = None, most: int 
         ValueError: if it is not one, or lies outside `least` to `most`; names the argument.
     """
     try:
-        number = None if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
+        # That of numpy 1 has an index.
+        is_bool = type(value).__name__ in ("bool", "bool_")
+        number = None if is_bool else operator.index(value)  # type: ignore[arg-type]
     except TypeError:
         number = None
     if number is not None and (least is None or number >= least) and (most is None or number <= most):

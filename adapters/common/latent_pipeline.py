@@ -17,7 +17,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from cameo.adapters.common.positions import get_position
-from cameo.errors import ShapeError
+from cameo.errors import DataError, ShapeError
 from cameo.memory import align_module, sent_to
 from cameo.pipeline import TrainingInputs
 from cameo.renamed.modules import place_today
@@ -48,12 +48,18 @@ class LatentPipeline(DiffusionPipeline):
 
         Raises:
             DataError: if a file is damaged, asks for more than `cameo.untrusted.asked.LIMITS`, or names a class of a
-                foreign library; found out before anything is built.
+                foreign library, found out before anything is built; if that library is not installed.
         """
         name = args[0] if args else kwargs.get("pretrained_model_name_or_path")
         if name is not None and Path(name).is_dir():
             cls._check(Path(name), kwargs)
-        loaded = super().from_pretrained(*args, **kwargs)
+        try:
+            loaded = super().from_pretrained(*args, **kwargs)
+        except ModuleNotFoundError as error:
+            raise DataError(
+                f"{name}: model_index.json names a component of {error.name}, which is not installed; install it, or "
+                "name the library of the component"
+            ) from error
         for component in loaded.components.values():
             if isinstance(component, nn.Module):
                 align_module(component)

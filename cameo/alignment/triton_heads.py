@@ -46,6 +46,34 @@ __all__ = ["GELUS", "HeadPlan", "mlp_rows", "pack_weights", "refusal", "softmax_
 SCORES_CONFIGURATIONS = ((8, 1), (1, 1), (8, 3))
 GRADIENT_OPTIONS = {"num_warps": 1, "num_stages": 1}
 
+
+def _allow_products_over_eight() -> None:
+    """Let Triton 3.6 and 3.7, those of torch 2.10 to 2.13, compile float32 products over 8 numbers, as 3.8 does.
+
+    Their code generator has the instruction, mma.m16n8k8 in TF32; a check before it asks for 16 of every type but int8.
+    """
+    try:
+        from triton.backends.nvidia import compiler
+
+        smallest_of = compiler.min_dot_size
+    except (ImportError, AttributeError):  # of another maker, or a Triton without this check
+        return
+
+    def min_dot_size(target: Any) -> Callable[[Any, Any], tuple[int, int, int]]:
+        smallest = smallest_of(target)
+
+        def smallest_here(left: Any, right: Any) -> tuple[int, int, int]:
+            rows, columns, inner = smallest(left, right)
+            return rows, columns, min(inner, 8) if left.scalar.primitive_bitwidth == 32 else inner
+
+        return smallest_here
+
+    compiler.min_dot_size = min_dot_size
+
+
+if triton.__version__.startswith(("3.6.", "3.7.")):
+    _allow_products_over_eight()
+
 # A kernel that Triton interprets cannot contain assembly and is not tuned.
 _INTERPRETED = interpreted()
 # One warp computes 32 pairs at a time: threads exchange values within the warp only, and no product is computed twice.

@@ -6,12 +6,12 @@ import importlib.util
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 
-pytest.importorskip("triton", reason="Triton is not installed")
+triton = pytest.importorskip("triton", reason="Triton is not installed")
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "alignment" / "kernel_registers.py"
 
@@ -26,6 +26,10 @@ def compiler() -> Iterator[ModuleType]:
     spec.loader.exec_module(module)
     yield module
     del sys.modules[spec.name]
+
+
+# Triton 3.6 and 3.7 take up to 3 % more instructions than those after them.
+MORE = 1.03 if triton.__version__.startswith(("3.6.", "3.7.")) else 1.0
 
 
 # Thread instructions per pair that each kernel may take; an H100 issues 29.7e12 a second. With 10 heads 1250 forward,
@@ -48,7 +52,7 @@ def test_registers_spills_and_instructions(
     for figures, most, most_spills in ((scores, forward, 0), (gradient, backward, spills)):
         check(figures)
         assert figures.spills <= most_spills
-        assert figures.instructions <= most
+        assert figures.instructions <= MORE * most
 
 
 @pytest.mark.parametrize(("heads", "dtype", "architecture"), [(20, "fp32", 80), (32, "bf16", 90)])
@@ -75,3 +79,21 @@ def test_the_instruction_count_follows_loops(compiler: ModuleType) -> None:
     # The same kernel with its loop over hidden units unrolled and not: rolled, it is shorter, and runs five times.
     unrolled, rolled = (compiler.measure_scores(10, "fp32", 90, configuration=place) for place in (0, 1))
     assert unrolled.instructions < rolled.instructions < 1.5 * unrolled.instructions
+
+
+def test_float32_alone_is_allowed_products_over_eight(monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton.backends.nvidia import compiler as backend
+
+    from cameo.alignment.triton_heads import _allow_products_over_eight
+
+    def like(bits: int) -> SimpleNamespace:
+        return SimpleNamespace(scalar=SimpleNamespace(primitive_bitwidth=bits))
+
+    monkeypatch.setattr(backend, "min_dot_size", lambda target: lambda left, right: (1, 1, 16))  # as in Triton 3.6
+    _allow_products_over_eight()
+    smallest = backend.min_dot_size(None)
+    assert smallest(like(32), like(32)) == (1, 1, 8)
+    assert smallest(like(16), like(16)) == (1, 1, 16)
+    monkeypatch.delattr(backend, "min_dot_size")
+    _allow_products_over_eight()
+    assert not hasattr(backend, "min_dot_size")

@@ -25,6 +25,9 @@ def observed() -> dict[str, dict[str, str]]:
 def test_the_cast_list_has_what_torch_casts_on_cuda() -> None:
     names = (name.removeprefix("aten::") for name in torch._C._dispatch_get_all_op_names() if name.startswith("aten::"))
     cast = {name for name in names if torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{name}", "AutocastCUDA")}
+    cast = {
+        name for name in cast if "imname" not in name and "names" not in name
+    }  # of named tensors, as torch 2.10 has them
     assert len(cast) > 50
     assert cast <= pretend_dtypes.CAST | pretend_dtypes.NOT_CAST
 
