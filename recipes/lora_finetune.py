@@ -1,4 +1,4 @@
-"""Train a LoRA with CAMEO on a multi-view diffusion model; without arguments about two minutes on two CPU cores.
+"""Train a LoRA with CAMEO on a multi-view diffusion model; without arguments two to three minutes on two CPU cores.
 
     cameo lora                                                                 # bundled base, embedded rooms
     cameo lora train_data_dir=path/to/rgbd num_views=4                         # an RGB-D sequence, or a mesh folder
