@@ -154,14 +154,14 @@ class Shard:
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise damaged(path, error, kind) from error
         _check_version(path, version, kind)
-        if str(version) == str(kind.before_checksums):
+        if not checksums:
+            if str(version) != str(kind.before_checksums):
+                raise damaged(path, "has no checksums", kind)
             warnings.warn(
                 f"{path.parent}: holds files of an earlier release, without checksums, so damage in them is not seen; "
                 f"{kind.renew}",
                 stacklevel=2,
             )
-        elif not checksums:
-            raise damaged(path, "has no checksums", kind)
         return cls(path, settings, tensors, kind, checksums)
 
     def rows(self, wanted: Iterable[tuple[str, int]]) -> list[np.ndarray]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,9 @@ import torch
 
 from cameo.correspondence import Correspondence
 from cameo.data.matches import MatchReader, MatchWriter
-from cameo.data.shards import INDEX_NAME, finish_share, is_finished, shard_files
+from cameo.data.shards import INDEX_NAME, MATCHES, Shard, ShardKind, finish_share, is_finished, shard_files
 from cameo.errors import DataError
+from cameo.latents.store import LATENTS
 
 GRIDS = ((2, 3), (2, 4))
 
@@ -101,3 +103,11 @@ def test_shards_without_checksums_are_those_of_the_first_version_alone(tmp_path:
     save_file(views, path, metadata={"version": "2", "settings": "{}"})
     with pytest.raises(DataError, match=r"damaged \(has no checksums\)"):
         MatchReader(tmp_path)
+
+
+@pytest.mark.parametrize("kind", [MATCHES, LATENTS], ids=lambda kind: kind.content)
+def test_what_is_written_today_is_read_without_a_warning(kind: ShardKind, tmp_path: Path) -> None:
+    path = tmp_path / "shard.safetensors"
+    Shard.write(path, {"views": torch.zeros(1, 3, dtype=torch.int64)}, {}, kind)
+    with warnings.catch_warnings(action="error"):
+        assert Shard.open(path, kind).checksums
