@@ -28,6 +28,7 @@ __all__ = [
     "interleaved",
     "peak_memory",
     "peak_resident",
+    "place_and_date",
     "read_results",
     "summary",
     "table_of",
@@ -181,6 +182,11 @@ def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
     except ImportError:
         pass
     return found
+
+
+def place_and_date() -> str:
+    """Return what a figure is from, in a line: device, threads, torch and date."""
+    return "{device}, {threads} thread(s), torch {torch}, {date}".format(**environment())
 
 
 def _processor() -> str:

@@ -40,7 +40,7 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 
 import cameo
-from benchmarks.common.measuring import environment
+from benchmarks.common.measuring import place_and_date
 from benchmarks.common.page import fill
 from cameo.backbone import get_backbone
 from cameo.data import Views, open_views
@@ -373,8 +373,7 @@ def main() -> None:
     command = (
         f"OMP_NUM_THREADS=1 python -m benchmarks.reliability.bad_input --inputs {chosen.inputs} --seed {chosen.seed}"
     )
-    place = "{device}, {threads} thread(s), torch {torch}, {date}".format(**environment())
-    found = f"`{command}`: {place}, {time.monotonic() - begun:.0f} s.\n\n{table(cases)}\n"
+    found = f"`{command}`: {place_and_date()}, {time.monotonic() - begun:.0f} s.\n\n{table(cases)}\n"
     print(found)
     for case in cases:
         if case.outcome in ("library error", "silent wrong", "hang"):

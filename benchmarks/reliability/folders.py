@@ -18,7 +18,6 @@ The runs are forked from a process that has imported everything. The table is wr
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import os
 import random
@@ -31,10 +30,10 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.common.measuring import environment
+from benchmarks.common.measuring import place_and_date
 from benchmarks.common.page import fill
 from benchmarks.reliability import kills
-from benchmarks.reliability.kills import PAGE, STEPS, Data, difference, newest, start, undisturbed, wait_for
+from benchmarks.reliability.kills import PAGE, STEPS, Data, difference, newest, options, start, undisturbed, wait_for
 from cameo.tables import markdown_table
 
 __all__ = ["TRIALS", "NotTriedError", "main", "table"]
@@ -251,19 +250,16 @@ def table(outcomes: list[tuple[str, str, str]], command: str, seconds: float) ->
     """Return the page's table with its command, device and date."""
     counts = Counter((kind, outcome) for kind, outcome, _ in outcomes)
     rows = [[kind, *(counts[kind, outcome] for outcome in ("good", "bad", "not tried"))] for kind in TRIALS]
-    place = "{device}, {threads} thread(s), torch {torch}, {date}".format(**environment())
     reasons = dict.fromkeys(f"- {kind}, {outcome}: {why}\n" for kind, outcome, why in outcomes if why)
     found = markdown_table(["what goes wrong", "said, and went on with equal results", "not so", "not tried"], rows)
-    return f"`{command}`: {place}, {seconds:.0f} s.\n\n{found}\n" + "".join(["\n", *reasons] if reasons else [])
+    return f"`{command}`: {place_and_date()}, {seconds:.0f} s.\n\n{found}\n" + "".join(
+        ["\n", *reasons] if reasons else []
+    )
 
 
 def main() -> None:
     """Run the campaign and write its table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--trials", type=int, default=10, help="of each kind")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--work", type=Path, help="folder for the runs; default: one that is removed")
-    given = parser.parse_args()
+    given = options(__doc__, "trials", 10, "of each kind")
     torch.set_num_threads(1)
     begun, outcomes = time.monotonic(), []
     with undisturbed(given.work) as (work, data):

@@ -31,7 +31,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from benchmarks.common.measuring import environment
+from benchmarks.common.measuring import place_and_date
 from benchmarks.common.page import fill
 from cameo.data import MultiViewDataset
 from cameo.tables import markdown_table
@@ -238,23 +238,27 @@ def table(tally: Tally, command: str, seconds: float) -> str:
     ]
     rows.append(["all", *(sum(one.values()) for one in (tally.damaged, tally.went_on, tally.named))])
     header = ["a file of the newest checkpoint", "kills", "went on from the one before", "file named in a warning"]
-    place = "{device}, {threads} thread(s), torch {torch}, {date}".format(**environment())
     problems = "".join(f"- {problem}\n" for problem in tally.problems)
     return (
-        f"`{command}`: {place}, {seconds:.0f} s.\n\n{markdown_table(header, rows)}\n\n"
+        f"`{command}`: {place_and_date()}, {seconds:.0f} s.\n\n{markdown_table(header, rows)}\n\n"
         f"{tally.runs} runs of {STEPS} steps; {tally.equal} of them ended with the figures, weights, averages, "
         f"optimizer and random states of a run that was not disturbed, bit for bit. {tally.bare_kills} more kills "
         f"came before there were two checkpoints, and damaged nothing.\n{problems}"
     )
 
 
-def main() -> None:
-    """Run the campaign and write its table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=50, help="kills after which a checkpoint is damaged")
+def options(about: str | None, name: str, default: int, what: str) -> argparse.Namespace:
+    """Read the command line of a campaign of runs: how many of something, the seed and the folder for the runs."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(f"--{name}", type=int, default=default, help=what)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--work", type=Path, help="folder for the runs; default: one that is removed")
-    given = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Run the campaign and write its table."""
+    given = options(__doc__, "kills", 50, "kills after which a checkpoint is damaged")
     torch.set_num_threads(1)
     dice, tally, begun = random.Random(given.seed), Tally(), time.monotonic()
     with undisturbed(given.work) as (work, data):

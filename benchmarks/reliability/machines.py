@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.common.measuring import environment
+from benchmarks.common.measuring import place_and_date
 from benchmarks.reliability import kills
 from benchmarks.reliability.namespaces import (
     Machine,
@@ -266,7 +266,6 @@ def lost_processes(work: Path, reference: Path) -> list[list[object]]:
 
 def page(trained: list[list[object]], lost: list[list[object]], seconds: float) -> str:
     """Return the page of a campaign."""
-    place = "{device}, {threads} thread(s), torch {torch}, {date}".format(**environment())
     losses = "loss and alignment loss of the last step"
     header = ["output folder", "part", "seconds", losses, "files on each machine afterwards", "against one machine"]
     ends = ["what", "machines", "rank 0 ended after", "rank 1", "last launcher", "what the others said", "resumed"]
@@ -276,7 +275,7 @@ Two network namespaces as two machines, each with its own address, `HOME`, `TMPD
 cable; `torchrun --nnodes 2 --rdzv_backend c10d`, gloo, one process on each. They share a processor, so seconds say what
 waits and not what is fast.
 
-`OMP_NUM_THREADS=1 python -m benchmarks.reliability.machines`: {place}, {seconds:.0f} s in all.
+`OMP_NUM_THREADS=1 python -m benchmarks.reliability.machines`: {place_and_date()}, {seconds:.0f} s in all.
 
 ## Ranks exchanged
 

@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from itertools import chain
 
 import torch
@@ -127,9 +126,18 @@ class _Step:
         self.flops: dict[str, int] = {}
         self.kept = 0
         alignment = torch.ops.cameo.alignment_loss.default
+        most = config.max_queries
         self.tracker = Tracker(
-            inside={alignment: partial(alignment_workspace, max_queries=config.max_queries, on_gpu=on_gpu)},
-            products={alignment: partial(alignment_flops, max_queries=config.max_queries)},
+            inside={
+                alignment: lambda query, _key, index, _weights, head, kind, _grids, normalize, *_: alignment_workspace(
+                    query, index, head, kind, normalize, max_queries=most, on_gpu=on_gpu
+                )
+            },
+            products={
+                alignment: lambda query, _key, _index, _weights, _head, _kind, _grids, normalize, *_: alignment_flops(
+                    query, normalize, max_queries=most
+                )
+            },
         )
         self.fakes = Fakes(self.tracker, *([GpuAutocast()] if on_gpu else []))
         self.encoders = encoders_of(self.pipeline)

@@ -20,14 +20,11 @@ PRODUCTS = 3  # logits, the gradient of the queries and that of the keys
 
 def alignment_workspace(
     query: Tensor,
-    key: Tensor,
     index: Tensor,
-    weights: Tensor,
     head: Sequence[Tensor],
     kind: str,
-    token_grids: Sequence[int] = (),
     normalize: str = "per_view",
-    *further: object,
+    *,
     max_queries: int | None = None,
     on_gpu: bool,
 ) -> int:
@@ -36,13 +33,12 @@ def alignment_workspace(
     Example:
         >>> import torch
         >>> query = torch.empty(1, 4, 2, 256, 32)
-        >>> index, weights = torch.empty(1, 2, 2, 256), torch.empty(1, 2, 2, 256)
-        >>> alignment_workspace(query, query, index, weights, [], "mean", on_gpu=False) > 2 * 4 * query.numel()
+        >>> index = torch.empty(1, 2, 2, 256)
+        >>> alignment_workspace(query, index, [], "mean", on_gpu=False) > 2 * 4 * query.numel()
         True
 
     Args:
-        query, key, index, weights, head, kind, token_grids, normalize: as the operator `cameo::alignment_loss` takes
-            them; its further arguments change nothing.
+        query, index, head, kind, normalize: arguments of the operator `cameo::alignment_loss`.
         max_queries: see `cameo.alignment_loss`.
         on_gpu: whether the portions are those of a GPU, which fill the workspace, or those of a CPU, which fit into its
             caches.
@@ -65,28 +61,16 @@ def alignment_workspace(
     return sums + portions + min(operands, WORKSPACE_BYTES // 2) + lists
 
 
-def alignment_flops(
-    query: Tensor,
-    key: Tensor,
-    index: Tensor,
-    weights: Tensor,
-    head: Sequence[Tensor],
-    kind: str,
-    token_grids: Sequence[int] = (),
-    normalize: str = "per_view",
-    *further: object,
-    max_queries: int | None = None,
-) -> int:
+def alignment_flops(query: Tensor, normalize: str = "per_view", *, max_queries: int | None = None) -> int:
     """Return the FLOPs of loss and gradient if each token has a match in every other view.
 
     Example:
         >>> import torch
-        >>> query, index = torch.empty(1, 4, 2, 256, 32), torch.empty(1, 2, 2, 256)
-        >>> alignment_flops(query, query, index, index, [], "mean")
+        >>> alignment_flops(torch.empty(1, 4, 2, 256, 32))
         100663296
 
     Args:
-        query, key, index, weights, head, kind, token_grids, normalize: see `alignment_workspace`.
+        query, normalize: see `alignment_workspace`.
         max_queries: see `cameo.alignment_loss`.
     """
     samples, num_heads, views, tokens, width = query.shape

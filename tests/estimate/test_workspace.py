@@ -25,28 +25,27 @@ def test_the_sweep_takes_about_what_was_said(kind: str, views: int, side: int) -
 
     loss()
     taken = peak_memory(loss)
-    said = alignment_workspace(query, key, index, index.float(), list(head.weights()), kind, on_gpu=False)
+    said = alignment_workspace(query, index, list(head.weights()), kind, on_gpu=False)
     # Copies of the lists of matches are not in it: the largest factor seen is 1.09.
     assert 0.3 * said <= taken <= 1.15 * said
 
 
 def test_each_pair_of_tokens_is_multiplied_three_times() -> None:
     samples, heads, views, tokens, width = 2, 4, 3, 16, 8
-    query, index = torch.empty(samples, heads, views, tokens, width), torch.empty(samples, views, views, tokens)
+    query = torch.empty(samples, heads, views, tokens, width)
     pairs = samples * views * (views - 1) * tokens**2
-    assert alignment_flops(query, query, index, index, [], "mlp") == 3 * pairs * 2 * heads * width
+    assert alignment_flops(query) == 3 * pairs * 2 * heads * width
 
 
 def test_few_queries_take_their_share() -> None:
     samples, heads, views, tokens, width = 2, 4, 3, 16, 8
     query, index = torch.empty(samples, heads, views, tokens, width), torch.empty(samples, views, views, tokens)
-    given = (query, query, index, index, [], "none", [])
     one = 3 * 2 * tokens * heads * width
-    assert alignment_flops(*given, max_queries=5) == 5 * one
-    assert alignment_flops(*given, "all_views", max_queries=5) == 5 * views * one
-    assert alignment_flops(*given, max_queries=10**6) == alignment_flops(*given)
+    assert alignment_flops(query, max_queries=5) == 5 * one
+    assert alignment_flops(query, "all_views", max_queries=5) == 5 * views * one
+    assert alignment_flops(query, max_queries=10**6) == alignment_flops(query)
     sizes = [
-        alignment_workspace(*given, max_queries=most, on_gpu=on_gpu)
+        alignment_workspace(query, index, [], "none", max_queries=most, on_gpu=on_gpu)
         for on_gpu in (False, True)
         for most in (None, 5, 1)
     ]
