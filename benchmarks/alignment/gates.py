@@ -109,6 +109,9 @@ def _limit(entries: list[dict[str, Any]], method: str, batch: int) -> list[dict[
         run = entry["runs"].get(f"{method}, {selection}")
         ratio = run["best"] / parts["gelu"] if run else None
         rows.append(gate(f"time of {method} / a GELU-only kernel, {selection}, 32x32", f"<= {LIMIT}", ratio))
+        # Without the host, which is ahead of the device in a training step.
+        ratio = run["kernels"] / parts["gelu"] if run and "kernels" in run else None
+        rows.append(gate(f"kernels of {method} / a GELU-only kernel, {selection}, 32x32", f"<= {LIMIT}", ratio))
     return rows or [gate(f"time of {method} / a GELU-only kernel", f"<= {LIMIT}", None)]
 
 

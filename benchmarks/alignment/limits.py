@@ -16,8 +16,10 @@ from benchmarks.alignment.cases import Case
 
 __all__ = ["Limit", "limits"]
 
-CHUNK_PAIRS = 1 << 15  # R * M: the fastest of 2**13 to 2**17 on the processor of docs/performance.md
-CHUNKS = 48  # timed; more rows take proportionally longer
+# R * M: on a CPU the fastest of 2**13 to 2**17 on the processor of docs/performance.md; on CUDA so many that launching
+# takes no time beside them.
+CHUNK_PAIRS = {"cpu": 1 << 15, "cuda": 1 << 23}
+CHUNKS = {"cpu": 48, "cuda": 4}  # timed; more rows take proportionally longer
 
 
 @dataclass(frozen=True)
@@ -35,9 +37,9 @@ def limits(case: Case, selection: str) -> dict[str, Limit]:
     the products, and the GELUs as one kernel that evaluates as many and touches no memory: the two can overlap
     there, so they are reported apart.
     """
-    rows, keys = case.rows(selection), case.setting.tokens**2
-    chunk = max(1, min(rows, CHUNK_PAIRS // keys))
-    timed = min(CHUNKS, math.ceil(rows / chunk))
+    rows, keys, device = case.rows(selection), case.setting.tokens**2, case.query.device.type
+    chunk = max(1, min(rows, CHUNK_PAIRS[device] // keys))
+    timed = min(CHUNKS[device], math.ceil(rows / chunk))
     factor = rows / (chunk * timed)
     parts = _ChunkParts(case, chunk)
 
@@ -51,7 +53,7 @@ def limits(case: Case, selection: str) -> dict[str, Limit]:
     found = {"products": Limit(times(parts.products), factor)}
     if not case.head.hidden:
         return found
-    if case.query.device.type == "cuda":
+    if device == "cuda":
         from benchmarks.alignment.gelu_kernel import gelu_sums
 
         hidden = len(parts.weight_in)

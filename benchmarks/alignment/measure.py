@@ -24,7 +24,15 @@ from benchmarks.alignment import gates
 from benchmarks.alignment.cases import SELECTIONS, Case, Setting, make_case
 from benchmarks.alignment.limits import limits
 from benchmarks.alignment.peers import checkpointed_loss, dense_bytes, linear_peers, released_dense_loss
-from benchmarks.common.measuring import Results, interleaved, peak_memory, peak_resident, summary, table_of
+from benchmarks.common.measuring import (
+    Results,
+    interleaved,
+    kernel_time,
+    peak_memory,
+    peak_resident,
+    summary,
+    table_of,
+)
 from benchmarks.common.page import RESULTS
 from cameo import alignment_loss
 
@@ -141,7 +149,14 @@ def measure_setting(setting: Setting, device: torch.device, *, gate: bool, budge
         "rows": {selection: case.rows(selection) for selection in SELECTIONS},
         "all_rows": setting.rows,
         "gradient_bytes": 2 * case.query.numel() * case.query.element_size(),
-        "runs": {name: {**summary(seconds[name]), "peak_bytes": peaks[name]} for name in runs},
+        "runs": {
+            name: {
+                **summary(seconds[name]),
+                **(kernel_time(runs[name]) if device.type == "cuda" else {}),
+                "peak_bytes": peaks[name],
+            }
+            for name in runs
+        },
         "resident_bytes": resident,
         "limit": limit,
         "left_out": left_out,
@@ -233,6 +248,7 @@ def table(found: Mapping[str, Any]) -> list[dict[str, Any]]:
                     "rows": f"{selection} ({100 * entry['rows'][selection] / entry['all_rows']:.0f} %)",
                     "best ms": 1e3 * run["best"],
                     "median ms": 1e3 * run["median"],
+                    **({"kernels ms": 1e3 * run["kernels"], "launches": run["launches"]} if "kernels" in run else {}),
                     "peak MB": run["peak_bytes"] / 1e6,
                     "dense / this": dense["best"] / run["best"] if dense else None,
                     "this / limit": run["best"] / limit if limit and ours else None,

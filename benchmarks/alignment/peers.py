@@ -19,7 +19,7 @@ from cameo import AlignmentHead
 
 __all__ = ["checkpointed_loss", "dense_bytes", "dense_loss", "head_function", "linear_peers", "released_dense_loss"]
 
-CHUNK_ROWS = 64
+CHUNK_ROWS = {"cpu": 64, "cuda": 1024}
 EPSILON = 1e-8  # what the released code adds to a probability before its logarithm
 
 
@@ -103,7 +103,7 @@ def checkpointed_loss(case: Case, selection: str) -> Callable[[], Tensor]:
         loss = case.query.new_zeros((), dtype=groups[0][4].dtype)
         for b, j, row, target, weight in groups:
             keys, queries = case.key[b, :, j], case.query[b].flatten(1, 2)[:, row]
-            for part in torch.arange(len(row)).split(CHUNK_ROWS):
+            for part in torch.arange(len(row)).split(CHUNK_ROWS[case.query.device.type]):
                 rows = slice(int(part[0]), int(part[-1]) + 1)
                 arguments = (queries[:, rows], keys, target[rows], weight[rows])
                 loss = loss + checkpoint(chunk, *arguments, use_reentrant=False)

@@ -11,7 +11,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ __all__ = [
     "environment",
     "gate",
     "interleaved",
+    "kernel_time",
     "peak_memory",
     "peak_resident",
     "place_and_date",
@@ -53,6 +54,9 @@ def interleaved(
 ) -> dict[str, list[float]]:
     """Seconds of every run, measured round robin, so that a slow minute of the machine hits all alike.
 
+    As in `timeit`, Python's garbage collector is off meanwhile: it takes a tenth of a second where a large model is
+    held, at whatever run comes then.
+
     Example:
         >>> found = interleaved({"one": lambda: torch.ones(4), "two": lambda: torch.ones(8)}, repeats=3)
         >>> [len(seconds) for seconds in found.values()]
@@ -73,14 +77,27 @@ def interleaved(
     once = _once_cuda if torch.device(device).type == "cuda" else _once_cpu
     found: dict[str, list[float]] = {name: [] for name in runs}
     start = time.perf_counter()
-    for number in range(warm_up + repeats):
-        if number > warm_up and budget is not None and time.perf_counter() - start > budget:
-            break
-        for name, run in runs.items():
-            seconds = once(run)
-            if number >= warm_up:
-                found[name].append(seconds)
+    with _without_garbage_collector():
+        for number in range(warm_up + repeats):
+            if number > warm_up and budget is not None and time.perf_counter() - start > budget:
+                break
+            for name, run in runs.items():
+                seconds = once(run)
+                if number >= warm_up:
+                    found[name].append(seconds)
     return found
+
+
+@contextlib.contextmanager
+def _without_garbage_collector() -> Iterator[None]:
+    collected = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collected:
+            gc.enable()
 
 
 def _once_cpu(run: Run) -> float:
@@ -97,6 +114,19 @@ def _once_cuda(run: Run) -> float:
     after.record()
     torch.cuda.synchronize()
     return before.elapsed_time(after) / 1e3
+
+
+def kernel_time(run: Run) -> dict[str, float | int]:
+    """Seconds that the kernels of one run take on a CUDA device, and how many there are, copies included.
+
+    What is left of the time between two events is that of the host, which a training step hides where it is ahead.
+    """
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        run()
+        torch.cuda.synchronize()
+    on_device = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    return {"kernels": sum(event.time_range.elapsed_us() for event in on_device) / 1e6, "launches": len(on_device)}
 
 
 def summary(seconds: Sequence[float]) -> dict[str, float | int]:

@@ -29,7 +29,7 @@ from benchmarks.common.page import RESULTS
 from benchmarks.step.pretend_device import NAME, PretendDevice
 from benchmarks.step.pretend_kernels import Counted, WithoutAttention
 from benchmarks.step.tables import count_table
-from cameo.alignment import heads, loss, sweep, triton_heads
+from cameo.alignment import heads, loss, sweep, triton_heads, triton_rows
 from cameo.correspondence import matching, triton_depth
 from cameo.data.batches import match_layers, to_device
 from cameo.wrap import wrap
@@ -88,6 +88,8 @@ def as_on_cuda(device: PretendDevice) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for name in KERNELS:
             stack.enter_context(mock.patch.object(triton_heads, name, Counted(device, name)))
+        rows = Counted(device, "add_to_queries_kernel")
+        stack.enter_context(mock.patch.object(triton_rows, "add_to_queries_kernel", rows))
         kernel = Counted(device, "depth_kernel", match_by_twin)
         stack.enter_context(mock.patch.object(triton_depth, "depth_kernel", kernel))
         stack.enter_context(mock.patch.object(matching, "triton_refusal", return_value=None))

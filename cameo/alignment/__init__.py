@@ -7,8 +7,7 @@ from cameo.lazy import load_on_use
 if TYPE_CHECKING:
     from cameo.alignment.head import AlignmentHead, check_head_options
     from cameo.alignment.loss import alignment_loss
-    from cameo.alignment.options import check_options
-    from cameo.alignment.supervision import supervision_weights
+    from cameo.alignment.supervision import check_options, supervision_weights
 else:
     __getattr__, __dir__ = load_on_use(
         __name__,
@@ -16,7 +15,7 @@ else:
             "AlignmentHead": "cameo.alignment.head",
             "alignment_loss": "cameo.alignment.loss",
             "check_head_options": "cameo.alignment.head",
-            "check_options": "cameo.alignment.options",
+            "check_options": "cameo.alignment.supervision",
             "supervision_weights": "cameo.alignment.supervision",
         },
     )

@@ -164,16 +164,18 @@ class _TritonMlp:
     extra_channels = 0
 
     def __init__(self, head: HeadWeights, scale: float, gelu: str, gradients: bool, dtype: torch.dtype) -> None:
-        from cameo.alignment.triton_heads import mlp_rows, pack_weights
+        from cameo.alignment.triton_heads import PartialSums, mlp_rows, pack_weights
 
         assert head.output is not None
         self.function, self.scale, self.gelu = mlp_rows, scale, gelu
         self.weight_in, self.bias, self.weight_out = (weight.contiguous() for weight in (*head.hidden, head.output))
         self.weight_gradients: tuple[Tensor, Tensor, Tensor] | None = None
+        self.channels = head.hidden[0].shape[1]
+        self.sums: PartialSums | None = None
         if gradients:
             zeros = torch.zeros_like
             self.weight_gradients = zeros(self.weight_in), zeros(self.bias), zeros(self.weight_out)
-        self.channels = head.hidden[0].shape[1]
+            self.sums = PartialSums(self.channels, len(self.bias), self.bias.device)
         self.packed = pack_weights(self.weight_in, self.bias, self.weight_out, scale)
         # Besides its products each pair has a score in float32; a quarter of the workspace remains for sums and keys.
         workspace = workspace_bytes(head.output.device)
@@ -181,8 +183,20 @@ class _TritonMlp:
 
     def __call__(self, products: Tensor, targets: Tensor, weights: Tensor, excluded: Tensor | None) -> Tensor:
         head = self.weight_in, self.bias, self.weight_out, self.scale
-        sums = self.weight_gradients
-        return self.function(products, *head, targets, weights, excluded, sums, self.gelu, packed=self.packed)
+        return self.function(
+            products,
+            *head,
+            targets,
+            weights,
+            excluded,
+            self.weight_gradients,
+            self.gelu,
+            packed=self.packed,
+            partial=self.sums,
+        )
 
     def parameter_gradients(self) -> list[Tensor]:
-        return list(self.weight_gradients or ())
+        if self.sums is None or self.weight_gradients is None:
+            return []
+        self.sums.add_to(self.weight_gradients, self.weight_out, self.scale)
+        return list(self.weight_gradients)

@@ -19,9 +19,8 @@ from torch import Tensor
 
 from cameo.alignment.head import AlignmentHead, is_sharded
 from cameo.alignment.operator import fused_alignment_loss
-from cameo.alignment.options import check_options
 from cameo.alignment.reference import reference_loss
-from cameo.alignment.supervision import count_rows, sampled_weights, supervision_weights
+from cameo.alignment.supervision import check_options, count_rows, sampled_weights, supervision_weights
 from cameo.correspondence.neighbors.triton_support import refusal as triton_refusal
 from cameo.errors import ShapeError, as_integer
 from cameo.memory import HostCopy

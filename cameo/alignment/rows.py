@@ -49,6 +49,8 @@ class Rows:
     - `targets`, `weights`: `[G, R, T]`, the column of each target and its weight; 0 = no target.
     - `excluded`: `[G, R, 2]`, the half-open range of columns that a row does not see, those of its own view; None where
       every row sees every column.
+    - `slots`, `first`: `[B, C, L]`, the row of each query and each of its C softmaxes, numbered over many portions; -1
+      for none. `first` is the number of the first row here; the others follow group by group, with the padding.
     - `sample_index`, `key_index`: if G > 1, `[G, 1]` and `[G, M]`, sample and position of each key on the device.
     """
 
@@ -57,6 +59,8 @@ class Rows:
     queries: Tensor
     targets: Tensor
     weights: Tensor
+    slots: Tensor
+    first: int
     excluded: Tensor | None = None
     sample_index: Tensor | None = None
     key_index: Tensor | None = None
@@ -285,7 +289,7 @@ class _Matches:
     """
 
     def __init__(self, index: Tensor, weights: Tensor, token_grids: Sequence[TokenGrid]) -> None:
-        _, self.views, _, self.length = index.shape
+        self.batch, self.views, _, self.length = index.shape
         self.device, self.token_grids = index.device, token_grids
         self.tokens, self.weights = self.arranged(index), self.arranged(weights)
         self.targets = self.tokens.shape[1]
@@ -304,12 +308,16 @@ class _Matches:
         if kept is not None:
             weight = weight.masked_fill(~kept[:, None], 0)
         targets, weight, excluded = self.columns(portions, position, weight, window)
-        queries = position % (self.views * self.length)
+        in_sample = self.views * self.length
+        queries = position % in_sample
+        # Padding repeats a row, and goes to the place behind the last one.
+        place = position if kept is None else position.where(kept, len(self.weights))
+        slots = torch.full_like(self.order, -1).scatter_(0, place, torch.arange(len(place), device=self.device))
+        slots = slots[:-1].view(self.batch, -1, in_sample)
         at = sent_at = 0
         for portion in portions:
             groups, keys, count = len(portion), portion[0].keys, _padded(portion)
-            part, shape = slice(at, at + count), (groups, count // groups)
-            at += count
+            part, shape = slice(at, at := at + count), (groups, count // groups)
             samples = key_index = None
             if groups > 1:
                 samples, key_index = sent[sent_at : (sent_at := sent_at + groups * (1 + keys))].split(
@@ -322,6 +330,8 @@ class _Matches:
                 queries[part].view(shape),
                 targets[part].unflatten(0, shape),
                 weight[part].unflatten(0, shape),
+                slots,
+                part.start,
                 None if excluded is None or portion[0].without is not None else excluded[part].unflatten(0, shape),
                 samples,
                 key_index,

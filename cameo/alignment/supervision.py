@@ -1,10 +1,11 @@
-"""Which matches are supervised: how much each counts in the alignment loss, and how many there are.
+"""Which matches are supervised: how much each counts in the alignment loss, how many there are; and its options.
 
 Axes: B samples, V views, N tokens per view, i query view, j key view.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from cameo.alignment.options import check_choice
+from cameo.choices import GELUS, IMPLEMENTATIONS, NORMALIZATIONS, REDUCTIONS
 from cameo.errors import ShapeError, as_integer, unknown_name
 from cameo.geometry.grids import TokenGrid
 from cameo.memory import sent_to
@@ -20,7 +21,23 @@ from cameo.memory import sent_to
 if TYPE_CHECKING:
     from cameo.correspondence import Correspondence
 
-__all__ = ["check_counts", "check_matches", "count_rows", "match_totals", "sampled_weights", "supervision_weights"]
+__all__ = [
+    "check_choice",
+    "check_counts",
+    "check_matches",
+    "check_options",
+    "count_rows",
+    "match_totals",
+    "sampled_weights",
+    "supervision_weights",
+]
+
+CHOICES = {
+    "normalize": NORMALIZATIONS,
+    "reduction": REDUCTIONS,
+    "implementation": IMPLEMENTATIONS,
+    "gelu": GELUS,
+}
 
 
 def supervision_weights(
@@ -271,3 +288,26 @@ def _check_like_index(argument: str, tensor: Tensor, correspondence: Corresponde
             expected=f"[B, V, V, N] = {list(correspondence.index.shape)} as its index",
             got=tensor.shape,
         )
+
+
+def check_options(normalize: str, reduction: str, softness: float, implementation: str, gelu: str) -> None:
+    """Raise `ValueError` for options that `alignment_loss` would refuse, whatever its tensors are.
+
+    Example:
+        >>> check_options(normalize="per_view", reduction="mean", softness=-1.0, implementation="auto", gelu="exact")
+        Traceback (most recent call last):
+        ValueError: softness: expected a finite number of tokens >= 0, got -1.0
+    """
+    named = {"normalize": normalize, "reduction": reduction, "implementation": implementation, "gelu": gelu}
+    for name, value in named.items():
+        check_choice(name, value)
+    if reduction == "released" and normalize != "per_view":
+        raise ValueError('reduction="released" is defined for normalize="per_view" only')
+    if not 0 <= softness < math.inf:
+        raise ValueError(f"softness: expected a finite number of tokens >= 0, got {softness}")
+
+
+def check_choice(name: str, value: str) -> None:
+    """Raise `ValueError` if `value` is none of the choices of the option `name`."""
+    if value not in CHOICES[name]:
+        raise unknown_name(name, value, CHOICES[name])

@@ -11,7 +11,7 @@ joins the heads linearly (the head dimensions of all heads are then concatenated
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -101,7 +101,7 @@ def sweep(
     rows_head = make_rows_head(
         head, query.shape[1], scale / query_scale, products_dtype, implementation, gelu, gradients, query.device
     )
-    products = _Products(query, key, head, rows_head, operands, products_dtype, query_scale, gradients)
+    products = _Products(query, key, head, rows_head, operands, products_dtype, query_scale, implementation, gradients)
     plan = plan_rows(
         index,
         weights if largest_weight is None else weights / largest_weight,
@@ -135,6 +135,7 @@ class _Products:
         dtype: torch.dtype,
         products_dtype: torch.dtype,
         query_scale: float,
+        implementation: str,
         gradients: bool,
     ) -> None:
         self.shape, self.dtype, self.sum_dtype = query.shape, dtype, torch.promote_types(dtype, torch.float32)
@@ -149,6 +150,11 @@ class _Products:
             self.factor = (head.output * query_scale).repeat_interleave(query.shape[-1]).to(dtype)
             self.d_factor = torch.zeros(self.factor.shape, dtype=self.sum_dtype, device=query.device)
         self.with_gradients = gradients
+        self._add_to_queries: Callable[..., None] | None = None
+        if implementation == "triton":
+            from cameo.alignment.triton_rows import add_to_queries
+
+            self._add_to_queries = add_to_queries
         if gradients:
             self.d_query = torch.zeros(self.query.shape, dtype=self.sum_dtype, device=query.device)
             self.d_key = torch.zeros_like(self.d_query)
@@ -227,6 +233,12 @@ class _Products:
         assert d_queries is not None
         if self.learned:
             self.d_factor += (d_queries * unscaled).sum(dim=(0, 1)) * self.query_scale
+        if self._add_to_queries is not None:
+            count = rows.queries.numel()
+            self._add_to_queries(
+                d_queries.view(-1, count, d_queries.shape[-1]), rows.slots, rows.first, self.factor, self.d_query
+            )
+            return
         if queries is not unscaled:
             d_queries.mul_(self.factor)
         d_query = self._as_heads(d_queries, len(rows.samples))

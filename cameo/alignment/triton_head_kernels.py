@@ -271,10 +271,10 @@ def gradient_kernel(
     INTERPRETED: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Overwrite logits with their gradient (FOR_LOGITS), sum that of the weights (FOR_WEIGHTS) for one group.
+    """Overwrite logits with their gradient (FOR_LOGITS), add that of the weights (FOR_WEIGHTS) for one group.
 
-    partial: [programs, CHUNKS, WIDTH + 1, 8]: at WIDTH the gradient of weight_out; the other gradients still lack the
-    factor weight_out.
+    partial: [programs, CHUNKS, WIDTH + 1, 8], what each program adds to: at WIDTH the gradient of weight_out; the other
+    gradients still lack the factor weight_out.
     """
     unit = tl.arange(0, 8)
     program = tl.program_id(0).to(tl.int64)
@@ -340,8 +340,9 @@ def gradient_kernel(
     if FOR_WEIGHTS:
         for index in tl.static_range(GROUP):
             target = partial + (program * CHUNKS + group * GROUP + index) * (WIDTH + 1) * 8 + unit[None, :]
-            tl.store(target + tl.arange(0, WIDTH)[:, None] * 8, in_sums[index])
-            tl.store(target + WIDTH * 8, out_sums[index][None, :])
+            in_target = target + tl.arange(0, WIDTH)[:, None] * 8
+            tl.store(in_target, tl.load(in_target) + in_sums[index])
+            tl.store(target + WIDTH * 8, tl.load(target + WIDTH * 8) + out_sums[index][None, :])
 
 
 @triton.jit
@@ -351,26 +352,19 @@ def add_partial_kernel(
     into_weight_in,
     into_bias,
     into_weight_out,
-    programs,
     scale,
     HEADS: tl.constexpr,
     WIDTH: tl.constexpr,
     CHUNKS: tl.constexpr,
-    AT_ONCE: tl.constexpr,
+    PROGRAMS: tl.constexpr,
 ):
-    """Add the partial sums of all programs, in their order, to the gradients of one hidden unit."""
+    """Add the partial sums of PROGRAMS programs, a power of two, to the gradients of one hidden unit."""
     unit = tl.program_id(0)
     head = tl.arange(0, WIDTH)
-    in_sum = tl.zeros([WIDTH], tl.float32)
-    out_sum = tl.zeros([1], tl.float32)
-    source = partial + (unit // 8) * (WIDTH + 1) * 8 + unit % 8
-    for start in range(0, programs, AT_ONCE):
-        program = start + tl.arange(0, AT_ONCE)
-        inside = (program < programs)[:, None]
-        place = source + program.to(tl.int64)[:, None] * CHUNKS * (WIDTH + 1) * 8
-        in_sum += tl.sum(tl.load(place + head[None, :] * 8, mask=inside, other=0.0), 0)
-        out_sum += tl.sum(tl.load(place + WIDTH * 8, mask=inside, other=0.0), 0)
-    in_sum *= tl.load(weight_out + unit)
+    place = partial + (unit // 8) * (WIDTH + 1) * 8 + unit % 8
+    place += tl.arange(0, PROGRAMS)[:, None] * CHUNKS * (WIDTH + 1) * 8
+    in_sum = tl.sum(tl.load(place + head[None, :] * 8), 0) * tl.load(weight_out + unit)
+    out_sum = tl.sum(tl.load(place + WIDTH * 8), 0)
     target = into_weight_in + unit * HEADS + head
     tl.store(target, tl.load(target, mask=head < HEADS) + in_sum * scale, mask=head < HEADS)
     target = into_bias + unit + head * 0

@@ -5,9 +5,9 @@ Axes: K heads, R rows (supervised queries), M columns (keys), T targets per row,
 A head with a hidden layer runs as three kernels over the flat list of R * M pairs, so that no tile is wasted on short
 rows: the first computes the score of every pair; the second takes the softmax of every row and turns the scores into
 their gradient; the third computes the gradient of every pair and sums the gradient of the weights in registers. The
-partial sums of the programs are added in a fixed order and nothing is atomic, so results are the same bits on every
-run, whichever tuned configuration is chosen. Speed does not depend on how the pairs are cut into rows, so neither does
-the tuning.
+partial sums of the programs are added in a fixed order, after the last rows, and nothing is atomic, so results are the
+same bits on every run, whichever tuned configuration is chosen. Speed does not depend on how the pairs are cut into
+rows, so neither does the tuning.
 
 All matrix products run on tensor cores in TF32 with float32 sums. Weights, float32 logits and their gradients are
 split into two TF32 parts and multiplied in three products, which keeps 21 bits; half-precision logits fit into one
@@ -24,7 +24,14 @@ import torch
 from torch import Tensor
 
 from cameo.choices import GELUS
-from cameo.correspondence.neighbors.triton_support import DTYPES, INSTALL_TRITON, MAX_HEADS, interpreted, refusal
+from cameo.correspondence.neighbors.triton_support import (
+    DTYPES,
+    INSTALL_TRITON,
+    MAX_HEADS,
+    allow_products_over_eight,
+    interpreted,
+    refusal,
+)
 from cameo.errors import ShapeError, unknown_name
 
 try:
@@ -40,39 +47,24 @@ try:
 except ImportError as error:
     raise ImportError(f"cameo.alignment.triton_heads needs Triton: {INSTALL_TRITON}") from error
 
-__all__ = ["GELUS", "HeadPlan", "mlp_rows", "pack_weights", "refusal", "softmax_rows", "softmax_tile"]
+__all__ = [
+    "GELUS",
+    "HeadPlan",
+    "PartialSums",
+    "mlp_rows",
+    "pack_weights",
+    "refusal",
+    "softmax_rows",
+    "softmax_tile",
+]
 
 # Number of unrolled chunks of hidden units, and of pipeline stages; all choices give the same bits.
 SCORES_CONFIGURATIONS = ((8, 1), (1, 1), (8, 3))
 GRADIENT_OPTIONS = {"num_warps": 1, "num_stages": 1}
 
 
-def _allow_products_over_eight() -> None:
-    """Let Triton 3.6 and 3.7, those of torch 2.10 to 2.13, compile float32 products over 8 numbers, as 3.8 does.
-
-    Their code generator has the instruction, mma.m16n8k8 in TF32; a check before it asks for 16 of every type but int8.
-    """
-    try:
-        from triton.backends.nvidia import compiler
-
-        smallest_of = compiler.min_dot_size
-    except (ImportError, AttributeError):  # of another maker, or a Triton without this check
-        return
-
-    def min_dot_size(target: Any) -> Callable[[Any, Any], tuple[int, int, int]]:
-        smallest = smallest_of(target)
-
-        def smallest_here(left: Any, right: Any) -> tuple[int, int, int]:
-            rows, columns, inner = smallest(left, right)
-            return rows, columns, min(inner, 8) if left.scalar.primitive_bitwidth == 32 else inner
-
-        return smallest_here
-
-    compiler.min_dot_size = min_dot_size
-
-
 if triton.__version__.startswith(("3.6.", "3.7.")):
-    _allow_products_over_eight()
+    allow_products_over_eight()
 
 # A kernel that Triton interprets cannot contain assembly and is not tuned.
 _INTERPRETED = interpreted()
@@ -82,7 +74,7 @@ _TILES_PER_PROGRAM = 8
 # Divisible by 8 and by 12, the numbers of programs that share a multiprocessor, so that all rounds are full.
 _PROGRAMS_PER_PROCESSOR = 24
 _PARTIAL_BYTES = 12 << 20
-_SUMMED_AT_ONCE = 64
+_SUMMED_AT_ONCE = 32
 # Number of registers of one thread that may hold sums of weight gradients.
 _SUM_REGISTERS = 100
 _SOFTMAX_TILE = 1024
@@ -149,6 +141,39 @@ def pack_weights(weight_in: Tensor, bias: Tensor, weight_out: Tensor, scale: flo
     return packed
 
 
+class PartialSums:
+    """The gradients of a head's weights as each program sums them, over the rows of any number of calls.
+
+    Example:
+        >>> sums = PartialSums(10, 40, logits.device)                                      # doctest: +SKIP
+        >>> for portion in portions:                                                       # doctest: +SKIP
+        ...     mlp_rows(portion, *weights, 0.125, *rows, gradients, partial=sums)
+        >>> sums.add_to(gradients, weight_out, 0.125)                                      # doctest: +SKIP
+
+    Attributes:
+        values: float32 [programs, chunks, padded heads + 1, 8], see `gradient_kernel`.
+    """
+
+    def __init__(self, heads: int, units: int, device: torch.device) -> None:
+        self.shape, plan = (heads, units), HeadPlan(heads, units)
+        program_bytes = plan.chunks * (plan.padded_heads + 1) * 8 * 4
+        at_once = _processors(device) * _PROGRAMS_PER_PROCESSOR
+        programs = max(1, min(at_once // plan.groups, _PARTIAL_BYTES // program_bytes) // _SUMMED_AT_ONCE)
+        shape = (programs * _SUMMED_AT_ONCE, plan.chunks, plan.padded_heads + 1, 8)
+        self.values = torch.zeros(shape, dtype=torch.float32, device=device)
+
+    def add_to(self, gradients: tuple[Tensor, Tensor, Tensor], weight_out: Tensor, scale: float) -> None:
+        """Add the sums of all programs to the gradients of weight_in, bias and weight_out; as in `mlp_rows`."""
+        heads, units = self.shape
+        _, chunks, rows, _ = self.values.shape
+        shape = {"HEADS": heads, "WIDTH": rows - 1, "CHUNKS": chunks}
+        summed = self.values.unflatten(0, (_SUMMED_AT_ONCE, -1)).sum(dim=1)
+        with torch.cuda.device_of(summed):
+            add_partial_kernel[(units,)](
+                summed, weight_out, *gradients, scale, **shape, PROGRAMS=_SUMMED_AT_ONCE, num_warps=1
+            )
+
+
 def mlp_rows(
     logits: Tensor,
     weight_in: Tensor,
@@ -162,6 +187,7 @@ def mlp_rows(
     gelu: str = "exact",
     *,
     packed: Tensor | None = None,
+    partial: PartialSums | None = None,
 ) -> Tensor:
     """Losses [R] of rows whose heads are joined by one hidden layer; the host does not wait for the device.
 
@@ -193,6 +219,8 @@ def mlp_rows(
         gelu: "exact", at most 6e-7 from the true GELU for inputs between -12 and 12, where torch in float32 is up to
             1.2e-6 off, depending on the processor; or "fast", at most 1.2e-6 off and 6 % fewer instructions.
         packed: what `pack_weights` made of this head and scale; None packs it here.
+        partial: takes the gradients of the weights until `PartialSums.add_to` is called, which serves several calls at
+            once; None adds them to `gradients` here.
 
     Raises:
         ShapeError: a tensor has another shape or is not contiguous.
@@ -225,6 +253,7 @@ def mlp_rows(
     }
     programs = -(-pairs // (TILE * _TILES_PER_PROGRAM))
     at_once = _processors(logits.device) * _PROGRAMS_PER_PROCESSOR
+    sums = partial or PartialSums(heads, units, logits.device) if gradients is not None else None
     with torch.cuda.device_of(logits):
         if packed is None:
             packed = pack_weights(weight_in, bias, weight_out, scale)
@@ -233,11 +262,9 @@ def mlp_rows(
             logits, packed, weight_out, scores, pairs, units, **shape, **options
         )
         _launch_softmax(scores, 1.0, targets, weights, excluded, gradients is not None, losses)
-        if gradients is None:
+        if sums is None or gradients is None:
             return losses
-        program_bytes = plan.chunks * (plan.padded_heads + 1) * 8 * 4
-        summing = min(programs, max(1, at_once // plan.groups), max(1, _PARTIAL_BYTES // program_bytes))
-        partial = torch.empty(summing, plan.chunks, plan.padded_heads + 1, 8, **float32)
+        summing = min(programs, len(sums.values))
         # With several groups the gradient of the weights comes first, because that of the logits overwrites the logits.
         sweeps = [(True, True)] if plan.groups == 1 else [(False, True), (True, False)]
         for for_logits, for_weights in sweeps:
@@ -246,7 +273,7 @@ def mlp_rows(
                 logits,
                 packed,
                 scores,
-                partial,
+                sums.values,
                 pairs,
                 **shape,
                 GROUP=plan.group_chunks,
@@ -255,9 +282,8 @@ def mlp_rows(
                 **options,
                 **GRADIENT_OPTIONS,
             )
-        add_partial_kernel[(units,)](
-            partial, weight_out, *gradients, summing, scale, **shape, AT_ONCE=_SUMMED_AT_ONCE, num_warps=4
-        )
+    if partial is None:
+        sums.add_to(gradients, weight_out, scale)
     return losses
 
 

@@ -52,20 +52,17 @@ def match_batch(
     """
     if kind not in KINDS:
         raise unknown_name("correspondence", kind, KINDS)
+    # The data sets here have checked their cameras; a loader of somebody else may not have. On a CPU checking again
+    # takes a fraction of a millisecond, on a GPU the host would have to wait for it.
+    on_cpu = "depth" in batch and batch["depth"].device.type == "cpu"
     if kind == "depth" and "depth" in batch:
-        # The data sets here have checked their cameras; a loader of somebody else may not have. On a CPU checking again
-        # takes a fraction of a millisecond, on a GPU the host would have to wait for it.
         return Correspondence.from_depth(
-            batch["depth"],
-            batch["intrinsics"],
-            batch["extrinsics"],
-            token_grid=size,
-            check_values=batch["depth"].device.type == "cpu",
+            batch["depth"], batch["intrinsics"], batch["extrinsics"], token_grid=size, check_values=on_cpu
         )
     if kind == "point_map" and ("point_map" in batch or "depth" in batch):
         points = batch.get("point_map")
         if points is None:
-            points = unproject(batch["depth"], batch["intrinsics"], batch["extrinsics"])
+            points = unproject(batch["depth"], batch["intrinsics"], batch["extrinsics"], check_values=on_cpu)
         return Correspondence.from_point_maps(points, token_grid=size, cycle_threshold=cycle_threshold)
     if kind == "features":
         if "features" in batch:

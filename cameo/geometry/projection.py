@@ -71,7 +71,7 @@ def cell_centres(
 
 
 @full_precision
-def unproject(depth: Tensor, intrinsics: Tensor, extrinsics: Tensor) -> Tensor:
+def unproject(depth: Tensor, intrinsics: Tensor, extrinsics: Tensor, *, check_values: bool = True) -> Tensor:
     """Turn z-depth into world points, NaN where there is no measurement.
 
     Example:
@@ -84,6 +84,7 @@ def unproject(depth: Tensor, intrinsics: Tensor, extrinsics: Tensor) -> Tensor:
         depth: ``[B, V, 1, H, W]`` z-depth in world units.
         intrinsics: ``[B, V, 3, 3]`` in pixels.
         extrinsics: ``[B, V, 4, 4]`` world-to-camera.
+        check_values: whether to check that the cameras are usable; on a GPU the host waits for this check.
 
     Returns:
         Point map ``[B, V, 3, H, W]`` in world coordinates.
@@ -91,8 +92,8 @@ def unproject(depth: Tensor, intrinsics: Tensor, extrinsics: Tensor) -> Tensor:
     Raises:
         ShapeError, ValueError: see :func:`check_cameras`; also if a principal point lies far outside the depth image.
     """
-    check_depth(depth, intrinsics, extrinsics)
-    if intrinsics.device.type == "cpu":  # the host would wait for a GPU once more
+    check_depth(depth, intrinsics, extrinsics, check_values=check_values)
+    if check_values and intrinsics.device.type == "cpu":  # the host would wait for a GPU once more
         check_image_size(intrinsics, depth.shape[-2:], stacklevel=None)
     depth = depth.to(at_least_float32(depth))
     height, width = depth.shape[-2:]

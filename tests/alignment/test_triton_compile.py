@@ -84,16 +84,16 @@ def test_the_instruction_count_follows_loops(compiler: ModuleType) -> None:
 def test_float32_alone_is_allowed_products_over_eight(monkeypatch: pytest.MonkeyPatch) -> None:
     from triton.backends.nvidia import compiler as backend
 
-    from cameo.alignment.triton_heads import _allow_products_over_eight
+    from cameo.correspondence.neighbors.triton_support import allow_products_over_eight
 
     def like(bits: int) -> SimpleNamespace:
         return SimpleNamespace(scalar=SimpleNamespace(primitive_bitwidth=bits))
 
     monkeypatch.setattr(backend, "min_dot_size", lambda target: lambda left, right: (1, 1, 16))  # as in Triton 3.6
-    _allow_products_over_eight()
+    allow_products_over_eight()
     smallest = backend.min_dot_size(None)
     assert smallest(like(32), like(32)) == (1, 1, 8)
     assert smallest(like(16), like(16)) == (1, 1, 16)
     monkeypatch.delattr(backend, "min_dot_size")
-    _allow_products_over_eight()
+    allow_products_over_eight()
     assert not hasattr(backend, "min_dot_size")

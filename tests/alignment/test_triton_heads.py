@@ -272,6 +272,15 @@ def test_the_same_bits_on_every_run(interpreted: Interpreter) -> None:
         assert torch.equal(times * one, other)
 
 
+def test_the_gradients_of_several_portions_are_added_once(interpreted: Interpreter) -> None:
+    torch.manual_seed(0)
+    logits, parameters, rows = torch.randn(5, 14, 19), make_head(5, 20), make_rows(14, 19, 2, excluded=True)
+    sums = [torch.zeros_like(parameter) for parameter in parameters]
+    found = interpreted(triton_interpreter.mlp_rows_in_parts, logits, parameters, SCALE, rows, sums, [9, 1, 4])
+    for one, other in zip(found, expected_mlp(logits, parameters, rows), strict=True):
+        assert error(one, other) < 1e-6
+
+
 def test_rows_do_not_depend_on_where_they_stand(interpreted: Interpreter) -> None:
     torch.manual_seed(0)
     logits, parameters, rows = torch.randn(5, 14, 19), make_head(5, 20), make_rows(14, 19, 2, excluded=True)

@@ -17,7 +17,7 @@ from tests.helpers.pretended_steps import run_apart
 pytestmark = pytest.mark.skipif(not pretend_device.available(), reason="devices made in Python need torch 2.10")
 
 # Launches of a step with matches: beside the portions of the sweep, and for each of them.
-LAUNCHES, LAUNCHES_OF_A_PORTION = 80, 14
+LAUNCHES, LAUNCHES_OF_A_PORTION = 86, 12
 # Where the host waits for what CAMEO needs: it reads how many rows there are, which were counted before the forward.
 WAITS = ["cameo/memory.py"]
 # Waits of a step of the trainer, with what does not need CAMEO: batches, noise, checks of cameras, the figures of the

@@ -64,6 +64,29 @@ def mlp_rows(
     return losses, logits, *(sums or ())
 
 
+def mlp_rows_in_parts(
+    logits: torch.Tensor,
+    parameters: list[torch.Tensor],
+    scale: float,
+    rows: dict[str, Any],
+    sums: list[torch.Tensor],
+    counts: list[int],
+) -> tuple[torch.Tensor, ...]:
+    """As `mlp_rows`, so many rows at a time, whose gradients of the parameters are added once, after the last ones."""
+    heads, units = logits.shape[0], len(parameters[1])
+    partial = triton_heads.PartialSums(heads, units, logits.device)
+    gradients = sums[0], sums[1], sums[2]
+    losses, after = [], []
+    for start, count in zip([0, *torch.tensor(counts).cumsum(0).tolist()], counts, strict=False):
+        part = slice(start, start + count)
+        after.append(logits[:, part].contiguous())
+        arguments = [None if rows[name] is None else rows[name][part] for name in ("targets", "weights", "excluded")]
+        losses.append(triton_heads.mlp_rows(after[-1], *parameters, scale, *arguments, gradients, partial=partial))
+    assert not any(total.any() for total in sums), "added before the last rows"
+    partial.add_to(gradients, parameters[2], scale)
+    return torch.cat(losses), torch.cat(after, dim=1), *sums
+
+
 def softmax_rows(
     logits: torch.Tensor, scale: float, rows: dict[str, Any], gradients: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:

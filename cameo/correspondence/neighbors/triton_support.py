@@ -1,14 +1,24 @@
-"""Whether the Triton kernels can serve a call; importable where Triton is not installed."""
+"""Whether the Triton kernels can serve a call, and what lets them; importable where Triton is not installed."""
 
 from __future__ import annotations
 
 import functools
 import importlib.util
 import os
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
-__all__ = ["DTYPES", "INSTALL_TRITON", "MAX_HEADS", "device_refusal", "interpreted", "refusal"]
+__all__ = [
+    "DTYPES",
+    "INSTALL_TRITON",
+    "MAX_HEADS",
+    "allow_products_over_eight",
+    "device_refusal",
+    "interpreted",
+    "refusal",
+]
 
 INSTALL_TRITON = "pip install triton (the CUDA builds of torch for Linux bring it along)"
 MAX_HEADS = 32
@@ -66,6 +76,30 @@ def device_refusal(device: torch.device, least_capability: tuple[int, int], need
 def interpreted() -> bool:
     """Whether Triton runs its kernels in its interpreter, on the CPU: TRITON_INTERPRET=1 in the environment."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+
+
+def allow_products_over_eight() -> None:
+    """Let Triton 3.6 and 3.7, those of torch 2.10 to 2.13, compile float32 products over 8 numbers, as 3.8 does.
+
+    Their code generator has the instruction, mma.m16n8k8 in TF32; a check before it asks for 16 of every type but int8.
+    """
+    try:
+        from triton.backends.nvidia import compiler
+
+        smallest_of = compiler.min_dot_size
+    except (ImportError, AttributeError):  # of another maker, or a Triton without this check
+        return
+
+    def min_dot_size(target: Any) -> Callable[[Any, Any], tuple[int, int, int]]:
+        smallest = smallest_of(target)
+
+        def smallest_here(left: Any, right: Any) -> tuple[int, int, int]:
+            rows, columns, inner = smallest(left, right)
+            return rows, columns, min(inner, 8) if left.scalar.primitive_bitwidth == 32 else inner
+
+        return smallest_here
+
+    compiler.min_dot_size = min_dot_size
 
 
 @functools.cache
