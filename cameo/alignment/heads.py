@@ -28,7 +28,7 @@ CPU_HIDDEN = 16384
 
 
 def workspace_bytes(device: torch.device) -> int:
-    """Bytes that the sweep may take on a device besides inputs and gradients.
+    """Bytes that the sweep may take on a device besides inputs, gradients and a quarter of these.
 
     Example:
         >>> workspace_bytes(torch.device("cpu")) >> 20
@@ -91,7 +91,7 @@ def make_rows_head(
     implementation: str,
     gelu: str,
     gradients: bool,
-    device: torch.device | None = None,
+    workspace: int = WORKSPACE_BYTES,
 ) -> RowsHead:
     """Build the head for products in `dtype`, as the arguments of `cameo.alignment.sweep.sweep` say.
 
@@ -103,18 +103,19 @@ def make_rows_head(
         implementation: "chunked" or "triton".
         gelu: "exact", or "fast" with "triton".
         gradients: whether to overwrite the products with their gradient.
-        device: of the products; None is a CPU.
+        workspace: bytes that a portion may take.
     """
-    device = device or torch.device("cpu")
     if head.linear or head.kind == "none":
         function = softmax_rows
         if implementation == "triton":
             from cameo.alignment.triton_heads import softmax_rows as function
         channels = 1 if head.linear else heads
-        return _Softmax(function, channels, scale / heads if head.kind == "mean" else scale, gradients, dtype, device)
+        return _Softmax(
+            function, channels, scale / heads if head.kind == "mean" else scale, gradients, dtype, workspace
+        )
     if implementation == "triton":
-        return _TritonMlp(head, scale, gelu, gradients, dtype)
-    return _Mlp(head, scale, gradients, dtype)
+        return _TritonMlp(head, scale, gelu, gradients, dtype, workspace)
+    return _Mlp(head, scale, gradients, dtype, workspace)
 
 
 class _Softmax:
@@ -129,10 +130,10 @@ class _Softmax:
         scale: float,
         gradients: bool,
         dtype: torch.dtype,
-        device: torch.device,
+        workspace: int,
     ) -> None:
         self.function, self.channels, self.scale, self.with_gradients = function, channels, scale, gradients
-        self.most_pairs = workspace_bytes(device) // (4 * channels * dtype.itemsize)
+        self.most_pairs = workspace // (4 * channels * dtype.itemsize)
 
     def __call__(self, products: Tensor, targets: Tensor, weights: Tensor, excluded: Tensor | None) -> Tensor:
         return self.function(products, self.scale, targets, weights, excluded, self.with_gradients)
@@ -146,11 +147,10 @@ class _Mlp(MlpHead):
 
     extra_channels = 1
 
-    def __init__(self, head: HeadWeights, scale: float, gradients: bool, dtype: torch.dtype) -> None:
+    def __init__(self, head: HeadWeights, scale: float, gradients: bool, dtype: torch.dtype, workspace: int) -> None:
         assert head.output is not None
         layers = list(zip(head.hidden[::2], head.hidden[1::2], strict=True))
         bytes_per_pair = 2 * sum(len(bias) for _, bias in layers) * dtype.itemsize
-        workspace = workspace_bytes(head.output.device)
         pairs = workspace // 3 // bytes_per_pair
         if head.output.device.type == "cpu":
             pairs = min(pairs, CPU_HIDDEN)
@@ -163,7 +163,9 @@ class _TritonMlp:
 
     extra_channels = 0
 
-    def __init__(self, head: HeadWeights, scale: float, gelu: str, gradients: bool, dtype: torch.dtype) -> None:
+    def __init__(
+        self, head: HeadWeights, scale: float, gelu: str, gradients: bool, dtype: torch.dtype, workspace: int
+    ) -> None:
         from cameo.alignment.triton_heads import PartialSums, mlp_rows, pack_weights
 
         assert head.output is not None
@@ -177,9 +179,8 @@ class _TritonMlp:
             self.weight_gradients = zeros(self.weight_in), zeros(self.bias), zeros(self.weight_out)
             self.sums = PartialSums(self.channels, len(self.bias), self.bias.device)
         self.packed = pack_weights(self.weight_in, self.bias, self.weight_out, scale)
-        # Besides its products each pair has a score in float32; a quarter of the workspace remains for sums and keys.
-        workspace = workspace_bytes(head.output.device)
-        self.most_pairs = workspace // 4 * 3 // (self.channels * dtype.itemsize + 4)
+        # Besides its products each pair has a score in float32; a third of the workspace remains for sums and tokens.
+        self.most_pairs = workspace // 3 * 2 // (self.channels * dtype.itemsize + 4)
 
     def __call__(self, products: Tensor, targets: Tensor, weights: Tensor, excluded: Tensor | None) -> Tensor:
         head = self.weight_in, self.bias, self.weight_out, self.scale

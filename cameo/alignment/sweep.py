@@ -98,8 +98,9 @@ def sweep(
     if half and query.dtype == torch.float16 and weights.numel():
         largest_weight = weights.amax()
         largest_weight = torch.where(largest_weight > 0, largest_weight, 1)
+    workspace = _workspace_beside_sums(query, dtype)
     rows_head = make_rows_head(
-        head, query.shape[1], scale / query_scale, products_dtype, implementation, gelu, gradients, query.device
+        head, query.shape[1], scale / query_scale, products_dtype, implementation, gelu, gradients, workspace
     )
     products = _Products(query, key, head, rows_head, operands, products_dtype, query_scale, implementation, gradients)
     plan = plan_rows(
@@ -110,8 +111,8 @@ def sweep(
         softness=softness,
         pairs=min(rows_head.most_pairs, CPU_PRODUCTS) if query.device.type == "cpu" else rows_head.most_pairs,
         most_pairs=rows_head.most_pairs,
-        # Queries, keys and the gradients of both take at most an eighth of the workspace each.
-        most_tokens=max(1, workspace_bytes(query.device) // 8 // (query.shape[1] * query.shape[-1] * dtype.itemsize)),
+        # Queries, keys and the gradients of both take at most a sixteenth of the workspace each.
+        most_tokens=max(1, workspace // 16 // (query.shape[1] * query.shape[-1] * dtype.itemsize)),
         counts=counts,
     )
     losses = [products.losses(rows) for rows in plan]
@@ -121,6 +122,13 @@ def sweep(
     if not gradients:
         return LossAndGradients(loss)
     return LossAndGradients(loss, *products.gradients(largest_weight))
+
+
+def _workspace_beside_sums(query: Tensor, sum_dtype: torch.dtype) -> int:
+    """What is left of the workspace where the gradients of half precision are summed in float32; a quarter at least."""
+    workspace = workspace_bytes(query.device)
+    sums, gradients = (2 * query.numel() * itemsize for itemsize in (sum_dtype.itemsize, query.element_size()))
+    return max(workspace // 4, workspace - max(0, sums - gradients * 5 // 4))
 
 
 class _Products:

@@ -64,3 +64,17 @@ def test_a_query_that_nobody_supervises_may_be_anything(normalize: str, poison: 
     got = losses(query, key, match, normalize)
     assert_equal(got[1], expected)
     assert_equal(got[0], expected)
+
+
+@pytest.mark.parametrize("side", [32, 64])
+def test_sums_in_float32_are_part_of_what_may_be_held(side: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half-precision gradients are summed in float32, twice their own size: the portions become smaller by that."""
+    bound = 192 << 20
+    monkeypatch.setattr(sweep, "workspace_bytes", lambda device: bound)
+    query = torch.empty(3, 10, 4, side**2, 64, dtype=torch.bfloat16, device="meta")
+    sums, gradients = 2 * 4 * query.numel(), 2 * 2 * query.numel()
+    workspace = sweep._workspace_beside_sums(query, torch.float32)
+    assert workspace + sums <= bound + 1.25 * gradients < 1.01 * (workspace + sums)
+    assert sweep._workspace_beside_sums(query.float(), torch.float32) == bound
+    long = torch.empty(4, 10, 8, 64**2, 64, dtype=torch.bfloat16, device="meta")
+    assert sweep._workspace_beside_sums(long, torch.float32) == bound // 4
