@@ -1,11 +1,11 @@
 """What a dry run says of a training step, beside what the step takes, and what it says of the released sizes.
 
-    python -m benchmarks.step.dry_run [--again] [--released] [--only NAME]
+    python -m benchmarks.step.dry_run [--again] [--released | --gpu] [--only NAME]
 
 The runs below are of all backbones, with LoRA and with all weights, with and without gradient checkpointing. Each is
 estimated and then measured: two steps of the library's own `Trainer`, and the memory events of the profiler in the
 third (`benchmarks.step.real_step`). `--released` computes the table of released sizes instead, for a GPU that need not
-be there.
+be there; `--gpu` estimates the steps that `benchmarks.step.measure` has measured on one.
 What is in `benchmarks/results/dry_run_cpu.json` is not measured again.
 """
 
@@ -20,14 +20,17 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common.measuring import Results, table_of
+from benchmarks.common.measuring import Results, read_results, table_of
 from benchmarks.common.page import RESULTS, ROOT
+from benchmarks.step import measure
 from benchmarks.step.real_step import measure_step
 from cameo.estimate.step import estimate_step
 from cameo.training.runs import outlined_run
 from cameo.training.settings import TrainingConfig, load_config
 
 MEASURED, COMPUTED = RESULTS / "dry_run_cpu.json", RESULTS / "dry_run_released_cpu.json"
+OF_GPU, ON_GPU = RESULTS / "dry_run_gpu_cpu.json", RESULTS / "training_step_cuda.json"
+ALIGNED = "with alignment, matches from depth"
 BOUND = 0.15  # a larger miss is to be explained
 # Settings of each run beside those that all have, and whether all weights are trained.
 RUNS: dict[str, tuple[bool, dict[str, Any]]] = {
@@ -169,6 +172,26 @@ def released_table(found: Mapping[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
+def estimate_measured(kind: measure.Kind) -> dict[str, Any]:
+    """Estimate a kind of step that `benchmarks.step.measure` measures at its released size."""
+    step = estimate_step(measure.settings(kind, 1.0, None, None), partial(outlined_run, full=kind.full), "cuda")
+    # The measured step has its latents, and no encoder runs.
+    return {"peak": max(peak for name, peak in step.peaks.items() if name != "encoders")}
+
+
+def gpu_table(found: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """One row per step measured on a GPU: its peak, and what was said of it, in GB."""
+    rows = []
+    measured = read_results(ON_GPU)
+    for name, entry in found.items():
+        step = measured[name]["steps"].get(ALIGNED)
+        if step is not None:
+            estimated, real = entry["peak"] / 1e9, step["peak_bytes"] / 1e9
+            miss = f"{estimated / real - 1:+.1%}"
+            rows.append({"training": name, "estimated, GB": estimated, "measured, GB": real, "miss": miss})
+    return rows
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Estimate and measure what is not in the results file yet, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -176,6 +199,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--again", action="store_true", help="measure also what is in the results file")
     parser.add_argument("--only", choices=RUNS, help="only this run")
     parser.add_argument("--released", action="store_true", help="compute the released sizes instead; minutes")
+    parser.add_argument("--gpu", action="store_true", help="estimate the steps that were measured on a GPU instead")
     parser.add_argument("--output", type=Path, help="results file")
     options = parser.parse_args(arguments)
     if options.released:
@@ -184,6 +208,14 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"{name}: {'in the results file' if results.has(name) else 'computing'}", flush=True)
             results.get(name, partial(compute, config, full))
         print(f"\n{results.environment}\n\n{table_of(released_table(results.found))}")
+        return 0
+    if options.gpu:
+        results = Results(options.output or OF_GPU, "cpu", again=options.again)
+        measured = read_results(ON_GPU)
+        for kind in measure.kinds(list(measure.FILES)):
+            if kind.name in measured:
+                results.get(kind.name, partial(estimate_measured, kind))
+        print(f"\n{results.environment}\n\n{table_of(gpu_table(results.found))}")
         return 0
     results = Results(options.output or MEASURED, "cpu", again=options.again)
     for name in [options.only] if options.only else RUNS:

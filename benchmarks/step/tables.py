@@ -15,6 +15,7 @@ __all__ = ["DRY_RUN", "LATENTS", "SCRIPT", "TABLES", "count_table"]
 SCRIPT = Script("benchmarks.step.measure", "training_step")
 LATENTS = Script("benchmarks.step.latents", "latents")
 DRY_RUN = Script("benchmarks.step.dry_run", "dry_run")
+OF_GPU = Script("benchmarks.step.dry_run --gpu", "dry_run_gpu")
 RELEASED = Script("benchmarks.step.dry_run --released", "dry_run_released")
 COMPILED = Script("benchmarks.step.compiled", "compiled_step")
 COUNTS = Script("benchmarks.step.counts", "step_counts")
@@ -43,6 +44,12 @@ def estimated() -> str:
     """What a dry run says of steps, and what they take."""
     found = DRY_RUN.found("cpu")
     return DRY_RUN.section(found, table_of(dry_run.table(found)), "cpu")
+
+
+def estimated_on_gpu() -> str:
+    """What a dry run says of steps that were measured on a GPU."""
+    found = OF_GPU.found("cpu")
+    return OF_GPU.section(found, table_of(dry_run.gpu_table(found)), "cpu")
 
 
 def released() -> str:
@@ -74,5 +81,5 @@ TABLES: dict[str, Callable[[], str]] = (
         for name, write in {"step": step, "latents": cached, "compiled_step": compiled_step}.items()
         for device in DEVICES
     }
-    | {"dry_run_cpu": estimated, "dry_run_released": released}
+    | {"dry_run_cpu": estimated, "dry_run_gpu": estimated_on_gpu, "dry_run_released": released}
 )

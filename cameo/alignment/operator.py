@@ -116,10 +116,13 @@ def _multiply(ctx: Any, d_loss: Tensor | None, *_: Any) -> tuple[Any, ...]:
             (gradient * factor).to(dtype) for gradient, dtype in zip(gradients, dtypes, strict=True)
         ]
     else:
-        d_query, d_key, *d_head = [
+        d_query, d_key = [
             torch.mul(gradient, factor, out=_in_dtype(gradient, dtype))
-            for gradient, dtype in zip(gradients, dtypes, strict=True)
+            for gradient, dtype in zip(gradients[:2], dtypes, strict=False)
         ]
+        d_head = list(gradients[2:])
+        if d_head:
+            torch._foreach_mul_(d_head, d_loss)  # small ones: one launch for all
     return (d_query, d_key, None, None, d_head, *ctx.others)
 
 

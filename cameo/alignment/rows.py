@@ -295,9 +295,10 @@ class _Matches:
         self.targets = self.tokens.shape[1]
         # The positions of all rows with a weight, in order. No shape depends on values, so the host need not wait.
         supervised = (self.weights != 0).any(dim=1) if self.targets > 1 else self.weights[:, 0] != 0
-        count = len(supervised)
-        place = torch.where(supervised, supervised.cumsum(0) - 1, count)
-        self.order = place.new_zeros(count + 1).scatter_(0, place, torch.arange(count, device=self.device))
+        place = supervised.cumsum(0) * supervised  # counted from 1; the others share 0
+        self.order = place.new_zeros(len(place) + 1).scatter_(0, place, torch.arange(len(place), device=self.device))[
+            1:
+        ]
 
     def rows(self, portions: list[list[_Group]], window: Window) -> Iterator[Rows]:
         """Gather the rows of some portions, and spread their matches."""
@@ -308,12 +309,11 @@ class _Matches:
         if kept is not None:
             weight = weight.masked_fill(~kept[:, None], 0)
         targets, weight, excluded = self.columns(portions, position, weight, window)
-        in_sample = self.views * self.length
-        queries = position % in_sample
+        queries = position % (self.views * self.length)
         # Padding repeats a row, and goes to the place behind the last one.
-        place = position if kept is None else position.where(kept, len(self.weights))
-        slots = torch.full_like(self.order, -1).scatter_(0, place, torch.arange(len(place), device=self.device))
-        slots = slots[:-1].view(self.batch, -1, in_sample)
+        place = position if kept is None else position.where(kept, len(self.order))
+        slots = self.order.new_full((len(self.order) + 1,), -1)
+        slots.scatter_(0, place, torch.arange(len(place), device=self.device))
         at = sent_at = 0
         for portion in portions:
             groups, keys, count = len(portion), portion[0].keys, _padded(portion)
@@ -330,7 +330,7 @@ class _Matches:
                 queries[part].view(shape),
                 targets[part].unflatten(0, shape),
                 weight[part].unflatten(0, shape),
-                slots,
+                slots[:-1].view(self.batch, -1, self.views * self.length),
                 part.start,
                 None if excluded is None or portion[0].without is not None else excluded[part].unflatten(0, shape),
                 samples,

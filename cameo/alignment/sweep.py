@@ -263,7 +263,8 @@ class _Products:
             d_key = self._as_heads(self._product(d_products, queries), len(rows.samples))
             self.d_key.transpose(0, 1)[:, rows.sample_index, rows.key_index] = d_key
         elif self.linear or self.dtype != self.sum_dtype:
-            self.d_key[rows.samples[0]][:, tokens] += self._as_heads(self._product(d_products, queries), 1)[:, 0]
+            d_key = self._as_heads(self._product(d_products, queries), 1)[:, 0]
+            self.d_key[rows.samples[0]][:, tokens].add_(d_key)  # with += torch would copy the sum onto itself
         else:
             self.d_key[rows.samples[0]][:, tokens].baddbmm_(d_products, queries)
 

@@ -20,6 +20,7 @@ EXPECTED = {
         "latents_cpu",
         "compiled_step_cpu",
         "dry_run_cpu",
+        "dry_run_gpu",
         "dry_run_released",
         "missed_cpu",
     },
