@@ -20,7 +20,7 @@ class TrainingInputs:
         args, kwargs: arguments of the denoiser's forward.
         noisy: what the denoiser sees of each view, `[B, V, C, h, w]`; reference views are clean.
         target: what it is to predict, `[B, V, C, h, w]`.
-        loss_views: views that carry the denoising loss, bool `[V]`.
+        loss_views: views that carry the denoising loss, bool `[V]`; on the CPU, or the host waits for it in each step.
         timesteps: integers `[B]`, shared by the views of a sample.
         aligned: whether the views attend to each other in this forward; without it there is nothing to align, as in
             the batches of single images that MVDream also trains on.

@@ -148,8 +148,9 @@ class Cat3DPipeline(LatentPipeline):
         timesteps, noise = self.draw(clean, generator, timesteps, noise)
         blank = self.blank(samples, condition_dropout, generator, images.device)
         condition[:, :, 1:].masked_fill_(blank[:, None, None, None, None], 0)
-        target_views = torch.arange(views, device=images.device) >= references
-        noisy = torch.where(target_views[:, None, None, None], self.scheduler.add_noise(clean, noise, timesteps), clean)
+        target_views = torch.arange(views) >= references
+        noised = torch.arange(views, device=images.device)[:, None, None, None] >= references
+        noisy = torch.where(noised, self.scheduler.add_noise(clean, noise, timesteps), clean)
         target = self.denoising_target(clean, noise, timesteps)
         args, kwargs = self._unet_arguments(
             noisy, condition if joint else without_cameras(condition), timesteps, joint=joint

@@ -318,12 +318,22 @@ class LatentPipeline(DiffusionPipeline):
     def denoising_loss(self, output: Any, inputs: TrainingInputs) -> Tensor:
         """Mean squared error of each sample over the views that carry a loss, in float32, `[B]`."""
         error = (self.prediction(output, inputs).float() - inputs.target.float()).square()
-        return error[:, inputs.loss_views].mean(dim=(1, 2, 3, 4))
+        return _chosen_views(error, inputs.loss_views).mean(dim=(1, 2, 3, 4))
 
     def predict_clean(self, output: Any, inputs: TrainingInputs) -> Tensor:
         """Images that the output stands for; views without a loss come back as they went in."""
         clean = self.clean_latents(self.prediction(output, inputs).float(), inputs)
-        return self.decode(torch.where(inputs.loss_views[:, None, None, None], clean, inputs.noisy.float()))
+        predicted = inputs.loss_views.to(clean.device)[:, None, None, None]
+        return self.decode(torch.where(predicted, clean, inputs.noisy.float()))
+
+
+def _chosen_views(values: Tensor, chosen: Tensor) -> Tensor:
+    """Views of `[B, V, ...]` by a mask `[V]` or by numbers, contiguous; by a mask on the CPU without an index."""
+    if chosen.dtype == torch.bool and chosen.device.type == "cpu":
+        places = chosen.nonzero()[:, 0].tolist()
+        if places and places[-1] - places[0] + 1 == len(places):
+            return values[:, places[0] : places[-1] + 1].contiguous()
+    return values[:, chosen]
 
 
 def reference_views(batch: Mapping[str, Any], views: int) -> int:

@@ -190,9 +190,10 @@ class MVDreamPipeline(LatentPipeline):
             joint = self.draw_joint(noise, generator, images.device)
         timesteps, noise = self.draw(clean, generator, timesteps, noise)
         blank = self.blank(samples, condition_dropout, generator, images.device)
-        target_views = torch.arange(views, device=images.device) >= references
+        target_views = torch.arange(views) >= references
+        noised = torch.arange(views, device=images.device)[:, None, None, None] >= references
         given = clean.masked_fill(blank[:, None, None, None, None], 0)  # zero latents, as in the release
-        noisy = torch.where(target_views[:, None, None, None], self.scheduler.add_noise(clean, noise, timesteps), given)
+        noisy = torch.where(noised, self.scheduler.add_noise(clean, noise, timesteps), given)
         texts = ["" if empty else text for text, empty in zip(self._texts(batch, samples), blank.tolist(), strict=True)]
         context = self._context(texts, images.device)
         tokens = self._image_tokens(images[:, :references], blank)

@@ -219,7 +219,7 @@ class SV3DPipeline(LatentPipeline):
         frames = _frames(noisy / (wide.square() + 1).sqrt())
         args = self._unet_arguments(frames, level.log() / 4, shown, context, self.camera_numbers(batch))
         noisy[:, 0] = clean[:, 0]
-        all_views = torch.ones(images.shape[1], dtype=torch.bool, device=images.device)
+        all_views = torch.ones(images.shape[1], dtype=torch.bool)
         return TrainingInputs(args, {}, noisy, target, all_views, timesteps)
 
     def prediction(self, output: Any, inputs: TrainingInputs) -> Tensor:

@@ -255,8 +255,9 @@ class Zero123PlusPipeline(LatentPipeline):
             reference = self.reference_latents(images[:, 0], dropped)
             context = self.context(images[:, 0], dropped)
         schedule = self.train_scheduler
-        target_views = torch.arange(NUM_VIEWS, device=images.device) >= 1
-        noisy = torch.where(target_views[:, None, None, None], schedule.add_noise(clean, noise, timesteps), clean)
+        target_views = torch.arange(NUM_VIEWS) >= 1
+        noised = torch.arange(NUM_VIEWS, device=images.device)[:, None, None, None] >= 1
+        noisy = torch.where(noised, schedule.add_noise(clean, noise, timesteps), clean)
         target = self.denoising_target(clean, noise, timesteps)
         arguments = {"cond_lat": reference, "cond_noise": _noise_from(noise[:, 0], reference)}
         args = (to_canvas(noisy[:, 1:]), timesteps, context)

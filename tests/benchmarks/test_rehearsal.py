@@ -28,8 +28,6 @@ WAITS = {
     "cameo/data/batches.py _moved": 5,
     "cameo/memory.py __init__": 1,  # how many rows there are, which were counted before the forward
     "cameo/training/trainer.py _exchange": 1,  # the figures of the step
-    "adapters/common/latent_pipeline.py denoising_loss": 1,
-    "outside of the repository": 1,  # the backward pass of the line before
 }
 # What a backbone waits for beside. Maps of positions are kept from step to step, but not on a device made in Python.
 MORE_WAITS: dict[str, dict[str, int]] = {
@@ -119,7 +117,9 @@ def test_a_step_waits_where_it_did_before_and_launches_as_little(rehearsal: tupl
             counted[place(line)] += count
         new = {line: count for line, count in step["waits"].items() if counted[place(line)] > known[place(line)]}
         assert not new, f"{subject}, {kind}: a step waits for the device where it did not, or more often: {new}"
-        assert step["launches"] <= most, f"{subject}, {kind}: {step['launches']} launches in a step, more than {most}"
+        assert most / 2 < step["launches"] <= most, (
+            f"{subject}, {kind}: {step['launches']} launches in a step, more than {most}"
+        )
 
 
 def place(wait: str) -> str:

@@ -22,7 +22,7 @@ LAUNCHES, LAUNCHES_OF_A_PORTION = 86, 12
 WAITS = ["cameo/memory.py"]
 # Waits of a step of the trainer, with what does not need CAMEO: batches, noise, checks of cameras, the figures of the
 # step.
-WAITS_OF_A_STEP = 16
+WAITS_OF_A_STEP = 10
 
 
 def test_mixed_devices_are_refused_and_waits_are_counted_with_their_line() -> None:
