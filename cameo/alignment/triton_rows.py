@@ -19,7 +19,7 @@ __all__ = ["add_to_queries"]
 MOST_AT_ONCE, WARPS = 1024, 4
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first", "count"])  # which differ from portion to portion
 def add_to_queries_kernel(
     rows, slots, factor, sums, first, count, tokens, comparisons, row_stride, head_stride, factor_stride,
     ENTRIES: tl.constexpr, DIMENSION: tl.constexpr, BLOCK: tl.constexpr,
