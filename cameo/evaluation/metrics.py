@@ -191,7 +191,7 @@ class Fid:
                 URL_INCEPTION_V3,
             )
         except ImportError as error:
-            raise ImportError(f"FID: {error}. Cure: pip install 'cameo-diffusion[evaluation]'") from error
+            raise ImportError(f'FID: {error}. Cure: pip install "cameo-diffusion[evaluation]"') from error
         from torchmetrics.image.fid import FrechetInceptionDistance
 
         self.name = f"fid_inception_{features}"

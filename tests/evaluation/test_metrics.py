@@ -279,5 +279,5 @@ def test_fid_needs_more_images_than_features(hub: Path) -> None:
 
 def test_fid_without_its_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", None)
-    with pytest.raises(ImportError, match=r"pip install 'cameo-diffusion\[evaluation\]'"):
+    with pytest.raises(ImportError, match=r'pip install "cameo-diffusion\[evaluation\]"'):
         Fid()
