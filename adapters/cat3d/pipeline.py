@@ -24,6 +24,7 @@ from cameo.adapters.common.latent_pipeline import LatentPipeline, reference_view
 from cameo.adapters.common.noise_schedules import check_prediction_type
 from cameo.adapters.common.positions import set_position
 from cameo.adapters.common.sampler import sample_latents
+from cameo.memory import sent_to
 from cameo.pipeline import TrainingInputs
 
 __all__ = ["Cat3DPipeline"]
@@ -149,7 +150,7 @@ class Cat3DPipeline(LatentPipeline):
         blank = self.blank(samples, condition_dropout, generator, images.device)
         condition[:, :, 1:].masked_fill_(blank[:, None, None, None, None], 0)
         target_views = torch.arange(views) >= references
-        noised = torch.arange(views, device=images.device)[:, None, None, None] >= references
+        noised = sent_to(images.device, target_views)[:, None, None, None]
         noisy = torch.where(noised, self.scheduler.add_noise(clean, noise, timesteps), clean)
         target = self.denoising_target(clean, noise, timesteps)
         args, kwargs = self._unet_arguments(

@@ -323,7 +323,7 @@ class LatentPipeline(DiffusionPipeline):
     def predict_clean(self, output: Any, inputs: TrainingInputs) -> Tensor:
         """Images that the output stands for; views without a loss come back as they went in."""
         clean = self.clean_latents(self.prediction(output, inputs).float(), inputs)
-        predicted = inputs.loss_views.to(clean.device)[:, None, None, None]
+        predicted = sent_to(clean.device, inputs.loss_views)[:, None, None, None]
         return self.decode(torch.where(predicted, clean, inputs.noisy.float()))
 
 

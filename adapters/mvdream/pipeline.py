@@ -24,6 +24,7 @@ from cameo.adapters.mvdream.cameras import camera_vectors
 from cameo.adapters.mvdream.denoiser import ImageDreamUNet, prepare
 from cameo.errors import unknown_name
 from cameo.geometry.cameras import check_cameras
+from cameo.memory import sent_to
 from cameo.pipeline import TrainingInputs
 
 __all__ = ["CONDITIONS", "MVDreamPipeline"]
@@ -191,7 +192,7 @@ class MVDreamPipeline(LatentPipeline):
         timesteps, noise = self.draw(clean, generator, timesteps, noise)
         blank = self.blank(samples, condition_dropout, generator, images.device)
         target_views = torch.arange(views) >= references
-        noised = torch.arange(views, device=images.device)[:, None, None, None] >= references
+        noised = sent_to(images.device, target_views)[:, None, None, None]
         given = clean.masked_fill(blank[:, None, None, None, None], 0)  # zero latents, as in the release
         noisy = torch.where(noised, self.scheduler.add_noise(clean, noise, timesteps), given)
         texts = ["" if empty else text for text, empty in zip(self._texts(batch, samples), blank.tolist(), strict=True)]

@@ -28,6 +28,7 @@ from cameo.adapters.zero123plus.cameras import NUM_VIEWS, by_canvas, from_canvas
 from cameo.adapters.zero123plus.denoiser import ReferenceUNet, set_tile_position
 from cameo.adapters.zero123plus.layers import check_references
 from cameo.errors import ShapeError
+from cameo.memory import sent_to
 from cameo.pipeline import TrainingInputs
 
 __all__ = ["Zero123PlusPipeline"]
@@ -256,7 +257,7 @@ class Zero123PlusPipeline(LatentPipeline):
             context = self.context(images[:, 0], dropped)
         schedule = self.train_scheduler
         target_views = torch.arange(NUM_VIEWS) >= 1
-        noised = torch.arange(NUM_VIEWS, device=images.device)[:, None, None, None] >= 1
+        noised = sent_to(images.device, target_views)[:, None, None, None]
         noisy = torch.where(noised, schedule.add_noise(clean, noise, timesteps), clean)
         target = self.denoising_target(clean, noise, timesteps)
         arguments = {"cond_lat": reference, "cond_noise": _noise_from(noise[:, 0], reference)}
