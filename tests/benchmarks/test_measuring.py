@@ -39,8 +39,10 @@ def test_peak_memory_sees_into_custom_operators() -> None:
 
 def test_peak_memory_agrees_with_the_process() -> None:
     def run() -> None:
-        value = torch.ones(1 << 24, requires_grad=True)
-        torch.nn.functional.gelu(value * 2).sum().backward()
+        # Nothing is released before the last tensor: the allocator may find a gap too small and take new pages.
+        value = torch.ones(1 << 24)
+        double = value.double()
+        (double + 1).sum()
 
     allocated, resident = measuring.peak_memory(run), measuring.peak_resident(run)
     if resident is None:
