@@ -39,8 +39,8 @@ from cameo import alignment_loss
 GRIDS, VIEWS, HEADS, BATCHES = (8, 16, 24, 32, 48, 64), (2, 4, 6, 12, 21), (5, 8, 10, 20), (1, 2, 3, 4)
 # Without a GPU a selection with more pairs than this is left out, so that everything takes ten minutes.
 MOST_PAIRS = {"cpu": 150_000_000, "cuda": 10**10}
-# Beyond, what is not made for a GPU takes many times longer than all else.
-MOST_SLOW_PAIRS = 10**8
+# Beyond, what is not made for a GPU takes many times longer there than all else: portions, and small chunks.
+MOST_SLOW_PAIRS, MOST_CHECKPOINTED_PAIRS = 10**8, 10**7
 MOST_MEMORY = 0.6  # share of the free memory that the dense form may need
 MOST_TRUTH_PAIRS = 1_500_000  # beyond, the float64 reference takes longer than all measurements
 REPEATS, SECONDS = 20, {"cpu": 12.0, "cuda": 4.0}
@@ -95,7 +95,7 @@ def losses(case: Case, *, compiled: bool, most_pairs: int) -> tuple[dict[str, Lo
                 left_out[f"{name}, {selection}"] = f"{pairs} pairs, more than {most}"
                 continue
             found[f"{name}, {selection}"] = _ours(case, chosen, selection)
-        if pairs <= min(most_pairs / 4, MOST_SLOW_PAIRS):
+        if pairs <= (MOST_CHECKPOINTED_PAIRS if device.type == "cuda" else most_pairs / 4):
             found[f"checkpoint, {selection}"] = checkpointed_loss(case, selection)
         if selection != "released":
             peers = {f"{name}, {selection}": peer(selection) for name, peer in linear_peers(case).items()}

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.common.measuring import Results, interleaved, peak_memory, summary, table_of
+from benchmarks.common.measuring import Results, interleaved, kernel_time, peak_memory, summary, table_of
 from benchmarks.common.page import RESULTS
 from benchmarks.correspondence.accuracy import HALF_ROOM, Room
 from cameo import Correspondence
@@ -210,6 +210,8 @@ def measure_setting(setting: Setting, device: torch.device) -> dict[str, Any]:
         row: dict[str, Any] = dict(summary(seconds[name]))
         if not name.startswith(("scipy", "faiss", "KeOps")):  # these allocate past torch
             row["workspace_megabytes"] = max(0, peak_memory(run, device) - result) / MEGABYTE
+        if device.type == "cuda":
+            row.update(kernel_time(run))
         got = run()
         if name in (OURS, READABLE):
             row["equal_index_and_mask"] = _share(got[0] == kept, other)
@@ -244,6 +246,11 @@ def table(found: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
                         "form": name,
                         "best ms": row["best"] * 1e3,
                         "median ms": row["median"] * 1e3,
+                        **(
+                            {"kernels ms": row["kernels"] * 1e3, "launches": row["launches"]}
+                            if "kernels" in row
+                            else {}
+                        ),
                         "best / ours": row["best"] / ours,
                         "median / ours": row["median"] / measured[OURS]["median"],
                         "workspace MB": row.get("workspace_megabytes"),
