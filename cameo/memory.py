@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["ALIGNMENT", "HostCopy", "align", "align_module", "placed_like", "sent_to"]
+__all__ = ["ALIGNMENT", "HostCopy", "align", "align_module", "in_precision", "placed_like", "sent_to"]
 
 ALIGNMENT = 64  # bytes
 
@@ -55,6 +55,25 @@ def align_module(module: nn.Module) -> None:
         0
     """
     align(chain(module.parameters(), module.buffers()))
+
+
+def in_precision(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Convert the floating-point parameters and buffers of a module, in place, and return it.
+
+    What a model of diffusers keeps in float32 when it is loaded in half precision stays as it is: `to` would convert
+    that too, and warns of it on every model, also those that keep nothing.
+
+    Example:
+        >>> in_precision(nn.Linear(3, 3), torch.bfloat16).weight.dtype
+        torch.bfloat16
+    """
+    kept = getattr(module, "_keep_in_fp32_modules", None) or ()
+    kept = {kept} if isinstance(kept, str) else set(kept)
+    named = chain(module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False))
+    left = {id(tensor) for name, tensor in named if not kept.isdisjoint(name.split("."))}
+    return module._apply(
+        lambda tensor: tensor.to(dtype) if tensor.is_floating_point() and id(tensor) not in left else tensor
+    )
 
 
 def placed_like(tensor: Tensor, other: Tensor) -> Tensor:

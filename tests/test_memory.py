@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
+from diffusers import ModelMixin
+from diffusers.models import modeling_utils
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -16,7 +18,7 @@ from torch import Tensor, nn
 import cameo
 from cameo.backbone import get_backbone
 from cameo.hub.publish import verify
-from cameo.memory import ALIGNMENT, align, placed_like
+from cameo.memory import ALIGNMENT, align, in_precision, placed_like
 from tests.helpers import backbone_checks as checks
 
 
@@ -105,3 +107,25 @@ def test_a_copy_elsewhere_keeps_values_and_order(order: torch.memory_format) -> 
     assert torch.equal(found, tensor)
     assert found.stride() == tensor.stride()
     assert placed_like(tensor, copy.deepcopy(tensor)) is tensor
+
+
+def test_half_precision_leaves_what_the_model_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(modeling_utils.logger, "warning", pytest.fail)
+
+    class Model(ModelMixin):
+        _keep_in_fp32_modules: ClassVar = ["norm", "table"]
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.norm_out = nn.LayerNorm(2), nn.Linear(2, 2)
+            self.table = nn.Parameter(torch.zeros(2))
+            self.register_buffer("count", torch.zeros((), dtype=torch.int64))
+
+    model = Model()
+    assert in_precision(model, torch.bfloat16) is model
+    dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+    kept = {name for name, dtype in dtypes.items() if dtype == torch.float32}
+    assert kept == {"norm.weight", "norm.bias", "table"}
+    assert dtypes["norm_out.weight"] == torch.bfloat16
+    assert dtypes["count"] == torch.int64
+    assert in_precision(nn.Linear(2, 2), torch.float16).bias.dtype == torch.float16

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from cameo.adapters.common.places import PLACE_OPTIONS, unbundled
 from cameo.errors import DataError, unknown_name
+from cameo.memory import in_precision
 
 if TYPE_CHECKING:
     from cameo.backbone import Backbone
@@ -194,7 +195,7 @@ def _known_pipeline(build: Callable[..., Any], name: str, options: Mapping[str, 
 def _in_precision(module: nn.Module, options: Mapping[str, Any]) -> nn.Module:
     """In the asked precision, else in float32, in which it was built."""
     wanted = options.get("torch_dtype") or options.get("dtype")
-    return module.to(wanted) if isinstance(wanted, torch.dtype) and wanted != torch.float32 else module
+    return in_precision(module, wanted) if isinstance(wanted, torch.dtype) and wanted != torch.float32 else module
 
 
 def _from_config(cls: Any, name: Any, **options: Any) -> Any:

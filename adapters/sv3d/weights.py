@@ -17,6 +17,7 @@ from cameo.adapters.sv3d.convert import from_sgm, read_sgm_checkpoint, settings_
 from cameo.adapters.sv3d.denoiser import SV3DUNet
 from cameo.adapters.sv3d.pipeline import SV3DPipeline
 from cameo.errors import DataError
+from cameo.memory import in_precision
 
 __all__ = ["OUTLINES", "from_checkpoint", "from_diffusers", "load_pipeline"]
 
@@ -105,7 +106,7 @@ def from_checkpoint(
         unet = SV3DUNet(**settings)
     unet.load_state_dict(from_sgm(weights, settings), assign=True)
     if torch_dtype is not None:
-        unet.to(torch_dtype)
+        in_precision(unet, torch_dtype)
     return SV3DPipeline(unet.eval(), edm_euler(), vae=vae, image_encoder=image_encoder)
 
 

@@ -16,7 +16,7 @@ from cameo.config import CONFIG_NAME, CameoConfig
 from cameo.errors import DataError
 from cameo.hub.license import hub_id
 from cameo.hub.weights import LORA_FILE, MODULE_FILE, PEFT_CONFIG, PEFT_FILE, adapter_layers, check_readable
-from cameo.memory import align, align_module
+from cameo.memory import align, align_module, in_precision
 from cameo.untrusted.reading import read_object
 
 __all__ = ["ADAPTER", "BaseNeededError", "load_base", "read_adapter", "read_full", "without_adapter"]
@@ -273,7 +273,7 @@ def _in_stored_precision(folder: Path, model: nn.Module) -> nn.Module:
             keys = list(file.keys())
             if names.issuperset(keys):
                 dtypes = {file.get_tensor(key).dtype for key in keys}
-                return model.to(dtypes.pop()) if len(dtypes) == 1 and dtype not in dtypes else model
+                return in_precision(model, dtypes.pop()) if len(dtypes) == 1 and dtype not in dtypes else model
     return model
 
 

@@ -17,6 +17,7 @@ from cameo.backbone import get_backbone, resolve_layers, unwrap_peft
 from cameo.config import CameoConfig
 from cameo.data import MultiViewDataset
 from cameo.evaluation.validation import validate
+from cameo.memory import in_precision
 from cameo.model import CameoModel, attach
 from cameo.pipeline import MultiViewPipeline
 from cameo.probing.denoising import ValidationSettings
@@ -134,7 +135,7 @@ def add_lora(denoiser: nn.Module, config: TrainingConfig) -> None:
     precision = HALF.get(config.mixed_precision)
     denoiser.requires_grad_(False)
     if precision is not None:
-        denoiser.to(precision)
+        in_precision(denoiser, precision)
     torch.manual_seed(config.seed)
     lora = LoraConfig(
         r=config.rank,
