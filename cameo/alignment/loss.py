@@ -87,7 +87,7 @@ def alignment_loss(
             masks its attention. The softmax leaves the others out, and a match with one of them is not supervised.
             None: all. Computed by "reference".
         softness: standard deviation, in tokens, of the Gaussian that spreads each match over the tokens around
-            it; 0 is one token. See `cameo.alignment.rows.Window`.
+            it; 0 is one token. See `cameo.alignment.supervision.Window`.
         implementation: "reference": readable, holds all logits, can be differentiated twice. "chunked": loss and
             gradient in one sweep over the supervised queries, on any device, in a workspace of bounded size.
             "triton": the same with kernels for CUDA. "auto": "triton" where it can serve, else "chunked"; "reference"

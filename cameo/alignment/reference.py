@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from cameo.alignment.head import AlignmentHead
-from cameo.alignment.rows import Window
-from cameo.alignment.supervision import check_matches
+from cameo.alignment.supervision import Window, check_matches
 
 if TYPE_CHECKING:
     from cameo.correspondence import Correspondence

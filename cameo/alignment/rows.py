@@ -9,7 +9,6 @@ group, T targets of a row.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -17,16 +16,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from cameo.alignment.supervision import count_rows
+from cameo.alignment.supervision import Window, count_rows
 from cameo.geometry.grids import TokenGrid
 from cameo.memory import sent_to
 
-__all__ = ["Rows", "Window", "plan_rows"]
+__all__ = ["Rows", "plan_rows"]
 
 Ranges = tuple[tuple[int, int], ...]
 
-# The Gaussian of soft targets is cut off at this many standard deviations.
-CUTOFF = 3
 # Groups that fill at most this share of a portion are computed side by side: on a CPU, and where each operator is a
 # launch.
 SMALL_GROUP = {"cpu": 0.25}
@@ -49,8 +46,11 @@ class Rows:
     - `targets`, `weights`: `[G, R, T]`, the column of each target and its weight; 0 = no target.
     - `excluded`: `[G, R, 2]`, the half-open range of columns that a row does not see, those of its own view; None where
       every row sees every column.
+    - `most_pairs`: number of query-key pairs of the largest portion of the plan, with the padding: with a buffer of
+      that size from the start, none is replaced by a larger one while it is held.
     - `slots`, `first`: `[B, C, L]`, the row of each query and each of its C softmaxes, numbered over many portions; -1
-      for none. `first` is the number of the first row here; the others follow group by group, with the padding.
+      for none. `first` is the number of the first row here; the others follow group by group, with the padding. None
+      unless the rows are numbered.
     - `sample_index`, `key_index`: if G > 1, `[G, 1]` and `[G, M]`, sample and position of each key on the device.
     """
 
@@ -59,7 +59,8 @@ class Rows:
     queries: Tensor
     targets: Tensor
     weights: Tensor
-    slots: Tensor
+    most_pairs: int
+    slots: Tensor | None
     first: int
     excluded: Tensor | None = None
     sample_index: Tensor | None = None
@@ -81,6 +82,7 @@ def plan_rows(
     pairs: int,
     most_pairs: int,
     most_tokens: int,
+    numbered: bool = False,
     counts: Sequence[int] = (),
 ) -> Iterator[Rows]:
     """Cut the supervised queries into portions of about `pairs` query-key pairs.
@@ -96,6 +98,7 @@ def plan_rows(
         pairs: number of query-key pairs that a portion should have.
         most_pairs: number of query-key pairs that a portion may have, unless a single row has more.
         most_tokens: number of rows that a portion may have, and of keys of several groups side by side.
+        numbered: whether the rows are numbered, for a kernel that looks for those of each query, see `Rows`.
         counts: what `count_rows` returned; empty: it is called here, and the host waits for it.
     """
     counts = counts or count_rows(index, weights, token_grids, normalize).tolist()
@@ -121,57 +124,7 @@ def plan_rows(
         portions += [[group.cut(start, start + count)] for start in range(0, group.rows, count)]
     if waiting:
         portions.append(waiting)
-    return _on_device(portions, index, weights, token_grids, normalize, softness)
-
-
-class Window:
-    """Spreads each match over the tokens around it, by a Gaussian on the token grid.
-
-    The weight of a match is distributed over the tokens of the grid within 3 standard deviations, so that its sum is
-    preserved. With `softness=0` a match keeps its single token.
-
-    Example:
-        >>> view = token = torch.zeros(1, 1, dtype=torch.int64)
-        >>> views, tokens, weights = Window([(2, 2)], 0.5).spread(view, token, torch.ones(1, 1))
-        >>> sorted(round(weight, 3) for weight in weights[weights > 0].tolist())
-        [0.014, 0.105, 0.105, 0.776]
-
-    Args:
-        token_grids: token grid `(h, w)` of each view.
-        softness: standard deviation in tokens, at least 0.
-    """
-
-    def __init__(self, token_grids: Sequence[TokenGrid], softness: float) -> None:
-        self.softness = softness
-        self.grids = torch.tensor(token_grids)
-        reach = min(math.floor(CUTOFF * softness), max(itertools.chain(*token_grids)) - 1)
-        offsets = [
-            (down, right)
-            for down, right in itertools.product(range(-reach, reach + 1), repeat=2)
-            if down**2 + right**2 <= (CUTOFF * softness) ** 2
-        ]
-        self.offsets = torch.tensor(offsets)
-
-    def spread(self, views: Tensor, tokens: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Turn the views, tokens and weights `[..., T]` of matches into those of soft targets, `[..., T * S]`.
-
-        S is the number of tokens in the window; the weight of a token outside the grid is 0.
-        """
-        if len(self.offsets) == 1:
-            return views, tokens, weights
-        down, right = sent_to(tokens.device, self.offsets).unbind(-1)
-        height, width = sent_to(tokens.device, self.grids)[views].unsqueeze(-2).unbind(-1)
-        row, column = tokens[..., None] // width + down, tokens[..., None] % width + right
-        inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
-        share = torch.exp((down.square() + right.square()).to(weights.dtype) / (-2 * self.softness**2))
-        share = torch.where(inside, share, 0)
-        share = share / share.sum(dim=-1, keepdim=True)
-        token = torch.where(inside, row * width + column, tokens[..., None])
-        return (
-            views[..., None].expand_as(token).flatten(-2),
-            token.flatten(-2),
-            (weights[..., None] * share).flatten(-2),
-        )
+    return _on_device(portions, index, weights, token_grids, normalize, softness, numbered)
 
 
 @dataclass(frozen=True)
@@ -262,17 +215,19 @@ def _on_device(
     token_grids: Sequence[TokenGrid],
     normalize: str,
     softness: float,
+    numbered: bool,
 ) -> Iterator[Rows]:
     """Bring portions to the device, many at once, for which the host waits nowhere."""
     if not portions:
         return
     window = Window(token_grids, softness)
     supervised = (_Matches if normalize == "per_view" else _MatchesOfAll)(index, weights, token_grids)
+    most_pairs = max(_padded(portion) * portion[0].keys for portion in portions)
     start = total = 0
     for stop, portion in enumerate(portions, start=1):
         total += _padded(portion) * supervised.targets * len(window.offsets)
         if stop == len(portions) or total > TARGETS_AT_ONCE:
-            yield from supervised.rows(portions[start:stop], window)
+            yield from supervised.rows(portions[start:stop], window, most_pairs, numbered)
             start, total = stop, 0
 
 
@@ -300,7 +255,7 @@ class _Matches:
             1:
         ]
 
-    def rows(self, portions: list[list[_Group]], window: Window) -> Iterator[Rows]:
+    def rows(self, portions: list[list[_Group]], window: Window, most_pairs: int, numbered: bool) -> Iterator[Rows]:
         """Gather the rows of some portions, and spread their matches."""
         several = [portion for portion in portions if len(portion) > 1]
         sent = sent_to(self.device, torch.cat([*map(_samples_and_keys, several), torch.zeros(0, dtype=torch.int64)]))
@@ -310,10 +265,7 @@ class _Matches:
             weight = weight.masked_fill(~kept[:, None], 0)
         targets, weight, excluded = self.columns(portions, position, weight, window)
         queries = position % (self.views * self.length)
-        # Padding repeats a row, and goes to the place behind the last one.
-        place = position if kept is None else position.where(kept, len(self.order))
-        slots = self.order.new_full((len(self.order) + 1,), -1)
-        slots.scatter_(0, place, torch.arange(len(place), device=self.device))
+        slots = self.slots(position, kept) if numbered else None
         at = sent_at = 0
         for portion in portions:
             groups, keys, count = len(portion), portion[0].keys, _padded(portion)
@@ -330,7 +282,8 @@ class _Matches:
                 queries[part].view(shape),
                 targets[part].unflatten(0, shape),
                 weight[part].unflatten(0, shape),
-                slots[:-1].view(self.batch, -1, self.views * self.length),
+                most_pairs,
+                slots,
                 part.start,
                 None if excluded is None or portion[0].without is not None else excluded[part].unflatten(0, shape),
                 samples,
@@ -349,6 +302,14 @@ class _Matches:
             start = portions[0][0].first
             return self.order[start : start + sum(map(len, numbers))], None
         return self.order[sent_to(self.device, torch.cat(numbers))], sent_to(self.device, torch.cat(kept))
+
+    def slots(self, position: Tensor, kept: Tensor | None) -> Tensor:
+        """Numbers of the rows at these positions, see `Rows`."""
+        # Padding repeats a row, and goes to the place behind the last one.
+        place = position if kept is None else position.where(kept, len(self.order))
+        found = self.order.new_full((len(self.order) + 1,), -1)
+        found.scatter_(0, place, torch.arange(len(place), device=self.device))
+        return found[:-1].view(self.batch, -1, self.views * self.length)
 
     def arranged(self, values: Tensor) -> Tensor:
         """Values `[B, V, V, N]` as `[rows, T]`, the rows of a group side by side."""

@@ -5,6 +5,7 @@ Axes: B samples, V views, N tokens per view, i query view, j key view.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from cameo.correspondence import Correspondence
 
 __all__ = [
+    "Window",
     "check_choice",
     "check_counts",
     "check_matches",
@@ -31,6 +33,9 @@ __all__ = [
     "sampled_weights",
     "supervision_weights",
 ]
+
+# The Gaussian of soft targets is cut off at this many standard deviations.
+CUTOFF = 3
 
 CHOICES = {
     "normalize": NORMALIZATIONS,
@@ -146,6 +151,56 @@ def _match_weights(correspondence: Correspondence, pairs: str | Tensor, dtype: t
         # where, not a product: the weight of a pair without a match has no meaning and may be NaN.
         weights = torch.where(supervised, correspondence.match_weight.to(dtype), 0)
     return weights
+
+
+class Window:
+    """Spreads each match over the tokens around it, by a Gaussian on the token grid.
+
+    The weight of a match is distributed over the tokens of the grid within 3 standard deviations, so that its sum is
+    preserved. With `softness=0` a match keeps its single token.
+
+    Example:
+        >>> view = token = torch.zeros(1, 1, dtype=torch.int64)
+        >>> views, tokens, weights = Window([(2, 2)], 0.5).spread(view, token, torch.ones(1, 1))
+        >>> sorted(round(weight, 3) for weight in weights[weights > 0].tolist())
+        [0.014, 0.105, 0.105, 0.776]
+
+    Args:
+        token_grids: token grid `(h, w)` of each view.
+        softness: standard deviation in tokens, at least 0.
+    """
+
+    def __init__(self, token_grids: Sequence[TokenGrid], softness: float) -> None:
+        self.softness = softness
+        self.grids = torch.tensor(token_grids)
+        reach = min(math.floor(CUTOFF * softness), max(itertools.chain(*token_grids)) - 1)
+        offsets = [
+            (down, right)
+            for down, right in itertools.product(range(-reach, reach + 1), repeat=2)
+            if down**2 + right**2 <= (CUTOFF * softness) ** 2
+        ]
+        self.offsets = torch.tensor(offsets)
+
+    def spread(self, views: Tensor, tokens: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Turn the views, tokens and weights `[..., T]` of matches into those of soft targets, `[..., T * S]`.
+
+        S is the number of tokens in the window; the weight of a token outside the grid is 0.
+        """
+        if len(self.offsets) == 1:
+            return views, tokens, weights
+        down, right = sent_to(tokens.device, self.offsets).unbind(-1)
+        height, width = sent_to(tokens.device, self.grids)[views].unsqueeze(-2).unbind(-1)
+        row, column = tokens[..., None] // width + down, tokens[..., None] % width + right
+        inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
+        share = torch.exp((down.square() + right.square()).to(weights.dtype) / (-2 * self.softness**2))
+        share = torch.where(inside, share, 0)
+        share = share / share.sum(dim=-1, keepdim=True)
+        token = torch.where(inside, row * width + column, tokens[..., None])
+        return (
+            views[..., None].expand_as(token).flatten(-2),
+            token.flatten(-2),
+            (weights[..., None] * share).flatten(-2),
+        )
 
 
 def sampled_weights(weights: Tensor, normalize: str, max_queries: int, generator: torch.Generator | None) -> Tensor:

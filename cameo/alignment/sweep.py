@@ -113,6 +113,7 @@ def sweep(
         most_pairs=rows_head.most_pairs,
         # Queries, keys and the gradients of both take at most a sixteenth of the workspace each.
         most_tokens=max(1, workspace // 16 // (query.shape[1] * query.shape[-1] * dtype.itemsize)),
+        numbered=implementation == "triton",
         counts=counts,
     )
     losses = [products.losses(rows) for rows in plan]
@@ -175,12 +176,15 @@ class _Products:
         groups, count = rows.queries.shape
         unscaled = self._queries(rows)
         queries = unscaled if self.query_scale == 1 and not self.learned else unscaled * self.factor
-        products = self._buffer(self.head.channels + self.head.extra_channels, groups * count, rows.keys)
+        channels, pairs = self.head.channels + self.head.extra_channels, groups * count * rows.keys
+        if not self._workspace.numel():
+            self._workspace = self._workspace.new_empty(channels * rows.most_pairs)
+        products = self._workspace[: channels * pairs].view(channels, groups * count, rows.keys)
         batched = products[: self.head.channels].view(-1, count, rows.keys)
         for columns, tokens in _key_slices(rows):
             keys = self._keys(rows, tokens)
-            if keys.shape[1] == rows.keys and batched.dtype == self.dtype:
-                torch.bmm(queries, keys.transpose(1, 2), out=batched)
+            if batched.dtype == self.dtype:
+                torch.bmm(queries, keys.transpose(1, 2), out=batched[:, :, columns])
             else:
                 batched[:, :, columns] = self._product(queries, keys.transpose(1, 2))
         excluded = None if rows.excluded is None else rows.excluded.flatten(0, 1)
@@ -242,6 +246,7 @@ class _Products:
         if self.learned:
             self.d_factor += (d_queries * unscaled).sum(dim=(0, 1)) * self.query_scale
         if self._add_to_queries is not None:
+            assert rows.slots is not None
             count = rows.queries.numel()
             self._add_to_queries(
                 d_queries.view(-1, count, d_queries.shape[-1]), rows.slots, rows.first, self.factor, self.d_query
@@ -284,12 +289,6 @@ class _Products:
         if self.linear:
             return rearrange(channels, "g n (k d) -> k g n d", k=self.shape[1])
         return channels.unflatten(0, (-1, groups))
-
-    def _buffer(self, *shape: int) -> Tensor:
-        count = math.prod(shape)
-        if self._workspace.numel() < count:
-            self._workspace = self._workspace.new_empty(count)
-        return self._workspace[:count].view(shape)
 
 
 def _key_slices(rows: Rows) -> Iterator[tuple[slice, slice | None]]:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from cameo.alignment import AlignmentHead, alignment_loss, heads, rows, supervision_weights, sweep
-from cameo.alignment.rows import Window, plan_rows
+from cameo.alignment.rows import plan_rows
+from cameo.alignment.supervision import Window
 from cameo.correspondence import Correspondence
 from tests.helpers.alignment_inputs import PADDED, dense_from_logits, dense_loss, gradients, make_head, make_inputs
 from tests.helpers.memory import memory_of
