@@ -281,22 +281,23 @@ def main(arguments: list[str] | None = None) -> int:
         gated, grown = [tried], []
     if options.gates:
         grown = [setting for setting in grown if setting.name in gates.needed(gated, grown)]
-    for setting in dict.fromkeys([*gated, *grown]):
-        gate = setting in gated and not options.smallest
+    runs: dict[str, Callable[[], dict[str, Any]]] = {}
+    for setting in gated:
+        gate = not options.smallest
         budget = (GATE_SECONDS if gate else SECONDS)[device.type]
-        _report(setting.name, results)
-        results.get(setting.name, partial(measure_setting, setting, device, gate=gate, budget=budget))
-    name = f"exactness, {tried.tokens}x{tried.tokens} tokens"
-    _report(name, results)
-    results.get(name, partial(exactness, tried, device))
+        runs[setting.name] = partial(measure_setting, setting, device, gate=gate, budget=budget)
+    # Before the sizes that take long, in case there is no time for all of them.
+    runs[f"exactness, {tried.tokens}x{tried.tokens} tokens"] = partial(exactness, tried, device)
+    for setting in grown:
+        if setting not in gated:
+            runs[setting.name] = partial(measure_setting, setting, device, gate=False, budget=SECONDS[device.type])
+    for name, run in runs.items():
+        print(f"{name}: {'in the results file' if results.has(name) else 'measuring'}", flush=True)
+        results.get(name, run)
     print(f"\n{results.environment}\n\n{table_of(table(results.found))}")
     if options.gates:
         print("\n" + table_of(gates.check(results.found, device.type)))
     return 0
-
-
-def _report(name: str, results: Results) -> None:
-    print(f"{name}: {'in the results file' if results.has(name) else 'measuring'}", flush=True)
 
 
 if __name__ == "__main__":
