@@ -209,9 +209,14 @@ class _Watch:
         for _, peer in peers:
             # Nothing is heard of anybody while the store does not answer.
             if peer.state == "" and (silent := self._answered - peer.since) > patience:
+                slow = (
+                    f"; if it was only slow, raise process_timeout (now {patience:g})"
+                    if patience == self.patience
+                    else ""
+                )
                 return (
                     f"{peer.name} is lost: its last sign of life came {silent:.0f} s ago, so it was killed, hangs, or "
-                    "its machine cannot be reached"
+                    f"its machine cannot be reached{slow}"
                 )
         if not self._has_met or (peers and all(peer.state == ENDED for _, peer in peers) and not self._missing()):
             return None  # nobody to meet yet, or any more: then the store may be gone as well

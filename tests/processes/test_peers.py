@@ -129,7 +129,7 @@ def test_a_silent_process_is_named(pair: ByHand) -> None:
     assert pair.after(40, pair.first) is None
     assert re.fullmatch(
         rf"process 1 \({os.getpid()} on .*\) is lost: its last sign of life came 41 s ago, so it was killed, hangs, or "
-        "its machine cannot be reached",
+        r"its machine cannot be reached; if it was only slow, raise process_timeout \(now 40\)",
         str(pair.after(1, pair.first)),
     )
 
