@@ -63,14 +63,16 @@ def train_and_compare(config: TrainingConfig) -> None:
         write_pictures,
         write_run_report,
     )
-    from cameo.training.setup import planned_runs, train_lora
+    from cameo.training.setup import LoraRun, planned_runs, train_lora
 
     check_push(config)
     planned = planned_runs(config)
     training_set, validation_set = build_dataset(config, "train"), build_dataset(config, "validation")
-    runs = {}
+    runs: dict[str, LoraRun] = {}
+    probe = None  # both runs start from the same base
     for name, settings in planned.items():
-        run = runs[name] = train_lora(settings, training_set, validation_set)
+        run = runs[name] = train_lora(settings, training_set, validation_set, probe=probe)
+        probe = probe or run.probe
         if run.result.stopped_by:
             break
     accelerator = run.trainer.accelerator

@@ -21,6 +21,7 @@ from cameo.memory import in_precision
 from cameo.model import CameoModel, attach
 from cameo.pipeline import MultiViewPipeline
 from cameo.probing.denoising import ValidationSettings
+from cameo.probing.layer_probe import LayerProbe
 from cameo.processes.accelerator import make_accelerator
 from cameo.processes.launch import Launch
 from cameo.processes.peers import watched_by_others
@@ -60,12 +61,16 @@ if not TYPE_CHECKING:  # a type checker is to see the new names alone
 
 @dataclass
 class LoraRun:
-    """A finished or interrupted LoRA training: the trained model, its pipeline, the trainer, and its result."""
+    """A finished or interrupted LoRA training: the trained model, its pipeline, the trainer, and its result.
+
+    `probe` holds what `layer=auto` found in the base; None where nothing was probed.
+    """
 
     model: CameoModel
     pipeline: MultiViewPipeline
     trainer: Trainer
     result: TrainingResult
+    probe: LayerProbe | None = None
 
     @property
     def validations(self) -> list[dict[str, Any]]:
@@ -151,25 +156,30 @@ def add_lora(denoiser: nn.Module, config: TrainingConfig) -> None:
 
 
 def wrap_denoiser(
-    pipeline: MultiViewPipeline, config: TrainingConfig, dataset: MultiViewDataset | None = None
+    pipeline: MultiViewPipeline,
+    config: TrainingConfig,
+    dataset: MultiViewDataset | None = None,
+    *,
+    probe: LayerProbe | None = None,
 ) -> CameoModel:
     """Wrap the pipeline's denoiser with the run's CAMEO settings, and record where its base weights came from.
 
     With `layer=auto` the layers are probed on the first samples of `dataset`, the training set, on the device of the
-    denoiser (`to_run_device`). A resumed run takes the layer of its checkpoint: if its files have moved, or on another
-    device, a close ranking might come out differently. It keeps the token layouts of its checkpoint as well.
+    denoiser (`to_run_device`), unless `probe` says what was found in it before. A resumed run takes the layer of its
+    checkpoint: if its files have moved, or on another device, a close ranking might come out differently. It keeps the
+    token layouts of its checkpoint as well.
 
     Raises:
         DataError: if there is no checkpoint to resume from.
         ValueError: for `layer=auto` without a data set.
     """
     layer: int | str | Sequence[int | str] | None = config.layer
-    probe = chosen = None
+    chosen = None
     if layer == "auto" and config.resume_from_checkpoint:
         resumed = config.resume_from_checkpoint
         saved = CameoConfig.load(agreed_checkpoint(config.output_dir, resumed))
-        layer, chosen = saved.layers, saved.layer_choice
-    elif layer == "auto":
+        layer, chosen, probe = saved.layers, saved.layer_choice, None
+    elif layer == "auto" and probe is None:
         if dataset is None:
             raise ValueError("layer=auto: needs dataset=, the training set on which the layers are probed; got None")
         probe = probe_for(pipeline, dataset, config)
@@ -319,12 +329,20 @@ def base_name(config: TrainingConfig) -> str:
     return config.pretrained_model_name_or_path or f"preset:{config.preset or 'tiny'}"
 
 
-def train_lora(config: TrainingConfig, training_set: MultiViewDataset, validation_set: MultiViewDataset) -> LoraRun:
-    """Train one LoRA from the base weights."""
+def train_lora(
+    config: TrainingConfig,
+    training_set: MultiViewDataset,
+    validation_set: MultiViewDataset,
+    *,
+    probe: LayerProbe | None = None,
+) -> LoraRun:
+    """Train one LoRA from the base weights; `probe`: that of an earlier run from the same base and data."""
     pipeline = load_pipeline(config)
     add_lora(pipeline.denoiser, config)
     to_run_device(pipeline, config)
-    model = wrap_denoiser(pipeline, config, training_set)
+    if probe is None and config.layer == "auto" and not config.resume_from_checkpoint:
+        probe = probe_for(pipeline, training_set, config)
+    model = wrap_denoiser(pipeline, config, training_set, probe=probe)
     on_validation = validation_callback(pipeline, validation_set, config)
     trainer = Trainer(model, pipeline, training_set, config, on_validation=on_validation)
-    return LoraRun(model, pipeline, trainer, trainer.train())
+    return LoraRun(model, pipeline, trainer, trainer.train(), probe)

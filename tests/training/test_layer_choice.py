@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+import recipes.lora_finetune
 from cameo.adapters.common.latent_pipeline import LatentPipeline
 from cameo.backbone import get_backbone
+from cameo.probing.layer_probe import LayerProbe
 from cameo.training import setup
 from cameo.training.data import build_dataset
 from cameo.training.layer_choice import probe_for
@@ -55,3 +57,30 @@ def test_all_processes_take_the_probe_of_the_first(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "broadcast_object_list", lambda shared: shared.__setitem__(0, "the first"))
     assert probe_for(pipeline, data, config) == "the first"
+
+
+def test_the_runs_of_a_comparison_share_one_probe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CAMEO_CACHE", scene_cache())
+    runs: list[setup.LoraRun] = []
+    probed: list[LayerProbe] = []
+
+    def probe(*given: Any) -> LayerProbe:
+        probed.append(probe_for(*given))
+        return probed[-1]
+
+    def train(*given: Any, **options: Any) -> setup.LoraRun:
+        runs.append(train_lora(*given, **options))
+        if len(runs) == 2:
+            runs[-1].result.stopped_by = "the test"  # nothing after this is tested
+        return runs[-1]
+
+    train_lora = setup.train_lora
+    monkeypatch.setattr(setup, "probe_for", probe)
+    monkeypatch.setattr(setup, "train_lora", train)
+    recipes.lora_finetune.train_and_compare(
+        make_config(tmp_path, layer="auto", compare_without_cameo=True, max_train_steps=1)
+    )
+    first, second = (run.model.cameo_config for run in runs)
+    assert len(probed) == 1
+    assert first.layers == second.layers
+    assert first.layer_choice == second.layer_choice is not None
