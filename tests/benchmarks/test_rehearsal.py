@@ -17,10 +17,10 @@ from tests.helpers.pretended_steps import run_apart
 from tests.helpers.rehearsal import STEPS, SUBJECTS
 from tests.helpers.training_runs import read_lines, same_files, scene_cache
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not pretend_device.available(), reason="devices made in Python need torch 2.10"),
-]
+pytestmark = pytest.mark.skipif(not pretend_device.available(), reason="devices made in Python need torch 2.10")
+
+# CAT3D calls the fewest operators of its own.
+TIERS = [pytest.param(name, marks=pytest.mark.long if "cat3d" in name else pytest.mark.slow) for name in SUBJECTS]
 
 # Where the host waits in a step, and how often, for every backbone.
 WAITS = {
@@ -66,7 +66,7 @@ LAUNCHES: dict[str, dict[str, int]] = {
 }
 
 
-@pytest.fixture(scope="module", params=SUBJECTS)
+@pytest.fixture(scope="module", params=TIERS)
 def rehearsal(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[str, Path, dict[str, Any]]:

@@ -25,7 +25,7 @@ print(json.dumps(outcomes))
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform == "win32", reason="forks")
 def test_a_fault_of_the_folder_is_said_and_the_run_goes_on_after_it(tmp_path: Path) -> None:
     # In a process of its own: a process that has computed a gradient cannot fork another one that does.

@@ -63,7 +63,7 @@ def test_a_step_with_matches_waits_once_and_launches_little(tmp_path: Path) -> N
     check(tmp_path / "counts.json", *size, portions=1)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_setting_of_the_paper_takes_at_most_200_launches(tmp_path: Path) -> None:
     launches, waits = check(tmp_path / "counts.json", portions=12)
     assert launches <= 200

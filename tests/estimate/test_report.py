@@ -26,7 +26,7 @@ def no_changes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("no_changes")
 @pytest.mark.parametrize(
-    "backbone", ["cat3d", *(pytest.param(name, marks=pytest.mark.slow) for name in ("mvdream", "sv3d", "zero123plus"))]
+    "backbone", ["cat3d", *(pytest.param(name, marks=pytest.mark.long) for name in ("mvdream", "sv3d", "zero123plus"))]
 )
 @pytest.mark.parametrize("run", RECIPES.values(), ids=RECIPES)
 def test_every_recipe_has_a_dry_run(

@@ -151,8 +151,15 @@ def test_nothing_is_allocated_for_a_released_model() -> None:
     assert grown is None or grown < 300e6  # its weights are 3.5 GB
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["lora_cat3d_sd21", "lora_mvdream_sd21", "lora_zero123plus_v12", "lora_sv3d_p"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("lora_cat3d_sd21", marks=pytest.mark.slow),
+        pytest.param("lora_mvdream_sd21", marks=pytest.mark.slow),
+        pytest.param("lora_zero123plus_v12", marks=pytest.mark.long),
+        pytest.param("lora_sv3d_p", marks=pytest.mark.long),
+    ],
+)
 def test_released_sizes_are_computed_in_little_memory(name: str) -> None:
     config = load_config(CONFIGS / f"{name}.yaml")
     estimate_step(settings(), full=False)
@@ -162,6 +169,8 @@ def test_released_sizes_are_computed_in_little_memory(name: str) -> None:
     assert step.held["frozen weights"] > 1.7e9
     assert step.peak > 4e9
     assert grown is None or grown < 1e9
+    if name != "lora_cat3d_sd21":
+        return
     with_less = estimate_step(replace(config, cache_latents=True), full=False, device="cuda")
     assert with_less.peaks["encoders"] < step.peaks["encoders"]
 

@@ -257,10 +257,10 @@ def denoiser(kind: str) -> nn.Module:
     [
         ("transformer", "default", "aot_eager"),
         ("transformer", "regional", "aot_eager"),
-        pytest.param("transformer", "default", "inductor", marks=pytest.mark.slow),
+        pytest.param("transformer", "default", "inductor", marks=pytest.mark.long),
         pytest.param("unet", "default", "aot_eager", marks=pytest.mark.slow),
-        pytest.param("unet", "regional", "aot_eager", marks=pytest.mark.slow),
-        pytest.param("peft", "default", "aot_eager", marks=pytest.mark.slow),
+        pytest.param("unet", "regional", "aot_eager", marks=pytest.mark.long),
+        pytest.param("peft", "default", "aot_eager", marks=pytest.mark.long),
     ],
 )
 @pytest.mark.filterwarnings("ignore:layer .* compiled in place and checkpointed")

@@ -33,7 +33,7 @@ from benchmarks.reliability.namespaces import (
     one_machine,
 )
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 
 @pytest.fixture(scope="module")

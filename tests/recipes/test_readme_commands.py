@@ -110,7 +110,7 @@ def test_all_command_lines_run(folder: Path) -> None:
         assert code == 0, f"{line.line}\n{output}"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("request_of_launcher", "message"),
     [

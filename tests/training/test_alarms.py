@@ -130,14 +130,14 @@ def test_a_run_that_learns_is_silent(
     assert all("alarm" not in entry for entry in run.metrics.read())
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(("learning_rate", "alarms"), [(0.0, ["alignment at chance"]), (1e-2, [])])
 def test_the_rule_as_it_is(tmp_path: Path, learning_rate: float, alarms: list[str]) -> None:
     run = make_trainer(tmp_path, learning_rate=learning_rate, max_train_steps=watch.FIRST + 1, num_scenes=16)
     assert alarms_of(run) == alarms
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_main_process_speaks_for_all(room: Any, tmp_path: Path) -> None:
     folder = data_faults.write_seven_scenes(data_faults.in_opengl_axes(room), tmp_path / "opengl")
     with socket.socket() as probe:
