@@ -19,7 +19,7 @@ import cameo
 from cameo.backbone import get_backbone
 from cameo.config import CameoConfig
 from cameo.probing.denoising import ValidationSettings
-from cameo.training import repa, setup
+from cameo.training import layer_choice, repa, setup
 from cameo.training.settings import load_config, settings_file
 from cameo.training.setup import load_pipeline
 from tests.helpers.sequences import write_sequence
@@ -48,6 +48,7 @@ def run(recipe: str, backbone: str, output: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("CAMEO_CACHE", scene_cache())
     # One noise level of seven: the levels differ in their noise alone, and the tests of the evaluation cover all.
     monkeypatch.setattr(setup, "ValidationSettings", functools.partial(ValidationSettings, noise_levels=(1.0,)))
+    monkeypatch.setattr(layer_choice, "PROBED_SAMPLES", 4)
     settings = {**SHORT, **changes, "output_dir": output}
     arguments = [f"backbone={backbone}", *(f"{name}={value}" for name, value in settings.items())]
     with fresh_accelerate():
