@@ -69,10 +69,10 @@ def train_and_compare(config: TrainingConfig) -> None:
     planned = planned_runs(config)
     training_set, validation_set = build_dataset(config, "train"), build_dataset(config, "validation")
     runs: dict[str, LoraRun] = {}
-    probe = None  # both runs start from the same base
+    chosen = None  # by layer=auto: all runs start from the same base
     for name, settings in planned.items():
-        run = runs[name] = train_lora(settings, training_set, validation_set, probe=probe)
-        probe = probe or run.probe
+        run = runs[name] = train_lora(settings, training_set, validation_set, chosen=chosen)
+        chosen = run.model.cameo_config
         if run.result.stopped_by:
             break
     accelerator = run.trainer.accelerator

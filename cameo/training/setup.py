@@ -21,7 +21,6 @@ from cameo.memory import in_precision
 from cameo.model import CameoModel, attach
 from cameo.pipeline import MultiViewPipeline
 from cameo.probing.denoising import ValidationSettings
-from cameo.probing.layer_probe import LayerProbe
 from cameo.processes.accelerator import make_accelerator
 from cameo.processes.launch import Launch
 from cameo.processes.peers import watched_by_others
@@ -61,16 +60,12 @@ if not TYPE_CHECKING:  # a type checker is to see the new names alone
 
 @dataclass
 class LoraRun:
-    """A finished or interrupted LoRA training: the trained model, its pipeline, the trainer, and its result.
-
-    `probe` holds what `layer=auto` found in the base; None where nothing was probed.
-    """
+    """A finished or interrupted LoRA training: the trained model, its pipeline, the trainer, and its result."""
 
     model: CameoModel
     pipeline: MultiViewPipeline
     trainer: Trainer
     result: TrainingResult
-    probe: LayerProbe | None = None
 
     @property
     def validations(self) -> list[dict[str, Any]]:
@@ -160,26 +155,28 @@ def wrap_denoiser(
     config: TrainingConfig,
     dataset: MultiViewDataset | None = None,
     *,
-    probe: LayerProbe | None = None,
+    chosen: CameoConfig | None = None,
 ) -> CameoModel:
     """Wrap the pipeline's denoiser with the run's CAMEO settings, and record where its base weights came from.
 
     With `layer=auto` the layers are probed on the first samples of `dataset`, the training set, on the device of the
-    denoiser (`to_run_device`), unless `probe` says what was found in it before. A resumed run takes the layer of its
-    checkpoint: if its files have moved, or on another device, a close ranking might come out differently. It keeps the
-    token layouts of its checkpoint as well.
+    denoiser (`to_run_device`), unless `chosen`, the configuration of an earlier run from the same base and data, names
+    them. A resumed run takes the layer of its checkpoint: if its files have moved, or on another device, a close
+    ranking might come out differently. It keeps the token layouts of its checkpoint as well.
 
     Raises:
         DataError: if there is no checkpoint to resume from.
         ValueError: for `layer=auto` without a data set.
     """
     layer: int | str | Sequence[int | str] | None = config.layer
-    chosen = None
-    if layer == "auto" and config.resume_from_checkpoint:
-        resumed = config.resume_from_checkpoint
-        saved = CameoConfig.load(agreed_checkpoint(config.output_dir, resumed))
-        layer, chosen, probe = saved.layers, saved.layer_choice, None
-    elif layer == "auto" and probe is None:
+    probe = None
+    if layer != "auto":
+        chosen = None
+    elif config.resume_from_checkpoint:
+        chosen = CameoConfig.load(agreed_checkpoint(config.output_dir, config.resume_from_checkpoint))
+    if chosen is not None:
+        layer = chosen.layers
+    elif layer == "auto":
         if dataset is None:
             raise ValueError("layer=auto: needs dataset=, the training set on which the layers are probed; got None")
         probe = probe_for(pipeline, dataset, config)
@@ -203,7 +200,7 @@ def wrap_denoiser(
     if config.resume_from_checkpoint:
         model = _supervised_as_before(model, config)
     if chosen is not None:
-        model.cameo_config.layer_choice = chosen
+        model.cameo_config.layer_choice = chosen.layer_choice
     model.cameo_config.base_model = base_name(config)
     model.cameo_config.base_revision = config.revision or get_backbone(config.backbone).revision(base_name(config))
     model.cameo_config.training = {
@@ -334,15 +331,13 @@ def train_lora(
     training_set: MultiViewDataset,
     validation_set: MultiViewDataset,
     *,
-    probe: LayerProbe | None = None,
+    chosen: CameoConfig | None = None,
 ) -> LoraRun:
-    """Train one LoRA from the base weights; `probe`: that of an earlier run from the same base and data."""
+    """Train one LoRA from the base weights; `chosen`: see `wrap_denoiser`."""
     pipeline = load_pipeline(config)
     add_lora(pipeline.denoiser, config)
     to_run_device(pipeline, config)
-    if probe is None and config.layer == "auto" and not config.resume_from_checkpoint:
-        probe = probe_for(pipeline, training_set, config)
-    model = wrap_denoiser(pipeline, config, training_set, probe=probe)
+    model = wrap_denoiser(pipeline, config, training_set, chosen=chosen)
     on_validation = validation_callback(pipeline, validation_set, config)
     trainer = Trainer(model, pipeline, training_set, config, on_validation=on_validation)
-    return LoraRun(model, pipeline, trainer, trainer.train(), probe)
+    return LoraRun(model, pipeline, trainer, trainer.train())
