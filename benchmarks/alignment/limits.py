@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -50,8 +51,7 @@ def limits(case: Case, selection: str) -> dict[str, Limit]:
 
         return run
 
-    products = parts.products if device == "cuda" else parts.all_products
-    found = {"products": Limit(times(products), factor)}
+    found = {"products": Limit(times(partial(parts.products, of_head=device != "cuda")), factor)}
     if not case.head.hidden:
         return found
     if device == "cuda":
@@ -83,20 +83,16 @@ class _ChunkParts:
         self.grad_in = torch.empty_like(self.weight_in)
         self.grad_out = torch.empty_like(self.weight_out)
 
-    def all_products(self) -> None:
-        """All products, forward and backward, of a chunk."""
-        if len(self.weight_in):
+    def products(self, *, of_head: bool) -> None:
+        """The products of queries and keys, and of the head, forward and backward, of a chunk."""
+        torch.bmm(self.query, self.key.mT, out=self.logits)
+        if of_head and len(self.weight_in):
             flat = self.logits.view(len(self.logits), -1)
             torch.addmm(self.bias, self.weight_in, flat, out=self.hidden)
             torch.mv(self.activated.T, self.weight_out, out=self.joined)
             torch.mv(self.activated, self.joined, out=self.grad_out)
             torch.mm(self.grad_hidden, flat.T, out=self.grad_in)
             torch.mm(self.weight_in.T, self.grad_hidden, out=flat)
-        self.products()
-
-    def products(self) -> None:
-        """Those of queries and keys."""
-        torch.bmm(self.query, self.key.mT, out=self.logits)
         torch.bmm(self.logits, self.key, out=self.grad_query)
         torch.bmm(self.logits.mT, self.query, out=self.grad_key)
 

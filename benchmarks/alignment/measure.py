@@ -27,6 +27,7 @@ from benchmarks.alignment.peers import checkpointed_loss, dense_bytes, linear_pe
 from benchmarks.common.measuring import (
     Results,
     interleaved,
+    kernel_columns,
     kernel_time,
     peak_memory,
     peak_resident,
@@ -251,7 +252,7 @@ def table(found: Mapping[str, Any]) -> list[dict[str, Any]]:
                     "rows": f"{selection} ({100 * entry['rows'][selection] / entry['all_rows']:.0f} %)",
                     "best ms": 1e3 * run["best"],
                     "median ms": 1e3 * run["median"],
-                    **({"kernels ms": 1e3 * run["kernels"], "launches": run["launches"]} if "kernels" in run else {}),
+                    **kernel_columns(run),
                     "peak MB": run["peak_bytes"] / 1e6,
                     "dense / this": dense["best"] / run["best"] if dense else None,
                     "this / limit": run["best"] / limit if limit and ours else None,
@@ -282,9 +283,9 @@ def main(arguments: list[str] | None = None) -> int:
     if options.gates:
         grown = [setting for setting in grown if setting.name in gates.needed(gated, grown)]
     runs: dict[str, Callable[[], dict[str, Any]]] = {}
+    gate = not options.smallest
+    budget = (GATE_SECONDS if gate else SECONDS)[device.type]
     for setting in gated:
-        gate = not options.smallest
-        budget = (GATE_SECONDS if gate else SECONDS)[device.type]
         runs[setting.name] = partial(measure_setting, setting, device, gate=gate, budget=budget)
     # Before the sizes that take long, in case there is no time for all of them.
     runs[f"exactness, {tried.tokens}x{tried.tokens} tokens"] = partial(exactness, tried, device)

@@ -26,6 +26,7 @@ __all__ = [
     "environment",
     "gate",
     "interleaved",
+    "kernel_columns",
     "kernel_time",
     "peak_memory",
     "peak_resident",
@@ -127,6 +128,18 @@ def kernel_time(run: Run) -> dict[str, float | int]:
         torch.cuda.synchronize()
     on_device = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
     return {"kernels": sum(event.time_range.elapsed_us() for event in on_device) / 1e6, "launches": len(on_device)}
+
+
+def kernel_columns(found: Mapping[str, Any], unit: str = "ms") -> dict[str, Any]:
+    """Columns of a table for what `kernel_time` has found, none where it has not measured.
+
+    Example:
+        >>> kernel_columns({"kernels": 0.002, "launches": 5}), kernel_columns({"best": 1.0})
+        ({'kernels ms': 2.0, 'launches': 5}, {})
+    """
+    if "kernels" not in found:
+        return {}
+    return {f"kernels {unit}": {"ms": 1e3, "s": 1}[unit] * found["kernels"], "launches": found["launches"]}
 
 
 def summary(seconds: Sequence[float]) -> dict[str, float | int]:

@@ -23,7 +23,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.common.measuring import Results, interleaved, kernel_time, peak_memory, summary, table_of
+from benchmarks.common.measuring import (
+    Results,
+    interleaved,
+    kernel_columns,
+    kernel_time,
+    peak_memory,
+    summary,
+    table_of,
+)
 from benchmarks.common.page import RESULTS
 from benchmarks.correspondence.accuracy import HALF_ROOM, Room
 from cameo import Correspondence
@@ -246,11 +254,7 @@ def table(found: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
                         "form": name,
                         "best ms": row["best"] * 1e3,
                         "median ms": row["median"] * 1e3,
-                        **(
-                            {"kernels ms": row["kernels"] * 1e3, "launches": row["launches"]}
-                            if "kernels" in row
-                            else {}
-                        ),
+                        **kernel_columns(row),
                         "best / ours": row["best"] / ours,
                         "median / ours": row["median"] / measured[OURS]["median"],
                         "workspace MB": row.get("workspace_megabytes"),

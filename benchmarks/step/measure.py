@@ -24,7 +24,16 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.alignment.peers import dense_loss, head_function
-from benchmarks.common.measuring import Results, gate, interleaved, kernel_time, peak_memory, summary, table_of
+from benchmarks.common.measuring import (
+    Results,
+    gate,
+    interleaved,
+    kernel_columns,
+    kernel_time,
+    peak_memory,
+    summary,
+    table_of,
+)
 from benchmarks.common.page import RESULTS, ROOT
 from cameo.alignment import supervision_weights
 from cameo.data.batches import match_layers, to_device
@@ -263,7 +272,7 @@ def table(found: Mapping[str, Any]) -> list[dict[str, Any]]:
                     "step": name,
                     "best s": step["best"],
                     "median s": step["median"],
-                    **({"kernels s": step["kernels"], "launches": step["launches"]} if "kernels" in step else {}),
+                    **kernel_columns(step, "s"),
                     "peak GB": step["peak_bytes"] / 1e9,
                     "time / without": step["median"] / without["median"] if without else None,
                     **(
