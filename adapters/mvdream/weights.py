@@ -59,7 +59,7 @@ def convert_unet(
     if missing or unexpected:
         raise ValueError(f"state: is not a whole MVDream U-Net; missing {missing[:3]}, unexpected {unexpected[:3]}")
     stored = next(iter(converted.values())).dtype
-    return (unet if unet.dtype == stored else in_precision(unet, stored)).eval()
+    return in_precision(unet, stored).eval()
 
 
 def load_pipeline(
@@ -190,8 +190,7 @@ def _image_components(name: str, options: Mapping[str, Any], *, subfolders: tupl
 
 def _in_precision(unet: UNet2DConditionModel, options: Mapping[str, Any]) -> UNet2DConditionModel:
     """In the asked precision, else in float32, as `from_pretrained` does with the other components."""
-    wanted = options.get("torch_dtype") or torch.float32
-    return unet if unet.dtype == wanted else in_precision(unet, wanted)
+    return in_precision(unet, options.get("torch_dtype") or torch.float32)
 
 
 def _split_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
